@@ -148,7 +148,7 @@ async def test_a_full_disk_of_the_tenant(desk: Desk) -> None:
         install = 'install = ["sh", "-c", "fallocate -l 900M large"]'
         said = await desk.refused(folder(f'start = ["bun", "serve.ts"]\n{install}'), profile=name)
         assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "disk_full", "install")
-        assert "give it a larger one" in said["message"]
+        assert "give the tenant a larger size" in said["message"]
 
 
 async def test_a_full_pool(desk: Desk) -> None:
@@ -221,7 +221,7 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
         finally:
             environment.incus("project", "unset", "default", "limits.instances")
         assert (said["code"], said["reason"], said["phase"]) == ("rate_limited", "quota", "create")
-        assert "raise its limits" in said["message"]
+        assert "limit of the Incus project" in said["message"]
     finally:
         environment.incus("delete", "--force", other)
     with pytest.raises(GatewayError, match="there are: static, vite-react") as missing:

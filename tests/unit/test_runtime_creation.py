@@ -70,7 +70,7 @@ async def test_instances_that_are_made_at_once_have_addresses_of_their_own(tmp_p
         await asyncio.gather(*(make(making, number) for number in range(13)))
         assert (len(set(incus.addresses)), incus.refused) == (13, 0)
         assert "10.9.8.1" not in incus.addresses
-        with pytest.raises(Unavailable, match="every address"):
+        with pytest.raises(Unavailable, match="all addresses"):
             await make(making, 13)
         # what was not made after all is free again
         assert not making._promised

@@ -1,4 +1,4 @@
-"""Run tenants as Incus system containers. From outside `IncusRuntime` and `IncusSites` are used."""
+"""Run tenants as Incus system containers. Other packages use `IncusRuntime` and `IncusSites`."""
 
 from gateway.runtime.incus.sites import IncusSites
 from gateway.runtime.incus.tenants import IncusRuntime

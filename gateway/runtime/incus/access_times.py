@@ -1,10 +1,10 @@
-# Has the kernel no longer record when each file and folder of a disk was last read.
+# Stops the kernel from recording when each file and folder of a disk was last read.
 #
 # Usage:  python3 -c "$(cat access_times.py)" FOLDER
-#   FOLDER  where the disk is mounted; other disks below it are left alone
+#   FOLDER  where the disk is mounted; other disks mounted below it are skipped
 # Input:  none.
 # Output: none.
-# Exit:   0, also where the disk has no such flag.
+# Exit:   0, also if the disk does not support the flag.
 import fcntl
 import os
 import stat

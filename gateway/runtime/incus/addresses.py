@@ -1,4 +1,4 @@
-"""Read from an instance's record which address it has, and where its site answers."""
+"""Read an instance's address, and where its site answers, from its record in Incus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Instance = Mapping[str, Any]
 
 
 def fixed(instance: Instance) -> str | None:
-    """Return the address that an instance has while it is stopped, too."""
+    """Return an instance's configured address, which it has even while stopped."""
     for device in instance["expanded_devices"].values():
         if device.get("type") == "nic" and device.get("ipv4.address"):
             return str(device["ipv4.address"])
@@ -20,7 +20,7 @@ def fixed(instance: Instance) -> str | None:
 
 
 def leased(instance: Instance) -> str | None:
-    """Return the address that a running instance has now."""
+    """Return a running instance's current address."""
     for name, interface in ((instance.get("state") or {}).get("network") or {}).items():
         for address in () if name == "lo" else interface["addresses"]:
             if address["family"] == "inet" and address["scope"] == "global":
@@ -29,12 +29,12 @@ def leased(instance: Instance) -> str | None:
 
 
 def address_of(instance: Instance) -> str | None:
-    """Return the address of an instance, None while it has none."""
+    """Return an instance's address, or None."""
     return fixed(instance) or leased(instance)
 
 
 def exposure(instance: Instance, port: int, device: str = "site") -> Exposure | None:
-    """Return where an instance's site answers: through the proxy device where it has one, else directly."""
+    """Return where an instance's site answers: through its proxy device if it has one, else directly."""
     address = address_of(instance)
     if address is None:
         return None
@@ -47,9 +47,9 @@ def exposure(instance: Instance, port: int, device: str = "site") -> Exposure | 
 
 
 def sharers(instances: Sequence[Instance]) -> Mapping[str, Sequence[str]]:
-    """Return for each address the instances that have it, the eldest first.
+    """Return the instances of each address, oldest first.
 
-    More than one has it after `incus copy`, which takes the address over; Incus then starts neither of them.
+    Several share one after `incus copy`, which copies the address; Incus then starts none of them.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for instance in sorted(instances, key=lambda one: str(one.get("created_at"))):

@@ -1,4 +1,4 @@
-"""Bake a recipe: make a running instance what golden copies of it begin with."""
+"""Bake a recipe: turn a running instance into the state from which golden copies start."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gateway.runtime.probe import answer, ask
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
 
-_REST_LOOK: Final = 0.5  # seconds between two looks at what a container computes
-_REST_LOOKS: Final = 3  # at rest one after another until it is believed: a disk may have held it up
-_REST_SHARE: Final = 0.05  # of a CPU, below which it is at rest
+_REST_LOOK: Final = 0.5  # seconds between two measurements of CPU use
+_REST_LOOKS: Final = 3  # consecutive idle measurements required, since it may just be waiting for a disk
+_REST_SHARE: Final = 0.05  # of a CPU, below which a container counts as idle
 _REST_TIMEOUT: Final = 60.0
 
 
@@ -33,10 +33,10 @@ class Baking:
         self._making, self._provisioning = making, provisioning
 
     async def bake(self, name: str, recipe: Recipe) -> int:
-        """Make an instance the site, at rest after its first work, without what copies must not share.
+        """Install, start and warm up the site in an instance, and remove what copies must not share.
 
-        Return the bytes of its files. Raises what installing and starting raise, and `ExecFailed` if the
-        site does not stay up.
+        Returns the bytes of the instance's files. Raises what installing and starting raise, and `ExecFailed`
+        if the site does not stay up.
         """
         await self._provisioning.push(name, "live", recipe, None)
         await self._provisioning.reachable(name)
@@ -46,7 +46,7 @@ class Baking:
         return await self._provisioning.seal(name)
 
     async def _warm(self, name: str, recipe: Recipe) -> None:
-        """Wait until the site answers, have it do its first work, and see that it stays up under it."""
+        """Wait until the site answers, make it do its initial work, and check that it stays up."""
         found = exposure(await self._making.placed(name), recipe.port)
         assert found is not None
         await answer(found.address, found.port, recipe.health, self._settings.verify_timeout)
@@ -54,18 +54,18 @@ class Baking:
         for path in recipe.warm:
             with contextlib.suppress(OSError, ValueError, TimeoutError):
                 await ask(found.address, found.port, path)
-        with contextlib.suppress(TimeoutError):  # one that never rests is as warm as it gets
+        with contextlib.suppress(TimeoutError):  # a site that is never idle is as warm as it gets
             async with asyncio.timeout(_REST_TIMEOUT):
                 await self._at_rest(name)
         now = await self._provisioning.service(name, "live")
         if now is not None and now.restarts and now.started > answered:
-            raise ExecFailed("its site did not stay up while it was made ready", reason="unsteady")
+            raise ExecFailed("the site did not stay up while it was being prepared", reason="unsteady")
 
     async def _at_rest(self, name: str) -> None:
-        """Return once a container has hardly computed for a while.
+        """Wait until a container has used hardly any CPU for a while.
 
-        A dev server goes on after its answers: Vite bundles the dependencies and then writes them down, and
-        one that is stopped before has each copy of it do all that again.
+        A dev server keeps working after its answers: Vite bundles the dependencies and then stores them. If
+        it is stopped before that, each copy has to do it again.
         """
         looks, before = 0, await self._computed(name)
         while looks < _REST_LOOKS:
@@ -75,7 +75,7 @@ class Baking:
             before = now
 
     async def _computed(self, name: str) -> float:
-        """Return the CPU seconds of a container."""
+        """Return the CPU seconds used by a container."""
         with translated(name):
             state = await self._incus.state(name)
         return float(state["cpu"]["usage"]) / 1e9

@@ -1,7 +1,7 @@
-"""Creates instances, each with its own address, and removes those that failed, and no others.
+"""Create instances, each with its own address, and remove failed ones, and only those.
 
-The creator of an instance chooses its `volatile.uuid`. So it is known before it exists what an undo must
-remove, and never by its name alone, which may be another's by then.
+The creator chooses an instance's `volatile.uuid`. So even before the instance exists it is known what an undo
+has to remove; the name alone would not do, as it may belong to another instance by then.
 """
 
 from __future__ import annotations
@@ -31,54 +31,54 @@ log = logging.getLogger(__name__)
 
 IDENTITY: Final = "volatile.uuid"
 MADE: Final = "user.gateway.made"
-"""Holds the identity of the instance that we made: a copy of it that an operator makes has another."""
+"""The instance's identity when the gateway created it; a copy made by an operator has another one."""
 
 STATIC: Final = "raw.lxc"
-"""Gives an instance its address before anything of it runs; no two may have the same."""
+"""Sets an instance's address before anything in it runs; it must be unique."""
 
 FIRST_TO_GO: Final = "lxc.proc.oom_score_adj = 300\n"
-"""Has the kernel end a tenant's processes before the gateway's (100, deploy/*.service) and the host's.
+"""Makes the kernel kill a tenant's processes before the gateway's (100, deploy/*.service) and the host's.
 
-In the key `raw.lxc` of the profile, and so in every `raw.lxc` that stands in its place. A tenant's root may
-take it back to 0, not below.
+It is in the profile's `raw.lxc`, and therefore in every `raw.lxc` that overrides it. A tenant's root can
+lower it to 0, but not below.
 """
 
 _STATIC: Final = FIRST_TO_GO + "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
 _NIC: Final = "eth0"
-_LEASES: Final = 5.0  # seconds for which those of DHCP are believed
-_TRIES: Final = 20  # addresses that are tried until one is free
-_STOPS: Final = 5  # stops of an instance that others start again, until it is left alone
+_LEASES: Final = 5.0  # seconds for which DHCP leases are cached
+_TRIES: Final = 20  # addresses to try
+_STOPS: Final = 5  # attempts to stop an instance that another program keeps starting
 WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles")
-_PAUSE: Final = 0.2  # Incus has no word for "when it is no longer busy"
+_PAUSE: Final = 0.2  # seconds; Incus cannot tell when an instance is no longer busy
 
 Which = Callable[[Instance], bool]
 
 
 def identity_of(instance: Instance) -> str:
-    """Return what tells an instance from all others, those that had its name before it too."""
+    """Return an instance's unique id; earlier instances with its name had other ones."""
     return str(instance["config"].get(IDENTITY, ""))
 
 
 def is_ours(instance: Instance) -> bool:
-    """Say whether its marks are its own, and not copied with the rest of another's configuration."""
+    """Return whether an instance's marks are its own, not copied from another's configuration."""
     identity = identity_of(instance)
-    # one of an earlier version has no such note
+    # instances of an earlier version lack the key
     return bool(instance["config"].get(MADE, identity) == identity)
 
 
 class Creation:
-    """Makes and removes the instances of one Incus project. `removed` hears what was removed, and why."""
+    """Creates and removes the instances of one Incus project. `removed` is told of each removal."""
 
     def __init__(self, settings: Settings, incus: Incus, removed: Removed = unheard) -> None:
         self._settings = settings
         self._incus = incus
         self._removed = removed
         self._choosing = asyncio.Lock()
-        self._promised: set[str] = set()  # addresses of instances that are being made
+        self._promised: set[str] = set()  # addresses of instances being created
         self._leases: set[str] = set()
-        self._lease_look = 0.0  # when they are asked for again
+        self._lease_look = 0.0  # when to fetch them again
 
-    # --- made ---------------------------------------------------------------------------------------
+    # --- creating -----------------------------------------------------------------------------------
 
     async def make(
         self,
@@ -93,7 +93,7 @@ class Creation:
     ) -> None:
         """Create an instance with its own address. Raises `Conflict` if the name is taken.
 
-        A cancel does not stop the creation half-way, so that the undo finds the instance.
+        A cancel does not interrupt the creation, so that the undo finds the instance.
         """
         identity = identity or str(uuid4())
         nic = devices.get(_NIC) or (await self.profile())["devices"][_NIC]
@@ -113,15 +113,15 @@ class Creation:
                         await self.operate("POST", "/1.0/instances", body)
                         return
                     except IncusError as error:
-                        # another gateway took that address in between
+                        # another gateway took the address in the meantime
                         if "IP address" not in error.message or attempt == _TRIES - 1:
                             raise
-            # what is left of it would stand in the way of another try
+            # the remains would make the next attempt fail
             await self.remove(lambda one: identity_of(one) == identity, "its address was taken")
 
     @contextlib.asynccontextmanager
     async def undone(self, why: str) -> AsyncIterator[str]:
-        """Give the identity for a new instance; where the body fails the instance of that one is removed."""
+        """Yield an identity for a new instance; if the body fails, the instance with it is removed."""
         identity = str(uuid4())
         try:
             yield identity
@@ -129,21 +129,21 @@ class Creation:
             try:
                 await whole(self.remove(lambda one: identity_of(one) == identity, why))
             except GatewayError as error:
-                log.error("an instance that came to nothing (%s) is still there: %s", identity, error.message)
+                log.error("cannot remove the failed instance %s: %s", identity, error.message)
             raise
 
     async def free(self, name: str) -> None:
-        """Return if no instance has that name. Raises `Conflict`."""
+        """Raise `Conflict` if an instance has that name."""
         with contextlib.suppress(NotFound), translated(name):
             await self._incus.get(instance_path(name))
             raise Conflict(f"tenant {name} already exists; choose another name")
 
-    # --- removed ------------------------------------------------------------------------------------
+    # --- removing -----------------------------------------------------------------------------------
 
     async def remove(self, which: Which, why: str) -> None:
-        """Destroy all instances for which that is true, in whatever state; return once there is none.
+        """Destroy all instances for which `which` is true, in any state; return once there are none.
 
-        Those that are still being made are waited for. What comes under one's name meanwhile stays.
+        Instances still being created are waited for. A new instance that takes a name meanwhile is kept.
         """
         asked: dict[str, Instance] = {}
         left: Sequence[Instance] = []
@@ -156,20 +156,20 @@ class Creation:
                         except NotFound:
                             continue
                         except (Conflict, Unavailable) as error:
-                            log.info("%s cannot be removed yet: %s", instance["name"], error.message)
+                            log.info("cannot remove %s yet: %s", instance["name"], error.message)
                             await asyncio.sleep(_PAUSE)
         except TimeoutError:
-            raise Timeout("an instance could not be removed in time; the gateway's log says more") from None
+            raise Timeout("an instance could not be removed in time; see the gateway's log") from None
         finally:
             still = {identity_of(one) for one in left}
             for identity, gone in asked.items():
                 if identity not in still:
-                    # what is kept ready is no tenant
+                    # prepared instances are not tenants
                     tenant = gone["name"] if gone["config"].get(MANAGED) != "false" else None
                     await self._removed(Removal(tenant, gone["name"], identity, why))
 
     async def destroy(self, name: str, identity: str) -> None:
-        """Destroy the instance that has that name and identity. Raises `NotFound` if there is none."""
+        """Destroy the instance with this name and identity. Raises `NotFound` if there is none."""
         asked: dict[str, Instance] = {}
         there = await self.instance(name)
         if identity_of(there) == identity:
@@ -178,10 +178,10 @@ class Creation:
             raise NotFound(f"no tenant {name}")
 
     async def _remove(self, instance: Instance, which: Which, asked: dict[str, Instance]) -> None:
-        """Stop and delete an instance, unless it is another by now; `asked` gets it before it is deleted."""
+        """Stop and delete an instance unless its name is another's by now; record it in `asked` first."""
         name, identity = instance["name"], identity_of(instance)
         for _ in range(_STOPS):
-            # Incus knows names alone: a look right before each step
+            # Incus addresses instances by name only, so check right before each step
             now = await self.instance(name)
             if identity_of(now) != identity or not which(now):
                 return
@@ -191,7 +191,7 @@ class Creation:
             with translated(name):
                 await self.operate("PUT", instance_path(name, "state"), body)
         else:
-            raise Conflict(f"{name} is started again and again by another program")
+            raise Conflict(f"another program keeps starting {name}")
         asked[identity] = now
         with translated(name):
             await self.operate("DELETE", instance_path(name))
@@ -199,9 +199,9 @@ class Creation:
     # --- addresses ----------------------------------------------------------------------------------
 
     async def anchor(self, name: str) -> None:
-        """Give an instance without a fixed address one: that which it has now, or one that is free.
+        """Fix an instance's address: its current one, or else a free one.
 
-        Where its site is must be known while it sleeps, too.
+        The location of its site must be known even while it sleeps.
         """
         now = await self.placed(name)
         nic = now["expanded_devices"].get(_NIC)
@@ -210,7 +210,7 @@ class Creation:
         bridge = IPv4Interface(self._settings.network_ipv4)
         has = leased(now)
         if has is None and now["status"] != "Stopped":
-            return  # it may be just about to get one, which would not be the one chosen here
+            return  # it may be about to get one other than the one chosen here
         async with contextlib.AsyncExitStack() as stack:
             if has is None or IPv4Address(has) not in bridge.network:
                 address = await stack.enter_async_context(self._free_address())
@@ -224,17 +224,17 @@ class Creation:
                 await self.operate("PATCH", instance_path(name), change)
 
     def _static(self, address: IPv4Interface) -> str:
-        # it has its address from the first moment, and not only when it has asked for it
+        # it has its address from the start, not only after DHCP
         gateway = IPv4Interface(self._settings.network_ipv4).ip
         return _STATIC.format(address=address, gateway=gateway)
 
     @contextlib.asynccontextmanager
     async def _free_address(self) -> AsyncIterator[IPv4Interface]:
-        """Choose a free address, and reserve it here until its instance is made."""
+        """Choose a free address and reserve it until its instance is created."""
         settings = self._settings
         bridge = IPv4Interface(settings.network_ipv4)
         async with self._choosing:
-            # of these the instances may be made after all are listed, and before the choice
+            # read first: their instances may be created between the listing and the choice
             taken = {str(bridge.ip), *self._promised}
             instances = await self.instances()
             taken |= await self._leased()
@@ -245,19 +245,19 @@ class Creation:
                     if "ipv4.address" in device
                 }
             first, count = int(bridge.network.network_address) + 1, bridge.network.num_addresses - 2
-            # for seconds this host takes an address that was another's for that one's: not at once again
+            # this host maps a reused address to its former owner for some seconds, so avoid recent ones
             known = await asyncio.to_thread(_neighbours)
             if len(taken | known) < count:
                 taken |= known
             if len(taken) >= count:
                 raise Unavailable(
-                    f"every address of {settings.network_ipv4} is taken; choose a larger "
+                    f"all addresses of {settings.network_ipv4} are taken; choose a larger "
                     "GATEWAY_NETWORK_IPV4",
                     reason="quota",
                 )
             address = str(bridge.ip)
             while address in taken:
-                # at random: of two gateways that ask at the same time each gets another
+                # at random, so that two gateways choosing at the same time get different ones
                 address = str(IPv4Address(first + random.randrange(count)))  # noqa: S311 - no secret
             self._promised.add(address)
         try:
@@ -266,9 +266,9 @@ class Creation:
             self._promised.discard(address)
 
     async def _leased(self) -> set[str]:
-        """Return the addresses that DHCP has given away, as incusd told them some seconds ago at most.
+        """Return the addresses leased by DHCP, at most some seconds old.
 
-        It looks through all instances for them. One that is given away since shows among the neighbours.
+        incusd goes through all instances to list them. A newer lease shows up among the neighbours.
         """
         now = time.monotonic()
         if now >= self._lease_look:
@@ -289,12 +289,12 @@ class Creation:
             return await self._incus.instance(name, state=lambda one: False)
 
     async def placed(self, name: str) -> Instance:
-        """Return an instance with its `state` only where that alone tells its address."""
+        """Return an instance, with its `state` only if that is needed for its address."""
         with translated(name):
             return await self._incus.instance(name, state=lambda one: fixed(one) is None)
 
     async def devices(self, size: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
-        """Return the devices in which an instance of a size differs from the tenants' profile."""
+        """Return the devices of an instance of a size that differ from the tenants' profile."""
         if "disk" not in size:
             return {}
         return {"root": {**(await self.profile())["devices"]["root"], "size": size["disk"]}}
@@ -305,30 +305,30 @@ class Creation:
             return await self._incus.profile(self._settings.profile)
 
     async def operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Do an operation, and see its end also where this is cancelled: nothing happens after an undo."""
+        """Run an operation to its end even if cancelled, so that nothing happens after an undo."""
         await whole(self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout))
 
     async def remove_device(self, name: str, device: str) -> None:
-        """Take a device of its own from an instance, and change nothing else of it. Idempotent."""
+        """Remove a device from an instance's own configuration and change nothing else. Idempotent."""
         path, limit = instance_path(name), self._settings.lifecycle_timeout
         for attempt in range(_TRIES):
             with translated(name):
                 found, tag = await self._incus.get_tagged(path)
                 if device not in found["devices"]:
                     return
-                # Incus takes a device away only with the whole of an instance's configuration
+                # Incus removes a device only by a PUT of the instance's whole configuration
                 kept = {key: found[key] for key in WHOLE}
                 kept["devices"] = {key: value for key, value in found["devices"].items() if key != device}
                 try:
                     await whole(self._incus.operate("PUT", path, kept, timeout=limit, if_match=tag))
                     return
                 except IncusError as error:
-                    if error.status != 412 or attempt == _TRIES - 1:  # others changed it meanwhile
+                    if error.status != 412 or attempt == _TRIES - 1:  # 412: changed by others meanwhile
                         raise
 
 
 def _neighbours() -> set[str]:
-    """Return the addresses that this host's kernel believes to know."""
+    """Return the addresses in this host's neighbour table."""
     with contextlib.suppress(OSError):
         return {line.split()[0] for line in Path("/proc/net/arp").read_text().splitlines()[1:]}
     return set()

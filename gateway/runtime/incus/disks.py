@@ -15,13 +15,13 @@ from gateway.runtime.incus.errors import translated
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
 
-# by it a machine tells itself from another: two of one id would be given one address
+# identifies a machine: two with the same id would get the same address
 _MACHINE_ID: Final = "/etc/machine-id"
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The configuration for an instance with a copy of another's disk. Keys in `unset` are not copied."""
+    """The configuration of an instance with a copy of another's disk. Keys in `unset` are not copied."""
 
     source: Mapping[str, Any]
     unset: dict[str, str]
@@ -30,7 +30,7 @@ class Copy:
 
 
 class Disks:
-    """The disks of one Incus project's instances. Nothing here looks whether an instance is a tenant."""
+    """The disks of one Incus project's instances. Does not check whether an instance is a tenant."""
 
     def __init__(self, settings: Settings, incus: Incus) -> None:
         self._timeout = settings.lifecycle_timeout
@@ -43,18 +43,18 @@ class Disks:
 
     async def snapshot(self, name: str, snapshot: str) -> Snapshot:
         if any(kept.name == snapshot for kept in await self.snapshots(name)):
-            raise Conflict(f"tenant {name} has a snapshot {snapshot}; choose another name")
+            raise Conflict(f"tenant {name} already has a snapshot {snapshot}; choose another name")
         body = {"name": snapshot, "stateful": False}
         with translated(name):
             await self._operate("POST", instance_path(name, "snapshots"), body)
             return _snapshot(await self._incus.get(instance_path(name, "snapshots", snapshot)))
 
     async def restore(self, name: str, snapshot: str) -> None:
-        """Bring back the disk of a stopped instance, and nothing but the disk."""
+        """Restore only the disk of a stopped instance."""
         with translated(name):
             before = await self._incus.get(instance_path(name))
             await self._operate("PUT", instance_path(name), {"restore": snapshot})
-            # Incus brings back the settings of then too: an old domain might be another tenant's by now
+            # Incus restores old settings too, but e.g. an old domain may belong to another tenant by now
             after = await self._incus.get(instance_path(name))
             config = {
                 **_own(before),
@@ -70,9 +70,9 @@ class Disks:
 
     @staticmethod
     def copy_of(found: Mapping[str, Any], snapshot: str | None) -> Copy:
-        """Return what a copy of that instance's disk is made of, with the instance's limits."""
+        """Return the configuration of a copy of an instance's disk, with the instance's limits."""
         name = found["name"]
-        # a key that is not given is copied; an empty value prevents that
+        # keys that are not given are copied; an empty value prevents that
         unset = {key: "" for key in found["config"] if key.startswith("user.") or key == STATIC}
         devices = {
             device: {key: value for key, value in facts.items() if key != "ipv4.address"}
@@ -87,14 +87,14 @@ class Disks:
         return Copy(source, unset, devices, found["profiles"])
 
     async def blank(self, name: str) -> None:
-        """Take the machine's name for itself away from a copy that has not run yet."""
+        """Clear the machine id of a copy that has not been started yet."""
         with translated(name):
             await self._incus.put_file(name, _MACHINE_ID, b"", mode=0o444)
 
     async def fits(self, instance: Mapping[str, Any], snapshot: str) -> None:
-        """Return if there is that snapshot, and the instance's disk has room for all that it may hold.
+        """Raise `NotFound` if there is no such snapshot, `Conflict` if its disk was larger than now.
 
-        Raises `NotFound` and `Conflict`. A disk with more on it than its quota cannot be used any more.
+        A disk that holds more than its quota would become unusable.
         """
         name = instance["name"]
         await self.known(name, snapshot)
@@ -103,13 +103,13 @@ class Disks:
         then, now = (one["expanded_devices"].get("root", {}).get("size", "") for one in (kept, instance))
         if size_of(now) and size_of(then) > size_of(now):
             raise Conflict(
-                f"snapshot {snapshot} is of a disk of {then}, and the tenant has one of {now} now; "
-                "give the tenant that size again first (PATCH size, incus-gateway resize)",
+                f"snapshot {snapshot} is of a disk of {then}, but the tenant's disk has {now} now; "
+                "give the tenant its former size first (PATCH size, incus-gateway resize)",
                 reason="in_use",
             )
 
     async def known(self, name: str, snapshot: str) -> None:
-        """Return if there is that snapshot. Raises `NotFound`."""
+        """Raise `NotFound` if there is no such snapshot."""
         if not any(kept.name == snapshot for kept in await self.snapshots(name)):
             raise NotFound(f"tenant {name} has no snapshot {snapshot[:63]}")
 
@@ -118,12 +118,12 @@ class Disks:
 
 
 def _snapshot(found: Mapping[str, Any]) -> Snapshot:
-    size = found.get("size", -1)  # a pool without quotas tells none
+    size = found.get("size", -1)  # unknown in a pool without quotas
     return Snapshot(found["name"].rpartition("/")[2], found["created_at"], None if size < 0 else size)
 
 
 def _kept(key: str) -> bool:
-    """Say whether a setting is the operator's or ours, not Incus's own notes of the instance."""
+    """Return whether a key was set by the operator or the gateway, not by Incus itself."""
     return not key.startswith(("volatile.", "image."))
 
 

@@ -1,4 +1,4 @@
-"""Turn what incusd refuses, and what it does not do in time, into our errors."""
+"""Translate incusd's errors and timeouts into the gateway's errors."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Final
 from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import IncusError
 
-DISK_FULL: Final = "the tenant's disk is full; give it a larger one, or make room on it"
+DISK_FULL: Final = "the tenant's disk is full; make room on it, or give the tenant a larger size"
 POOL_FULL: Final = "the storage pool is full; enlarge it, or make room in it"
-_POOL_AWAY: Final = "the storage pool cannot be used; see `incus storage list` and what its disk says"
+_POOL_AWAY: Final = "the storage pool is unavailable; see `incus storage list`, and check its disk"
 _NETWORK_AWAY: Final = (
-    "the tenants' network is down in Incus; if Incus has just started, ask again in a minute; otherwise see "
+    "the tenants' network is down in Incus; if Incus has just started, try again in a minute; otherwise see "
     "`incus network list` and incusd's log"
 )
-_TAKEN: Final = "no port could be had for the site; set GATEWAY_EXPOSE_PORTS to ports that nobody else uses"
+_TAKEN: Final = "no free port for the site; set GATEWAY_EXPOSE_PORTS to ports that nothing else uses"
 
-# a pattern of what incusd says, in lower case: which reason that is, and what to do
+# pattern of incusd's message in lower case -> reason, and what to do
 _CAUSES: Final = {
     "no space left": ("disk_full", POOL_FULL),
     "quota exceeded": ("disk_full", DISK_FULL),
     "storage pool not found": ("no_pool", "the storage pool is missing; run incus-gateway setup"),
-    # its disk is away, or the folder or file that it is made of
+    # its disk is missing, or the folder or file that backs it
     'storage pool (is|"[^"]*") unavailable': ("no_pool", _POOL_AWAY),
     "failed to create mount directory": ("no_pool", _POOL_AWAY),
     "requested profile": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
     "profile not found": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
-    # incusd could not bring it up at its start, and tries again each minute
+    # incusd could not bring it up when it started, and retries every minute
     'network "[^"]*" unavailable': ("no_network", _NETWORK_AWAY),
-    # somebody removed the bridge while incusd runs
+    # the bridge was removed while incusd was running
     'parent device "[^"]*" doesn\'t exist': ("no_network", _NETWORK_AWAY),
     "image not provided": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image not found": ("no_image", "the base image is missing; run incus-gateway image build"),
@@ -40,18 +40,18 @@ _CAUSES: Final = {
     "image alias not found": ("no_image", "the base image is missing; run incus-gateway image build"),
     "reached maximum number of": (
         "quota",
-        "the Incus project takes no more; raise its limits",
+        "a limit of the Incus project is reached; raise it",
     ),
     "already defined on another nic": (
         "address_shared",
-        "another instance has the address of this one too, so that Incus starts neither; whoever runs the "
-        "gateway gives one of them another: `incus-gateway doctor` says how",
+        "another instance has the same address, so Incus starts neither; the operator must give one of them "
+        "another address: `incus-gateway doctor` says how",
     ),
     "address already in use": ("port_taken", _TAKEN),
     "starting proxy device": ("port_taken", _TAKEN),
 }
 
-# of the others it is enough to ask again once the cause is mended
+# all others are `Unavailable`: a retry succeeds once the cause is fixed
 _KINDS: Final = {"quota": RateLimited, "address_shared": Conflict}
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def translated(name: str) -> Iterator[None]:
-    """Turn incusd's words, which may name host paths, into ours; the log keeps them."""
+    """Translate incusd's errors, whose messages may name host paths, and log the originals."""
     try:
         yield
     except IncusError as error:
@@ -67,7 +67,7 @@ def translated(name: str) -> Iterator[None]:
         lowered = said.lower()
         if error.status == 0:
             raise Unavailable(
-                f"Incus cannot be reached; is incusd running? ({said})", reason="incus_down"
+                f"cannot reach Incus; is incusd running? ({said})", reason="incus_down"
             ) from error
         for pattern, (reason, advice) in _CAUSES.items():
             if re.search(pattern, lowered):
@@ -77,25 +77,25 @@ def translated(name: str) -> Iterator[None]:
             state = "frozen" if "frozen" in lowered else "stopped"
             raise TenantNotRunning(f"tenant {name} is {state}; start it first", status=state) from error
         if error.status == 404:
-            what = f"no tenant {name}" if name else "Incus has no such thing"
+            what = f"no tenant {name}" if name else "the object does not exist in Incus"
             raise NotFound(what) from error
         if error.status == 409 or "already exists" in lowered or "unique constraint" in lowered:
-            raise Conflict(f"tenant {name} already exists, or is busy with another change") from error
+            raise Conflict(f"tenant {name} already exists, or another change is under way") from error
         if error.status == 408:
-            raise Timeout(f"Incus did not finish with tenant {name} in time") from error
+            raise Timeout(f"an operation of Incus on tenant {name} timed out") from error
         log.warning("Incus on tenant %s: %s", name, said)
         if "retrieve pid" in lowered or "resource temporarily unavailable" in lowered:
             raise Unavailable(
                 f"tenant {name} cannot start a process: its process limit is reached"
             ) from error
-        raise Unavailable(f"Incus failed with tenant {name}; the gateway's log says why") from error
+        raise Unavailable(f"an operation of Incus on tenant {name} failed; see the gateway's log") from error
 
 
 @contextlib.contextmanager
 def in_time(name: str, stage: str) -> Iterator[None]:
-    """Turn a passed deadline of a start into our error; the log keeps what was waited for."""
+    """Translate a timeout during a start, and log what was waited for."""
     try:
         yield
     except TimeoutError as error:
-        log.warning("a command of %s did not start in time: waited for the %s", name, stage)
+        log.warning("a command of %s did not start in time: waiting for the %s", name, stage)
         raise Timeout("the command did not start in time; the tenant may be overloaded") from error

@@ -1,7 +1,7 @@
-"""Keep the sites of a container that were live; see `gateway.runtime.sites.FormerSites`.
+"""Formerly live sites in a container; see `gateway.runtime.sites.FormerSites`.
 
-They lie in a folder of the container that is its root's, on the disk of the workspace. What is there is the
-tenant's, and is read as Incus reads files of a container, which need not run for that.
+They are in a folder of the container's root, on the workspace's disk. The tenant controls its contents. It is
+read through Incus's file API, for which the container need not run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gateway.settings import Settings
 
 _TAKE: Final = Path(__file__).with_name("take_former.sh").read_text()
 _PUT: Final = Path(__file__).with_name("put_former.sh").read_text()
-_NONE: Final = 3  # exit of take_former.sh where no such site is kept
-_LIST_MAX: Final = 64 << 10  # bytes of what is read
+_NONE: Final = 3  # exit code of take_former.sh if no such site is kept
+_LIST_MAX: Final = 64 << 10  # most bytes of each file
 _UNIT_MAX: Final = 512 << 10
 _ENVIRONMENT_MAX: Final = 512 << 10
 _SINCE: Final = re.compile(r"[0-9]{1,12}")
@@ -62,8 +62,8 @@ class IncusFormerSites:
             return service_unit.environment_of((text or b"").decode())
         except ValueError:
             raise Conflict(
-                f"{path} of tenant {tenant} was changed by hand and cannot be understood; write it as "
-                'NAME="value", one a line, or deploy the site with `env`, which writes it again'
+                f"{path} of tenant {tenant} was edited by hand and cannot be parsed; write it as "
+                'NAME="value", one per line, or deploy the site with `env`, which rewrites it'
             ) from None
 
     async def take(self, tenant: str, former: str) -> None:

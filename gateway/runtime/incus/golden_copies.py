@@ -1,6 +1,6 @@
-"""Keeps golden copies: stopped instances from which tenants of a template, or of an upload, are made.
+"""Golden copies: stopped instances from which the tenants of a template or an upload are created.
 
-Marks in Incus say which gateway an instance belongs to: see `marks`.
+Marks in Incus tell which gateway an instance belongs to: see `marks`.
 """
 
 from __future__ import annotations
@@ -43,48 +43,48 @@ log = logging.getLogger(__name__)
 GOLDEN_SNAPSHOT: Final = "ready"
 
 UNMARKED: Final = dict.fromkeys((OWNER, KEY, BASE, BYTES, UPLOADER, USED), "")
-"""Set in the configuration of a tenant that is a copy, which takes over what is not said."""
+"""Set on a tenant created as a copy, which inherits all keys that are not given."""
 
-_GENERATION: Final = 4  # of golden copies; a higher one where they are made in another way
+_GENERATION: Final = 4  # increased when golden copies are made in a different way
 _NOTHING: Final = Recipe(b"", ("true",), 3000)
 _LIMITS: Final = ("cpu", "memory")
-_REFUSED: Final = 1000  # uploads of which no copy can be made that are known by heart
+_REFUSED: Final = 1000  # most remembered uploads that cannot be copied
 
 Bake = Callable[[str, Recipe], Awaitable[int]]
-"""Makes a running instance what copies begin with, and returns the bytes of its files: `Baking.bake`."""
+"""Turns a running instance into what copies start from; returns the bytes of its files: `Baking.bake`."""
 
 
 class GoldenCopies:
-    """The golden copies of one gateway; its pool is filled from them."""
+    """The golden copies of one gateway, from which its pool is filled."""
 
     def __init__(
         self, settings: Settings, incus: Incus, making: Creation, marks: Marks, pool: Pool, bake: Bake
     ) -> None:
         self._settings, self._incus, self._making = settings, incus, making
         self._marks, self._pool, self._bake = marks, pool, bake
-        # Incus shows a snapshot that is still being made: these were seen to be whole
+        # Incus lists a snapshot that is still being created; these are known to be complete
         self._whole: set[str] = set()  # by name
         self._preparing: dict[str, asyncio.Task[None]] = {}
-        self._copying: Counter[str] = Counter()  # golden copies, by name, that are just being copied
-        self._used: dict[str, float] = {}  # those of uploads, since it was last written beside them
-        # uploads by key of which a copy failed, or is too large: not made again for each of their tenants
+        self._copying: Counter[str] = Counter()  # golden copies, by name, that are being copied
+        self._used: dict[str, float] = {}  # last use of uploads' copies, not written to Incus yet
+        # keys of uploads whose copy failed or is too large: not tried again for each of their tenants
         self._refused: dict[str, None] = {}
 
     async def aclose(self) -> None:
-        """Stop preparing, and remove the pool, which has no owner any more."""
+        """Stop preparing, and remove the pool, which would have no owner."""
         preparing = list(self._preparing.values())
         for task in preparing:
             task.cancel()
-        if preparing:  # the next process removes what is not finished by then
+        if preparing:  # the next process removes unfinished ones
             await asyncio.wait(preparing, timeout=self._settings.shutdown_timeout / 2)
         with contextlib.suppress(GatewayError, TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_timeout / 2):
                 await self._pool.drain()
 
-    # --- taken --------------------------------------------------------------------------------------
+    # --- use ----------------------------------------------------------------------------------------
 
     async def key(self, recipe: Recipe) -> str:
-        """Name what a recipe becomes on the present image; empty if it must not be shared."""
+        """Return the key of a recipe on the current image, empty if it must not be shared."""
         if not recipe.key or not self._settings.golden:
             return ""
         with translated(""):
@@ -93,9 +93,9 @@ class GoldenCopies:
 
     @contextlib.asynccontextmanager
     async def source(self, key: str) -> AsyncIterator[Mapping[str, str] | None]:
-        """Give what a copy of a key's golden copy is made from; None if there is none.
+        """Yield the source for copying a key's golden copy, or None if there is none.
 
-        It stays as long as the context is open.
+        The golden copy is kept while the context is open.
         """
         name = golden_name(key)
         if not key or name not in self._whole:
@@ -108,14 +108,14 @@ class GoldenCopies:
         finally:
             self._copying[name] -= 1
 
-    # --- made ready ---------------------------------------------------------------------------------
+    # --- preparation --------------------------------------------------------------------------------
 
     def prepare(
         self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
     ) -> None:
-        """Have a golden copy of a recipe, and of a template a full pool, in the background.
+        """Make a golden copy of a recipe in the background, and for a template fill the pool.
 
-        The pool is filled while it is `quiet`: what a deployment gains by it, it costs the others.
+        The pool is filled only while it is `quiet`, because that slows down other deployments.
         """
         key = recipe.key
         if not key or not self._settings.golden or key in self._preparing or key in self._refused:
@@ -129,7 +129,7 @@ class GoldenCopies:
     async def _prepare(
         self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str], quiet: Quiet
     ) -> None:
-        """Have a golden copy and a full pool; only time is lost without: tenants are made from the image."""
+        """Make a golden copy and fill the pool. A failure costs only time: tenants come from the image."""
         try:
             key = await self.key(recipe)
             golden = golden_name(key)
@@ -144,10 +144,10 @@ class GoldenCopies:
         except GatewayError as error:
             prepared(error)
         except TimeoutError:
-            prepared(Timeout("its site did not answer in time", reason="never_healthy"))
+            prepared(Timeout("the site did not answer in time", reason="never_healthy"))
         except Exception:
-            log.exception("a template could not be made ready")
-            prepared(Unavailable("the gateway's log says why"))
+            log.exception("cannot prepare a template")
+            prepared(Unavailable("see the gateway's log"))
 
     async def _make_golden(self, name: str, key: str, recipe: Recipe, size: Mapping[str, str]) -> None:
         await self._making.remove(
@@ -166,7 +166,7 @@ class GoldenCopies:
             with translated(name):
                 body = {"action": "stop", "timeout": -1, "force": True}
                 await self._making.operate("PUT", instance_path(name, "state"), body)
-                # what a copy may have is asked for with it
+                # limits are set on each copy
                 change = dict.fromkeys(limits, "")
                 if recipe.owner:
                     disk = ((await self._incus.state(name)).get("disk") or {}).get("root") or {}
@@ -178,10 +178,10 @@ class GoldenCopies:
                 )
         self._whole.add(name)
 
-    # --- of uploads ---------------------------------------------------------------------------------
+    # --- uploads ------------------------------------------------------------------------------------
 
     async def _prepare_upload(self, name: str, key: str, recipe: Recipe, size: Mapping[str, str]) -> None:
-        """Have a golden copy of an upload, if it has a place among the others."""
+        """Make a golden copy of an upload, if there is room for it among the others."""
         if self._settings.upload_copies < 1 or await self._golden_is_ready(name):
             return
         try:
@@ -193,7 +193,7 @@ class GoldenCopies:
             raise
         if name not in self._whole:
             self._refuse(recipe.key)
-            log.info("the golden copy of an upload went at once: it is too large, or its tenant has ended")
+            log.info("the golden copy of an upload was removed at once: too large, or its tenant is gone")
 
     def _refuse(self, key: str) -> None:
         self._refused[key] = None
@@ -201,7 +201,7 @@ class GoldenCopies:
             del self._refused[next(iter(self._refused))]
 
     async def tidy(self) -> None:
-        """Remove the copies of uploads that are not needed any more, and note when the others were used."""
+        """Remove the copies of uploads that are no longer needed, and record the last use of the others."""
         await self._remove_surplus()
         for copy in self._uploads(await self._making.instances()):
             if self._used.get(copy.name, 0.0) >= copy.used and not self._copying[copy.name]:
@@ -210,12 +210,12 @@ class GoldenCopies:
                     await self._making.operate("PATCH", instance_path(copy.name), change)
 
     async def spare(self, wanted: int) -> int:
-        """Remove copies of uploads that hold so many bytes together, or all; return how many they held."""
+        """Remove copies of uploads to free `wanted` bytes, or all copies; return the bytes freed."""
         copies = self._uploads(await self._making.instances())
         return await self._give_up(freeing(copies, wanted), "the storage pool is nearly full")
 
     async def _remove_surplus(self, coming: str | None = None) -> None:
-        """Remove the copies beyond what may be kept, and with `coming` for one more of that owner."""
+        """Remove copies above the limits; `coming` is an owner for whom to make room for one more."""
         instances = await self._making.instances()
         copies = self._uploads(instances)
         if not copies:
@@ -232,7 +232,7 @@ class GoldenCopies:
         await self._give_up(gone, "a golden copy of an upload is no longer wanted")
 
     async def _give_up(self, copies: Collection[Upload], why: str) -> int:
-        """Remove copies, but for those that a tenant is just made of; return how many bytes they held."""
+        """Remove copies, except those being copied for a tenant; return the bytes they held."""
         free = [copy for copy in copies if not self._copying[copy.name]]
         for copy in free:
             self._whole.discard(copy.name)
@@ -245,18 +245,18 @@ class GoldenCopies:
         return sum(copy.bytes for copy in free)
 
     def _uploads(self, instances: Sequence[Mapping[str, Any]]) -> list[Upload]:
-        """Return the copies of uploads that are whole."""
+        """Return the complete copies of uploads."""
         golden = self._marks.among(instances, "golden")
         found = (upload_of(one, self._used) for one in golden if one["name"] in self._whole)
         return [upload for upload in found if upload is not None]
 
     async def _base(self) -> str:
-        """Name what a copy is made on now."""
+        """Return the key of the base on which copies are currently made."""
         with translated(""):
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
         return prepared_key(self._settings, _NOTHING, alias["target"])
 
-    # --- whole --------------------------------------------------------------------------------------
+    # --- completeness -------------------------------------------------------------------------------
 
     async def _golden_is_ready(self, name: str) -> bool:
         return name in self._whole and await self._has_snapshot(name)
@@ -264,16 +264,16 @@ class GoldenCopies:
     async def _has_snapshot(self, name: str) -> bool:
         try:
             with translated(name):
-                # of one by its name Incus asks the pool for its size, which costs ten times as much
+                # for a single snapshot Incus asks the pool for its size, which costs ten times as much
                 found = await self._incus.get(instance_path(name, "snapshots"))
         except NotFound:
             return False
         return any(str(one).rpartition("/")[2] == GOLDEN_SNAPSHOT for one in found)
 
-    # --- of earlier processes -----------------------------------------------------------------------
+    # --- earlier processes --------------------------------------------------------------------------
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        """Keep what an earlier process prepared for these recipes; destroy the rest of what it left."""
+        """Keep what an earlier process prepared for these recipes; destroy everything else it left."""
         keys = {await self.key(recipe) for recipe in recipes if recipe.key}
         base = await self._base() if self._settings.golden else ""
         with translated(""):
@@ -293,19 +293,19 @@ class GoldenCopies:
                 self._whole.add(name)
         await self._making.remove(
             lambda one: identity_of(one) in outdated and self._marks.on(one, "golden", "pool"),
-            "it was made ready by an earlier life, for other templates",
+            "an earlier process prepared it for other templates",
         )
 
 
 def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
-    """Name what a recipe becomes on the image of that fingerprint, for one gateway."""
+    """Return the key of a recipe on the image with that fingerprint, for one gateway."""
     unit = service_unit.unit(settings, recipe, "live")
     facts = f"{_GENERATION} {recipe.key} {image} {owner(settings)} {unit}"
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
 
 def golden_name(key: str) -> str:
-    """Return the instance that is a key's golden copy once it has the snapshot `GOLDEN_SNAPSHOT`."""
+    """Return the name of a key's golden copy, complete once it has the snapshot `GOLDEN_SNAPSHOT`."""
     return f"gateway-golden-{key}"
 
 

@@ -16,7 +16,7 @@ _TRIES: Final = 20
 
 
 class Headroom:
-    """The memory that instances have for as long as they are updated."""
+    """Extra memory for instances during an update."""
 
     def __init__(self, settings: Settings, incus: Incus, making: Creation) -> None:
         self._settings, self._incus, self._making = settings, incus, making
@@ -39,17 +39,17 @@ class Headroom:
                     await whole(self._incus.operate("PATCH", path, change, timeout=patience, if_match=tag))
                     return
                 except IncusError as error:
-                    if error.status != 412 or attempt == _TRIES - 1:  # its size was changed meanwhile
+                    if error.status != 412 or attempt == _TRIES - 1:  # 412: the size was changed meanwhile
                         raise
 
     async def shrink(self, tenant: str) -> None:
-        """Give an instance the memory back that it had before `grow`. Idempotent."""
+        """Restore the memory limit from before `grow`. Idempotent."""
         config = (await self._making.placed(tenant))["config"]
         if UPDATING not in config:
             return
         before, _, doubled = config[UPDATING].partition(" ")
         change = {UPDATING: ""}
-        if config.get("limits.memory") == doubled or not doubled:  # else others gave it another one
+        if config.get("limits.memory") == doubled or not doubled:  # otherwise someone has changed it
             change["limits.memory"] = "" if before == "-" else before
         with translated(tenant):
             await self._making.operate("PATCH", instance_path(tenant), {"config": change})

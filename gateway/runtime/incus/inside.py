@@ -1,4 +1,4 @@
-"""Run a second command in a container, which ends another one or unblocks it."""
+"""Run a helper command in a container that kills or unblocks another one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gateway.runtime.incus.errors import in_time, translated
 from gateway.runtime.launcher import DRAIN_SCRIPT, KILL_SCRIPT, KILLED_MAX, killed
 from gateway.settings import Settings
 
-_KILL_STARTS: Final = 5.0  # seconds until a script that ends a command has begun
+_KILL_STARTS: Final = 5.0  # seconds for the kill script to start
 
 
 class Inside:
-    """What is done from inside a container to the commands of one gateway."""
+    """Actions on a gateway's commands that run inside their containers."""
 
     def __init__(self, settings: Settings, incus: Incus) -> None:
         self._incus, self._limit = incus, settings.cancel_timeout
 
     async def kill(self, name: str, exec_id: str, grace: float) -> Killed:
-        """End a tree by a second command in the container, where the host's cgroups cannot be reached."""
+        """Kill a process tree from inside the container, if the host's cgroups are not accessible."""
         limit = self._limit
         milliseconds = [str(int(seconds * 1000)) for seconds in (grace, limit)]
         command = ["/bin/sh", "-c", KILL_SCRIPT, "sh", exec_id, *milliseconds]
@@ -41,7 +41,7 @@ class Inside:
                         await sockets.aclose()
         except TimeoutError:
             raise Timeout(
-                "the tenant did not end the command in time; restart the tenant to end all of its processes"
+                "the tenant did not end the command in time; restart the tenant to end all its processes"
             ) from None
         except (Flood, Lost):
             said = b""
@@ -49,10 +49,10 @@ class Inside:
 
     @contextlib.asynccontextmanager
     async def draining(self, name: str, terminal: str) -> AsyncIterator[None]:
-        """Drop all input of a terminal while the context is open, `cancel_timeout` seconds at most.
+        """Discard all input of a terminal while the context is open, at most `cancel_timeout` seconds.
 
-        incusd waits forever for a terminal that takes nothing: it reads no further, and where the command
-        ends meanwhile it never tells.
+        incusd waits forever for a terminal that accepts no input: it reads nothing else, and never reports
+        the end of the command.
         """
         command = ["/bin/sh", "-c", DRAIN_SCRIPT, "sh", terminal]
         with translated(name), in_time(name, "terminal"):

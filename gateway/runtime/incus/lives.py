@@ -1,6 +1,6 @@
-"""Tell one life of a service from the next by its control group, which the host can read.
+"""Tell one run of a service from the next by its cgroup, which the host can read.
 
-To ask its systemd takes a command in the container, with a dozen processes.
+Asking its systemd instead would take a command in the container, with a dozen processes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from gateway.rootfs import memory
 from gateway.rootfs.kernel import started
 from gateway.runtime.sites import Life
 
-_BYTES: Final = 64  # that hold the first line of a group's processes
+_BYTES: Final = 64  # enough for the first line of cgroup.procs
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 def life(init_pid: int, unit: str) -> Life | None:
-    """Return the present life of a unit, by its container's first process; None where it has no processes."""
+    """Return the current run of a unit in the container of `init_pid`, None if it has no processes."""
     place = memory.place(init_pid)
     if place is None:
         return None

@@ -1,7 +1,7 @@
-"""Marks the instances that are not tenants yet, so that each gateway finds its own.
+"""Marks on instances that are not tenants yet, by which each gateway finds its own.
 
-`user.gateway.role` says `golden` or `pool`, `user.gateway.owner` which gateway made it, and
-`user.gateway.key` what it was made of.
+`user.gateway.role` is `golden` or `pool`, `user.gateway.owner` names the gateway that created the instance,
+and `user.gateway.key` what it was made from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Role = Literal["golden", "pool"]
 
 
 def owner(settings: Settings) -> str:
-    """Return what tells the instances of this gateway from another's on the same Incus."""
+    """Return an id that tells this gateway's instances from those of another on the same Incus."""
     return hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
 
 
@@ -38,10 +38,10 @@ class Marks:
         return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
 
     def on(self, instance: Instance, *roles: Role) -> bool:
-        """Say whether an instance is this gateway's in one of these roles, and not a copy by an operator."""
+        """Return whether an instance is this gateway's in one of these roles, and not an operator's copy."""
         config = instance["config"]
         return bool(config.get(ROLE) in roles and config.get(OWNER) == self._owner and is_ours(instance))
 
     def among(self, instances: Sequence[Instance], *roles: Role) -> Sequence[Instance]:
-        """Return those that are this gateway's in one of these roles."""
+        """Return this gateway's instances in one of these roles."""
         return [instance for instance in instances if self.on(instance, *roles)]

@@ -1,7 +1,7 @@
-"""Reads from an instance's keys how far its site was moved in from a folder of the host.
+"""Read the state of a site's migration from a host folder from its instance's keys.
 
-`gateway.migration` writes them. They are read here so that every route follows them: until the switch the
-tenant's domain leads to the old service.
+`gateway.migration` writes them. They are read here because they affect routes: until the switch, the tenant's
+domain leads to the old service.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Final
 from gateway.runtime.sites import Exposure
 
 STATE: Final = "user.gateway.migrate"
-OLD: Final = "user.gateway.migrate.old"  # where the old service listens, ADDRESS:PORT
+OLD: Final = "user.gateway.migrate.old"  # address of the old service, ADDRESS:PORT
 FOLDER: Final = "user.gateway.migrate.from"
 UNIT: Final = "user.gateway.migrate.unit"
-FACTS: Final = "user.gateway.migrate.facts"  # of the old service, as JSON, without values of variables
+FACTS: Final = "user.gateway.migrate.facts"  # about the old service, as JSON, without variables' values
 
 BEFORE_SWITCH: Final = frozenset({"attaching", "attached", "copied", "returning"})
 
@@ -25,7 +25,7 @@ _PLACE: Final = re.compile(r"([0-9.]{7,15}):([1-9][0-9]{0,4})")
 
 
 def old_service(config: Mapping[str, str]) -> Exposure | None:
-    """Return where an instance's domain leads while its old service serves it, or None."""
+    """Return where the old service answers while an instance's domain still leads to it, or None."""
     if config.get(STATE) not in BEFORE_SWITCH:
         return None
     match = _PLACE.fullmatch(config.get(OLD, ""))

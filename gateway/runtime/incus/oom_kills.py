@@ -1,7 +1,7 @@
-"""Finds in the kernel's log which tenants' processes it killed for lack of memory.
+"""Find processes of tenants that were killed for lack of memory in the kernel log.
 
-One log covers all containers under either version of control groups. Their counters would have to be polled,
-and go when a command's group does.
+One log covers all containers with either cgroup version. Counters of cgroups would have to be polled, and
+vanish with a command's cgroup.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 _LOG: Final = "/dev/kmsg"
-_PAUSE: Final = 1.0  # seconds between two words about the same container
-_RECORDS: Final = 1000  # records of one look, at 2 us each; the rest comes with the next
-_RECORD: Final = 8192  # bytes of the longest, see the kernel's Documentation/ABI/testing/dev-kmsg
+_PAUSE: Final = 1.0  # seconds between two reports about the same container
+_RECORDS: Final = 1000  # records per pass, at 2 us each; the rest follows in the next
+_RECORD: Final = 8192  # bytes of the longest record, see the kernel's Documentation/ABI/testing/dev-kmsg
 _CONTAINER: Final = re.compile(r"/lxc\.payload\.([^/,\s]+)")
 _PROCESS: Final = re.compile(r",task=(.*),pid=\d+,uid=\d+$")
 
 
 def victim(record: str) -> tuple[str, str] | None:
-    """Return the container, as its control group is called, and the process that a record says was killed.
+    """Return the container, as named by its cgroup, and the process that a record reports as killed.
 
-    A tenant names the groups in its container, and could name another's container there: a record with more
-    than one counts for none.
+    A tenant chooses the names of cgroups in its container, and could use another container's name: a record
+    with more than one container is ignored.
     """
     message = record.partition("\n")[0].partition(";")[2]
     if not message.startswith("oom-kill:"):
@@ -40,11 +40,11 @@ def victim(record: str) -> tuple[str, str] | None:
 
 
 async def ooms() -> AsyncGenerator[tuple[str, str, int]]:
-    """Yield container, a killed process and how many were, from now on; end where the log is unreadable."""
+    """Yield container, name of a killed process and number of them, from now on; ends if unreadable."""
     try:
         descriptor = os.open(_LOG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        log.info("the kernel's log cannot be read, so that no tenant.oom is told: %s", error.strerror)
+        log.info("cannot read the kernel log, so tenant.oom is not reported: %s", error.strerror)
         return
     try:
         os.lseek(descriptor, 0, os.SEEK_END)
@@ -56,7 +56,7 @@ async def ooms() -> AsyncGenerator[tuple[str, str, int]]:
                     found[one[0]] = (one[1], found.get(one[0], ("", 0))[1] + 1)
             for container, (process, count) in found.items():
                 yield container, process, count
-            # a tenant that dies again and again is worth one event a second
+            # a tenant that keeps running out of memory gets one event per second
             await asyncio.sleep(_PAUSE)
     finally:
         os.close(descriptor)
@@ -79,7 +79,7 @@ def _records(descriptor: int) -> Iterator[str]:
         except BlockingIOError:
             return
         except BrokenPipeError:
-            continue  # some were overwritten before we came: the next read goes on behind them
+            continue  # some records were overwritten; the next read continues after them
         if not record:
             return
         yield record.decode("utf-8", "replace")

@@ -1,7 +1,8 @@
-"""Keep a pool of instances made ahead, which only need a name and a start to be tenants.
+"""A pool of instances created in advance, which need only a name and a start to become tenants.
 
-One waits stopped: Incus renames no running one, and to stop it (0.8 s) costs more than to start it (0.15 s,
-and 0.5 s until its network is up). It costs no memory, and no copy of a disk is left to do.
+They wait stopped, because Incus cannot rename a running instance, and stopping one (0.8 s) takes longer than
+starting it (0.15 s, and 0.5 s until its network is up). They use no memory, and their disks are copied
+already.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ class _Member:
 
 
 class Pool:
-    """The pool of one gateway, by the keys of golden copies; `GATEWAY_WARM_POOL` instances of each."""
+    """The pool of one gateway: `GATEWAY_WARM_POOL` instances per key of a golden copy."""
 
     def __init__(self, settings: Settings, making: Creation, marks: Marks) -> None:
         self._settings, self._making, self._marks = settings, making, marks
-        # Incus shows an instance that is still being copied: these were seen to be whole
+        # Incus lists an instance that is still being copied; these are known to be complete
         self._members: dict[str, list[_Member]] = {}
 
     async def claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
-        """Make an instance of the pool the tenant; say whether there was one.
+        """Turn an instance of the pool into the tenant; return False if there is none.
 
-        Incus lists an instance that is still being copied, and breaks where it is changed or renamed then: so
-        one is taken only of those that were seen to be whole.
+        Incus lists an instance that is still being copied, and breaks if it is changed or renamed then; so
+        only instances known to be complete are used.
         """
         while members := self._members.get(key):
             member = members.pop()
@@ -58,14 +59,14 @@ class Pool:
                 if devices := await self._making.devices(size):
                     change["devices"] = devices
                 with translated(member.name):
-                    # marked first: from now on it belongs to the deployment, whatever it is called
+                    # marked first: from now on it belongs to the deployment, whatever its name
                     await self._making.operate("PATCH", instance_path(member.name), change)
             except BaseException as error:
                 removing = self._making.remove(member.is_it, "it could not be taken from the pool")
                 await whole(removing)
                 if not isinstance(error, GatewayError):
                     raise
-                log.warning("%s of the pool cannot be used: %s", member.name, error.message)
+                log.warning("cannot use %s of the pool: %s", member.name, error.message)
                 continue
             with translated(tenant):
                 await self._making.operate("POST", instance_path(member.name), {"name": tenant})
@@ -76,7 +77,7 @@ class Pool:
         return False
 
     async def fill(self, key: str, source: Mapping[str, str], quiet: Quiet) -> None:
-        """Copy `source` until the pool of a key is full, one copy at a time and while it is `quiet`."""
+        """Copy `source` until the pool of a key is full, one copy at a time and only while it is `quiet`."""
         members = self._members.setdefault(key, [])
         while len(members) < self._settings.warm_pool:
             await quiet()
@@ -87,11 +88,11 @@ class Pool:
             members.append(member)
 
     def adopt(self, instance: Instance) -> None:
-        """Take over a complete instance that an earlier process made."""
+        """Add a complete instance created by an earlier process."""
         member = _Member(instance["name"], identity_of(instance))
         self._members.setdefault(instance["config"][KEY], []).append(member)
 
     async def drain(self) -> None:
         """Destroy all instances of the pool."""
         self._members.clear()
-        await self._making.remove(lambda one: self._marks.on(one, "pool"), "the gateway ends")
+        await self._making.remove(lambda one: self._marks.on(one, "pool"), "the gateway is shutting down")

@@ -1,4 +1,4 @@
-"""Make sites reachable: directly, or through a port or a socket of this host that Incus connects to them."""
+"""Make sites reachable: directly, or through a port or socket of this host that Incus forwards."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 DEVICES: Final[dict[Side, str]] = {"live": "site", "next": "site-next"}
-"""The proxy devices of an instance's two sides."""
+"""The names of the proxy devices of an instance's two sides."""
 
-_TRIES: Final = 20  # ports that are tried until one is free
-_FAILURES: Final = 3  # of one port or socket, until it is given up
+_TRIES: Final = 20  # attempts to find a free port
+_FAILURES: Final = 3  # attempts per port or socket
 
 
 class Ports:
-    """The ports and sockets of this host that lead to sites, as `GATEWAY_EXPOSE` wants them."""
+    """The ports and sockets of this host that lead to sites, as set by `GATEWAY_EXPOSE`."""
 
     def __init__(self, settings: Settings, making: Creation) -> None:
         self._settings, self._making = settings, making
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
-        """Make a side reachable, and say where. Raises `Unavailable` if no port is free."""
+        """Make a side reachable; return where. Raises `Unavailable` if no port is free."""
         device, port = DEVICES[side], recipe.listens(side)
         if self._settings.expose != "address":
             await self._add_proxy(tenant, device, port)
@@ -47,12 +47,12 @@ class Ports:
     async def _add_proxy(self, tenant: str, device: str, port: int) -> None:
         """Give a site a port or a socket of this host.
 
-        Incus adds a device to a running instance only if its listener can be had: so of two gateways that
-        choose the same port one fails, and chooses again. And of several proxies that are started at once it
-        fails one now and then, for no reason that stays.
+        Incus adds a device to a running instance only if it can listen: of two gateways choosing the same
+        port, one fails and chooses again. And if several proxies start at once, Incus occasionally fails one
+        for a transient reason.
         """
         connect = f"tcp:127.0.0.1:{port}"
-        failed: Counter[int] = Counter()  # by port; of the one socket as 0
+        failed: Counter[int] = Counter()  # by port; 0 for the socket
         for attempt in range(_TRIES):
             proxies = {
                 (instance["name"], name): entry
@@ -77,8 +77,8 @@ class Ports:
                 await self._making.operate("PATCH", instance_path(tenant), change)
                 return
             except IncusError as error:
-                # of a listener that cannot be had it says what its child said, or only that it ended
-                log.info("tenant %s cannot be exposed by %s: %s", tenant, listen["listen"], error.message)
+                # if it cannot listen, Incus repeats its child's message, or only reports that the child ended
+                log.info("cannot expose tenant %s at %s: %s", tenant, listen["listen"], error.message)
                 failed[chosen] += 1
                 again = failed[0] < _FAILURES and attempt < _TRIES - 1
                 if "proxy device" in error.message and again:
@@ -87,23 +87,23 @@ class Ports:
                     raise
 
     async def _free_port(self, taken: set[str], failed: Counter[int]) -> int:
-        """Return a port for a site that no program has, rather one that has not `failed` yet."""
+        """Return a free port for a site, preferably one that has not `failed` yet."""
         first, _, last = self._settings.expose_ports.partition("-")
         free = {number for number in range(int(first), int(last) + 1) if str(number) not in taken}
         chosen = await asyncio.to_thread(_unused, free - {*failed})
-        if chosen is None:  # one that failed may be had by now
+        if chosen is None:  # one that failed may be free by now
             free = {number for number in free if failed[number] < _FAILURES}
             chosen = await asyncio.to_thread(_unused, free)
         if chosen is None:
             raise Unavailable(
-                f"every port of {self._settings.expose_ports} is taken; set GATEWAY_EXPOSE_PORTS",
+                f"all ports of {self._settings.expose_ports} are taken; set GATEWAY_EXPOSE_PORTS",
                 reason="port_taken",
             )
         return chosen
 
 
 def _unused(ports: set[int]) -> int | None:
-    """Return one of these ports that no program of this host has now, at random."""
+    """Return one of these ports at random that is free on this host, or None."""
     for port in random.sample(sorted(ports), len(ports)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the proxy does

@@ -33,15 +33,15 @@ from gateway.runtime.sites import (
 )
 from gateway.settings import Settings
 
-_INSTALLS: Final = 3  # runs of an install command until it has failed
-# one file system of all: a tenant that reaches its own end there hears of a quota
+_INSTALLS: Final = 3  # attempts of an install command
+# drivers with one file system for all tenants, where a tenant at its limit gets a quota error
 _SHARED: Final = ("btrfs", "dir", "zfs")
-_EMPTY: Final = 0.5  # used of a pool that a command cannot have filled, even if it cleaned up after itself
+_EMPTY: Final = 0.5  # use of a pool below which a command cannot have filled it, even if it cleaned up
 _PATH_SHOWN: Final = 500
-_SIZE: Final = 12  # characters of the size that sealing says
-_PRINTED: Final = 4 << 20  # bytes that a script of ours may print; it says a few lines
-_LOOK: Final = 10.0  # seconds of one that only looks
-_UNREADABLE: Final = "\ncannot be read: "  # as stage.sh says it
+_SIZE: Final = 12  # characters of the size that seal.sh prints
+_PRINTED: Final = 4 << 20  # bytes that a script may print; ours print a few lines
+_LOOK: Final = 10.0  # seconds for a script that only reads
+_UNREADABLE: Final = "\ncannot be read: "  # as stage.sh prints it
 
 
 def _script(name: str) -> str:
@@ -92,7 +92,7 @@ class Provisioning:
         if recipe.archive:
             await self.script(tenant, _UNPACK, self._folder(side), self._uid, given=recipe.archive)
         if env is not None:
-            # by standard input: it may hold secrets, and a command line shows on the host
+            # on stdin: it may contain secrets, and command lines are visible on the host
             text = service_unit.environment_file(env).encode()
             await self.script(tenant, _KEEP_ENVIRONMENT, service_unit.environment_path(side), given=text)
 
@@ -105,7 +105,7 @@ class Provisioning:
                 await self._with_room(tenant, lambda: self._install(tenant, side, recipe, say))
                 return
             except ExecFailed as error:
-                # registries and name servers fail now and then; what was fetched is kept
+                # registries and name servers fail occasionally; what was fetched is kept
                 if not left or "exit_code" not in error.facts or "cause" in error.facts:
                     raise
                 say(f"the install command ended with {error.facts['exit_code']}, trying again")
@@ -122,8 +122,8 @@ class Provisioning:
             await asyncio.shield(process.kill(0))
             if isinstance(error, TimeoutError):
                 raise ExecFailed(
-                    f"the install command did not end within {self._settings.install_timeout:.0f} s; "
-                    "GATEWAY_INSTALL_TIMEOUT allows more",
+                    f"the install command did not finish within {self._settings.install_timeout:.0f} s; "
+                    "GATEWAY_INSTALL_TIMEOUT sets the limit",
                     reason="install_failed",
                 ) from error
             raise
@@ -140,7 +140,7 @@ class Provisioning:
             )
 
     async def reachable(self, name: str) -> None:
-        """Return once the container's network is up."""
+        """Wait until the container's network is up."""
         found = exposure(await self._making.placed(name), 9)
         if found is not None:
             await network_up(found.address, self._settings.verify_timeout)
@@ -189,10 +189,11 @@ class Provisioning:
         await self.script(tenant, _CLEAR, *self.places, self.kept, self._uid)
 
     async def seal(self, name: str) -> int:
-        """End a site and remove what two copies must not share; return the bytes of the container's files."""
-        # A copy that recorded them would, with its first read of each file a day later, no longer share the
-        # record of any. A btrfs then looks up for its quotas who shares what: 1.2 s of CPU with 60 copies.
-        with contextlib.suppress(GatewayError, TimeoutError):  # an operator's image may have no Python
+        """Stop the site, remove what copies must not share, and return the bytes of the container's files."""
+        # Access times are switched off: recording them, a day later at the first read of each file, a copy
+        # would stop sharing the files' metadata, and btrfs would recompute its quotas: 1.2 s of CPU with 60
+        # copies.
+        with contextlib.suppress(GatewayError, TimeoutError):  # an operator's image may lack Python
             await self._run(name, ("python3", "-c", _ACCESS_TIMES, "/"))
         said = (await self.script(name, _SEAL))[-_SIZE:].strip()
         return number(said) << 10
@@ -210,7 +211,7 @@ class Provisioning:
     async def _run(
         self, name: str, argv: tuple[str, ...], *, given: bytes = b"", seconds: float | None = None
     ) -> str:
-        """Run a command as the container's root; return the end of what it printed. Raises `ExecFailed`."""
+        """Run a command as the container's root; return the end of its output. Raises `ExecFailed`."""
         limit = seconds or self._settings.install_timeout
         ended = await scripts.run(
             self._commands.exec, name, argv, given=given, seconds=limit, printed=_PRINTED
@@ -222,7 +223,7 @@ class Provisioning:
         if unreadable:
             where = f"{self._live}/{show(path[:_PATH_SHOWN])}"
             raise ExecFailed(
-                f"{where} cannot be read by the site's user, so that an update would lose it; "
+                f"{where} is not readable by the site's user, so an update would lose it; "
                 "give it to that user (chown, chmod) or remove it",
                 reason="unreadable",
             )
@@ -233,7 +234,7 @@ class Provisioning:
         )
 
     async def _with_room(self, tenant: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Do what needs room on a tenant's disk; the oldest sites that it keeps go where there is none."""
+        """Do work that needs disk space; while the disk is full, drop the tenant's oldest kept site."""
         while True:
             try:
                 return await work()
@@ -242,13 +243,13 @@ class Provisioning:
                     raise
                 try:
                     await self.script(tenant, _DROP, self.kept)
-                except GatewayError:  # none is left
+                except GatewayError:  # no kept site is left
                     raise error from None
 
     async def _if_full(self, said: str) -> None:
-        """Raise what is right where a command that failed had no room: on its tenant's disk, or in the pool.
+        """Raise `Unavailable` if a failed command ran out of space, on the tenant's disk or in the pool.
 
-        It may also have filled a file system in memory, such as /tmp, which is its own affair.
+        It may also have filled a file system in memory, such as /tmp, which is its own problem.
         """
         if quota_was_reached(said):
             raise Unavailable(DISK_FULL, reason="disk_full")

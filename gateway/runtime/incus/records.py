@@ -1,4 +1,4 @@
-"""Read a tenant from Incus's record of its instance, and write what the gateway keeps there."""
+"""Convert between an instance's record in Incus and a tenant, including the gateway's own keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ALLOWED: Final = f"environment.{ALLOWED}"
 PORT: Final = "user.gateway.port"
 DEPLOYMENT: Final = "user.gateway.deployment"
 ASLEEP: Final = "user.gateway.asleep"
-IDLE_STOP: Final = "user.gateway.idle_stop"  # the operator's, in the place of the setting of that name
+IDLE_STOP: Final = "user.gateway.idle_stop"  # set by the operator; overrides the setting of that name
 
 _STATUS: Final[Mapping[str, Status]] = {
     "Running": "running",
@@ -36,12 +36,12 @@ _STATUS: Final[Mapping[str, Status]] = {
 
 
 def status_of(instance: Instance) -> Status:
-    """Return the status of an instance, also of one that is just being paused or resumed."""
+    """Return an instance's status, also while it is being paused or resumed."""
     return _STATUS.get(instance["status"], "error")
 
 
 def tenant_of(instance: Instance) -> Tenant:
-    """Return the tenant that an instance is."""
+    """Return an instance as a tenant."""
     config, devices = instance["expanded_config"], instance["expanded_devices"]
     port = config.get(PORT, "")
     return Tenant(
@@ -67,21 +67,21 @@ def tenant_of(instance: Instance) -> Tenant:
 
 
 def domain_config(domain: str | None) -> dict[str, str]:
-    """Return the keys that give an instance a domain, or none: Incus takes an empty value for none.
+    """Return the keys that set or, with None, remove an instance's domain.
 
-    Its first process is told it at its next start, and the site's unit passes that on, so that golden
-    copies can share the unit.
+    The init process gets the domain in its environment at its next start and the site's unit passes it on, so
+    that golden copies can share the unit.
     """
     return {DOMAIN: domain or "", _ALLOWED: domain or ""}
 
 
 def lacks_address(instance: Instance) -> bool:
-    """Say whether the address of a tenant is known from its state alone."""
+    """Return whether an instance is a tenant whose address is only in its state."""
     return is_tenant(instance) and instance["status"] == "Running" and address_of(instance) is None
 
 
 def disk_state(instance: Instance) -> str:
-    """Return what changes with an instance's disks, their ids or their content as a whole."""
+    """Return a hash that changes with an instance's disks, their id maps, or their content as a whole."""
     config, devices = instance["config"], instance["expanded_devices"]
     keys = ("uuid.generation", "idmap.current", "idmap.next", "last_state.idmap")
     disks = {name: device for name, device in devices.items() if device.get("type") == "disk"}
@@ -90,7 +90,7 @@ def disk_state(instance: Instance) -> str:
 
 
 def _seconds(text: str | None) -> float | None:
-    """Return what an operator wrote; what is no number is as if it was not there."""
+    """Parse a number of seconds set by an operator; None if it is not valid."""
     try:
         seconds = float(text or "")
     except ValueError:

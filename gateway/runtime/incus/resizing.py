@@ -1,10 +1,10 @@
-"""Give an Incus container another size while it runs, all limits at once or none.
+"""Resize a running Incus container: all limits at once or none.
 
-What must never happen is a limit below what is in use. A btrfs pool takes a disk quota below it, says that it
-failed, and then refuses every other one, a larger too (measured with Incus 6.0.4). Less memory than is in use
-the kernel refuses with cgroups v1; with v2 it kills processes until it fits. So both are looked at before
-anything is changed, and what does not fit is refused with the number. Page cache counts for nothing: the
-kernel gives it back.
+A limit must never be set below current use. A btrfs pool applies such a disk quota, reports an error, and
+then refuses every other one, even a larger one (measured with Incus 6.0.4). A memory limit below current use
+is refused by the kernel with cgroups v1; with v2 it kills processes until they fit. So both are checked
+before anything is changed, and the refusal names the number. Page cache does not count, because the kernel
+can reclaim it.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from gateway.tasks import whole
 log = logging.getLogger(__name__)
 
 UPDATING: Final = "user.gateway.memory"
-"""Says that an update has doubled the memory: what it was, `-` for the profile's, and the double."""
+"""Set while an update has doubled the memory: the former limit (`-`: the profile's), and the double."""
 
 _APPLY: Final = Path(__file__).with_name("apply_limits.sh").read_text()
 APPLY: Final = ("/bin/sh", "-c", _APPLY, "sh", f"{SITE_SHARE}%")
-"""Has the systemd of a container take shares of its new limits for those of the site; run it as root."""
+"""Makes a container's systemd recompute the site's shares of the new limits; run it as root."""
 
 _KEYS: Final = ("cpu", "memory", "processes")
-# bytes on the disk of a container, its image's among them; other file systems count for nothing
+# disk use of a container in bytes, including its image but no other file systems
 _USED: Final = ("du", "--summarize", "--one-file-system", "--block-size=1", "/")
-_LOOKING: Final = 120.0  # seconds of a look through a whole disk
+_LOOKING: Final = 120.0  # seconds to scan a whole disk
 _PRINTED: Final = 64 << 10
-_DISK_MARGIN: Final = 64 * MiB  # that is written between the look and the change, and what no file shows
-_MEMORY_SHARE: Final = (SITE_SHARE - 5) / 100  # of a limit: a site above its share of it would be killed
+_DISK_MARGIN: Final = 64 * MiB  # for writes between the scan and the change, and for metadata
+_MEMORY_SHARE: Final = (SITE_SHARE - 5) / 100  # of a limit; a site above its share would be killed
 _APPLYING: Final = 10.0
 _TRIES: Final = 5
 _CGROUPS: Final = Path("/sys/fs/cgroup")
-# that cannot be given back, by the names of cgroups v2 and v1
+# memory that cannot be reclaimed, as named by cgroups v2 and v1
 _PRIVATE: Final = (("anon", "shmem", "kernel"), ("total_rss", "total_shmem"))
 _STAT_MAX: Final = 64 << 10
 
 
 class Resizing:
-    """The sizes of one Incus project's instances. Nothing here looks whether an instance is a tenant."""
+    """The sizes of one Incus project's instances. Does not check whether an instance is a tenant."""
 
     def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: Commands) -> None:
         self._settings, self._incus = settings, incus
         self._making, self._commands = making, commands
 
     async def resize(self, name: str, size: str) -> None:
-        """Give an instance the limits of a size. Raises `Conflict` if it uses more than they allow."""
+        """Apply the limits of a size to an instance. Raises `Conflict` if it uses more than they allow."""
         path, limit = instance_path(name), self._settings.lifecycle_timeout
         profile = await self._making.profile()
         for attempt in range(_TRIES):
@@ -66,7 +66,7 @@ class Resizing:
                 found, tag = await self._incus.get_tagged(path)
             if UPDATING in found["config"]:
                 raise Conflict(
-                    "an update of this tenant is running; change the size when it has ended", retry_after=5
+                    "an update of this tenant is running; change the size when it has finished", retry_after=5
                 )
             wanted = _sized(found, profile, SIZES[size])
             await self._fits(found, wanted, profile)
@@ -74,10 +74,10 @@ class Resizing:
                 await whole(self._incus.operate("PUT", path, wanted, timeout=limit, if_match=tag))
                 break
             except IncusError as error:
-                if error.status == 412 and attempt < _TRIES - 1:  # others changed it meanwhile
+                if error.status == 412 and attempt < _TRIES - 1:  # 412: changed by others meanwhile
                     continue
                 await whole(self._take_back(found))
-                if "cgroup item" in error.message:  # by cgroups v1
+                if "cgroup item" in error.message:  # refused by cgroups v1
                     raise _in_use("memory", _memory(wanted, profile), None) from error
                 with translated(name):
                     raise
@@ -86,7 +86,7 @@ class Resizing:
             await self._applied(name)
 
     async def _take_back(self, before: Mapping[str, Any]) -> None:
-        """See to it that nothing of a change that failed stays; Incus itself does so nearly always."""
+        """Undo the remains of a failed change; nearly always Incus has done so itself."""
         name, limit = before["name"], self._settings.lifecycle_timeout
         try:
             now, tag = await self._incus.get_tagged(instance_path(name))
@@ -97,15 +97,15 @@ class Resizing:
                 body |= {"config": own | limits, "devices": before["devices"]}
                 await self._incus.operate("PUT", instance_path(name), body, timeout=limit, if_match=tag)
         except IncusError as error:
-            log.error("the size of tenant %s is half changed: %s", name, error.message)
+            log.error("the size of tenant %s was changed only in part: %s", name, error.message)
 
     async def _share_cpus(
         self, found: Mapping[str, Any], wanted: Mapping[str, Any], profile: Mapping[str, Any]
     ) -> None:
-        """Have Incus deal out CPUs by the limit that there is now.
+        """Make Incus distribute CPUs by the current limit.
 
-        When that changes, it deals them out by the one before (measured with 6.0.4), until the next change of
-        any instance. So the limit is written in another way, which means the same, and back.
+        When a limit changes, Incus distributes by the previous one (measured with 6.0.4) until the next
+        change of any instance. So the limit is written in an equivalent spelling, and then back.
         """
         name = found["name"]
         both = ({**profile["config"], **one["config"]} for one in (found, wanted))
@@ -116,21 +116,21 @@ class Resizing:
             for spelling in (f"0{after}", wanted["config"].get("limits.cpu", "")):
                 await self._making.operate("PATCH", instance_path(name), {"config": {"limits.cpu": spelling}})
         except IncusError as error:
-            log.warning("tenant %s gets its CPUs with the next change of any: %s", name, error.message)
+            log.warning("tenant %s gets its CPUs only with the next change: %s", name, error.message)
 
-    # --- what is in use -----------------------------------------------------------------------------
+    # --- current use --------------------------------------------------------------------------------
 
     async def _fits(
         self, found: Mapping[str, Any], wanted: Mapping[str, Any], profile: Mapping[str, Any]
     ) -> None:
-        """Return where an instance uses no more than it is to have. Raises `Conflict`."""
+        """Raise `Conflict` if an instance uses more than its new limits allow."""
         name = found["name"]
         before, after = (_disk(found["devices"], profile), _disk(wanted["devices"], profile))
         if after and (not before or after < before):
             if found["status"] != "Running":
                 raise TenantNotRunning(
-                    f"tenant {name} is {found['status'].lower()}: what its disk holds is seen only while it "
-                    "runs, and it is to get a smaller one; start it first"
+                    f"tenant {name} is {found['status'].lower()}: its disk usage is known only while it is "
+                    "running, and the new disk would be smaller; start it first"
                 )
             used = await self._on_disk(name)
             if used + max(_DISK_MARGIN, used // 20) > after:
@@ -142,17 +142,17 @@ class Resizing:
                 raise _in_use("memory", memory, held)
 
     async def _on_disk(self, name: str) -> int:
-        """Return the bytes of an instance's disk: what Incus counts is without those of its image."""
+        """Return an instance's disk use in bytes; Incus's own count omits the image."""
         said = await self._root(name, _USED, _LOOKING)
         number = said.split()[-2:][:1]
         state = await self._state(name)
         own = int(((state.get("disk") or {}).get("root") or {}).get("usage") or 0)
         if not number or not number[0].isdecimal():
-            raise Unavailable(f"the disk usage of tenant {name} cannot be read; try again later")
+            raise Unavailable(f"cannot read the disk usage of tenant {name}; try again later")
         return max(int(number[0][:18]), own)
 
     async def _in_memory(self, name: str) -> int:
-        """Return the bytes of memory that an instance cannot give back; at worst its page cache too."""
+        """Return the memory of an instance that cannot be reclaimed, in bytes; if unknown, all its memory."""
         state = await self._state(name)
         held = await asyncio.to_thread(private_memory, int(state.get("pid") or 0))
         return int((state.get("memory") or {}).get("usage") or 0) if held is None else held
@@ -164,23 +164,23 @@ class Resizing:
     # --- in the container ---------------------------------------------------------------------------
 
     async def _applied(self, name: str) -> None:
-        """Have the instance's systemd take shares of the new limits for those of its services."""
+        """Make the instance's systemd recompute its services' shares of the new limits."""
         try:
             await self._root(name, APPLY, _APPLYING)
         except (GatewayError, TimeoutError) as error:
-            log.warning("the site of %s keeps shares of its old limits until it restarts: %s", name, error)
+            log.warning("the site of %s keeps its old limits until it restarts: %s", name, error)
 
     async def _root(self, name: str, argv: tuple[str, ...], seconds: float) -> str:
-        """Run a command as the container's root and return the end of what it printed, whatever its exit."""
+        """Run a command as the container's root; return the end of its output, whatever its exit code."""
         try:
             ended = await scripts.run(self._commands.exec, name, argv, seconds=seconds, printed=_PRINTED)
         except TimeoutError:
-            raise Unavailable(f"tenant {name} does not answer in time; try again later") from None
+            raise Unavailable(f"tenant {name} did not answer in time; try again later") from None
         return ended.said
 
 
 def private_memory(pid: int, cgroups: Path = _CGROUPS) -> int | None:
-    """Return the bytes that the container of that first process holds for good, None where not known."""
+    """Return a container's memory that cannot be reclaimed, in bytes, by its init pid; None if unknown."""
     try:
         groups = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
         paths = {names: path for _, names, path in (line.split(":", 2) for line in groups)}
@@ -196,7 +196,7 @@ def private_memory(pid: int, cgroups: Path = _CGROUPS) -> int | None:
 
 
 def _sized(found: Mapping[str, Any], profile: Mapping[str, Any], size: Mapping[str, str]) -> dict[str, Any]:
-    """Return the whole of an instance with the limits of a size; what a size leaves open is the profile's."""
+    """Return an instance's whole configuration with a size's limits; others come from the profile."""
     body = {key: found[key] for key in WHOLE}
     own = {key: value for key, value in found["config"].items() if not _is_limit(key)}
     body["config"] = own | {f"limits.{key}": size[key] for key in _KEYS if key in size}
@@ -222,16 +222,16 @@ def _disk(devices: Mapping[str, Mapping[str, str]], profile: Mapping[str, Any]) 
 
 
 def _memory(instance: Mapping[str, Any], profile: Mapping[str, Any]) -> int:
-    """Return the bytes of memory that an instance is given; 0 if that is no number of bytes."""
+    """Return an instance's memory limit in bytes, 0 if it is not a number of bytes."""
     return size_of({**profile["config"], **instance["config"]}.get("limits.memory", ""))
 
 
 def _in_use(what: str, limit: int, used: int | None) -> Conflict:
-    """Return the refusal of a size that is smaller than what is in use."""
+    """Return the error for a size smaller than current use."""
     advice = {
         "disk": "keep the size, or make room first",
         "memory": "keep the size, or stop what runs in it",
     }
     holds = "more" if used is None else f"{-(-used // MiB)} MiB"
-    said = f"the tenant uses {holds} of {what}; a size with {limit // MiB} MiB leaves it too little room"
+    said = f"the tenant uses {holds} of {what}; a size with {limit // MiB} MiB is too small"
     return Conflict(f"{said}: {advice[what]}", reason="in_use", limit=limit, used=used, what=what)

@@ -1,4 +1,4 @@
-"""Write the systemd unit of a site (`site.service`) and its environment, as systemd reads them."""
+"""The systemd unit of a site (`site.service`) and its environment file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ NAMES: Final[Mapping[Side, str]] = {"live": "site.service", "next": "site-next.s
 
 _FOLDERS: Final[Mapping[Side, str]] = {"live": "/etc/systemd/system", "next": "/run/systemd/system"}
 _ENVIRONMENTS: Final[Mapping[Side, str]] = {"live": "/etc/site.env", "next": "/etc/site-next.env"}
-# It starts as soon as /tmp is there, beside the rest of the container's boot and not after it: so a new
-# tenant's site answers a good deal earlier.
+# one line of an EnvironmentFile: empty, a comment, or an assignment
 _ENTRY: Final = re.compile(
     r"""[ \t]*(?:
         (?:[#;][^\n]*)?
@@ -35,7 +34,7 @@ _UNIT: Final = Path(__file__).with_name("site.service").read_text()
 
 
 class _Said(BaseModel):
-    """What a unit says of its recipe, in a section that systemd passes over (systemd.unit(5), `X-`)."""
+    """The recipe as stored in a unit, in a section that systemd ignores (systemd.unit(5), `X-`)."""
 
     start: Annotated[tuple[str, ...], Field(min_length=1, max_length=_WORDS)]
     port: Annotated[int, Field(ge=1024, le=65535)]
@@ -45,28 +44,28 @@ class _Said(BaseModel):
 
 
 def unit_path(side: Side) -> str:
-    """Return where a side's unit lies in the container; the next one is gone after a restart."""
+    """Return the path of a side's unit in the container; that of `next` is gone after a restart."""
     return f"{_FOLDERS[side]}/{NAMES[side]}"
 
 
 def environment_path(side: Side) -> str:
-    """Return where a side's own environment lies in the container."""
+    """Return the path of a side's environment file in the container."""
     return _ENVIRONMENTS[side]
 
 
 def beside(settings: Settings, what: str) -> str:
-    """Return a path beside the workspace, in root's folder: the tenant can put no link in its place."""
+    """Return a path beside the workspace, in a folder of root, where the tenant's user cannot put a link."""
     folder, _, name = settings.workspace.rpartition("/")
     return f"{folder}/.{name}-{what}"
 
 
 def unit(settings: Settings, recipe: Recipe, side: Side) -> str:
-    """Return the unit of a side."""
+    """Return the text of a side's unit."""
     workspace, port = settings.workspace, recipe.listens(side)
-    # that of one whose sides never run at the same time is the same for both
+    # sides that never run at the same time share an environment
     environment, more = _ENVIRONMENTS["live" if recipe.alone else side], ""
     if side == "next":
-        # it sees its folder where the live one's is: absolute paths stay true when it becomes that
+        # its folder appears at the live one's path, so that absolute paths stay valid when it becomes live
         more = f"BindPaths={beside(settings, 'next')}:{workspace}\n"
     return _UNIT.format(
         allowed=ALLOWED,
@@ -75,7 +74,7 @@ def unit(settings: Settings, recipe: Recipe, side: Side) -> str:
         workspace=workspace,
         port=port,
         environment=environment,
-        # over whatever the site's own environment says of it: this is where it is looked for
+        # overrides a PORT in the site's environment: the gateway expects it here
         command=unit_words(("/usr/bin/env", f"PORT={port}", *recipe.command(port))),
         more=more,
         recipe=_written(recipe),
@@ -83,7 +82,7 @@ def unit(settings: Settings, recipe: Recipe, side: Side) -> str:
 
 
 def recipe_of(text: bytes) -> Recipe | None:
-    """Return how the site of a unit is started; None if that does not say so. It is the tenant's."""
+    """Return the recipe stored in a unit, None if there is no valid one. The tenant controls the text."""
     for line in text.split(b"\n"):
         if line.startswith(_RECIPE):
             try:
@@ -106,7 +105,7 @@ def _written(recipe: Recipe) -> str:
 
 
 def environment_file(env: Mapping[str, str]) -> str:
-    """Write variables as systemd's EnvironmentFile wants them (systemd.exec(5)): quoted, one a line."""
+    """Format variables for systemd's EnvironmentFile (systemd.exec(5)): quoted, one per line."""
     lines = []
     for name, value in env.items():
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
@@ -115,15 +114,15 @@ def environment_file(env: Mapping[str, str]) -> str:
 
 
 def environment_of(text: str) -> dict[str, str]:
-    """Return the variables of what systemd takes for an EnvironmentFile. Raises `ValueError`.
+    """Parse a systemd EnvironmentFile. Raises `ValueError`.
 
-    Values that are neither quoted as a whole nor plain are not understood, although systemd takes them.
+    Unlike systemd, it does not accept values that are only partly quoted.
     """
     found, at = dict[str, str](), 0
     while at < len(text):
         entry = _ENTRY.match(text, at)
         if entry is None:
-            raise ValueError("no environment")
+            raise ValueError("not an environment file")
         at = entry.end()
         if entry["name"] is not None:
             quoted, literal, plain = entry["quoted"], entry["literal"], entry["plain"]
@@ -135,7 +134,7 @@ def environment_of(text: str) -> dict[str, str]:
 
 
 def unit_words(argv: Sequence[str]) -> str:
-    """Write a command as ExecStart= takes it (systemd.service(5)): quoted, nothing of it expanded."""
+    """Format a command for ExecStart= (systemd.service(5)): quoted, so that nothing is expanded."""
     words = []
     for word in argv:
         escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")

@@ -1,6 +1,6 @@
-"""Make sites of Incus containers: instances from the pool, a golden copy or the image, and what is in them.
+"""Sites in Incus containers: instances from the pool, a golden copy or the image, and their contents.
 
-`user.gateway.deployment` of an instance says which deployment is not over.
+`user.gateway.deployment` on an instance names the deployment that has not finished.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ LINK: Final = "volatile.eth0.host_name"
 
 
 class IncusSites:
-    """The sites of one Incus project: implements `gateway.runtime.sites.Sites`, mostly by its parts."""
+    """Implements `gateway.runtime.sites.Sites` for one Incus project, mostly through its parts."""
 
     def __init__(self, settings: Settings, runtime: IncusRuntime) -> None:
         self._settings = settings
         self._incus, self._making = runtime.incus, runtime.making
-        # commands of ours in instances that are no tenants, too
+        # separate, because it also runs commands in instances that are not tenants
         self._commands = Commands(settings, self._incus, self._init_pid)
         self._provisioning = Provisioning(settings, self._incus, self._making, self._commands)
         self.former: FormerSites = IncusFormerSites(settings, self._incus, self._provisioning)
@@ -122,7 +122,7 @@ class IncusSites:
             PORT: str(order.recipe.port),
             HEALTH: order.recipe.health,
             DEPLOYMENT: "",
-            CONTENT: "",  # of an upload before this one nothing is kept for this tenant's sake
+            CONTENT: "",  # the copy of an earlier upload is no longer kept for this tenant
             **_content(order.recipe),
         }
         with translated(tenant):
@@ -161,7 +161,7 @@ class IncusSites:
                     created=instance.get("created_at"),
                     shares_address=len(same) > 1,
                     loose=port.isdigit() and fixed(instance) is None,
-                    # through a proxy its answers take another way
+                    # with a proxy, answers pass elsewhere
                     link=config.get(LINK) if self._settings.expose == "address" else None,
                 )
             )

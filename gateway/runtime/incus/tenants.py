@@ -1,9 +1,9 @@
 """Run tenants as Incus system containers.
 
-Incus is the database: which instances are tenants, their state, domain and port are read from it. An
-instance is a tenant where `user.gateway.managed` is true in its expanded configuration, which the tenant
-profile sets; others do not exist for the gateway. Only the state of its disks and which process is the
-container's first is kept, for as long as the event stream stands that would tell of a change.
+Incus is the database: the set of tenants and their state, domain and port are read from it. An instance is a
+tenant if `user.gateway.managed` is true in its expanded configuration, as set by the tenants' profile; the
+gateway ignores all others. Only the state of a tenant's disks and its init pid are cached, as long as the
+event stream, which would report a change, is connected.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _INTERFACES: Final = 64  # in the metrics of a tenant, which may create thousand
 
 @dataclass(frozen=True, slots=True)
 class _Located:
-    """What is kept of a tenant while the event stream stands."""
+    """What is cached of a tenant while the event stream is connected."""
 
     root: FilesystemRoot
     init_pid: int
 
 
 class IncusRuntime:
-    """The tenants of one Incus project: a `TenantRuntime`, by its parts. Use as an async context manager."""
+    """The `TenantRuntime` of one Incus project, composed of its parts. An async context manager."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class IncusRuntime:
 
     @property
     def incus(self) -> Incus:
-        """The API that this runtime speaks to."""
+        """The client of the Incus API that this runtime uses."""
         return self._incus
 
     async def __aenter__(self) -> IncusRuntime:
@@ -132,7 +132,7 @@ class IncusRuntime:
             return
         try:
             await self._state(name, "stop")
-        except Unavailable:  # it does not shut down by itself
+        except Unavailable:  # it does not shut down cleanly
             await self._state(name, "stop", force=True)
 
     async def restart(self, name: str) -> None:
@@ -141,7 +141,7 @@ class IncusRuntime:
 
     async def mark_asleep(self, name: str, asleep: bool) -> None:
         with translated(name):
-            # Incus takes an empty value for none
+            # an empty value removes the key in Incus
             await self._operate("PATCH", instance_path(name), {"config": {ASLEEP: "true" if asleep else ""}})
 
     async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
@@ -163,7 +163,7 @@ class IncusRuntime:
     async def rename(self, name: str, domain: str | None) -> None:
         await self.get(name)
         with translated(name):
-            # Incus takes an empty value for none
+            # an empty value removes the key in Incus
             await self._operate("PATCH", instance_path(name), {"config": domain_config(domain)})
 
     async def resize(self, name: str, size: str) -> None:
@@ -207,7 +207,7 @@ class IncusRuntime:
 
     async def restore(self, name: str, snapshot: str) -> None:
         ran = (await self.get(name)).status != "stopped"
-        await self._disks.fits(await self._instance(name), snapshot)  # before it is stopped for nothing
+        await self._disks.fits(await self._instance(name), snapshot)  # check before stopping it
         await self.stop(name)
         try:
             await self._disks.restore(name, snapshot)
@@ -229,7 +229,7 @@ class IncusRuntime:
         try:
             found = await self._incus.get(f"/1.0/storage-pools/{self._settings.pool}/resources")
         except IncusError as error:
-            log.warning("how full the storage pool is cannot be known: %s", error)
+            log.warning("cannot find out how full the storage pool is: %s", error)
             return None
         return Space(int(found["space"]["total"]), int(found["space"]["used"]))
 
@@ -271,7 +271,7 @@ class IncusRuntime:
         if why := clustered(server, self._settings):
             raise Unavailable(why, reason=REASON)
         if not self._watch.standing:
-            raise Unavailable("the Incus event stream is not up yet")
+            raise Unavailable("the Incus event stream is not connected yet")
 
     # --- commands -----------------------------------------------------------------------------------
 
@@ -288,13 +288,13 @@ class IncusRuntime:
         ended = 0
         for tenant in await self.list():
             if tenant.status == "running":
-                with apart(f"the look for what an earlier gateway left in {tenant.name}"):
+                with apart(f"the search for processes that an earlier gateway left in {tenant.name}"):
                     with contextlib.suppress(NotFound):
                         ended += await self.commands.sweep(tenant.name)
         return ended
 
     async def init_pid(self, name: str) -> int:
-        """Return the host's pid of the container's first process now; 0 if it does not run."""
+        """Return the current host pid of the container's init process, 0 if it is not running."""
         return (await self._locate(name)).init_pid
 
     # --- events -------------------------------------------------------------------------------------
@@ -303,16 +303,16 @@ class IncusRuntime:
         return self._watch.events()
 
     def starved(self) -> AsyncGenerator[TenantEvent]:
-        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, forever.
+        """Yield `tenant.oom` whenever the kernel has killed processes of a tenant for lack of memory.
 
-        It ends at once where the kernel's log, which is root's, cannot be read.
+        Ends at once if the kernel log, which only root can read, is not readable.
         """
         return self._watch.starved()
 
     # --- Incus --------------------------------------------------------------------------------------
 
     async def _made(self, name: str, identity: str) -> Tenant:
-        """Return the tenant that was just made. Raises `Conflict` if it is another's name by now."""
+        """Return the tenant just created. Raises `Conflict` if the name belongs to another one by now."""
         with contextlib.suppress(NotFound):
             tenant = await self.get(name)
             if tenant.instance == identity:
@@ -330,7 +330,7 @@ class IncusRuntime:
         located = self._located.get(name)
         if located is not None:
             return located
-        watching = self._watch.standing  # a change during the look-up must not be kept
+        watching = self._watch.standing  # or a change during the lookup could be missed
         with translated(name):
             instance, init_pid = await self._incus.started(name)
         if not is_tenant(instance):
@@ -342,7 +342,7 @@ class IncusRuntime:
         return located
 
     async def _state(self, name: str, action: str, *, force: bool = False) -> None:
-        # a systemd that has just begun does not hear that it should end
+        # a systemd that is just starting ignores the request to shut down
         seconds = -1 if force or action != "stop" else max(1, int(self._settings.stop_grace))
         body = {"action": action, "timeout": seconds, "force": force}
         with translated(name):
@@ -350,7 +350,7 @@ class IncusRuntime:
         self._changed(name)
 
     def _changed(self, name: str | None) -> None:
-        """Let go of what is kept of a tenant to which something happened, or of all."""
+        """Drop what is cached of a tenant that may have changed, or of all."""
         if name is None:
             self._located.clear()
         else:

@@ -1,4 +1,4 @@
-"""Read what `unit_status.sh`, run in a container, says of a unit. Its tenant may make it say anything."""
+"""Parse the output of `unit_status.sh`, run in a container. The tenant can make it print anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATES: Final[dict[str, ServiceState]] = {
 
 
 def read(said: str) -> Service | None:
-    """Return how the unit does; None where systemd did not say."""
+    """Return the unit's state, None if systemd did not report it."""
     facts, listens = dict[str, str](), set()
     for line in said.splitlines():
         name, _, value = line.partition("=")
@@ -29,7 +29,7 @@ def read(said: str) -> Service | None:
             facts.setdefault(name, value)
     if "ActiveState" not in facts:
         return None
-    # it waits to be started again
+    # waiting for a restart
     waits = facts.get("SubState") in ("auto-restart", "auto-restart-queued")
     return Service(
         "ended" if waits else _STATES.get(facts["ActiveState"], "ended"),

@@ -1,8 +1,8 @@
-"""Decides which golden copies of uploads are kept.
+"""Decide which golden copies of uploads to keep.
 
 A copy belongs to one owner and one content, so no owner gets another's. It is removed with the last tenant of
-that content, when it was not used for long, and when there are too many or they are too large: then the one
-used longest ago goes first. The facts about a copy are stored with it, in Incus.
+that content, after a long time without use, or when there are too many or too large copies; then the least
+recently used goes first. The facts about a copy are stored with it in Incus.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from gateway.runtime.incus.creation import identity_of
 from gateway.settings import Settings
 
 CONTENT: Final = "user.gateway.content"
-"""The key of the upload that a golden copy, or a tenant, was made of."""
+"""The key of the upload from which a golden copy or a tenant was made."""
 
 UPLOADER: Final = "user.gateway.uploader"
 USED: Final = "user.gateway.used"
 BYTES: Final = "user.gateway.bytes"
 BASE: Final = "user.gateway.base"
-"""What a copy was made on: the image, and the gateway's own ways."""
+"""The base of a copy: the image and the gateway's way of making copies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The golden copy of an upload; `used` is in seconds since the epoch."""
+    """A golden copy of an upload; `used` is in seconds since the epoch."""
 
     name: str
     identity: str
@@ -38,7 +38,7 @@ class Upload:
 
 
 def upload_of(instance: Mapping[str, Any], used: Mapping[str, float]) -> Upload | None:
-    """Return a golden copy as one of an upload, None for a template's; `used` has later uses by name."""
+    """Return an instance as an upload's copy, None for a template's. `used` has more recent uses by name."""
     config, name = instance["config"], instance["name"]
     if not config.get(UPLOADER):
         return None
@@ -62,9 +62,9 @@ def surplus(
     now: float,
     coming: str | None = None,
 ) -> list[Upload]:
-    """Return the copies that go. `held` are contents that tenants were made of.
+    """Return the copies to remove. `held` are the contents of existing tenants.
 
-    With `coming`, an owner, there is room for one more of that owner afterwards.
+    With `coming`, room is made for one more copy of that owner.
     """
     kept = list[Upload]()
     for copy in sorted(copies, key=lambda one: one.used, reverse=True):
@@ -83,7 +83,7 @@ def surplus(
 
 
 def freeing(copies: Collection[Upload], wanted: int) -> list[Upload]:
-    """Return copies whose removal frees so many bytes, those used longest ago first."""
+    """Return the least recently used copies whose removal frees `wanted` bytes."""
     gone, freed = list[Upload](), 0
     for copy in sorted(copies, key=lambda one: one.used):
         if freed >= wanted:
@@ -94,7 +94,7 @@ def freeing(copies: Collection[Upload], wanted: int) -> list[Upload]:
 
 
 def _over(newest_first: Sequence[Upload], count: int, room: int) -> list[Upload]:
-    """Return what is beyond so many copies or bytes: the oldest ones, and what is too large by itself."""
+    """Return the copies exceeding `count` or `room` bytes: the oldest, and any too large by itself."""
     over, held = [copy for copy in newest_first if copy.bytes > room], 0
     fitting = [copy for copy in newest_first if copy.bytes <= room]
     for index, copy in enumerate(fitting):
@@ -105,5 +105,5 @@ def _over(newest_first: Sequence[Upload], count: int, room: int) -> list[Upload]
 
 
 def number(said: str | None) -> int:
-    """Return the number that was said, 0 if it is none."""
+    """Parse a non-negative number, 0 if it is not one."""
     return int(said) if said and said.isdecimal() and len(said) < 20 else 0

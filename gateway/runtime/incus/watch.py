@@ -1,4 +1,4 @@
-"""Watch an Incus project, and report changes of its tenants."""
+"""Watch an Incus project and report changes of its tenants."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Incus's lifecycle actions that have a name of their own in our events
+# Incus's lifecycle actions and their names in our events
 _LIFECYCLE: Final[Mapping[str, str]] = {
     "instance-created": "tenant.created",
     "instance-started": "tenant.started",
@@ -33,12 +33,12 @@ _LIFECYCLE: Final[Mapping[str, str]] = {
     "instance-snapshot-created": "tenant.snapshot.created",
     "instance-snapshot-deleted": "tenant.snapshot.deleted",
 }
-# a snapshot's events name it in their source alone
+# a snapshot's events name it only in their source
 _SNAPSHOT: Final = re.compile(r"/1\.0/instances/([^/?]+)/snapshots/([^/?]+)")
-# destroyed tenants of which a late event is still known to be theirs, not of a new tenant of the same name
+# remembered destroyed tenants, whose late events must not count for a new tenant of the same name
 _ENDS: Final = 1000
 
-# what a tenant is after an action, where that tells
+# the status after an action, if it is known
 _AFTER: Final[Mapping[str, Status]] = {
     "instance-started": "running",
     "instance-restarted": "running",
@@ -46,12 +46,12 @@ _AFTER: Final[Mapping[str, Status]] = {
     "instance-shutdown": "stopped",
 }
 
-# actions that change nothing of where a tenant's files and processes are
+# actions that do not change where a tenant's files and processes are
 _LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "instance-console")
 
 
 class Tenants(Protocol):
-    """What says which instances are tenants: `IncusRuntime` does."""
+    """Tells which instances are tenants; implemented by `IncusRuntime`."""
 
     async def list(self) -> list[Tenant]: ...
 
@@ -61,8 +61,8 @@ class Tenants(Protocol):
 class Watch:
     """The events of one Incus project.
 
-    `changed` is called with the name of each tenant to which something may have happened, and with None where
-    it may have happened to any. `standing` says that the event stream stands that would tell of a change.
+    `changed` is called with the name of each tenant that may have changed, and with None if any may have.
+    `standing` tells whether the event stream is connected, so that changes will be reported.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Watch:
         self._settings, self._incus = settings, incus
         self._tenants, self._changed = tenants, changed
         self.standing = False
-        self._ends: dict[str, datetime] = {}  # when each was destroyed, the latest last
+        self._ends: dict[str, datetime] = {}  # time of destruction by name, latest last
 
     async def events(self) -> AsyncIterator[TenantEvent]:
-        """Yield what happens to tenants, forever.
+        """Yield the tenants' events forever.
 
-        Incus replays nothing: after each gap the instances are listed and the differences published,
-        then `gateway.resynced`. The same is done every `reconcile_interval`, since Incus drops events for a
-        slow reader, and sends none for a deleted profile key.
+        Incus replays nothing: after each gap the instances are listed and the differences yielded, followed
+        by `gateway.resynced`. The same is done every `reconcile_interval`, because Incus drops events for a
+        slow reader and sends none for a deleted profile key.
         """
         known: dict[str, Status] | None = None
         pause = 0.1
@@ -86,7 +86,8 @@ class Watch:
             try:
                 stream = self._incus.events("lifecycle")
                 ticks = _with_ticks(stream, self._settings.reconcile_interval)
-                # both: while one waits for the other that one cannot be closed, and a cancel would be lost
+                # close both: a generator being awaited by the other cannot be closed, and a cancel would be
+                # lost
                 async with contextlib.aclosing(stream), contextlib.aclosing(ticks):
                     async for event in ticks:
                         if event is None or event["type"] == "connected":
@@ -97,7 +98,7 @@ class Watch:
                                 pause, self.standing = 0.1, True
                                 yield TenantEvent("gateway.resynced", None, {"tenants": len(known)})
                             continue
-                        if known is None:  # it is connected first, or there would be no events
+                        if known is None:  # cannot happen: "connected" comes first
                             continue
                         async for change in self._lifecycle(event, known):
                             yield change
@@ -106,26 +107,26 @@ class Watch:
                 if self.standing:
                     log.warning("Incus event stream lost: %s", error)
             except Exception:
-                # one odd answer must not end the watch forever: look again from the start
-                log.exception("an Incus event could not be understood")
+                # one strange answer must not end the watch: start over
+                log.exception("cannot process an Incus event")
             self.standing = False
             self._changed(None)
-            await asyncio.sleep(pause)  # back-off of a reconnect, not coordination
+            await asyncio.sleep(pause)  # back-off before reconnecting
             pause = min(pause * 2, 5.0)
 
     async def starved(self) -> AsyncGenerator[TenantEvent]:
-        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, forever.
+        """Yield `tenant.oom` whenever the kernel has killed processes of a tenant for lack of memory.
 
-        It ends at once where the kernel's log, which is root's, cannot be read.
+        Ends at once if the kernel log, which only root can read, is not readable.
         """
         project = self._settings.incus_project
         prefix = "" if project == "default" else f"{project}_"
         async with contextlib.aclosing(ooms()) as told:
             async for container, process, count in told:
                 name = container.removeprefix(prefix)
-                # only names of other projects have an underscore
+                # instances of other projects have an underscore in their names
                 if container.startswith(prefix) and TENANT_NAME.fullmatch(name):
-                    with contextlib.suppress(GatewayError):  # none of ours, or Incus is away
+                    with contextlib.suppress(GatewayError):  # not a tenant, or Incus is away
                         await self._tenants.get(name)
                         yield TenantEvent("tenant.oom", name, {"process": show(process), "killed": count})
 
@@ -152,17 +153,17 @@ class Watch:
             return
         at = _moment(event)
         if at < self._ends.get(name, at):
-            return  # of one that was destroyed: Incus sends events in any order
+            return  # of a destroyed tenant: Incus sends events in any order
         if action == "instance-exec":
             if is_ours(context.get("command") or []):
-                return  # our own, told as exec.started
+                return  # our own command, reported as exec.started
         elif not action.startswith(_LOOKS):
             self._changed(name)
         old = str(context.get("old_name", "")) if action == "instance-renamed" else ""
         self._changed(old)
         if name not in known and old not in known:
             try:
-                await self._tenants.get(name)  # is it ours?
+                await self._tenants.get(name)  # is it a tenant?
             except NotFound:
                 return
         requestor = metadata.get("requestor") or {}
@@ -176,12 +177,12 @@ class Watch:
             self._ends[name] = at
             while len(self._ends) > _ENDS:
                 del self._ends[next(iter(self._ends))]
-            if known.pop(name, "stopped") != "stopped":  # told late, or lost: it did stop
+            if known.pop(name, "stopped") != "stopped":  # its stop event is late or lost
                 yield TenantEvent("tenant.stopped", name, {"action": "instance-stopped", "by": by})
         else:
             before: Status = "stopped" if action == "instance-created" else "running"
             known[name] = _AFTER.get(action, known.get(name, before))
-        # an exec's command line is the tenant's own: only that it happened is told
+        # an exec's command line is private to the tenant: report only that there was one
         yield TenantEvent(_LIFECYCLE.get(action, f"incus.{action}"), name, data)
         if action == "instance-restored" and (snapshot := str(context.get("snapshot", ""))):
             data = {"action": action, "snapshot": snapshot.rpartition("/")[2], "by": by}
@@ -189,7 +190,7 @@ class Watch:
 
 
 def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[TenantEvent]:
-    """Return what must have happened between two looks, marked `resync`: no event told of it."""
+    """Return the events that must have been missed between two listings, marked `resync`."""
     data = {"resync": True}
     changes: list[TenantEvent] = []
     for name, status in now.items():
@@ -204,7 +205,7 @@ def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[
 
 
 def _moment(event: Mapping[str, Any]) -> datetime:
-    """Return when an event was sent; one that does not say so, now."""
+    """Return an event's timestamp, or the current time if it has none."""
     try:
         return datetime.fromisoformat(str(event.get("timestamp"))).astimezone(UTC)
     except ValueError:
@@ -214,7 +215,7 @@ def _moment(event: Mapping[str, Any]) -> datetime:
 async def _with_ticks(
     stream: AsyncIterator[dict[str, Any]], interval: float
 ) -> AsyncGenerator[dict[str, Any] | None]:
-    """Yield the stream's items, and None whenever `interval` seconds passed without a look."""
+    """Yield the stream's items, and None every `interval` seconds."""
     pending: asyncio.Task[dict[str, Any]] | None = None
     due = time.monotonic() + interval
     try:
