@@ -1,10 +1,10 @@
-# Drops what a terminal holds and gets, until standard input ends, and leaves the terminal's modes as they were.
+# Discards a terminal's input, buffered and new, until standard input ends; then restores the terminal's modes.
 #
 # Usage:  sh -c "$(cat drain.sh)" sh TERMINAL
-#   TERMINAL  its path
-# Input:  nothing; it ends when the draining is to end.
-# Output: "\001D" once it drains; nothing where there is no such terminal.
-# Exit:   0 where there is no such terminal, else means nothing.
+#   TERMINAL  the terminal's path
+# Input:  nothing; its end stops the script.
+# Output: "\001D" once it has started; nothing if there is no such terminal.
+# Exit:   0 if there is no such terminal, else undefined.
 modes=$(stty -g <"$1") || exit 0
 stty raw -echo <"$1"
 cat <"$1" >/dev/null &

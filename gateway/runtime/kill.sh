@@ -1,24 +1,24 @@
-# Ends a command's whole tree, as `Cgroup.kill` does on the host, where the host's control groups cannot be reached.
+# Kills a command's whole process tree, like `CommandCgroup.kill` on the host, if the host's cgroups are not accessible.
 #
 # Usage:  sh -c "$(cat kill.sh)" sh EXEC GRACE LIMIT
 #   EXEC   the command's id
-#   GRACE  milliseconds between TERM and KILL; 0 for KILL at once
-#   LIMIT  milliseconds to go on with KILL while anything is left
+#   GRACE  milliseconds between TERM and KILL; 0 to send KILL at once
+#   LIMIT  milliseconds to keep sending KILL while anything is left
 # Input:  none.
-# Output: "FOUND KILLED LEFT HOW": how many processes there were, 1 where KILL was needed and else 0, how many are
-#         left, and how they were found: "cgroup" or "scan".
-# Exit:   means nothing.
-tree=/sys/fs/cgroup/unified # where a hybrid host mounts it; a pure one does at the top
+# Output: "FOUND KILLED LEFT HOW": number of processes found, 1 if KILL was needed and 0 if not, number of
+#         processes left, and how they were found: "cgroup" or "scan".
+# Exit:   undefined.
+tree=/sys/fs/cgroup/unified # on a hybrid host; on a pure v2 host the parent folder
 [ -d "$tree" ] || tree=/sys/fs/cgroup
 group=$tree/gateway/$1
 how=cgroup
 [ -e "$group/cgroup.procs" ] || how=scan
 
-list() { # EXEC: prints what is in the control group, and what carries the marker in its environment; no zombies
+list() { # EXEC: prints the pids in the cgroup and those with the marker in their environment, except zombies
   {
     [ "$how" = scan ] || cat "$group/cgroup.procs" 2>/dev/null
     grep -lsxzF "GATEWAY_EXEC=$1" /proc/[0-9]*/environ | while IFS=/ read -r _ _ pid _; do
-      # its state is behind its name, which may be anything
+      # the state follows the name, which may contain anything
       stat=$(cat "/proc/$pid/stat" 2>/dev/null)
       case ${stat##*') '} in
         Z* | '') ;;
@@ -50,5 +50,5 @@ while [ -n "$left" ] && [ "$waited" -lt "$3" ]; do
   left=$(list "$1")
 done
 rmdir "$group" 2>/dev/null
-# shellcheck disable=SC2046 # words without the blanks that some `wc` print
+# shellcheck disable=SC2046 # splitting removes the blanks that some `wc` print
 echo $((found)) "$killed" $(printf %s "$left" | wc -w) "$how"

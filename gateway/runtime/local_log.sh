@@ -1,11 +1,11 @@
-# Prints the end of a site's log, from a folder anywhere below its tenant's root.
+# Prints the end of a site's log, run from any folder below its tenant's root.
 #
 # Usage:  sh -c "$(cat local_log.sh)" sh LINES [-F]
-#   LINES  how many of its lines
-#   -F     go on with what comes
+#   LINES  number of lines
+#   -F     keep printing new lines
 # Input:  none.
-# Output: the lines; nothing where there is no log.
-# Exit:   as tail.
+# Output: the lines; nothing if there is no log.
+# Exit:   that of tail.
 #
-# The log lies beside the root, in which the tenant could put a link in its place.
+# The log is beside the root, because inside it the tenant could replace it by a link.
 exec tail -n "$@" "${PWD%/root/*}/site.log" 2>/dev/null

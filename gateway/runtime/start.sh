@@ -1,23 +1,23 @@
-# Starts the shell that waits for a command: joins a separate control group, becomes the command's user, and
-# goes on with wait.sh.
+# Starts the shell that waits for a command: joins a separate cgroup, becomes the command's user, and continues
+# with wait.sh.
 #
 # Usage:  sh -c "$(cat start.sh)" sh EXEC LOOKS TERMINAL WAIT [NAME [UID GID HOME]]
-#   EXEC      the command's id, which names its control group and marks its processes
-#   LOOKS     how often to look, 50 ms apart, for the tree of control groups: systemd mounts it only some 100 ms
-#             after a container's start, and a command that runs before it could only be found by its marker
-#   TERMINAL  not empty where standard input is a terminal
+#   EXEC      the command's id, which names its cgroup and marks its processes
+#   LOOKS     number of attempts, 50 ms apart, to find the cgroup tree: systemd mounts it only some 100 ms after a
+#             container's start, and a command started before that could be found only by its marker
+#   TERMINAL  not empty if standard input is a terminal
 #   WAIT      the text of wait.sh
-#   NAME …    the user. Without a NAME the user stays; a NAME without UID is looked up, and a number that has no
-#             entry is its own group.
-# Input:  is left to wait.sh.
-# Output: on standard error "\001E user" where there is no such user, else what wait.sh says.
-# Exit:   126 where there is no such user, else as wait.sh.
+#   NAME …    the user. Without NAME the user is not changed; a NAME without UID is looked up, and a number without
+#             an entry is used as its group, too.
+# Input:  left to wait.sh.
+# Output: on standard error "\001E user" if there is no such user, else the output of wait.sh.
+# Exit:   126 if there is no such user, else that of wait.sh.
 
-# A shell hands on what it sets of a variable that it was given, and whoever runs the host may give any name to
-# commands (`environment.…` of an instance): so all that this and wait.sh set begins with `_gateway_`.
+# A shell exports changes to variables that it inherited, and the operator may set any variable for commands
+# (`environment.…` of an instance). So all variables set here and in wait.sh begin with `_gateway_`.
 _gateway_looks=$2
 while
-  _gateway_tree=/sys/fs/cgroup/unified # where a hybrid host mounts it; a pure one does at the top
+  _gateway_tree=/sys/fs/cgroup/unified # on a hybrid host; on a pure v2 host the parent folder
   [ -d "$_gateway_tree" ] || _gateway_tree=/sys/fs/cgroup
   [ ! -e "$_gateway_tree/cgroup.procs" ] && [ "$_gateway_looks" -gt 0 ]
 do
@@ -33,7 +33,7 @@ _gateway_terminal='' _gateway_modes=''
 if [ -n "$3" ]; then
   export TERM=xterm-256color
   _gateway_modes=$(stty -g) _gateway_terminal=$(tty)
-  # the line must not be echoed, nor end at the 4096 bytes that a terminal takes of one
+  # the line must not be echoed, nor cut off at a terminal's limit of 4096 bytes
   stty raw -echo
 fi
 
@@ -60,8 +60,8 @@ set -- "$_gateway_how" "$_gateway_terminal" "$_gateway_modes"
 if [ -n "$_gateway_name" ]; then
   export HOME="$_gateway_home" USER="$_gateway_name" LOGNAME="$_gateway_name" SHELL="$_gateway_shell"
   if [ "$_gateway_uid" != 0 ]; then
-    # Programs that the user installed, where npm, pip, uv, pnpm and bun put them, come first, but only once root
-    # has looked up its last.
+    # The user's own programs, as installed by npm, pip, uv, pnpm and bun, come first in PATH, but only after root's
+    # last lookup.
     # shellcheck disable=SC2016 # the user's shell expands it
     exec setpriv "--reuid=$_gateway_uid" "--regid=$_gateway_gid" "$_gateway_groups" -- /bin/sh -c \
       'PATH=$HOME/.local/bin:$HOME/.local/share/pnpm/bin:$HOME/.bun/bin:$PATH

@@ -1,11 +1,11 @@
-# Tells a site's services the domain that they are asked by, from their next start on, until the container's: its
-# first process is told by Incus.
+# Tells a site's services their domain, from their next start until the container's next start, at which Incus tells
+# the init process.
 #
 # Usage:  sh -c "$(cat allow_domain.sh)" sh VARIABLE
 #   VARIABLE  NAME=DOMAIN
 # Input:  none.
-# Output: nothing but what fails.
-# Exit:   0 once systemd has it.
+# Output: only errors.
+# Exit:   0 once systemd has loaded it.
 set -eu
 for unit in site site-next; do
   mkdir -p /run/systemd/system/$unit.service.d

@@ -1,13 +1,13 @@
-# Has systemd take shares of new limits for those of the site.
+# Makes systemd recompute the site's shares of changed limits.
 #
 # Usage:  sh -c "$(cat apply_limits.sh)" sh SHARE
-#   SHARE  what the site may have of the memory and of the tasks, as 85%
+#   SHARE  the site's share of memory and tasks, such as 85%
 # Input:  none.
-# Output: nothing but what fails.
-# Exit:   0 once they hold, or where there is no site.
+# Output: only errors.
+# Exit:   0 once they are in force, or if there is no site.
 #
-# Shares are worked out when a unit is read, and those of a site that runs reach the kernel only when they are set
-# (systemd 257).
+# Shares are computed when a unit is loaded, and those of a running site reach the kernel only when they are set
+# explicitly (systemd 257).
 systemctl daemon-reload
 [ ! -f /etc/systemd/system/site.service ] ||
   exec systemctl set-property --runtime site.service MemoryMax="$1" TasksMax="$1"

@@ -1,20 +1,20 @@
-# Copies what the live site wrote since the next one was staged, where it is newer; notes what that may be.
+# Copies files that the live site has written since the next one was staged, if they are newer; records the paths.
 #
 # Usage:  sh -c "$(cat carry.sh)" sh LIVE NEXT UID NOTE HOW
 #   LIVE  the workspace
 #   NEXT  the folder of the next site
 #   UID   the site's user and group
-#   NOTE  where the paths are noted, with ".lasting" behind it
-#   HOW   as for settle.sh: of a "rollback" the next site's own are removed before, of an "environment" none is
+#   NOTE  the paths are recorded in this file with ".lasting" appended
+#   HOW   as for settle.sh: for "rollback" the next site's own files are removed first; for "environment" none are
 #         copied
-# Input:  paths below LIVE, each with a NUL.
+# Input:  paths below LIVE, each terminated by NUL.
 # Output: what could not be copied.
-# Exit:   0; what comes or goes meanwhile is nobody's fault.
+# Exit:   0; files may appear and vanish meanwhile.
 live="$1" next="$2" uid="$3" paths="$4.lasting" how="$5"
 as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups xargs --null --no-run-if-empty "$@"; }
 cat >"$paths" || exit
 if [ "$how" = rollback ]; then
-  # a database's log that is older than the database would be played back into it
+  # a database would replay an old log file into a newer database
   cd "$next" || exit
   as_site rm -rf -- <"$paths"
 fi

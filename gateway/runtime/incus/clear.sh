@@ -1,14 +1,14 @@
-# Removes everything of the next site, and what settle.sh kept to take itself back.
+# Removes the next site, and what settle.sh saved for undoing it.
 #
-# A kept site that was taken and did not become the live one goes back to where it was kept.
+# A kept site that was taken and did not become live is put back.
 #
 # Usage:  sh -c "$(cat clear.sh)" sh LIVE NEXT NOTE KEPT UID
 #   LIVE, NEXT, NOTE  as for settle.sh
 #   KEPT              the folder of the kept sites
 #   UID               the site's user and group
 # Input:  none.
-# Output: nothing but what fails.
-# Exit:   0 once the folder and the note are gone. It may be called again.
+# Output: only errors.
+# Exit:   0 once the folder and the note are gone. May be called again.
 next="$2" note="$3" kept="$4" uid="$5"
 systemctl stop site-next.service 2>/dev/null
 rm -f /run/systemd/system/site-next.service /etc/site-next.env /etc/site.env.old \
@@ -17,7 +17,7 @@ systemctl daemon-reload
 if [ -f "$kept/taken" ]; then
   back="$kept/$(cat "$kept/taken")"
   if [ -d "$next" ] && [ -d "$back" ] && [ ! -e "$back/site" ]; then
-    # what was carried over is the live site's
+    # files copied from the live site do not belong to it
     if [ -f "$note.lasting" ]; then
       (cd "$next" && setpriv --reuid="$uid" --regid="$uid" --clear-groups \
         xargs --null --no-run-if-empty rm -rf --) <"$note.lasting"

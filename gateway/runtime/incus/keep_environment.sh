@@ -1,9 +1,9 @@
-# Keeps a site's environment where its root alone reads it.
+# Stores a site's environment where only root can read it.
 #
 # Usage:  sh -c "$(cat keep_environment.sh)" sh FILE
-#   FILE  where it is kept
-# Input:  what systemd calls an EnvironmentFile. It may hold secrets, and a command line shows on the host.
-# Output: nothing but what fails.
-# Exit:   0 once it is there.
+#   FILE  the file to write
+# Input:  a systemd EnvironmentFile. It may contain secrets, and command lines are visible on the host.
+# Output: only errors.
+# Exit:   0 once it is written.
 umask 077
 cat >"$1"

@@ -1,14 +1,14 @@
-# Keeps the site whose place settle.sh gave to another, by a rename, and notes which one is live now.
+# Keeps the site that settle.sh has replaced, by a rename, and records which one is live now.
 #
 # Usage:  sh -c "$(cat put_former.sh)" sh LIVE NEXT NOTE KEPT ID NOW MOST UID
-#   LIVE, NEXT, NOTE  as for settle.sh; without the NOTE there is nothing to keep
-#   KEPT              the folder of the kept sites, root's alone: each has its environment
-#   ID, NOW           the deployments that made the kept site and the live one
-#   MOST              how many sites are kept; the oldest of more are removed
+#   LIVE, NEXT, NOTE  as for settle.sh; without a NOTE there is nothing to keep
+#   KEPT              the folder of the kept sites, accessible only to root, since it has their environments
+#   ID, NOW           the deployments of the kept site and of the live one
+#   MOST              number of sites to keep; older ones are removed
 #   UID               the site's user and group
 # Input:  none.
-# Output: nothing but what fails.
-# Exit:   0 once it is kept. It may be called again, however far it came.
+# Output: only errors.
+# Exit:   0 once it is kept. May be called again, however far it got.
 set -eu
 live="$1" next="$2" note="$3" kept="$4" id="$5" now="$6" most="$7" uid="$8" unit=/etc/systemd/system/site.service.old
 as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
@@ -16,7 +16,7 @@ as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
 umask 077
 mkdir -p "$kept"
 systemctl stop site-next.service 2>/dev/null || :
-# what was taken is the live one now
+# the site that was taken is live now
 if [ -f "$kept/taken" ]; then
   taken=$(cat "$kept/taken")
   rm -f "$kept/taken"
@@ -26,7 +26,7 @@ touch "$kept/list"
 if [ "$most" -gt 0 ] && [ -f "$unit" ]; then
   mkdir -p "$kept/$id"
   if [ -d "$next" ]; then
-    # what lives on with the live site would only be had twice
+    # files that continue with the live site would only be duplicated
     if [ -f "$note.lasting" ]; then
       (cd "$next" && as_site xargs --null --no-run-if-empty rm -rf --) <"$note.lasting" || :
     fi
@@ -39,7 +39,7 @@ if [ "$most" -gt 0 ] && [ -f "$unit" ]; then
   if [ -f /etc/site.env.old ]; then mv /etc/site.env.old "$kept/$id/site.env"; fi
   cp "$unit" "$kept/$id/site.service"
 fi
-# newest last; what is no longer there is no longer listed
+# newest last; missing sites are dropped from the list
 while read -r known since; do
   if [ "$known" != "$id" ] && [ -d "$kept/$known/site" ]; then echo "$known $since"; fi
 done <"$kept/list" >"$kept/list.new"

@@ -1,15 +1,15 @@
-# Makes the next site the live one: exchanges their folders, puts its environment and unit in place, starts it.
+# Makes the next site live: exchanges the folders, installs its environment and unit, and starts it.
 #
 # Usage:  sh -c "$(cat settle.sh)" sh LIVE NEXT NOTE HOW
 #   LIVE  the workspace
 #   NEXT  the folder of the next site
-#   NOTE  the file that says which of the two was the live one. It is written before they are exchanged, so that
-#         after a crash both this and unsettle.sh know whether they were.
-#   HOW   "update"; "rollback", where the repository and the gateway's own folder stay with the live site; or
-#         "environment", where all folders stay where they are
+#   NOTE  the file that records which folder was live. It is written before the exchange, so that after a crash
+#         this script and unsettle.sh can tell whether the exchange has happened.
+#   HOW   "update"; "rollback", for which the repository and the gateway's own folder stay with the live site; or
+#         "environment", for which no folder is moved
 # Input:  the live site's unit.
-# Output: nothing but what fails.
-# Exit:   0 once the site was told to start. It may be called again, however far it came.
+# Output: only errors.
+# Exit:   0 once the site has been told to start. May be called again, however far it got.
 set -eu
 live="$1" next="$2" note="$3" how="$4" unit=/etc/systemd/system/site.service
 new=$(cat; printf .)
@@ -20,7 +20,7 @@ if [ ! -e "$note" ]; then
   mv "$note.new" "$note"
 fi
 if [ "$how" != environment ]; then
-  # in one step: no request ever finds the folder missing
+  # atomic, so that no request finds the folder missing
   if [ "$(stat -c %i "$live")" = "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
 fi
 if [ "$how" = rollback ]; then
@@ -34,7 +34,7 @@ if [ "$how" = rollback ]; then
 fi
 if [ -f /etc/site-next.env ]; then mv /etc/site-next.env /etc/site.env; fi
 printf %s "${new%.}" >$unit
-# each reload takes as long as all else here: one is enough
+# a reload takes as long as everything else here, so do it only once
 systemctl --quiet --no-reload enable site.service
 systemctl daemon-reload
 systemctl restart site.service

@@ -1,13 +1,13 @@
-# Copies the live site to the folder of the next one, as the site's user: root would follow what the site puts in
-# its way. Where blocks can be shared, none is written twice.
+# Copies the live site to the folder of the next one, as the site's user, because root would follow links planted by
+# the site. Shares blocks if the file system supports it.
 #
 # Usage:  sh -c "$(cat stage.sh)" sh LIVE NEXT UID
 #   LIVE  the workspace
-#   NEXT  the folder of the next site, which is made again
+#   NEXT  the folder of the next site, which is recreated
 #   UID   the site's user and group
 # Input:  none.
-# Output: last "\ncannot be read: PATH" for a file below LIVE that the site's user cannot read.
-# Exit:   0 for a whole copy, else 1.
+# Output: ends with "\ncannot be read: PATH" if the site's user cannot read a file below LIVE.
+# Exit:   0 if the copy is complete, else 1.
 set -eu
 live="$1" next="$2" uid="$3"
 rm -rf "$next"

@@ -1,15 +1,15 @@
-# Puts a site's unit in place and starts it, or starts it again.
+# Installs a site's unit and starts or restarts it.
 #
 # Usage:  sh -c "$(cat start_service.sh)" sh FILE SIDE UNIT
-#   FILE  where the unit is kept
-#   SIDE  "live", or "next" for one that is gone after the container's next start
-#   UNIT  its name
+#   FILE  the unit's file
+#   SIDE  "live", or "next", which is gone after the container's next start
+#   UNIT  the unit's name
 # Input:  the unit.
-# Output: nothing but what fails.
-# Exit:   0 once it was told to start.
+# Output: only errors.
+# Exit:   0 once it has been told to start.
 set -eu
 cat >"$1"
-# right after a container's start its systemd does not listen yet
+# right after a container's start, systemd does not listen yet
 for _ in $(seq 400); do
   [ -S /run/systemd/private ] && break
   sleep 0.05

@@ -1,12 +1,12 @@
-# Makes a kept site the next one, by a rename: nothing is copied.
+# Makes a kept site the next one, by a rename without copying.
 #
 # Usage:  sh -c "$(cat take_former.sh)" sh NEXT KEPT ID
-#   NEXT  the folder of the next site, which is made again
+#   NEXT  the folder of the next site, which is replaced
 #   KEPT  the folder of the kept sites
-#   ID    which of them; it is noted before it is taken, so that clear.sh puts it back
+#   ID    the site to take; recorded before it is moved, so that clear.sh can put it back
 # Input:  none.
-# Output: nothing but what fails.
-# Exit:   0 once it is there; 3 where no such site is kept.
+# Output: only errors.
+# Exit:   0 once it is done; 3 if no such site is kept.
 set -eu
 next="$1" kept="$2" from="$2/$3"
 [ -d "$from/site" ] || exit 3

@@ -1,17 +1,17 @@
-# Tells how a unit does. All that is printed is short, whatever the tenant does.
+# Prints the state of a unit. The output is short, whatever the tenant does.
 #
 # Usage:  sh -c "$(cat unit_status.sh)" sh UNIT
 # Input:  none.
-# Output: NAME=VALUE, one a line: what systemd says of it, what its control group counts (OomKills, Computed), and
-#         Listen for each address where its processes listen, as the kernel writes it.
-# Exit:   means nothing.
+# Output: lines NAME=VALUE: systemd's properties, counters of its cgroup (OomKills, Computed), and a Listen for each
+#         address on which its processes listen, in the kernel's notation.
+# Exit:   undefined.
 facts=$(systemctl show \
   --property=ActiveState,SubState,NRestarts,ExecMainStartTimestampMonotonic,ControlGroup "$1") || exit
 printf '%s\n' "$facts" | head -c 1000
 group=$(printf '%s\n' "$facts" | sed -n 's/^ControlGroup=//p')
 [ -n "$group" ] || exit 0
 
-# one tree of all, or (hybrid, and the old one) a tree for each of these
+# a single tree, or on hybrid and v1 hosts one tree per controller
 tree=/sys/fs/cgroup
 for place in "$tree/unified" "$tree/systemd" "$tree"; do
   [ -f "$place$group/cgroup.procs" ] && break
@@ -24,7 +24,7 @@ for pid in $(head -n 200 "$place$group/cgroup.procs"); do
   set -- "$@" "/proc/$pid/fd"
 done
 [ $# -gt 0 ] || exit 0
-# listeners come first in the kernel's tables
+# listeners come first in the kernel's tables, which limits the work
 # shellcheck disable=SC2016 # the program is awk's
 timeout 3 find "$@" -lname 'socket:*' -printf '%l\n' 2>/dev/null | timeout 3 awk '
   FILENAME == "-" { gsub(/[^0-9]/, ""); own[$0]; next }

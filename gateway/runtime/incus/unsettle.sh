@@ -1,14 +1,14 @@
-# Takes back what settle.sh did: folders, environment and unit are what they were, and the old site is started.
+# Undoes settle.sh: restores folders, environment and unit, and starts the old site.
 #
 # Usage:  sh -c "$(cat unsettle.sh)" sh LIVE NEXT NOTE
-#   LIVE, NEXT, NOTE  as for settle.sh; without the NOTE there is nothing to take back
+#   LIVE, NEXT, NOTE  as for settle.sh; without a NOTE there is nothing to undo
 # Input:  none.
-# Output: nothing but what fails.
-# Exit:   0 once all is as it was. It may be called again, however far it came.
+# Output: only errors.
+# Exit:   0 once everything is restored. May be called again, however far it got.
 set -eu
 live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
 [ -e "$note" ] || exit 0
-# right after a container's start its systemd does not listen yet
+# right after a container's start, systemd does not listen yet
 for _ in $(seq 400); do
   [ -S /run/systemd/private ] && break
   sleep 0.05
