@@ -1,7 +1,7 @@
 """Events: the journal that stores them, the bus that delivers them, Server-Sent Events.
 
-From outside use `Bus`, `Filter`, `Event`, `StoredJournal` and `sse.response`. A publisher calls
-`Bus.publish` and forgets; a subscriber holds a cursor on the journal and nothing else.
+Other packages use `Bus`, `Filter`, `Event`, `StoredJournal` and `sse.response`. Publishers just call
+`Bus.publish`; a subscriber consists of a cursor on the journal and nothing else.
 """
 
 from gateway.events.bus import Bus, Spans, Subscription

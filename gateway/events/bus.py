@@ -1,4 +1,4 @@
-"""Publishes events to the journal, and follows it for subscribers."""
+"""Publish events to the journal, and follow it for subscribers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, Final
 from gateway.events.event import Draft, Event, Filter, Span, gap
 from gateway.events.journal import Journal
 
-# events that a subscription reads at once: bounds what one slow subscriber holds
+# events a subscription reads at once, which bounds the memory of a slow subscriber
 BATCH: Final = 64
 
 Spans = Callable[[Iterable[str]], Mapping[str, Span]]
 
 
 class Bus:
-    """The gateway's events, from publishers to subscribers. Used from the event loop only.
+    """The gateway's events, from publishers to subscribers. Use it from the event loop only.
 
-    There are no queues. A subscription is a place in the journal, so a slow one costs no memory and
-    loses nothing that the journal keeps; what it does not keep any more becomes a `gap`.
+    There are no queues. A subscription is a position in the journal, so a slow one costs no memory and loses
+    nothing that the journal keeps; events that are no longer kept become a `gap`.
     """
 
     def __init__(self, journal: Journal, name: str = "gateway") -> None:
@@ -41,7 +41,7 @@ class Bus:
 
     @property
     def newest(self) -> int:
-        """Id of the newest event that subscribers can have seen."""
+        """Id of the newest event that subscribers may have seen."""
         return self._journal.newest
 
     @property
@@ -51,7 +51,7 @@ class Bus:
 
     @property
     def subscribers(self) -> int:
-        """How many subscriptions are open: for metrics."""
+        """Number of open subscriptions, for metrics."""
         return len(self._subscriptions)
 
     def publish(
@@ -63,8 +63,8 @@ class Bus:
     ) -> Event:
         """Record an event and wake the subscribers. Never waits.
 
-        `data` must be JSON values, else `TypeError`, without secrets, file contents or host paths.
-        After `close` events are still recorded.
+        `data` must be JSON, without secrets, file contents or host paths. Events are recorded even after
+        `close`. Raises `TypeError` if `data` is not JSON.
         """
         body = dict(data or {})
         if deployment is not None:
@@ -73,48 +73,47 @@ class Bus:
         return self._journal.append([draft])[0]
 
     def subscribe(self, filter: Filter, after: int | None = None) -> Subscription:
-        """Follow the events that `filter` lets through: from now on, or all after the id `after`.
+        """Follow the events that match `filter`: from now on, or all after the id `after`.
 
-        The place in the journal is taken now, not when iteration starts: subscribe first, read the
-        state after, and no change falls between. If `after` is older than what is kept, or in the future
-        because another process gave it out, a `gap` comes first and then all that is kept.
+        The position is fixed now, not when iteration starts: subscribe first, then read the state, and no
+        change is missed. If `after` is older than the kept events, or in the future because another process
+        issued it, a `gap` comes first, followed by everything kept.
 
-        A subscriber that covers names, not all tenants, gets nothing of earlier tenants of these names; see
-        `part`.
+        A subscriber limited to some names gets no events of earlier tenants with these names; see `part`.
         """
         subscription = Subscription(self, self._journal, filter, after)
         self._subscriptions.add(subscription)
         return subscription
 
     def part(self, spans: Spans | None) -> None:
-        """Set the function that says where the events of the present tenants of names begin.
+        """Set the function that tells where the events of the current tenants with given names begin.
 
-        While it returns None, for not known, a subscriber that covers names and asks for earlier events
-        waits.
+        While `spans` is None, meaning unknown, a subscriber limited to names that wants earlier events has to
+        wait.
         """
         self._spans = spans
         self._wake()
 
     def close(self) -> None:
-        """End every subscription once it has delivered what is recorded by now. Idempotent.
+        """End every subscription once it has delivered everything recorded so far. Idempotent.
 
-        What cannot be recorded is not waited for.
+        Events that cannot be recorded are not waited for.
         """
         self._closed = True
         self._wake()
 
     def _wake(self) -> None:
-        # waiting readers hold this object and wake; the next reader waits on the new one
+        # waiting readers hold the old event and wake up; later ones wait on the new one
         self._grown.set()
         self._grown = asyncio.Event()
 
 
 class Subscription:
-    """One subscriber's place in the journal, and the events from there on as an async iterator.
+    """A subscriber's position in the journal; an async iterator of the events after it.
 
-    `last_id` is the id up to which all matching events were handed out: the `Last-Event-ID` that
-    resumes here, further along than the last event where the ones after it did not match. Iteration
-    ends after `close`, its own or the bus's.
+    `last_id` is the id up to which all matching events have been returned: the `Last-Event-ID` to resume
+    here. It is higher than the last event's id if later events did not match. Iteration ends after `close` of
+    the subscription or the bus.
     """
 
     def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
@@ -122,16 +121,16 @@ class Subscription:
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False
         self._cursor = journal.last if after is None else after
-        self._told = 0  # the latest loss of which a gap told
-        self._hidden = -1  # last id of an earlier tenant's events, hidden from the present one of its name
-        # events from now on are for every subscriber that may see that name now
+        self._told = 0  # number of the latest loss reported by a gap
+        self._hidden = -1  # last id of events that are hidden because they are an earlier tenant's
+        # events from now on concern every subscriber that may see the name now
         self._parted = after is None or filter.coverage is None
 
     @property
     def last_id(self) -> int:
         if self._ready:
             return self._ready[0].id - 1
-        # an id that is not written yet may be another event's in the next process
+        # an id that is not written yet may be reused by the next process
         return min(self._cursor, self._journal.newest)
 
     def __aiter__(self) -> Subscription:
@@ -143,7 +142,7 @@ class Subscription:
         raise StopAsyncIteration
 
     async def batch(self) -> Sequence[Event]:
-        """Return the next events, at most some dozens, as soon as there is one; none after the end."""
+        """Wait for events and return the next ones, at most some dozens; empty at the end."""
         if not self._ready and not await self._fill():
             return ()
         events = tuple(self._ready)
@@ -151,7 +150,7 @@ class Subscription:
         return events
 
     async def _fill(self) -> bool:
-        """Have something ready; return False where iteration ends instead."""
+        """Wait until events are ready; return False at the end of the iteration."""
         journal, source = self._journal, self._bus._source
         while not self._closed:
             grown, closing, before = self._bus._grown, self._bus.closed, self._cursor
@@ -181,7 +180,7 @@ class Subscription:
             if self._ready:
                 return True
             if stretch.end > before:
-                # reading from memory never waits: let others run while we skip a long stretch
+                # reading from memory never yields to the loop: let others run during a long skip
                 await asyncio.sleep(0)
             elif closing and journal.settled and journal.newest <= before:
                 break
@@ -198,7 +197,7 @@ class Subscription:
             self._waiting = False
 
     def close(self) -> None:
-        """End the iteration, also for a task that waits in it. Idempotent."""
+        """End the iteration, also for a task waiting in it. Idempotent."""
         self._closed = True
         self._ready.clear()
         self._bus._subscriptions.discard(self)

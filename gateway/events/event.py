@@ -1,4 +1,4 @@
-"""One event: its fields, its CloudEvents form, and filters by permission and interest."""
+"""Events: their fields, their CloudEvents form, and filters by permission and interest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GAP: Final = "gap"
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """An event that has no id yet. `time` is in seconds since the epoch, `data` holds JSON values.
+    """An event without an id. `time` is in seconds since the epoch, `data` is JSON.
 
-    `deployment` is what `Filter` looks at; it travels to clients as `data.deployment`.
+    `deployment` is for `Filter`; clients get it as `data.deployment`.
     """
 
     type: str
@@ -32,10 +32,10 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened, with its place in the journal. Ids grow and are never used twice.
+    """An event with its id in the journal. Ids increase and are never reused.
 
-    `encoded` is the event as CloudEvents 1.0 JSON, as SSE and the websocket send it, made once however many
-    subscribers there are.
+    `encoded` is the event as CloudEvents 1.0 JSON, as sent by SSE and the websocket. It is encoded once for
+    all subscribers.
     """
 
     id: int
@@ -48,13 +48,13 @@ class Event:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """What the publisher told; decoded at each use, since hardly anybody in the gateway looks."""
+        """The publisher's data, decoded on each access, because the gateway itself rarely needs it."""
         data: Mapping[str, Any] = orjson.loads(self.encoded)["data"]
         return data
 
 
 def numbered(draft: Draft, number: int) -> Event:
-    """Return `draft` as the event with id `number`. Raises `TypeError` if its data is not JSON."""
+    """Return `draft` as the event with the id `number`. Raises `TypeError` if its data is not JSON."""
     return Event(
         id=number,
         type=draft.type,
@@ -67,16 +67,16 @@ def numbered(draft: Draft, number: int) -> Event:
 
 
 def gap(oldest: int, source: str, time: float) -> Event:
-    """Return what a subscriber gets in place of events that are no longer kept.
+    """Return the event that replaces events no longer kept.
 
-    Its id is the one before `oldest`, so that resuming from the gap misses nothing that is still there.
+    Its id is `oldest` - 1, so that resuming from the gap misses nothing that is still kept.
     """
     return numbered(Draft(GAP, source, time, data={"oldest": oldest}), oldest - 1)
 
 
 def _cloudevent(number: int, event: Draft) -> dict[str, Any]:
-    # https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md: id is a string, an absent
-    # subject is left out
+    # https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md: the id is a string, a missing
+    # subject is omitted
     body: dict[str, Any] = {
         "specversion": "1.0",
         "id": str(number),
@@ -96,16 +96,16 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-# these are told of a tenant that is not there yet
+# types of events about a tenant that does not exist yet
 _BEFORE: Final = ("tenant.", "deployment.")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where the events of a name's present tenant begin: with the one that tells of the last one's end.
+    """Where the events of a name's current tenant begin: with the event of its predecessor's end.
 
-    What came between that and `begun` may be of the last one still, but for what leads to the present one.
-    `at` is the time of that end.
+    Events between `ended` and `begun` may still concern the predecessor, except those leading to the current
+    tenant. `at` is the time of that end.
     """
 
     ended: int
@@ -118,13 +118,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """The events that one subscriber gets: those that its token covers and that it asked for.
+    """Selects a subscriber's events: those its token covers and it has requested.
 
-    `coverage` holds the names that the token covers, None for all. Events of no tenant (`gateway.*`) are for
-    everybody. `tenants`, `deployments` and `types` are what was asked for, None for all; with tenants or
-    deployments, events of no tenant are left out. A type that ends in `*` is a prefix. `names` says where the
-    events of covered names begin that earlier tenants had. A deployment's id gives all of its events, also
-    those after the end of the tenant that it made. `since` is when the subscriber's token was made.
+    `coverage` has the names the token covers, None for all. Events without a tenant (`gateway.*`) are for
+    everybody. `tenants`, `deployments` and `types` are what was requested, None for all; with tenants or
+    deployments, events without a tenant are omitted. A type ending in `*` is a prefix. `names` tells where
+    events begin for covered names that earlier tenants had. A deployment's id selects all its events, even
+    those after the end of the tenant it created. `since` is when the subscriber's token was issued.
     """
 
     coverage: frozenset[str] | None = None
@@ -135,7 +135,7 @@ class Filter:
     since: float = 0.0
 
     def matches(self, event: Event) -> bool:
-        """Say whether the subscriber may see `event` and asked for it."""
+        """Return whether the subscriber may see `event` and has requested it."""
         if event.tenant is not None and self.coverage is not None and event.tenant not in self.coverage:
             return False
         if self.tenants is not None and event.tenant not in self.tenants:
@@ -148,9 +148,9 @@ class Filter:
         return self.types is None or any(_type_matches(wish, event.type) for wish in self.types)
 
     def hidden(self) -> int:
-        """Return the last id of hidden events that the subscriber may have seen happen.
+        """Return the last id of hidden events that the subscriber may have expected to see.
 
-        -1 for none: a subscriber with a later token has missed nothing.
+        -1 if there are none: a subscriber with a more recent token has missed nothing.
         """
         if self.deployments is not None:
             return -1
@@ -165,9 +165,9 @@ class Filter:
         deployment: str | None = None,
         type: str | None = None,
     ) -> Filter:
-        """Return the filter of the query `?tenant=&deployment=&type=`, each comma-separated or absent.
+        """Parse the query `?tenant=&deployment=&type=`, each comma-separated or absent.
 
-        Raises `InvalidParams` for more than 64 values or one over 256 characters.
+        Raises `InvalidParams` for more than 64 values or one with more than 256 characters.
         """
         tenants, deployments, types = (
             _split(name, value)
@@ -193,5 +193,5 @@ def _split(name: str, value: str | None) -> tuple[str, ...] | None:
         return None
     parts = tuple(part for part in (part.strip() for part in value.split(",")) if part)
     if len(parts) > 64 or any(len(part) > 256 for part in parts):
-        raise InvalidParams(f"{name} takes at most 64 values of 256 characters", field=name)
+        raise InvalidParams(f"{name} accepts at most 64 values of 256 characters", field=name)
     return parts or None

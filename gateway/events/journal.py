@@ -1,4 +1,4 @@
-"""The interface of a journal of events, and what a read of it returns."""
+"""The interface of an event journal, and the result of a read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from gateway.events.event import EVERYTHING, Draft, Event, Filter
 
-# events that one read looks at: bounds how long it holds up others when few of them match
+# events examined per read, which bounds how long it delays others if few match
 SCAN: Final = 512
 
 
@@ -16,8 +16,8 @@ SCAN: Final = 512
 class Stretch:
     """The result of a read after an id: the matching events with `start < id <= end`.
 
-    The journal keeps no event between the given id and `start`. `lost` is the number of the latest loss
-    after that id which may concern the reader, or 0.
+    The journal has no events between the given id and `start`. `lost` is the number of the latest loss after
+    that id that may concern the reader, or 0.
     """
 
     start: int
@@ -27,12 +27,12 @@ class Stretch:
 
 
 class Journal(Protocol):
-    """Events in the order of their ids. Used from the event loop only.
+    """Events in the order of their ids. Use it from the event loop only.
 
-    A journal on disk gives out ids at once, and makes events readable when they are written: a crash then
-    never loses what a subscriber has seen. So `newest` is the last readable id.
+    A journal on disk assigns ids at once but makes events readable only when they are written, so that a
+    crash never loses events that a subscriber has seen. So `newest` is the last readable id.
 
-    The tenants share its room: when it is full, the tenant with most events loses its oldest.
+    The tenants share its capacity: when it is full, the tenant with the most events loses its oldest.
     """
 
     @property
@@ -42,32 +42,32 @@ class Journal(Protocol):
 
     @property
     def newest(self) -> int:
-        """The id of the newest readable event; before the first event, the id before it."""
+        """The id of the newest readable event; if there is none yet, the id before the first."""
         ...
 
     @property
     def last(self) -> int:
-        """The last id given out, readable or not."""
+        """The last id assigned, readable or not."""
         ...
 
     @property
     def losses(self) -> int:
-        """How often events were lost; counts on across restarts."""
+        """Number of losses of events, counted across restarts."""
         ...
 
     @property
     def settled(self) -> bool:
-        """Whether every appended event is readable, or cannot be written for now."""
+        """Whether every appended event is readable or currently cannot be written."""
         ...
 
     def append(self, drafts: Sequence[Draft]) -> list[Event]:
-        """Give each draft the next id and keep it, without waiting; calls `grown` once they are readable."""
+        """Assign ids to drafts and keep them, without waiting; `grown` is called once they are readable."""
         ...
 
     async def read(self, after: int, limit: int, wanted: Filter = EVERYTHING) -> Stretch:
-        """Return the next stretch after an id, with at most `limit` events; empty if there are none yet."""
+        """Return the next stretch after an id, with at most `limit` events; empty if there are none."""
         ...
 
     def watch(self, grown: Callable[[], None]) -> None:
-        """Call `grown` in the loop when `newest` rises or `settled` becomes true. One watcher: the bus."""
+        """Call `grown` in the loop when `newest` increases or `settled` becomes true. Only for the bus."""
         ...

@@ -1,4 +1,4 @@
-"""The SQL of the journal of events. The store runs each function in one of its threads."""
+"""The event journal's SQL. The store runs each function in one of its threads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway.events.event import Event, Filter
 from gateway.events.journal import SCAN, Stretch
 from gateway.events.retention import ALL, concerned
 
-# events of one statement; SQLite keeps the parsed statements of each length
+# events per statement; SQLite caches the parsed statement of each length
 _ROWS: Final = 64
-# those of a write whose end was not seen may be there already
+# events of a write with unknown outcome may exist already
 _INSERT: Final = "INSERT OR IGNORE INTO events VALUES"
 _LOSE: Final = (
     "INSERT INTO losses VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET"
@@ -30,10 +30,10 @@ Row = tuple[int, str | None, str | None, int, float]
 
 @dataclass(slots=True)
 class Change:
-    """One transaction of the journal: `events` are added, those with the ids in `removed` are deleted.
+    """A transaction of the journal: adds `events`, and deletes those with the ids in `removed`.
 
-    `number` is the number of this loss. `lost` maps each key of `Losses` to the last id that it loses.
-    `folded` holds the keys whose losses count for everybody from now on, and the last id of those.
+    `number` is the number of this loss. `lost` maps keys of `Losses` to the last id each loses. `folded` has
+    the keys whose losses count for everybody from now on, and their last id.
     """
 
     events: Sequence[Event]
@@ -51,8 +51,8 @@ class Change:
 
     def write(self, connection: sqlite3.Connection) -> None:
         """Add and delete the events, and record the losses."""
-        # Many rows in one statement: the thread gives up the GIL at each statement and takes it again, in
-        # the middle of the calls that the events report.
+        # Many rows per statement, because the thread releases and retakes the GIL at each statement, right in
+        # the middle of the calls that the events are about.
         for rows in (self.events[at : at + _ROWS] for at in range(0, len(self.events), _ROWS)):
             connection.execute(
                 f"{_INSERT} {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * len(rows))}",
@@ -78,7 +78,7 @@ def _listed(values: Iterable[int | str]) -> str:
 
 
 def begin_process(connection: sqlite3.Connection, boot: str, clock: int) -> bool:
-    """Record that a gateway starts; return whether everything that the last one wrote must still be there."""
+    """Record the start of a gateway; return whether all writes of the last one are certainly still there."""
     found = connection.execute("SELECT boot FROM journal").fetchone()
     connection.execute("INSERT OR REPLACE INTO journal VALUES (1, ?)", (boot,))
     connection.execute(
@@ -89,14 +89,14 @@ def begin_process(connection: sqlite3.Connection, boot: str, clock: int) -> bool
 
 
 def end_process(connection: sqlite3.Connection) -> None:
-    """Record that the gateway ends and that all it wrote is on disk."""
+    """Record that the gateway is shutting down and everything it wrote is on disk."""
     connection.execute("UPDATE journal SET boot = NULL")
 
 
 def read_kept(
     connection: sqlite3.Connection, most: int
 ) -> tuple[list[Row], Sequence[Event], list[tuple[str, int, int]]]:
-    """Return a row for each event, the latest `most` events in full, and the losses."""
+    """Return a row per event, the latest `most` events in full, and the losses."""
     losses = connection.execute("SELECT key, upto, number FROM losses").fetchall()
     rows = connection.execute(
         "SELECT id, tenant, deployment, length(encoded), time FROM events ORDER BY id"
@@ -120,7 +120,7 @@ def read_stretch(
     """Return the next stretch after an id, up to the id `newest`, with at most `limit` events."""
     found: list[Event] = []
     start, end, looked = after, after, 0
-    # one snapshot for both reads: an event deleted in between would be missed, or reported twice
+    # one transaction for both reads: an event deleted in between would be missed or reported twice
     connection.execute("BEGIN")
     try:
         lost = _loss(connection, after, wanted)
@@ -133,7 +133,7 @@ def read_stretch(
                     break
     finally:
         connection.execute("COMMIT")
-    if looked < SCAN and len(found) < limit:  # nothing more is kept
+    if looked < SCAN and len(found) < limit:  # the end was reached
         end = max(end, newest)
         start = start if looked else end
     return Stretch(start, end, found, lost)

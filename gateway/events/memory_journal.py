@@ -1,4 +1,4 @@
-"""Keeps events in memory: the latest of any journal, and a journal without a disk."""
+"""Events in memory: the latest ones of a journal, and a journal without a disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MiB = 1 << 20
 
 
 class Latest:
-    """The latest events of a journal: all that it keeps from the id `first` on. Ids may have holes."""
+    """The latest events of a journal: all it keeps from the id `first` on. Ids may have gaps."""
 
     def __init__(self, first: int) -> None:
         self.first, self.newest = first, first - 1
@@ -31,7 +31,7 @@ class Latest:
             self._bytes -= 0 if event is None else len(event.encoded)
 
     def trim(self, most: int, most_bytes: int) -> None:
-        """Forget the oldest, down to `most` events of at most `most_bytes` bytes of JSON."""
+        """Drop the oldest until there are at most `most` events with `most_bytes` of JSON."""
         while len(self.events) > most or self._bytes > most_bytes:
             oldest = next(iter(self.events))
             self.remove([oldest])
@@ -56,12 +56,12 @@ class Latest:
 
 
 class MemoryJournal:
-    """A journal of the last `kept` events, of at most `kept_bytes` of JSON, shared by the tenants.
+    """A journal of the last `kept` events with at most `kept_bytes` of JSON, shared by the tenants.
 
-    Nothing survives a restart. Ids start at the clock's milliseconds, so they are above those of the last
-    process unless that published more than a thousand events a second all the time. A client's
-    `Last-Event-ID` of an earlier process is therefore known to be gone, and never taken for another event.
-    Ids stay far below 2**53, which JavaScript counts exactly.
+    Nothing survives a restart. Ids start at the clock's milliseconds, so they are higher than those of the
+    last process unless it constantly published more than a thousand events per second. So a client's
+    `Last-Event-ID` from an earlier process is recognised as gone and never mistaken for another event. Ids
+    stay far below 2**53, the limit of exact integers in JavaScript.
     """
 
     def __init__(self, kept: int, kept_bytes: int = 64 * MiB, first: int | None = None) -> None:
@@ -91,7 +91,7 @@ class MemoryJournal:
         return True
 
     def append(self, drafts: Sequence[Draft]) -> list[Event]:
-        # encode all before keeping one: a draft that is not JSON must leave no hole in the ids
+        # encode all before storing any: a draft that is not JSON must not leave a gap in the ids
         events = [numbered(draft, self.newest + n) for n, draft in enumerate(drafts, 1)]
         for event in events:
             self._latest.add(event)
@@ -113,5 +113,5 @@ class MemoryJournal:
 
 
 def clock() -> int:
-    """Return the milliseconds since 1970: a first id above those of earlier processes."""
+    """Return the milliseconds since 1970, as a first id higher than those of earlier processes."""
     return time.time_ns() // 1_000_000

@@ -1,4 +1,4 @@
-"""Retention of events: each tenant's share of the journal, and up to which id each has lost some."""
+"""Retention of events: each tenant's share of the journal, and up to which id it has lost events."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Final
 
 from gateway.events.event import Event, Filter
 
-# of so many tenants and deployments it is known apart up to where their events are lost
+# most tenants and deployments whose losses are tracked separately
 _LOSSES: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is remembered of an event that is kept."""
+    """The facts remembered about a kept event."""
 
     id: int
     size: int
@@ -25,10 +25,10 @@ class Entry:
 
 
 class Shares:
-    """The kept events of each tenant, oldest first, and which to remove so that all have room.
+    """The kept events of each tenant, oldest first, and the choice of which to remove.
 
-    If there are more than `most`, or more bytes than `most_bytes`, the tenant with most of them loses its
-    oldest: none loses anything to one with more. The events of no tenant count as those of one.
+    If there are more than `most` events or `most_bytes` bytes, the tenant with the most loses its oldest, so
+    no tenant loses events because of one with more. Events without a tenant count as one tenant's.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
@@ -47,7 +47,7 @@ class Shares:
         self._count_in(tenant, entry)
 
     def excess(self, newest: int, born: float) -> list[tuple[str, Entry]]:
-        """Take out what is too much, or older than `born`, but never the newest event; return it."""
+        """Remove and return events above the limits or older than `born`, but never the newest."""
         gone: list[tuple[str, Entry]] = []
         for tenant in [tenant for tenant, entries in self._of.items() if entries[0].time < born]:
             while (entries := self._of.get(tenant)) and entries[0].time < born and entries[0].id != newest:
@@ -57,25 +57,25 @@ class Shares:
         return gone
 
     def take(self, tenant: str) -> Entry:
-        """Take out the tenant's oldest."""
+        """Remove and return the tenant's oldest event."""
         entry = self._of[tenant].popleft()
         self._count_out(tenant, entry)
         return entry
 
     def restore(self, gone: Sequence[tuple[str, Entry]]) -> None:
-        """Put back what `excess` took out."""
+        """Put back what `excess` removed."""
         for tenant, entry in reversed(gone):
             self._of.setdefault(tenant, deque()).appendleft(entry)
             self._count_in(tenant, entry)
 
     def retract(self, tenant: str) -> None:
-        """Take back the tenant's latest."""
+        """Remove the tenant's latest event."""
         self._count_out(tenant, self._of[tenant].pop())
 
     def _lighten(
         self, newest: int, weight: Callable[[str], int], too_much: Callable[[], bool]
     ) -> Iterator[tuple[str, Entry]]:
-        """Take from the heaviest tenant; of equal ones, from the one with the oldest event."""
+        """Remove from the heaviest tenant; among equals, from the one with the oldest event."""
         if not too_much():
             return
         heap = [(-weight(tenant), entries[0].id, tenant) for tenant, entries in self._of.items()]
@@ -102,19 +102,19 @@ class Shares:
             del self._of[tenant], self._bytes_of[tenant]
 
 
-# what events are about, by the keys of `Losses`: one of all, of no tenant, of a tenant, of a deployment
+# keys of `Losses`: for all events, and for events without a tenant; others are tenants and deployments
 ALL: Final = "*"
 NOBODYS: Final = ""
 
 
 def _of_deployment(deployment: str) -> str:
-    return f":{deployment}"  # no tenant's name
+    return f":{deployment}"  # cannot be a tenant's name
 
 
 class Losses:
-    """Up to which id events are no longer kept, of each tenant and deployment; and the number of that loss.
+    """For each tenant and deployment: the id up to which events were lost, and the number of that loss.
 
-    Of at most `_LOSSES` of them it is known apart; what was lost longest ago counts as everybody's.
+    At most `_LOSSES` of them are tracked separately; the oldest losses then count for everybody.
     """
 
     def __init__(self) -> None:
@@ -130,15 +130,15 @@ class Losses:
         self._highest, self.number = max(self._highest, upto), max(self.number, number)
 
     def after(self, id: int, wanted: Filter) -> int:
-        """Return the number of the latest loss, after that id, of what may have been wanted; 0 for none."""
-        if self._highest <= id:  # as for a subscriber that keeps up
+        """Return the number of the latest loss after an id that may concern `wanted`, 0 if there is none."""
+        if self._highest <= id:  # the subscriber is up to date
             return 0
         keys = concerned(wanted)
         found = self._upto.values() if keys is None else [self._upto.get(key, (-1, 0)) for key in keys]
         return max((number for upto, number in found if upto > id), default=0)
 
     def folded(self) -> tuple[list[str], int]:
-        """Return the keys that are too many, and the id up to which all is then taken for lost."""
+        """Return the keys above the limit, and the id up to which everything then counts as lost."""
         many = len(self._upto) - _LOSSES
         if many <= 0:
             return [], 0
@@ -152,7 +152,7 @@ class Losses:
 
 
 def losses_of(gone: Iterable[tuple[str, Entry]]) -> dict[str, int]:
-    """Return up to which id each tenant and deployment loses events."""
+    """Return the id up to which each tenant and deployment loses events."""
     upto: dict[str, int] = {}
     for tenant, entry in gone:
         for key in (tenant, *([] if entry.deployment is None else [_of_deployment(entry.deployment)])):
@@ -161,7 +161,7 @@ def losses_of(gone: Iterable[tuple[str, Entry]]) -> dict[str, int]:
 
 
 def concerned(wanted: Filter) -> list[str] | None:
-    """Return the keys of the events that may be wanted, None for all."""
+    """Return the keys of events that may match, None for all."""
     if wanted.deployments is not None:
         return [ALL, *map(_of_deployment, wanted.deployments)]
     if wanted.tenants is not None:

@@ -1,4 +1,4 @@
-"""One HTTP response of Server-Sent Events that follows the bus."""
+"""An HTTP response of Server-Sent Events that follows the bus."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gateway.events.bus import Bus, Subscription
 from gateway.events.event import Event, Filter
 from gateway.settings import Settings
 
-# one LF: the simplest parsers look for an empty line as "\n\n"
+# LF only: the simplest parsers look for "\n\n"
 _SEPARATOR = "\n"
 
 
 class Streaming(EventSourceResponse):
-    """The answer to a follower of events; it ends when its `subscription` does."""
+    """A stream of events; it ends when its `subscription` does."""
 
     def __init__(self, subscription: Subscription, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
@@ -25,25 +25,24 @@ class Streaming(EventSourceResponse):
 
 
 def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings: Settings) -> Streaming:
-    """Return the endless response that sends the events of `filter`.
+    """Return an endless response with the events that match `filter`.
 
-    `last_event_id` is the header's or the query's text. A comment goes out every
-    `settings.events_keepalive` seconds. The subscription is taken before the headers are sent, and freed
-    when the client goes, when it is closed or when the bus is, whichever is first. A client that does not
-    read is simply waited for: it holds a place in the journal, nothing more.
+    `last_event_id` is the text of the header or query. A comment is sent every `settings.events_keepalive`
+    seconds. The subscription starts before the headers are sent, and ends when the client leaves or when it
+    or the bus is closed. A client that does not read costs nothing but a position in the journal.
     """
     after = parse_last_event_id(last_event_id)
     subscription = bus.subscribe(filter, after)
     return Streaming(
         subscription,
         _stream(subscription, announced=after is None),
-        # known with the headers, before the first byte of the body may be cut off
+        # in the headers, so that it is known even if the body is cut off before its first byte
         headers={"Last-Event-ID": str(subscription.last_id)},
         ping=settings.events_keepalive,
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=_SEPARATOR),
         sep=_SEPARATOR,
-        # sse-starlette cuts streams as soon as uvicorn sees SIGTERM. We want `gateway.draining` to get
-        # out first and end them by `Bus.close`, so its cut is only the fallback.
+        # sse-starlette ends streams as soon as uvicorn gets SIGTERM. We want to send `gateway.draining`
+        # first and then end them by `Bus.close`, so this is only the fallback.
         shutdown_grace_period=settings.shutdown_timeout,
     )
 
@@ -51,10 +50,10 @@ def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings
 async def _stream(subscription: Subscription, announced: bool) -> AsyncIterator[bytes]:
     try:
         if announced:
-            # an id without data is no event, but every client comes back with it: one that is cut off before
-            # its first event misses nothing either
+            # an id without data is not an event, but clients remember it: one that is cut off before its
+            # first event misses nothing either
             yield b"id: %d\n\n" % subscription.last_id
-        # several at once: in a burst each send of its own would cost more than all else
+        # several at once: in a burst, separate sends would cost more than everything else
         while events := await subscription.batch():
             yield b"".join(map(sent, events))
     finally:
@@ -62,15 +61,15 @@ async def _stream(subscription: Subscription, announced: bool) -> AsyncIterator[
 
 
 def sent(event: Event) -> bytes:
-    """Return `event` in its SSE form: id, type, and CloudEvents JSON on one data line."""
+    """Format an event for SSE: id, type, and CloudEvents JSON on one data line."""
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, event.type.encode(), event.encoded)
 
 
 def parse_last_event_id(text: str | int | None) -> int | None:
-    """Return the id to resume after, None if there is none.
+    """Parse the id to resume after, None if there is none.
 
-    What is no id of ours comes from somewhere else and is taken as 0, before everything: the client
-    then gets a `gap` and all that is kept, not silence and not a refusal that ends a browser's retries.
+    Anything that is not an id of ours counts as 0, before all events. The client then gets a `gap` and
+    everything kept, instead of silence or an error, which would end a browser's retries.
     """
     if text is None or text == "":
         return None

@@ -1,4 +1,4 @@
-"""Keeps events in the gateway's store: writes them in groups, and lets go of the oldest."""
+"""The event journal in the gateway's store: writes events in groups, and drops the oldest."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 MiB = 1 << 20
 
-# events kept in memory of a journal on disk, for subscribers that keep up
+# events also kept in memory, for subscribers that are up to date
 _RECENT, _RECENT_BYTES = 4096, 8 * MiB
-# events of one commit
+# events per commit
 _GROUP: Final = 1024
-# seconds that events wait for others to share their commit, and the least between two commits: a commit every
-# 5 ms slows down the tool calls that the events report by a fifth (measured)
+# seconds that an event waits for others to share its commit, and least seconds between two commits: a commit
+# every 5 ms slows down the tool calls that the events are about by a fifth (measured)
 _GATHER, _SPACING = 0.01, 0.05
 _RETRY: Final = 1.0
-# seconds between two searches for events that are too old
+# seconds between two searches for expired events
 _AGEING: Final = 600.0
-# how far ids jump after a power cut, which may undo the last commits and with them ids that clients saw:
-# far more than can be lost
+# increment of ids after a power failure, which may undo the last commits and with them ids that clients have
+# seen; far more than can be lost
 _JUMP: Final = 1_000_000
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -42,22 +42,22 @@ _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 class StoredJournal:
     """A journal in the gateway's store, with its latest events also in memory. An async context manager.
 
-    It keeps the last `kept` events, at most `kept_bytes` of their JSON, shared by the tenants, and none older
-    than `age` seconds except the newest, whose id is where the next process goes on. While the store cannot
-    be written, up to `waiting` events of at most `kept_bytes` wait in memory, where nobody can read them.
-    Beyond that the tenant with most of them loses its oldest, and its subscribers get a gap. Meanwhile
-    `failed` holds the error; the journal tries again every second.
+    It keeps the last `kept` events with at most `kept_bytes` of JSON, shared by the tenants, and none older
+    than `age` seconds except the newest, whose id tells the next process where to continue. While the store
+    cannot be written, up to `waiting` events with at most `kept_bytes` wait in memory and cannot be read.
+    Beyond that, the tenant with the most of them loses its oldest, and its subscribers get a gap. Meanwhile
+    `failed` has the error, and the journal retries every second.
     """
 
     def __init__(self, store: Store, *, kept: int, kept_bytes: int, age: float, waiting: int) -> None:
         self._store = store
         self._age = age
-        self._last = self._newest = 0  # the last id given out, and the last one readable
+        self._last = self._newest = 0  # the last id assigned, and the last one readable
         self._shares, self._losses = Shares(kept, kept_bytes), Losses()
         self._recent = Latest(1)
         self._waiting: dict[int, Event] = {}  # oldest first
         self._room = Shares(waiting, kept_bytes)
-        self._dropped: dict[str, int] = {}  # losses among those that waited, not stored yet
+        self._dropped: dict[str, int] = {}  # losses among waiting events, not stored yet
         self._writing = False
         self._appended = asyncio.Event()
         self._grown: Callable[[], None] = lambda: None
@@ -65,7 +65,7 @@ class StoredJournal:
         self.failed: StoreFailed | None = None
 
     async def __aenter__(self) -> StoredJournal:
-        """Go on where the last process ended. Raises `StoreFailed`."""
+        """Continue where the last process ended. Raises `StoreFailed`."""
         boot = _BOOT.read_text().strip()
         whole = await self._store.write(
             lambda connection: statements.begin_process(connection, boot, clock()), durable=True
@@ -85,14 +85,14 @@ class StoredJournal:
             self._last += _JUMP
             self._recent = Latest(self._last + 1)
             self._dropped[ALL] = self._last
-        self._appended.set()  # removes at once what grew too old meanwhile
+        self._appended.set()  # remove expired events at once
         self._writer = asyncio.create_task(self._write(), name="journal")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Try once to write what waits; log how many events are lost if that fails."""
+        """Try once to write the waiting events; if that fails, log how many are lost."""
         assert self._writer is not None
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
@@ -144,7 +144,7 @@ class StoredJournal:
         self._grown = grown
 
     def _wait(self, events: Iterable[Event]) -> None:
-        """Queue events to be written, and drop what is more than their room."""
+        """Queue events for writing, and drop those above the limits."""
         for event in events:
             self._waiting[event.id] = event
             self._room.add(event.tenant or NOBODYS, entry_of(event))
@@ -174,13 +174,13 @@ class StoredJournal:
                 await self._flush()
             except StoreFailed as failed:
                 if self.failed is None:
-                    log.error("events cannot be written: %s", failed.message)
+                    log.error("cannot write events: %s", failed.message)
                 self.failed = failed
                 self._grown()
                 await asyncio.sleep(_RETRY)
-                self._appended.set()  # tries again even if no further event comes
-            except Exception:  # else no event would be seen any more
-                log.exception("events cannot be written")
+                self._appended.set()  # retry even if there is no further event
+            except Exception:  # otherwise no event would be delivered any more
+                log.exception("cannot write events")
                 await asyncio.sleep(_RETRY)
                 self._appended.set()
             else:
@@ -189,9 +189,9 @@ class StoredJournal:
                 self.failed = None
 
     async def _flush(self) -> None:
-        """Write what waits now, and remove what is too much or too old. Raises `StoreFailed`.
+        """Write the waiting events, and remove those above the limits or expired. Raises `StoreFailed`.
 
-        Events that come meanwhile are left for the next time: under steady load there would be no end.
+        Events arriving meanwhile are left for the next time, or under steady load this would never end.
         """
         self._appended.clear()
         full = True
@@ -201,7 +201,7 @@ class StoredJournal:
             await self._keep(events)
 
     async def _keep(self, events: Sequence[Event]) -> None:
-        """Write events, and remove what is then too much, in one transaction."""
+        """Write events and remove those then above the limits, in one transaction."""
         coming = [(event.tenant or NOBODYS, entry_of(event)) for event in events]
         for tenant, entry in coming:
             self._shares.add(tenant, entry)

@@ -1,4 +1,4 @@
-"""Merges changes of files until they are sent, and filters them for each client. No IO."""
+"""Merge file changes until they are sent, and filter them for each client. No I/O."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Final, Literal
 
 Change = Literal["created", "changed", "removed"]
 
-_PATH: Final = 256  # a tenant can make paths of 4000, and wait for them with 64 watches
+_PATH: Final = 256  # average characters per path; a tenant can create paths of 4000 and open 64 watches
 
 
 @dataclass(slots=True)
 class _Found:
-    """What is known of one path: its changes together, and whether it was `there` before the first of them.
+    """The merged changes of one path, and whether it was `there` before the first of them.
 
-    `folder` says that it is a folder, or was one.
+    `folder` tells whether it is or was a folder.
     """
 
     change: Change
@@ -24,10 +24,10 @@ class _Found:
 
 
 class Changes:
-    """The changes that wait to be told: one of each path, in the order in which the paths first changed.
+    """Changes waiting to be sent: one per path, in the order of the paths' first changes.
 
-    At most `maximum` paths, of `_PATH` characters on the whole: more are dropped, and `overflow` says
-    that something was.
+    At most `maximum` paths are kept, of `_PATH` characters on average. Others are dropped, and `overflow` is
+    set.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -40,12 +40,12 @@ class Changes:
         return self.overflow or bool(self._found)
 
     def add(self, path: str, change: Change, *, folder: bool = False, there: bool | None = None) -> None:
-        """Add a change, which may be several of an earlier telling: then `there` as that had it.
+        """Add a change. If it is itself the merge of several changes, pass the `there` of that merge.
 
-        What was there before and is there after all changes is changed, what only is there after them
-        created, and what is not, removed: also where it was created first, since a file that takes the place
-        of one that is not remembered is "created" too. A folder in the place of something else, or the other
-        way round, is an overflow: what was in it is not told.
+        A path that existed before and after all changes is changed, one that exists only afterwards is
+        created, and one that does not exist any more is removed; also if it was created first, because a file
+        replacing one whose name is not remembered is reported as "created" too. A folder replacing something
+        else, or the reverse, is an overflow, because its contents are not reported.
         """
         found = self._found.get(path)
         if found is None:
@@ -70,7 +70,7 @@ class Changes:
         return self._taken(changes)
 
     def pass_on(self) -> dict[str, Any]:
-        """Do as `take`, each change with all that `add` takes of it: others may yet come to it."""
+        """Like `take`, but with all arguments of `add`, so that the changes can be merged further."""
         return self._taken([{"path": path, **asdict(found)} for path, found in self._found.items()])
 
     def _taken(self, changes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -80,9 +80,9 @@ class Changes:
 
 
 class Wish:
-    """What one watch wants to see: everything at and below `roots`, but for names in `ignore`.
+    """What a watch covers: everything at and below `roots`, except names in `ignore`.
 
-    Roots are relative paths; "" is the workspace. A root counts even where its own name is ignored.
+    Roots are relative paths; "" is the workspace. A root is covered even if its own name is ignored.
     """
 
     def __init__(self, roots: Iterable[str], ignore: Iterable[str]) -> None:
@@ -90,11 +90,11 @@ class Wish:
         self.ignore = frozenset(ignore)
 
     def sees(self, path: str) -> bool:
-        """Tell whether a change of `path` is told."""
+        """Return whether a change of `path` is to be reported."""
         return any(self._below(path, root) for root in self.roots)
 
     def enters(self, folder: str) -> bool:
-        """Tell whether `folder` must be watched: it is seen, or a root lies below it."""
+        """Return whether `folder` must be watched: it is covered, or a root is below it."""
         prefix = folder + "/"
         return not folder or any(root.startswith(prefix) or self._below(folder, root) for root in self.roots)
 

@@ -1,4 +1,4 @@
-"""Checks a client's conditions, `ifMatch` and `ifNoneMatch`, against the file that is there."""
+"""Check a client's conditions, `ifMatch` and `ifNoneMatch`, against the current file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gateway.rootfs.root import etag
 
 
 def check(now: os.stat_result | None, given: Mapping[str, Any]) -> None:
-    """Check the conditions against the file that is there, if any. Raises `Conflict`.
+    """Check the conditions against the current file, if any. Raises `Conflict`.
 
-    Each of `ifMatch` and `ifNoneMatch` is an etag, a list of them, or "*", which is any file.
+    `ifMatch` and `ifNoneMatch` are each an etag, a list of etags, or "*" for any file.
     """
     if_match, if_none_match = given.get("ifMatch"), given.get("ifNoneMatch")
     if if_match is not None and (now is None or not _among(etag(now), if_match)):
@@ -28,18 +28,16 @@ def _among(tag: str, wanted: str | list[str]) -> bool:
 
 
 def stale(now: os.stat_result | None) -> Conflict:
-    """Return the error for a file that the client does not know, with the present etag."""
+    """Return the error for a file that has changed, with its current etag."""
     if now is None:
-        return Conflict("the file is not there any more", reason="stale", etag=None)
-    return Conflict(
-        "the file is not the version that you know; read it again", reason="stale", etag=etag(now)
-    )
+        return Conflict("the file no longer exists", reason="stale", etag=None)
+    return Conflict("the file has changed since you read it; read it again", reason="stale", etag=etag(now))
 
 
 def present(directory: int, name: str) -> os.stat_result | None:
-    """Return the status of the regular file `name`, None if there is nothing.
+    """Return the status of the regular file `name`, None if it does not exist.
 
-    Raises `IsADirectory` and `NotAFile`, also for a link: nothing is written through one.
+    Raises `IsADirectory` and `NotAFile`, also for a link, because nothing is written through links.
     """
     try:
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)

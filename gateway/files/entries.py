@@ -1,4 +1,4 @@
-"""Describes a file or folder to a client: its path, type, size, mode, times and etag."""
+"""Describe a file or folder to a client: path, type, size, mode, times and etag."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gateway.rootfs.root import Root, etag
 
 
 def locate(workspace: Workspace, path: str) -> str:
-    """Return the path below the workspace that a client's `path` names."""
+    """Return a client's `path` relative to the workspace."""
     return workspace.root.locate(path, workspace.root.workspace)
 
 
 def entry(tree: Root, path: str, status: os.stat_result) -> dict[str, Any]:
-    """Return the description of a file: `mode` is its permission bits, `mtime` in seconds since the epoch.
+    """Describe a file: `mode` has its permission bits, `mtime` is in seconds since the epoch.
 
-    A link has a `target`: what it points to, or None if that is outside. A path that is not UTF-8 is shown
-    escaped, and `escaped` says so: a client cannot name such a file.
+    A link has a `target`, which is None if it is outside of the workspace. A path that is not UTF-8 is
+    escaped and marked `escaped`; clients cannot refer to such a file.
     """
     found: dict[str, Any] = {
         "path": path or ".",
@@ -39,7 +39,7 @@ def entry(tree: Root, path: str, status: os.stat_result) -> dict[str, Any]:
 
 
 def sendable(path: str) -> bool:
-    """Say whether a path is UTF-8, so that it can be sent."""
+    """Return whether a path is valid UTF-8 and can be sent."""
     if path.isprintable():
         return True
     try:

@@ -1,4 +1,4 @@
-"""The gateway's side of the editor's file calls: picks the worker and publishes writes."""
+"""The gateway's side of the editor's file calls: choose the worker, publish writes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def file_written(bus: Bus, tenant: str, path: str, by: str, tool: str | None = None) -> None:
-    """Tell that a file was written by a client or a tool, never with its content."""
+    """Publish that a client or a tool wrote a file, without its content."""
     facts = {"path": path[:1000], "by": by}
     bus.publish("file.written", tenant, facts if tool is None else {**facts, "tool": tool})
 
 
 class Files:
-    """The files of every tenant, as an editor sees them. Use as an async context manager."""
+    """The files of all tenants, as an editor uses them. An async context manager."""
 
     SCOPES: ClassVar[Mapping[str, str]] = {
         "files/stat": "files:read",
@@ -52,7 +52,7 @@ class Files:
         self._watches = Watches(workers, settings)
         self._settings = settings
         self._began = time.time()
-        # One at a time, and a separate worker: a sweep goes through a whole workspace.
+        # a separate worker, and one sweep at a time, because a sweep walks a whole workspace
         self._sweeps = Links(workers, "", maximum=1, idle=settings.worker_idle, search=True)
         self._sweeping = asyncio.Lock()
         self._swept: dict[str, asyncio.Task[None]] = {}
@@ -75,13 +75,13 @@ class Files:
         await self._transfers.__aexit__(kind, error, trace)
 
     async def call(self, tenant: str, method: str, given: dict[str, Any], *, by: str = "") -> bytes:
-        """Run one method on its checked parameters and return its result as JSON.
+        """Run a method with validated parameters and return its result as JSON.
 
-        Raises what the worker refuses with and what `Workers.call` raises.
+        Raises the worker's refusals and what `Workers.call` raises.
         """
         root = await self._runtime.filesystem(tenant)
-        # What goes through whole trees takes long, and must hold up no read. Writes of files all go one way,
-        # in their order; to remove a folder beside them is what a tenant's own `rm -r` does too.
+        # Walking whole trees takes long and must not delay reads. Writes of files go through one worker in
+        # order; removing a folder in parallel to them is no different from a tenant's own `rm -r`.
         search = given.get("depth", 1) > 1 or (bool(given.get("recursive")) and not given.get("ifMatch"))
         changes = self.SCOPES[method] == "files:write"
         result = await self._workers.call(root, method, given, search=search, changes=changes)
@@ -91,7 +91,7 @@ class Files:
 
     @asynccontextmanager
     async def read(self, tenant: str, path: str) -> AsyncIterator[Source]:
-        """Open a regular file to be sent."""
+        """Open a regular file for sending."""
         root = await self._runtime.filesystem(tenant)
         async with self._transfers.read(root, path) as source:
             yield source
@@ -99,7 +99,7 @@ class Files:
     async def write(
         self, tenant: str, path: str, body: AsyncIterator[bytes], conditions: dict[str, Any], *, by: str = ""
     ) -> dict[str, Any]:
-        """Put a file in place from its bytes, all or nothing; return `{etag, size, created}`."""
+        """Write a file atomically from a stream of bytes; return `{etag, size, created}`."""
         root = await self._runtime.filesystem(tenant)
         async with self._transfers.write(root, path, conditions) as target:
             async for data in body:
@@ -109,18 +109,18 @@ class Files:
         return result
 
     def end_transfers(self) -> None:
-        """Break off every upload and download: the gateway is ending."""
+        """Abort all uploads and downloads, because the gateway is shutting down."""
         self._transfers.end()
 
     async def watch(self, tenant: str, paths: list[str], ignore: list[str] | None) -> Watch:
-        """Begin to watch; end it by `unwatch`."""
+        """Start watching; `unwatch` ends it."""
         return await self._watches.add(await self._runtime.filesystem(tenant), paths, ignore)
 
     def unwatch(self, watch: Watch) -> None:
         self._watches.remove(watch)
 
     async def forget(self, tenant: str, reason: str) -> None:
-        """Let go of a tenant's files, which were replaced or are going away. Watches end with `reason`."""
+        """Release a tenant's files, which were replaced or are going away. Watches end with `reason`."""
         await self._transfers.forget(tenant)
         await self._watches.forget(tenant, reason)
         self._sweeps.end(tenant)
@@ -129,26 +129,26 @@ class Files:
             del self._swept[tenant]
 
     def _opened(self, root: FilesystemRoot, broke: bool) -> None:
-        """Have a workspace swept when it is first opened, and where a worker was killed at its work."""
+        """Sweep a workspace when it is first opened, and after a worker was killed while working."""
         task = self._swept.get(root.tenant)
         if task is None or (broke and task.done()):
             self._swept[root.tenant] = asyncio.create_task(self._sweep(root))
 
     async def _sweep(self, root: FilesystemRoot) -> None:
-        """Remove the unfinished files that killed gateways and workers left.
+        """Remove unfinished files left by killed gateways and workers.
 
-        A file that was written to within `transfer_stall` may belong to another gateway, which is ending or
-        serves the tenant too; older ones belong to none.
+        A file written to within `transfer_stall` may belong to another gateway that is shutting down or also
+        serves the tenant; older ones belong to nobody.
         """
         stall = self._settings.transfer_stall
         async with self._sweeping:
-            await asyncio.sleep(max(0.0, self._began + stall - time.time()))  # for those of a life before
+            await asyncio.sleep(max(0.0, self._began + stall - time.time()))  # until those are old
             try:
                 link = await self._sweeps.get(root)
                 given = {"before": time.time() - stall}
                 reply, _ = await link.call("files/sweep", given, self._settings.tool_timeout + 1)
             except GatewayError as error:
-                log.info("the workspace of %s could not be swept: %s", root.tenant, error.message)
+                log.info("cannot sweep the workspace of %s: %s", root.tenant, error.message)
             else:
                 if removed := orjson.loads(reply)["removed"]:
                     log.warning("removed %d unfinished files from the workspace of %s", removed, root.tenant)
@@ -156,7 +156,7 @@ class Files:
                 self._sweeps.end(root.tenant)
 
     async def recheck(self, tenant: str) -> None:
-        """Something of the tenant changed: end its watches where its files are in another place now."""
+        """End a changed tenant's watches if its files have moved elsewhere."""
         try:
             root = await self._runtime.filesystem(tenant)
         except GatewayError:

@@ -1,7 +1,8 @@
-"""The editor's operations on single files and folders, run inside a worker.
+"""The editor's operations on files and folders, run inside a worker.
 
 Each takes the parameters of the method of the same name and returns its result as JSON. Paths in results are
-relative to the workspace, which is "." itself. What changes a file never follows a link at the path's end.
+relative to the workspace, which itself is ".". Operations that change a file never follow a link at the end
+of its path.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from gateway.rootfs.refusals import refusal
 from gateway.rootfs.root import Made, Root, etag
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
-_NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as for the tools
-_ATTEMPTS = 5  # to replace a file while the tenant keeps changing its folder
+_NUL_WINDOW = 8192  # a NUL within this many bytes makes a file binary, as for the tools
+_ATTEMPTS = 5  # attempts to replace a file while the tenant keeps changing its folder
 
 
 def _stat(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def _stat(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _list(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    """List folder by folder, so that a limit cuts off the deepest."""
+    """List breadth first, so that a limit cuts off the deepest folders."""
     tree, limits = workspace.root, workspace.limits
     start = locate(workspace, given["path"])
     deadline = time.monotonic() + limits.tool_timeout
@@ -60,7 +61,7 @@ def _list(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
             except OSError as error:
                 if not folder:
                     raise
-                # a folder that was removed meanwhile does not count as unreadable
+                # a folder removed meanwhile does not count as unreadable
                 skipped += error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
                 continue
             truncated |= more
@@ -82,7 +83,7 @@ def _list(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scan(tree: Root, folder: str, maximum: int) -> tuple[list[tuple[str, os.stat_result]], bool]:
-    """Return at most `maximum` names and statuses of a folder, sorted, and whether there are more."""
+    """Return up to `maximum` names and statuses in a folder, sorted, and whether there are more."""
     descriptor = tree.open_real(folder, _FOLDER)
     found = []
     try:
@@ -103,7 +104,7 @@ def _read(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     try:
         data, status = workspace.root.read_file(path, workspace.limits.write_max)
     except TooLarge as error:
-        raise TooLarge("the file is too large to be read whole; GET streams it", **error.facts) from None
+        raise TooLarge("the file is too large to read at once; use GET to stream it", **error.facts) from None
     found: dict[str, Any] = {"etag": etag(status), "size": len(data), "mode": stat.S_IMODE(status.st_mode)}
     text = _text(data)
     if text is None:
@@ -112,7 +113,7 @@ def _read(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(data: bytes) -> str | None:
-    """Return a file's text; None if it is binary, or would grow much as JSON."""
+    """Return a file's text, None if it is binary or would grow a lot as JSON."""
     if data.find(b"\0", 0, _NUL_WINDOW) >= 0:
         return None
     try:
@@ -135,7 +136,7 @@ def _write(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
             raise InvalidParams("data: not base64", field="data") from None
     if len(data) > limit:
         raise TooLarge(
-            "too large for files/write; PUT streams it", reason="too_large", size=len(data), limit=limit
+            "too large for files/write; use PUT to stream it", reason="too_large", size=len(data), limit=limit
         )
     with tree.taking_back() as made:
         return _put(tree, path, data, given, made)
@@ -152,7 +153,7 @@ def _put(tree: Root, path: str, data: bytes, given: dict[str, Any], made: list[M
             try:
                 status = tree.replace(directory, name, data, mode, expected=old if if_match else None)
             except (Conflict, NotFound) as error:
-                # it changed between the check and the rename: check again
+                # the file changed between the check and the rename: check again
                 if attempt == _ATTEMPTS - 1:
                     raise
                 if error.facts.get("reason") not in ("changed", "missing"):
@@ -165,7 +166,7 @@ def _put(tree: Root, path: str, data: bytes, given: dict[str, Any], made: list[M
 
 
 def parent(tree: Root, path: str, given: dict[str, Any], made: list[Made] | None = None) -> tuple[int, str]:
-    """Open the folder of a file to be written; create none if the condition needs a file to be there."""
+    """Open the folder of a file to write; create it unless the condition requires an existing file."""
     create = bool(given.get("createDirs")) and given.get("ifMatch") is None
     try:
         return tree.parent(path, create=create, made=made)
@@ -252,15 +253,15 @@ def _mkdir(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _moved_away() -> Conflict:
-    # not a 404: the target may be there; the upload is not, as its folder or the workspace was replaced
+    # not 404: the target may exist, but the upload was lost with its folder or workspace
     return Conflict("the upload's folder was replaced meanwhile; send it again", reason="changed")
 
 
 def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    """Move an upload to its place: the last step of what `opening` began.
+    """Move an upload into place, the last step after `opening`.
 
-    It is done here so that it takes its turn with every other write of the tenant. `temporary` in `folder`
-    must still be the file with `inode`: the tenant may have put another one there.
+    It runs here so that it is ordered with the tenant's other writes. `temporary` in `folder` must still be
+    the file with `inode`, because the tenant may have replaced it.
     """
     tree = workspace.root
     path = locate(workspace, given["path"])
@@ -311,7 +312,7 @@ def _operation(method: Callable[[Workspace, dict[str, Any]], dict[str, Any]]) ->
 
 
 def _settle(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Flush what was written to the disk, so that the quota counts it."""
+    """Flush writes to the disk, so that the quota counts them."""
     kernel.settle(workspace.root.descriptor)
     return b"{}"
 

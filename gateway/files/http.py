@@ -1,7 +1,7 @@
-"""Files over HTTP: conditions and ranges of RFC 9110, and bodies sent from disk.
+"""Files over HTTP: conditions and ranges as in RFC 9110, and bodies sent from disk.
 
-The tenant's bytes are served from the gateway's own origin, so they must never run there: every answer is an
-octet stream that a browser does not sniff, in a sandbox.
+Tenants' files are served from the gateway's own origin, where they must never be executed. So every answer is
+an octet stream with sniffing disabled and a sandboxing policy.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SAFE: Final = {
 
 
 class StalePrecondition(Conflict):
-    """`Conflict` in HTTP's own words for a condition that failed."""
+    """A `Conflict` as HTTP's status for a failed condition."""
 
     http_status = 412
 
 
 def failed_condition(error: Conflict) -> Conflict:
-    """Return the error as HTTP has it: 412 where a condition of the request failed, else 409."""
+    """Return the error for HTTP: 412 if a condition of the request failed, else 409."""
     failed = error.facts.get("reason") in ("stale", "exists")
     return StalePrecondition(error.message, **error.facts) if failed else error
 
@@ -51,10 +51,10 @@ class UnsatisfiableRange(InvalidParams):
 
 
 def tags(header: str | None, *, weak: bool) -> list[str] | None:
-    """Return the etags of a condition, "*" among them; None without one.
+    """Return the etags of a condition, including "*"; None if there is no condition.
 
-    A weak tag counts only where the comparison is `weak`: for If-None-Match (RFC 9110, 13.1). A tag without
-    quotes is taken as one, as people write them. Raises `InvalidParams`.
+    A weak tag counts only if the comparison is `weak`, as for If-None-Match (RFC 9110, 13.1). A tag without
+    quotes is accepted, because people write them. Raises `InvalidParams`.
     """
     if header is None:
         return None
@@ -67,12 +67,12 @@ def tags(header: str | None, *, weak: bool) -> list[str] | None:
             found.append(match[2] if match[2] is not None else match[3])
         position = match.end()
     if position == 0:
-        raise InvalidParams("the condition is empty; leave it out, or give an etag")
+        raise InvalidParams("the condition is empty; omit it, or give an etag")
     return found
 
 
 def conditions(headers: Headers) -> dict[str, Any]:
-    """Return what PUT and DELETE ask for, as `operations.check` takes it."""
+    """Return the conditions of a PUT or DELETE in the form that `conditions.check` expects."""
     if_match, if_none_match = (_joined(headers, name) for name in ("if-match", "if-none-match"))
     return {"ifMatch": tags(if_match, weak=False), "ifNoneMatch": tags(if_none_match, weak=True)}
 
@@ -83,10 +83,10 @@ def _joined(headers: Headers, name: str) -> str | None:
 
 
 def span(headers: Headers, etag: str, size: int) -> tuple[int, int] | None:
-    """Return the first and the last byte that a GET asks for, None for all of them.
+    """Return the offsets of the first and last byte that a GET requests, None for the whole file.
 
-    Several ranges, other units and an If-Range of another file are answered whole, as RFC 9110, 14.2 allows.
-    Raises `UnsatisfiableRange`.
+    Multiple ranges, other units and an If-Range that does not match get the whole file, as RFC 9110, 14.2
+    allows. Raises `UnsatisfiableRange`.
     """
     match = _RANGE.fullmatch(headers.get("range", ""))
     if match is None or (not match[1] and not match[2]):
@@ -100,16 +100,16 @@ def span(headers: Headers, etag: str, size: int) -> tuple[int, int] | None:
     else:
         first, last = int(match[1]), min(int(match[2]) if match[2] else size - 1, size - 1)
         if match[2] and int(match[2]) < first:
-            return None  # no range at all
+            return None  # not a valid range
     if first > last:
-        raise UnsatisfiableRange("the range lies behind the end of the file", size=size)
+        raise UnsatisfiableRange("the range is beyond the end of the file", size=size)
     return first, last
 
 
 class Sending(Response):
-    """The answer to GET and HEAD. Takes over `opened`, in which the file is open, and ends it with itself.
+    """The answer to GET and HEAD. Takes ownership of `opened`, which holds the open file.
 
-    Raises `StalePrecondition` and `UnsatisfiableRange`; `opened` is the caller's then.
+    Raises `StalePrecondition` and `UnsatisfiableRange`; then `opened` stays with the caller.
     """
 
     def __init__(self, request: Request, source: Source, opened: AsyncExitStack, stall: float) -> None:
@@ -122,7 +122,7 @@ class Sending(Response):
         headers = {**SAFE, "ETag": f'"{source.etag}"'}
         if_match = tags(_joined(found, "if-match"), weak=False)
         if if_match is not None and source.etag not in if_match and "*" not in if_match:
-            words = "the file is another than the client knows"
+            words = "the file has changed since the client last read it"
             raise StalePrecondition(words, reason="stale", etag=source.etag)
         if_none_match = tags(_joined(found, "if-none-match"), weak=True)
         if if_none_match is not None and (source.etag in if_none_match or "*" in if_none_match):
@@ -147,16 +147,16 @@ class Sending(Response):
             async with self._opened:
                 await self._answer(receive, send)
         except (GatewayError, TimeoutError) as error:
-            # Too late for a problem. Without the rest of the body the server cuts the connection, which is
-            # what tells the client.
-            log.info("a download broke off: %s", error or "the client took nothing")
+            # Too late for an error response. The body is incomplete, so the server closes the connection,
+            # by which the client notices.
+            log.info("a download was aborted: %s", error or "the client stopped reading")
 
     async def _answer(self, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if not self._send_body:
             await send({"type": "http.response.body", "body": b""})
             return
-        # nothing tells a sender that its client is gone but the other direction
+        # only the receiving side reports that the client has gone
         leaving = asyncio.ensure_future(_gone(receive))
         sending = asyncio.ensure_future(self._copy(send))
         try:
@@ -173,7 +173,7 @@ class Sending(Response):
         while offset <= last:
             data = await self._source.read(offset, min(CHUNK, last - offset + 1))
             if not data:
-                raise Conflict("the file became shorter")
+                raise Conflict("the file was truncated")
             offset += len(data)
             async with asyncio.timeout(self._stall):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -188,16 +188,17 @@ async def _gone(receive: Receive) -> None:
 async def received(
     request: Request, limit: int, stall: float, still: Callable[[], None]
 ) -> AsyncIterator[bytes]:
-    """Yield the body of an upload. Raises `TooLarge` before it is read where it says so itself, `Timeout`.
+    """Yield the body of an upload.
 
-    `still` raises where the caller may no longer write: it is asked at each piece, and at the end.
+    `still` is called for each piece and at the end; it raises if the caller may no longer write. Raises
+    `TooLarge`, before reading if Content-Length says so, and `Timeout`.
     """
     headers = request.headers
     if "content-range" in headers:
-        raise InvalidParams("a part of a file cannot be PUT")
+        raise InvalidParams("PUT does not support Content-Range")
     declared = headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise TooLarge(f"the file has over {limit} bytes", reason="too_large", limit=limit)
+        raise TooLarge(f"the file exceeds {limit} bytes", reason="too_large", limit=limit)
     stream = request.stream()
     while True:
         try:
@@ -207,7 +208,7 @@ async def received(
             still()
             return
         except TimeoutError:
-            raise Timeout(f"nothing came for {stall:.0f} s") from None
+            raise Timeout(f"no data arrived for {stall:.0f} s") from None
         if data:
             still()
             yield data

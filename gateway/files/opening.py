@@ -1,10 +1,9 @@
-"""Opens files in a worker for the gateway: regular ones to read, new ones to write.
+"""Open files in a worker for the gateway: regular files to read, new files to write.
 
-Bytes of any size go through the descriptor that is passed back, not through the worker. So only the confined
-worker walks the tenant's paths, and the gateway gets no name and no folder, but one regular file that can
-only be read, or only be written. The gateway copies its bytes without looking at them, while the worker is
-free for the next call. A download is of one state of the file, even if another file takes its place
-meanwhile.
+The bytes go through the descriptor passed to the gateway, not through the worker. So only the confined worker
+resolves the tenant's paths, and the gateway gets neither a name nor a folder, just one regular file that is
+either readable or writable. The gateway copies the bytes without interpreting them, while the worker is free
+for the next call. A download continues with the same file even if another replaces it meanwhile.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from gateway.rootfs.root import etag
 
 @dataclass(frozen=True, slots=True)
 class _Upload:
-    """An upload that is not finished: the folder and name of its file, and the file it is to replace.
+    """An unfinished upload: the folder and name of its file, and the file it will replace.
 
-    `nameless` is the file itself if it gets its name only at the end: then a kill leaves nothing of it. `old`
-    only keeps the replaced file alive until the end: freeing a large one takes a tenth of a second, and must
-    happen here, not in the worker that does the tenant's other calls.
+    `nameless` is the file itself if it gets its name only at the end, so that a kill leaves nothing behind.
+    `old` keeps the replaced file alive until the end: freeing a large file takes a tenth of a second, which
+    must happen here and not in the worker for the tenant's other calls.
     """
 
     directory: int
@@ -41,8 +40,8 @@ class _Upload:
     old: int | None
 
 
-_unfinished: dict[str, _Upload] = {}  # one process serves one tenant
-_UNFINISHED_MAX = 64  # each takes three of a worker's 256 descriptors; the gateway's own limit is below it
+_unfinished: dict[str, _Upload] = {}  # the process serves only one tenant
+_UNFINISHED_MAX = 64  # each needs three of a worker's 256 descriptors; the gateway's own limit is lower
 
 
 def _open(workspace: Workspace, given: dict[str, Any]) -> Passing:
@@ -51,9 +50,9 @@ def _open(workspace: Workspace, given: dict[str, Any]) -> Passing:
 
 
 def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
-    """Create the file that an upload goes into, next to its target or in the nearest folder above it.
+    """Create the file for an upload, beside its target or in the nearest existing folder above.
 
-    Missing folders are created at the end, so that an upload that breaks off leaves nothing.
+    Missing folders are created at the end, so that an aborted upload leaves nothing behind.
     """
     if len(_unfinished) >= _UNFINISHED_MAX:
         raise RateLimited("too many unfinished uploads", limit=_UNFINISHED_MAX)
@@ -76,7 +75,7 @@ def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
             check(now, given)
             if now is not None:
                 mode = now.st_mode & 0o777
-                with suppress(OSError):  # it went meanwhile
+                with suppress(OSError):  # removed meanwhile
                     old = os.open(name, kernel.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         except BaseException:
             os.close(directory)
@@ -104,7 +103,7 @@ def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
 
 
 def _above(workspace: Workspace, folder: str) -> tuple[str, int]:
-    """Return and open the nearest folder above a missing one."""
+    """Return the nearest existing folder above a missing one, and a descriptor of it."""
     while folder:
         folder = folder.rpartition("/")[0]
         try:
@@ -115,7 +114,7 @@ def _above(workspace: Workspace, folder: str) -> tuple[str, int]:
 
 
 def _finish(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Give an upload the name from which it is moved to its place, if it has none yet."""
+    """Give an upload its temporary name, from which it will be moved into place, if it has none yet."""
     found = _unfinished.get(given["token"])
     if found is None:
         raise NotFound("no such upload")
@@ -125,7 +124,7 @@ def _finish(workspace: Workspace, given: dict[str, Any]) -> bytes:
 
 
 def _release(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Forget an upload, and remove its file where it did not get its place. A second time does nothing."""
+    """Forget an upload, and remove its file if it was not committed. Idempotent."""
     found = _unfinished.pop(given["token"], None)
     if found is not None:
         try:

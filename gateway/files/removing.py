@@ -1,4 +1,4 @@
-"""Empties a folder of any depth and breadth while its tenant changes it."""
+"""Empty a folder of any depth and width, even while its tenant changes it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gateway.rootfs.paths import TEMPORARY
 from gateway.rootfs.root import Root
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
-_BATCH = 4096  # names of one look at a folder, which may hold millions
-_DEEP = 2000  # bytes of a path; what lies below is moved up before it is emptied, as no path could name it
+_BATCH = 4096  # names per pass over a folder, which may have millions
+_DEEP = 2000  # bytes of a path; deeper folders are moved up first, as their paths would get too long
 
 
 def empty(directory: int, workspace: str, deadline: float) -> int:
-    """Remove everything in the folder `directory`, never through a link; return how many entries.
+    """Remove everything in the folder `directory`, never following links; return the number of entries.
 
-    Holds three descriptors at any depth. Raises `OSError`, and `Timeout` after `deadline` (of
-    `time.monotonic`) with `removed` as a fact; what is gone by then stays gone.
+    Uses three descriptors at any depth. Raises `OSError`, and after `deadline` (by `time.monotonic`)
+    `Timeout` with `removed` as a fact; removed entries stay removed.
     """
     tree = Root(directory, workspace)
     removed = 0
@@ -37,7 +37,7 @@ def empty(directory: int, workspace: str, deadline: float) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP) or not path:
                 raise
-            stack.pop()  # it was a folder a moment ago
+            stack.pop()  # it is no longer a folder
             with suppress(FileNotFoundError):
                 _remove(tree, path, folder=False)
             continue
@@ -48,10 +48,10 @@ def empty(directory: int, workspace: str, deadline: float) -> int:
         removed += gone
         if time.monotonic() > deadline:
             raise Timeout(
-                "removing took too long; repeat the request to go on", reason="timeout", removed=removed
+                "removing took too long; repeat the request to continue", reason="timeout", removed=removed
             )
         if seen:
-            stack.extend(below)  # then this folder is looked at again
+            stack.extend(below)  # this folder gets another pass afterwards
         elif not path:
             stack.pop()
         else:
@@ -62,14 +62,14 @@ def empty(directory: int, workspace: str, deadline: float) -> int:
                 pass
             except OSError as error:
                 if error.errno == errno.ENOTEMPTY:
-                    continue  # something adds to it: the deadline ends that race
+                    continue  # the tenant keeps adding entries: the deadline ends the race
                 raise
             stack.pop()
     return removed
 
 
 def _look(tree: Root, folder: int, path: str) -> tuple[bool, int, list[str]]:
-    """Remove a batch of a folder's files; tell if it had any entry, how many went, and its folders."""
+    """Remove a batch of a folder's files; return whether it had entries, how many went, and its folders."""
     prefix = path + "/" if path else ""
     deep = len(os.fsencode(prefix)) > _DEEP
     seen, gone, below = False, 0, []

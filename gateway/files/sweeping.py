@@ -1,7 +1,8 @@
-"""Removes unfinished files that a killed process left behind. Runs in a worker.
+"""Remove unfinished files left by killed processes. Runs in a worker.
 
-Writes and edits are renamed into place within a millisecond of being made, uploads too where the kernel lets
-a file be without a name until then. What a SIGKILL catches in between stays under a name that only we give.
+Writes and edits are renamed into place within a millisecond of their creation, and so are uploads if the
+kernel supports unnamed files. A file caught in between by SIGKILL stays under a name that only the gateway
+uses.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _FOLDER = kernel.O_PATH | os.O_DIRECTORY
 
 
 class _Unfinished:
-    """Chooses what has a name of ours, in every folder."""
+    """Selects files with the gateway's temporary names, in all folders."""
 
     def question(self, state: Any) -> Hashable:
         return "unfinished"
@@ -39,9 +40,9 @@ class _Unfinished:
 
 
 def _sweep(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Remove unfinished files that were last touched before the time `before`; return how many.
+    """Remove unfinished files last changed before the epoch time `before`; return how many.
 
-    A tenant may have put anything under such a name: it loses what it put there, and nothing else is reached.
+    A tenant may create anything under such a name: it loses that, and nothing else is affected.
     """
     tree, limits = workspace.root, workspace.limits
     deadline = time.monotonic() + limits.tool_timeout

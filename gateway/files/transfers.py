@@ -1,8 +1,8 @@
-"""Copies a file of any size between a workspace and a client.
+"""Copy files of any size between a workspace and a client.
 
-A worker opens the file and passes its descriptor (see `opening`). The bytes are copied by threads of this
-room alone, so that a slow disk holds up neither the event loop nor anybody else's threads. Nothing holds more
-than a chunk in memory.
+A worker opens the file and passes its descriptor (see `opening`). The bytes are copied in this package's own
+threads, so that a slow disk delays neither the event loop nor other threads. At most one chunk per transfer
+is in memory.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from gateway.rootfs.refusals import refusal
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 
-CHUNK: Final = 1 << 20  # bytes of one read or write of the disk
+CHUNK: Final = 1 << 20  # bytes per read or write of the disk
 _THREADS: Final = 8  # more would only queue at the same disks
-_ENDED: Final = "the transfer was ended: the tenant or the gateway goes away"
+_ENDED: Final = "the transfer was aborted: the tenant or the gateway is going away"
 
 T = TypeVar("T")
 
 
 class _Held:
-    """One descriptor of a tenant's file, which can be taken back at any time, also while a thread uses it."""
+    """A descriptor of a tenant's file that can be closed at any time, even while a thread uses it."""
 
     def __init__(self, descriptor: int, threads: ThreadPoolExecutor) -> None:
         self._descriptor = descriptor
@@ -43,14 +43,14 @@ class _Held:
         self.closed = False
 
     async def run(self, do: Callable[[int], T]) -> T:
-        """Call `do` with the descriptor in a thread; one call at a time. Raises what `do` raises, mapped."""
+        """Call `do` with the descriptor in a thread, one call at a time. Its `OSError`s are translated."""
         if self._closing or self.closed:
             raise Unavailable("the tenant's files went away during the transfer")
         self._busy = True
         running = asyncio.get_running_loop().run_in_executor(self._threads, do, self._descriptor)
         running.add_done_callback(self._done)
         try:
-            # Shielded: the thread goes on with the descriptor even where its caller is gone.
+            # Shielded, because the thread continues with the descriptor even if its caller is cancelled.
             return await asyncio.shield(running)
         except OSError as error:
             raise refusal(error) from None
@@ -58,12 +58,12 @@ class _Held:
     def _done(self, running: asyncio.Future[Any]) -> None:
         self._busy = False
         if not running.cancelled():
-            running.exception()  # seen, also where the caller is gone
+            running.exception()  # mark as retrieved, in case the caller is gone
         if self._closing:
             self.close()
 
     def close(self) -> None:
-        """Close the descriptor, at the latest when the thread that uses it is done. Idempotent."""
+        """Close the descriptor, or have it closed when the thread using it is done. Idempotent."""
         self._closing = True
         if not self._busy and not self.closed:
             self.closed = True
@@ -71,7 +71,7 @@ class _Held:
 
 
 class Source:
-    """A file to be sent: its etag and size, and its bytes."""
+    """A file to send."""
 
     def __init__(self, held: _Held, etag: str, size: int) -> None:
         self.etag = etag
@@ -79,12 +79,12 @@ class Source:
         self._held = held
 
     async def read(self, offset: int, count: int) -> bytes:
-        """Return up to `count` bytes from `offset`, at most a `CHUNK`; b"" behind the end."""
+        """Return up to `count` bytes from `offset`, at most a `CHUNK`; b"" at the end."""
         return await self._held.run(lambda descriptor: os.pread(descriptor, min(count, CHUNK), offset))
 
 
 class Target:
-    """A file that is being received. It gets its name by `commit`; without that nothing is left of it."""
+    """A file being received. `commit` gives it its name; without that nothing is left of it."""
 
     def __init__(self, held: _Held, limit: int, commit: Callable[[], Any]) -> None:
         self.received = 0
@@ -95,10 +95,10 @@ class Target:
         self._kept = 0
 
     async def write(self, data: bytes) -> None:
-        """Take the next bytes. Raises `TooLarge` over `upload_max` or where the workspace is full."""
+        """Append bytes. Raises `TooLarge` above `upload_max` or if the workspace is full."""
         self.received += len(data)
         if self.received > self._limit:
-            raise TooLarge(f"the file has over {self._limit} bytes", reason="too_large", limit=self._limit)
+            raise TooLarge(f"the file exceeds {self._limit} bytes", reason="too_large", limit=self._limit)
         self._chunks.append(data)
         self._kept += len(data)
         if self._kept >= CHUNK:
@@ -110,9 +110,9 @@ class Target:
             await self._held.run(lambda descriptor: _write_all(descriptor, data))
 
     async def commit(self) -> dict[str, Any]:
-        """Put the file in its place; return `{etag, size, created}`. Raises `Conflict` by the conditions."""
+        """Move the file into place; return `{etag, size, created}`. Raises `Conflict` by the conditions."""
         await self._flush()
-        await self._held.run(kernel.start_writing)  # in a thread of ours, or the commit would
+        await self._held.run(kernel.start_writing)  # in a thread, or the commit would wait
         self._held.close()
         result: dict[str, Any] = await self._commit()
         return result
@@ -125,7 +125,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 class Transfers:
-    """The uploads and downloads of all tenants. Use as an async context manager."""
+    """The uploads and downloads of all tenants. An async context manager."""
 
     def __init__(self, workers: Workers, settings: Settings) -> None:
         self._workers = workers
@@ -135,7 +135,7 @@ class Transfers:
             "",
             maximum=settings.max_workers,
             idle=settings.worker_idle,
-            farewell="files/releaseAll",  # what was begun is undone, whatever ends the worker
+            farewell="files/releaseAll",  # undoes unfinished uploads, whatever ends the worker
         )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
         self._held: dict[str, dict[_Held, asyncio.Timeout]] = defaultdict(dict)
@@ -157,7 +157,7 @@ class Transfers:
 
     @asynccontextmanager
     async def read(self, root: FilesystemRoot, path: str) -> AsyncIterator[Source]:
-        """Open a regular file. Raises what the worker refuses with, and `RateLimited`."""
+        """Open a regular file. Raises the worker's refusals, and `RateLimited`."""
         async with self._hold(root, "files/open", {"path": path}) as (_, told, held):
             yield Source(held, told["etag"], told["size"])
 
@@ -165,10 +165,10 @@ class Transfers:
     async def write(
         self, root: FilesystemRoot, path: str, conditions: dict[str, Any]
     ) -> AsyncIterator[Target]:
-        """Begin an upload; leaving the context without a commit leaves nothing.
+        """Start an upload; leaving the context without a commit leaves nothing behind.
 
-        `conditions` are `ifMatch` and `ifNoneMatch` as in `operations.check`: looked at now, so that a
-        hopeless upload ends before its first byte, and again by the commit.
+        `conditions` are `ifMatch` and `ifNoneMatch` as in `conditions.check`. They are checked now, so that a
+        hopeless upload fails before its first byte, and again by the commit.
         """
         given = {"path": path, **conditions}
         async with self._hold(root, "files/create", given) as (link, told, held):
@@ -183,19 +183,19 @@ class Transfers:
             try:
                 yield Target(held, self._settings.upload_max, commit)
             except BaseException:
-                await asyncio.shield(self._release(link, told["token"]))  # nothing is left when this is told
+                await asyncio.shield(self._release(link, told["token"]))  # before the error is reported
                 raise
-            # not waited for: where a large file was replaced, it is freed now
+            # not awaited: it frees the replaced file, which may be large
             self._release(link, told["token"])
 
     def _release(self, link: Link, token: str) -> asyncio.Task[None]:
-        """Have the worker let go of an upload, and remove its file if it did not get its place.
+        """Make the worker forget an upload, and remove its file if it was not committed.
 
-        A separate task, which goes on whatever happens to the caller.
+        Runs in a separate task, which continues whatever happens to the caller.
         """
 
         async def release() -> None:
-            with suppress(GatewayError):  # the worker is gone: `forget` had it remove what was unfinished
+            with suppress(GatewayError):  # the worker is gone and has removed unfinished files
                 await link.call("files/release", {"token": token}, self._settings.tool_timeout)
 
         task = asyncio.create_task(release())
@@ -210,7 +210,7 @@ class Transfers:
         tenant, limit = root.tenant, self._settings.max_transfers
         if self._count[tenant] >= limit:
             raise RateLimited(
-                "this tenant has too many uploads and downloads; wait until some end", limit=limit
+                "this tenant has too many uploads and downloads; wait until some finish", limit=limit
             )
         self._count[tenant] += 1
         try:
@@ -222,16 +222,16 @@ class Transfers:
         try:
             opening = asyncio.ensure_future(self._open(link, operation, given))
             try:
-                # Shielded: an upload that was begun must be known, or its file would stay.
+                # Shielded: a started upload must become known, or its file would stay.
                 told, held = await asyncio.shield(opening)
             except asyncio.CancelledError:
                 opening.add_done_callback(lambda done: self._undo(link, done))
                 raise
-            if self._over:  # since this one was asked for
+            if self._over:  # `end` was called meanwhile
                 self._undo(link, opening)
                 raise Unavailable(_ENDED)
             try:
-                # a scope that `end` can make run out, wherever its task waits
+                # a scope that `end` can expire, wherever its task is waiting
                 async with asyncio.timeout(None) as scope:
                     self._held[tenant][held] = scope
                     try:
@@ -255,7 +255,7 @@ class Transfers:
         return scope
 
     def end(self, tenant: str | None = None) -> None:
-        """Break off a tenant's transfers, or everybody's for good; nothing is left of an upload."""
+        """Abort a tenant's transfers, or all and any later ones; nothing is left of uploads."""
         self._over |= tenant is None
         for name in [tenant] if tenant is not None else list(self._held):
             for held in list(self._held.get(name, ())):
@@ -271,7 +271,7 @@ class Transfers:
 
     async def _open(self, link: Link, operation: str, given: dict[str, Any]) -> tuple[dict[str, Any], _Held]:
         reply, descriptor = await link.call(operation, given, self._settings.tool_timeout)
-        assert descriptor is not None  # the worker passes one, or refuses
+        assert descriptor is not None  # the worker passes one or refuses
         return orjson.loads(reply), _Held(descriptor, self._threads)
 
     def _undo(self, link: Link, opening: asyncio.Future[tuple[dict[str, Any], _Held]]) -> None:
@@ -283,7 +283,7 @@ class Transfers:
             self._release(link, told["token"])
 
     async def forget(self, tenant: str) -> None:
-        """End a tenant's transfers and its worker: its storage must not be held. What was begun is undone."""
+        """End a tenant's transfers and worker, to free its storage. Unfinished uploads are undone."""
         self.end(tenant)
         if self._links.current(tenant) is not None:
             self._links.end(tenant)

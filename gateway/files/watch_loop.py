@@ -1,4 +1,4 @@
-"""Serves the watches of one tenant in a worker: requests, inotify events, and what is to be sent."""
+"""Serve the watches of one tenant in a worker: requests, inotify events, messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gateway.rootfs.worker import TOLD, answer, frame, receive_request
 
 
 def serve(connection: socket.socket, workspace: Workspace) -> None:
-    """Serve `watch` and `unwatch`, and send changes, until the gateway closes the socket."""
+    """Serve `watch` and `unwatch` and send changes until the gateway closes the socket."""
     watcher: Watcher | None = None
     failed: GatewayError | None = None
     try:
@@ -58,8 +58,8 @@ def serve(connection: socket.socket, workspace: Workspace) -> None:
         if watcher.descriptor in ready:
             began = time.monotonic()
             watcher.read()
-            # A tenant that changes files as fast as it can gets at most half of the time. What the kernel's
-            # queue does not hold meanwhile is an overflow, which costs less than reading it all.
+            # A tenant that changes files as fast as it can gets at most half of the time. If the kernel's
+            # queue overflows meanwhile, that costs less than reading all events.
             ended = time.monotonic()
             rest = ended + (ended - began)
         if watcher.gone:

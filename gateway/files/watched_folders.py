@@ -1,8 +1,8 @@
-"""Watches the folders of a workspace by inotify, and keeps them as a tree while the tenant changes it.
+"""Watch the folders of a workspace with inotify, and keep a tree of them while the tenant changes it.
 
-A folder is opened below the workspace (`rootfs.root`) and watched by that descriptor before it is listed. So
-no change falls between, and no link is followed, whatever the tenant swaps. A folder that is renamed keeps
-its watch.
+A folder is opened below the workspace (`rootfs.root`) and watched through that descriptor before it is
+listed. So no change is missed in between and no link is followed, whatever the tenant swaps. A renamed folder
+keeps its watch.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _MASK: Final = (
     | kernel.IN_EXCL_UNLINK
 )
 _ROOT_MASK: Final = _MASK | kernel.IN_DELETE_SELF | kernel.IN_MOVE_SELF
-_NAMES: Final = 200_000  # names that are remembered, to tell a file that is replaced from a new one
+_NAMES: Final = 200_000  # most remembered names, which tell a replaced file from a new one
 
 
 class Folder:
-    """A folder that is watched. `names` are the entries in it, None if they are not remembered."""
+    """A watched folder. `names` are its entries, None if they are not remembered."""
 
     __slots__ = ("folders", "missed", "name", "names", "parent", "wd")
 
@@ -45,7 +45,7 @@ class Folder:
         self.wd = wd
         self.folders: dict[str, Folder] = {}
         self.names: set[str] | None = None
-        self.missed = False  # something changed in it between its old name and its new one
+        self.missed = False  # something changed in it while it was being moved
 
     def top(self) -> Folder:
         folder = self
@@ -54,7 +54,7 @@ class Folder:
         return folder
 
     def path(self) -> str | None:
-        """Return the relative path, None if the folder was moved and its new place is not known yet."""
+        """Return the relative path, None if the folder was moved and its new place is unknown yet."""
         parts = []
         folder: Folder = self
         while folder.parent is not None:
@@ -72,27 +72,27 @@ class Folder:
 
 
 class Audience(Protocol):
-    """What `WatchedFolders` asks and tells its owner. Paths are relative to the workspace."""
+    """The owner of a `WatchedFolders`. Paths are relative to the workspace."""
 
     def wants(self, path: str) -> bool:
-        """Say whether the folder must be watched."""
+        """Return whether the folder must be watched."""
         ...
 
     def found(self, path: str, *, folder: bool) -> None:
-        """Report an entry that came before its folder was watched."""
+        """Report an entry that was created before its folder was watched."""
         ...
 
     def unwatched(self, path: str, why: str = "") -> None:
-        """Report a folder that cannot be watched; `why` names a limit that was reached."""
+        """Report a folder that cannot be watched; `why` names a limit that was hit."""
         ...
 
     def lost(self) -> None:
-        """Report that the tree moved while it was read, so that it must be read again."""
+        """Report that the tree changed while it was being read, so that it must be read again."""
         ...
 
 
 class WatchedFolders:
-    """One inotify instance and the folders that it watches. Close it by its `descriptor`."""
+    """An inotify instance and the folders it watches. Closing its `descriptor` ends it."""
 
     def __init__(self, root: Root, limits: Limits, audience: Audience) -> None:
         self._root = root
@@ -116,7 +116,7 @@ class WatchedFolders:
         del self._by_wd[wd]
 
     def read_again(self) -> None:
-        """Watch all wanted folders with a new inotify instance."""
+        """Watch all wanted folders anew with a fresh inotify instance."""
         os.close(self.descriptor)
         self.descriptor = _instance()
         self._by_wd.clear()
@@ -125,9 +125,9 @@ class WatchedFolders:
         self.look(None, "", "", told=False)
 
     def look(self, parent: Folder | None, name: str, path: str, *, told: bool) -> None:
-        """Watch and list the folder `name` of `parent`, and the wanted ones below it.
+        """Watch and list the folder `name` in `parent`, and the wanted folders below it.
 
-        With `told`, report what is in them: it came before they were watched.
+        With `told`, report their entries, which were created before the folders were watched.
         """
         stack = [(parent, name, path)]
         while stack:
@@ -136,7 +136,7 @@ class WatchedFolders:
                 descriptor = self._root.open_real(path, _FOLDER)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    self._audience.unwatched(path)  # not readable, or deeper than a path can name
+                    self._audience.unwatched(path)  # unreadable, or too deep for a path
                 continue
             try:
                 folder = self._watch_folder(descriptor, parent, name, path)
@@ -154,7 +154,7 @@ class WatchedFolders:
                 os.close(descriptor)
 
     def prune(self, folder: Folder | None = None, path: str = "") -> None:
-        """Let go of the folders below `folder`, or below the top, that are no longer wanted."""
+        """Stop watching folders below `folder`, by default the top, that are no longer wanted."""
         folder = folder or self.top
         stack = [] if folder is None else [(folder, path)]
         while stack:
@@ -168,7 +168,7 @@ class WatchedFolders:
                     self._drop(child)
 
     def remember(self, folder: Folder, name: str, *, there: bool) -> bool:
-        """Remember whether a name is there; return whether it was, False if that is not known."""
+        """Remember whether a name exists; return whether it did before, False if unknown."""
         names = folder.names
         if names is None:
             return False
@@ -185,17 +185,17 @@ class WatchedFolders:
         return before
 
     def take_out(self, folder: Folder, name: str, cookie: int | None) -> Folder | None:
-        """Take a folder out of its parent and return it; one that moves may come back by its `cookie`."""
+        """Detach a folder from its parent and return it; a moved one may reappear by its `cookie`."""
         child = folder.folders.pop(name, None)
         if child is not None and cookie is not None:
-            child.parent = None  # on its way: see Folder.path
+            child.parent = None  # being moved: see Folder.path
             self._moving[cookie] = child
         elif child is not None:
             self._drop(child)
         return child
 
     def put_in(self, folder: Folder, name: str, path: str, cookie: int) -> Folder | None:
-        """Watch a folder that appeared in `folder`; return it if it was moved there from a watched place."""
+        """Watch a folder that appeared in `folder`; return it if it was moved from a watched place."""
         moved = self._moving.pop(cookie, None) if cookie else None
         old = folder.folders.pop(name, None)
         if old is not None:
@@ -214,7 +214,7 @@ class WatchedFolders:
         return moved
 
     def drop_moved(self) -> None:
-        """Let go of folders that moved one batch ago and did not come back: they left what is watched."""
+        """Drop folders moved away one batch ago that did not reappear: they have left the watched tree."""
         for cookie in self._moved_before & self._moving.keys():
             self._drop(self._moving.pop(cookie))
         self._moved_before = set(self._moving)
@@ -223,7 +223,7 @@ class WatchedFolders:
         known = self.top if parent is None else parent.folders.get(name)
         limit = self._limits.watch_folders
         if known is None and len(self._by_wd) >= limit:
-            why = f"more than {limit} folders to watch; watch fewer paths, or ignore more names"
+            why = f"there are more than {limit} folders to watch; watch fewer paths, or ignore more names"
             self._audience.unwatched(path, why)
             return None
         os.fchdir(descriptor)
@@ -238,7 +238,7 @@ class WatchedFolders:
         if known is not None and known.wd == wd:
             return known
         if wd in self._by_wd or known is not None:
-            # the tree moved while it was read, so ours is wrong somewhere
+            # the tree changed while it was being read, so ours is wrong somewhere
             self._audience.lost()
             return None
         folder = self._by_wd[wd] = Folder(name, parent, wd)
@@ -249,7 +249,7 @@ class WatchedFolders:
         return folder
 
     def _list(self, folder: Folder, descriptor: int) -> list[tuple[str, bool]]:
-        """Return the names in a folder, and which of them are folders; remember the names."""
+        """Return the names in a folder and whether each is a folder; remember the names."""
         maximum = self._limits.visit_max
         with os.scandir(descriptor) as entries:
             found = [
@@ -269,7 +269,7 @@ class WatchedFolders:
             folder.names = None
 
     def _drop(self, folder: Folder) -> None:
-        """Let go of a folder and all below it."""
+        """Stop watching a folder and everything below it."""
         for one in folder.below():
             self._forget_names(one)
             if self._by_wd.get(one.wd) is one:
@@ -285,4 +285,4 @@ def _instance() -> int:
         if error.errno == errno.EMFILE:
             words = "the host's inotify instances are used up; raise fs.inotify.max_user_instances"
             raise RateLimited(words) from None
-        raise Unavailable("files cannot be watched on this host") from None
+        raise Unavailable("this host does not support watching files") from None

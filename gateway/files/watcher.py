@@ -1,8 +1,8 @@
-"""Turns inotify's events into the changes that each watch of a tenant wants to see.
+"""Convert inotify events into the changes for each watch of a tenant.
 
-One inotify instance serves all watches of a tenant. What it cannot follow (a full queue of the kernel, too
-many folders, a tree that moves while it is read) is reported as `overflow`, and the tree is read again, at
-most once a second.
+One inotify instance serves all watches of a tenant. What it cannot follow (an overflow of the kernel's queue,
+too many folders, a tree that changes while it is read) is reported as `overflow`, and the tree is read again,
+at most once a second.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gateway.rootfs.operation import Workspace
 from gateway.rootfs.paths import show, unfinished
 from gateway.rootfs.worker import TOLD, frame
 
-_BATCH: Final = 256 << 10  # bytes of one read of events; the kernel's queue holds about twice that
-_SOON: Final = 0.015  # seconds from a first change until it is sent, so that related changes come together
-_PAUSE: Final = 0.1  # seconds between two messages while changes go on
-_AGAIN: Final = 1.0  # seconds between two readings of the whole tree
+_BATCH: Final = 256 << 10  # bytes of events per read; the kernel's queue holds about twice that
+_SOON: Final = 0.015  # seconds from the first change to its message, so that related changes go together
+_PAUSE: Final = 0.1  # seconds between two messages while changes continue
+_AGAIN: Final = 1.0  # seconds between two reads of the whole tree
 
 
 class Watcher:
-    """All watches of one tenant. `gone` is set once the workspace itself was moved or removed."""
+    """All watches of one tenant. `gone` is set once the workspace itself has been moved or removed."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.gone = False
@@ -46,17 +46,17 @@ class Watcher:
 
     @property
     def descriptor(self) -> int:
-        """The descriptor to poll for events; another one once the tree was read again."""
+        """The descriptor to poll for events; it changes when the tree is read again."""
         return self._folders.descriptor
 
     # --- requests -------------------------------------------------------------------------------------
 
     def watch(self, workspace: Workspace, given: dict[str, Any]) -> bytes:
-        """Begin a watch; return how many folders of the tenant cannot be watched."""
+        """Start a watch; return how many folders of the tenant cannot be watched."""
         roots = []
         for path in given["paths"]:
             root = self._root.locate(path, self._root.workspace)
-            self._root.status(root)  # NotFound, and every other refusal of a path
+            self._root.status(root)  # raises NotFound and all other refusals of a path
             roots.append(root)
         number: int = given["watch"]
         self._wishes[number] = Wish(roots, given["ignore"])
@@ -74,7 +74,7 @@ class Watcher:
         self._folders.prune()
         return b"{}"
 
-    # --- what the folders ask and report --------------------------------------------------------------
+    # --- callbacks of the folders ---------------------------------------------------------------------
 
     def wants(self, path: str) -> bool:
         return any(wish.enters(path) for wish in self._wishes.values())
@@ -83,7 +83,7 @@ class Watcher:
         self._note(path, "created", folder=folder)
 
     def unwatched(self, path: str, why: str = "") -> None:
-        """Tell each watch that wants this folder that changes may be missing."""
+        """Mark each watch covering this folder: changes may be missing."""
         self._full = why or self._full
         self._unwatched += 1
         for number, wish in self._wishes.items():
@@ -103,7 +103,7 @@ class Watcher:
     # --- events ---------------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Take in one batch of events."""
+        """Process one batch of events."""
         try:
             data = os.read(self.descriptor, _BATCH)
         except BlockingIOError:
@@ -124,7 +124,7 @@ class Watcher:
             self.gone = True
             return
         if mask & kernel.IN_IGNORED:
-            self._folders.forget(wd)  # the folder is gone; its name goes by its parent's event
+            self._folders.forget(wd)  # the folder is gone; its parent's event removes the name
             return
         path = folder.path()
         if path is None:
@@ -138,7 +138,7 @@ class Watcher:
         elif mask & (kernel.IN_CREATE | kernel.IN_MOVED_TO):
             self._appeared(folder, name, below, is_folder, cookie, moved=bool(mask & kernel.IN_MOVED_TO))
         elif folder.names is None or name in folder.names:
-            # a file that is being written and has no name yet shows under its number, "#1234"
+            # an unnamed file being written appears under its inode number, "#1234"
             self._note(below, "changed", folder=is_folder)
 
     def _removed(self, folder: Folder, name: str, path: str, is_folder: bool, cookie: int | None) -> None:
@@ -160,13 +160,13 @@ class Watcher:
             return
         known = self._folders.put_in(folder, name, path, cookie)
         if known is not None and (known.missed or self._roots_below(path)):
-            self.lost()  # it is not known what is in it now
+            self.lost()  # its current contents are unknown
 
     def _roots_below(self, path: str) -> bool:
         return any(root.startswith(path + "/") for wish in self._wishes.values() for root in wish.roots)
 
     def _note_roots(self, path: str, gone: Folder | None) -> None:
-        """Report the roots of watches that went away with a folder above them, which was `gone`."""
+        """Report roots of watches that vanished together with `gone`, a folder above them."""
         for number, wish in self._wishes.items():
             for root in wish.roots:
                 if root.startswith(path + "/"):
@@ -185,7 +185,7 @@ class Watcher:
     # --- sending --------------------------------------------------------------------------------------
 
     def due(self) -> float | None:
-        """Return the seconds until `tell` has something to do, None if it has not."""
+        """Return the seconds until `tell` has something to do, None if nothing is pending."""
         now = time.monotonic()
         times = []
         if self._first:
@@ -195,7 +195,7 @@ class Watcher:
         return max(0.0, min(times) - now) if times else None
 
     def tell(self, connection: socket.socket) -> None:
-        """Do what is due: read the tree again, send what has changed."""
+        """Do what is due: read the tree again, send changes."""
         now = time.monotonic()
         if self._again and now >= self._read_again + _AGAIN:
             self._again, self._read_again = False, now
@@ -209,5 +209,5 @@ class Watcher:
 
 
 def show_path(path: str) -> str:
-    """Return a path as it can be sent: as it is, or escaped if it is not UTF-8."""
+    """Return a path for sending: escaped if it is not UTF-8."""
     return path if sendable(path) else show(path)

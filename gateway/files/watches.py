@@ -1,4 +1,4 @@
-"""The gateway's side of file watching: the watches, what waits to be sent, how they end."""
+"""The gateway's side of file watching: watches, pending changes, and how watches end."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gateway.settings import Settings
 
 
 class Watch:
-    """One watch. What its reader has not taken is merged, up to `watch_changes` paths; more is an overflow.
+    """One watch. Unread changes are merged, up to `watch_changes` paths; more is an overflow.
 
-    `unwatched` folders could not be watched: they are not readable, or too deep.
+    `unwatched` counts folders that cannot be watched because they are unreadable or too deep.
     """
 
     def __init__(self, number: int, tenant: str, maximum: int) -> None:
@@ -40,24 +40,24 @@ class Watch:
         self._grown.set()
 
     def end(self, reason: str) -> None:
-        """Let the reader know that nothing more comes, and why. The first reason counts."""
+        """Tell the reader that the watch has ended, and why. The first reason counts."""
         self._ended = self._ended or reason
         self._grown.set()
 
     def close(self) -> None:
-        """End it for a reader that wants no more."""
+        """End it on behalf of the reader."""
         self._closed = True
         self._grown.set()
 
     async def next(self) -> dict[str, Any] | None:
-        """Wait for changes; return `{changes, overflow}`, the last with `ended`, None once that was told."""
+        """Wait for changes and return `{changes, overflow}`; the last has `ended`, then None follows."""
         await self._grown.wait()
         self._grown.clear()
         if self._closed:
             return None
         told = self._changes.take()
         if self._ended is not None:
-            # changes from now on are not seen, so the reader must read the files again
+            # later changes go unseen, so the reader must read the files again
             told |= {"overflow": True, "ended": self._ended}
             self._closed = True
             self._grown.set()
@@ -65,7 +65,7 @@ class Watch:
 
 
 class Watches:
-    """The watches of all tenants. Use as an async context manager, from the event loop only."""
+    """The watches of all tenants. An async context manager; use it from the event loop only."""
 
     def __init__(self, workers: Workers, settings: Settings) -> None:
         self._settings = settings
@@ -94,7 +94,7 @@ class Watches:
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     async def add(self, root: FilesystemRoot, paths: list[str], ignore: list[str] | None) -> Watch:
-        """Begin a watch. Raises `RateLimited` over a limit of the tenant or the host, and of the paths."""
+        """Start a watch. Raises `RateLimited` at a limit of the tenant or host, and refusals of paths."""
         settings, tenant = self._settings, root.tenant
         link = await self._links.get(root)
         watches = self._watches.setdefault(tenant, {})
@@ -120,7 +120,7 @@ class Watches:
         return watch
 
     def remove(self, watch: Watch) -> None:
-        """End a watch that has no reader any more. Idempotent."""
+        """End a watch that no longer has a reader. Idempotent."""
         watch.close()
         watches = self._watches.get(watch.tenant, {})
         if watches.pop(watch.number, None) is None:
@@ -141,7 +141,7 @@ class Watches:
         try:
             await link.call("unwatch", {"watch": watch.number}, self._settings.tool_timeout)
         except GatewayError:
-            return  # it has ended, and the watch with it
+            return  # the worker has ended, and the watch with it
 
     def _told(self, tenant: str, payload: bytes) -> None:
         told = orjson.loads(payload)
@@ -165,6 +165,6 @@ class Watches:
             await self._links.ended()
 
     async def recheck(self, root: FilesystemRoot) -> None:
-        """End a tenant's watches where its workspace is another than it was."""
+        """End a tenant's watches if its workspace was replaced."""
         if not await self._links.recheck(root.tenant, root):
             self._end(root.tenant, "workspace_changed")

@@ -1,1 +1,1 @@
-"""What a tenant and a host may use: bytes in flight, disk, memory."""
+"""Limits of tenants and of the host: bytes in flight, disk, memory."""

@@ -1,8 +1,8 @@
-"""Budgets: bytes in flight for each socket, each tenant and in all, and numbers of sockets.
+"""Budgets: bytes in flight per socket, per tenant and in total, and numbers of sockets.
 
-It counts and refuses; it holds no bytes itself. It is asked at the edge, before the bytes are there, and they
-are given back once an answer has been handed to its socket. A small request is let in or refused at once. A
-large one may wait: its socket is not read meanwhile, so that TCP slows the client.
+A budget only counts and refuses; it does not store bytes. It is asked at the edge, before the bytes arrive,
+and gets them back once the answer has been passed to the socket. A small request is admitted or refused at
+once. A large one may wait; its socket is not read meanwhile, so that TCP slows the client down.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from weakref import WeakValueDictionary
 from gateway.errors import RateLimited
 from gateway.settings import Settings
 
-# bytes of a message that comes in whatever its socket holds: a cancel must get through
+# bytes; messages up to this size are admitted whatever their socket holds, so that a cancel gets through
 SMALL: Final = 64 << 10
-# what a request costs beside its bytes: a task, its parameters, its place in a queue
+# overhead of a request besides its bytes: a task, its parameters, a queue entry
 REQUEST: Final = 4 << 10
 RETRY_AFTER: Final = 1  # seconds
 
-_SPARE: Final = 8  # an eighth of each share is left to what is small
-_OFFERS: Final = 16  # waiting requests that are asked in one turn of the loop
+_SPARE: Final = 8  # an eighth of each share is reserved for small messages
+_OFFERS: Final = 16  # waiting requests handled per iteration of the loop
 
 
 class Share:
-    """Bytes held for one socket or one tenant, within a limit and within the share above.
+    """Bytes held for one socket or one tenant, bounded by a limit and by the parent share.
 
-    A large message may take at most as much as it leaves to the others of the share above: so the next one
-    finds room, however many have taken theirs. A share that holds little takes a message of any size. Small
-    messages count only for the tenant's limit: a socket also has a limit of requests.
+    A large message may take at most as much as it leaves free in the parent share, so that there is room for
+    the next one, however many there are. A share that holds little admits a message of any size. Small
+    messages count only towards the tenant's limit; a socket also limits the number of requests.
     """
 
     __slots__ = ("__weakref__", "_above", "_of_tenant", "held", "limit", "name")
@@ -45,12 +45,12 @@ class Share:
         self._of_tenant = isinstance(above, Budget)
 
     def hold(self, size: int) -> None:
-        """Count bytes that are there already, room or not; what is negative is given back."""
+        """Count bytes that exist already, regardless of limits; a negative size releases bytes."""
         self.held += size
         self._above.hold(size)
 
     def full(self, size: int) -> Share | Budget | None:
-        """Return the share that has no room for `size` bytes more, None if there is room."""
+        """Return the share that has no room for `size` more bytes, None if all have."""
         above, after = self._above, self.held + size
         if size <= SMALL:
             if after > self.limit and self._of_tenant:
@@ -62,14 +62,14 @@ class Share:
         return above.full(size)
 
     def lease(self, size: int = 0) -> Lease:
-        """Return a lease of `size` bytes. Raises `RateLimited`, which names the share that is full."""
+        """Return a lease of `size` bytes. Raises `RateLimited`, naming the full share."""
         lease = Lease(self)
         if size:
             lease.grow(size)
         return lease
 
     async def wait(self, size: int) -> Lease:
-        """Return a lease of `size` bytes once there is room for it."""
+        """Wait for room and return a lease of `size` bytes."""
         if self.full(size) is None:
             lease = Lease(self)
             lease.hold(size)
@@ -82,7 +82,7 @@ class Share:
         return above if isinstance(above, Budget) else above.budget
 
     def within(self, limit: int) -> Share:
-        """Return a share of one socket of this tenant."""
+        """Return a share for one socket of this tenant."""
         return Share("this connection", limit, self)
 
     @property
@@ -91,7 +91,7 @@ class Share:
 
 
 class Lease:
-    """Bytes of a share, until `end`. A context manager."""
+    """Bytes taken from a share until `end`. A context manager."""
 
     __slots__ = ("_share", "size")
 
@@ -100,17 +100,17 @@ class Lease:
         self.size = 0
 
     def hold(self, size: int) -> None:
-        """Count bytes that are there already."""
+        """Count bytes that exist already."""
         self.size += size
         self._share.hold(size)
 
     def grow(self, size: int) -> None:
-        """Ask for more. Raises `RateLimited`, which names the share that is full."""
+        """Request more bytes. Raises `RateLimited`, naming the full share."""
         full = self._share.full(size)
         if full is not None:
             raise RateLimited(
-                f"{full.name} has no room for {size} bytes more now; ask again when some of what is in "
-                "flight is answered",
+                f"{full.name} has no room for {size} more bytes now; try again when some requests in flight "
+                "have been answered",
                 limit=full.limit,
                 retry_after=RETRY_AFTER,
             )
@@ -131,7 +131,7 @@ class Lease:
 
 
 class Budget:
-    """All that is held, and the tenants' shares of it."""
+    """The total of bytes held, and the tenants' shares."""
 
     name: Final = "this gateway"
 
@@ -139,14 +139,14 @@ class Budget:
         self.limit = limit
         self.held = 0
         self._tenant = tenant
-        # a tenant's share exists for as long as something holds a part of it, or may
+        # a tenant's share exists as long as something refers to it
         self._tenants: WeakValueDictionary[str, Share] = WeakValueDictionary()
         self._waiting: deque[tuple[Share, int, asyncio.Future[Lease]]] = deque()
-        self._asked = 0  # how many waiting requests are still to be asked
+        self._asked = 0  # waiting requests still to be checked in this pass
         self._asking = False
 
     def tenant(self, name: str) -> Share:
-        """Return a tenant's share; all its sockets and requests are in it."""
+        """Return a tenant's share, which covers all its sockets and requests."""
         share = self._tenants.get(name)
         if share is None:
             share = self._tenants[name] = Share("this tenant", self._tenant, self)
@@ -154,12 +154,12 @@ class Budget:
 
     @property
     def most(self) -> int:
-        """Bytes of the tenant that holds most."""
+        """Bytes held by the tenant that holds most."""
         return max((share.held for share in self._tenants.values()), default=0)
 
     @property
     def waiting(self) -> int:
-        """How many wait for room."""
+        """Number of requests waiting for room."""
         return len(self._waiting)
 
     def hold(self, size: int) -> None:
@@ -175,7 +175,7 @@ class Budget:
         return self if self.held > self.limit // _SPARE and self.held + size > limit else None
 
     async def queue(self, share: Share, size: int) -> Lease:
-        """Wait until `share` has room for `size` bytes; for `Share.wait`."""
+        """Wait until `share` has room for `size` bytes; used by `Share.wait`."""
         found: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         entry = (share, size, found)
         self._waiting.append(entry)
@@ -183,13 +183,13 @@ class Budget:
             return await found
         except asyncio.CancelledError:
             if found.done() and not found.cancelled():
-                found.result().end()  # it came at the same moment
+                found.result().end()  # granted at the same moment
             elif entry in self._waiting:
                 self._waiting.remove(entry)
             raise
 
     def _ask(self) -> None:
-        """Let in those that fit now, in turn and some at a time: there may be thousands."""
+        """Admit waiting requests that fit now, in order and a few at a time, as there may be thousands."""
         for _ in range(min(_OFFERS, self._asked, len(self._waiting))):
             share, size, found = entry = self._waiting.popleft()
             self._asked -= 1
@@ -207,14 +207,14 @@ class Budget:
 
 
 class Turns:
-    """Lets calls of a socket run, in their order, while what they may answer fits into so many bytes."""
+    """Admits a socket's calls in order while the size of their possible answers fits into a limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = self._free = limit
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def enter(self, size: int) -> int:
-        """Wait for a turn; return what to `leave` with."""
+        """Wait for admission; return the size to pass to `leave`."""
         size = min(size, self._limit)
         if size <= self._free and not self._waiting:
             self._free -= size
@@ -226,11 +226,11 @@ class Turns:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.leave(size)  # it came at the same moment
+                self.leave(size)  # admitted at the same moment
             else:
                 if entry in self._waiting:
                     self._waiting.remove(entry)
-                self.leave(0)  # it may have held up the next
+                self.leave(0)  # it may have blocked the next one
             raise
         return size
 
@@ -244,10 +244,10 @@ class Turns:
 
 
 class Places:
-    """The open sockets: those of customers, in their tenant's share, and a few anonymous ones.
+    """Slots for open sockets: those of authenticated clients, per tenant, and a few anonymous ones.
 
-    If there are too many anonymous ones, the oldest of the address with most makes room. A customer never
-    does.
+    If there are too many anonymous sockets, the oldest of the address with the most is closed. Authenticated
+    ones never are.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -259,20 +259,20 @@ class Places:
 
     @property
     def anonymous(self) -> int:
-        """How many are anonymous."""
+        """Number of anonymous sockets."""
         return len(self._anonymous)
 
     def stranger(self, address: str, displaced: Callable[[], None]) -> Callable[[], None]:
-        """Give a place to a client without a token; return the function that gives it back, idempotent.
+        """Take a slot for a client without a token; return an idempotent function that releases it.
 
-        `displaced` is called if another client needs the place. Raises `RateLimited` if the address has too
-        many.
+        `displaced` is called if another client takes over the slot. Raises `RateLimited` if the address has
+        too many.
         """
         settings = self._settings
         if self._addresses[address] >= settings.max_anonymous_per_address:
             raise RateLimited(
-                "too many connections from this address without a token; send it with the handshake, or send "
-                "initialize sooner",
+                "too many connections from this address without a token; send the token with the handshake, "
+                "or send initialize sooner",
                 limit=settings.max_anonymous_per_address,
                 retry_after=RETRY_AFTER,
             )
@@ -293,7 +293,7 @@ class Places:
             _less(self._addresses, found[0])
 
     def customer(self, tenant: str) -> Callable[[], None]:
-        """Give a place to one of a tenant's sockets; return what gives it back, which is idempotent.
+        """Take a slot for a tenant's socket; return an idempotent function that releases it.
 
         Raises `RateLimited`.
         """

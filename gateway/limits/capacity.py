@@ -1,8 +1,8 @@
-"""Say how many more tenants this host takes, and refuse those beyond what it can promise.
+"""Compute how many more tenants this host can take, and refuse those beyond its capacity.
 
-A tenant at rest uses a few per cent of its memory limit, so a host may promise more than it has:
-GATEWAY_OVERCOMMIT times its memory, to all tenants that are not stopped. Whatever is promised, nothing more
-is started while less than GATEWAY_MEMORY_RESERVE of the memory is available.
+An idle tenant uses a few per cent of its memory limit, so a host may promise more than it has:
+GATEWAY_OVERCOMMIT times its memory, to all tenants that are not stopped. Regardless of that, no tenant is
+started while less than GATEWAY_MEMORY_RESERVE of the memory is available.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 _MiB: Final = 1 << 20
 _RETRY_AFTER: Final = 60
-_AT_REST: Final = 64 * _MiB  # memory of a tenant at rest, page cache included, where none could be measured
-_DISK: Final = 64 * _MiB  # of the pool, that a tenant holds beside its image, where there is none yet
-_ASKED: Final = 8  # tenants that are measured at a time
+_AT_REST: Final = 64 * _MiB  # assumed memory of an idle tenant, with page cache, if none can be measured
+_DISK: Final = 64 * _MiB  # assumed disk space of a tenant besides its image, if there is none yet
+_ASKED: Final = 8  # tenants measured in parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +40,31 @@ class Memory:
 
 
 def host_memory() -> Memory:
-    """Read the memory of this host."""
+    """Read this host's memory."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     found = {words[0]: int(words[1]) << 10 for words in lines if len(words) > 1}
     return Memory(found["MemTotal:"], found["MemAvailable:"])
 
 
 class Capacity:
-    """The promise of one host. Used from the event loop only."""
+    """The memory one host has promised. Use it from the event loop only."""
 
     def __init__(
         self, runtime: TenantRuntime, settings: Settings, memory: Callable[[], Memory] = host_memory
     ) -> None:
         self._runtime, self._settings, self._memory = runtime, settings, memory
         self._deciding = asyncio.Lock()
-        self._held: dict[object, tuple[str, int]] = {}  # tenants that are about to run, and their limits
+        self._held: dict[object, tuple[str, int]] = {}  # tenants about to run, and their limits
 
     @contextlib.asynccontextmanager
     async def promise(self, tenant: str, memory: str | None = None) -> AsyncIterator[None]:
-        """Have memory for a tenant, which starts to run, or gets a larger limit, while the context is open.
+        """Reserve memory for a tenant that is started, or gets a larger limit, while the context is open.
 
-        `memory` is its limit as Incus takes it; None for what it has, and for one that is no more. Raises
-        `Unavailable`, with `capacity`, where this host has promised all, and `RateLimited` if there are
-        as many tenants as there may be.
+        `memory` is its limit in Incus's notation; None means its current one, and is also for a tenant that
+        no longer exists. Raises `Unavailable` with `capacity` if the host is full, and `RateLimited` at the
+        maximum number of tenants.
         """
-        if self._settings.runtime != "incus":  # others limit no memory
+        if self._settings.runtime != "incus":  # other runtimes do not limit memory
             yield
             return
         mine = object()
@@ -76,10 +76,10 @@ class Capacity:
             del self._held[mine]
 
     async def _decide(self, tenant: str, memory: str | None) -> int:
-        """Return the bytes that are to be promised to the tenant."""
+        """Return the bytes to promise to the tenant."""
         host, found = self._memory(), {one.name: one for one in await self._runtime.list()}
         if memory is None and tenant not in found:
-            return 0  # its start reports the error
+            return 0  # the start reports the error
         limit = found[tenant].limits.get("memory") if memory is None else memory
         need = limit_of(limit, host.total, self._settings)
         awake = promised(found.values(), host.total, self._settings)
@@ -95,13 +95,13 @@ class Capacity:
         after, most = sum((awake | {tenant: need}).values()), self._settings.overcommit * host.total
         if most and after > most:
             log.warning(
-                "%s is refused: %d MiB would be promised, and %d MiB may be (GATEWAY_OVERCOMMIT)",
+                "%s is refused: %d MiB would be promised, but the limit is %d MiB (GATEWAY_OVERCOMMIT)",
                 *(tenant, after // _MiB, most // _MiB),
             )
             raise self._refused(need)
         if host.available < self._settings.memory_reserve * host.total:
             log.warning(
-                "%s is refused: %d MiB of memory are available (GATEWAY_MEMORY_RESERVE)",
+                "%s is refused: only %d MiB of memory are available (GATEWAY_MEMORY_RESERVE)",
                 *(tenant, host.available // _MiB),
             )
             raise self._refused(need)
@@ -110,15 +110,15 @@ class Capacity:
     @staticmethod
     def _refused(need: int) -> Unavailable:
         return Unavailable(
-            f"this host has no room for another {need // _MiB} MiB of tenants' memory: ask again when others "
-            "sleep, take a smaller size, or ask whoever runs the gateway (incus-gateway capacity says more)",
+            f"this host has no room for another {need // _MiB} MiB of tenants' memory: try again when others "
+            "sleep, take a smaller size, or ask the operator (incus-gateway capacity shows details)",
             reason="capacity",
             retry_after=_RETRY_AFTER,
         )
 
 
 def limit_of(text: object, total: int, settings: Settings) -> int:
-    """Return a memory limit in bytes: of a size, or of a share of all memory, such as 25%."""
+    """Return a memory limit in bytes, given as a size or as a share of all memory, such as 25%."""
     limit = str(text or settings.tenant_memory)
     if limit.endswith("%") and limit[:-1].isdigit():
         return total * min(int(limit[:-1]), 100) // 100
@@ -126,7 +126,7 @@ def limit_of(text: object, total: int, settings: Settings) -> int:
 
 
 def promised(tenants: Iterable[Tenant], total: int, settings: Settings) -> dict[str, int]:
-    """Return what is promised to each tenant that is not stopped."""
+    """Return the bytes promised to each tenant that is not stopped."""
     return {
         one.name: limit_of(one.limits.get("memory"), total, settings)
         for one in tenants
@@ -134,28 +134,28 @@ def promised(tenants: Iterable[Tenant], total: int, settings: Settings) -> dict[
     }
 
 
-# --- how many more --------------------------------------------------------------------------------------
+# --- remaining capacity ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a host has, what its tenants use of it, and how many more of each size it takes."""
+    """A host's resources, their use by tenants, and how many more tenants of each size fit."""
 
     tenants: int
     awake: int
     memory_total: int
     memory_available: int
     memory_promised: int
-    memory_promise: int  # 0: without a limit
-    memory_each: int  # that a running tenant uses, page cache included
-    measured: bool  # whether tenants that run were measured for it
+    memory_promise: int  # the limit of that, 0 if unlimited
+    memory_each: int  # average of a running tenant, including page cache
+    measured: bool  # whether that was measured or is an assumption
     disk_total: int
     disk_used: int
     disk_each: int
-    more: Mapping[str, Mapping[str, int]]  # by size, then by what would be used up after so many
+    more: Mapping[str, Mapping[str, int]]  # by size and resource: how many more tenants it suffices for
 
     def takes(self, size: str) -> tuple[int, str]:
-        """Return how many more of a size this host takes, and what is used up then."""
+        """Return how many more tenants of a size fit, and the resource that is used up then."""
         what = min(self.more[size], key=lambda one: self.more[size][one])
         return self.more[size][what], what
 
@@ -170,13 +170,13 @@ class Report:
 
 
 async def look(runtime: IncusRuntime, settings: Settings, host: Memory) -> Report:
-    """Measure this host and its tenants. Raises `GatewayError` if Incus cannot be asked."""
+    """Measure this host and its tenants. Raises `GatewayError` if Incus is unavailable."""
     tenants = await runtime.list()
     running = [one.name for one in tenants if one.status == "running"]
     uses = await _measured(runtime, running)
     each = sum(use["memory_bytes"] for use in uses) // len(uses) if uses else _AT_REST
     space = await runtime.space()
-    # beside what they share with their image and one another
+    # besides what tenants share with their image and each other
     disk_each = max(_MiB, space.used // len(tenants)) if space is not None and tenants else _DISK
     awake = promised(tenants, host.total, settings)
     most = int(settings.overcommit * host.total)
@@ -225,7 +225,7 @@ async def _measured(runtime: IncusRuntime, names: Sequence[str]) -> list[Mapping
 
 
 async def _instances_left(runtime: IncusRuntime, settings: Settings) -> int | None:
-    """Return how many more instances the project's own limits allow; None if it has none."""
+    """Return how many more instances the project's limits allow, None if it has no limits."""
     with contextlib.suppress(GatewayError):
         config = (await runtime.incus.get(f"/1.0/projects/{settings.incus_project}"))["config"]
         limits = [config.get("limits.instances"), config.get("limits.containers")]
@@ -236,7 +236,7 @@ async def _instances_left(runtime: IncusRuntime, settings: Settings) -> int | No
 
 
 def lines(report: Report) -> list[str]:
-    """Return a report for people."""
+    """Format a report for people."""
     each = "measured" if report.measured else "assumed: none runs"
     said = [
         f"tenants   {report.tenants}, {report.awake} of them awake",

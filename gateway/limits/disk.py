@@ -1,8 +1,8 @@
-"""Disk space: what is left of the storage pool, and what a tenant's snapshots may hold of it.
+"""Disk space: the free space of the storage pool, and how much of it a tenant's snapshots may use.
 
-A snapshot costs nothing when it is made, and later what the tenant has changed or removed since. What it can
-cost at most is what no earlier one holds of the disk when it is made, and that is counted. Incus tells of a
-snapshot what nothing else holds; of data that two of them share it tells nothing.
+A new snapshot takes no space; later it takes what the tenant has changed or removed since. Its maximum is the
+part of the disk that no earlier snapshot has when it is created, and that is what counts. Incus reports only
+the space exclusive to a snapshot, not what two snapshots share.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RETRY_AFTER: Final = 60
 
 
 class DiskSpace:
-    """The room of all tenants. Used from the event loop only, for one change of a tenant at a time."""
+    """Disk space of all tenants. Use it from the event loop only, for one change per tenant at a time."""
 
     def __init__(
         self,
@@ -38,19 +38,19 @@ class DiskSpace:
         settings: Settings,
         spare: Callable[[int], Awaitable[int]] | None = None,
     ) -> None:
-        """`spare` gives bytes of the pool back that hold nothing but time, and returns how many."""
+        """`spare` frees bytes of the pool that are used only as caches, and returns how many."""
         self._runtime, self._workers, self._store, self._settings = runtime, workers, store, settings
         self._spare = spare
 
     async def admit(self) -> None:
-        """Return where the pool has room for one more disk. Raises `Unavailable`, with `disk_full`.
+        """Check that the pool has room for another disk, dropping caches if necessary.
 
-        What is kept only to be quick is given up for it.
+        Raises `Unavailable` with `disk_full`.
         """
         await self._look(self._spare)
 
     async def spacious(self) -> None:
-        """Return where there is that room without giving anything up. Raises the same."""
+        """Check for that room without dropping anything. Raises the same."""
         await self._look(None)
 
     async def _look(self, spare: Callable[[int], Awaitable[int]] | None) -> None:
@@ -59,20 +59,20 @@ class DiskSpace:
             return
         left, reserve = space.total - space.used, int(space.total * self._settings.pool_reserve)
         if left < reserve and spare is not None:
-            left += await spare(reserve - left)  # the pool itself says so only seconds later
+            left += await spare(reserve - left)  # the pool itself reports it only seconds later
         if left < reserve:
             raise Unavailable(
                 f"the storage pool has {left // _MiB} MiB left, and {reserve // _MiB} are kept in reserve: "
-                "ask whoever runs the gateway for a larger pool, or delete snapshots",
+                "ask the operator for a larger pool, or delete snapshots",
                 reason="disk_full",
                 retry_after=_RETRY_AFTER,
             )
 
     @contextlib.asynccontextmanager
     async def snapshot(self, tenant: str, name: str) -> AsyncIterator[None]:
-        """Have room for a new snapshot, which is made while the context is open.
+        """Reserve room for a snapshot that is created while the context is open.
 
-        Raises `TooLarge` if the tenant's would hold more than they may, and what `admit` and the store
+        Raises `TooLarge` if the tenant's snapshots would exceed their limit, and what `admit` and the store
         raise.
         """
         await self.admit()
@@ -81,9 +81,8 @@ class DiskSpace:
         more, limit = await self._runtime.unshared(tenant) or 0, await self._limit(tenant)
         if held + more > limit:
             raise TooLarge(
-                f"the tenant's snapshots hold {held // _MiB} MiB, and this one would hold {more // _MiB} MiB "
-                f"beside them; {limit // _MiB} MiB are the most they may: raise GATEWAY_SNAPSHOT_BYTES, or "
-                "delete one",
+                f"the tenant's snapshots use {held // _MiB} MiB, and this one would add {more // _MiB} MiB; "
+                f"their limit is {limit // _MiB} MiB: raise GATEWAY_SNAPSHOT_BYTES, or delete one",
                 reason="quota",
                 limit=limit,
                 held=held,
@@ -98,28 +97,28 @@ class DiskSpace:
 
     @contextlib.asynccontextmanager
     async def deleting(self, tenant: str, name: str) -> AsyncIterator[None]:
-        """Count what a snapshot that is deleted meanwhile leaves to the next one."""
+        """Transfer the count of a snapshot deleted within the context to the next one."""
         kept = await self._runtime.snapshots(tenant)
         counted = await self._counted(tenant, kept)
         yield
         changed: dict[str, int] = {}
         for one, later in pairwise(kept):
-            if one.name == name:  # what only this one held is free; the rest the next one holds on
+            if one.name == name:  # its exclusive bytes are freed; the next snapshot still has the rest
                 changed[later.name] = counted[later.name] + max(0, counted[name] - (one.size or 0))
         try:
             await self._store.write(lambda connection: _put(connection, tenant, changed, gone=name))
         except StoreFailed as failed:
-            log.warning("what a snapshot of %s held stays counted: %s", tenant, failed.message)
+            log.warning("a deleted snapshot of %s is still counted: %s", tenant, failed.message)
 
     async def forget(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed."""
+        """Forget a destroyed tenant."""
         try:
             await self._store.write(lambda connection: _drop(connection, tenant))
         except StoreFailed as failed:
-            log.warning("what snapshots of %s held stays counted: %s", tenant, failed.message)
+            log.warning("deleted snapshots of %s are still counted: %s", tenant, failed.message)
 
     async def _counted(self, tenant: str, kept: Sequence[Snapshot]) -> dict[str, int]:
-        """Return what each snapshot counts: of one that others made what it alone holds."""
+        """Return the count of each snapshot; for one created by others, its exclusive bytes."""
         known = await self._store.read(lambda connection: _all(connection, tenant))
         return {one.name: max(known.get(one.name, 0), one.size or 0) for one in kept}
 
@@ -130,15 +129,15 @@ class DiskSpace:
         return size_of(str(disk))
 
     async def _settle(self, tenant: str) -> None:
-        """Bring to the disk what the tenant wrote: only that is counted there."""
+        """Flush the tenant's writes to the disk, because only those are accounted."""
         try:
             root = await self._runtime.filesystem(tenant)
             await self._workers.call(root, "files/settle", {}, search=True, changes=True)
         except GatewayError as error:
-            log.info("what %s wrote last may not be counted: %s", tenant, error.message)
+            log.info("the latest writes of %s may not be counted: %s", tenant, error.message)
 
 
-# --- statements: each is a work of the store -----------------------------------------------------------
+# --- SQL statements, run by the store -------------------------------------------------------------------
 
 
 def _all(connection: sqlite3.Connection, tenant: str) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""Watches which tenants are short of memory, tells it, and ends a site that thrashes for too long.
+"""Watch which tenants are short of memory, report it, and kill a site that thrashes for too long.
 
-At its limit a tenant drops pages that it needs again at once: it reads them back from the disk for minutes,
-the kernel kills nothing, and hardly anything in it gets on. `Course` decides from what was measured in one
-tenant; `Pressure` looks at all of them, in a thread, and does what was decided.
+At its limit, a tenant drops pages that it needs again immediately: it reads them back from the disk for
+minutes, the kernel kills nothing, and hardly anything in the tenant makes progress. `Course` decides from the
+measurements of one tenant; `Pressure` measures all tenants, in a thread, and acts on the decisions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Root(Protocol):
-    """What needs root; see `BrokerClient`."""
+    """Actions that need root; see `BrokerClient`."""
 
     async def relieve(self, tenant: str) -> tuple[str, int] | None: ...
 
@@ -40,22 +40,22 @@ class Root(Protocol):
 
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-_SHARE: Final = 0.2  # of the time in which some process waited for memory, from which on it is pressure
-# read back in a second. A process that writes or reads much once waits for memory too, but reads nothing
-# again.
+_SHARE: Final = 0.2  # of the time that some process waits for memory, from which on it is pressure
+# bytes read back per second, also required for pressure: a process that reads or writes a lot once waits for
+# memory too, but reads nothing again
 _AGAIN: Final = 4 << 20
-_AGAIN_ALONE: Final = 32 << 20  # where the kernel does not count how long processes wait
-_BEGINS: Final = 2  # looks in a row with pressure until it is told
-_ENDS: Final = 3  # looks in a row without it until it is over
-_STILL: Final = 0.02  # share of a look in which there was too little waiting to look any closer
-_TELL: Final = 60.0  # seconds between two words about one tenant
-_LOOK: Final = 10.0  # seconds of one look at all tenants; it takes milliseconds
-_LOGGING: Final = 20.0  # seconds in which a line must have come into a site's log
+_AGAIN_ALONE: Final = 32 << 20  # bytes per second, if the kernel does not measure waiting
+_BEGINS: Final = 2  # consecutive measurements with pressure before it is reported
+_ENDS: Final = 3  # consecutive measurements without it before it counts as over
+_STILL: Final = 0.02  # seconds waited between two measurements below which nothing more is read
+_TELL: Final = 60.0  # seconds between two reports about a tenant
+_LOOK: Final = 10.0  # seconds to measure all tenants, which takes milliseconds
+_LOGGING: Final = 20.0  # seconds to write a line into a site's log
 _STARTS: Final = ("tenant.started", "tenant.restarted", "tenant.created", "gateway.resynced")
 _MOVES: Final = (*_STARTS, "tenant.stopped", "tenant.destroyed", "tenant.renamed")
 
-_PRINTED: Final = 4096  # bytes that writing it may print
-# root's word about the site's unit is in its log: journalctl(1) --unit
+_PRINTED: Final = 4096  # bytes of output allowed for that
+# a message by root with this field shows up in the unit's log: journalctl(1) --unit
 _NOTE: Final = """\
 MESSAGE={line}
 PRIORITY=3
@@ -66,15 +66,15 @@ OBJECT_SYSTEMD_UNIT=site.service
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What happened in a group between two samples: the share of time waited, None if it is not counted."""
+    """What happened in a cgroup between two samples. `share` of time waited is None if not measured."""
 
     seconds: float
     share: float | None
-    refaults: float  # pages a second
+    refaults: float  # pages per second
 
     @property
     def reads(self) -> int:
-        """Bytes that were read back in a second, at least."""
+        """Bytes read back per second, at least."""
         return int(self.refaults * _PAGE)
 
     @property
@@ -85,7 +85,7 @@ class Window:
 
 
 def window(before: Sample | None, now: Sample | None) -> Window | None:
-    """Return what happened between two samples; None if one is missing or the counters were reset."""
+    """Return the difference of two samples, None if one is missing or the counters were reset."""
     if before is None or now is None or now.at <= before.at or now.refaults < before.refaults:
         return None
     seconds = now.at - before.at
@@ -100,19 +100,19 @@ Step = Literal["tell", "relieve", "over", "reserve"]
 
 @dataclass(slots=True)
 class Course:
-    """How the pressure of one tenant has gone on. `patience` is in seconds, 0 for no end to it."""
+    """The history of one tenant's pressure. `patience` is in seconds, 0 for unlimited."""
 
     patience: float
-    looks: int = 0  # with pressure in a row
-    calm: int = 0  # without, in a row
+    looks: int = 0  # consecutive measurements with pressure
+    calm: int = 0  # consecutive measurements without
     site_calm: int = 0
-    since: float | None = None  # when the pressure began that is now
-    site_since: float | None = None  # when that of its site did
+    since: float | None = None  # start of the current pressure
+    site_since: float | None = None  # start of the current pressure of the site
     told: float | None = None
-    telling: bool = False  # the pressure that is now was told
+    telling: bool = False  # whether the current pressure was reported
 
     def step(self, at: float, tenant: Window | None, site: Window | None) -> tuple[Step, ...]:
-        """Take what went on until `at`, and return what is to be done now."""
+        """Process the measurements up to `at`, and return the actions due now."""
         pressed = tenant is not None and tenant.pressed
         if not pressed:
             return self._calm()
@@ -135,7 +135,7 @@ class Course:
             self.told, self.telling = at, True
             steps.append("tell")
         if self.patience and self.site_since is not None and at - self.site_since >= self.patience:
-            self.site_since = None  # what comes next has as long
+            self.site_since = None  # restart the patience
             steps.append("relieve")
         return tuple(steps)
 
@@ -154,16 +154,16 @@ class _Watched:
     course: Course
     stalls: KernelFile
     processes: KernelFile  # of the site
-    stalled: float | None = None  # of the tenant at the last look
+    stalled: float | None = None  # seconds, at the last measurement
     tenant: Sample | None = None
     site: Sample | None = None
-    first: int = 0  # process of the site, for whose commands CPU is kept
-    unreserved: bool = False  # without root no CPU can be kept for its commands
+    first: int = 0  # first process of the site when CPU was reserved for commands
+    unreserved: bool = False  # CPU cannot be reserved for commands, for lack of root
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a look found of a tenant with which something is to be done."""
+    """The measurements of a tenant that needs action."""
 
     steps: tuple[Step, ...]
     sample: Sample | None = None
@@ -173,15 +173,15 @@ class _Found:
 
 @dataclass(slots=True)
 class Counts:
-    """What the gateway's metrics show of this."""
+    """Numbers for the gateway's metrics."""
 
     pressed: int = 0
 
 
 class Pressure:
-    """The watch of all running tenants. Use as an async context manager.
+    """Watches all running tenants. An async context manager.
 
-    A tenant at rest costs two small reads each `pressure_interval`, and two descriptors.
+    An idle tenant costs two small reads per `pressure_interval`, and two descriptors.
     """
 
     def __init__(self, runtime: IncusRuntime, root: Root, bus: Bus, settings: Settings) -> None:
@@ -206,13 +206,13 @@ class Pressure:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def seconds(self, tenant: str) -> float:
-        """Return for how long a tenant has been short of memory, without a break."""
+        """Return for how many seconds a tenant has been continuously short of memory."""
         watched = self._watched.get(tenant)
         since = None if watched is None else watched.course.since
         return 0.0 if since is None else max(0.0, time.monotonic() - since)
 
     def noticed(self, event: TenantEvent) -> None:
-        """Handle an event of a tenant."""
+        """Handle a tenant's event."""
         if event.type in _MOVES:
             if event.tenant is not None:
                 self._watched.pop(event.tenant, None)
@@ -229,17 +229,17 @@ class Pressure:
                 self._act(found)
             except GatewayError as error:
                 self._stale.set()
-                log.info("the tenants' memory could not be looked at: %s", error.message)
+                log.info("cannot measure the tenants' memory: %s", error.message)
             except TimeoutError:
-                self._watched.clear()  # a thread may still look at these
+                self._watched.clear()  # a thread may still be using these
                 self._stale.set()
-                log.warning("the tenants' memory could not be looked at in %g s", _LOOK)
+                log.warning("cannot measure the tenants' memory within %g s", _LOOK)
             except Exception:
                 self._stale.set()
-                log.exception("the tenants' memory could not be looked at")
+                log.exception("cannot measure the tenants' memory")
 
     async def _renew(self) -> None:
-        """Find out which tenants run, and where the kernel counts for those that are new."""
+        """Find out which tenants are running, and the kernel's counters of new ones."""
         running = {one.name for one in await self._runtime.list() if one.status == "running"}
         for gone in self._watched.keys() - running:
             del self._watched[gone]
@@ -247,11 +247,11 @@ class Pressure:
             try:
                 pid = await self._runtime.init_pid(name)
             except GatewayError:
-                self._stale.set()  # it has just gone, or Incus is away
+                self._stale.set()  # it has just stopped, or Incus is away
                 continue
             place = await aside("pressure", _LOOK, memory.place, pid) if pid else None
             if place is None:
-                self._stale.set()  # it has just begun
+                self._stale.set()  # it is just starting
             else:
                 course = Course(self._settings.pressure_patience)
                 self._watched[name] = _Watched(
@@ -262,7 +262,7 @@ class Pressure:
         self.counts.pressed = sum(one.course.since is not None for one in self._watched.values())
         for name, one in found.items():
             if self._watched.get(name) is None:
-                continue  # something happened to it meanwhile
+                continue  # its state changed meanwhile
             since = self._watched[name].course.since
             if "tell" in one.steps:
                 self._bus.publish("tenant.pressure", name, self._facts(name, one, since))
@@ -279,13 +279,13 @@ class Pressure:
         del self._acting[what]
 
     async def _reserve(self, name: str) -> None:
-        """Keep some of a tenant's CPU for commands."""
+        """Reserve some of a tenant's CPU for commands."""
         try:
             await self._root.reserve(name)
         except GatewayError as error:
             if (one := self._watched.get(name)) is not None:
                 one.unreserved = True
-            log.info("no CPU is kept for commands in %s: %s", name, error.message)
+            log.info("cannot reserve CPU for commands in %s: %s", name, error.message)
 
     def _facts(self, name: str, one: _Found, since: float | None) -> dict[str, Any]:
         sample, went = one.sample, one.window
@@ -304,7 +304,7 @@ class Pressure:
         }
 
     async def _end(self, name: str) -> None:
-        """End the biggest process of a site, so that its systemd restarts it, and say why in its log."""
+        """Kill the biggest process of a site, so that systemd restarts it, and write why into its log."""
         patience = self._settings.pressure_patience
         try:
             ended = await self._root.relieve(name)
@@ -314,15 +314,15 @@ class Pressure:
             facts = {"process": process, "bytes": size, "seconds": patience}
             self._bus.publish("tenant.pressure.killed", name, facts)
             line = (
-                f"short of memory for {patience:g} s: the gateway ended {process} ({size >> 20} MiB), the "
-                "biggest process of the site, so that it restarts; it needs a larger size, or less memory"
+                f"short of memory for {patience:g} s: the gateway killed {process} ({size >> 20} MiB), the "
+                "biggest process of the site, so that it restarts; it needs a larger size, or less memory use"
             )
             log.warning("%s: %s", name, line)
             await self._note(name, line)
         except (GatewayError, TimeoutError) as error:
-            log.warning("what thrashes in %s could not be ended, or its log not be told: %s", name, error)
+            log.warning("cannot kill what thrashes in %s, or write to its log: %s", name, error)
         except Exception:
-            log.exception("what thrashes in %s could not be ended, or its log not be told", name)
+            log.exception("cannot kill what thrashes in %s, or write to its log", name)
 
     async def _note(self, name: str, line: str) -> None:
         """Write a line into the log of a tenant's site."""
@@ -337,11 +337,11 @@ class Pressure:
 
 
 def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
-    """Look at all tenants, and return those of which there is something to do."""
+    """Measure all tenants, and return those that need action."""
     found = {}
     for name, one in watched.items():
         alone: tuple[Step, ...] = ()
-        # a site that was restarted has another first process
+        # a restarted site has a different first process
         if not one.unreserved and (first := reserve.first(one.processes)) != one.first:
             if first and reserve.lacks(one.place.unified, first):
                 alone = ("reserve",)
@@ -358,7 +358,7 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
         steps: tuple[Step, ...] = ()
         if now is not None:
             steps = one.course.step(now.at, went, window(one.site, site))
-        # nothing is kept of a quiet one, so that its next look is a short one again
+        # forget a quiet tenant's samples, so that its next measurement is short again
         rests = quiet and one.course.since is None and not one.course.telling
         one.tenant, one.site = (None, None) if rests else (now, site)
         if steps or alone:
@@ -368,18 +368,18 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
 
 
 def larger(limit: int | None) -> str | None:
-    """Return the smallest size with more memory than so many bytes; None if there is none."""
+    """Return the smallest size with more memory than `limit` bytes, None if there is none."""
     sizes = [(size_of(size["memory"]), name) for name, size in SIZES.items() if "memory" in size]
     more = [(has, name) for has, name in sizes if limit is not None and has > limit]
     return min(more)[1] if more else None
 
 
 def advice(name: str, limit: int | None, size: str | None) -> str:
-    """Say what a tenant that is short of memory needs, and how it gets it."""
+    """Return advice for a tenant that is short of memory."""
     has = "its memory" if limit is None else f"its {limit >> 20} MiB of memory"
     if size is None:
-        return f"{name} needs more than {has}, and there is no larger size: have it use less"
+        return f"{name} needs more than {has}, and there is no larger size: make it use less"
     return (
         f"{name} needs more than {has}: give it the size {size} (incus-gateway resize {name} {size}, or "
-        f'PATCH /v1/tenants/{name} {{"size": "{size}"}}), or have it use less'
+        f'PATCH /v1/tenants/{name} {{"size": "{size}"}}), or make it use less'
     )

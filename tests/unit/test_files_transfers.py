@@ -30,7 +30,7 @@ async def test_one_that_is_being_opened_when_all_are_ended_ends_too(
                     transfers.end()
 
             monkeypatch.setattr(transfers, "_open", opened)
-            with pytest.raises(Unavailable, match="was ended"):
+            with pytest.raises(Unavailable, match="was aborted"):
                 async with transfers.write(root, "b.txt", {}) if upload else transfers.read(root, "a.txt"):
                     raise AssertionError("it was begun")
         assert [path.name for path in (root.path / "srv" / "site").iterdir()] == ["a.txt"]

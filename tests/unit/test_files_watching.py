@@ -221,7 +221,7 @@ def test_a_workspace_that_is_moved_is_gone(watcher: Watcher, workspace: Workspac
 
 @pytest.mark.parametrize(
     ("number", "error", "words"),
-    [(errno.EMFILE, RateLimited, "max_user_instances"), (errno.ENOSYS, Unavailable, "cannot be watched")],
+    [(errno.EMFILE, RateLimited, "max_user_instances"), (errno.ENOSYS, Unavailable, "support watching")],
 )
 def test_a_host_without_instances_says_so(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], words: str
