@@ -167,9 +167,10 @@ class ExecSockets:
 
     def forgo(self) -> None:
         """Give up the memory: this command will not be held."""
-        if self.memory is not None and self._inlet is not None:
-            self._inlet.close()
-            self._inlet = None
+        if self.memory is not None:
+            if self._inlet is not None:
+                self._inlet.close()
+                self._inlet = None
             for stream in self._sockets.values():
                 stream.forgo()
             self.memory.close()
@@ -203,23 +204,26 @@ class ExecSockets:
 
     async def write(self, data: bytes) -> None:
         """Write to the command's stdin, waiting while it does not read. Dropped if it has ended."""
-        await (self._inlet or self._sockets["0"]).write(data)
+        if into := self._inlet or self._sockets.get("0"):
+            await into.write(data)
 
     @property
     def unsent(self) -> int:
         """Bytes of input that incusd has not read yet."""
-        return (self._inlet or self._sockets["0"]).unsent
+        into = self._inlet or self._sockets.get("0")
+        return 0 if into is None else into.unsent
 
     async def close_stdin(self) -> None:
         """Close stdin; on a terminal, send Ctrl-D."""
         if self.terminal:
             await self.write(b"\x04")
-        else:
-            await (self._inlet or self._sockets["0"]).write_end()
+        elif into := self._inlet or self._sockets.get("0"):
+            await into.write_end()
 
     async def control(self, command: dict[str, object]) -> None:
         """Send a control message. Dropped if the command has ended."""
-        await self._sockets["control"].write(orjson.dumps(command))
+        if (control := self._sockets.get("control")) is not None:
+            await control.write(orjson.dumps(command))
 
     async def result(self) -> Operation:
         """Wait for the operation's result. Call it after the outputs have ended.
@@ -248,3 +252,5 @@ class ExecSockets:
         # control last: once it is gone incusd kills the leader, before the other sockets are closed properly
         for name in sorted(self._sockets):
             self._sockets[name].close()
+        # what is known of an ended command is kept for a while: not with all of this
+        self._sockets, self._result, self._inlet = {}, None, None

@@ -20,8 +20,8 @@ import socket
 import struct
 from array import array
 from collections import deque
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal
 
 import orjson
 
@@ -33,7 +33,11 @@ _FACTS: Final = 48 << 10
 _LOG: Final = 4096
 _PLACE: Final = 64
 _ACCOUNTS: Final = 1024
-_AREAS: Final = {"first": _LOG, "second": _LOG, "place": _PLACE, "accounts": _ACCOUNTS, "facts": _FACTS}
+_PURPOSE: Final = 4096
+_AREAS: Final = {
+    **{"first": _LOG, "second": _LOG, "place": _PLACE},
+    **{"accounts": _ACCOUNTS, "facts": _FACTS, "purpose": _PURPOSE},
+}
 _HEAD: Final = 128 << 10
 _SIZE: Final = _HEAD + SEGMENTS * SEGMENT
 
@@ -41,6 +45,9 @@ SO_PEEK_OFF: Final = 42
 _ODOMETER: Final = 0x7FFF_0000
 _TURN: Final = 0x3FFF_0000  # bytes after which the odometer is reset
 _STEP: Final = 64 << 10  # least bytes between two remembered frame positions of a log
+
+Facts = Literal["facts", "purpose"]
+"""Two kinds: of the command itself, and of what it is for, which change more often."""
 
 
 class Full(Exception):
@@ -59,7 +66,9 @@ class Memory:
         self._map = mmap.mmap(descriptor, _SIZE)
         self.view = memoryview(self._map)
         self._free: list[int] = []  # segments that were used before and still have pages
-        self._bare = list(range(SEGMENTS - 1, -1, -1))
+        self._bare: list[int] = []  # that have none any more
+        self._fresh = 0  # from here on none was used, but for what was claimed
+        self._claimed: set[int] = set()
         self.closed = False
 
     @classmethod
@@ -70,14 +79,20 @@ class Memory:
 
     def take(self) -> int:
         """Return the number of a free segment. Raises `Full`."""
-        try:
-            return self._free.pop() if self._free else self._bare.pop()
-        except IndexError:
-            raise Full from None
+        if used := self._free or self._bare:
+            return used.pop()
+        while self._fresh in self._claimed:
+            self._fresh += 1
+        if self._fresh == SEGMENTS - 1:  # the last is `beginning`
+            raise Full
+        self._fresh += 1
+        return self._fresh - 1
 
     def claim(self, number: int) -> None:
-        """Mark a segment as used by an earlier process. Raises `ValueError`."""
-        self._bare.remove(number)
+        """Take over a segment that an earlier process used, before any is taken. Raises `ValueError`."""
+        if number in self._claimed or not 0 <= number < SEGMENTS - 1:
+            raise ValueError("a segment that cannot be")
+        self._claimed.add(number)
 
     def give(self, number: int) -> None:
         """Free a segment. One free segment keeps its pages; those of others go back to the kernel."""
@@ -91,21 +106,26 @@ class Memory:
         start = _HEAD + number * SEGMENT
         return self.view[start : start + SEGMENT]
 
-    def read_facts(self) -> dict[str, object]:
+    @property
+    def beginning(self) -> memoryview:
+        """Room for the first bytes of an output, for whoever needs them when the log has them no longer."""
+        return self.segment(SEGMENTS - 1)
+
+    def read_facts(self, area: Facts = "facts") -> dict[str, object]:
         """Return what `write_facts` last wrote. Raises `ValueError`."""
-        data = self.record("facts").read()
+        data = self.record(area).read()
         (size,) = struct.unpack_from("<I", data)
         found = orjson.loads(data[4 : 4 + size])
         if not isinstance(found, dict):
             raise ValueError("the facts are not an object")
         return found
 
-    def write_facts(self, facts: dict[str, object]) -> None:
+    def write_facts(self, facts: Mapping[str, object], area: Facts = "facts") -> None:
         """Store facts. Raises `Full` if they are too large."""
         data = orjson.dumps(facts)
-        if len(data) > _FACTS - 4:
+        if len(data) > _AREAS[area] - 4:
             raise Full
-        self.record("facts").write(struct.pack("<I", len(data)) + data)
+        self.record(area).write(struct.pack("<I", len(data)) + data)
 
     def record(self, area: str) -> Record:
         start = 0

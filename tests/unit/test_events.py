@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -704,3 +705,14 @@ def _note(seen: dict[int, bytes], line: bytes) -> None:
     number, _, encoded = line.strip().partition(b" ")
     assert seen.setdefault(int(number), encoded) == encoded, "an id was given twice"
     assert encoded.endswith(b"}")
+
+
+def test_an_event_takes_no_more_memory_than_its_text() -> None:
+    """The latest are kept in memory, and orjson's own bytes take 4 KiB each, however short they are."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        events = [event() for _ in range(100)]
+        assert (tracemalloc.get_traced_memory()[0] - before) / len(events) < 1000
+    finally:
+        tracemalloc.stop()

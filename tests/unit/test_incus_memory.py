@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -239,7 +240,7 @@ async def _give(own: socket.socket, pipe: tuple[int, int], memory: Memory) -> No
 
 
 def test_a_memory_that_is_full_says_so(memory: Memory) -> None:
-    for _ in range(SEGMENTS):
+    for _ in range(SEGMENTS - 1):  # the last is for the beginning
         memory.take()
     with pytest.raises(Full):
         memory.take()
@@ -372,3 +373,28 @@ async def test_an_answer_that_broke_off_is_none(said: bytes) -> None:
     with pytest.raises(IncusError):
         await asyncio.wait_for(waiting.result(), 30)
     waiting.close()
+
+
+def test_what_is_known_of_an_ended_command_is_small() -> None:
+    """A thousand of each tenant are kept: not with lists of all segments that they might have had."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        memories = [Memory.made() for _ in range(50)]
+        assert (tracemalloc.get_traced_memory()[0] - before) / 50 < 2000
+        for memory in memories:
+            memory.close()
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_command_is_for_and_its_beginning_are_there_for_the_next(memory: Memory) -> None:
+    memory.write_facts({"phase": "front"}, "purpose")
+    memory.write_facts({"phase": "moved"}, "purpose")
+    memory.beginning[3:5] = b"xy"
+    again = Memory(os.dup(memory.descriptor))
+    assert again.read_facts("purpose") == {"phase": "moved"}
+    assert bytes(again.beginning[:6]) == b"\0\0\0xy\0"
+    with pytest.raises(Full):
+        memory.write_facts({"x": "y" * 4096}, "purpose")
+    again.close()
