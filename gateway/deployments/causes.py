@@ -103,10 +103,14 @@ def ended(said: str, command: Sequence[str], memory: int) -> str:
     return f"the site keeps ending: {how}"
 
 
-def last_words(said: str) -> str:
-    """Return the last output of a site's program: of its last run, if there is any."""
-    runs = [_own(run) for run in _BEGUN.split(said)]
-    words = next((run for run in reversed(runs) if run), "")
+def last_words(said: str, *, finished: bool = False) -> str:
+    """Return the last output of a site's program: of its last run, if there is any.
+
+    Of one that has `finished` and is being started again, the last run that is over says why.
+    """
+    runs = _BEGUN.split(said)
+    over = [run for run in runs if _EXITED.search(run) is not None] if finished else []
+    words = next((own for run in (*reversed(over), *reversed(runs)) if (own := _own(run))), "")
     return f"Its last output: {words[-_SAID:] or 'nothing'}"
 
 

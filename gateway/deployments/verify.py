@@ -74,7 +74,7 @@ class Unsteady(ExecFailed):
             why += f"; it was killed, as the kernel does when memory runs out: {SMALL}"
         self.why = why
         super().__init__(
-            f"the site answered but did not stay up: {why}. {last_words(said)}",
+            f"the site answered but did not stay up: {why}. {last_words(said, finished=True)}",
             reason="unsteady",
         )
 
@@ -134,21 +134,20 @@ class Verifier:
                 if service.restarts >= _RESTARTS:
                     said = await self._sites.log(site.tenant, site.side)
                     why = ended(said, site.recipe.start, site.memory)
-                    break
+                    raise Timeout(f"{why}. {last_words(said, finished=True)}", reason="never_healthy")
+            with contextlib.suppress(TimeoutError, HostRefused):
+                return await answering
+            if answering.done() and isinstance(refused := answering.exception(), HostRefused):
+                raise host_refused(site.domain, refused) from None
+            if service is not None and misplaced.reached(service):
+                why = (
+                    f"the site listens on the right port but does not answer {health} in {limit:g} s "
+                    "(GATEWAY_VERIFY_TIMEOUT)"
+                )
             else:
-                with contextlib.suppress(TimeoutError, HostRefused):
-                    return await answering
-                if answering.done() and isinstance(refused := answering.exception(), HostRefused):
-                    raise host_refused(site.domain, refused) from None
-                if service is not None and misplaced.reached(service):
-                    why = (
-                        f"the site listens on the right port but does not answer {health} in {limit:g} s "
-                        "(GATEWAY_VERIFY_TIMEOUT)"
-                    )
-                else:
-                    found = misplaced.suspects(service) if service is not None else ()
-                    there = f"; it listens on {', '.join(map(str, found[:5]))}" if found else ""
-                    why = f"the site did not answer {health} on port {where.port}{there}; {_LISTEN}"
+                found = misplaced.suspects(service) if service is not None else ()
+                there = f"; it listens on {', '.join(map(str, found[:5]))}" if found else ""
+                why = f"the site did not answer {health} on port {where.port}{there}; {_LISTEN}"
         finally:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)

@@ -101,3 +101,11 @@ def test_a_site_that_ends_says_how_and_what_it_said(said: str, how: str, why: st
     assert last_words(journal) == f"Its last output: {words}"
     begun = f"{journal}Started site.service - The site of this tenant.\n"
     assert last_words(begun) == f"Its last output: {words}"
+
+
+def test_a_site_that_ended_says_why_though_it_has_begun_again() -> None:
+    """The beginning of the next run says nothing of how the last one ended; of one that runs on it does."""
+    run = RUN.format(n=1, said="$ tsc\nerror TS5011", how=FAILED.format("2/INVALIDARGUMENT"))
+    journal = f"{run}Started site.service - The site of this tenant.\n$ tsc\n"
+    assert last_words(journal, finished=True) == "Its last output: $ tsc\nerror TS5011"
+    assert last_words(journal) == "Its last output: $ tsc"
