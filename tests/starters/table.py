@@ -142,8 +142,10 @@ STARTERS: Final[Mapping[str, Starter]] = {
         _SEEN,
         "after a restart",
     ),
+    # the TypeScript 6 that it asks for refuses its configuration (TS5011) without this line
     "fastify-ts": Starter(
-        "npx -y fastify-cli@8.0.2 generate app --lang=ts",
+        "npx -y fastify-cli@8.0.2 generate app --lang=ts && "
+        'sed -i \'s/"outDir"/"rootDir": "src", &/\' app/tsconfig.json',
         "Fastify",
         ("src/routes/root.ts", "{ root: true }", f'{{ root: "{_SEEN}" }}'),
         '"root":true',
@@ -167,6 +169,17 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "after a restart",
         published=False,  # it names no server for that, which it is told
     ),
+    # with what it needs for production
+    "django-gunicorn": Starter(
+        "uv tool run --from django==6.1.3 django-admin startproject app && "
+        "sed -i 's/^ALLOWED_HOSTS = .*/ALLOWED_HOSTS = [\".example.com\"]/' app/app/settings.py && "
+        "printf 'django==6.1.3\\ngunicorn==27.0.1\\n' >app/requirements.txt",
+        "Django",
+        ("app/urls.py", "urlpatterns = [", _URLS),
+        "The install worked successfully",
+        "Seen at django-gunicorn.example.com",
+        "after a restart",
+    ),
     "fastapi": Starter(
         "uv tool run fastapi-new@0.0.7 app && rm -rf app/.venv",
         "FastAPI",
@@ -186,7 +199,9 @@ STARTERS: Final[Mapping[str, Starter]] = {
     ),
     "flask-poetry": Starter(
         f"mkdir app && {_FLASK} && cd app && uvx poetry==2.5.1 init --no-interaction --name site && "
-        "uvx poetry==2.5.1 add --lock flask==3.1.2 && cd ..",
+        # its own way to ask PyPI is one that mirrors do not have
+        "uvx poetry==2.5.1 source add --priority=primary simple https://pypi.org/simple/ && "
+        "uvx poetry==2.5.1 add --lock flask==3.1.2",
         "Flask",
         ("hello.py", "Hello, World!", _SEEN),
         "Hello, World!",
@@ -195,7 +210,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
     ),
     "flask-pipenv": Starter(
         f"mkdir app && {_FLASK} && cd app && "
-        "PIPENV_VENV_IN_PROJECT=1 uvx pipenv==2026.10.3 install flask==3.1.2 && cd ..",
+        "PIPENV_VENV_IN_PROJECT=1 uvx pipenv==2026.10.3 install flask==3.1.2",
         "Flask",
         ("hello.py", "Hello, World!", _SEEN),
         "Hello, World!",
