@@ -52,7 +52,7 @@ class RollbackPhases(_Changed):
 
 
 class EnvironmentPhases(_Changed):
-    """Change the environment of the live site. A copy of its files is served while it restarts."""
+    """Change the environment of the live site. One beside it serves its files while it restarts."""
 
     how: Exchange = "environment"
     _env: Mapping[str, str]
@@ -71,7 +71,7 @@ class EnvironmentPhases(_Changed):
 
     async def push(self) -> dict[str, Any]:
         self._unless_another(self._sites.clear)
-        await self._sites.push(self._record.tenant, "next", self._recipe, self._env)
+        await self._sites.push(self._record.tenant, "next", self._recipe, self._env, how=self.how)
         return {"env": self._record.env}
 
 

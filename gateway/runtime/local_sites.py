@@ -120,7 +120,13 @@ class LocalSites:
         return  # every site is on loopback
 
     async def push(
-        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+        self,
+        tenant: str,
+        side: Side,
+        recipe: Recipe,
+        env: Mapping[str, str] | None,
+        lost: bytes = b"",
+        how: Exchange = "update",
     ) -> None:
         folder = self._folders.of(tenant, side)
 

@@ -253,11 +253,18 @@ class Sites(Protocol):
         ...
 
     async def push(
-        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+        self,
+        tenant: str,
+        side: Side,
+        recipe: Recipe,
+        env: Mapping[str, str] | None,
+        lost: bytes = b"",
+        how: Exchange = "update",
     ) -> None:
         """Copy the recipe's files into the workspace, for `next` into a copy of it; store the environment.
 
-        The copy omits the `lost` paths below the workspace, each terminated by NUL.
+        The copy omits the `lost` paths below the workspace, each terminated by NUL. For an `environment` it
+        may be the workspace itself, with what the next site writes beside it.
         """
         ...
 

@@ -154,7 +154,7 @@ def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
         Path(folder).chmod(0o755)
         live = owned(Path(folder, "live"), dict.fromkeys(names, "old"))
         following = Path(folder, "next")
-        assert run(shell, "stage", live, following, str(UID)).returncode == 0
+        assert run(shell, "stage", live, following, str(UID), "update").returncode == 0
         assert held(following) == dict.fromkeys(names, "old")
         assert (following.stat().st_uid, following.stat().st_gid) == (UID, UID)
 
@@ -179,7 +179,7 @@ def test_what_the_sites_user_cannot_read_is_named(shell: tuple[str, ...], place:
     secret = live / "roots own\n%s"
     os.chown(secret, 0, 0)
     secret.chmod(0o600)
-    ended = run(shell, "stage", live, place / "next", str(UID))
+    ended = run(shell, "stage", live, place / "next", str(UID), "update")
     _, named, path = ended.stdout.decode().rpartition(provisioning._UNREADABLE)
     assert (ended.returncode, bool(named), path) == (1, True, secret.name)
 
@@ -417,6 +417,60 @@ def test_an_environment_changes_without_an_exchange(shell: tuple[str, ...], mach
     machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
     assert machine.state() == {"site.service": "old\n", "site.env": "A=new\n", "page": "old"}
     assert (machine.kept / FIRST / "site.env").read_text() == "A=old\n"
+
+
+# all in one namespace, as in one life of a container
+CHANGED: Final = """
+place=$1 uid=$2 shell=$3
+for name in etc run var; do mount --bind "$place/$name" "/$name"; done
+PATH=$place/bin:$PATH
+script() { name=$1; shift; $shell -c "$(cat "$place/$name.sh")" sh "$place/live" "$place/next" "$@"; }
+as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
+script stage "$uid" environment
+[ ! -d "$place/next.layers" ] || echo layers
+as_site sh -c 'cd "$1"; echo next >page; echo next >own; rm removed' sh "$place/next"
+cat "$place/live/page"
+as_site sh -c 'echo agent >"$1/edited"' sh "$place/live"
+echo old | script settle "$place/before" environment
+for _ in 1 2; do script put_former "$place/before" "$place/kept" "$4" "$5" 2 "$uid"; done
+script clear "$place/before" "$place/kept" "$uid"
+! grep "$place/next" /proc/self/mounts
+"""
+
+
+@pytest.mark.parametrize("layers", [True, False], ids=["layers", "copy"])
+def test_a_site_whose_environment_changes_is_served_beside_itself(
+    shell: tuple[str, ...], machine: Machine, layers: bool
+) -> None:
+    """What the next one writes goes with it. Where the kernel makes no layers it has a copy."""
+    machine.unit.write_text("old\n")
+    machine.environment.write_text("A=old\n")
+    owned(machine.live / "folder", {"file": "old"})
+    (machine.live / "removed").write_text("old")
+    os.chown(machine.live / "removed", UID, UID)
+    for name in ("stage", "settle", "put_former", "clear"):
+        (machine.place / f"{name}.sh").write_text((INCUS / f"{name}.sh").read_text())
+    if not layers:
+        (machine.place / "bin/mount").write_text(
+            '#!/bin/sh\n[ "$2" != overlay ] || exit 32\nexec /bin/mount "$@"\n'
+        )
+        (machine.place / "bin/mount").chmod(0o755)
+    words = (str(machine.place), str(UID), " ".join(shell), FIRST, SECOND)
+    ended = subprocess.run(
+        ("unshare", "--mount", "/bin/sh", "-ec", CHANGED, "sh", *words), capture_output=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.decode().split() == [*(["layers"] if layers else []), "old"]
+    assert {name: (machine.live / name).read_text() for name in ("page", "removed")} == {
+        "page": "old",
+        "removed": "old",
+    }
+    assert not (machine.live / "own").exists()
+    former = machine.kept / FIRST / "site"
+    assert (former / "folder/file").read_text() == "old"
+    assert (former / "edited").exists() == layers, "what is kept is what the live site is now"
+    assert not machine.next.exists() and not Path(f"{machine.next}.layers").exists()
+    assert (listed(machine), (machine.kept / "live").read_text()) == ([FIRST], SECOND)
 
 
 # --- the files ----------------------------------------------------------------------------------------

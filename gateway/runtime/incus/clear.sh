@@ -14,6 +14,7 @@ systemctl stop site-next.service 2>/dev/null
 rm -f /run/systemd/system/site-next.service /etc/site-next.env /etc/site.env.old \
   /etc/systemd/system/site.service.old
 systemctl daemon-reload
+if [ -d "$next.layers" ]; then umount "$next" || umount -l "$next"; fi 2>/dev/null
 if [ -f "$kept/taken" ]; then
   back="$kept/$(cat "$kept/taken")"
   if [ -d "$next" ] && [ -d "$back" ] && [ ! -e "$back/site" ]; then
@@ -26,4 +27,4 @@ if [ -f "$kept/taken" ]; then
   fi
   rm -f "$kept/taken"
 fi
-rm -rf "$next" "$note" "$note.new" "$note.moved" "$note.lasting"
+rm -rf "$next" "$next.layers" "$note" "$note.new" "$note.moved" "$note.lasting"

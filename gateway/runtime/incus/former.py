@@ -77,7 +77,11 @@ class IncusFormerSites:
 
     async def put(self, tenant: str, former: str, live: str, most: int) -> None:
         words = (*self._provisioning.places, self._kept, former, live, str(most), self._uid)
-        await self._provisioning.script(tenant, _PUT, *words)
+
+        async def kept() -> None:
+            await self._provisioning.script(tenant, _PUT, *words)
+
+        await self._provisioning.with_room(tenant, kept)  # one whose files are still the live ones is copied
 
     async def _read(self, tenant: str, path: str, most: int) -> bytes | None:
         with translated(tenant):

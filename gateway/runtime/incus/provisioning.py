@@ -78,15 +78,27 @@ class Provisioning:
     # --- files --------------------------------------------------------------------------------------
 
     async def push(
-        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+        self,
+        tenant: str,
+        side: Side,
+        recipe: Recipe,
+        env: Mapping[str, str] | None,
+        lost: bytes = b"",
+        how: Exchange = "update",
     ) -> None:
-        await self._with_room(tenant, lambda: self._push(tenant, side, recipe, env, lost))
+        await self.with_room(tenant, lambda: self._push(tenant, side, recipe, env, lost, how))
 
     async def _push(
-        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes
+        self,
+        tenant: str,
+        side: Side,
+        recipe: Recipe,
+        env: Mapping[str, str] | None,
+        lost: bytes,
+        how: Exchange,
     ) -> None:
         if side == "next":
-            await self.script(tenant, _STAGE, self._live, self._next, self._uid)
+            await self.script(tenant, _STAGE, self._live, self._next, self._uid, how)
             if lost:
                 await self.script(tenant, _DISCARD, self._next, self._uid, given=lost)
         if recipe.archive:
@@ -102,7 +114,7 @@ class Provisioning:
         await self.reachable(tenant)
         for left in reversed(range(_INSTALLS)):
             try:
-                await self._with_room(tenant, lambda: self._install(tenant, side, recipe, say))
+                await self.with_room(tenant, lambda: self._install(tenant, side, recipe, say))
                 return
             except ExecFailed as error:
                 # registries and name servers fail occasionally; what was fetched is kept
@@ -233,7 +245,7 @@ class Provisioning:
             exit_code=ended.code,
         )
 
-    async def _with_room(self, tenant: str, work: Callable[[], Awaitable[None]]) -> None:
+    async def with_room(self, tenant: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do work that needs disk space; while the disk is full, drop the tenant's oldest kept site."""
         while True:
             try:

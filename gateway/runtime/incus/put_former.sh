@@ -1,5 +1,7 @@
 # Keeps the site that settle.sh has replaced, by a rename, and records which one is live now.
 #
+# One whose files are still the live ones (see stage.sh) is copied: visitors do not wait for that.
+#
 # Usage:  sh -c "$(cat put_former.sh)" sh LIVE NEXT NOTE KEPT ID NOW MOST UID
 #   LIVE, NEXT, NOTE  as for settle.sh; without a NOTE there is nothing to keep
 #   KEPT              the folder of the kept sites, accessible only to root, since it has their environments
@@ -23,8 +25,16 @@ if [ -f "$kept/taken" ]; then
   if [ -n "$taken" ]; then rm -rf "${kept:?}/$taken"; fi
 fi
 touch "$kept/list"
+printf %s "$now" >"$kept/live"
 if [ "$most" -gt 0 ] && [ -f "$unit" ]; then
   mkdir -p "$kept/$id"
+  if [ -d "$next.layers" ] && [ "$(stat -c %i "$live")" = "$(cat "$note")" ]; then
+    umount "$next" 2>/dev/null || umount -l "$next" 2>/dev/null || :
+    rm -rf "$next"
+    install -d -m 0755 -o "$uid" -g "$uid" "$next"
+    as_site cp -a --reflink=auto "$live/." "$next/"
+    rm -rf "$next.layers"
+  fi
   if [ -d "$next" ]; then
     # files that continue with the live site would only be duplicated
     if [ -f "$note.lasting" ]; then
@@ -45,7 +55,6 @@ while read -r known since; do
 done <"$kept/list" >"$kept/list.new"
 if [ -d "$kept/$id/site" ]; then echo "$id $(date +%s)" >>"$kept/list.new"; fi
 mv "$kept/list.new" "$kept/list"
-printf %s "$now" >"$kept/live"
 while [ "$(wc -l <"$kept/list")" -gt "$most" ]; do
   read -r oldest _ <"$kept/list"
   tail -n +2 "$kept/list" >"$kept/list.new"

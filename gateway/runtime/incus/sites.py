@@ -178,9 +178,15 @@ class IncusSites:
     # --- in the container ---------------------------------------------------------------------------
 
     async def push(
-        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+        self,
+        tenant: str,
+        side: Side,
+        recipe: Recipe,
+        env: Mapping[str, str] | None,
+        lost: bytes = b"",
+        how: Exchange = "update",
     ) -> None:
-        await self._provisioning.push(tenant, side, recipe, env, lost)
+        await self._provisioning.push(tenant, side, recipe, env, lost, how)
 
     async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
         await self._provisioning.install(tenant, side, recipe, say)
