@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from playwright.async_api import Browser, Page, Response, WebSocket
+from playwright.async_api import Browser, Page, Request, Response, WebSocket
 from playwright.async_api import TimeoutError as PlaywrightTimeout
 
 from tests.bench.vite import PACE, unwell
@@ -40,11 +40,22 @@ class Seen:
     domain: str
     wrong: list[str] = field(default_factory=list)
     sockets: list[str] = field(default_factory=list)
+    awaited: dict[str, float] = field(default_factory=dict)
+    """Requests without an answer, and when they were made."""
 
     def of(self, page: Page) -> None:
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.on("request", self._asked)
+        page.on("requestfinished", self._ended)
+        page.on("requestfailed", self._ended)
         page.on("response", self._answered)
         page.on("websocket", self._opened)
+
+    def _asked(self, request: Request) -> None:
+        self.awaited[request.url] = time.monotonic()
+
+    def _ended(self, request: Request) -> None:
+        self.awaited.pop(request.url, None)
 
     def _answered(self, response: Response) -> None:
         where = urlsplit(response.url)
@@ -72,7 +83,7 @@ async def worked_on(
         assert not seen.wrong, seen.wrong
         await page.evaluate("() => { window.kept = true }")
         if starter.shows != "after a restart":
-            await until(lambda: seen.sockets)
+            await connected(seen)
             assert {urlsplit(socket).netloc for socket in seen.sockets} == {urlsplit(url).netloc}, seen
             await pause(1.0)  # the page tells nobody when it listens to its dev server
         took = []
@@ -96,6 +107,18 @@ async def worked_on(
         await context.close()
     assert not (why := unwell(tenant)), why
     return took
+
+
+async def connected(seen: Seen) -> None:
+    """Return once a page has opened a websocket; fail with what it waits for instead."""
+    try:
+        await until(lambda: seen.sockets, _PATIENCE)
+    except AssertionError:
+        now = time.monotonic()
+        awaited = {url: f"{now - since:.0f} s" for url, since in list(seen.awaited.items())[:10]}
+        raise AssertionError(
+            f"the page opens no websocket; it waits for {awaited}, met {seen.wrong}"
+        ) from None
 
 
 async def stays(host: Hosting, tenant: str) -> None:
