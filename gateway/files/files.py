@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 import orjson
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, TooLarge
 from gateway.events import Bus
 from gateway.files.transfers import Source, Transfers
 from gateway.files.watches import Watch, Watches
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.links import Links
+from gateway.rootfs.refusals import NO_SPACE, Spare, nothing_to_spare
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -44,8 +45,16 @@ class Files:
         "files/mkdir": "files:write",
     }
 
-    def __init__(self, runtime: TenantRuntime, workers: Workers, bus: Bus, settings: Settings) -> None:
+    def __init__(
+        self,
+        runtime: TenantRuntime,
+        workers: Workers,
+        bus: Bus,
+        settings: Settings,
+        spare: Spare = nothing_to_spare,
+    ) -> None:
         self._runtime = runtime
+        self._spare = spare
         self._workers = workers
         self._bus = bus
         self._transfers = Transfers(workers, settings)
@@ -84,7 +93,13 @@ class Files:
         # order; removing a folder in parallel to them is no different from a tenant's own `rm -r`.
         search = given.get("depth", 1) > 1 or (bool(given.get("recursive")) and not given.get("ifMatch"))
         changes = self.SCOPES[method] == "files:write"
-        result = await self._workers.call(root, method, given, search=search, changes=changes)
+        while True:
+            try:
+                result = await self._workers.call(root, method, given, search=search, changes=changes)
+                break
+            except TooLarge as error:
+                if error.facts.get("reason") != NO_SPACE or not await self._spare(tenant):
+                    raise
         if method == "files/write":
             file_written(self._bus, tenant, given["path"], by)
         return result

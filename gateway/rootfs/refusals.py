@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from gateway.errors import (
     Conflict,
@@ -16,6 +18,18 @@ from gateway.errors import (
     TooLarge,
     Unavailable,
 )
+
+NO_SPACE: Final = "no_space"
+"""The `reason` of a write for which the disk has no room."""
+
+Spare = Callable[[str], Awaitable[bool]]
+"""Makes room on a tenant's disk for a write that found none; says whether it is worth another try."""
+
+
+async def nothing_to_spare(tenant: str) -> bool:
+    """Be a `Spare` of disks that hold nothing to give up."""
+    return False
+
 
 # errno -> error, `reason` (a fact that tells errors of one code apart) and words without any path
 _REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
@@ -34,12 +48,12 @@ _REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
     errno.EINVAL: (InvalidParams, "invalid", "invalid path"),
     errno.ENOSPC: (
         TooLarge,
-        "no_space",
+        NO_SPACE,
         "no space left on the disk of the workspace; make room there, or give it a larger one",
     ),
     errno.EDQUOT: (
         TooLarge,
-        "no_space",
+        NO_SPACE,
         "disk quota exceeded; make room in the workspace, or give the tenant a larger disk",
     ),
     errno.EFBIG: (TooLarge, "too_large", "file too large"),

@@ -86,6 +86,16 @@ class LocalFormerSites:
         for one in self._listed(tenant)[most:]:
             shutil.rmtree(self._place(tenant, one.id), ignore_errors=True)
 
+    async def spare(self, tenant: str) -> bool:
+        return await asyncio.to_thread(self._spare, tenant)
+
+    def _spare(self, tenant: str) -> bool:
+        kept = self._listed(tenant)
+        if len(kept) < 2 or self._folders.noted(tenant).get("taken") is not None:
+            return False
+        shutil.rmtree(self._place(tenant, kept[-1].id), ignore_errors=True)
+        return True
+
     def _remove_what_lasts(self, tenant: str, folder: Path) -> None:
         """Remove files that continue with the live site."""
         live, names = self._folders.of(tenant, "live"), [b".git", b".gateway"]

@@ -198,6 +198,13 @@ class FormerSites(Protocol):
         """
         ...
 
+    async def spare(self, tenant: str) -> bool:
+        """Remove the oldest kept site for a write that found the disk full; say whether one was removed.
+
+        The newest stays.
+        """
+        ...
+
 
 class PreparedCopies(Protocol):
     """Copies of working sites, kept ready for new tenants; see `Sites.copies`."""

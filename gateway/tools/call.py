@@ -8,6 +8,7 @@ from typing import Any
 from gateway.errors import GatewayError, InvalidParams
 from gateway.rootfs.operation import Workspace
 from gateway.rootfs.paths import show
+from gateway.rootfs.refusals import NO_SPACE
 from gateway.tools.answer import Seen, ToolFailure
 
 _NAMES_MAX = 5000  # names in a folder that are compared for a "Did you mean"
@@ -78,7 +79,7 @@ def meant(path: str) -> str:
 def failure(tool: str, error: GatewayError) -> ToolFailure:
     """Return the generic failure for an error that the tool has no text for."""
     words = f"Error calling tool ({tool}): {error.message}"
-    facts = {key: value for key, value in error.facts.items() if key != "reason"}
+    facts = {key: value for key, value in error.facts.items() if key != "reason" or value == NO_SPACE}
     return ToolFailure(error.code, words, **facts)
 
 

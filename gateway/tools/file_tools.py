@@ -12,6 +12,7 @@ import orjson
 from gateway.errors import GatewayError, NotFound, Timeout
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.paths import locate
+from gateway.rootfs.refusals import NO_SPACE, Spare, nothing_to_spare
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.answer import Answer, Seen, decode
@@ -20,6 +21,7 @@ from gateway.tools.schemas import FILE_TOOLS
 from gateway.tools.session import ToolSession
 
 _SEARCHES = frozenset({"Glob", "Grep"})
+_WRITES = frozenset({"Write", "Edit"})
 _CORES = os.cpu_count() or 1
 _PROCESSES_MAX = 4  # of one search
 
@@ -60,9 +62,10 @@ class ToolResult:
 class FileTools:
     """Read, Write, Edit, Glob and Grep on a tenant's workspace. None of it runs in the container."""
 
-    def __init__(self, workers: Workers, settings: Settings) -> None:
+    def __init__(self, workers: Workers, settings: Settings, spare: Spare = nothing_to_spare) -> None:
         self._workers = workers
         self._settings = settings
+        self._spare = spare
 
     async def call(
         self, root: FilesystemRoot, session: ToolSession, name: str, arguments: object
@@ -91,6 +94,8 @@ class FileTools:
         # rendering a document takes long, and must not block other reads
         apart = name == "Read" and (path or "").lower().endswith(".pdf")
         head, body = decode(await self._workers.call(root, name, given, search=apart))
+        while head["is_error"] and _had_no_room(name, body) and await self._spare(root.tenant):
+            head, body = decode(await self._workers.call(root, name, given))
         if path is not None and head["seen"] is not None:
             session.remember(path, Seen(*head["seen"]))
         return ToolResult(body, head["is_error"], head["code"])
@@ -117,6 +122,11 @@ class FileTools:
         # the neighbours, the p99 of their reads tripled
         cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _PROCESSES_MAX)
         return await self._workers.scan(root, asked, cores)
+
+
+def _had_no_room(name: str, body: bytes) -> bool:
+    """Say whether a tool failed since the disk was full."""
+    return name in _WRITES and orjson.loads(body)["structuredContent"].get("reason") == NO_SPACE
 
 
 def named_file(arguments: object, cwd: str, workspace: str) -> str | None:

@@ -32,6 +32,7 @@ from gateway.events import Bus
 from gateway.files.files import file_written
 from gateway.idempotency import Idempotency, Key
 from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.refusals import Spare, nothing_to_spare
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -187,11 +188,12 @@ class Toolbox:
         bus: Bus,
         idempotency: Idempotency,
         settings: Settings,
+        spare: Spare = nothing_to_spare,
     ) -> None:
         self._runtime = runtime
         self._turns = turns
         self._shells = shells
-        self._files = FileTools(workers, settings)
+        self._files = FileTools(workers, settings, spare)
         self._bus = bus
         self._settings = settings
         self._idempotency = idempotency

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import orjson
 import pytest
@@ -15,6 +16,7 @@ from tests.archives import Member
 from tests.contracts.rollback import KEPT, RollbackContract, Story, upload
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
+from tests.live import RpcFailure
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -81,23 +83,82 @@ class TestIncus(RollbackContract):
         await inside(story.tenant, "head -c 200M /dev/urandom >/srv/site/large; sync")
         second = await contained.deploy(story.domain, upload(*self.site("two")))
         assert second["state"] == "succeeded", second["error"]
-        await inside(story.tenant, "sync")
-        disk = environment.INCUS_DIR / "storage-pools" / "gwtest" / "containers" / story.tenant
-        shown = subprocess.run(
-            ["btrfs", "qgroup", "show", "--raw", "-f", disk], check=True, capture_output=True, text=True
-        )
-        referenced = int(shown.stdout.splitlines()[-1].split()[1])
-        device = ("config", "device", "override", story.tenant, "root", f"size={referenced + (64 << 20)}")
-        await asyncio.to_thread(environment.incus, *device)
+        await shrink(story.tenant, left=64 << 20)
         install = 'install = ["sh", "-c", "head -c 120M /dev/urandom >more && sync"]\n'
         third = await contained.deploy(story.domain, upload(*self.site("three", install)))
         assert third["state"] == "succeeded", third["error"]
         assert await story.visit() == "three"
         assert await story.known() == (third["id"], [second["id"]])
 
+    async def test_the_oldest_kept_site_goes_where_an_agent_finds_the_disk_full(
+        self, contained: Hosting
+    ) -> None:
+        """Its Write succeeds, and a command that fills the disk takes none; one stays."""
+        story = Story(contained, "crammed.example.com")
+        records = []
+        for page in ("one", "two", "three", "four"):
+            records.append(await contained.deploy(story.domain, upload(*self.site(page))))
+            assert records[-1]["state"] == "succeeded", records[-1]["error"]
+            await inside(story.tenant, "head -c 100M /dev/urandom >/srv/site/large; sync")
+        first, second, third, fourth = (record["id"] for record in records)
+        assert await story.known() == (fourth, [third, second]), (KEPT, first)
+        await shrink(story.tenant, left=4 << 20)
+        await inside(story.tenant, "head -c 50M /dev/urandom >/srv/site/runaway || :")
+        assert await story.known() == (fourth, [third, second])
+        text = "x" * (6 << 20)
+        async with contained.gateway.wire(story.tenant) as wire:
 
-async def inside(tenant: str, script: str) -> None:
-    await asyncio.to_thread(environment.incus, "exec", tenant, "--", "sh", "-c", script)
+            async def write() -> dict[str, Any]:
+                given = {"file_path": "/srv/site/new.txt", "content": text}
+                return dict(await wire.call("tools/call", name="Write", arguments=given))
+
+            result = await write()
+            assert not result["isError"], result
+            assert await story.known() == (fourth, [third])
+            await inside(story.tenant, "head -c 500M /dev/urandom >/srv/site/runaway || :")
+            result = await write()
+            assert result["structuredContent"]["reason"] == "no_space", result
+            with pytest.raises(RpcFailure, match="disk quota exceeded"):
+                await wire.call("files/write", path="saved.txt", text=text)
+            assert await story.known() == (fourth, [third])
+
+    async def test_a_changed_environment_is_served_without_a_copy_of_the_files(
+        self, contained: Hosting
+    ) -> None:
+        """The next site has layers over the live one's files; the former site is kept all the same."""
+        story = Story(contained, "layers.example.com")
+        start = 'start = "stat -f -c %T . >>/home/site/kinds; exec bun serve.ts"\n'
+        members = [*self.site("page")[:2], ("site.toml", start.encode())]
+        first = await contained.deploy(story.domain, upload(*members), env={"GREETING": "one"})
+        assert first["state"] == "succeeded", first["error"]
+        async with story.visited():
+            second = await story.change("PATCH", "env", {"env": {"GREETING": "two"}})
+        assert second["state"] == "succeeded", second["error"]
+        assert await story.visit("/env") == "two none"
+        kinds = await inside(
+            story.tenant, "cat /home/site/kinds; ls -A /srv; grep -c overlay /proc/mounts || :"
+        )
+        assert kinds.split() == ["btrfs", "overlayfs", "btrfs", ".site-kept", "site", "0"]
+        third = await story.rollback()
+        assert third["state"] == "succeeded", third["error"]
+        assert (await story.visit(), await story.visit("/env")) == ("page", "one none")
+
+
+async def shrink(tenant: str, left: int) -> None:
+    """Leave so many bytes of a tenant's disk."""
+    await inside(tenant, "sync")
+    disk = environment.INCUS_DIR / "storage-pools" / "gwtest" / "containers" / tenant
+    shown = subprocess.run(
+        ["btrfs", "qgroup", "show", "--raw", "-f", disk], check=True, capture_output=True, text=True
+    )
+    referenced = int(shown.stdout.splitlines()[-1].split()[1])
+    device = ("config", "device", "override", tenant, "root", f"size={referenced + left}")
+    await asyncio.to_thread(environment.incus, *device)
+
+
+async def inside(tenant: str, script: str) -> str:
+    done = await asyncio.to_thread(environment.incus, "exec", tenant, "--", "sh", "-c", script)
+    return done.stdout.decode()
 
 
 class TestLocal(RollbackContract):

@@ -129,3 +129,22 @@ async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
     finally:
         await sites.remove("d-1")
     assert fresh not in [tenant.name for tenant in await runtime.list()]
+
+
+async def test_the_oldest_kept_sites_make_room_until_one_is_left(runtime: LocalRuntime, fresh: str) -> None:
+    sites = LocalSites(runtime._settings, runtime)
+    recipe = Recipe(packed({"new": Entry(b"new")}), ("sleep", "600"), 3000)
+    ids = [f"d-{digit * 16}" for digit in "0123"]
+    await sites.create(fresh, Order(ids[0], "one.example.com", recipe))
+    await sites.start(fresh, "live", recipe)
+    try:
+        for former, live in itertools.pairwise(ids):
+            await sites.push(fresh, "next", recipe, None)
+            await sites.settle(fresh, recipe)
+            await sites.former.put(fresh, former, live, 10)
+            await sites.clear(fresh)
+        assert [one.id for one in await sites.former.listed(fresh)] == [ids[2], ids[1], ids[0]]
+        assert [await sites.former.spare(fresh) for _ in range(3)] == [True, True, False]
+        assert [one.id for one in await sites.former.listed(fresh)] == [ids[2]]
+    finally:
+        await sites.remove(ids[0])

@@ -368,7 +368,7 @@ def test_former_sites_are_kept_up_to_a_number_and_the_oldest_go(
     updated(shell, machine, "newest", THIRD, FIRST[:-1] + "4", 2)
     assert listed(machine) == [SECOND, THIRD]
     assert not kept.exists() and not machine.next.exists()
-    machine.run(shell, "drop_former", machine.kept)
+    machine.run(shell, "drop_former", machine.kept, "1")
     assert listed(machine) == [THIRD] and not (machine.kept / SECOND).exists()
     updated(shell, machine, "last", SECOND, THIRD, 0)
     assert listed(machine) == [] and {path.name for path in machine.kept.iterdir()} == {"list", "live"}

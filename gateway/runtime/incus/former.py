@@ -6,18 +6,21 @@ read through Incus's file API, for which the container need not run.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from gateway.errors import Conflict, ExecFailed, NotFound
+from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound
 from gateway.incus import Incus
 from gateway.runtime.incus import service_unit
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.provisioning import Provisioning
 from gateway.runtime.sites import FORMER_ID, Former, Recipe
 from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _TAKE: Final = Path(__file__).with_name("take_former.sh").read_text()
 _PUT: Final = Path(__file__).with_name("put_former.sh").read_text()
@@ -82,6 +85,14 @@ class IncusFormerSites:
             await self._provisioning.script(tenant, _PUT, *words)
 
         await self._provisioning.with_room(tenant, kept)  # one whose files are still the live ones is copied
+
+    async def spare(self, tenant: str) -> bool:
+        try:
+            await self._provisioning.drop_former(tenant, 1)
+        except (GatewayError, TimeoutError, OSError):  # no more are kept, or it cannot be asked
+            return False
+        log.info("the oldest site that %s kept was removed, since its disk is full", tenant)
+        return True
 
     async def _read(self, tenant: str, path: str, most: int) -> bytes | None:
         with translated(tenant):

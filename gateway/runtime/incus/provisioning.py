@@ -41,6 +41,7 @@ _PATH_SHOWN: Final = 500
 _SIZE: Final = 12  # characters of the size that seal.sh prints
 _PRINTED: Final = 4 << 20  # bytes that a script may print; ours print a few lines
 _LOOK: Final = 10.0  # seconds for a script that only reads
+_DROPS: Final = 60.0  # seconds to remove a kept site
 _UNREADABLE: Final = "\ncannot be read: "  # as stage.sh prints it
 
 
@@ -254,9 +255,13 @@ class Provisioning:
                 if error.facts.get("reason") != "disk_full":
                     raise
                 try:
-                    await self.script(tenant, _DROP, self.kept)
+                    await self.drop_former(tenant, 0)
                 except GatewayError:  # no kept site is left
                     raise error from None
+
+    async def drop_former(self, tenant: str, least: int) -> None:
+        """Remove the oldest kept site of a tenant. Raises `ExecFailed` if it keeps no more than `least`."""
+        await self.script(tenant, _DROP, self.kept, str(least), seconds=_DROPS)
 
     async def _if_full(self, said: str) -> None:
         """Raise `Unavailable` if a failed command ran out of space, on the tenant's disk or in the pool.
