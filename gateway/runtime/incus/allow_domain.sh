@@ -7,8 +7,13 @@
 # Output: only errors.
 # Exit:   0 once systemd has loaded it.
 set -eu
+told=$(printf '[Service]\nEnvironment="%s"' "$1") changed=
 for unit in site site-next; do
-  mkdir -p /run/systemd/system/$unit.service.d
-  printf '[Service]\nEnvironment="%s"\n' "$1" >/run/systemd/system/$unit.service.d/domain.conf
+  file=/run/systemd/system/$unit.service.d/domain.conf
+  if [ -f $file ] && [ "$(cat $file)" = "$told" ]; then continue; fi
+  changed=yes
+  mkdir -p ${file%/*}
+  printf '%s\n' "$told" >$file
 done
-systemctl daemon-reload
+# a reload takes as long as the start of a small site
+if [ -n "$changed" ]; then systemctl daemon-reload; fi
