@@ -76,6 +76,10 @@ class Audit:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Follow the events no longer: the next process goes on where this one stopped. Idempotent."""
         assert self._following is not None
         self._following.cancel()
         await asyncio.gather(self._following, return_exceptions=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,13 +16,17 @@ from gateway import __version__
 from gateway.api import background
 from gateway.api.http import RETRY_AFTER_MS, for_own_hosts, problem_handler, with_request_id
 from gateway.api.routes import ROUTES
-from gateway.api.services import Services, opened
+from gateway.api.services import Prepared, Services, opened, prepared
 from gateway.errors import GatewayError, Unavailable
 from gateway.protocol import CloseCode
 from gateway.settings import Settings
 from gateway.storage.store import Store
 
 log = logging.getLogger(__name__)
+
+_NEXT_MS: Final = 50  # until clients may come again, where the next process waits for them
+_BRIEF: Final = 0.05  # seconds for what must end in a handover: clients wait meanwhile
+_SEEN: Final = 0.25  # seconds in which a successor has seen its tenants
 
 
 class Gateway:
@@ -34,6 +39,9 @@ class Gateway:
         self.store = Store(settings.state_dir, settings.store_waiting)
         self._settings = settings
         self._services: Services | None = None
+        self._background: background.Background | None = None
+        self._ready: Prepared | None = None
+        self._skip: Sequence[str] = ()
         self._drained: asyncio.Task[None] | None = None
         self._leaving = False
         app = Starlette(
@@ -50,12 +58,72 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        async with opened(self._settings, self.store) as services, background.running(services):
+        if self._ready is not None:
+            self._ready.runtime.skip(self._skip)
+        async with (
+            opened(self._settings, self.store, self._ready) as services,
+            background.running(services) as self._background,
+        ):
             app.state.services = self._services = services
             facts = {"version": __version__, "runtime": self._settings.runtime}
             services.bus.publish("gateway.ready", None, facts)
+            if self._ready is not None:
+                await self._background.seen(_SEEN)
             yield
             await self.drain()
+
+    # --- in the place of another process ------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def prepared(self, tenants: Sequence[str]) -> AsyncIterator[None]:
+        """Get ready to serve, with warm shells for these tenants, while another process has the records.
+
+        Keep it open around serving. Raises `Unavailable` if this gateway could not serve.
+        """
+        await self.store.check()
+        async with prepared(self._settings) as ready:
+            await ready.runtime.prepare(tenants)
+            await ready.workers.broker.prepare()
+            self._ready = ready
+            yield
+
+    def skip(self, told: Sequence[str]) -> None:
+        """Tell none of the runtime's events with these marks: the process before has told them."""
+        self._skip = told
+
+    # --- for another process to take our place ------------------------------------------------------
+
+    @property
+    def tenants(self) -> Sequence[str]:
+        """The tenants that have clients now."""
+        found = () if self._services is None else self._services.connections
+        return sorted({peer.tenant for peer in found})
+
+    async def rest(self, seconds: float, waiting: Callable[[int], None]) -> None:
+        """Return once no deployment is under way and what turns have changed is recorded.
+
+        From then on no deployment begins. Raises `Unavailable` if some take longer than `seconds`.
+        """
+        await self._up.history.close_turns()
+        await self._up.deployments.rest(seconds, waiting)
+
+    def go_on(self) -> None:
+        """Let deployments begin again: nobody takes our place."""
+        self._up.deployments.go_on()
+
+    async def hand_over(self) -> Sequence[str]:
+        """Let go of clients, commands and records; return the marks of the runtime's events that were told.
+
+        What is not needed by the next process ends later, as `drain` finds it.
+        """
+        self._leaving = True
+        services = self._up
+        assert self._background is not None and self._drained is None
+        self._drained = asyncio.create_task(_hand_over(services, self._background, self.store))
+        await asyncio.shield(self._drained)
+        return services.runtime.told()
+
+    # --- the end ------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """Have `drain` leave the commands that are held to the next process."""
@@ -66,19 +134,22 @@ class Gateway:
 
         Raises `Unavailable` if the gateway has not come up.
         """
+        services = self._up
+        if self._drained is None:
+            self._drained = asyncio.create_task(_drain(services, leaving=self._leaving))
+        await asyncio.shield(self._drained)
+
+    @property
+    def _up(self) -> Services:
         if self._services is None:
             raise Unavailable("the gateway is starting")
-        if self._drained is None:
-            self._drained = asyncio.create_task(_drain(self._services, leaving=self._leaving))
-        await asyncio.shield(self._drained)
+        return self._services
 
 
 async def _drain(services: Services, *, leaving: bool) -> None:
-    services.draining = True
-    services.bus.publish("gateway.draining", None, {"retryAfterMs": RETRY_AFTER_MS})
-    for connection in list(services.connections):
-        connection.announce_draining(RETRY_AFTER_MS)
+    _announce(services, RETRY_AFTER_MS)
     if leaving:
+        services.leave_ready()
         await services.execs.leave()
     try:
         async with asyncio.timeout(services.settings.shutdown_timeout / 2):
@@ -92,3 +163,33 @@ async def _drain(services: Services, *, leaving: bool) -> None:
     for connection in list(services.connections):
         connection.close(CloseCode.DRAINING, "draining")
     services.bus.close()
+
+
+async def _hand_over(services: Services, background: background.Background, store: Store) -> None:
+    """Do as `_drain`, but for a process that waits for the records, and clients that wait for it."""
+    _announce(services, _NEXT_MS)
+    services.leave_ready()
+    await services.execs.leave()
+    # what outlives no process; what does not end in time the next one ends
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_BRIEF):
+            await services.execs.end_all()
+    await services.runtime.leave()
+    await services.deployments.end()
+    services.files.end_transfers()
+    services.site_logs.end()
+    for connection in list(services.connections):
+        connection.close(CloseCode.DRAINING, "another process takes over")
+    background.cancel()
+    await asyncio.sleep(0)  # what was announced goes out first, and the background stops
+    services.bus.close()
+    await services.journal.close()
+    await services.audit.close()
+    await store.close()
+
+
+def _announce(services: Services, retry_after_ms: int) -> None:
+    services.draining = True
+    services.bus.publish("gateway.draining", None, {"retryAfterMs": retry_after_ms})
+    for connection in list(services.connections):
+        connection.announce_draining(retry_after_ms)

@@ -38,22 +38,39 @@ _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resy
 
 
 @contextlib.asynccontextmanager
-async def running(services: Services) -> AsyncIterator[None]:
+async def running(services: Services) -> AsyncIterator[Background]:
     """Run all background work; what breaks off begins again, and all of it ends with the block."""
     async with contextlib.AsyncExitStack() as stack:
-        for name, work in _Background(services).jobs().items():
+        background = Background(services)
+        for name, work in background.jobs().items():
             task = asyncio.create_task(lasting(name, work), name=name)
+            background.tasks.append(task)
             stack.push_async_callback(end, task)
-        yield
+        yield background
 
 
-class _Background:
+class Background:
+    """The background work of one gateway, in `tasks`."""
+
     def __init__(self, services: Services) -> None:
         self._services = services
+        self.tasks: list[asyncio.Task[None]] = []
         self._unbound: set[str | None] = set()  # tenants that started; None for all that run
         self._started = asyncio.Event()  # some of these are there
+        self._seen = asyncio.Event()  # the runtime tells of changes from now on
         self._resynced = asyncio.Event()  # the tenants there are have been seen once
         self._connected = asyncio.Event()  # to incusd, maybe to one that was just started
+
+    def cancel(self) -> None:
+        """Have all of it end; what is published from the next turn of the loop on is not of its doing."""
+        for task in self.tasks:
+            task.cancel()
+
+    async def seen(self, seconds: float) -> None:
+        """Return once the tenants there are have been seen; after `seconds` in any case."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._seen.wait()
 
     def jobs(self) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
         """Return each work by the name that the log has for it."""
@@ -85,6 +102,7 @@ class _Background:
             notices.append(services.pressure.noticed)
         swept = False
         async for event in services.names.watch(services.runtime):
+            self._seen.set()
             if event.type == "gateway.resynced" and not swept:
                 swept = True
                 with apart("the look for what an earlier gateway left"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class Services(Hub):
     pressure: Pressure | None
     metrics: Metrics
     mcp: McpEndpoint | None
+    leave_ready: Callable[[], None]  # what is ready for new tenants is the next process's
     draining: bool = False
 
 
@@ -78,11 +79,40 @@ def services(asked: HTTPConnection) -> Services:
     return found
 
 
+@dataclass(kw_only=True)
+class Prepared:
+    """What needs none of the records, and can be opened while another process still has them."""
+
+    runtime: IncusRuntime | LocalRuntime
+    workers: Workers
+    removals: _Removals
+
+
 @contextlib.asynccontextmanager
-async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
-    """Build and open everything on `store`, which is open; close it in reverse."""
+async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
+    """Open what needs none of the records; close it in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
+        removals = _Removals()
+        runtime: IncusRuntime | LocalRuntime = await enter(
+            IncusRuntime(settings, removals.note, holder=await enter(Holder(settings.holder_socket)))
+            if settings.runtime == "incus"
+            else LocalRuntime(settings, removals.note)
+        )
+        workers = await enter(Workers(settings, tenants=runtime.tenants))
+        yield Prepared(runtime=runtime, workers=workers, removals=removals)
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings, store: Store, ready: Prepared | None = None) -> AsyncIterator[Services]:
+    """Build and open everything on `store`, which is open; close it in reverse.
+
+    What was `prepared` already is used, and left open.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        ready = await enter(prepared(settings)) if ready is None else ready
+        runtime, workers = ready.runtime, ready.workers
         secret = tokens.load_secret(settings)
         journal = await enter(
             StoredJournal(
@@ -99,16 +129,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         grants = Grants(revocations.__contains__)
         names = await Names.opened(store, bus, settings)
         audit = await enter(Audit(store, bus, settings))
-
-        async def removed(removal: Removal) -> None:
-            await _note_removal(audit, removal)
-
-        runtime: IncusRuntime | LocalRuntime = await enter(
-            IncusRuntime(settings, removed, holder=await enter(Holder(settings.holder_socket)))
-            if settings.runtime == "incus"
-            else LocalRuntime(settings, removed)
-        )
-        workers = await enter(Workers(settings, tenants=runtime.tenants))
+        ready.removals.audit = audit
         sites: Sites = await enter(
             IncusSites(settings, runtime)
             if isinstance(runtime, IncusRuntime)
@@ -196,11 +217,17 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
             pressure=pressure,
             metrics=metrics,
             mcp=mcp,
+            leave_ready=sites.copies.leave,
         )
 
 
-async def _note_removal(audit: Audit, removal: Removal) -> None:
-    """Record what the gateway removed by itself: an undo, or what it had made ready."""
-    action = "instance.removed" if removal.tenant is None else "tenant.removed"
-    facts: dict[str, Any] = {"reason": removal.reason, "instance": removal.instance, "name": removal.name}
-    await audit.note("gateway", action, removal.tenant, **facts)
+class _Removals:
+    """Records what the gateway removes by itself: an undo, or what it had made ready."""
+
+    audit: Audit | None = None
+
+    async def note(self, removal: Removal) -> None:
+        action = "instance.removed" if removal.tenant is None else "tenant.removed"
+        facts: dict[str, Any] = {"reason": removal.reason, "instance": removal.instance, "name": removal.name}
+        if self.audit is not None:
+            await self.audit.note("gateway", action, removal.tenant, **facts)

@@ -26,7 +26,7 @@ from gateway.deployments.runner import Runner
 from gateway.deployments.template import named, names
 from gateway.deployments.verify import Verifier
 from gateway.deployments.warming import Warming
-from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
+from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound, Unavailable
 from gateway.events import Bus
 from gateway.hostnames import normalized, tenant_name
 from gateway.ownership.domains import Domains
@@ -80,6 +80,7 @@ class Deployments:
         self._turns = DeploymentQueue(settings)
         self._warming = Warming(sites.copies, self._turns, spacious, settings)
         self._recovered = asyncio.Event()
+        self._resting = False
         context = Context(
             runtime=runtime,
             sites=sites,
@@ -124,12 +125,40 @@ class Deployments:
         if tasks:
             await asyncio.wait(tasks, timeout=self._settings.shutdown_timeout / 2)
 
+    async def rest(self, seconds: float, waiting: Callable[[int], None]) -> None:
+        """Return once no deployment is under way, from when on none begins until `go_on`.
+
+        `waiting` is told how many are. Raises `Unavailable` if some still are after `seconds`.
+        """
+        running = self._register.running
+        try:
+            async with asyncio.timeout(seconds):
+                while running:
+                    waiting(len(running))
+                    tasks = [one.task for one in running.values() if one.task is not None]
+                    if tasks:
+                        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    else:  # it was just asked for
+                        await asyncio.sleep(0)
+        except TimeoutError:
+            raise Unavailable(
+                f"{len(running)} deployments are still under way after {seconds:.0f} s; try again later, or "
+                "restart the gateway, which undoes them"
+            ) from None
+        self._resting = True
+
+    def go_on(self) -> None:
+        """Let deployments begin again."""
+        self._resting = False
+
     async def begin(self, request: Request, token: Token, *, key: str | None = None) -> tuple[Record, bool]:
         """Begin a deployment; return it, and whether it is new. The same key returns the same deployment.
 
         Raises `InvalidParams`, `NotFound` and `Forbidden` for what can be checked at once, `Conflict` if one
         runs for the tenant or the key was used for another request, and `RateLimited`.
         """
+        if self._resting:
+            raise Unavailable("the gateway is just being replaced; ask again", retry_after=1)
         by = token.subject
         domain = normalized(request.domain)
         tenant = request.tenant or tenant_name(domain)

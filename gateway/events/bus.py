@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from gateway.errors import Unavailable
 from gateway.events.event import Draft, Event, Filter, Span, gap
 from gateway.events.journal import Journal
 
@@ -168,7 +169,12 @@ class Subscription:
                 self._cursor, self._told, self._hidden = journal.oldest - 1, journal.losses, -1
                 self._ready.append(gap(journal.oldest, source, time.time()))
                 return True
-            stretch = await journal.read(before, BATCH, self._filter)
+            try:
+                stretch = await journal.read(before, BATCH, self._filter)
+            except Unavailable:
+                if not closing:
+                    raise
+                break  # another process has the records by now, and knows the rest
             if self._closed:
                 break
             self._cursor = stretch.end

@@ -62,6 +62,7 @@ class StoredJournal:
         self._appended = asyncio.Event()
         self._grown: Callable[[], None] = lambda: None
         self._writer: asyncio.Task[None] | None = None
+        self._closed = False
         self.failed: StoreFailed | None = None
 
     async def __aenter__(self) -> StoredJournal:
@@ -93,6 +94,13 @@ class StoredJournal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Try once to write the waiting events; if that fails, log how many are lost."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Do as leaving the context does. Events that come later are lost. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         assert self._writer is not None
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)

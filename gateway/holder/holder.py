@@ -45,10 +45,18 @@ class Holder:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.leave()
+
+    async def leave(self) -> None:
+        """Leave what is held as it is to another process, and tell the holder nothing more. Idempotent."""
         if self._attending is not None:
             self._attending.cancel()
             await asyncio.gather(self._attending, return_exceptions=True)
+            self._attending = None
         if self._socket is not None:
+            for name in self._waiting:
+                if not self._sent(name):
+                    break
             self._socket.close()
             self._socket = None
 

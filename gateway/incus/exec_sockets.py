@@ -165,6 +165,13 @@ class ExecSockets:
         for stream in self._sockets.values():
             stream.ended()
 
+    def leave(self) -> None:
+        """Stop using the sockets, which another process continues with; they stay open."""
+        for stream in self._sockets.values():
+            stream.leave()
+        if self._result is not None:
+            self._result.cancel()
+
     def forgo(self) -> None:
         """Give up the memory: this command will not be held."""
         if self.memory is not None:

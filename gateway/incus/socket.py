@@ -203,6 +203,13 @@ class StreamSocket(asyncio.BufferedProtocol):
         self._writable.set()
         self._woken()
 
+    def leave(self) -> None:
+        """Receive nothing more: another process continues with a duplicate of the descriptor."""
+        if not self._gone and not self._transport.is_closing():
+            if not self._paused:
+                self._transport.pause_reading()
+            self._paused = False  # nobody resumes it
+
     def hang_up(self) -> None:
         """Hang up but keep our own descriptor until `close`."""
         if self.own is None:

@@ -60,6 +60,13 @@ class BrokerClient:
         self._socket: socket.socket | None = None
         self._readable: asyncio.Future[None] | None = None
 
+    async def prepare(self) -> None:
+        """Start the broker ahead of its first request. A hint, never an error."""
+        async with self._lock:
+            if self._socket is None and self._at is None:
+                with suppress(OSError):
+                    await self._start()
+
     async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send one request; return the answer and the descriptors that came with it.
 

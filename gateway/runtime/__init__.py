@@ -370,6 +370,25 @@ class TenantRuntime(Protocol):
         """Start a command; return once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""
         ...
 
+    async def prepare(self, tenants: Sequence[str]) -> None:
+        """Get ready to take the place of a process that still runs, with warm shells for these tenants.
+
+        Raises `Unavailable` if this runtime could not serve.
+        """
+        ...
+
+    def told(self) -> Sequence[str]:
+        """Return marks of the latest events that `watch` has yielded and whose consumer came back."""
+        ...
+
+    def skip(self, told: Sequence[str]) -> None:
+        """Have `watch` yield none of these, which an earlier process has told; call it before `watch`."""
+        ...
+
+    async def leave(self) -> None:
+        """Leave what goes on without this process to the one that adopts it: touch nothing of it any more."""
+        ...
+
     async def adopt(self) -> Sequence[Adopted]:
         """Adopt commands held for an earlier process, running or ended. Call once, before anything else."""
         ...

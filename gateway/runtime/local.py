@@ -274,6 +274,18 @@ class LocalRuntime:
         while True:
             yield await self._events.get()
 
+    async def prepare(self, tenants: Sequence[str]) -> None:
+        pass
+
+    def told(self) -> Sequence[str]:
+        return ()
+
+    def skip(self, told: Sequence[str]) -> None:
+        pass
+
+    async def leave(self) -> None:
+        pass
+
     async def adopt(self) -> Sequence[Adopted]:
         return ()  # plain processes do not survive the gateway
 

@@ -71,6 +71,9 @@ class _NoCopies:
     async def tidy(self) -> None:
         return
 
+    def leave(self) -> None:
+        pass
+
     async def spare(self, wanted: int) -> int:
         return 0
 

@@ -226,6 +226,10 @@ class PreparedCopies(Protocol):
         """Remove copies of uploads to free `wanted` bytes of the pool; return the bytes freed."""
         ...
 
+    def leave(self) -> None:
+        """Leave what is ready to the next process, which `adopt`s it, instead of removing it at the end."""
+        ...
+
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
         """Keep what an earlier process prepared for these recipes; destroy everything else it left."""
         ...

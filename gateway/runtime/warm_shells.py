@@ -153,6 +153,13 @@ class WarmShells:
                 self._keep(key, shell)
             raise
 
+    async def filled(self, seconds: float) -> None:
+        """Return once one shell of each kind waits for every tenant that expects one, or after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._filling:
+                    await asyncio.wait([one.task for one in self._filling if one.task is not None])
+
     def drop(self, tenant: str | None = None) -> None:
         """Discard the shells of a tenant whose state changed, or all, and schedule replacements."""
         for waiting in list(self._waiting):

@@ -34,3 +34,9 @@ class LifecycleSettings(BaseModel):
     shutdown_timeout: float = Field(
         20.0, gt=0, description="seconds from SIGTERM until the gateway ends at the latest"
     )
+    upgrade_patience: float = Field(
+        300.0,
+        ge=0,
+        description="seconds that an upgrade waits for deployments under way; then it is given up, and "
+        "nothing has changed",
+    )

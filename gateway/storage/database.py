@@ -24,6 +24,23 @@ class Database:
         self._folder = folder
         self._lock: int | None = None
         self._memory_log: MemoryLog | None = None
+        self._checking: sqlite3.Connection | None = None
+
+    def check(self) -> None:
+        """Check the file while another process has it, so that `open` need not. Raises `StoreFailed`.
+
+        The connection stays until then. So the other one's is not the last to be closed, which would write
+        the whole log of writes into the file while clients wait.
+        """
+        with translated():
+            self._checking = _connect(self._folder / FILE)
+            try:
+                self._checking.execute("PRAGMA query_only=1")
+                schema.version_of(self._checking)
+                _check(self._checking)
+            except BaseException:
+                self._end_check()
+                raise
 
     def open(self) -> tuple[sqlite3.Connection, sqlite3.Connection, MemoryLog]:
         """Lock and open the file; return the connections to write and to read with, and the log in memory.
@@ -36,7 +53,8 @@ class Database:
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._lock = _locked(self._folder / f"{FILE}.lock")
-                _make(path)
+                if self._checking is None:  # its locks would go with another descriptor
+                    _make(path)
             except OSError as error:
                 raise StoreFailed(
                     f"the state dir cannot be used: {error.strerror}; set another GATEWAY_STATE_DIR",
@@ -47,8 +65,8 @@ class Database:
                 # the file stays in this mode
                 writing.execute("PRAGMA journal_mode=WAL")
                 writing.execute(f"PRAGMA journal_size_limit={16 << 20}")
-                if writing.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                    raise StoreFailed(ADVICE["corrupt"], reason="corrupt")
+                if self._checking is None:
+                    _check(writing)
                 memory_log = undo.enter_context(contextlib.closing(MemoryLog.opened(self._folder)))
                 if schema.version_of(writing):
                     replay(writing, memory_log)  # notes of an earlier process are in its schema
@@ -59,16 +77,24 @@ class Database:
                 reading = undo.enter_context(contextlib.closing(_connect(path)))
                 reading.execute("PRAGMA query_only=1")
                 undo.pop_all()
+        self._end_check()
         self._memory_log = memory_log
         return writing, reading, memory_log
 
     def close(self) -> None:
         """Let another process have the file. The threads close their connections."""
+        self._end_check()
         if self._memory_log is not None:
             self._memory_log.close()
+            self._memory_log = None
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _end_check(self) -> None:
+        if self._checking is not None:
+            self._checking.close()
+            self._checking = None
 
 
 def _locked(path: Path) -> int:
@@ -107,6 +133,11 @@ def _hand_over(descriptor: int, folder: Path) -> None:
     if os.geteuid() == 0:
         owner = folder.stat()
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        raise StoreFailed(ADVICE["corrupt"], reason="corrupt")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -42,6 +42,14 @@ class Store:
         self._database = Database(folder)
         self._writer = DatabaseThread("store writer", self._room, write_group)
         self._reader = DatabaseThread("store reader", self._room, read_each)
+        self._closed = False
+
+    async def check(self) -> None:
+        """Check the file that another process still has, so that to open it takes no time for that.
+
+        Raises `StoreFailed`, also where it is of a newer gateway.
+        """
+        await asyncio.to_thread(self._database.check)
 
     async def __aenter__(self) -> Store:
         """Open the file, and create or upgrade it. Raises `StoreFailed` that says what to do."""
@@ -60,6 +68,13 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Finish what was asked for by now, then close."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Do as leaving the context does, so that another process can have the records. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             await self.settled()
         except StoreFailed as failed:

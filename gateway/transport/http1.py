@@ -67,6 +67,8 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        self._made = self._asked = self.loop.time()
+        self._answered: object = None  # the request that was asked then
         self.app_state = {**self.app_state, ABORT: partial(drop, transport)}
         self.silent.add(self)
 
@@ -86,6 +88,18 @@ class HttpProtocol(H11Protocol):
         self.silent.discard(self)
         super().handle_websocket_upgrade(event)
 
+    def asked(self, fresh: float, long: float) -> bool:
+        """Return whether an answer is owed that has not begun, and will soon.
+
+        Who came `fresh` seconds ago will ask; what was asked `long` seconds ago takes its time.
+        """
+        if self.transport.get_protocol() is not self:
+            return False  # a websocket
+        if self.cycle is None:
+            return self.loop.time() - self._made < fresh
+        owed = not (self.cycle.response_started or self.cycle.response_complete)
+        return owed and self.loop.time() - self._asked < long
+
     def _listen(self) -> None:
         """Count the time of a connection on which nothing is being answered."""
         if self.transport.get_protocol() is not self:
@@ -96,6 +110,8 @@ class HttpProtocol(H11Protocol):
                 self.silent.add(self)
         else:
             self.silent.discard(self)
+            if self._answered is not self.cycle:
+                self._answered, self._asked = self.cycle, self.loop.time()
 
 
 def protocol(settings: Settings) -> type[HttpProtocol]:

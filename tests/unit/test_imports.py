@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEVELS = (
-    {"errors", "settings", "protocol", "transport", "tasks", "terminal", "bounds", "holder"},
+    {"errors", "settings", "protocol", "transport", "tasks", "terminal", "bounds", "holder", "notify"},
     {"storage", "hostnames"},
     {"auth", "incus", "rootfs", "events", "idempotency"},
     {"runtime", "audit"},
@@ -41,6 +41,7 @@ ONLY: dict[str, set[str]] = {
     "tasks": {"errors"},
     "bounds": set(),
     "holder": set(),
+    "notify": set(),
     "transport": {"settings"},
     "storage": {"errors", "settings"},
     "hostnames": {"errors", "settings"},

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _CGROUP_LOOKS: Final = 40  # attempts, two seconds in all, for a container that is booting
 _DESCRIPTORS: Final = (6, 8)  # number of a held command's descriptors, with and without a terminal
+_FILLED: Final = 2.0  # seconds until shells wait
 _MAX_ID: Final = (1 << 31) - 1
 _OURS: Final = (START_SCRIPT, KILL_SCRIPT, DRAIN_SCRIPT)
 
@@ -66,6 +68,7 @@ class Commands:
     ) -> None:
         self.settings = settings
         self._holder = holder
+        self._processes: weakref.WeakSet[IncusProcess] = weakref.WeakSet()  # those that may be held
         self._adopted: set[str] = set()  # cgroups of commands continued from earlier processes
         self._incus = incus
         self._init_pid = init_pid
@@ -121,6 +124,10 @@ class Commands:
     def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._warm_shells.expect(name)
 
+    async def expected(self) -> None:
+        """Return once shells wait wherever commands are expected; after a moment in any case."""
+        await self._warm_shells.filled(_FILLED)
+
     async def _running(self, name: str) -> None:
         """Raise `TenantNotRunning` if the tenant is paused or stopped."""
         with translated(name):
@@ -141,7 +148,9 @@ class Commands:
         root = await of_init(init_pid) if init_pid else None
         cgroup = None if root is None else self.cgroup(name, root, exec_id)
         limit = self.settings.cancel_timeout
-        return IncusProcess(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
+        process = IncusProcess(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
+        self._processes.add(process)
+        return process
 
     async def _hand_over(self, process: IncusProcess, order: Assignment) -> None:
         """Make a shell run the command; if that fails, kill the shell."""
@@ -208,6 +217,14 @@ class Commands:
                     log.warning("killed %d processes left in %s by an earlier gateway", killed.killed, name)
         return ended
 
+    async def leave(self) -> None:
+        """Leave the held commands to another process: neither read them nor tell the holder anything."""
+        for process in self._processes:
+            if process.holding is not None:
+                process.leave()
+        if self._holder is not None:
+            await self._holder.leave()
+
     async def adopt(self) -> list[Adopted]:
         """Adopt the held commands of an earlier process; release those that fail, for `sweep` to kill."""
         if self._holder is None:
@@ -249,6 +266,7 @@ class Commands:
             limit = self.settings.cancel_timeout
             process = IncusProcess.adopted(self.inside, limit, own, sockets, cgroup)
             process.holding = holding
+            self._processes.add(process)
             outputs = process.caught_up(own)
             self._adopted.add(own["exec"])
             return Adopted(facts, process.pid, process.started_at, holding, outputs, process)

@@ -69,14 +69,21 @@ class GoldenCopies:
         self._used: dict[str, float] = {}  # last use of uploads' copies, not written to Incus yet
         # keys of uploads whose copy failed or is too large: not tried again for each of their tenants
         self._refused: dict[str, None] = {}
+        self._left = False
+
+    def leave(self) -> None:
+        """Leave the pool to the next process."""
+        self._left = True
 
     async def aclose(self) -> None:
-        """Stop preparing, and remove the pool, which would have no owner."""
+        """Stop preparing, and remove the pool unless it was left: it would have no owner."""
         preparing = list(self._preparing.values())
         for task in preparing:
             task.cancel()
         if preparing:  # the next process removes unfinished ones
             await asyncio.wait(preparing, timeout=self._settings.shutdown_timeout / 2)
+        if self._left:
+            return
         with contextlib.suppress(GatewayError, TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_timeout / 2):
                 await self._pool.drain()

@@ -35,6 +35,15 @@ class Held:
         self._sockets = sockets
         self._own = own
         self._put = False
+        self._left = False
+
+    def leave(self) -> None:
+        """Write nothing more into the memory, which another process continues with."""
+        self._left = True
+
+    @property
+    def _over(self) -> bool:
+        return self._left or self._memory.closed
 
     @property
     def position(self) -> int:
@@ -45,7 +54,7 @@ class Held:
         return self._holder.there
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        if self._memory.closed:
+        if self._over:
             return
         self._memory.write_facts({"format": FORMAT, "own": dict(self._own), "facts": dict(facts)})
         if not self._put and self._sockets is not None:
@@ -53,7 +62,7 @@ class Held:
             self._holder.put(self._name, self._sockets.descriptors)
 
     def end(self, facts: Mapping[str, Any]) -> None:
-        if self._memory.closed:
+        if self._over:
             return
         if self._sockets is not None:
             self._sockets.ended()
@@ -62,7 +71,7 @@ class Held:
         self._holder.put(self._name, [self._memory.descriptor])
 
     def keep(self, stream: StreamName, offset: int) -> int:
-        if self._sockets is None:
+        if self._sockets is None or self._left:
             return 0
         fd, skip = socket_of(stream, self._own)
         return self._sockets.keep(fd, offset + skip)
@@ -71,11 +80,11 @@ class Held:
         return self._accounts.read()
 
     def account(self, accounts: bytes) -> None:
-        if not self._memory.closed:
+        if not self._over:
             self._accounts.write(accounts)
 
     def drop(self) -> None:
-        if not self._memory.closed:
+        if not self._over:
             self._holder.drop(self._name)
             self._memory.close()
 

@@ -245,6 +245,14 @@ class IncusProcess:
         cgroup = self._cgroup()
         return None if cgroup is None else await cgroup.members()
 
+    def leave(self) -> None:
+        """Stop following a command that is held, and writing to it; it runs on for another process."""
+        if self._sending is not None:
+            self._sending.cancel()
+        self._sockets.leave()
+        if isinstance(self.holding, Held):
+            self.holding.leave()
+
     async def aclose(self) -> None:
         if self._sending is not None:
             self._sending.cancel()

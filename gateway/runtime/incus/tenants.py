@@ -273,6 +273,28 @@ class IncusRuntime:
         if not self._watch.standing:
             raise Unavailable("the Incus event stream is not connected yet")
 
+    # --- in the place of another process ------------------------------------------------------------
+
+    async def prepare(self, tenants: Sequence[str]) -> None:
+        with translated(""):
+            if why := clustered(await self._incus.get("/1.0"), self._settings):
+                raise Unavailable(why, reason=REASON)
+            await self._watch.prepare()
+            await self._incus.instances()  # kept from now on, since the events tell of changes
+        for tenant in tenants:
+            with contextlib.suppress(NotFound), self.expect(tenant):  # its shells wait a while
+                await self._locate(tenant)
+        await self.commands.expected()
+
+    async def leave(self) -> None:
+        await self.commands.leave()
+
+    def told(self) -> Sequence[str]:
+        return self._watch.told
+
+    def skip(self, told: Sequence[str]) -> None:
+        self._watch.skip(told)
+
     # --- commands -----------------------------------------------------------------------------------
 
     async def adopt(self) -> Sequence[Adopted]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
+
+import orjson
 
 from gateway.errors import GatewayError, NotFound
 from gateway.incus import Incus, IncusError
@@ -37,6 +41,9 @@ _LIFECYCLE: Final[Mapping[str, str]] = {
 _SNAPSHOT: Final = re.compile(r"/1\.0/instances/([^/?]+)/snapshots/([^/?]+)")
 # remembered destroyed tenants, whose late events must not count for a new tenant of the same name
 _ENDS: Final = 1000
+
+# number of events whose marks a successor is told, far more than arrive during a handover
+_TOLD: Final = 500
 
 # the status after an action, if it is known
 _AFTER: Final[Mapping[str, Status]] = {
@@ -71,7 +78,35 @@ class Watch:
         self._settings, self._incus = settings, incus
         self._tenants, self._changed = tenants, changed
         self.standing = False
+        self._stream: AsyncGenerator[dict[str, Any], None] | None = None  # connected ahead of `events`
+        self._told: deque[str] = deque(maxlen=_TOLD)
+        self._skip = frozenset[str]()
         self._ends: dict[str, datetime] = {}  # time of destruction by name, latest last
+
+    async def prepare(self) -> None:
+        """Connect the event stream ahead of `events`, which begins with what comes from now on.
+
+        Raises `IncusError`.
+        """
+        self._stream = stream = self._incus.events("lifecycle")
+        connected = await anext(stream)
+        assert connected["type"] == "connected"
+
+    @property
+    def told(self) -> Sequence[str]:
+        """The marks of the latest events that `events` has yielded all changes of."""
+        return tuple(self._told)
+
+    def skip(self, told: Sequence[str]) -> None:
+        """Yield nothing for the events with these marks, which an earlier process has told."""
+        self._skip = frozenset(told)
+
+    def _next(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Return the stream that is connected already, else a new one."""
+        if self._stream is None:
+            return self._incus.events("lifecycle")
+        prepared, self._stream = self._stream, None
+        return _connected(prepared)
 
     async def events(self) -> AsyncIterator[TenantEvent]:
         """Yield the tenants' events forever.
@@ -84,7 +119,7 @@ class Watch:
         pause = 0.1
         while True:
             try:
-                stream = self._incus.events("lifecycle")
+                stream = self._next()
                 ticks = _with_ticks(stream, self._settings.reconcile_interval)
                 # close both: a generator being awaited by the other cannot be closed, and a cancel would be
                 # lost
@@ -100,8 +135,11 @@ class Watch:
                             continue
                         if known is None:  # cannot happen: "connected" comes first
                             continue
+                        mark = _mark(event)
                         async for change in self._lifecycle(event, known):
-                            yield change
+                            if mark not in self._skip:
+                                yield change
+                        self._told.append(mark)
                 raise IncusError("the event stream ended", 0)
             except (GatewayError, IncusError) as error:
                 if self.standing:
@@ -202,6 +240,20 @@ def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[
                 changes.append(TenantEvent(kind, name, data))
     changes += [TenantEvent("tenant.destroyed", name, data) for name in known if name not in now]
     return changes
+
+
+def _mark(event: Mapping[str, Any]) -> str:
+    """Return what tells an event from all others: Incus gives them no ids."""
+    facts = orjson.dumps([event.get("timestamp"), event.get("metadata")], option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(facts, digest_size=8).hexdigest()
+
+
+async def _connected(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield all of a stream of which the beginning was taken."""
+    async with contextlib.aclosing(stream):
+        yield {"type": "connected"}
+        async for event in stream:
+            yield event
 
 
 def _moment(event: Mapping[str, Any]) -> datetime:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import errno
 import gc
 import logging
 import os
 import resource
 import signal
 import socket
-import stat
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -24,18 +21,16 @@ import uvloop
 from gateway.api.app import Gateway
 from gateway.caddy import Caddy
 from gateway.errors import Unavailable
+from gateway.notify import notify
 from gateway.runtime.incus.clusters import refuse_cluster
+from gateway.server.listening import inherited, listen, remove
+from gateway.server.predecessor import Predecessor
+from gateway.server.succession import Succession
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from gateway.terminal import log_to_stderr
 from gateway.transport import http1
 from gateway.transport.websocket import WebSocketProtocol
-
-# The kernel detects a client that vanished silently: 30 s without traffic, then 3 probes. A peer that merely
-# stalls still answers them, so a slow reader is never mistaken for a dead one. Websocket pings could not tell
-# the two apart.
-_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
-
 
 # glibc's malloc.h: block size from which memory is mapped separately, free bytes kept at the top of the heap
 _MMAP_THRESHOLD: Final = (-3, 1 << 20)
@@ -44,6 +39,12 @@ _TRIM_THRESHOLD: Final = (-1, 16 << 20)
 # than a whole Read takes
 _SWITCH_INTERVAL: Final = 0.0005
 _DESCRIPTORS: Final = 65536  # as `LimitNOFILE=` in deploy/incus-gateway.service
+# seconds that requests have for their answer when a successor takes over; those asked `_LONG` seconds before
+# do not count, and a connection of the last moment does, on which nothing came yet
+_LAST: Final = 0.1
+_LONG: Final = 1.0
+_FRESH: Final = 0.05
+_LOOK: Final = 0.002
 
 
 LEAVE: Final = signal.SIGUSR1
@@ -53,9 +54,14 @@ LEAVE: Final = signal.SIGUSR1
 class _Server(uvicorn.Server):
     """A uvicorn server that drains the gateway before it closes the sockets."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(
+        self, config: uvicorn.Config, gateway: Gateway, settings: Settings, predecessor: Predecessor | None
+    ) -> None:
         super().__init__(config)
         self._gateway = gateway
+        self._settings = settings
+        self._predecessor = predecessor
+        self.handed_over = False  # a successor serves at our address
         self._ending = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -77,12 +83,43 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         self._ending.set()
 
+    async def serve_on(self, listening: socket.socket) -> None:
+        """Serve until the end, or until a successor does. The records are open, and stay so that long."""
+        succession = Succession(self._settings, self._gateway, listening, self._quiet, self._succeeded)
+        async with succession:
+            await self.serve(sockets=[listening])
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # Objects created so far live forever. Otherwise each full collection would scan all of them and block
-        # the loop for 70 ms whenever clients or tenants have allocated a lot.
-        gc.collect()
+        if self._predecessor is None:
+            # Objects created so far live forever. Otherwise each full collection would scan all of them and
+            # block the loop for 70 ms whenever clients or tenants have allocated a lot.
+            gc.collect()
+            notify("READY=1")
+        else:  # collected while it still served
+            await asyncio.to_thread(self._predecessor.succeed, os.getpid())
         gc.freeze()
+
+    async def _quiet(self) -> None:
+        """Accept no more clients, which wait for the successor; answer those that asked by now."""
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _LAST
+        while self._asked() and loop.time() < until:  # noqa: ASYNC110 - uvicorn tells nobody
+            await asyncio.sleep(_LOOK)
+        for connection in self._http():
+            connection.shutdown()  # one that is being answered ends after its answer
+
+    def _http(self) -> list[http1.HttpProtocol]:
+        return [one for one in self.server_state.connections if isinstance(one, http1.HttpProtocol)]
+
+    def _asked(self) -> bool:
+        return any(connection.asked(_FRESH, _LONG) for connection in self._http())
+
+    def _succeeded(self) -> None:
+        self.handed_over = self.should_exit = True
+        self._ending.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         with contextlib.suppress(Unavailable):  # it never started
@@ -90,11 +127,13 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(settings: Settings, *, log_level: str = "info") -> None:
-    """Serve until SIGTERM or SIGINT, which end all commands, or until `LEAVE`.
+def serve(settings: Settings, *, log_level: str = "info", take_over: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT, which end all commands, `LEAVE`, or until a successor serves.
 
-    Raises `Unavailable` if the address, the database or Caddy's folders cannot be used, or if incusd is
-    clustered.
+    With `take_over` take the place of the gateway that serves this state dir, once all is ready for that.
+
+    Raises `Unavailable` if the address, the records or the folders of the routes cannot be had, or if incusd
+    is in a cluster; taking over, also if there is no incusd, or no gateway that goes: that one goes on.
     """
     log_to_stderr(log_level)
     # URLs contain no tokens, but tenants' names: no access log
@@ -105,7 +144,19 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     raise_descriptors()
     close(settings)
     Caddy(settings).lay()
-    listening = listen(settings.listen)
+    given = inherited()
+    with contextlib.ExitStack() as stack:
+        predecessor = stack.enter_context(Predecessor(settings)) if take_over else None
+        if predecessor is not None and predecessor.address == settings.listen:
+            given = predecessor.listening
+        listening = listen(settings.listen) if given is None else given
+        stack.callback(listening.close)
+        if not _serve(settings, listening, predecessor):
+            remove(settings.listen)
+
+
+def _serve(settings: Settings, listening: socket.socket, predecessor: Predecessor | None) -> bool:
+    """Serve on a socket; return whether a successor does so by now."""
     gateway = Gateway(settings)
     config = uvicorn.Config(
         gateway.app,
@@ -122,24 +173,26 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout / 4)),
     )
 
-    async def run() -> None:
-        if settings.runtime == "incus":
-            await refuse_cluster(settings)
-        async with gateway.store:
+    async def run() -> bool:
+        async with contextlib.AsyncExitStack() as stack:
+            if predecessor is not None:
+                await stack.enter_async_context(gateway.prepared(predecessor.tenants))
+                config.load()
+                gc.collect()
+                gateway.skip(await predecessor.release())
+            elif settings.runtime == "incus":
+                await refuse_cluster(settings)
+            await stack.enter_async_context(gateway.store)
             # uvicorn re-raises the signal that stopped it for the previous handler; an orderly end must not
             # look like death by signal
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)
-            await _Server(config, gateway).serve(sockets=[listening])
+            server = _Server(config, gateway, settings, predecessor)
+            await server.serve_on(listening)
+            return server.handed_over
 
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run())
-    finally:
-        listening.close()
-        if not _is_tcp(settings.listen):
-            with contextlib.suppress(FileNotFoundError):
-                Path(settings.listen).unlink()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
 
 
 def share() -> None:
@@ -162,51 +215,3 @@ def raise_descriptors() -> None:
     most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def listen(address: str) -> socket.socket:
-    """Return a listening socket for HOST:PORT or a path. Raises `Unavailable`, saying what to change."""
-    if not _is_tcp(address):
-        return _listen_unix(Path(address))
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise Unavailable(f"GATEWAY_LISTEN must be HOST:PORT or the path of a unix socket, not {address!r}")
-    try:
-        found = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=1)[0]
-        listening = socket.socket(found[0], socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # on Linux, accepted connections inherit these
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE:
-            listening.setsockopt(socket.IPPROTO_TCP, option, value)
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listening.bind(found[4])
-        listening.listen(2048)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise Unavailable(f"{address} is in use; stop what uses it or set GATEWAY_LISTEN") from error
-        raise Unavailable(f"cannot listen on {address}: {error.strerror}; set GATEWAY_LISTEN") from error
-    return listening
-
-
-def _listen_unix(path: Path) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(str(path)) == 0:
-                    raise Unavailable(f"{path} is in use; stop what uses it or set GATEWAY_LISTEN")
-            path.unlink()  # left by a dead gateway
-        old = os.umask(0o117)
-        try:
-            listening.bind(str(path))
-        finally:
-            os.umask(old)
-        listening.listen(2048)
-    except OSError as error:
-        raise Unavailable(f"cannot listen on {path}: {error.strerror}; set GATEWAY_LISTEN") from error
-    return listening
-
-
-def _is_tcp(address: str) -> bool:
-    return "/" not in address

@@ -1,0 +1,65 @@
+"""The records pass from one process to the next: checked before, opened once they are free."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from gateway.storage.database import FILE
+from gateway.storage.store import Store, StoreFailed
+
+
+def _put(connection: sqlite3.Connection) -> None:
+    connection.execute("INSERT INTO revoked VALUES ('a token', 1.0, 'test')")
+
+
+def _all(connection: sqlite3.Connection) -> list[tuple[str]]:
+    return connection.execute("SELECT token FROM revoked").fetchall()
+
+
+async def test_a_successor_checks_what_another_has_and_opens_it_as_it_was_left(tmp_path: Path) -> None:
+    """The first one's close writes nothing back: its log of writes is there, and goes on."""
+    old, new = Store(tmp_path), Store(tmp_path)
+    async with old:
+        await old.write(_put)
+        await new.check()
+        with pytest.raises(StoreFailed, match="another gateway"):
+            await new.__aenter__()
+        await new.check()
+        await old.close()
+        assert (tmp_path / f"{FILE}-wal").stat().st_size > 0
+        async with new:
+            assert await new.read(_all) == [("a token",)]
+            await new.write(lambda connection: connection.execute("DELETE FROM revoked"))
+    assert not (tmp_path / f"{FILE}-wal").exists()
+    async with Store(tmp_path) as later:
+        assert await later.read(_all) == []
+
+
+async def test_what_is_closed_stays_closed(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        await store.close()
+        await store.close()
+        with pytest.raises(Exception, match="records are closed"):
+            await store.write(_put)
+
+
+async def test_records_of_a_newer_gateway_are_found_before_anything_is_taken(tmp_path: Path) -> None:
+    async with Store(tmp_path):
+        with sqlite3.connect(tmp_path / FILE) as records:
+            records.execute("PRAGMA user_version=9999")
+        records.close()
+        successor = Store(tmp_path)
+        with pytest.raises(StoreFailed, match="newer gateway"):
+            await successor.check()
+
+
+async def test_a_damaged_file_is_found_before_anything_is_taken(tmp_path: Path) -> None:
+    async with Store(tmp_path):
+        pass
+    (tmp_path / FILE).write_bytes(b"nothing of SQLite" * 1000)
+    successor = Store(tmp_path)
+    with pytest.raises(StoreFailed, match="damaged"):
+        await successor.check()
