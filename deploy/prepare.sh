@@ -210,6 +210,54 @@ ensure_venv() { # VENV STAMP LOCKFILE PIP-ARGUMENTS…
   printf '%s\n' "$stamp" >"$venv/.stamp"
 }
 
+# Each version has an environment of its own, and the link `venv` says which one is in use: what runs keeps its files
+# while the next one is installed, and the one before stays, to go back to (gateway/host/environments.py).
+environment_in_use() { # STATE: prints its path, nothing where there is none
+  # without -P it would be the link's own
+  [ -x "$1/venv/bin/python" ] && (cd -P "$1/venv" && pwd -P)
+}
+
+installed_environment() { # STATE STAMP: prints the environment in which that is installed, the one in use first
+  local link folder
+  for link in venv venv.previous; do
+    folder=$(cd -P "$1/$link" 2>/dev/null && pwd -P) || continue
+    [ "$(cat "$folder/.stamp" 2>/dev/null)" = "$2" ] || continue
+    "$folder/bin/python" -c '' 2>/dev/null || continue
+    printf '%s\n' "$folder"
+    return
+  done
+}
+
+next_environment() { # STATE: prints the folder of another one: what a run that failed has left, or a new one
+  local state folder number=1
+  state=$(cd -P "$1" && pwd -P)
+  for folder in "$state"/venvs/*; do
+    [ -d "$folder" ] || continue
+    [ "${folder##*/}" -lt "$number" ] || number=$((${folder##*/} + 1))
+    [ "$folder" != "$(cd -P "$state/venv" 2>/dev/null && pwd -P)" ] || continue
+    [ "$folder" != "$(cd -P "$state/venv.previous" 2>/dev/null && pwd -P)" ] || continue
+    ! grep -q -s -F "$folder/" /proc/[0-9]*/cmdline || continue # a gateway that ends, or that quickstart left
+    printf '%s\n' "$folder"
+    return
+  done
+  printf '%s/venvs/%s\n' "$state" "$number"
+}
+
+# What is the same in both need not be fetched again.
+copy_packages() { # FROM TO LOCKFILE
+  local from=$1 to=$2 stamp packages
+  stamp="$(digest <"$3") $("$to/bin/python" -V 2>&1)"
+  [ "$(cat "$from/.packages" 2>/dev/null)" = "$stamp" ] && [ ! -f "$to/.packages" ] || return 0
+  packages=$("$to/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return 0
+  rm -rf "$packages"
+  if cp -a "$from/${packages#"$to/"}" "$packages"; then
+    printf '%s\n' "$stamp" >"$to/.packages"
+  else
+    rm -rf "$to"
+    ensure_empty_venv "$to"
+  fi
+}
+
 ensure_empty_venv() { # VENV: one with pip in it, at least
   local venv=$1
   "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && return

@@ -25,11 +25,32 @@ def settings_help() -> str:
 
 def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Take the place of the gateway that runs, as `upgrade` does."),
+    ] = False,
 ) -> None:
     """Serve until SIGTERM."""
     from gateway.server import serve as run  # only this command needs uvicorn and uvloop
 
-    run(load(), log_level=log_level)
+    run(load(), log_level=log_level, take_over=take_over)
+
+
+def upgrade(
+    back: Annotated[bool, typer.Option("--back", help="Have the version before this one take over.")] = False,
+    reload: Annotated[bool, typer.Option("--reload", hidden=True, help="As the unit's ExecReload=.")] = False,
+) -> None:
+    """Have this version take over from the gateway that runs, with the settings of now and no gap.
+
+    Clients are answered all the time; connections resume, and commands go on. If it cannot serve, the old
+    gateway goes on, and this says why.
+    """
+    from gateway.host import upgrade as upgrading
+
+    if reload:
+        upgrading.reload(load(), err.say)
+    else:
+        upgrading.upgrade(load(), out.say, back=back)
 
 
 def broker() -> None:

@@ -17,12 +17,14 @@ from gateway.cli.confirming import Failed
 from gateway.cli.loading import STYLE, Command, Group, Table, group_of
 from gateway.cli.options import PROGRAM, VARIABLE
 from gateway.errors import ExecFailed, GatewayError
+from gateway.notify import status
 from gateway.terminal import OutputClosed, err, leave, out, set_in
 from gateway_client.errors import Disconnected
 
 # in the order of `--help`; a command's module is imported when it runs
 COMMANDS: Final[Table] = {
     "serve": Command("gateway.cli.host:serve", epilog="gateway.cli.host:settings_help"),
+    "upgrade": "gateway.cli.host:upgrade",
     "broker": "gateway.cli.host:broker",
     "hold": "gateway.cli.host:hold",
     "setup": "gateway.cli.host:setup",
@@ -109,14 +111,17 @@ def run() -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         # otherwise it is a bug here; the file that it names may be a tenant's
-        for line in _wrong_settings(error) or [set_in(traceback.format_exc())]:
+        wrong = _wrong_settings(error)
+        for line in wrong or [set_in(traceback.format_exc())]:
             err.say(line)
+        status("; ".join(wrong) or f"{type(error).__name__}: {error}")
         return 1
     return 0
 
 
 def _failed(message: str, code: int = 1) -> int:
     err.say(f"incus-gateway: {set_in(message)}")
+    status(message)
     return code
 
 

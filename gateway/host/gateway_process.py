@@ -7,11 +7,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
-from gateway.host import HostError, holder_process, run
+from gateway.host import HostError, Report, holder_process, run, successor
 from gateway.host.daemon import systemd_runs
+from gateway.host.environments import Environments
 from gateway.host.local_gateway import ask
 from gateway.host.place import Place, write_private
 from gateway.settings import Settings
@@ -28,29 +30,51 @@ class GatewayProcess:
     """The gateway of one state dir: start it, find it, stop it."""
 
     def __init__(
-        self, settings: Settings, place: Place, checkout: Path, command: Path, environment: dict[str, str]
+        self,
+        settings: Settings,
+        place: Place,
+        checkout: Path | None,
+        command: Path,
+        environment: dict[str, str],
     ) -> None:
-        """`command` is the installed `incus-gateway`; `environment` holds its settings."""
+        """`command` is the installed `incus-gateway`; `environment` holds its settings.
+
+        Without a `checkout` the units are left alone.
+        """
         self.command = command
         self._settings, self._place, self._checkout = settings, place, checkout
         self._environment = environment
+        self._environments = Environments(place.root)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ensure(self, stamp: str) -> str:
+    def ensure(self, stamp: str, report: Report = lambda line: None) -> str:
         """Make sure that the gateway runs with these settings and is ready; return what was done.
 
-        A gateway started from another `stamp` is restarted. Raises `HostError`.
+        A gateway started from another `stamp` is replaced without a gap for its clients; if the new one does
+        not serve, the old one keeps running. One that cannot hand over is restarted. Raises `HostError`.
         """
         running = self.pid()
         current = self._place.stamp.read_text() if self._place.stamp.exists() else ""
         if running is not None and current == stamp:
             self._await_ready()
             return f"already running, pid {running}"
+        if running is not None and self.can_be_replaced():
+            try:
+                self.replace(Path(sys.prefix), report)
+            except HostError as error:
+                why = f"the new gateway does not start, the old one goes on: {error.message}"
+                raise HostError(why) from error
+            self._await_ready()
+            write_private(self._place.stamp, stamp)
+            return f"replaced, pid {self.pid()}"
         if running is not None:
             self._end(signal.SIGUSR1)  # its commands keep running
         self._check_port()
         self._place.stamp.unlink(missing_ok=True)
-        if systemd_runs() and os.geteuid() == 0:
+        if self._environments.holds(Path(sys.prefix)):
+            self._environments.switch(Path(sys.prefix))
+        if _as_unit():
+            self._write_units()
             self._start_unit()
         else:
             self._start_process()
@@ -58,13 +82,58 @@ class GatewayProcess:
         write_private(self._place.stamp, stamp)
         return f"{'restarted' if running is not None else 'started'}, pid {self.pid()}"
 
+    # --- another in its place -----------------------------------------------------------------------
+
+    def can_be_replaced(self) -> bool:
+        """Return whether the gateway that runs can be handed over to a successor."""
+        return successor.possible(Path(self.folders().get("GATEWAY_STATE_DIR", self._settings.state_dir)))
+
+    def replace(self, environment: Path, report: Report) -> None:
+        """Have a gateway of a Python environment take over. Raises `HostError`: then nothing has changed."""
+        old, before, previous = self.pid(), self._environments.current, self._environments.previous
+        program = environment / "bin" / "incus-gateway"
+        ours = self._environments.holds(environment)
+        if ours:
+            self._environments.switch(environment)
+        try:
+            if self._unit_pid() is not None:
+                self._write_units()
+                _reload_unit()
+            else:
+                patience = self._settings.upgrade_patience
+                log = self._place.log if self._place.pidfile.exists() else None
+                if log is not None and self._settings.runtime == "incus":
+                    holder_process.ensure(self._settings, log)
+                pid = successor.start(program, self.variables(), log, report, patience=patience)
+                if log is not None:
+                    self._place.pidfile.write_text(f"{pid}\n")
+        except BaseException:
+            if ours and before is not None:
+                self._environments.reset(before, previous)
+            raise
+        if old is not None:  # it lets its last answers out
+            self._await_end(old, self._settings.shutdown_timeout + 5.0)
+        if ours:
+            self._environments.tidy()
+
+    def back(self, report: Report) -> str:
+        """Have the version before take over again; return its place. Raises `HostError`, as `replace`."""
+        previous = self._environments.previous
+        if previous is None:
+            raise HostError("there is no version before this one: an upgrade keeps one")
+        self.replace(previous, report)
+        self._place.stamp.unlink(missing_ok=True)  # the next quickstart is to look at everything
+        return str(previous)
+
+    # --- the end ------------------------------------------------------------------------------------
+
     def stop(self) -> bool:
         """Stop the gateway; return whether it was running."""
         pid = self.pid()
-        if systemd_runs() and os.geteuid() == 0 and (UNITS / UNIT).exists():
+        if _as_unit() and (UNITS / UNIT).exists():
             run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
         self._end(signal.SIGTERM)
-        if systemd_runs() and os.geteuid() == 0 and (UNITS / HOLD).exists():
+        if _as_unit() and (UNITS / HOLD).exists():
             run(["systemctl", "disable", "--quiet", "--now", HOLD], fix=f"see: journalctl -u {HOLD}")
         holder_process.stop(self._settings)
         return pid is not None
@@ -79,12 +148,15 @@ class GatewayProcess:
                     break
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-                deadline = time.monotonic() + seconds
-                while self._is_ours(pid) and time.monotonic() < deadline:
-                    time.sleep(POLL)
+                self._await_end(pid, seconds)
         # a dying process loses its environment, by which it is recognised, shortly before it is gone
         self._reap(POLL * 100)
         self._place.pidfile.unlink(missing_ok=True)
+
+    def _await_end(self, pid: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._is_ours(pid) and time.monotonic() < deadline:
+            time.sleep(POLL)
 
     def pid(self) -> int | None:
         """Return the pid of the gateway that serves this state dir, or None.
@@ -104,7 +176,7 @@ class GatewayProcess:
 
     def last_words(self) -> str:
         """Describe where the gateway's log is; if it is a file, with its last lines."""
-        if systemd_runs() and os.geteuid() == 0:
+        if _as_unit():
             return f"see: journalctl -u {UNIT}"
         try:
             lines = [
@@ -129,7 +201,9 @@ class GatewayProcess:
         ]
         return dict(place.split("=", 1) for place in places)
 
-    def _start_unit(self) -> None:
+    def _write_units(self) -> None:
+        if self._checkout is None:
+            return
         for unit in (HOLD, UNIT):
             target = UNITS / unit
             text = (self._checkout / "deploy" / unit).read_text()
@@ -137,6 +211,8 @@ class GatewayProcess:
             if not target.exists() or target.read_text() != text:
                 target.write_text(text)
                 run(["systemctl", "daemon-reload"], fix="see: journalctl -xe")
+
+    def _start_unit(self) -> None:
         run(["systemctl", "enable", "--quiet", "--now", HOLD], fix=f"see: journalctl -u {HOLD}")
         run(["systemctl", "enable", "--quiet", UNIT], fix=f"see: journalctl -u {UNIT}")
         run(["systemctl", "restart", UNIT], fix=f"see: journalctl -u {UNIT}")
@@ -203,7 +279,7 @@ class GatewayProcess:
             ours = f"{self._place.root}/" in (UNITS / UNIT).read_text()
         except OSError:
             return None
-        if not ours or not systemd_runs() or os.geteuid() != 0:
+        if not ours or not _as_unit():
             return None
         show = ["systemctl", "show", "--property=MainPID", "--value", UNIT]
         said = subprocess.run(show, check=False, capture_output=True, text=True).stdout.strip()
@@ -218,7 +294,7 @@ class GatewayProcess:
         process = Path("/proc") / str(pid)
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if os.fsencode(self.command) not in words or b"serve" not in words:
+            if not _is_gateway(words):
                 return False
             state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
             variables = (process / "environ").read_bytes().split(b"\0")
@@ -228,8 +304,22 @@ class GatewayProcess:
         # The same command may serve another state dir, and a fork of the gateway, which has the same
         # command line, is not the gateway.
         place = next((v[18:] for v in variables if v.startswith(b"GATEWAY_STATE_DIR=")), b"")
-        return (
-            state not in "ZX"
-            and place == os.fsencode(self._place.root)
-            and os.fsencode(self.command) not in of_parent
-        )
+        return state not in "ZX" and place == os.fsencode(self._place.root) and not _is_gateway(of_parent)
+
+
+def _is_gateway(words: list[bytes]) -> bool:
+    """Return whether a command line is a gateway's, of any version: each has an environment of its own."""
+    return b"serve" in words and any(word.endswith(b"/incus-gateway") for word in words)
+
+
+def _as_unit() -> bool:
+    return systemd_runs() and os.geteuid() == 0
+
+
+def _reload_unit() -> None:
+    try:
+        run(["systemctl", "reload", UNIT], fix="")
+    except HostError as error:
+        show = ["systemctl", "show", "--property=StatusText", "--value", UNIT]
+        said = subprocess.run(show, check=False, capture_output=True, text=True).stdout.strip()
+        raise HostError(f"{said or error.message}; see: journalctl -u {UNIT}") from error

@@ -76,12 +76,18 @@ class Quickstart:
             self._step("base image", lambda: self._report(image.build(self.settings, _indented)))
         self._settle_ports()
         caddy_service.move_out(self.settings)
+        before = self.place.environment.read_text() if self.place.environment.exists() else None
         write_private(self.place.environment, format_environment(self.environment))
         served = self._served()
         if served:
             self._step("Caddy", self._caddy)
         close(self.settings)  # only now, when no Caddy of another user needs anything in it
-        self._step("gateway", lambda: self.gateway.ensure(self.stamp))
+        try:
+            self._step("gateway", lambda: self.gateway.ensure(self.stamp, _indented))
+        except HostError:
+            if before is not None and self.gateway.pid() is not None:
+                write_private(self.place.environment, before)  # of the one that goes on
+            raise
         if served:
             self._step(f"site {DOMAIN}", self._site)
         else:

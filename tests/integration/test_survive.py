@@ -461,7 +461,7 @@ async def test_quickstarts_restart_leaves_commands_and_its_stop_ends_them(
         await until(lambda: client.offsets[1] > 0)
         holder = holder_process.running(settings)
         assert holder is not None
-        assert (await asyncio.to_thread(process.ensure, "two")).startswith("restarted")
+        assert (await asyncio.to_thread(process.ensure, "two")).startswith("replaced")
         assert holder_process.running(settings) == holder
         await client.write(b"still\n")
         await until(lambda: client.offsets[1] == len(b"up\nstill\n"))

@@ -1,4 +1,4 @@
-"""The units under a real systemd: a restart leaves commands, a kill too, a stop ends them.
+"""The units under a real systemd: a restart leaves commands, a reload and a kill too, a stop ends them.
 
 The gateway runs in a container, whose first process is systemd, and speaks to the incusd of the tests
 outside. It has no host of its own there, so `setup` is left out, and commands are ended within their tenant.
@@ -26,6 +26,18 @@ HOME = "/var/lib/incus-gateway"
 LINES = "".join(f"{number}\n" for number in range(1, 141))
 COMMAND = "for i in $(seq 1 140); do echo $i; sleep 0.05; done; exit 7"
 READY = "until curl -sf 127.0.0.1:8080/readyz; do sleep 0.1; done"
+# the successor is the main process, and one that cannot serve is not
+RELOAD = """
+    before=$(systemctl show --property=MainPID --value incus-gateway)
+    systemctl reload incus-gateway && curl -sf 127.0.0.1:8080/readyz
+    after=$(systemctl show --property=MainPID --value incus-gateway)
+    [ "$before" != "$after" ] && [ "$(cat /proc/$after/comm)" = incus-gateway ] &&
+    echo 'GATEWAY_MAX_EXECS=many' >>/var/lib/incus-gateway/quickstart.env &&
+    ! systemctl reload incus-gateway && sed -i '$d' /var/lib/incus-gateway/quickstart.env &&
+    systemctl show --property=StatusText incus-gateway | grep -q GATEWAY_MAX_EXECS &&
+    [ "$after" = "$(systemctl show --property=MainPID --value incus-gateway)" ] &&
+    curl -sf 127.0.0.1:8080/readyz || exit 1
+"""
 KILL = "systemctl kill --signal=KILL incus-gateway"
 
 UNITS = f"""
@@ -104,7 +116,7 @@ async def test_a_restart_leaves_commands_and_a_stop_ends_them(
         await sh("systemctl daemon-reload; systemctl restart incus-gateway-hold incus-gateway")
         await sh(READY)
 
-        survived = await during(f"systemctl restart incus-gateway; {READY}; {KILL}")
+        survived = await during(f"{RELOAD}systemctl restart incus-gateway; {READY}; {KILL}")
         assert survived == f"{LINES}code 7\n"
         stopped = await during("systemctl stop incus-gateway")
         assert stopped.endswith("code 143\n") and LINES.startswith(stopped.removesuffix("code 143\n"))

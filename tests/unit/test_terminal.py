@@ -229,6 +229,7 @@ DEPLOY = ["deploy", "d.example", "--template", "x"]
 # by which each command is tried; those without words are of the host and show nothing that a tenant wrote
 COMMANDS: dict[str, list[list[str]]] = {
     "serve": [],
+    "upgrade": [],
     "broker": [],
     "hold": [],
     "setup": [],

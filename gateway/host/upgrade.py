@@ -1,0 +1,43 @@
+"""`incus-gateway upgrade`: replaces the gateway that runs with no gap for its clients, or changes nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from gateway.host import HostError, Report, successor
+from gateway.host.gateway_process import GatewayProcess
+from gateway.host.place import Place
+from gateway.settings import Settings
+
+
+def upgrade(settings: Settings, report: Report, *, back: bool) -> None:
+    """Have this installation take over, by the settings there are now, or with `back` the one before it.
+
+    Raises `HostError` with the reason where that does not serve: then the old gateway goes on.
+    """
+    process = GatewayProcess(settings, Place(settings.state_dir), None, _program(), {})
+    if not process.can_be_replaced():
+        raise HostError(
+            f"no gateway of {settings.state_dir} runs that could be handed over; start it: deploy/quickstart"
+        )
+    try:
+        if back:
+            report(f"back in {process.back(report)}")
+        else:
+            process.replace(Path(sys.prefix), report)
+    except HostError as error:
+        raise HostError(f"nothing has changed, the old gateway goes on: {error.message}") from error
+    report(f"replaced, pid {process.pid()}")
+
+
+def reload(settings: Settings, report: Report) -> None:
+    """Do what the unit's `ExecReload=` is for: start the successor in the unit. Raises `HostError`."""
+    if not successor.possible(settings.state_dir):
+        raise HostError("no gateway runs that could be handed over; restart the unit")
+    successor.start(_program(), os.environ, None, report, patience=settings.upgrade_patience)
+
+
+def _program() -> Path:
+    return Path(sys.executable).with_name("incus-gateway")
