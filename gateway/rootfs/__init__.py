@@ -1,12 +1,12 @@
-"""Safe access to a workspace whose every byte and name a hostile tenant controls.
+"""Safe access to a workspace in which a hostile tenant controls every byte and every name.
 
-`FilesystemRoot` names a tenant's files; `Workers` runs operations on them, each tenant's in processes of its
-own. Only the broker finds out where they are on the host.
+`FilesystemRoot` identifies a tenant's files; `Workers` runs operations on them in separate processes per
+tenant. Only the broker knows where the files are on the host.
 
-Parts: `kernel` (raw calls), `root` (safe paths), `worker` (the loop), `confine` (what a worker gives up),
+Parts: `kernel` (raw calls), `root` (safe paths), `worker` (the loop), `confine` (how a worker is confined),
 `locations` (where each tenant's files are), `broker` and `zygote` (start workers), `broker_client`, `workers`
-and `links` (the gateway's side). All but the gateway's side run inside a worker too, so nothing here imports
-more than it needs, and `Workers` is loaded when it is first asked for.
+and `links` (the gateway's side). Everything except the gateway's side also runs inside workers, so it imports
+as little as possible, and `Workers` is loaded on first use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> object:
 
 @dataclass(frozen=True, slots=True)
 class IdMap:
-    """One line of a user namespace: `size` ids from `inside` are `outside` on the host."""
+    """A line of a user namespace's map: `size` ids from `inside` on are those from `outside` on the host."""
 
     is_uid: bool
     is_gid: bool
@@ -43,9 +43,9 @@ class IdMap:
 class FilesystemRoot:
     """A tenant's files: those below `workspace`, an absolute path inside the tenant.
 
-    `state` changes when the same name means other files, or files with other ids: a worker that was opened on
-    another state is not used. `prefix` is what the tenant's own commands see before each path: empty, except
-    for `local` tenants, whose commands see the host's path.
+    `state` changes when the same name refers to different files, or to files with different ids; a worker
+    with another state is not reused. `prefix` precedes each path as the tenant's own commands see it: empty,
+    except for `local` tenants, whose commands see host paths.
     """
 
     tenant: str

@@ -1,8 +1,8 @@
-"""Binds the hardware address of a container to its port of a bridge.
+"""Bind the MAC address of a container to its port of a bridge.
 
-A bridge learns where an address lives before any filter drops the forged frame, so a tenant that takes its
-neighbour's address would draw the neighbour's traffic to itself. So its port learns nothing, and knows one
-address for good. A port is new with each start of a container.
+A bridge learns the port of an address before any filter drops the forged frame, so a tenant using its
+neighbour's address could divert the neighbour's traffic to itself. So learning is disabled on its port, which
+gets one permanent address. Each start of a container creates a new port.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _KEY: Final = re.compile(r"volatile\.(.+)\.host_name")
 # linux/rtnetlink.h, linux/neighbour.h
 _ROUTE, _NEW_NEIGHBOUR = 0, 28
 _NEIGHBOUR: Final = struct.Struct("=BxxxiHBB")
-_STATIC: Final = 0x40  # NUD_NOARP: not found out, and not forgotten
-_OF_THE_BRIDGE, _STICKY = 0x04, 0x40  # the second keeps it at its port, whoever shows it at another
+_STATIC: Final = 0x40  # NUD_NOARP: neither resolved nor expired
+_OF_THE_BRIDGE, _STICKY = 0x04, 0x40  # the second keeps the address at its port, even if seen at another
 _LINK_ADDRESS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A port of the host's, and the address of the container behind it."""
+    """A bridge port, and the MAC address of the container behind it."""
 
     name: str
     address: str
 
     def bind(self) -> bool:
-        """Bind the address to the port; say whether it was not yet. Takes root. Raises `OSError`."""
+        """Bind the address to the port; return False if it already was. Needs root. Raises `OSError`."""
         learning = _INTERFACES / self.name / "brport/learning"
         try:
-            if learning.read_text().strip() == "0":  # what is done last is done
+            if learning.read_text().strip() == "0":  # the last step is already done
                 return False
             index = socket.if_nametoindex(self.name)
             address = bytes.fromhex(self.address.replace(":", ""))
@@ -60,14 +60,14 @@ class Port:
 
 
 def ports(config: Mapping[str, Any], bridge: str) -> Iterator[Port]:
-    """Yield the ports that a running instance of that configuration has at a bridge now."""
+    """Yield the current ports of a running instance with that configuration at a bridge."""
     for key, name in config.items():
         if (device := _KEY.fullmatch(key)) is None or not _NAME.fullmatch(name):
             continue
         address = str(config.get(f"volatile.{device[1]}.hwaddr"))
         try:
             of = (_INTERFACES / name / "brport/bridge").readlink().name
-        except OSError:  # it does not run, or that is no port
+        except OSError:  # not running, or not a bridge port
             continue
         if of == bridge and _ADDRESS.fullmatch(address):
             yield Port(name, address)

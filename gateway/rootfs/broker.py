@@ -1,27 +1,26 @@
-"""Starts workers on tenants' workspaces: the one part of the file tools that needs root.
+"""Start workers on tenants' workspaces: the only part of the file tools that needs root.
 
-A small process next to the gateway. It holds no network socket and reads nothing that a tenant wrote. Over
-one unix socket it takes a few typed requests, and answers each with one JSON object and at most one
-descriptor.
+A small process beside the gateway. It has no network socket and reads nothing written by tenants. It accepts
+a few typed requests on a unix socket and answers each with one JSON object and at most one descriptor.
 
 | request | answer |
 |---|---|
 | `{"do": "spawn", …}` as `Spawn` | `{"worker": number}` and the worker's socket |
-| `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
+| `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the same folder? |
 | `{"do": "kill", "worker": n}` | `{}` once the process has ended |
-| `{"do": "tree", "tenant", "group", "step"}` | `{}`: did `process_tree.STEPS[step]` on a command's cgroup |
-| `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest, now killed; or `{}` |
-| `{"do": "reserve", "tenant"}` | `{}`: its CPU is shared between site and commands, see `reserve` |
-| `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections of which it reads nothing |
-| `{"do": "bind_ports", "tenant"}` | `{}`: its hardware address is bound to its port, see `bridge_port` |
+| `{"do": "tree", "tenant", "group", "step"}` | `{}` after `process_tree.STEPS[step]` on a command's cgroup |
+| `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest process, now killed; or `{}` |
+| `{"do": "reserve", "tenant"}` | `{}`: its CPU is divided between site and commands, see `reserve` |
+| `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections that it does not read |
+| `{"do": "bind_ports", "tenant"}` | `{}`: its MAC address is bound to its port, see `bridge_port` |
 | `{"do": "quotas"}` | `{"changed": [words]}`: the disk quotas are enforced, see `quotas` |
 
-No request carries a host path, an id or a pid: `locations` finds the files and groups of a tenant. A request
-that fails is answered by `{"error": words}` for the log, or by `{"refused": code, "message", "facts"}` for
-the client. If the broker does not run as root (the `local` runtime on a laptop), a worker is a plain child on
-the folder, and only the safe paths of `root` confine it.
+No request contains a host path, an id or a pid: `locations` finds the files and cgroups of a tenant. A failed
+request is answered by `{"error": words}` for the log, or by `{"refused": code, "message", "facts"}` for the
+client. If the broker does not run as root (the `local` runtime on a laptop), a worker is a plain child
+process, confined only by the safe paths of `root`.
 
-Workers are forks of this process, see `zygote`. By `broker_listener` it is a separate service.
+Workers are forked from this process, see `zygote`. With `broker_listener` it runs as a separate service.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
 from gateway.rootfs.worker_cgroup import WorkerCgroup
 from gateway.rootfs.zygote import Zygote, preload
 
-_AHEAD = 0.05  # seconds without a request after which a worker is forked ahead
-_KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
+_AHEAD = 0.05  # seconds without a request before a worker is forked in advance
+_KILL_WAIT = 2.0  # seconds for a killed worker to end; one in uninterruptible sleep is reaped later
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class _Child:
 
 
 class Broker:
-    """The broker's state: its workers and what it keeps for the next."""
+    """The broker: its workers and prepared ones."""
 
     def __init__(
         self,
@@ -76,10 +75,10 @@ class Broker:
         self._zygote = Zygote(connection, operations, privileged=self._privileged)
 
     def run(self) -> None:
-        """Serve until the gateway closes its end; then end every worker."""
+        """Serve until the gateway closes its end; then kill all workers."""
         preload()
         gc.collect()
-        gc.freeze()  # what is shared with the workers stays out of their collections, so pages stay shared
+        gc.freeze()  # keeps the objects shared with workers out of their collections, so pages stay shared
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
         while True:
@@ -95,7 +94,7 @@ class Broker:
                     break
                 self._reap()
                 self._serve(message)
-            except ConnectionError:  # the gateway ended without taking an answer
+            except ConnectionError:  # the gateway ended without reading an answer
                 break
         for number in list(self._children):
             self._kill(number)
@@ -154,14 +153,14 @@ class Broker:
 
     @staticmethod
     def _open(disk: Disk) -> int:
-        """Open the workspace, following no link in what is the tenant's."""
+        """Open the workspace without following links controlled by the tenant."""
         flags = os.O_DIRECTORY | os.O_CLOEXEC | (kernel.O_PATH or os.O_RDONLY)
         if disk.real and kernel.HAS_OPENAT2:
             top = kernel.openat2(kernel.AT_FDCWD, os.fsencode(disk.path), flags, kernel.RESOLVE_NO_SYMLINKS)
         else:
             top = os.open(disk.path, flags | os.O_NOFOLLOW)
         try:
-            # The folder itself must be real: the tenant owns its parents' content and may swap it.
+            # The folder itself must not be a link either: the tenant controls its parents and may swap it.
             return Root(top, "/").open_real(disk.inside, flags)
         finally:
             os.close(top)
@@ -186,7 +185,7 @@ class Broker:
         try:
             status = os.fstat(folder)
             plan = None
-            # a root of the `local` runtime owns its tenants itself: there is nobody to become
+            # root's `local` runtime owns its tenants itself, so there is no other user to become
             if self._privileged and (disk.idmap or disk.uid):
                 uid, gid = disk.outside(disk.uid, disk.gid)
                 namespace = self._namespaces.get(disk.idmap) if disk.idmap and not disk.shifted else None
@@ -209,7 +208,7 @@ class Broker:
         child = self._children.get(number)
         if child is None:
             return
-        os.kill(child.pid, signal.SIGKILL)  # still ours: only _reap takes a pid off the list
+        os.kill(child.pid, signal.SIGKILL)  # the pid cannot have been reused: only _reap removes children
         until = time.monotonic() + _KILL_WAIT
         while number in self._children and time.monotonic() < until:
             self._reap()
@@ -225,8 +224,8 @@ class Broker:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the broker. Its arguments: a socket's descriptor, the operations' module, JSON for `found_by`."""
+    """Run the broker. Arguments: a socket's descriptor, the operations' module, JSON for `found_by`."""
     descriptor, operations, told = arguments
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the gateway, which then closes the socket
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway handles ^C and then closes the socket
     connection = socket.socket(fileno=int(descriptor))
     Broker(connection, operations, found_by(orjson.loads(told))).run()

@@ -1,4 +1,4 @@
-"""The gateway's end of the broker."""
+"""The gateway's client of the broker."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gateway.rootfs.spawn import MESSAGE_MAX
 
 _log = logging.getLogger(__name__)
 
-_TIMEOUT = 10.0  # seconds of one request
+_TIMEOUT = 10.0  # seconds per request
 
-# -c, not -m: the broker's import path must be this process' own, whatever the environment says.
+# -c, not -m: the broker must use this process's import path, whatever the environment says.
 BOOT = (
     "import sys, importlib; sys.path[:] = sys.argv[1].split('\\n'); "
     "module, _, name = sys.argv[2].partition(':'); "
     "getattr(importlib.import_module(module), name)(sys.argv[3:])"
 )
 
-# by wire code
+# error classes by wire code
 REFUSALS: dict[str, type[GatewayError]] = {
     kind.code: kind
     for kind in vars(errors).values()
@@ -38,11 +38,11 @@ REFUSALS: dict[str, type[GatewayError]] = {
 
 
 class BrokerClient:
-    """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
+    """Starts the broker and sends requests to it, one at a time.
 
-    The broker is started with the first request, and again if it has died. `tenants` describes where it finds
-    them (see `gateway.rootfs.locations`). With `at`, the client connects to a broker that listens there,
-    which has its own description.
+    The broker is started with the first request, and restarted if it has died. `tenants` describes how it
+    finds tenants (see `gateway.rootfs.locations`). With `at`, the client connects to a broker that listens
+    there, which has its own description.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class BrokerClient:
                     await self._start()
 
     async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        """Send one request; return the answer and the descriptors that came with it.
+        """Send a request; return the answer and the descriptors passed with it.
 
-        Raises what the broker refuses with, and `Unavailable` if it fails or cannot be reached; then its
-        words go only to the log.
+        Raises the broker's refusals, and `Unavailable` if it fails or is unreachable; its message is then
+        only logged.
         """
         async with self._lock:
-            # A separate task that is waited for however often the caller is cancelled: its answer, with the
-            # descriptor of a tenant's worker, must not be left to the next one.
+            # A separate task, which is awaited even if the caller is cancelled: the next request must not get
+            # this one's answer with the descriptor of a tenant's worker.
             exchange = asyncio.ensure_future(self._exchange(message))
             cancelled: asyncio.CancelledError | None = None
             while not exchange.done():
@@ -97,38 +97,38 @@ class BrokerClient:
         return answer, descriptors
 
     async def on_tree(self, tenant: str, group: str, step: str) -> None:
-        """Do one of `process_tree.STEPS` on a command's cgroup, see `trees.of_command`. Raises `Unavailable`.
+        """Run one of `process_tree.STEPS` on a command's cgroup, see `process_tree.of_command`.
 
-        A cgroup that the broker does not find has ended with its container.
+        A cgroup that does not exist has ended with its container. Raises `Unavailable`.
         """
         with suppress(NotFound):
             await self.request({"do": "tree", "tenant": tenant, "group": group, "step": step})
 
     async def relieve(self, tenant: str) -> tuple[str, int] | None:
-        """Kill the biggest process of a tenant's site; return its name and bytes, None if there was none.
+        """Kill the biggest process of a tenant's site; return its name and bytes, None if there is none.
 
-        Raises `Unavailable`, and `NotFound` for a tenant that does not run.
+        Raises `Unavailable`, and `NotFound` if the tenant is not running.
         """
         answer, _ = await self.request({"do": "relieve", "tenant": tenant})
         return (str(answer["process"]), int(answer["bytes"])) if answer else None
 
     async def reserve(self, tenant: str) -> None:
-        """Keep a part of a tenant's CPU for commands, see `gateway.rootfs.reserve`. Raises as `relieve`."""
+        """Reserve part of a tenant's CPU for commands, see `gateway.rootfs.reserve`. Raises as `relieve`."""
         await self.request({"do": "reserve", "tenant": tenant})
 
     async def bind_ports(self, tenant: str) -> None:
-        """Bind a tenant's hardware address to its port, see `rootfs.bridge_port`. Raises as `relieve`."""
+        """Bind a tenant's MAC address to its port, see `rootfs.bridge_port`. Raises as `relieve`."""
         await self.request({"do": "bind_ports", "tenant": tenant})
 
     async def enforce_quotas(self) -> list[str]:
-        """Have the disk quotas enforced; return what was changed. Raises `Unavailable`."""
+        """Enforce the disk quotas; return what was changed. Raises `Unavailable`."""
         answer, _ = await self.request({"do": "quotas"})
         return [str(words) for words in answer["changed"]]
 
     async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int:
-        """Close this machine's connections to a tenant's port that it does not read; return how many.
+        """Close this host's connections to a tenant's port that the tenant does not read; return how many.
 
-        Leaves those from the ports `leave`. Raises as `relieve`.
+        Connections from the local ports `leave` are kept. Raises as `relieve`.
         """
         request = {"do": "break_off", "tenant": tenant, "port": port, "leave": [*leave]}
         answer, _ = await self.request(request)
@@ -141,12 +141,12 @@ class BrokerClient:
                 connection.send(orjson.dumps(message))
                 await self._until_readable(connection)
                 data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 1)
-                for descriptor in descriptors:  # recv_fds leaves them to children
+                for descriptor in descriptors:  # recv_fds makes them inheritable
                     os.set_inheritable(descriptor, False)
         except (OSError, TimeoutError) as error:
             await self.aclose()
             raise Unavailable("the file service did not answer; try again") from error
-        except asyncio.CancelledError:  # by the end of the loop alone
+        except asyncio.CancelledError:  # only when the loop ends
             self._hang_up()
             raise
         if not data:
@@ -203,7 +203,7 @@ class BrokerClient:
     def _hang_up(self) -> None:
         if self._socket is not None:
             if self._readable is not None:
-                # before its number is another's: the loop would serve that one by what it knows of this
+                # before the descriptor's number is reused, which would confuse the loop
                 asyncio.get_running_loop().remove_reader(self._socket)
                 _resolve(self._readable)
                 self._readable = None
@@ -211,7 +211,7 @@ class BrokerClient:
             self._socket = None
 
     async def aclose(self) -> None:
-        """End the broker and with it all workers. Idempotent."""
+        """End the broker and all its workers. Idempotent."""
         self._hang_up()
         process, self._process = self._process, None
         if process is not None:

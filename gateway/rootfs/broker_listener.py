@@ -1,6 +1,6 @@
-"""The broker as a separate service: it listens at a unix socket, and each connection gets a fork of it.
+"""The broker as a service: it listens on a unix socket and forks for each connection.
 
-Its workers end with the connection.
+A fork's workers end with its connection.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ GATEWAYS_MAX = 16  # connections: a gateway has two, its successor as many
 
 
 def listening(arguments: list[str]) -> NoReturn:
-    """Serve gateways at a unix socket until SIGTERM; only processes of root and of `uids` are answered.
+    """Serve gateways on a unix socket until SIGTERM, but only processes of root and `uids`.
 
-    The one argument is a JSON object: `path` of the socket, which gets the group `gid` and mode 0660, in a
-    folder that only root may write; `operations`, `tenants`, `uids`. Serves at most `GATEWAYS_MAX`
-    connections and closes more. Notifies systemd when it takes connections. Raises `OSError`.
+    The only argument is a JSON object: `path` of the socket, which gets the group `gid` and mode 0660, in a
+    folder writable only by root; `operations`, `tenants`, `uids`. Connections above `GATEWAYS_MAX` are
+    closed. Notifies systemd when ready. Raises `OSError`.
     """
     told = orjson.loads(arguments[0])
     path, operations, gid = str(told["path"]), str(told["operations"]), int(told["gid"])
@@ -40,7 +40,7 @@ def listening(arguments: list[str]) -> NoReturn:
     preload()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # a killed broker's
+        os.unlink(path)  # left by a killed broker
     mask = os.umask(0o177)
     listener.bind(path)
     os.umask(mask)
@@ -62,7 +62,7 @@ def listening(arguments: list[str]) -> NoReturn:
             if connection is None:
                 continue
             with connection:
-                # struct ucred: pid, uid, gid, as they were at connect(2); the kernel's word, not the peer's
+                # struct ucred: pid, uid, gid at the time of connect(2), as the kernel reports them
                 ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
                 _, uid, _ = struct.unpack("iII", ucred)
                 if uid not in served or len(children) >= GATEWAYS_MAX:
@@ -91,7 +91,7 @@ def _serve_one(
     operations: str,
     tenants: Tenants,
 ) -> NoReturn:
-    """Be the broker of one gateway, in the forked child; never return."""
+    """Run the broker of one gateway in the forked child; never returns."""
     code = 1
     try:
         listener.close()

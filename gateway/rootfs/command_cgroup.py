@@ -1,12 +1,12 @@
-"""Ends a command's tree through its cgroup, from the host.
+"""Kill a command's process tree through its cgroup, from the host.
 
-Each exec runs in a cgroup v2 of its own, made inside the container's delegated tree. Whatever its
-processes do (`setsid`, double fork, a cleared environment, a fork bomb), they stay in it, and one write
-to `cgroup.kill` ends all of them at once. A process that moves itself out, which takes the tenant's root, is
-moved back as long as its environment, its parents or its session show its command (`process_tree.catch`).
+Each exec runs in its own cgroup (v2) inside the container's delegated tree. Whatever its processes do
+(`setsid`, double fork, a cleared environment, a fork bomb), they stay in it, and one write to `cgroup.kill`
+kills all of them at once. A process that moves itself out, for which it needs the tenant's root, is moved
+back as long as its environment, its parents or its session reveal its command (`process_tree.catch`).
 
-Paths come from the kernel (`/proc/PID/cgroup`) and from names that the gateway made. A tenant cannot put
-links into cgroupfs.
+Paths come from the kernel (`/proc/PID/cgroup`) and from names chosen by the gateway. A tenant cannot create
+links in cgroupfs.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ from gateway.rootfs.process_tree import PARENT
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# seconds at most until a tree stands still; one in the middle of a slow call takes longer
+# most seconds to wait for a tree to freeze; a process in a slow system call takes longer
 _FREEZING: Final = 1.0
-_STEP: Final = 10.0  # seconds of one look or step; it takes a moment, and no other tenant waits for it
+_STEP: Final = 10.0  # seconds per step; usually instant, and no other tenant waits for it
 
-# Does one of `process_tree.STEPS` on a path: here, or by the broker where this process may not.
+# Runs one of `process_tree.STEPS` on a path: here, or through the broker if this process lacks the rights.
 Hands = Callable[[str, Path], Awaitable[None]]
 
 
 async def here(step: str, path: Path) -> None:
-    """Do a step with this process' own rights."""
+    """Run a step with this process's own rights."""
     await _look(path, process_tree.STEPS[step], path)
 
 
 async def of_init(pid: int) -> Path | None:
-    """Return the root group of the container whose first process is `pid`; None if there is none."""
+    """Return the root cgroup of the container with the init process `pid`, or None."""
     return await aside(pid, _STEP, process_tree.of_init, pid)
 
 
 async def lives(container: Path, own: str) -> list[str]:
-    """Return the groups of one gateway's lives in a container, or those that its tenant calls so."""
+    """Return the cgroups in a container named like processes of one gateway; the tenant may imitate them."""
     return await _look(container / PARENT / own, process_tree.lives, container, own)
 
 
 async def commands(container: Path, life: str) -> list[str]:
-    """Return the groups of the commands of one life, `LIFE/COMMAND`."""
+    """Return the cgroups of the commands of one gateway process, `LIFE/COMMAND`."""
     return await _look(container / PARENT / life, process_tree.commands, container, life)
 
 
 async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
-    """Work on a command's group off the loop; all work on one container's waits behind each other."""
+    """Run blocking work on a command's cgroup outside of the loop, serialised per container."""
     container = next((up for up in path.parents if up.name == PARENT), path)
     try:
         return await aside(container, _STEP, work, *given, **more)
     except TimeoutError:
         raise Timeout(
-            "the tenant's processes could not be searched in time; restart the tenant to end them"
+            "searching the tenant's processes took too long; restart the tenant to end them"
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """`killed` processes were found and ended, `survivors` are still there after the limit."""
+    """`killed` processes were found and killed, `survivors` are still running after the limit."""
 
     killed: int
     escalated: bool
@@ -77,14 +77,14 @@ class Ended:
 
 
 class CommandCgroup:
-    """One exec's cgroup, as seen from the host. `hands` does what takes root."""
+    """An exec's cgroup, as seen from the host. `hands` runs the steps that need root."""
 
     def __init__(self, path: Path, hands: Hands = here) -> None:
         self.path = path
         self._hands = hands
 
     async def reachable(self) -> bool:
-        """Tell whether we may kill through it: its tree is there, and so is it, or it has ended."""
+        """Return whether it can be used to kill: it is writable, or it is gone but its parent exists."""
         return await _look(self.path, self._reachable)
 
     def _reachable(self) -> bool:
@@ -93,16 +93,16 @@ class CommandCgroup:
         return self.path.parent.exists()
 
     async def pids(self) -> list[int]:
-        """Return the processes in it and below it."""
+        """Return the processes in the cgroup and below it."""
         return await _look(self.path, process_tree.pids, self.path)
 
     async def members(self) -> list[process_tree.Member]:
-        """Return the same as the tenant sees them, a hundred at most."""
+        """Return up to a hundred of these processes, as the tenant sees them."""
         return await _look(self.path, process_tree.members, self.path)
 
     async def kill(self, grace: float, limit: float) -> Ended:
-        """TERM to every process, `grace` seconds, then KILL; return when none is left or `limit` passed."""
-        with contextlib.suppress(Timeout):  # what is in the group is ended all the same
+        """Send TERM, after `grace` seconds KILL; return once no process is left or `limit` seconds passed."""
+        with contextlib.suppress(Timeout):  # the processes in the cgroup are killed anyway
             await self._hands("catch", self.path)
         first = await self.pids()
         seen = set(first)
@@ -120,8 +120,8 @@ class CommandCgroup:
         return Ended(killed=len(seen) - len(left), escalated=escalated, survivors=len(left))
 
     async def _terminate(self, seen: set[int]) -> None:
-        """Send TERM to all; of several none can start another meanwhile, which would not get it."""
-        if len(seen) == 1:  # mostly, and then it is not worth the milliseconds
+        """Send TERM to all processes; several are frozen first, so that no new one can miss it."""
+        if len(seen) == 1:  # the usual case, which is not worth the milliseconds of freezing
             await self._hands("terminate", self.path)
             return
         await self._hands("freeze", self.path)
@@ -130,20 +130,20 @@ class CommandCgroup:
             while monotonic() < deadline:
                 if await _look(self.path, process_tree.frozen, self.path):
                     break
-                await asyncio.sleep(0.001)  # no event loop can wait on cgroup.events
+                await asyncio.sleep(0.001)  # an event loop cannot wait on cgroup.events
             seen.update(await self.pids())
             await self._hands("terminate", self.path)
         finally:
             await self._hands("thaw", self.path)
 
     async def remove(self) -> bool:
-        """Remove the cgroup once it is empty; tell whether it is gone."""
+        """Remove the cgroup if it is empty; return whether it is gone."""
         if await _look(self.path, self.path.exists):
             await self._hands("remove", self.path)
         return not await _look(self.path, self.path.exists)
 
     async def _until_empty(self, seconds: float, seen: set[int]) -> None:
-        # no event loop can wait on cgroup.events; the kernel takes 1-5 ms to empty a killed tree
+        # an event loop cannot wait on cgroup.events; the kernel takes 1-5 ms to empty a killed tree
         deadline, pause = monotonic() + seconds, 0.001
         while (left := await self.pids()) and monotonic() < deadline:
             seen.update(left)

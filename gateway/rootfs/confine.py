@@ -1,9 +1,9 @@
-"""Confines a worker to one folder.
+"""Confine a worker to one folder.
 
-In this order, each step with what the last one left: a detached clone of the workspace's mount (nosuid,
-nodev, noexec, with the tenant's ids mapped), new mount, IPC, network and UTS namespaces with the clone as
-`/`, limits, the mapped uid of the workspace's owner without any capability, no_new_privs, Landlock where the
-kernel has it, and a seccomp filter that allows only what file work needs.
+The steps, in this order: a detached clone of the workspace's mount (nosuid, nodev, noexec, with the tenant's
+ids mapped), new mount, IPC, network and UTS namespaces with the clone as `/`, resource limits, the mapped uid
+of the workspace's owner without any capabilities, no_new_privs, Landlock if the kernel has it, and a seccomp
+filter that allows only what file operations need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gateway.rootfs import IdMap, kernel
 from gateway.rootfs.kernel import AT_EMPTY_PATH, AT_FDCWD, checked, syscall
 from gateway.rootfs.system_calls import COMPUTING, WORKER
 
-# One number on every architecture (from 424 on).
+# Same numbers on every architecture (from 424 on).
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 
@@ -46,10 +46,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a worker becomes: `folder` is its `/`, `namespace` a user namespace for the ids of its mount.
+    """How to confine a worker: `folder` becomes `/`, `namespace` is a user namespace to map its mount's ids.
 
-    `uid` and `gid` are the host's. `memory` is bytes of address space, `file` bytes of the largest file that
-    it may write. `covered` are folders below that are closed to it.
+    `uid` and `gid` are host ids. `memory` limits the address space, `file` the size of a written file, in
+    bytes. `covered` are folders that are made inaccessible.
     """
 
     folder: int
@@ -63,13 +63,13 @@ class Plan:
 
 
 class Namespaces:
-    """User namespaces that carry an id map and no process, one per distinct map, kept open."""
+    """Open user namespaces without processes, one per distinct id map."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[IdMap, ...], int] = {}
 
     def get(self, idmap: tuple[IdMap, ...]) -> int:
-        """Return the descriptor of a namespace with this map. Works whether or not a tenant runs."""
+        """Return a descriptor of a namespace with this map, whether or not a tenant is running."""
         if idmap not in self._kept:
             while len(self._kept) >= 256:
                 os.close(self._kept.pop(next(iter(self._kept))))
@@ -78,7 +78,7 @@ class Namespaces:
 
 
 def _user_namespace(idmap: tuple[IdMap, ...]) -> int:
-    """Make a user namespace by a child that only waits while its maps are written, then ends."""
+    """Create a user namespace through a child that waits until its maps are written, then exits."""
     ready_read, ready_write = os.pipe()
     done_read, done_write = os.pipe()
     pid = os.fork()
@@ -107,14 +107,14 @@ def _user_namespace(idmap: tuple[IdMap, ...]) -> int:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends."""
+    """Make the kernel kill this process when its parent ends."""
     checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
 
 
 def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
-    """Confine this process, and close its descriptors except `keep`; return the names of the layers.
+    """Confine this process and close its descriptors except `keep`; return the names of the layers.
 
-    Afterwards `/` is the workspace. Raises `OSError` if a required layer fails; the caller must end then.
+    Afterwards `/` is the workspace. Raises `OSError` if a required layer fails; then the caller must exit.
     """
     end_with_parent()
     tree = _clone(plan.folder, plan.namespace, read_only=plan.read_only)
@@ -182,7 +182,7 @@ def _enter(tree: int, covered: tuple[str, ...]) -> None:
     for path in covered:
         _cover(tree, path)
     os.chdir(over)
-    # pivot_root(".", ".") stacks the old root over the new one, so no folder for it is needed: pivot_root(2).
+    # pivot_root(".", ".") stacks the old root on the new one, so it needs no folder: pivot_root(2).
     checked(syscall(_PIVOT_ROOT[_MACHINE], b".", b"."), "pivot_root")
     checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
     os.chdir("/")
@@ -190,15 +190,15 @@ def _enter(tree: int, covered: tuple[str, ...]) -> None:
 
 
 def _cover(tree: int, path: str) -> None:
-    """Put an empty mount over a folder, so that no open reaches what is below it on this disk.
+    """Mount something empty over a folder, so that its contents on this disk cannot be opened.
 
-    The container has another disk there, so this disk's content would be read and written by mistake.
+    The container has another disk mounted there, so these contents would be read and written by mistake.
     """
     flags, real = kernel.O_PATH | os.O_DIRECTORY, kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
     try:
         folder = kernel.openat2(tree, os.fsencode(path), flags, real)
     except (FileNotFoundError, NotADirectoryError):
-        return  # the disk is not there: Incus makes the folder for it
+        return  # no disk is mounted there yet: Incus creates the folder for it
     try:
         over = f"/proc/self/fd/{folder}".encode()
         options = ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
@@ -216,9 +216,9 @@ def _close_all(keep: set[int]) -> None:
 
 
 def _hold_standard() -> None:
-    """Make the standard descriptors folders, which can be neither read nor written.
+    """Occupy the standard descriptors with folders, which can be neither read nor written.
 
-    Otherwise a library's output to standard error would go to the file that happened to get its number.
+    Otherwise a library's output to stderr would go to whichever file got that number.
     """
     while (descriptor := os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) <= 2:
         pass
@@ -235,44 +235,44 @@ def _limit(plan: Plan) -> None:
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
         resource.setrlimit(what, (value, value))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write over RLIMIT_FSIZE is then an EFBIG
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write beyond RLIMIT_FSIZE fails with EFBIG
 
 
 def _drop(uid: int, gid: int) -> None:
     for capability in range(64):
-        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # EINVAL above the kernel's last
+        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # EINVAL above the kernel's last one
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     os.setgroups([])
     os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)  # the permitted and effective capabilities go with uid 0
+    os.setresuid(uid, uid, uid)  # leaving uid 0 drops the permitted and effective capabilities
     if uid == 0:
         raise OSError(errno.EPERM, "a worker must not be root")
     checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    # A process of that uid in the container must not trace this one or read its memory.
+    # A process with this uid in the container must not trace this one or read its memory.
     checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
-    end_with_parent()  # setresuid took it away (prctl(2))
+    end_with_parent()  # setresuid has cleared it (prctl(2))
 
 
-# LANDLOCK_ACCESS_FS_*: all of ABI 3, allowed are all but executing and making devices.
+# LANDLOCK_ACCESS_FS_*: everything in ABI 3 is handled; executing and creating devices are not allowed.
 _FS_EXECUTE, _FS_READ_FILE, _FS_READ_DIR, _FS_MAKE_CHAR, _FS_MAKE_BLOCK, _FS_TRUNCATE = (
     1 << bit for bit in (0, 2, 3, 6, 11, 14)
 )
 _FS_ALL = (1 << 15) - 1
 _FS_ALLOWED = _FS_ALL & ~(_FS_EXECUTE | _FS_MAKE_CHAR | _FS_MAKE_BLOCK)
-# Of what changes nothing. Reading is left to the mounts: asked at each open, it would cost a search of all
-# files a third of its time. Truncating needs an open for writing.
+# For read-only workers. Reading is left to the mounts: checked at each open, it would cost a search of all
+# files a third of its time. Truncating requires an open for writing.
 _FS_CHANGES = _FS_ALL & ~(_FS_READ_FILE | _FS_READ_DIR | _FS_TRUNCATE)
 
 
 def _landlock(handled: int, allowed: int) -> bool:
-    """Of the `handled` kinds of access to files, allow only `allowed`, below `/`. False without Landlock.
+    """Allow only `allowed` of the `handled` kinds of file access, below `/`. False without Landlock.
 
-    Forbids TCP and signals too if the kernel can.
+    Also forbids TCP and signals if the kernel supports it.
     """
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:
         return False
-    # struct landlock_ruleset_attr grew: fs (ABI 1), net (4), scope (6)
+    # struct landlock_ruleset_attr has grown: fs (ABI 1), net (4), scope (6)
     attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = checked(syscall(_LANDLOCK_CREATE, attributes, size, 0), "landlock")
@@ -295,7 +295,7 @@ _KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 
 
 def _seccomp(allowed: Mapping[str, tuple[int | None, int | None]]) -> bool:
-    """Allow these calls and answer every other by EPERM. False on unknown architectures."""
+    """Allow these system calls and fail all others with EPERM. False on unknown architectures."""
     if _MACHINE not in _SECCOMP:
         return False
     column = 0 if _MACHINE == "x86_64" else 1

@@ -1,7 +1,7 @@
-"""Kernel calls that Python does not offer, by ctypes.
+"""System calls missing in Python, through ctypes.
 
-Constants are those of `include/uapi/linux/openat2.h`, `fcntl.h` and `mount.h`; system calls from 424 on
-have one number on every architecture.
+Constants are from `include/uapi/linux/openat2.h`, `fcntl.h` and `mount.h`; system calls from 424 on have the
+same number on every architecture.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x2, 0x
 IN_DELETE_SELF, IN_MOVE_SELF, IN_UNMOUNT, IN_Q_OVERFLOW, IN_IGNORED = 0x400, 0x800, 0x2000, 0x4000, 0x8000
 IN_ONLYDIR, IN_EXCL_UNLINK, IN_ISDIR = 0x1000000, 0x4000000, 0x40000000
 
-# A '..' that meets a rename anywhere in the tree answers EAGAIN (openat2(2)); under a hostile rename loop
-# 46 of 251 508 opens did so once and none four times.
+# A '..' that coincides with a rename anywhere in the tree fails with EAGAIN (openat2(2)); under a hostile
+# rename loop, 46 of 251 508 opens did so once and none four times.
 _ATTEMPTS = 128
 
 O_PATH: int = getattr(os, "O_PATH", 0)
@@ -36,14 +36,14 @@ _SYS_OPENAT2 = 437
 _RENAME_NOREPLACE = 1
 _INOTIFY_EVENT = struct.Struct("iIII")  # wd, mask, cookie, length of the name that follows
 
-# whether `open_nameless` can; None until it was tried
+# whether `open_nameless` works; None until tried
 _names_files: bool | None = None if hasattr(os, "O_TMPFILE") else False
 
 _libc = ctypes.CDLL(None, use_errno=True)
 syscall = _libc.syscall
 syscall.restype = ctypes.c_long
 
-# A separate prototype: the arguments of openat2 are fixed, and fixed types make the call twice as fast.
+# A separate prototype, because fixed argument types make the call twice as fast.
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.restype = ctypes.c_long
 _openat2.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
@@ -52,9 +52,9 @@ _hows: dict[tuple[int, int, int], bytes] = {}
 
 
 def openat2(directory: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int:
-    """Open `path` under `directory`, close-on-exec, and return the descriptor.
+    """Open `path` under `directory` with close-on-exec; return the descriptor.
 
-    Retries EAGAIN and EINTR. Raises `OSError` without a file name, since names are the tenant's bytes.
+    Retries EAGAIN and EINTR. Raises `OSError` without a file name, because names are the tenant's bytes.
     """
     if b"\0" in path:
         raise OSError(errno.EINVAL, "NUL in path")
@@ -87,7 +87,7 @@ HAS_OPENAT2 = _has_openat2()
 
 
 def checked(result: int, what: str) -> int:
-    """Return the result of a raw call, or raise its `OSError` with `what` as text."""
+    """Return the result of a raw call, or raise an `OSError` with `what` in its text."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -95,12 +95,12 @@ def checked(result: int, what: str) -> int:
 
 
 def settle(descriptor: int) -> None:
-    """Bring to the disk what was written to the file system of a descriptor. Raises `OSError`."""
+    """Flush writes to the file system of a descriptor. Raises `OSError`."""
     checked(_libc.syncfs(descriptor), "syncfs")
 
 
 def inotify() -> int:
-    """Return a new inotify instance, which does not block. Raises `OSError`, ENOSYS where there is none."""
+    """Return a new non-blocking inotify instance. Raises `OSError`, ENOSYS if not supported."""
     init = getattr(_libc, "inotify_init1", None)
     if init is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -108,20 +108,20 @@ def inotify() -> int:
 
 
 def inotify_add(descriptor: int, mask: int) -> int:
-    """Watch the working directory; return the number of the watch, always the same for one inode.
+    """Watch the working directory; return the watch's number, which is unique per inode.
 
-    It takes no path because the folder is entered by descriptor: `fchdir` follows no link.
+    There is no path argument, because the folder is entered by descriptor: `fchdir` follows no link.
     """
     return int(checked(_libc.inotify_add_watch(descriptor, b".", mask), "inotify_add_watch"))
 
 
 def inotify_remove(descriptor: int, watch: int) -> None:
-    """End a watch. One that ended by itself is none to the kernel, which is fine."""
+    """End a watch. An error for a watch that has already ended is ignored."""
     _libc.inotify_rm_watch(descriptor, watch)
 
 
 def inotify_events(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield watch, mask, cookie and name of each event that was read: inotify(7)."""
+    """Parse events that were read: yield watch, mask, cookie and name, see inotify(7)."""
     at = 0
     while at < len(data):
         watch, mask, cookie, length = _INOTIFY_EVENT.unpack_from(data, at)
@@ -130,9 +130,10 @@ def inotify_events(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 def start_writing(descriptor: int) -> None:
-    """Have the kernel start to write a file to its disk, if it can, without waiting for that.
+    """Make the kernel start writing a file to disk, if supported, without waiting.
 
-    ext4 does so when a new file is renamed over an old one, and the rename waits while blocks are found.
+    ext4 otherwise does so when a new file is renamed over an old one, and the rename waits for block
+    allocation.
     """
     sync = getattr(_libc, "sync_file_range", None)
     if sync is not None:
@@ -140,13 +141,13 @@ def start_writing(descriptor: int) -> None:
 
 
 def rename_new(source_folder: int, source: bytes, target_folder: int, target: bytes) -> None:
-    """Rename without replacing. Raises `OSError`, EEXIST where the target is there."""
+    """Rename without replacing. Raises `OSError`, EEXIST if the target exists."""
     rename = getattr(_libc, "renameat2", None)
     if rename is not None:
         if rename(source_folder, source, target_folder, target, _RENAME_NOREPLACE) == 0:
             return
         number = ctypes.get_errno()
-        # EINVAL: a file system without it, or a folder into itself, which the rename below tells
+        # EINVAL: not supported by the file system, or a folder into itself, which the rename below reports
         if number not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(number, os.strerror(number))
     try:
@@ -160,9 +161,9 @@ def rename_new(source_folder: int, source: bytes, target_folder: int, target: by
 def open_nameless(directory: int, flags: int, probe: str) -> int:
     """Open a new file in `directory` that has no name until `name_file` gives it one.
 
-    It goes with its last descriptor, however the process ends. Raises `OSError` if the file system does not
-    support that, or the kernel does not let us name the file (Linux before 6.10), which is tried once, with
-    the name `probe`.
+    It disappears with its last descriptor, however the process ends. Raises `OSError` if the file system does
+    not support that or the kernel does not let us name the file (Linux before 6.10), which is tested once
+    with the name `probe`.
     """
     global _names_files
     if _names_files is False:
@@ -175,23 +176,23 @@ def open_nameless(directory: int, flags: int, probe: str) -> int:
         name_file(descriptor, directory, probe)
         os.unlink(probe, dir_fd=directory)
     except OSError as error:
-        # EPERM, ENOENT: no right to; EINVAL, ENOSYS: no such call; the rest may come right another time
+        # EPERM, ENOENT: not permitted; EINVAL, ENOSYS: not supported; other errors may be temporary
         if error.errno in (errno.EPERM, errno.EACCES, errno.ENOENT, errno.EINVAL, errno.ENOSYS):
             _names_files = False
         raise
     finally:
         os.close(descriptor)
     _names_files = True
-    return os.open(".", flags, 0o600, dir_fd=directory)  # one that had a name gets no second
+    return os.open(".", flags, 0o600, dir_fd=directory)  # a file can be named only once
 
 
 def name_file(descriptor: int, directory: int, name: str) -> None:
-    """Give an open file a name, which must be free. Raises `OSError`."""
+    """Give an open file a name, which must not exist. Raises `OSError`."""
     checked(_libc.linkat(descriptor, b"", directory, os.fsencode(name), AT_EMPTY_PATH), "linkat")
 
 
 def started(pid: int) -> str:
-    """Return when a process began, in ticks: with its number its one name. Empty where it is dead."""
+    """Return a process's start time in ticks, which together with its pid is unique; empty if it is dead."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="surrogateescape") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -201,24 +202,24 @@ def started(pid: int) -> str:
 
 
 def trim_memory() -> None:
-    """Give freed heap pages back to the kernel, where the C library can."""
+    """Return freed heap pages to the kernel, if the C library supports it."""
     trim = getattr(_libc, "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-# sched_setattr(2). From 6.12 on `sched_runtime` is the slice of a normal process, ignored before.
+# sched_setattr(2). Since 6.12 `sched_runtime` is the time slice of a normal process; ignored before.
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 _SCHED_RESET_ON_FORK = 1
-_SHORT_SLICE = 100_000  # nanoseconds, the shortest that the kernel takes; its own is 3 ms on two cores
+_SHORT_SLICE = 100_000  # nanoseconds, the kernel's minimum; its default is 3 ms on two cores
 
 
 def take_turns(*, nice: int = 0, short: bool = False) -> None:
-    """Lower this thread's share by `nice`, and have it take `short` turns.
+    """Lower this thread's share by `nice`, and give it `short` time slices.
 
-    A thread with short turns runs as soon as it has something to do, before one in a long turn, without a
-    larger share: a Read next to a busy search takes as long as without it. Children do not inherit this. If
-    the kernel refuses, nothing changes.
+    A thread with short slices runs as soon as it has work, ahead of one in a long slice, without getting a
+    larger share: a Read beside a busy search takes no longer than without it. Children do not inherit this.
+    If the kernel refuses, nothing changes.
     """
     number = _SCHED_SETATTR.get(os.uname().machine)
     if sys.platform != "linux" or number is None:

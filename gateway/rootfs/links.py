@@ -1,6 +1,6 @@
-"""Runs workers that pass descriptors or send frames unasked; the gateway reads their sockets itself.
+"""Run workers that pass descriptors or send unsolicited frames; the gateway reads their sockets directly.
 
-They are separate from those of `workers`, whose calls they would hold up. One of a kind serves a tenant.
+They are separate from those of `workers`, whose calls they would delay. A tenant has one of each kind.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from gateway.rootfs.worker_connection import result_of
 from gateway.rootfs.worker_processes import WorkerProcesses
 from gateway.rootfs.workers import Workers
 
-_READ = 1 << 16  # bytes of one look at the socket
+_READ = 1 << 16  # bytes per read of the socket
 _CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_FAREWELL_TIMEOUT = 2.0  # seconds of what a worker does before it is ended
+_FAREWELL_TIMEOUT = 2.0  # seconds for a worker's last operation
 
 Reply = tuple[bytes, int | None]
 
 
 class Link:
-    """The gateway's end of one worker. Calls are answered in their order.
+    """The gateway's end of one worker. Calls are answered in order.
 
-    `told` gets the payload of each frame that answers nothing; `lost` is called once when the worker ends by
-    itself. `holds` counts its users; it stays while there are some.
+    `told` is called with the payload of each unsolicited frame, `lost` once when the worker ends by itself.
+    `holds` counts users; the worker is kept while there are any.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Link:
         self._loop.add_reader(connection, self._read)
 
     async def ready(self) -> bytes:
-        """Return the worker's first reply, which answers no call."""
+        """Return the worker's first frame, which precedes any call."""
         reply, _ = await self._first
         return reply
 
@@ -77,10 +77,10 @@ class Link:
     async def call(
         self, operation: str, arguments: dict[str, Any], timeout: float
     ) -> tuple[bytes, int | None]:
-        """Run one operation; return its reply and the descriptor that came along, now the caller's.
+        """Run an operation; return its reply and the descriptor passed with it, which the caller owns.
 
-        Closes the descriptor if the caller gave up. Raises as `Workers.call`; do not use the worker again
-        after a call that timed out.
+        If the caller has given up, the descriptor is closed. Raises as `Workers.call` does; the worker must
+        not be used after a timeout.
         """
         if self.closed:
             raise Unavailable("the file worker ended; try again")
@@ -94,7 +94,7 @@ class Link:
                 answer, descriptor = await reply
         except TimeoutError:
             self._end()
-            raise Timeout("the file operation took too long and was ended") from None
+            raise Timeout("the file operation took too long and was stopped") from None
         try:
             return result_of(operation, answer), descriptor
         except GatewayError:
@@ -118,7 +118,7 @@ class Link:
 
     def _read(self) -> None:
         try:
-            # not socket.recv_fds, which leaves its flags out: children would inherit what comes
+            # not socket.recv_fds, which ignores its flags, so that children would inherit the descriptors
             data, ancillary, _, _ = self._socket.recvmsg(_READ, socket.CMSG_SPACE(4 * 4), _CLOSE_ON_EXEC)
         except (BlockingIOError, InterruptedError):
             return
@@ -127,7 +127,7 @@ class Link:
         for level, kind, passed in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._passed.extend(array("i", passed[: len(passed) - len(passed) % 4]))
-        # More than one for each reply is what no worker of ours passes: they would take this process' own.
+        # A proper worker passes at most one per reply; more could exhaust this process's descriptors.
         if not data or len(self._passed) > len(self._waiting):
             self._end()
             return
@@ -157,12 +157,12 @@ class Link:
             self._lost()
 
     def close(self) -> None:
-        """Let go of the socket, which ends the worker. Idempotent."""
+        """Close the socket, which ends the worker. Idempotent."""
         if self.closed:
             return
         self.closed = True
         self._loop.remove_reader(self._socket)
-        if self._sending.locked():  # this wakes the sender, which closes: the loop still has the descriptor
+        if self._sending.locked():  # wake the sender, which closes it: the loop still uses the descriptor
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         else:
@@ -173,16 +173,16 @@ class Link:
             reply = self._waiting.popleft()
             if not reply.done():
                 reply.set_exception(Unavailable("the file worker ended during the call; try again"))
-                reply.exception()  # retrieved, or asyncio would log it
+                reply.exception()  # mark as retrieved, or asyncio logs it
 
 
 class Links:
-    """The links of one kind, `loop`, at most one of a tenant. Use as an async context manager.
+    """The links of one kind, `loop`, at most one per tenant. An async context manager.
 
-    At most `maximum` run; an unused one makes room, else a new one is `RateLimited`. An unused one ends after
-    `idle` seconds. `told` gets tenant and payload of unasked frames, `lost` the tenant whose worker ended by
-    itself. `farewell` is an operation that a worker does before we end it. With `search` they run with lower
-    priority than others.
+    At most `maximum` run; an unused one makes room, otherwise a new one is refused with `RateLimited`. An
+    unused one ends after `idle` seconds. `told` is called with tenant and payload of unsolicited frames,
+    `lost` with the tenant whose worker ended by itself. `farewell` is an operation a worker runs before it is
+    ended. With `search`, workers have a lower priority.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Links:
         await self._processes.ended()
 
     async def get(self, root: FilesystemRoot) -> Link:
-        """Return the tenant's link, a new one where there is none or where its workspace is another."""
+        """Return the tenant's link, a new one if there is none or its workspace was replaced."""
         lock = self._locks.setdefault(root.tenant, asyncio.Lock())
         async with lock:
             link = self._links.get(root.tenant)
@@ -238,11 +238,11 @@ class Links:
             return link
 
     def current(self, tenant: str) -> Link | None:
-        """Return the tenant's link, if it has one."""
+        """Return the tenant's link, or None."""
         return self._links.get(tenant)
 
     async def recheck(self, tenant: str, root: FilesystemRoot) -> bool:
-        """Tell whether a tenant's link, if it has one, still serves its workspace; end it else."""
+        """Return whether a tenant's link, if any, still serves its workspace; if not, end it."""
         link = self._links.get(tenant)
         if link is None:
             return True
@@ -287,13 +287,13 @@ class Links:
         self._processes.end(link, last)
 
     def end(self, tenant: str) -> None:
-        """End a tenant's worker, if it has one, without waiting for that; `lost` is not called."""
+        """End a tenant's worker, if any, without waiting; `lost` is not called."""
         link = self._links.get(tenant)
         if link is not None:
             self._drop(link)
 
     async def ended(self) -> None:
-        """Return once the workers that were ended are gone."""
+        """Wait until ended workers are gone."""
         await self._processes.ended()
 
     def _sweep(self) -> None:

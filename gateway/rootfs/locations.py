@@ -1,8 +1,8 @@
-"""Finds the tenants, their files on the host, and their control groups.
+"""Find tenants, their files on the host, and their cgroups.
 
-The broker trusts no request about that. A request names a tenant; incusd itself says what is opened, and with
-which ids, for an instance that carries our mark. For the `local` runtime it is a folder in the one folder of
-all tenants. Errors are for clients: they name no path of the host.
+The broker does not trust requests for this. A request only names a tenant; incusd decides what is opened, and
+with which ids, for an instance with our mark. For the `local` runtime it is a folder within the folder of all
+tenants. Errors are meant for clients and contain no host paths.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
 
-if TYPE_CHECKING:  # a broker has no use for the settings, which take it long to load
+if TYPE_CHECKING:  # a broker does not need the settings, which are slow to load
     from gateway.settings import Settings
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
 
-_INCUS_TIMEOUT = 5.0  # seconds, less than a gateway waits for an answer; it takes milliseconds
+_INCUS_TIMEOUT = 5.0  # seconds, less than a gateway waits for an answer; usually milliseconds
 _ANSWER_MAX = 4 << 20  # bytes of an instance
-_GROUP_AGE = 60.0  # seconds after which incusd is asked again whether a running instance is still ours
+_GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
 _NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # an instance's, see Incus's shared/validate
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
@@ -43,9 +43,9 @@ _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
 class Disk:
     """The disk of a workspace. `path` is trusted; `inside` is the tenant's path below it, "" for none.
 
-    `uid` and `gid` are the workspace's user inside, `idmap` the tenant's user namespace; empty if there is
-    none. On disk, files carry ids of the inside, or of the outside where `shifted`. `covered` are the folders
-    below the workspace, relative to it, over which the tenant has other disks, which are not served. With
+    `uid` and `gid` are the workspace's user inside the tenant, `idmap` is the tenant's user namespace, empty
+    if it has none. On disk, files have inside ids, or outside ids if `shifted`. `covered` are folders
+    relative to the workspace over which the tenant has mounted other disks, which are not served. With
     `real`, no part of `path` may be a link.
     """
 
@@ -60,7 +60,7 @@ class Disk:
     real: bool = False
 
     def outside(self, uid: int, gid: int) -> tuple[int, int]:
-        """Return the host's ids of a process that is `uid`:`gid` inside. Raises `ValueError` if unmapped."""
+        """Return the host ids of `uid`:`gid` inside the tenant. Raises `ValueError` if unmapped."""
         if not self.idmap:
             return uid, gid
         return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)
@@ -73,20 +73,20 @@ class Disk:
 
 
 class Tenants(Protocol):
-    """Where a broker finds its tenants. Raises `NotFound` for what is none, `Unavailable`."""
+    """Locates a broker's tenants. Methods raise `NotFound` for other names, and `Unavailable`."""
 
     def disk(self, tenant: str, workspace: str) -> Disk: ...
 
     def group(self, tenant: str) -> Path:
-        """Return the control group (v2) of a running tenant's container."""
+        """Return the cgroup (v2) of a running tenant's container."""
         ...
 
     def network(self, tenant: str) -> tuple[int, str]:
-        """Return a process in the network of a running tenant's container, and its IPv4 address there."""
+        """Return a process in the network namespace of a running tenant, and the tenant's IPv4 address."""
         ...
 
     def ports(self, tenant: str) -> Sequence[Port]:
-        """Return the ports of the tenants' bridge behind which a tenant's container is now."""
+        """Return a tenant's current ports of the tenants' bridge."""
         ...
 
     def quotas(self) -> Quotas | None:
@@ -96,9 +96,9 @@ class Tenants(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Tenants that are folders: `home`/TENANT/`below` is a tenant's `/`, with its files' owner.
+    """Tenants as folders: `home`/TENANT/`below` is a tenant's `/`; its owner owns the files.
 
-    With `idmap`, the workspace's user is `uid` inside, and files have the ids of the inside.
+    With `idmap`, the workspace's user is `uid` inside, and files have inside ids.
     """
 
     home: str
@@ -107,7 +107,7 @@ class Folders:
     idmap: tuple[IdMap, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments by which another process makes an equal one, see `found_by`."""
+        """Return a description from which `found_by` makes an equal object in another process."""
         lines = [[m.is_uid, m.is_gid, m.inside, m.outside, m.size] for m in self.idmap]
         return {"kind": "folders", "home": self.home, "below": self.below, "uid": self.uid, "idmap": lines}
 
@@ -123,7 +123,7 @@ class Folders:
         return Disk(path, _relative(workspace), uid, gid, self.idmap)
 
     def group(self, tenant: str) -> Path:
-        raise NotFound("a tenant without a container has no control group")
+        raise NotFound("a tenant without a container has no cgroup")
 
     def network(self, tenant: str) -> tuple[int, str]:
         raise NotFound("a tenant without a container has no network")
@@ -136,10 +136,10 @@ class Folders:
 
 
 class Instances:
-    """Tenants that are containers of one Incus project; incusd is asked each time, by GET alone.
+    """Tenants as containers of one Incus project; incusd is queried each time, only by GET.
 
-    Only `workspace` is served, to its owner `uid`. `socket_path` is incusd's, in whose folder its pools lie.
-    `bridge` and `pool` are those of the tenants.
+    Only `workspace` is served, as its owner `uid`. `socket_path` is incusd's; its folder also contains the
+    pools. `bridge` and `pool` are those of the tenants.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Instances:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments by which another process makes an equal one, see `found_by`."""
+        """Return a description from which `found_by` makes an equal object in another process."""
         return {
             "kind": "incus",
             "socket": self._socket,
@@ -181,7 +181,7 @@ class Instances:
     def disk(self, tenant: str, workspace: str) -> Disk:
         if workspace != self._workspace:
             raise Unavailable(
-                "this is not the workspace that the broker serves: give both the same GATEWAY_WORKSPACE"
+                "the broker serves a different workspace: set the same GATEWAY_WORKSPACE for both"
             )
         instance = self._instance(tenant)
         config = instance["config"]
@@ -196,7 +196,7 @@ class Instances:
         inside = _relative(workspace[len(above.rstrip("/")) :])
         if above == "/":
             path = f"{self._pools}/{_part(device['pool'])}/containers/{self._folder(tenant)}/rootfs"
-            # an empty last idmap means that the kernel maps ids at the mount: the disk holds them unshifted
+            # an empty last idmap means that the kernel maps ids at the mount, so they are unshifted on disk
             shifted, real = bool(_idmap(config.get("volatile.last_state.idmap"))), False
         elif device.get("pool"):
             path, shifted = self._volume(tenant, name, device)
@@ -204,23 +204,23 @@ class Instances:
         else:
             path, shifted, real = device.get("source", ""), device.get("shift") not in ("true", "1"), True
             if not path.startswith("/"):
-                raise _unsupported(tenant, name, "is no folder of the host")
+                raise _unsupported(tenant, name, "is not a folder of the host")
         return Disk(path, inside, self._uid, self._uid, idmap, shifted, read_only, covered, real)
 
     def _volume(self, tenant: str, name: str, device: Mapping[str, str]) -> tuple[str, bool]:
-        """Return where a device's custom volume lies, and whether its ids are shifted on disk."""
+        """Return the path of a device's custom volume, and whether ids are shifted on disk."""
         pool, source = _part(device["pool"]), device.get("source", "")
         if not _PART.fullmatch(source):
-            raise _unsupported(tenant, name, "is a part of a volume")
+            raise _unsupported(tenant, name, "is only part of a volume")
         volume = self._get(f"/1.0/storage-pools/{quote(pool)}/volumes/custom/{quote(source)}")
         config = (volume or {}).get("config") or {}
         if volume is None or volume.get("content_type") != "filesystem":
-            raise _unsupported(tenant, name, "is no volume of files")
+            raise _unsupported(tenant, name, "is not a filesystem volume")
         if config.get("security.unmapped") in ("true", "1"):
-            raise _unsupported(tenant, name, "is a volume without a map of ids")
+            raise _unsupported(tenant, name, "is a volume without an id map")
         path = f"{self._pools}/{pool}/custom/{_part(volume['project'])}_{source}"
         if not os.path.isdir(path):
-            raise _unsupported(tenant, name, "is not mounted on the host, or not on this one")
+            raise _unsupported(tenant, name, "is not mounted on this host")
         return path, bool(_idmap(config.get("volatile.idmap.last")))
 
     def group(self, tenant: str) -> Path:
@@ -229,22 +229,22 @@ class Instances:
             return known.path
         pid = int((self._instance(tenant, "recursion=1").get("state") or {}).get("pid") or 0)
         path, began = process_tree.of_init(pid) if pid > 0 else None, started(pid)
-        # LXC's name for it: what took the number of a container that has just ended is none of ours
+        # LXC's name of the cgroup, in case the pid of a container that has just ended was reused
         wanted = re.compile(rf"lxc\.payload\.{re.escape(self._folder(tenant))}(-\d+)?")
         if path is None or not began or not wanted.fullmatch(path.name):
-            raise NotFound(f"tenant {tenant} does not run")
+            raise NotFound(f"tenant {tenant} is not running")
         if len(self._groups) >= _GROUPS_MAX:
             self._groups.clear()
         self._groups[tenant] = _Group(path, pid, began, time.monotonic() + _GROUP_AGE)
         return path
 
     def network(self, tenant: str) -> tuple[int, str]:
-        self.group(tenant)  # it runs, and is ours
+        self.group(tenant)  # checks that it is running and ours
         devices = self._instance(tenant)["expanded_devices"].values()
         nics = (device.get("ipv4.address", "") for device in devices if device.get("type") == "nic")
         address = next(filter(None, nics), None)
         if address is None:
-            raise NotFound(f"tenant {tenant} has no address of its own")
+            raise NotFound(f"tenant {tenant} has no fixed address")
         return self._groups[tenant].pid, str(address)
 
     def ports(self, tenant: str) -> Sequence[Port]:
@@ -257,7 +257,7 @@ class Instances:
         return tenant if self._project == "default" else f"{self._project}_{tenant}"
 
     def _instance(self, tenant: str, query: str = "") -> dict[str, Any]:
-        """Return an instance of ours. Raises `NotFound` for another's as for one that is not there."""
+        """Return an instance that is a tenant. Raises `NotFound` for all others, existing or not."""
         found = None
         if _NAME.fullmatch(tenant):
             found = self._get(f"/1.0/instances/{quote(tenant)}", query)
@@ -266,7 +266,7 @@ class Instances:
         return found
 
     def _get(self, path: str, query: str = "") -> dict[str, Any] | None:
-        """Ask incusd; None if there is no such object. Raises `Unavailable`."""
+        """Query incusd; None if the object does not exist. Raises `Unavailable`."""
         connection = _Connection(self._socket)
         try:
             connection.request("GET", f"{path}?project={quote(self._project, safe='')}&{query}")
@@ -275,11 +275,11 @@ class Instances:
             if response.status == 404:
                 return None
             if response.status != 200:
-                raise Unavailable("Incus refused to say where the tenant's files are")
+                raise Unavailable("Incus refused to locate the tenant's files")
             metadata: dict[str, Any] = said["metadata"]
             return metadata
         except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
-            raise Unavailable("Incus cannot be asked where the tenant's files are; is it running?") from error
+            raise Unavailable("cannot ask Incus where the tenant's files are; is it running?") from error
         finally:
             connection.close()
 
@@ -293,7 +293,7 @@ class _Group:
 
 
 class _Connection(http.client.HTTPConnection):
-    """One request to a unix socket."""
+    """An HTTP connection to a unix socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__("incus", timeout=_INCUS_TIMEOUT)
@@ -306,7 +306,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def found_by(told: Mapping[str, Any]) -> Tenants:
-    """Make what `told` describes. Raises `KeyError`, `ValueError`."""
+    """Create the object described by `told`. Raises `KeyError`, `ValueError`."""
     if told["kind"] == "incus":
         names = ("socket", "project", "workspace", "uid", "bridge", "pool")
         return Instances(*(told[name] for name in names))
@@ -315,8 +315,8 @@ def found_by(told: Mapping[str, Any]) -> Tenants:
 
 
 def is_tenant(instance: Mapping[str, Any]) -> bool:
-    """Tell whether an instance, as Incus shows it, is a tenant: a container with the mark."""
-    # one that is just being made has no expanded configuration yet
+    """Return whether an instance, as reported by Incus, is a tenant: a container with our mark."""
+    # an instance being created has no expanded configuration yet
     expanded = instance.get("expanded_config") or {}
     return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
 
@@ -329,7 +329,7 @@ def _idmap(text: str | None) -> tuple[IdMap, ...]:
 
 
 def _mounts(devices: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, Mapping[str, str]]]:
-    """Return the disks that a container sees, as name and device by their paths inside."""
+    """Return the names and devices of a container's disks by their paths inside."""
     return {
         "/" + _relative(os.path.normpath(device["path"])): (name, device)
         for name, device in devices.items()
@@ -347,7 +347,7 @@ def _relative(path: str) -> str:
 
 def _part(name: object) -> str:
     if not isinstance(name, str) or not _PART.fullmatch(name) or name in (".", ".."):
-        raise Unavailable("Incus named a storage of an unknown kind")
+        raise Unavailable("Incus reported a storage name of an unknown kind")
     return name
 
 

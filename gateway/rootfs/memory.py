@@ -1,10 +1,10 @@
-"""Measures by its control groups how short of memory a container is, and ends its site's biggest process.
+"""Measure how short of memory a container is from its cgroups, and kill its site's biggest process.
 
-A container that reads its own pages back from the disk again and again ("thrashes") is never out of memory
-to the kernel: no process is killed. It shows in the stall times of `memory.pressure` (PSI), which the v2 tree
-of a hybrid host has too, and in the refaults of `memory.stat`; without PSI the refaults alone tell.
+A container that keeps reading its own pages back from the disk ("thrashes") is never out of memory for the
+kernel, so no process is killed. It shows in the stall times of `memory.pressure` (PSI), which the v2 tree of
+a hybrid host has too, and in the refaults of `memory.stat`; without PSI only the refaults show it.
 
-Looking takes no root; `relieve` does.
+Measuring needs no root; `relieve` does.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from gateway.rootfs import process_tree
 from gateway.rootfs.kernel import started
 from gateway.rootfs.worker_cgroup import controller_mount
 
-SITE: Final = "system.slice/site.service"  # the site's unit, as systemd calls its group
+SITE: Final = "system.slice/site.service"  # the cgroup of the site's unit
 
-_TEXT: Final = 16 << 10  # bytes of a file of the kernel's
-_LINES: Final = 256  # bytes that hold the stall times, or some process ids
-_LOOKED_AT: Final = 2000  # processes of a container; it may have a few hundred
+_TEXT: Final = 16 << 10  # most bytes of a kernel file
+_LINES: Final = 256  # enough bytes for the stall times, or some pids
+_LOOKED_AT: Final = 2000  # most processes to examine; a container may have a few hundred
 _MEMORY: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?memory(?:,[a-z_,]*)?:(/.*)$", re.MULTILINE)
 _TOTAL: Final = re.compile(rb"^some .*\btotal=(\d{1,20})$", re.MULTILINE)
 _NAME: Final = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
-# as the host sees it, as its container does, and further inside
+# pids as seen by the host, by the container, and by any nested namespaces
 _INNER: Final = re.compile(rb"^NSpid:\t\d+\t(\d{1,10})", re.MULTILINE)
 _RESIDENT: Final = re.compile(rb"^VmRSS:\s*(\d{1,15}) kB", re.MULTILINE)
-_STATUS: Final = 1 << 20  # bytes of a process' status, which lists its groups of users
-_UNLIMITED: Final = 1 << 60  # bytes from which a limit is none
+_STATUS: Final = 1 << 20  # bytes of a process's status, which lists its supplementary groups
+_UNLIMITED: Final = 1 << 60  # bytes; a limit from here on means no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a container's counters are: its group in the v2 tree, and in that of v1's memory, if any."""
+    """A container's cgroups: in the v2 tree, and in v1's memory hierarchy, if any."""
 
     unified: Path
     memory: Path | None
@@ -51,10 +51,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The counters of a group at one moment: `stalled` in seconds, None if the kernel does not count it.
+    """A cgroup's counters at one moment. `stalled` is in seconds, None if the kernel does not measure it.
 
-    `refaults` are pages that had been dropped and were read back, `usage` and `limit` bytes, `limit` None for
-    none. `ended` counts processes that the kernel killed.
+    `refaults` counts dropped pages that were read back. `usage` and `limit` are in bytes; `limit` is None if
+    there is none. `ended` counts processes killed by the kernel.
     """
 
     at: float
@@ -67,14 +67,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process by the name that it gave itself, and the bytes that it holds in memory."""
+    """A process by its own name, and its resident memory in bytes."""
 
     name: str
     bytes: int
 
 
 def place(init: int) -> Place | None:
-    """Return where the counters of a container are, by its first process; None if it has none."""
+    """Return the cgroups of a container by its init pid, None if there are none."""
     unified = process_tree.of_init(init)
     if unified is None or not unified.is_dir():
         return None
@@ -91,7 +91,7 @@ def _memory_mount() -> str | None:
 
 
 def text(path: str, limit: int = _TEXT) -> bytes:
-    """Return the first bytes of a file of the kernel's; none where its group or process is gone.
+    """Return the first bytes of a kernel file, b"" if its cgroup or process is gone.
 
     Hundreds are read at each check, so this avoids Python's file objects.
     """
@@ -111,10 +111,10 @@ def text(path: str, limit: int = _TEXT) -> bytes:
 
 
 class KernelFile:
-    """A small file of the kernel that is read again and again, by a descriptor that stays open.
+    """A small kernel file that is read repeatedly through a descriptor kept open.
 
-    Opening it costs several times what reading does. If its group was created again, such as that of a unit
-    that was restarted, the file is opened again. The descriptor is closed with the object.
+    Opening costs several times as much as reading. If the cgroup was recreated, such as that of a restarted
+    unit, the file is reopened. The descriptor is closed with the object.
     """
 
     __slots__ = ("_descriptor", "_path")
@@ -126,11 +126,11 @@ class KernelFile:
         self._close()
 
     def read(self) -> bytes:
-        """Return its first line or two; nothing if its group is gone."""
+        """Return its first line or two, b"" if its cgroup is gone."""
         if self._descriptor >= 0:
             try:
                 return os.pread(self._descriptor, _LINES, 0)
-            except OSError:  # ENODEV: the group is not there any more
+            except OSError:  # ENODEV: the cgroup no longer exists
                 self._close()
         try:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -145,23 +145,23 @@ class KernelFile:
 
 
 def stalls(of: Place) -> KernelFile:
-    """Return the file that says how long processes of a group waited for memory; see `waited`."""
+    """Return the file with the time that processes of a cgroup waited for memory; see `waited`."""
     return KernelFile(f"{of.unified}/memory.pressure")
 
 
 def waited(said: bytes) -> float | None:
-    """Return the seconds in which some process of a group waited for memory; None if it is not counted."""
+    """Parse the seconds in which some process waited for memory, None if not measured."""
     found = _TOTAL.search(said)
     return None if found is None else int(found[1]) / 1e6
 
 
 def stalled(of: Place) -> float | None:
-    """Return the seconds in which some process of a group waited for memory; None if it is not counted."""
+    """Return the seconds in which some process of a cgroup waited for memory, None if not measured."""
     return waited(text(f"{of.unified}/memory.pressure"))
 
 
 def sample(of: Place) -> Sample | None:
-    """Return a group's counters; None if it is gone, or has none of its own."""
+    """Return a cgroup's counters, None if it is gone or has no counters of its own."""
     now = time.monotonic()
     if of.memory is None:
         facts = _facts(text(f"{of.unified}/memory.stat"))
@@ -182,17 +182,17 @@ def sample(of: Place) -> Sample | None:
 
 
 def biggest(of: Place) -> Process | None:
-    """Return the process of a container that holds most memory; None if it has none."""
+    """Return a container's process with the most memory, None if it has no processes."""
     found = _biggest(process_tree.pids(of.unified))
     return None if found is None else found[1]
 
 
 def relieve(container: Path) -> Process | None:
-    """Kill the biggest process of a container's site, and return it; None if it has none. Takes root.
+    """Kill the biggest process of a container's site and return it, None if there is none. Needs root.
 
-    Considers only the group of the site's unit, so never a command, and never the container's first process,
-    wherever its root has put that. A pid that was reused is not touched: the process is held by a pidfd
-    before it is checked again.
+    Only processes in the cgroup of the site's unit are considered, so never a command, and never the
+    container's init, wherever its root has moved it. A reused pid is safe: the process is held by a pidfd and
+    then checked again.
     """
     group = container / SITE
     found = _biggest(process_tree.pids(group))
@@ -202,7 +202,7 @@ def relieve(container: Path) -> Process | None:
     try:
         held = os.pidfd_open(pid)
     except OSError:
-        return None  # it has ended
+        return None  # it has already ended
     try:
         if started(pid) != began or pid not in process_tree.pids(group):
             return None
@@ -221,7 +221,7 @@ def _biggest(pids: list[int]) -> tuple[int, Process, str] | None:
         try:
             status = part(f"/proc/{pid}/status", _STATUS)
         except OSError:
-            continue  # it has ended
+            continue  # it has already ended
         resident, name, inner = _RESIDENT.search(status), _NAME.search(status), _INNER.search(status)
         if resident is None or name is None or inner is None or int(inner[1]) == 1 or not began:
             continue
@@ -232,7 +232,7 @@ def _biggest(pids: list[int]) -> tuple[int, Process, str] | None:
 
 
 def _facts(said: bytes) -> dict[str, int]:
-    """Return the numbers of a file with a name and a number a line; other lines are left out."""
+    """Parse lines of a name and a number; other lines are ignored."""
     facts = {}
     for line in said.splitlines():
         name, _, number = line.partition(b" ")
@@ -242,7 +242,7 @@ def _facts(said: bytes) -> dict[str, int]:
 
 
 def _sum(facts: dict[str, int], name: str) -> int:
-    """Return a counter that newer kernels (5.9) have apart for files and anonymous memory."""
+    """Return a counter that newer kernels (5.9) split into files and anonymous memory."""
     return facts.get(name, 0) + facts.get(f"{name}_file", 0) + facts.get(f"{name}_anon", 0)
 
 

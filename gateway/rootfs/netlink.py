@@ -1,4 +1,4 @@
-"""Asks the Linux kernel by netlink(7): one request, and all of its answer."""
+"""Requests to the Linux kernel through netlink(7)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Final
 
 # linux/netlink.h
 REQUEST, ACK, DUMP, CREATE, REPLACE = 1, 4, 0x300, 0x400, 0x100
-ATTRIBUTE: Final = struct.Struct("=HH")  # its length with this, its kind
+ATTRIBUTE: Final = struct.Struct("=HH")  # length including this header, kind
 _ERROR, _DONE = 2, 3
 _HEADER: Final = struct.Struct("=IHHII")
-_WAIT: Final = 5.0  # seconds for the kernel; it takes a millisecond
-_FRAME: Final = 1 << 18  # bytes of one answer; the kernel's are of 32 KiB at most
+_WAIT: Final = 5.0  # seconds for an answer, which takes a millisecond
+_FRAME: Final = 1 << 18  # bytes of one answer; the kernel's have at most 32 KiB
 
 
 def asked(protocol: int, kind: int, flags: int, message: bytes) -> Iterator[memoryview]:
-    """Ask the kernel, and yield the messages that it answers. Raises `OSError`."""
+    """Send a request and yield the messages of the kernel's answer. Raises `OSError`."""
     if sys.platform != "linux":
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, protocol) as own:

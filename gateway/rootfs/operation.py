@@ -1,7 +1,7 @@
-"""An operation of a worker: its type, the values that it is given, and their limits.
+"""Operations of workers: their type, arguments and limits.
 
-The room that owns the semantics (`gateway.tools`) fills a module with `OPERATIONS`; a broker is started with
-that module's name, so this room imports nothing of it.
+The package that implements them (`gateway.tools`) has a module with `OPERATIONS`. A broker is started with
+that module's name, so this package imports nothing from there.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, Final
 
 from gateway.rootfs.root import DEPTH_MAX, Root
 
-SCAN: Final = "scan"  # the operation that names what holds a pattern, for a share of the folders
-SCANNED: Final = b"+"  # what its reply begins with, unless that is to be found out in another way
-NAMED_MAX: Final = 8 << 20  # bytes of names that a search of a large tree goes on with
+SCAN: Final = "scan"  # the operation that lists files containing a pattern, for a share of the folders
+SCANNED: Final = b"+"  # prefix of its reply, unless the search has to be done in another way
+NAMED_MAX: Final = 8 << 20  # bytes of names with which a search of a large tree continues
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one call, as in the settings of the same names: bytes, entries, seconds."""
+    """Limits of one call, as in the settings with the same names: bytes, entries, seconds."""
 
     read_max: int = 256 << 10
     write_max: int = 8 << 20
@@ -39,7 +39,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """What an operation works on."""
+    """The workspace of an operation, and its limits."""
 
     root: Root
     limits: Limits
@@ -47,13 +47,13 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Passing:
-    """A reply that takes an open descriptor along; the worker closes its own once it was passed."""
+    """A reply with an open descriptor; the worker closes its own once it has been passed."""
 
     reply: bytes
     descriptor: int
 
 
-# Takes the arguments of one call and returns the whole reply. May raise GatewayError.
+# Receives the arguments of a call and returns the whole reply. May raise GatewayError.
 Operation = Callable[[Workspace, dict[str, Any]], bytes | Passing]
-# What a worker does instead of answering calls until the gateway closes the socket.
+# Runs instead of answering calls, until the gateway closes the socket.
 Loop = Callable[[socket.socket, Workspace], None]

@@ -1,4 +1,4 @@
-"""Names and paths as text: what a client's path names, and how a tenant's name is shown."""
+"""Names and paths as text: resolve a client's path, display a tenant's names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from gateway.errors import InvalidParams, OutsideWorkspace
 
 NAME_MAX = 255  # bytes of one name, limits.h
-PATH_MAX = 4000  # bytes of one path; the kernel's own limit is 4096 with its final NUL
-TEMPORARY = ".gateway-"  # how the names of our unfinished files begin
+PATH_MAX = 4000  # bytes of one path; the kernel's limit is 4096 with the final NUL
+TEMPORARY = ".gateway-"  # prefix of our temporary files
 _UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
 
 
 def show(name: str) -> str:
-    """Return a tenant's name as printable, JSON-safe text: controls and invalid UTF-8 are escaped."""
+    """Return a tenant's name as printable text: control characters and invalid UTF-8 are escaped."""
     if name.isprintable():  # surrogates and controls are not
         return name
     out = []
@@ -29,15 +29,15 @@ def show(name: str) -> str:
 
 
 def unfinished(name: str) -> bool:
-    """Tell whether a name is one that only we give; others that begin so are the tenant's own."""
+    """Return whether a name is one of our temporary files; others with the prefix are the tenant's own."""
     return name.startswith(TEMPORARY) and _UNFINISHED.fullmatch(name) is not None
 
 
 def locate(path: str, cwd: str, workspace: str) -> str:
-    """Return `path` relative to `workspace`, from its text alone.
+    """Return `path` relative to `workspace`, judging by its text only.
 
-    `path` is absolute inside the tenant, or relative to `cwd`, which is absolute. `..` is resolved as text,
-    as an editor does, so none reaches the kernel. Raises `OutsideWorkspace` and `InvalidParams`.
+    `path` is absolute inside the tenant, or relative to `cwd`, which is absolute. `..` is resolved textually,
+    as editors do, so the kernel never sees one. Raises `OutsideWorkspace` and `InvalidParams`.
     """
     if not path or "\0" in path:
         raise InvalidParams("the path is empty or has a NUL", reason="invalid")
@@ -50,7 +50,7 @@ def locate(path: str, cwd: str, workspace: str) -> str:
     if not full.startswith(prefix):
         raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
     found = full[len(prefix) :]
-    if len(found) > NAME_MAX // 4:  # four bytes are the most that one character takes
+    if len(found) > NAME_MAX // 4:  # a character takes at most four bytes
         try:
             encoded = os.fsencode(found)
         except UnicodeEncodeError:

@@ -1,10 +1,10 @@
-"""The steps on the cgroup of a command's tree that need root: signal all, kill all, remove it.
+"""The steps on a command's cgroup that need root: signal all processes, kill all, remove the cgroup.
 
-They are apart from `cgroups`, which waits between them, so that the broker can do them for a gateway without
-root. Only groups that the gateway makes in containers are touched.
+They are separate from `command_cgroup`, which waits between them, so that the broker can run them for a
+gateway without root. Only cgroups created by the gateway in containers are touched.
 
-How many processes and groups a container has, and what an environment holds, is up to its tenant: all of it
-is looked through up to a limit only. Every function here waits for the kernel, none is for an event loop.
+A tenant controls how many processes and cgroups its container has, and what an environment contains, so
+everything is examined only up to a limit. All functions block on the kernel; none is for the event loop.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from time import monotonic
 from gateway.bounds import part
 
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
-MARKER = "GATEWAY_EXEC"  # a command's environment names its group by this, so that what left it can be found
-_FOLDERS = 1000  # a tenant may make more below its exec; they die with it, but are not counted
-_LIVES = 32  # of one gateway; each of them ends what the one before left
-_HELD = 64  # processes held open at a time
-_LISTED = 100  # processes that are told by name
-_ROUNDS = 20  # that forking processes outside of their group have, before they are left as survivors
-_ENDING = 1.0  # seconds of these rounds
-_PIDS = 256 << 10  # bytes of a group's list of processes
-_STATUS = 1 << 20  # bytes of a process' status: it lists up to 65 536 groups of users
-_ENVIRONMENT = 2 << 20  # bytes of an environment that are looked through; a command of ours has half of that
+MARKER = "GATEWAY_EXEC"  # variable that names a command's cgroup, so that processes that left it can be found
+_FOLDERS = 1000  # cgroups; a tenant may create more below its exec, which are killed but not counted
+_LIVES = 32  # processes of one gateway; each of them ends what its predecessor left
+_HELD = 64  # pidfds held at a time
+_LISTED = 100  # processes reported by name
+_ROUNDS = 20  # attempts to kill forking processes outside of their cgroup, before they count as survivors
+_ENDING = 1.0  # seconds for these attempts
+_PIDS = 256 << 10  # bytes of a cgroup's list of processes
+_STATUS = 1 << 20  # bytes of a process's status, which may list 65 536 supplementary groups
+_ENVIRONMENT = 2 << 20  # bytes of an environment to search; our commands have at most half of that
 _PIECE = 64 << 10
-_LOOKING = 0.25  # seconds for all environments of a container; those of 400 plain processes take 10 ms
+_LOOKING = 0.25  # seconds to search all environments of a container; 400 ordinary processes take 10 ms
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _INNER = re.compile(rb"^NSpid:.*?(\d{1,10})$", re.MULTILINE)
 _NAME = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
 
 
 def mount_point() -> Path | None:
-    """Return where the v2 tree is mounted: the top on pure hosts, `unified` on hybrid ones."""
+    """Return where the v2 tree is mounted: at the top on pure hosts, at `unified` on hybrid ones."""
     try:
         return _mounted()
     except LookupError:
@@ -60,7 +60,7 @@ def _mounted() -> Path:
 
 
 def of_init(pid: int) -> Path | None:
-    """Return the root group of the container whose first process is `pid`; None if there is none."""
+    """Return the root cgroup of the container with the init process `pid`, or None."""
     mount = mount_point()
     if mount is None:
         return None
@@ -75,9 +75,9 @@ def of_init(pid: int) -> Path | None:
 
 
 def of_command(container: Path, group: str) -> Path:
-    """Return the group of a command, `OWN/EXEC`, or of one gateway's commands, `OWN`, below a container's.
+    """Return the cgroup of a command, `OWN/EXEC`, or of one gateway's commands, `OWN`, in a container.
 
-    Raises `ValueError` for what is neither. cgroupfs has no links.
+    Raises `ValueError` for other names. cgroupfs has no links.
     """
     parts = group.split("/")
     if len(parts) > 2 or not all(_PART.fullmatch(part) and part not in (".", "..") for part in parts):
@@ -86,19 +86,19 @@ def of_command(container: Path, group: str) -> Path:
 
 
 def lives(container: Path, own: str) -> list[str]:
-    """Return the groups below a container's that are called as lives of one gateway, `OWN-LIFE`."""
+    """Return the cgroups in a container named like processes of one gateway, `OWN-LIFE`."""
     names = (folder.name for folder in _inner(container / PARENT))
     return [name for name in names if name.startswith(f"{own}-") and _PART.fullmatch(name)][:_LIVES]
 
 
 def commands(container: Path, life: str) -> list[str]:
-    """Return the groups of one life's commands, `LIFE/COMMAND`."""
+    """Return the cgroups of the commands of one gateway process, `LIFE/COMMAND`."""
     names = (folder.name for folder in _inner(container / PARENT / life))
     return [f"{life}/{name}" for name in names if _PART.fullmatch(name)]
 
 
 def _inner(path: Path) -> Iterator[Path]:
-    """Yield the groups in one, up to a limit."""
+    """Yield the cgroups in a cgroup, up to a limit."""
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         folders = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
         for entry in itertools.islice(folders, _FOLDERS):
@@ -106,7 +106,7 @@ def _inner(path: Path) -> Iterator[Path]:
 
 
 def folders(path: Path) -> list[Path]:
-    """Return a group and those below it, for a tenant's root can make some there; each before its own."""
+    """Return a cgroup and all below it, which a tenant's root may create; parents come first."""
     found = [path]
     for folder in found:
         for inner in _inner(folder):
@@ -117,10 +117,10 @@ def folders(path: Path) -> list[Path]:
 
 
 def pids(path: Path) -> list[int]:
-    """Return the processes in a group and below it. Takes no root."""
+    """Return the processes in a cgroup and below it. Needs no root."""
     found: list[int] = []
     for folder in folders(path):
-        # gone, or removed between open and read (ENODEV)
+        # gone, also between open and read (ENODEV)
         with contextlib.suppress(OSError):
             text = part(folder / "cgroup.procs", _PIDS)
             found += map(int, text[: text.rfind(b"\n") + 1].split())
@@ -129,14 +129,14 @@ def pids(path: Path) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A process of a command's tree: its number as the tenant sees it, and what it calls itself."""
+    """A process of a command's tree: its pid as the tenant sees it, and its own name."""
 
     pid: int
     name: str
 
 
 def members(path: Path) -> list[Member]:
-    """Return the processes in a group and below it, but for those beyond a hundred. Takes no root."""
+    """Return up to a hundred processes in a cgroup and below it. Needs no root."""
     found: list[Member] = []
     for pid in pids(path)[:_LISTED]:
         try:
@@ -154,22 +154,22 @@ def members(path: Path) -> list[Member]:
 
 
 def catch(path: Path) -> None:
-    """Move processes back that left the group, which takes the tenant's root: `su -` does it, for one.
+    """Move processes back that have left the cgroup, for which they need the tenant's root, such as `su -`.
 
-    Finds the processes of the container that have the group's name in their environment, descend from one of
-    the group, or share a session of the container with one.
+    Finds the processes of the container that have the cgroup's name in their environment, descend from a
+    process in it, or share a session with one.
     """
     for pid in _strays(path):
         _bring_back(path, pid)
 
 
 def freeze(path: Path) -> None:
-    """Have all processes stand still, in a moment: `frozen` says when they do."""
+    """Start freezing all processes; `frozen` tells when it is done."""
     _write(path / "cgroup.freeze", "1")
 
 
 def frozen(path: Path) -> bool:
-    """Return whether all stand still, or never will here. Takes no root."""
+    """Return whether all processes are frozen, or freezing is not supported. Needs no root."""
     try:
         return "frozen 0" not in (path / "cgroup.events").read_text()
     except OSError:
@@ -190,17 +190,16 @@ def terminate(path: Path) -> None:
                 with contextlib.suppress(OSError):  # it has ended
                     held[pid] = os.pidfd_open(pid)
                     stack.callback(os.close, held[pid])
-            # a pid may have been reused since it was read: look again, now that they are held
+            # a pid may have been reused since it was read: check again, now that they are held
             for pid in held.keys() & set(pids(path)):
                 with contextlib.suppress(OSError):
                     signal.pidfd_send_signal(held[pid], signal.SIGTERM)
 
 
 def end(path: Path) -> None:
-    """Send KILL to all processes at once, including those that left the group.
+    """Send KILL to all processes at once, including those that have left the cgroup.
 
-    Freezes the group first, so that processes that were moved back stay; several rounds are made if they
-    fork.
+    Freezes the cgroup first, so that processes moved back stay there. Repeats this if they fork.
     """
     if strays := _strays(path):
         _write(path / "cgroup.freeze", "1")
@@ -213,9 +212,9 @@ def end(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove the group where it is empty."""
+    """Remove the cgroup if it is empty."""
     for folder in reversed(folders(path)):
-        with contextlib.suppress(OSError):  # a process is left, or is just dying
+        with contextlib.suppress(OSError):  # a process is left or still dying
             folder.rmdir()
 
 
@@ -230,9 +229,9 @@ STEPS = {
 
 
 def _strays(path: Path) -> set[int]:
-    """Return the processes of a command that are in its container, but no longer in its group."""
+    """Return a command's processes in its container that are no longer in its cgroup."""
     container = next((up.parent for up in path.parents if up.name == PARENT), None)
-    if container is None or container == mount_point():  # this machine's own tree is no container's
+    if container is None or container == mount_point():  # the host's own tree is not a container
         return set()
     group = set(pids(path))
     facts = {pid: found for pid in pids(container) if (found := stat(pid)) is not None}
@@ -254,7 +253,7 @@ def _strays(path: Path) -> set[int]:
 
 
 def _carries(pid: int, name: bytes, until: float) -> bool:
-    """Return whether an environment names a group, or one below it; False where `until` has passed first."""
+    """Return whether an environment names a cgroup or one below it; False once `until` has passed."""
     words = (b"\0" + name + b"\0", b"\0" + name + b"/")
     left, text = _ENVIRONMENT, b"\0"
     try:
@@ -273,13 +272,13 @@ def _carries(pid: int, name: bytes, until: float) -> bool:
 
 
 def _bring_back(path: Path, pid: int) -> bool:
-    with contextlib.suppress(OSError):  # another gateway's, or ours that ended: its group is gone
+    with contextlib.suppress(OSError):  # of another or an ended gateway, whose cgroup is gone
         path.mkdir()
     return _write(path / "cgroup.procs", str(pid))
 
 
 def _kill(path: Path, found: Iterable[int]) -> None:
-    """Send KILL to processes outside of their group. Their numbers may be others' since they were read."""
+    """Send KILL to processes outside of their cgroup, taking care of reused pids."""
     with contextlib.ExitStack() as stack:
         held: dict[int, int] = {}
         for pid in list(found)[:_HELD]:
@@ -301,7 +300,7 @@ def _write(path: Path, text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What proc(5) tells of a process, in numbers as the reader of /proc sees them."""
+    """Facts about a process from proc(5); pids as seen by the reader."""
 
     parent: int
     group: int
@@ -309,7 +308,7 @@ class Stat:
 
 
 def stat(pid: int) -> Stat | None:
-    """Return the facts of a process; None if it is gone."""
+    """Return the facts about a process, None if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return Stat(*map(int, file.read().rpartition(b")")[2].split()[1:4]))

@@ -1,9 +1,9 @@
-"""Keeps the disk quotas of a btrfs pool in force.
+"""Keep the disk quotas of a btrfs pool in force.
 
-When a subvolume with a large tree is deleted, such as a tenant's, the kernel may stop counting what each one
-uses (since Linux 6.1, from `drop_subtree_threshold` levels on). Then no tenant has a quota until everything
-is counted again, and nothing reports it. The threshold belongs to a mount and is 3 by default, so every mount
-needs it again: after a reboot, and whenever incusd was restarted.
+When a subvolume with a large tree is deleted, such as a tenant's, the kernel may stop accounting (since Linux
+6.1, for trees of at least `drop_subtree_threshold` levels). Then no tenant has a quota until a rescan, and
+nothing reports it. The threshold belongs to a mount and is 3 by default, so it must be set again for every
+mount: after a reboot, and whenever incusd was restarted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Final
 
-_NEVER: Final = "8"  # as many levels as no tree has (BTRFS_MAX_LEVEL)
+_NEVER: Final = "8"  # more levels than any tree has (BTRFS_MAX_LEVEL)
 _SYSFS: Final = Path("/sys/fs/btrfs")
 
 # linux/btrfs.h: numbers of ioctls, by direction, size, type and number
@@ -27,7 +27,7 @@ _RESCAN_WAIT: Final = (0x94 << 8) | 46
 
 
 class Quotas:
-    """The disk quotas of the pool that is mounted at `path`; one without quotas has none to keep."""
+    """The disk quotas of the pool mounted at `path`, which may have none."""
 
     def __init__(self, path: Path, sysfs: Path = _SYSFS) -> None:
         self._path = path
@@ -39,9 +39,9 @@ class Quotas:
         return counting is None or _read(counting / "inconsistent") != "1"
 
     def enforce(self, *, wait: bool = False) -> list[str]:
-        """Make the kernel keep counting, and count again if it has stopped; return what was changed.
+        """Make the kernel keep accounting, and rescan if it has stopped; return what was changed.
 
-        Returns while it counts, unless `wait`. Raises `OSError`; needs root.
+        Returns during the rescan, unless `wait` is set. Raises `OSError`; needs root.
         """
         changed = list[str]()
         if (counting := self._counting()) is None:
@@ -55,7 +55,7 @@ class Quotas:
         return changed
 
     def _counting(self) -> Path | None:
-        """Return the kernel's folder of the pool's quotas, None if it has none."""
+        """Return the sysfs folder of the pool's quotas, or None."""
         if not self._path.is_mount():
             return None
         folder = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -69,7 +69,7 @@ class Quotas:
         return counting if counting.is_dir() else None
 
     def _recount(self, *, wait: bool) -> bool:
-        """Have the kernel count; return False if it is counting already."""
+        """Start a rescan; return False if one is already running."""
         folder = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             began = True

@@ -1,4 +1,4 @@
-"""Kernel errors as refusals of the gateway, never with a path."""
+"""Kernel errors as errors of the gateway, never with a path."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from gateway.errors import (
 )
 
 NO_SPACE: Final = "no_space"
-"""The `reason` of a write for which the disk has no room."""
+"""The `reason` of a write that found no room on the disk."""
 
 Spare = Callable[[str], Awaitable[bool]]
-"""Makes room on a tenant's disk for a write that found none; says whether it is worth another try."""
+"""Frees space on a tenant's disk after a write found none; returns whether to try again."""
 
 
 async def nothing_to_spare(tenant: str) -> bool:
-    """Be a `Spare` of disks that hold nothing to give up."""
+    """A `Spare` for disks without anything to give up."""
     return False
 
 
-# errno -> error, `reason` (a fact that tells errors of one code apart) and words without any path
+# errno -> error, `reason` (a fact that distinguishes errors with the same code), message without a path
 _REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
     errno.ENOENT: (NotFound, "missing", "no such file or directory"),
     errno.EXDEV: (OutsideWorkspace, "outside", "the path leads out of the workspace"),
@@ -66,6 +66,6 @@ _REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
 
 
 def refusal(error: OSError) -> GatewayError:
-    """Map a kernel error onto the gateway's, with the fact `reason`; never with a path."""
+    """Convert a kernel error to the gateway's, with the fact `reason` and without a path."""
     kind, reason, words = _REFUSALS.get(error.errno or 0, (Unavailable, "io", "the file system failed"))
     return kind(words, reason=reason)

@@ -1,9 +1,9 @@
-"""Keeps a part of a tenant's CPU for commands, if the tenant's own systemd cannot.
+"""Reserve part of a tenant's CPU for commands if the tenant's own systemd cannot.
 
-In v2, and on most hybrid hosts, the site's unit and the commands have groups of their own, whose weights the
-tenant's systemd sets (`CPUWeight=`). If v1's `cpu` is mounted by itself, without `cpuacct`, a container's
-systemd does not use it: then a tenant is one group, and a command waits for its turn behind each thread of
-the site. There the site gets a separate group, from outside.
+With v2, and on most hybrid hosts, the site's unit and the commands have separate cgroups, whose weights the
+tenant's systemd sets (`CPUWeight=`). If v1's `cpu` is mounted without `cpuacct`, a container's systemd does
+not use it: then the whole tenant is one cgroup, and a command competes with each thread of the site. In that
+case the site gets a separate cgroup from outside.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from gateway.rootfs.memory import SITE, KernelFile
 from gateway.rootfs.worker_cgroup import controller_mount
 
 _NAME: Final = "site"
-_SHARES: Final = 512  # half of what one process of a command has: so a site still answers beside a command
+_SHARES: Final = 512  # half of a single process's share, so that a site still answers beside a command
 _CPU: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?cpu(?:,[a-z_,]*)?:(/.*)$", re.MULTILINE)
 
 
 @functools.cache
 def cpu_mount() -> str | None:
-    """Return where v1's `cpu` is; None if there is nothing to do."""
+    """Return the mount point of v1's `cpu`, None if there is nothing to do."""
     return controller_mount("cpu")
 
 
 def processes(container: Path) -> KernelFile:
-    """Return the file that lists the processes of a container's site; see `first`."""
+    """Return the file with the processes of a container's site; see `first`."""
     return KernelFile(f"{container}/{SITE}/cgroup.procs")
 
 
 def first(site: KernelFile) -> int:
-    """Return a process of a container's site, 0 if it has none, or there is nothing to do."""
+    """Return the first process of a container's site, 0 if it has none or there is nothing to do."""
     if cpu_mount() is None:
         return 0
     number = site.read().partition(b"\n")[0]
@@ -44,19 +44,19 @@ def first(site: KernelFile) -> int:
 
 
 def lacks(container: Path, pid: int) -> bool:
-    """Return whether a process of a site is in the same group as all else of its container."""
+    """Return whether a site's process is in the same cgroup as the rest of its container."""
     return _group(pid) == f"/{container.name}"
 
 
 def reserve(container: Path) -> None:
-    """Give a container's site a separate group in v1's `cpu`. Takes root."""
+    """Give a container's site a separate cgroup in v1's `cpu`. Needs root."""
     mount = cpu_mount()
     if mount is None or not lacks(container, first(processes(container))):
         return
     group = Path(mount, container.name, _NAME)
     group.mkdir(exist_ok=True)
     (group / "cpu.shares").write_text(str(_SHARES))
-    # what forks meanwhile is born where its parent is: once more
+    # twice, because children forked meanwhile start in their parent's old cgroup
     for _ in range(2):
         for pid in process_tree.pids(container / SITE):
             with contextlib.suppress(OSError):  # it has ended
@@ -65,6 +65,6 @@ def reserve(container: Path) -> None:
 
 
 def _group(pid: int) -> str:
-    """Return the group of a process in v1's `cpu`; empty if it is gone."""
+    """Return a process's cgroup in v1's `cpu`, empty if it is gone."""
     found = _CPU.search(memory.text(f"/proc/{pid}/cgroup"))
     return "" if found is None else os.fsdecode(found[1])

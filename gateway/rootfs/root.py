@@ -1,12 +1,11 @@
-"""Opens, lists and changes files below one directory that a hostile tenant controls.
+"""Open, list and change files below a directory that a hostile tenant controls.
 
-Everything starts from one descriptor of the workspace, and every open is `openat2` with RESOLVE_BENEATH,
-NO_MAGICLINKS and NO_XDEV: whatever the tenant swaps meanwhile, the kernel never leaves the tree. Paths
-here are relative, without `.`, `..` or empty parts; "" is the workspace itself. Text of names is UTF-8 with
-surrogate escapes, as Python gives it.
+Everything starts from one descriptor of the workspace, and every open uses `openat2` with RESOLVE_BENEATH,
+NO_MAGICLINKS and NO_XDEV: whatever the tenant swaps meanwhile, the kernel never leaves the tree. Paths are
+relative, without `.`, `..` or empty parts; "" is the workspace itself. Names are UTF-8 with surrogate
+escapes, as in Python.
 
-Where the kernel has no openat2 (no Linux; the `local` runtime), the same paths are walked part by part
-with O_NOFOLLOW.
+Without openat2 (not on Linux; the `local` runtime), paths are walked part by part with O_NOFOLLOW.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from gateway.rootfs import kernel
 from gateway.rootfs.paths import TEMPORARY, locate
 from gateway.rootfs.refusals import refusal
 
-DEPTH_MAX = 256  # folders of one path, by default
-LINKS_MAX = 40  # symbolic links of one path, as in the kernel (path_resolution(7))
+DEPTH_MAX = 256  # default limit of folders in a path
+LINKS_MAX = 40  # symbolic links in a path, as in the kernel (path_resolution(7))
 
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
 _REAL = _BENEATH | kernel.RESOLVE_NO_SYMLINKS
@@ -40,23 +39,23 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 
 
 def etag(status: os.stat_result) -> str:
-    """Return a short mark that changes whenever a file is replaced or written: inode, mtime, size in hex."""
+    """Return a tag that changes when a file is replaced or written: inode, mtime and size in hex."""
     return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 class Made(NamedTuple):
-    """A folder that was made for a file: its relative path and its inode."""
+    """A folder created for a file: its relative path and its inode."""
 
     path: str
     inode: int
 
 
 class Root:
-    """The workspace behind one directory descriptor, which it owns.
+    """The workspace behind a directory descriptor, which this object owns.
 
-    `workspace` is its absolute path inside the tenant: absolute links below it are followed.
-    `nodev` says that the mount refuses device nodes; without it every file is looked at before it is opened.
-    `depth` bounds the folders of a client's paths, and of walks.
+    `workspace` is its absolute path inside the tenant; absolute links below it are followed. `nodev` means
+    that the mount refuses device nodes; otherwise every file is checked before it is opened. `depth` limits
+    the number of folders in clients' paths and in walks.
     """
 
     def __init__(
@@ -71,25 +70,25 @@ class Root:
     def close(self) -> None:
         os.close(self.descriptor)
 
-    # paths
+    # --- paths --------------------------------------------------------------------------------------
 
     def locate(self, path: str, cwd: str) -> str:
-        """Return the relative path that `path` names, see the function `locate`."""
+        """Return `path` relative to the workspace, see the function `locate`."""
         found = locate(path, cwd, self.workspace)
         if found.count("/") > self.depth:
             raise InvalidParams(
-                f"the path goes down more than {self.depth} folders", reason="too_deep", limit=self.depth
+                f"the path has more than {self.depth} folders", reason="too_deep", limit=self.depth
             )
         return found
 
     def absolute(self, path: str) -> str:
-        """Return the tenant's own absolute name of a relative path."""
+        """Return a relative path as the tenant's absolute path."""
         return self._prefix + path if path else self.workspace
 
-    # opening
+    # --- opening ------------------------------------------------------------------------------------
 
     def open(self, path: str, flags: int) -> int:
-        """Open `path`, following links that stay inside. Raises this module's refusals."""
+        """Open `path`, following links that stay inside. Raises refusals."""
         try:
             return self._open(path, flags)
         except OSError as error:
@@ -102,18 +101,18 @@ class Root:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-        # An absolute link is EXDEV to RESOLVE_BENEATH, but may name a file of the workspace.
+        # RESOLVE_BENEATH refuses absolute links with EXDEV, but they may point into the workspace.
         for _ in range(4):
             try:
                 return self.open_real(self._real(path), flags)
             except OSError as error:
                 if error.errno != errno.ELOOP or flags & os.O_NOFOLLOW:
                     raise
-                last = error  # what was no link a moment ago is one now
+                last = error  # it has just become a link
         raise last
 
     def open_real(self, path: str, flags: int) -> int:
-        """Open `path`, which may contain no link (one at the end gives ELOOP)."""
+        """Open `path`, which must not contain links; one at the end raises ELOOP."""
         if kernel.HAS_OPENAT2:
             return kernel.openat2(self.descriptor, os.fsencode(path or "."), flags, _REAL)
         directory = os.dup(self.descriptor)
@@ -128,9 +127,9 @@ class Root:
             os.close(directory)
 
     def _real(self, path: str) -> str:
-        """Return `path` with every link resolved by hand; what is missing stays as it is.
+        """Resolve every link in `path` by hand; missing parts stay as they are.
 
-        Raises `OSError`: EXDEV where a link leads outside, ELOOP after `LINKS_MAX` links.
+        Raises `OSError`: EXDEV if a link leads outside, ELOOP after `LINKS_MAX` links.
         """
         real: list[str] = []
         todo = path.split("/")[::-1] if path else []
@@ -142,7 +141,7 @@ class Root:
             if part == "..":
                 if not real:
                     raise OSError(errno.EXDEV, "outside")
-                real.pop()  # right by text alone, since no part of `real` is a link
+                real.pop()  # correct textually, because no part of `real` is a link
                 continue
             target = self._link("/".join(real), part)
             if target is None:
@@ -160,7 +159,7 @@ class Root:
         return "/".join(real)
 
     def _link(self, folder: str, name: str) -> str | None:
-        """Return the target of the link `name`, or None if it is none or is missing."""
+        """Return the target of the link `name`, None if it is not a link or is missing."""
         try:
             directory = self.open_real(folder, kernel.O_PATH | os.O_DIRECTORY)
         except FileNotFoundError:
@@ -175,9 +174,9 @@ class Root:
             os.close(directory)
 
     def open_file(self, path: str) -> tuple[int, os.stat_result]:
-        """Open a regular file for reading; return descriptor and status.
+        """Open a regular file for reading; return its descriptor and status.
 
-        Raises `NotAFile` for FIFOs, sockets and devices at once: waits for none, and enters no driver.
+        Raises `NotAFile` for FIFOs, sockets and devices without waiting for them or calling a driver.
         """
         try:
             descriptor = self._open(path, _READ) if self._nodev else self._open_looked_at(path)
@@ -186,7 +185,7 @@ class Root:
         return descriptor, self._regular(descriptor)
 
     def _open_looked_at(self, path: str) -> int:
-        """Open by way of an O_PATH descriptor: what is opened is the very inode that was looked at."""
+        """Open through an O_PATH descriptor, so that exactly the checked inode is opened."""
         if not kernel.O_PATH:
             return self._open(path, _READ)
         handle = self._open(path, kernel.O_PATH)
@@ -207,7 +206,7 @@ class Root:
         raise refusal(OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.ENXIO, "not regular"))
 
     def read_file(self, path: str, maximum: int) -> tuple[bytes, os.stat_result]:
-        """Return a whole regular file. Raises `TooLarge`, with the facts size and limit, over `maximum`."""
+        """Read a whole regular file. Raises `TooLarge`, with size and limit, above `maximum` bytes."""
         descriptor, status = self.open_file(path)
         try:
             if status.st_size > maximum:
@@ -216,12 +215,12 @@ class Root:
         finally:
             os.close(descriptor)
 
-    # folders
+    # --- folders ------------------------------------------------------------------------------------
 
     def parent(self, path: str, *, create: bool = False, made: list[Made] | None = None) -> tuple[int, str]:
         """Open the folder of `path`; return its descriptor and the last name.
 
-        With `create`, missing folders are created and listed in `made`. Links on the way are followed if they
+        With `create`, missing folders are created and added to `made`. Links in the path are followed if they
         stay inside; a folder is never created through a link.
         """
         folder, _, name = path.rpartition("/")
@@ -241,7 +240,7 @@ class Root:
             raise refusal(error) from None
 
     def _make_folders(self, folder: str, made: list[Made]) -> int:
-        """Open `folder`, making what of it is missing, never through a link that leads nowhere."""
+        """Open `folder`, creating missing parts, but never through a dangling link."""
         flags = kernel.O_PATH | os.O_DIRECTORY
         parts = folder.split("/")
         directory = os.dup(self.descriptor)
@@ -251,7 +250,7 @@ class Root:
                     following = self._open("/".join(parts[: i + 1]), flags)
                 except FileNotFoundError:
                     ours = False
-                    # Made meanwhile, by whomever: the open below decides what it is.
+                    # It may have been created meanwhile: the open below decides what it is.
                     with suppress(FileExistsError):
                         os.mkdir(part, 0o755, dir_fd=directory)
                         ours = True
@@ -267,10 +266,10 @@ class Root:
 
     @contextmanager
     def taking_back(self) -> Iterator[list[Made]]:
-        """Yield a list in which `parent` puts the folders that it creates; an error removes them.
+        """Yield a list for the folders that `parent` creates; an error removes them again.
 
-        Removes only those that are empty, the same, and still in their place: what the tenant moved, filled
-        or replaced stays.
+        Only folders that are empty, unchanged and still in place are removed: those that the tenant has
+        moved, filled or replaced stay.
         """
         made: list[Made] = []
         try:
@@ -287,7 +286,7 @@ class Root:
             raise
 
     def status(self, path: str) -> os.stat_result:
-        """Return the status of `path`, of the link itself where the last part is one."""
+        """Return the status of `path`; if the last part is a link, that of the link itself."""
         if not path:
             return os.fstat(self.descriptor)
         directory, name = self.parent(path)
@@ -299,7 +298,7 @@ class Root:
             os.close(directory)
 
     def link_target(self, path: str) -> str | None:
-        """Return where the link `path` points, as a relative path; None if that is outside or no link."""
+        """Return a link's target as a relative path, None if it is outside or `path` is not a link."""
         directory, name = self.parent(path)
         try:
             target = os.readlink(name, dir_fd=directory)
@@ -313,7 +312,7 @@ class Root:
             return None
 
     def names(self, path: str, maximum: int) -> list[str]:
-        """Return at most `maximum` names of a folder, in no order."""
+        """Return up to `maximum` names in a folder, unordered."""
         descriptor = self.open(path, FOLDER)
         try:
             with os.scandir(descriptor) as entries:
@@ -323,18 +322,18 @@ class Root:
         finally:
             os.close(descriptor)
 
-    # changing
+    # --- changing -----------------------------------------------------------------------------------
 
     def replace(
         self, directory: int, name: str, data: bytes, mode: int, *, expected: os.stat_result | None
     ) -> os.stat_result:
-        """Write a file next to `name` and rename it over that, atomically; return its status.
+        """Write a temporary file and rename it to `name` atomically; return its status.
 
-        A hard link is broken, a link replaced, a reader keeps the old file, a crash leaves one of the two
-        whole. Set-uid, set-gid and sticky bits are dropped. `expected` is the file that the new content was
-        made from: if another took its place, or it was written to, this raises `Conflict`. In the few
-        microseconds between that check and the rename a process of the tenant can still write to the old
-        file; the caller serialises the gateway's own writers.
+        Hard links are broken, symbolic links replaced, readers keep the old file, and a crash leaves one of
+        the two complete. Set-uid, set-gid and sticky bits are dropped. `expected` is the file from which the
+        new content was derived: if it has been replaced or written to, this raises `Conflict`. In the few
+        microseconds between that check and the rename the tenant can still write to the old file; the caller
+        serialises the gateway's own writers.
         """
         temporary = f"{TEMPORARY}{os.getpid():x}-{os.urandom(6).hex()}"
         try:
@@ -370,7 +369,7 @@ class Root:
 
 
 def read_all(descriptor: int, size: int, maximum: int) -> bytes:
-    """Read a file from its start to its end, at most `maximum` bytes: it may grow while it is read."""
+    """Read a whole file, but at most `maximum` bytes, because it may grow during the read."""
     data = os.pread(descriptor, size + 1, 0)
     if len(data) <= size:
         return data

@@ -8,15 +8,15 @@ from typing import Any
 
 from gateway.rootfs.operation import Limits
 
-MESSAGE_MAX = 64 << 10  # bytes of one request or answer of the broker
+MESSAGE_MAX = 64 << 10  # bytes of a request to or an answer of the broker
 
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """What a worker is started with: `memory` is in bytes, `loop` what it does.
+    """The parameters of a worker. `memory` is in bytes, `loop` names what it runs.
 
-    The empty `loop` answers calls; the operations' module names the others in `LOOPS`. `search` is for
-    workers whose calls may take long: they run with lower priority. A worker that `looks` can change nothing.
+    The empty `loop` answers calls; others are in `LOOPS` of the operations' module. `search` is for workers
+    whose calls may take long, which get a lower priority. A worker that `looks` is read-only.
     """
 
     tenant: str
@@ -41,13 +41,13 @@ class Spawn:
 
     @classmethod
     def of(cls, message: dict[str, Any]) -> Spawn:
-        """Check and take a request. Raises `ValueError`, `KeyError` or `TypeError` if it is malformed."""
+        """Parse and check a request. Raises `ValueError`, `KeyError` or `TypeError` if it is malformed."""
         workspace = str(message["workspace"])
         if workspace != os.path.normpath(workspace) or not workspace.startswith("/") or "\0" in workspace:
-            raise ValueError("a workspace is an absolute path")
+            raise ValueError("the workspace must be an absolute path")
         memory = message["memory"]
-        if not isinstance(memory, int):  # one of a fraction may be too large to be passed on
-            raise ValueError("memory is a whole number")
+        if not isinstance(memory, int):  # a float may be too large to pass on
+            raise ValueError("memory must be an integer")
         return cls(
             str(message["tenant"]),
             workspace,
@@ -55,5 +55,5 @@ class Spawn:
             memory,
             str(message["loop"]),
             bool(message["search"]),
-            bool(message.get("looks")),  # an older gateway does not say
+            bool(message.get("looks")),  # missing from an older gateway
         )

@@ -1,8 +1,8 @@
-"""The system calls that confined processes may make, for the filter in `confine`."""
+"""The system calls allowed to confined processes, for the filter in `confine`."""
 
 from __future__ import annotations
 
-# System calls of a worker by architecture: x86_64, aarch64 (None where it has another for it).
+# System calls of a worker by architecture: x86_64, aarch64 (None if it uses another one instead).
 # From arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 WORKER: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63),
@@ -78,5 +78,5 @@ _COMPUTES = """
 brk clock_gettime close exit exit_group fstat futex getrandom lseek madvise mmap mprotect mremap munmap
 newfstatat read rt_sigaction rt_sigprocmask rt_sigreturn write
 """
-# of a process that only computes, and answers at a stream that it has
+# for a process that only computes and answers on an open stream
 COMPUTING = {name: WORKER[name] for name in _COMPUTES.split()}

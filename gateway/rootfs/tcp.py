@@ -1,8 +1,8 @@
-"""Finds TCP connections of this machine to a container that does not read what was sent, and closes them.
+"""Find and close this host's TCP connections to a container that does not read what was sent.
 
-Such a connection is a request to a process that hangs: the kernel has accepted it, so the sender sees no
-error. sock_diag(7) finds the sender's end, the container's own table (proc(5)) the other one. The tenant
-controls how long that table is, so it is read up to a limit.
+Such a connection is a request to a hanging process: the kernel has accepted the data, so the sender sees no
+error. sock_diag(7) finds the sender's end, the container's own table (proc(5)) the other. The tenant controls
+the length of that table, so it is read only up to a limit.
 
 Finding them needs no root; `break_off` does.
 """
@@ -20,9 +20,9 @@ from typing import Final
 from gateway.rootfs import netlink
 
 End = tuple[bytes, int]
-"""An IPv4 address in the network's order, and a port."""
+"""An IPv4 address in network byte order, and a port."""
 
-_OLD: Final = 60.0  # seconds; what has waited for longer is a websocket's rest, or was looked at before
+_OLD: Final = 60.0  # seconds; a longer wait is an idle websocket, or was examined before
 _TABLE: Final = 1 << 20  # bytes of a container's table: 7 000 connections
 
 # linux/sock_diag.h, linux/inet_diag.h
@@ -33,14 +33,14 @@ _ESTABLISHED: Final = 1
 _REQUESTED: Final = struct.Struct("=BBBxI")
 _SOCKET: Final = struct.Struct("!HH16s16s12s")  # ports, addresses, interface and cookie
 _CONDITION: Final = struct.Struct("=BBHBBxxi4s")
-_FOUND: Final = 72  # bytes of a `struct inet_diag_msg`, which begins with 4 of others and the socket
-# of a `struct tcp_info`: ms since data was sent and since some was received
+_FOUND: Final = 72  # bytes of a `struct inet_diag_msg`, which begins with 4 other bytes and the socket
+# part of a `struct tcp_info`: ms since data was last sent and last received
 _SINCE: Final = struct.Struct("=44xI4xI")
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One that waits for an answer: of `seconds` now. `key` names it to the kernel."""
+    """A connection that has waited for an answer for some `seconds`. `key` identifies it to the kernel."""
 
     local: End
     remote: End
@@ -49,13 +49,13 @@ class Connection:
 
 
 def waiting(network: str, seconds: float) -> list[Connection]:
-    """Return this machine's connections into a network that have waited for an answer for so long.
+    """Return this host's connections into a network that have waited for an answer for at least `seconds`.
 
-    Leaves out those that have waited for over a minute. Raises `OSError`.
+    Omits those that have waited for more than a minute. Raises `OSError`.
     """
     found = ipaddress.IPv4Network(network, strict=False)
     condition = _CONDITION.pack(
-        *(_REMOTE_IS, _CONDITION.size, _CONDITION.size + 4),  # past the end where it does not hold
+        *(_REMOTE_IS, _CONDITION.size, _CONDITION.size + 4),  # a jump past the end if it does not match
         *(socket.AF_INET, found.prefixlen, _ANY_PORT, found.network_address.packed),
     )
     wanted = _REQUESTED.pack(socket.AF_INET, socket.IPPROTO_TCP, 1 << (_INFO - 1), 1 << _ESTABLISHED)
@@ -68,7 +68,7 @@ def waiting(network: str, seconds: float) -> list[Connection]:
 
 
 def unread(pid: int, end: End) -> set[End]:
-    """Return the peers of `end`, in the network of a process, that have sent something not read yet.
+    """Return the peers of `end`, in the network namespace of a process, whose data has not been read yet.
 
     Reads only the beginning of a table that is too long.
     """
@@ -83,9 +83,9 @@ def unread(pid: int, end: End) -> set[End]:
 
 
 def break_off(pid: int, address: str, port: int, leave: Collection[int]) -> int:
-    """Close this machine's connections to a container's port that it does not read; return how many.
+    """Close this host's connections to a container's port that it does not read; return how many.
 
-    Leaves those from the ports `leave`. Needs root; raises `OSError`.
+    Keeps those from the local ports `leave`. Needs root; raises `OSError`.
     """
     end = (socket.inet_aton(address), port)
     lost = unread(pid, end)
@@ -98,13 +98,13 @@ def _broken(one: Connection) -> bool:
     try:
         for _ in netlink.asked(_SOCK_DIAG, _DESTROY, netlink.REQUEST | netlink.ACK, wanted):
             pass
-    except FileNotFoundError:  # it has just ended
+    except FileNotFoundError:  # it has just closed
         return False
     return True
 
 
 def _connection(said: memoryview) -> Connection | None:
-    """Return what the kernel tells of one, None if it waits for nothing."""
+    """Parse a connection, None if it is not waiting for an answer."""
     key = bytes(said[4 : 4 + _SOCKET.size])
     from_, to, here, there, _ = _SOCKET.unpack(key)
     at = _FOUND
@@ -112,7 +112,7 @@ def _connection(said: memoryview) -> Connection | None:
         length, kind = netlink.ATTRIBUTE.unpack_from(said, at)
         if kind == _INFO and length >= netlink.ATTRIBUTE.size + _SINCE.size:
             sent, received = _SINCE.unpack_from(said, at + netlink.ATTRIBUTE.size)
-            # of one that has received nothing yet the second is as old as it is itself
+            # if nothing was received yet, the second is the connection's age
             if sent > received:
                 return None
             return Connection((here[:4], from_), (there[:4], to), sent / 1000, key)
@@ -121,12 +121,12 @@ def _connection(said: memoryview) -> Connection | None:
 
 
 def _lines(pid: int) -> Iterable[bytes]:
-    for family in ("tcp", "tcp6"):  # a server that listens on both has an IPv4 address written as IPv6
+    for family in ("tcp", "tcp6"):  # servers listening on both show IPv4 addresses as IPv6
         try:
             with open(f"/proc/{pid}/net/{family}", "rb") as table:
                 yield from table.read(_TABLE).splitlines()[1:]
         except OSError:
-            continue  # its process has just ended
+            continue  # the process has just ended
 
 
 def _end(written: bytes) -> End:

@@ -1,4 +1,4 @@
-"""Walks over the files of a workspace, and remembers the names in folders that did not change."""
+"""Walk over the files of a workspace, with a cache of the names in unchanged folders."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from gateway.errors import Timeout
 from gateway.rootfs.root import FOLDER, Root
 
 KEPT_NAMES_MAX: Final = 100_000
-_KEPT_CHOICES: Final = 4  # of each folder: what the latest questions were answered by
-_SETTLED: Final = 100_000_000  # nanoseconds; what changed later may change again in the same tick
+_KEPT_CHOICES: Final = 4  # cached answers per folder, for the latest questions
+_SETTLED: Final = 100_000_000  # nanoseconds; more recent changes may be followed by others in the same tick
 
 
 class Chooser(Protocol):
-    """Says which folders a walk enters and which files it yields. Paths are relative to the walk's start.
+    """Selects the folders a walk enters and the files it yields. Paths are relative to the walk's start.
 
-    `enter` is called for each folder with the `hidden` names in it, those that begin with a dot; what it
-    returns is the `state` of the questions about all its names and of `enter` for the folders below. `files`
-    returns which of the names, in the folder whose path with a slash is `prefix`, are wanted, should they be
-    regular files. Where `question` is equal, both answer alike of the same names in the same place.
+    `enter` is called for each folder with the `hidden` names in it, which begin with a dot; it returns the
+    `state` to pass to the other methods for this folder and to `enter` for the folders below. `files` returns
+    which of the names are wanted if they are regular files; `prefix` is the folder's path with a slash. If
+    `question` returns equal values, `folder` and `files` must give equal answers for the same names in the
+    same place.
     """
 
     def question(self, state: Any) -> Hashable: ...
@@ -37,12 +38,12 @@ class Chooser(Protocol):
     def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]: ...
 
 
-# of a folder the chosen files by name, the chosen folders by path
+# of a folder: the selected files by name, the selected folders by path
 _Choice = tuple[Collection[str], list[str]]
 
 
 class _Listing:
-    """The names of files and of folders in a folder of `count` entries, and what was chosen of them."""
+    """The names of files and folders in a folder of `count` entries, and cached selections."""
 
     __slots__ = ("_choices", "count", "files", "folders", "hidden")
 
@@ -54,12 +55,12 @@ class _Listing:
         self._choices: dict[Hashable, _Choice] = {}
 
     def cut(self, room: int) -> _Listing:
-        """Return a listing of at most `room` of the names."""
+        """Return a listing with at most `room` of the names."""
         folders = self.folders[: max(0, room - len(self.files))]
         return _Listing(self.files[:room], folders, self.hidden, room)
 
     def chosen(self, chooser: Chooser, path: str, state: Any) -> _Choice:
-        question = path, chooser.question(state)  # a folder may be moved with the one above it
+        question = path, chooser.question(state)  # the path is part of the key, because a parent may be moved
         choice = self._choices.get(question)
         if choice is None:
             prefix = path + "/" if path else ""
@@ -70,21 +71,21 @@ class _Listing:
         return choice
 
 
-# By device, inode and ctime, which cannot be set back: entries of a folder do not change without it.
+# By device, inode and ctime, which cannot be set: a folder's entries do not change without it.
 _kept: OrderedDict[tuple[int, int, int], _Listing] = OrderedDict()
 _kept_names = 0
 
 
 def settled(status: os.stat_result) -> bool:
-    """Say whether what has this status, and is read from now on, cannot change without another ctime.
+    """Return whether any change from now on will be visible as a different ctime.
 
-    Before Linux 6.13 the clock of ctimes ticks every few milliseconds, and so it does on ZFS.
+    Before Linux 6.13, and on ZFS, the clock of ctimes has a resolution of several milliseconds.
     """
     return time.time_ns() - status.st_ctime_ns > _SETTLED
 
 
 def forget() -> None:
-    """Let go of what is remembered of folders."""
+    """Clear the cache of folders."""
     global _kept_names
     _kept.clear()
     _kept_names = 0
@@ -100,14 +101,13 @@ def _keep(key: tuple[int, int, int], listing: _Listing) -> None:
 
 
 class Walk:
-    """A walk over all regular files below one folder. Links are neither followed nor yielded.
+    """A walk over all regular files below a folder. Links are neither followed nor yielded.
 
-    Iterating yields the path and status of each chosen file; `ordered` by path, else folder by folder. Or
-    `folders` yields the folders with the names of those files, of which nothing else is asked then. Where all
-    that is chosen lies below one folder, `first` names it. At most `maximum` entries are looked at: more sets
-    `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that vanish, may not
-    be read or lie deeper than a path can name are counted in `skipped`; one further down than the tree's
-    `depth` sets `deep`.
+    Iteration yields the path and status of each selected file, `ordered` by path or else folder by folder.
+    Alternatively, `folders` yields the folders and the names of these files, without their status. If all
+    selected files are below one folder, `first` may name it. At most `maximum` entries are examined; more
+    sets `truncated`. Raises `Timeout` after `deadline` (by `time.monotonic`). Folders that vanish, are
+    unreadable or too deep for a path are counted in `skipped`; a folder below the tree's `depth` sets `deep`.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Walk:
 
     def __iter__(self) -> Iterator[tuple[str, os.stat_result]]:
         with self._below() as below:
-            # A file is on the stack with its status, a folder with None.
+            # files are on the stack with their status, folders with None
             stack: list[tuple[str, os.stat_result | None, Any]] = [(self._first, None, self._state)]
             while stack:
                 path, status, state = stack.pop()
@@ -146,7 +146,7 @@ class Walk:
                     yield path, status
                     continue
                 if self.truncated:
-                    continue  # to look into it would count nothing
+                    continue  # no entries may be examined any more
                 try:
                     descriptor, names, folders, state = self._look(below, path, state)
                 except OSError:
@@ -168,7 +168,7 @@ class Walk:
                 self._hurry()
 
     def folders(self) -> Iterator[tuple[str, int, Collection[str]]]:
-        """Yield the path of each folder, its descriptor, good until the next, and the chosen names in it."""
+        """Yield each folder's path, its descriptor (valid until the next), and the selected names."""
         with self._below() as below:
             stack = [(self._first, self._state)]
             while stack and not self.truncated:
@@ -199,12 +199,12 @@ class Walk:
             raise Timeout("the search took too long", reason="timeout")
 
     def _look(self, below: Root, path: str, state: Any) -> tuple[int, Collection[str], list[str], Any]:
-        """Read one folder; return what was chosen of it: names of files, folders and their state.
+        """Read a folder; return its descriptor, the selected names of files, the folders, and their state.
 
-        If there are names, the folder's descriptor comes first, for the caller to close.
+        The caller closes the descriptor, which is -1 if there are no names.
         """
         descriptor = -1
-        # A link on the way may lead elsewhere, but only to what was seen as it would be seen again.
+        # A link in the path may lead elsewhere, but only cached listings of folders in this walk are used.
         status = os.stat(path or ".", dir_fd=below.descriptor, follow_symlinks=False)
         listing = _kept.get((status.st_dev, status.st_ino, status.st_ctime_ns))
         try:
@@ -227,14 +227,14 @@ class Walk:
                 os.close(descriptor)
 
     def _list(self, descriptor: int) -> _Listing:
-        """Return the names in a folder, kept for the next walk where that is safe."""
+        """Return the names in a folder, and cache them if that is safe."""
         before = os.fstat(descriptor)
         lasting = settled(before)
         files: list[str] = []
         folders: list[str] = []
         hidden: set[str] = set()
         count = 0
-        # The bound comes before the list: a folder may have millions of names.
+        # apply the limit before listing, because a folder may have millions of names
         room = self._maximum - self.visited + 1
         with os.scandir(descriptor) as entries:
             for entry in islice(entries, room):
@@ -252,7 +252,7 @@ class Walk:
         return listing
 
     def _counted(self, listing: _Listing) -> _Listing:
-        """Return of a listing what may still be looked at."""
+        """Count a listing's entries; return the part within the limit."""
         room = self._maximum - self.visited
         self.visited += listing.count
         if self.visited > self._maximum:
@@ -263,7 +263,7 @@ class Walk:
 
 
 def _with_status(path: str, folder: int, names: Collection[str]) -> list[tuple[str, os.stat_result]]:
-    """Return paths and status of the regular files of these names; closes `folder` if there are any."""
+    """Return path and status of the names that are regular files; closes `folder` if there are names."""
     if not names:
         return []
     prefix, files = path + "/" if path else "", []
@@ -282,4 +282,4 @@ def _with_status(path: str, folder: int, names: Collection[str]) -> list[tuple[s
 
 def _path(found: tuple[str, os.stat_result | None, Any]) -> str:
     path, status, _ = found
-    return path + "/" if status is None else path  # as it stands in the paths of its files
+    return path + "/" if status is None else path  # as in the paths of its files

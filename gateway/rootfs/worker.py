@@ -1,10 +1,10 @@
-"""The loop of a worker: one request, one reply, over one stream socket, until the gateway closes it.
+"""The loop of a worker: one request, one reply, on a stream socket, until the gateway closes it.
 
 A request is a u32 length (big-endian) and the JSON `[operation, arguments]`. A reply is a u32 length, a
-status byte and a payload: DONE and the operation's bytes, REFUSED and `{code, message, facts}` of a
-`GatewayError`, BROKEN and text for the log. The first reply, READY, is unasked for and lists as JSON what
-confines the worker. PASSED is DONE with a descriptor (SCM_RIGHTS), TOLD a frame that answers nothing: only
-readers of the socket by `gateway.rootfs.links` get either.
+status byte and a payload: DONE with the operation's bytes, REFUSED with `{code, message, facts}` of a
+`GatewayError`, BROKEN with text for the log. The first frame, READY, is unsolicited and lists the
+confinement's layers as JSON. PASSED is DONE with a descriptor (SCM_RIGHTS), TOLD is an unsolicited frame;
+both are only for `gateway.rootfs.links`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from gateway.rootfs.operation import Operation, Passing, Workspace
 DONE, REFUSED, BROKEN, READY, PASSED, TOLD = range(6)
 HEAD = struct.Struct(">IB")  # length of status byte and payload, status
 LENGTH = struct.Struct(">I")
-_USUAL = 16 << 10  # bytes; longer requests are put together
-REQUEST_MAX = 64 << 20  # bytes; the gateway's own frame limits are below it
-REPLY_MAX = 64 << 20  # bytes that the gateway takes of a worker, whatever became of it
-IDLE = 5  # seconds without a request after which kept memory is let go
+_USUAL = 16 << 10  # bytes; longer requests are assembled
+REQUEST_MAX = 64 << 20  # bytes; the gateway's own frame limits are lower
+REPLY_MAX = 64 << 20  # bytes the gateway accepts from a worker, which may be compromised
+IDLE = 5  # seconds without a request after which cached memory is freed
 
 
 def frame(status: int, payload: bytes) -> bytes:
@@ -42,13 +42,13 @@ def serve(
     idle: Callable[[], None],
 ) -> None:
     """Answer requests until the gateway closes the socket."""
-    # A wait in recv also ends when the gateway takes a reply, since there is room then; poll(2) waits for
-    # requests only.
+    # A process waiting in recv also wakes when the gateway reads a reply and frees buffer space; poll(2)
+    # waits for requests only.
     ready = select.poll()
     ready.register(connection, select.POLLIN)
     usual = bytearray(_USUAL)
     view = memoryview(usual)
-    begun = bytearray()  # what has come of the requests after the last
+    begun = bytearray()  # received bytes of further requests
     while True:
         request: bytearray | memoryview
         if not begun:
@@ -60,7 +60,7 @@ def serve(
             if not count:
                 return
             if count >= 4 and count == 4 + LENGTH.unpack_from(usual)[0]:
-                request = view[4:count]  # the usual case: one request, whole
+                request = view[4:count]  # the usual case: exactly one request
             else:
                 request, begun = _first(connection, usual[:count])
         else:
@@ -76,13 +76,13 @@ def serve(
 
 
 def receive_request(connection: socket.socket) -> bytearray | None:
-    """Return the next request, which has begun to come, or None if the gateway closed the socket."""
+    """Return the next request, which has begun to arrive, or None if the gateway closed the socket."""
     head = connection.recv(4)
     return _first(connection, bytearray(head))[0] if head else None
 
 
 def _first(connection: socket.socket, begun: bytearray) -> tuple[bytearray, bytearray]:
-    """Return the first of the requests of which so much has come, and what has come of those after it."""
+    """Complete the first request in the received bytes; return it and the bytes of later ones."""
     begun += _receive(connection, max(0, 4 - len(begun)))
     end = 4 + LENGTH.unpack_from(begun)[0]
     begun += _receive(connection, max(0, end - len(begun)))
@@ -105,7 +105,7 @@ def _receive(connection: socket.socket, count: int) -> bytearray:
 def answer(
     request: bytearray | memoryview, workspace: Workspace, operations: Mapping[str, Operation]
 ) -> bytes | Passing:
-    """Run the operation of a request; return the whole frame of its reply, or what is to be passed."""
+    """Run a request's operation; return the reply's whole frame, or a reply with a descriptor."""
     try:
         name, arguments = orjson.loads(request)
         done = operations[name](workspace, arguments)
@@ -114,7 +114,7 @@ def answer(
         told = {"code": error.code, "message": error.message, "facts": error.facts}
         return frame(REFUSED, orjson.dumps(told))
     except Exception as error:
-        # The kind and the place, not the words: those may quote what a tenant wrote.
+        # The type and the place, but not the message, which may quote a tenant's data.
         places = traceback.extract_tb(error.__traceback__)[-6:]
         at = " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
         return frame(BROKEN, f"{type(error).__name__} at {at}".encode())

@@ -1,13 +1,13 @@
-"""The control groups that bound a worker: one for each, made by the broker, removed with the worker.
+"""The cgroup that limits a worker, created by the broker and removed with the worker.
 
-`memory` bounds what rlimits do not see: the kernel's own memory for the folders and names that a tenant
-makes it look at, and the page cache. `pids` says once more that a worker is one process. Where one hierarchy
-carries all controllers (cgroup v2) the searches' group has a small CPU weight too; elsewhere their nice value
-does it.
+`memory` limits what rlimits do not cover: the kernel's memory for the folders and names that a tenant makes
+it read, and the page cache. `pids` additionally ensures that a worker is a single process. With cgroup v2,
+which has all controllers in one hierarchy, the searches' cgroup also has a low CPU weight; elsewhere their
+nice value does that.
 
-The groups lie at the top of each hierarchy, beside Incus's own, as `incus-gateway[-searches]/PID-START/N`. A
-unit's group would be of no use: in v2 one that holds processes can give no controller to groups below it.
-Paths are made of numbers and of the kernel's mount table; nothing of a tenant's is in them.
+The cgroups are at the top of each hierarchy, beside Incus's own, as `incus-gateway[-searches]/PID-START/N`.
+They cannot be below the unit's cgroup, because in v2 a cgroup with processes cannot delegate controllers.
+Paths consist of numbers and the kernel's mount table; a tenant controls nothing in them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gateway.rootfs.kernel import started
 
 _TOPS = {False: "incus-gateway", True: "incus-gateway-searches"}
 _WANTED = ("memory", "pids")
-_SEARCH_WEIGHT = 33  # of 100: as much less than others' as nice 5 is of nice 0
-_ATTEMPTS = 50  # looks, a millisecond apart, at a group that is just becoming empty
+_SEARCH_WEIGHT = 33  # of 100, the same ratio as between nice 5 and nice 0
+_ATTEMPTS = 50  # attempts, a millisecond apart, to remove a cgroup that is becoming empty
 
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """A mounted hierarchy and those of the wanted controllers that it carries."""
+    """A mounted hierarchy and the wanted controllers it has."""
 
     mount: str
     controllers: tuple[str, ...]
@@ -38,7 +38,7 @@ class Hierarchy:
 def hierarchies(
     mountinfo: str = "/proc/self/mountinfo", wanted: tuple[str, ...] = _WANTED
 ) -> list[Hierarchy]:
-    """Return where the wanted controllers are: v1, v2 or some in each. None if nothing is mounted."""
+    """Return the hierarchies of the wanted controllers: v1, v2 or both; empty if nothing is mounted."""
     found: dict[str, Hierarchy] = {}
     try:
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:
@@ -62,20 +62,20 @@ def hierarchies(
 
 
 def controller_mount(name: str, mountinfo: str = "/proc/self/mountinfo") -> str | None:
-    """Return where a controller's v1 hierarchy is; None where v2 has it, or nothing."""
+    """Return the mount point of a controller's v1 hierarchy, None if v2 or nothing has it."""
     return next((one.mount for one in hierarchies(mountinfo, (name,)) if not one.unified), None)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerCgroup:
-    """One worker's folders, each with the controllers that may bound it there. Empty where none was made."""
+    """A worker's cgroup folders, each with its controllers. Empty if none could be created."""
 
     folders: tuple[tuple[str, Hierarchy], ...] = ()
 
     def enter(self) -> list[str]:
-        """Move this process in; return the controllers that can bound it now.
+        """Move this process into the cgroups; return the controllers that can limit it now.
 
-        The kernel takes some ten milliseconds for the first folder: it waits until no processor forks.
+        The first move takes some ten milliseconds, because the kernel waits until no processor is forking.
         """
         entered: list[str] = []
         for folder, hierarchy in self.folders:
@@ -84,9 +84,9 @@ class WorkerCgroup:
         return entered
 
     def bound(self, memory: int) -> list[str]:
-        """Allow at most `memory` bytes and one process without threads; return what is bounded.
+        """Limit to `memory` bytes and one process without threads; return the effective limits.
 
-        Leaves out what cannot be bounded: the worker's other limits hold without it.
+        Limits that cannot be set are omitted: the worker's other limits still hold.
         """
         bounded: list[str] = []
         for folder, hierarchy in self.folders:
@@ -104,13 +104,13 @@ class WorkerCgroup:
         return bounded
 
     def remove(self) -> None:
-        """Remove the folders of a worker that has ended. Idempotent."""
+        """Remove the cgroups of an ended worker. Idempotent."""
         for folder, _ in self.folders:
             _remove(folder)
 
 
 class WorkerCgroups:
-    """The groups of one broker's workers. Making it removes what killed brokers left."""
+    """The cgroups of one broker's workers. The constructor removes those left by killed brokers."""
 
     def __init__(self, found: list[Hierarchy]) -> None:
         self._parents: list[tuple[Hierarchy, dict[bool, str]]] = []
@@ -135,7 +135,7 @@ class WorkerCgroups:
                 self._parents.append((hierarchy, parents))
 
     def new(self, number: int, *, search: bool) -> WorkerCgroup:
-        """Make the group of worker `number`, which bounds nothing yet. What cannot be made is left out."""
+        """Create the cgroup of worker `number`, without limits yet; omit what cannot be created."""
         folders = [
             (f"{parents[search]}/{number}", hierarchy)
             for hierarchy, parents in self._parents
@@ -144,7 +144,7 @@ class WorkerCgroups:
         return WorkerCgroup(tuple(folders))
 
     def close(self) -> None:
-        """Remove this broker's own folders, once its workers are gone. The two top ones stay for the next."""
+        """Remove this broker's own folders once its workers are gone. The two top folders stay."""
         for _, parents in self._parents:
             for parent in parents.values():
                 _remove(parent)
@@ -152,7 +152,7 @@ class WorkerCgroups:
 
 
 def _clear(top: str) -> None:
-    """Remove the groups of brokers that are gone; their workers died with them, or die here."""
+    """Remove the cgroups of dead brokers, killing any remaining workers."""
     for name in _names(top):
         pid, _, began = name.partition("-")
         folder = f"{top}/{name}"
@@ -167,7 +167,7 @@ def _clear(top: str) -> None:
 
 
 def _names(folder: str) -> list[str]:
-    """Return what lies in a folder; of one that another broker removes meanwhile, nothing."""
+    """Return the names in a folder, [] if another broker has removed it."""
     try:
         return os.listdir(folder)
     except OSError:
@@ -176,7 +176,7 @@ def _names(folder: str) -> list[str]:
 
 def _delegate(folder: str, controllers: tuple[str, ...]) -> None:
     for name in controllers:
-        # What is refused shows as a missing file below.
+        # If refused, the controller's files are missing below.
         _write(f"{folder}/cgroup.subtree_control", f"+{name}")
 
 
@@ -197,7 +197,7 @@ def _remove(folder: str) -> None:
         except FileNotFoundError:
             return
         except OSError:
-            select.select((), (), (), 0.001)  # its last process is still on its way out
+            select.select((), (), (), 0.001)  # its last process is still exiting
         else:
             return
 
@@ -212,7 +212,7 @@ def _read(path: str) -> str:
 
 def _write(path: str, text: str) -> bool:
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)  # never O_CREAT: a limit is there or it is not
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)  # never O_CREAT: the kernel makes it
     except OSError:
         return False
     try:

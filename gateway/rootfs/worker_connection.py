@@ -1,4 +1,4 @@
-"""The gateway's end of one worker for calls, and what a reply carries."""
+"""The gateway's connection to a worker for calls, and the parsing of replies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class Forgotten(Unavailable):
-    """The worker of this call was ended with all others of its tenant, and is not to be replaced for it."""
+    """The call's worker was ended together with all others of its tenant, and must not be replaced."""
 
 
 def forgotten() -> Forgotten:
@@ -26,10 +26,10 @@ def forgotten() -> Forgotten:
 
 
 class WorkerConnection(asyncio.Protocol):
-    """The gateway's end of one worker: at most one request is under way, the first is that it gets READY.
+    """The gateway's end of one worker. At most one request is in flight; the first is waiting for READY.
 
-    `answers` says whether its reply is still to come. A caller that gives up leaves it so: the reply is taken
-    off the stream before the next request.
+    `answers` is true while a reply is outstanding. It stays so if the caller gives up: the reply is read from
+    the stream before the next request.
     """
 
     def __init__(self, number: int, root: FilesystemRoot) -> None:
@@ -45,18 +45,18 @@ class WorkerConnection(asyncio.Protocol):
         self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
         if not buffer and len(data) >= 4 and len(data) == 4 + LENGTH.unpack_from(data)[0]:
-            self._done(memoryview(data)[4:])  # the usual case: one reply, whole
+            self._done(memoryview(data)[4:])  # the usual case: exactly one reply
             return
         buffer += data
         length = LENGTH.unpack_from(buffer)[0] if len(buffer) >= 4 else 0
         if length > REPLY_MAX:
-            # This process serves all tenants: a reply that is too large counts as one that does not come. The
-            # present caller, or the next, ends the worker.
+            # This process serves all tenants, so a reply that is too large is treated as a timeout. The
+            # current or the next caller then ends the worker.
             assert self._transport is not None
             self._transport.pause_reading()
             self._buffer = bytearray()
@@ -69,7 +69,7 @@ class WorkerConnection(asyncio.Protocol):
         self.closed = True
         self._fail(Unavailable("the file worker ended during the call; try again"))
         if not self._caller.cancelled():
-            self._caller.exception()  # retrieved, or asyncio would log it
+            self._caller.exception()  # mark as retrieved, or asyncio logs it
 
     def _done(self, reply: memoryview) -> None:
         self.answers = False
@@ -81,10 +81,10 @@ class WorkerConnection(asyncio.Protocol):
             self._caller.set_exception(error)
 
     async def reply(self, seconds: float) -> memoryview:
-        """Return the reply that is to come. Raises `TimeoutError`, and `Unavailable` if none will."""
+        """Wait for the outstanding reply. Raises `TimeoutError`, and `Unavailable` if the worker ends."""
         if self._caller.cancelled():
             self._caller = self._loop.create_future()
-        # cheaper than a timeout's scope around a shield: this is on the way of each Read
+        # cheaper than a timeout scope around a shield; this is on the path of each Read
         late = self._loop.call_later(seconds, self._fail, TimeoutError())
         try:
             return await self._caller
@@ -95,13 +95,13 @@ class WorkerConnection(asyncio.Protocol):
         assert self._transport is not None
         self.answers = True
         self._caller = self._loop.create_future()
-        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor forever,
-        # whosever it is next; `connection_lost` is about to end the call.
+        # On a lost connection, `writelines` of CPython 3.13.5 leaves the descriptor registered with the loop
+        # forever, even after it is reused; `connection_lost` is about to end the call.
         if not self._transport.is_closing():
             self._transport.writelines((LENGTH.pack(len(request)), request))
 
     def forget(self) -> None:
-        """Have the call that is under way, if there is one, end as one of a tenant that is forgotten."""
+        """Fail the call in flight, if any, because its tenant is being forgotten."""
         self._fail(forgotten())
         if not self._caller.cancelled():
             self._caller.exception()
@@ -113,7 +113,7 @@ class WorkerConnection(asyncio.Protocol):
 
 
 def result_of(operation: str, reply: bytes | memoryview) -> bytes:
-    """Return what a reply carries, or raise what it refuses with."""
+    """Return a reply's result, or raise its error."""
     match reply[0]:
         case status if status in (DONE, PASSED):
             return bytes(reply[1:])

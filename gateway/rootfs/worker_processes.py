@@ -1,4 +1,4 @@
-"""Starts worker processes through the broker, checks that each still serves its workspace, and ends them."""
+"""Start worker processes through the broker, check that they still serve their workspaces, and end them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gateway.rootfs.worker import READY
 
 _log = logging.getLogger(__name__)
 
-SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes milliseconds
-_SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
+SPAWN_TIMEOUT = 10.0  # seconds for a new worker to get ready, which takes milliseconds
+_SAME_INTERVAL = 1.0  # seconds between checks whether a workspace is still the same folder
 
 
 class Worker(Protocol):
-    """The gateway's end of one worker. `checked` is when its workspace was last looked at."""
+    """The gateway's end of one worker. `checked` is when its workspace was last checked."""
 
     number: int
     root: FilesystemRoot
@@ -35,7 +35,7 @@ class Worker(Protocol):
 
 
 class Exchanges:
-    """The tenants whose workspace is being exchanged for another folder, or was a moment ago."""
+    """The tenants whose workspace is being, or was just, exchanged for another folder."""
 
     def __init__(self) -> None:
         self._running: Counter[str] = Counter()
@@ -43,7 +43,7 @@ class Exchanges:
 
     @contextmanager
     def of(self, tenant: str) -> Iterator[None]:
-        """Have each call look whether its worker's folder is still the workspace: the old one lives on."""
+        """Make each call check its worker's folder meanwhile, because the old one continues to exist."""
         self._running[tenant] += 1
         try:
             yield
@@ -55,26 +55,26 @@ class Exchanges:
             self._ended = {name: end for name, end in ended.items() if now - end < _SAME_INTERVAL}
 
     def since(self, tenant: str, moment: float) -> bool:
-        """Say whether the workspace may be another folder than it was at a moment of the monotonic clock."""
+        """Return whether the workspace may have been exchanged since a moment of the monotonic clock."""
         return tenant in self._running or self._ended.get(tenant, 0.0) >= moment
 
 
 class WorkerProcesses:
-    """The processes behind one pool of workers."""
+    """The processes of one pool of workers."""
 
     def __init__(self, broker: BrokerClient, exchanges: Exchanges) -> None:
         self._broker, self._exchanges = broker, exchanges
         self._ending: set[asyncio.Task[None]] = set()
 
     async def start(self, spawn: Spawn) -> tuple[int, socket.socket]:
-        """Start a worker; return its number and the socket to it, on which its first reply is to come."""
+        """Start a worker; return its number and a socket, on which its first reply will arrive."""
         answer, descriptors = await self._broker.request(spawn.wire())
         connection = socket.socket(fileno=descriptors[0])
         connection.setblocking(False)
         return answer["worker"], connection
 
     async def ready(self, worker: Worker, first: Awaitable[bytes | memoryview]) -> bytes:
-        """Wait for the first reply of a worker; return what it says of itself. Raises `Unavailable`."""
+        """Wait for a worker's first reply and return its payload. Raises `Unavailable`."""
         try:
             async with asyncio.timeout(SPAWN_TIMEOUT):
                 reply = await first
@@ -83,11 +83,11 @@ class WorkerProcesses:
         if reply[0] != READY:
             said = bytes(reply[1:]).decode("utf-8", "replace")
             _log.error("a file worker of %s did not start: %s", worker.root.tenant, said)
-            raise Unavailable("a file worker could not be started")
+            raise Unavailable("cannot start a file worker")
         return bytes(reply[1:])
 
     async def serves(self, worker: Worker, root: FilesystemRoot) -> bool:
-        """Say whether a worker is open, and `root` still the folder that it was started for."""
+        """Return whether a worker is open and `root` is still the folder it was started for."""
         if worker.closed or worker.root != root:
             return False
         now = time.monotonic()
@@ -99,7 +99,7 @@ class WorkerProcesses:
         return bool(answer["same"]) and not worker.closed
 
     def end(self, worker: Worker, last: Callable[[], Awaitable[object]] | None = None) -> None:
-        """Close a worker and have it killed, without waiting for that. `last` is what it does before."""
+        """Close and kill a worker without waiting. `last` runs before that."""
         if last is None:
             worker.close()
         task = asyncio.create_task(self._kill(worker, last))
@@ -108,7 +108,7 @@ class WorkerProcesses:
 
     async def _kill(self, worker: Worker, last: Callable[[], Awaitable[object]] | None) -> None:
         if last is not None:
-            with suppress(GatewayError):  # it has ended by itself, or hangs
+            with suppress(GatewayError):  # it has already ended, or hangs
                 await last()
             worker.close()
         try:
@@ -117,5 +117,5 @@ class WorkerProcesses:
             _log.info("worker ended with the broker")
 
     async def ended(self) -> None:
-        """Return once the workers that were ended are gone."""
+        """Wait until ended workers are gone."""
         await asyncio.gather(*self._ending, return_exceptions=True)

@@ -1,11 +1,10 @@
-"""Runs calls in the tenants' workers: starts them, gives each one call at a time, and ends them.
+"""Run calls in the tenants' workers: start workers, give each one call at a time, and end them.
 
-A tenant has few workers for calls, started when they are needed: one for those that are over at once, one for
-those that may take long, so that a heavy Grep holds up no Read, and more where a search is shared among
-processors. Each does one call after the other, which serialises all writes of a tenant: two concurrent edits
-of one file lose none. What may take long can change nothing, but for the removal of whole trees, which has a
-worker of its own. Whatever ends a worker costs one call. Those that pass descriptors or tell things unasked
-are in `links`.
+A tenant has a few workers for calls, started on demand: one for short calls, one for calls that may take
+long, so that a heavy Grep does not delay a Read, and more if a search is divided among processors. Each runs
+one call at a time, which serialises all writes of a tenant, so that of two concurrent edits of a file none is
+lost. Long calls cannot change anything, except the removal of whole trees, which has a separate worker. The
+end of a worker costs only one call. Workers that pass descriptors or send unsolicited frames are in `links`.
 """
 
 from __future__ import annotations
@@ -29,15 +28,16 @@ from gateway.rootfs.worker_processes import SPAWN_TIMEOUT, Exchanges, WorkerProc
 if TYPE_CHECKING:
     from gateway.settings import Settings
 
-_GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
-_ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
-_CHANGES = -1  # the lane of what takes long and changes something
+_GRACE = 1.0  # seconds after its own deadline before a worker without an answer is killed
+_ALONE = 2.0  # seconds without calls after which another tenant counts as inactive
+_CHANGES = -1  # the lane of long calls that change something
 
 
 class _Slot:
-    """The place of one worker of a tenant. `lock` lets one call through at a time, in their order.
+    """The slot of one worker of a tenant. `lock` admits one call at a time, in order.
 
-    `starting` is done once the broker has answered for a worker; one that was `forgotten` meanwhile is ended.
+    `starting` is done once the broker has started a worker; if the tenant was `forgotten` meanwhile, it is
+    ended.
     """
 
     __slots__ = ("broke", "forgotten", "lock", "starting", "waiting", "worker")
@@ -52,13 +52,13 @@ class _Slot:
 
 
 class Workers:
-    """Runs operations in the tenants' workers. Use as an async context manager.
+    """Runs operations in the tenants' workers. An async context manager.
 
-    `tenants` describes where they are found; a broker that listens by itself has its own description.
+    `tenants` describes how to find tenants; a broker running as a service has its own description.
     `operations` names the module whose table the workers serve. At most `max_workers` run; if all are busy, a
     call that needs another raises `RateLimited`. A worker ends after `worker_idle` seconds without a call, by
-    `forget`, when its workspace has become another folder, and with the gateway. `opened` is called for
-    each new worker for single files; `broke` says whether the one before was ended in the middle of a call.
+    `forget`, when its workspace was replaced, and with the gateway. `opened` is called for each new worker
+    for short calls; its argument `broke` tells whether the previous one was ended in the middle of a call.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Workers:
         self.exchanges = Exchanges()
         self._processes = WorkerProcesses(self.broker, self.exchanges)
         self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
-        # by tenant and lane: 0 for what is over at once, from 1 on for searches, `_CHANGES`
+        # by tenant and lane: 0 for short calls, from 1 on for searches, `_CHANGES`
         self._slots: dict[tuple[str, int], _Slot] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Workers:
-        kernel.take_turns(short=True)  # what passes an answer on is as pressed as what makes it
+        kernel.take_turns(short=True)  # passing on an answer is as urgent as producing it
         self._sweep()
         return self
 
@@ -106,13 +106,12 @@ class Workers:
         share: int = 0,
         changes: bool = False,
     ) -> bytes:
-        """Run one operation and return its reply. `search` marks operations that may take long.
+        """Run an operation and return its reply. `search` marks operations that may take long.
 
-        Such an operation can change nothing, unless `changes` is set, and may be one `share` of several.
+        Such an operation cannot change anything unless `changes` is set, and may be one `share` of several.
 
-        Raises what the operation refuses with; `Unavailable` if the worker ended meanwhile, `Timeout` if it
-        did not answer in time (it is killed; the next call gets a new one), `RateLimited` and
-        `InvalidParams`.
+        Raises the operation's errors; `Unavailable` if the worker ended meanwhile, `Timeout` if it did not
+        answer in time (it is killed, and the next call gets a new one), `RateLimited` and `InvalidParams`.
         """
         key = (root.tenant, 0 if not search else _CHANGES if changes else 1 + share)
         slot = self._slots.get(key)
@@ -121,7 +120,7 @@ class Workers:
         slot.waiting += 1
         try:
             async with slot.lock:
-                try:  # in its turn: what waits is held once and not twice
+                try:  # only now, so that waiting arguments are not in memory twice
                     request = orjson.dumps((operation, arguments))
                 except TypeError as error:
                     raise InvalidParams("the input is not valid JSON") from error
@@ -136,12 +135,12 @@ class Workers:
             slot.waiting -= 1
 
     def rests(self, tenant: str) -> bool:
-        """Return whether no call to the tenant's worker for single files runs or waits."""
+        """Return whether no call to the tenant's worker for short calls is running or waiting."""
         slot = self._slots.get((tenant, 0))
         return slot is None or not slot.waiting
 
     def alone(self, tenant: str) -> bool:
-        """Return whether no other tenant's worker is asked for anything, or was a moment ago."""
+        """Return whether no other tenant's worker is, or recently was, in use."""
         since = time.monotonic() - _ALONE
         return not any(
             slot.waiting or (slot.worker is not None and slot.worker.used > since)
@@ -150,9 +149,10 @@ class Workers:
         )
 
     async def scan(self, root: FilesystemRoot, arguments: dict[str, Any], shares: int) -> bytes | None:
-        """Have workers name the files that match, each with a NUL after it; None if that is not for them.
+        """Return the names of matching files, each terminated by NUL, found by several workers in parallel.
 
-        Raises `Timeout`, and `Unavailable` if the tenant's workers were ended by `forget`.
+        Returns None if the search must be done in another way. Raises `Timeout`, and `Unavailable` if
+        `forget` ended the tenant's workers.
         """
         scans = [
             asyncio.ensure_future(
@@ -169,7 +169,7 @@ class Workers:
         finally:
             for scan in scans:
                 scan.cancel()
-            await asyncio.gather(*scans, return_exceptions=True)  # none asks the broker for anything later
+            await asyncio.gather(*scans, return_exceptions=True)  # so that none uses the broker later
         names = b"".join(one.removeprefix(SCANNED) for one in found)
         whole = all(one.startswith(SCANNED) for one in found) and len(names) <= NAMED_MAX
         return names if whole else None
@@ -179,10 +179,10 @@ class Workers:
             reply = await worker.reply(self._limits.tool_timeout + _GRACE)
         except TimeoutError:
             self._end(slot, worker)
-            raise Timeout("the file operation took too long and was ended") from None
+            raise Timeout("the file operation took too long and was stopped") from None
         except asyncio.CancelledError:
             if search:
-                self._end(slot, worker)  # it would go on searching for no caller
+                self._end(slot, worker)  # it would continue searching for nobody
             raise
         worker.used = time.monotonic()
         return reply
@@ -190,10 +190,10 @@ class Workers:
     async def _ready(
         self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool, helps: bool
     ) -> WorkerConnection:
-        """Return a worker that waits for a request, a new one where there is none."""
+        """Return a worker that is ready for a request, starting one if necessary."""
         worker = slot.worker
         if worker is not None and worker.answers and not worker.closed:
-            # Its last caller gave up. A write is not broken off in the middle: wait for its end.
+            # Its last caller gave up. Wait for the end, because a write must not be interrupted.
             try:
                 await worker.reply(self._limits.tool_timeout + _GRACE)
             except (TimeoutError, GatewayError):
@@ -242,7 +242,7 @@ class Workers:
         return Spawn(root.tenant, root.workspace, self._limits, self._memory, loop, search, looks)
 
     def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
-        """Return what confines a tenant's worker, or None if none runs."""
+        """Return the confinement's layers of a tenant's worker, None if it has none."""
         slot = self._slots.get((tenant, int(search)))
         return slot.worker.layers if slot and slot.worker and not slot.worker.closed else None
 
@@ -251,7 +251,7 @@ class Workers:
             slot for slot in self._slots.values() if slot.worker is not None or slot.starting is not None
         ]
         resting = [slot for slot in running if not slot.waiting]
-        # a worker that only helps with a search leaves half of them to calls that need one
+        # workers that only speed up a search leave half of them to other calls
         if helps and len(running) - len(resting) >= self._maximum // 2:
             raise RateLimited("too many file workers are busy to share a search", limit=self._maximum)
         if len(running) < self._maximum:
@@ -263,19 +263,20 @@ class Workers:
         self._end(oldest, oldest.worker)
 
     def _end(self, slot: _Slot, worker: WorkerConnection) -> None:
-        """Take a worker out of its slot and have it killed, without waiting for that."""
+        """Remove a worker from its slot and kill it without waiting."""
         if slot.worker is worker:
             slot.worker = None
         self._processes.end(worker)
 
     async def forget(self, tenant: str) -> None:
-        """End a tenant's workers and return once they are gone: before a stop, destroy or restore.
+        """End a tenant's workers and wait until they are gone: before a stop, destroy or restore.
 
-        Their mounts go with them, so the storage can be unmounted. Calls under way get `Unavailable`.
+        Their mounts vanish with them, so that the storage can be unmounted. Calls in flight get
+        `Unavailable`.
         """
         starting = []
         for (whose, _), slot in self._slots.items():
-            # The slot stays: waiting and coming calls must be one queue. `_sweep` drops it.
+            # The slot stays, so that waiting and new calls share one queue. `_sweep` drops it.
             if whose == tenant and slot.worker is not None:
                 slot.worker.forget()
                 self._end(slot, slot.worker)
@@ -287,7 +288,7 @@ class Workers:
         await self._processes.ended()
 
     def _sweep(self) -> None:
-        """End what has been idle for too long; runs by itself a few times in that span."""
+        """End workers idle for too long; reschedules itself several times per idle span."""
         now = time.monotonic()
         for key, slot in list(self._slots.items()):
             worker = slot.worker

@@ -1,8 +1,8 @@
-"""Forks workers from a process that has imported everything they need, so that they start in milliseconds.
+"""Fork workers from a process that has imported everything they need, so that they start in milliseconds.
 
-A worker shares this process's memory until it writes. One of each kind that was asked for is forked ahead. It
-has already entered its control group when it learns its tenant, since the kernel takes some ten milliseconds
-to move a process.
+A worker shares this process's memory until it writes. One worker of each requested kind is forked in advance.
+It has already entered its cgroup when it learns its tenant, because the kernel takes some ten milliseconds to
+move a process.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
 from gateway.rootfs.worker import BROKEN, READY, frame, serve
 from gateway.rootfs.worker_cgroup import WorkerCgroup, WorkerCgroups, hierarchies
 
-_SEARCH_NICE = 5  # a third of the share of others; a search still moves on a machine that tenants keep busy
-_UNTOUCHED = 256 << 20  # bytes of address space beside what a group counts: libraries, and what is never used
+_SEARCH_NICE = 5  # a third of the others' share; a search still progresses on a busy machine
+_UNTOUCHED = 256 << 20  # bytes of address space not counted by the cgroup: libraries, unused memory
 _BROKEN_WORKER = 70  # exit status, EX_SOFTWARE of sysexits.h
-_ENDS_WITH_PARENT = sys.platform == "linux"  # elsewhere nothing would end one that waits
+_ENDS_WITH_PARENT = sys.platform == "linux"  # elsewhere nothing would end a waiting process
 
 
 @dataclass(frozen=True, slots=True)
 class Forked:
-    """A forked process that waits at `control` to be told what worker it is."""
+    """A forked process that waits on `control` for its parameters as a worker."""
 
     number: int
     pid: int
@@ -44,24 +44,24 @@ class Forked:
 
 
 class Zygote:
-    """Forks workers as a parent describes them. One of each kind that was asked for waits ahead.
+    """Forks workers. One of each requested kind is kept waiting in advance.
 
-    `operations` is the module with what workers do. A worker without a plan closes `connection`, the broker's
-    own.
+    `operations` is the module with the workers' operations. A worker without a plan closes `connection`,
+    which is the broker's own.
     """
 
     def __init__(self, connection: socket.socket, operations: str, *, privileged: bool) -> None:
         self._connection = connection
         self._groups = WorkerCgroups(hierarchies() if privileged else [])
-        self._spares: dict[bool, Forked | None] = {}  # by `search`, of the kinds that were asked for
-        self._number = time.time_ns() // 1_000_000  # so that no number is one of a broker's that crashed
+        self._spares: dict[bool, Forked | None] = {}  # by `search`, for the kinds requested so far
+        self._number = time.time_ns() // 1_000_000  # so that numbers of a crashed broker are not reused
         module = importlib.import_module(operations)
         self._operations = module.OPERATIONS
         self._idle = module.idle
         self._loops: dict[str, Loop] = getattr(module, "LOOPS", {})
 
     def close(self) -> None:
-        """End what waits ahead."""
+        """End the waiting processes."""
         for spare in self._spares.values():
             if spare is not None:
                 self._drop(spare)
@@ -69,13 +69,13 @@ class Zygote:
 
     @property
     def lacking(self) -> bool:
-        """Whether a worker is to be forked ahead."""
+        """Whether a worker should be forked in advance."""
         return _ENDS_WITH_PARENT and None in self._spares.values()
 
     def start(
         self, spawn: Spawn, plan: Plan | None, ours: socket.socket, theirs: socket.socket, folder: int
     ) -> Forked:
-        """Have a forked process be the worker at `theirs`, and return it. `ours` is the gateway's end."""
+        """Turn a forked process into the worker on `theirs`, and return it. `ours` is the gateway's end."""
         passed = [theirs.fileno(), folder]
         told = None
         if plan is not None:
@@ -90,7 +90,7 @@ class Zygote:
             try:
                 with spare.control:
                     socket.send_fds(spare.control, [orjson.dumps(message)], passed)
-            except OSError:  # it was just killed, by a full machine or a person
+            except OSError:  # it was just killed, for lack of memory or by a person
                 self._drop(spare)
                 if ahead is None:
                     raise
@@ -98,14 +98,14 @@ class Zygote:
                 return spare
 
     def fork_ahead(self) -> None:
-        """Fork what is lacking."""
+        """Fork the missing workers."""
         for search, spare in self._spares.items():
             if spare is None:
-                with contextlib.suppress(OSError):  # of a machine that is full; whose turn it is will be told
+                with contextlib.suppress(OSError):  # out of resources; the next request reports it
                     self._spares[search] = self._fork(search=search)
 
     def reap(self) -> None:
-        """Take note of those ahead that have ended."""
+        """Drop waiting processes that have ended."""
         for search, spare in self._spares.items():
             if spare is not None and os.waitpid(spare.pid, os.WNOHANG)[0]:
                 spare.control.close()
@@ -113,7 +113,7 @@ class Zygote:
                 self._spares[search] = None
 
     def _fork(self, *, search: bool, others: socket.socket | None = None) -> Forked:
-        """Fork a process that waits to be told what worker it is. It does not keep the socket of `others`."""
+        """Fork a process that waits for its parameters. It closes its copy of the socket `others`."""
         self._number += 1
         group = self._groups.new(self._number, search=search)
         ours, theirs = socket.socketpair(
@@ -143,7 +143,7 @@ class Zygote:
         spare.group.remove()
 
     def _become(self, control: socket.socket, group: WorkerCgroup, *, search: bool) -> NoReturn:
-        """Become the worker that `control` describes, in the forked child; never return."""
+        """In the forked child, become the worker described on `control`; never returns."""
         connection, code = None, _BROKEN_WORKER
         try:
             if _ENDS_WITH_PARENT:
@@ -154,7 +154,7 @@ class Zygote:
             message, passed, _, _ = socket.recv_fds(control, MESSAGE_MAX, 3)
             if not message:
                 raise EOFError
-            for descriptor in passed:  # recv_fds leaves them to programs
+            for descriptor in passed:  # recv_fds makes them inheritable
                 os.set_inheritable(descriptor, False)
             connection, folder = socket.socket(fileno=passed[0]), passed[1]
             told = orjson.loads(message)
@@ -194,7 +194,7 @@ class Zygote:
 
 
 def preload() -> None:
-    """Import what is otherwise imported on first use: a confined worker sees no file of Python's."""
+    """Import modules that are loaded on first use: a confined worker cannot read Python's files."""
     for name in ("ascii", "latin_1", "utf_8", "utf_16", "utf_16_le", "utf_16_be", "unicode_escape", "idna"):
         importlib.import_module(f"encodings.{name}")
         if name != "idna":
