@@ -1,4 +1,4 @@
-"""The ports of a bridge behind which an instance is, and how they are bound to its address."""
+"""An instance's bridge ports, and binding them to its address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Plug = Callable[[str, str], Path]
 
 @pytest.fixture
 def plug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plug:
-    """Have a port of that name at a bridge."""
+    """Create a port with that name at a bridge."""
     monkeypatch.setattr(bridge_port, "_INTERFACES", tmp_path)
 
     def plugged(name: str, bridge: str) -> Path:
@@ -33,7 +33,7 @@ def config(port: str, address: str = ADDRESS, device: str = "eth0") -> dict[str,
 
 
 def test_found(plug: Plug) -> None:
-    """A port that Incus notes is found at the bridge that was asked for, and at no other."""
+    """A port recorded by Incus is found at the requested bridge, and at no other."""
     plug("veth1", "br0")
     plug("veth2", "br1")
     two = config("veth1") | config("veth2", "10:66:6a:29:c2:d4", "eth1") | {"volatile.uuid": "x"}
@@ -54,13 +54,13 @@ def test_found(plug: Plug) -> None:
     ],
 )
 def test_none(plug: Plug, noted: dict[str, str]) -> None:
-    """What is no port of the bridge, or has no address, is left alone."""
+    """Anything that is not a port of the bridge or has no address is ignored."""
     plug("veth1", "br0")
     assert [*ports(noted, "br0")] == []
 
 
 def test_once(plug: Plug) -> None:
-    """What was bound stays so until its container's next start: nothing is done again."""
+    """A bound port stays bound until the container's next start: nothing is repeated."""
     plug("veth1", "br0").write_text("0\n")
     assert not Port("veth1", ADDRESS).bind()
 
@@ -71,7 +71,7 @@ def test_gone(plug: Plug) -> None:
 
 
 def test_refused(plug: Plug) -> None:
-    """What cannot be bound is told: nothing is believed to be bound that is not."""
+    """A failed binding is reported, so no port wrongly counts as bound."""
     learning = plug("veth-nowhere", "br0")
     with pytest.raises(OSError, match="no interface"):
         Port("veth-nowhere", ADDRESS).bind()

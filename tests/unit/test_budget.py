@@ -1,4 +1,4 @@
-"""Bytes and sockets are counted for whom they are held, and each has a share."""
+"""Bytes and sockets are counted per owner, and each owner has a share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_full_share_is_named_and_nothing_is_held_then(budget: Budget) -> None:
 
 
 def test_an_eighth_is_left_to_what_is_small(budget: Budget) -> None:
-    """Where large messages have taken all they may, calls are served."""
+    """When large messages have taken all they may, small calls are still served."""
     socket = budget.tenant("a").within(4 * MiB)
     held = [socket.lease(size) for size in (3 * MiB, MiB // 2)]
     assert socket.full(MiB // 4) is socket
@@ -53,7 +53,7 @@ def test_an_eighth_is_left_to_what_is_small(budget: Budget) -> None:
 
 
 def test_one_message_of_any_size_fits_an_idle_share(budget: Budget) -> None:
-    """Calls that wait for long, such as exec/wait, do not make it a busy one."""
+    """Long waiting calls, such as exec/wait, do not count as activity."""
     socket = budget.tenant("a").within(MiB)
     with socket.lease(20 << 10), socket.lease(16 * MiB):
         assert socket.full(SMALL + 1) is socket
@@ -69,7 +69,7 @@ def test_small_requests_end_at_the_tenants_limit(budget: Budget) -> None:
 
 
 def test_nobody_takes_more_than_is_left_to_the_others(budget: Budget) -> None:
-    """The fifth who takes all that it may still finds room."""
+    """The fifth tenant that takes as much as allowed still finds room."""
     tenants = [budget.tenant(f"t{number}") for number in range(5)]
     for tenant in tenants:
         while tenant.full(MiB) is None:
@@ -101,7 +101,7 @@ async def test_who_waits_gets_room_once_it_is_given_back(budget: Budget) -> None
 
 
 async def test_hundreds_who_wait_all_get_their_turn(budget: Budget) -> None:
-    """One that cannot be let in does not hold up those behind it, and nobody is forgotten."""
+    """One that cannot be admitted does not block those behind it, and none is forgotten."""
     tenants = [budget.tenant(f"t{number}") for number in range(300)]
     blocked = tenants[0].within(MiB)
     blocked.hold(MiB)
@@ -233,7 +233,7 @@ def frame(size: int, *, kind: int = 1, last: bool = True, mask: bytes = b"mask")
 
 @pytest.mark.parametrize("step", [1, 2, 7, 13, 4096, 1 << 20])
 def test_large_messages_are_announced_at_their_frame_however_they_are_cut(step: int) -> None:
-    """Small ones, and control frames in between, are not."""
+    """Small messages, and control frames in between, are not."""
     parts = [
         frame(3),
         frame(LARGE),

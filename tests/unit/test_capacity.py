@@ -1,4 +1,4 @@
-"""What a host promises: to whom it has memory to give, and how many more tenants it takes."""
+"""A host's capacity: who gets memory, and how many more tenants fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GiB = 1 << 30
 
 
 class Tenants:
-    """A runtime that only lists."""
+    """A runtime that can only list tenants."""
 
     def __init__(self, **memory: str) -> None:
         self.of = {name: Tenant(name, "running", limits={"memory": limit}) for name, limit in memory.items()}
@@ -37,7 +37,7 @@ def capacity(runtime: Tenants, total: int = 4 * GiB, available: int = 4 * GiB, *
 
 
 async def test_of_four_at_a_time_one_takes_the_last_place() -> None:
-    """What was let through and is not made yet counts as promised."""
+    """Admitted tenants that do not exist yet count as promised."""
     of = capacity(Tenants(a="3GiB"))
     entered, over = [], asyncio.Event()
 
@@ -92,7 +92,7 @@ async def test_more_memory_for_one_that_runs_counts_only_what_is_more() -> None:
 
 
 async def test_nothing_is_started_while_memory_is_short() -> None:
-    """Whatever is promised: the tenants may use all that they have."""
+    """Regardless of promises, because tenants may use all their memory."""
     of = capacity(Tenants(a="1GiB"), available=GiB // 8)
     with pytest.raises(Unavailable):
         async with of.promise("b", "512MiB"):

@@ -1,4 +1,4 @@
-"""Events, filters, the journal and the bus: what is published arrives, or its loss is told."""
+"""Events, filters, the journal and the bus: a published event arrives, or its loss is reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Make = Callable[..., Awaitable[Journal]]
 async def make(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Make]:
-    """Return what makes an empty journal: of each kind, since the bus must not see a difference."""
+    """Return a factory of empty journals, for each kind, because the bus must see no difference."""
     monkeypatch.setattr(stored_journal, "_RECENT", 32)  # so that most reads are of the disk
     async with AsyncExitStack() as stack:
 
@@ -80,7 +80,7 @@ def stored(
 
 
 async def settle(journal: Journal) -> None:
-    """Wait until what was appended is readable."""
+    """Wait until appended events are readable."""
     await until(lambda: journal.settled, every=0)
 
 
@@ -209,7 +209,7 @@ async def test_a_long_stretch_that_nobody_wants_is_read_in_parts(make: Make) -> 
 
 
 def test_a_later_life_has_higher_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the clock moves on: the very thing that the ids rely on."""
+    """As long as the clock advances, which is what the ids rely on."""
     before = MemoryJournal(10)
     before.append(drafts(1))
     assert time.time() * 1000 - 60_000 < before.newest < 2**53
@@ -233,7 +233,7 @@ async def test_what_is_not_json_is_refused_and_leaves_no_hole(make: Make) -> Non
 
 
 async def replayed(bus: Bus, filter: Filter, after: int) -> list[Event]:
-    """Return what a subscriber that resumes after an id gets up to now, without what is published for it."""
+    """Return the events so far for a subscriber resuming after an id, without the one published to end it."""
     mark = bus.publish("mark", "mark")
     everything = replace(
         filter,
@@ -255,7 +255,7 @@ async def replayed(bus: Bus, filter: Filter, after: int) -> list[Event]:
 
 @pytest.mark.parametrize("size", [0, 2000])
 async def test_one_tenants_events_push_out_its_own_alone(make: Make, size: int) -> None:
-    """Whether they are many or large. Others' are replayed without a gap, its own and everybody's with."""
+    """Whether many or large. Others' events are replayed without a gap, its own and everybody's with one."""
     journal = await make(20 if size == 0 else 1000, kept_bytes=1 << 26 if size == 0 else 20_000)
     bus = Bus(journal, "t")
     quiet = [bus.publish(f"q{n}", "quiet", deployment="d-quiet") for n in range(3)]
@@ -321,7 +321,7 @@ async def test_losses_outlive_the_process(tmp_path: Path) -> None:
 async def test_losses_of_many_tenants_are_told_in_bounded_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was lost longest ago is then taken for everybody's: a gap too many, never one too few."""
+    """The oldest losses then count for everybody: there may be a gap too many, but never one too few."""
     monkeypatch.setattr("gateway.events.retention._LOSSES", 20)
     async with Store(tmp_path) as store, stored(store, kept=10) as journal:
         bus = Bus(journal, "t")
@@ -338,7 +338,7 @@ async def test_losses_of_many_tenants_are_told_in_bounded_room(
 
 
 async def test_what_was_lost_while_it_waited_counts_beside_what_is_no_longer_kept(tmp_path: Path) -> None:
-    """Though both are of one tenant, and written down at once."""
+    """Even if both are of one tenant and recorded together."""
     async with Store(tmp_path) as store, stored(store, kept=5, waiting=5) as journal:
         bus = Bus(journal, "t")
         made = [bus.publish("e", "shop") for _ in range(5)]
@@ -425,7 +425,7 @@ async def test_only_matching_events_arrive_and_the_place_moves_on(make: Make) ->
 
 @pytest.mark.parametrize("after", [-(10**9), -50, 1, 5000])
 async def test_what_is_gone_or_was_never_ours_is_a_gap_first(make: Make, after: int) -> None:
-    """Counted from the first event's id: long gone, gone, just gone, and of another life."""
+    """Relative to the first event's id: long gone, gone, just gone, and of another process."""
     journal = await make(3)
     bus = Bus(journal, "t")
     made = [bus.publish(name) for name in "abcdef"]
@@ -535,7 +535,7 @@ async def test_data_of_the_publisher_is_copied(make: Make) -> None:
 
 
 async def test_nothing_is_seen_before_it_is_written(tmp_path: Path) -> None:
-    """A crash cannot take back what was seen."""
+    """A crash cannot revoke events that were seen."""
     async with Store(tmp_path) as store, stored(store) as journal:
         bus = Bus(journal, "t")
         subscription = bus.subscribe(ALL)
@@ -576,7 +576,7 @@ async def test_old_events_go_and_the_newest_stays(tmp_path: Path) -> None:
 
 
 async def test_after_a_power_cut_ids_jump_and_a_gap_says_so(tmp_path: Path) -> None:
-    """The last commits may be lost then, and with them ids that subscribers have seen."""
+    """The last commits may be lost, and with them ids that subscribers have seen."""
     async with Store(tmp_path) as store:
         async with stored(store) as journal:
             before = journal.append(drafts(2))
@@ -677,7 +677,7 @@ asyncio.run(main())
 
 
 def test_what_a_subscriber_saw_survives_kills(tmp_path: Path) -> None:
-    """Nothing of it is lost or changed, and no id is given twice: 8 lives, each ended by SIGKILL."""
+    """No event is lost or changed and no id is reused over 8 processes, each ended by SIGKILL."""
     kills = int(os.environ.get("GATEWAY_TEST_KILLS", "8"))
     seen: dict[int, bytes] = {}
     for life in range(kills):
@@ -708,7 +708,7 @@ def _note(seen: dict[int, bytes], line: bytes) -> None:
 
 
 def test_an_event_takes_no_more_memory_than_its_text() -> None:
-    """The latest are kept in memory, and orjson's own bytes take 4 KiB each, however short they are."""
+    """The latest are kept in memory, and bytes as returned by orjson take 4 KiB each, however short."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]

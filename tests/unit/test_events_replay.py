@@ -1,4 +1,4 @@
-"""What a live gateway replays from its journal: as much as it was told to keep, to each token its own."""
+"""Replay from a live gateway's journal: as much as it keeps, and to each token only its own events."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ async def gateway(tmp_path: Path) -> AsyncIterator[LiveGateway]:
 
 
 async def run(gateway: LiveGateway, tenant: str, times: int = 1) -> None:
-    """Run commands that make two events each, and return once all of these can be read.
+    """Run commands that cause two events each, and wait until all of these are readable.
 
-    An answer may come before its events are written.
+    An answer may arrive before its events are written.
     """
     async with gateway.http(tenant) as http:
         for _ in range(times):
@@ -44,7 +44,7 @@ async def run(gateway: LiveGateway, tenant: str, times: int = 1) -> None:
 
 
 async def replayed(gateway: LiveGateway, token: str, after: int, wanted: int, **query: str) -> list[Any]:
-    """Return the next events after an id, as a token of one tenant sees them."""
+    """Return the next events after an id, as seen with one tenant's token."""
     async with gateway.http(token) as http:
         query["lastEventId"] = str(after)
         async with http.get("/v1/events", params=query) as response:
@@ -52,7 +52,7 @@ async def replayed(gateway: LiveGateway, token: str, after: int, wanted: int, **
 
 
 async def begin(gateway: LiveGateway) -> int:
-    """Run a command in each tenant; return the id of the first of their events."""
+    """Run a command in each tenant; return the id of their first event."""
     async with gateway.http("demo") as http, http.get("/v1/events", params={"type": "exec.*"}) as response:
         await run(gateway, "demo")
         first = int((await sse(response, 1, DEADLINE))[0]["id"])
@@ -61,7 +61,7 @@ async def begin(gateway: LiveGateway) -> int:
 
 
 async def test_replay_is_of_the_tokens_tenants_alone(gateway: LiveGateway) -> None:
-    """Whatever it asks for; the events of others leave no trace but ids that are not there."""
+    """Whatever it requests; other tenants' events leave no trace except missing ids."""
     first = await begin(gateway)
     await run(gateway, "demo")
     for query in ({}, {"tenant": "demo,other"}, {"type": "*"}):
@@ -80,7 +80,7 @@ async def test_replay_is_of_the_tokens_tenants_alone(gateway: LiveGateway) -> No
 
 
 async def test_what_is_kept_is_bounded_by_count_and_by_age(gateway: LiveGateway) -> None:
-    """What is no longer kept is a gap that says where the rest begins; another tenant's is all there."""
+    """Dropped events become a gap that tells where the rest begins; another tenant's are complete."""
     first = await begin(gateway)
     await run(gateway, "demo", KEPT)
     some = KEPT // 2
@@ -107,7 +107,7 @@ async def test_what_is_kept_is_bounded_by_count_and_by_age(gateway: LiveGateway)
 
 
 async def test_a_successor_gets_nothing_of_who_had_its_name(gateway: LiveGateway) -> None:
-    """Over HTTP, by websocket and after a restart; who covers all tenants gets all."""
+    """Over HTTP, by websocket and after a restart; a token for all tenants gets everything."""
     first = await begin(gateway)
 
     async def seen() -> list[Any]:
@@ -136,7 +136,7 @@ async def test_a_successor_gets_nothing_of_who_had_its_name(gateway: LiveGateway
 
 
 async def test_a_successor_that_came_while_the_gateway_was_away_is_told_apart(gateway: LiveGateway) -> None:
-    """By what the runtime says of it: nobody told of its predecessor's end. Nor gets it its receipts."""
+    """By the runtime's facts, because no event reported its predecessor's end. It gets no receipts either."""
     first = await begin(gateway)
     write = {"name": "Write", "arguments": {"file_path": "a", "content": "mine"}, "callId": "c1"}
     async with gateway.wire("demo") as wire:

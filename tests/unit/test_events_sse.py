@@ -1,4 +1,4 @@
-"""The SSE response: its bytes, its keep-alive, its ends."""
+"""The SSE response: its bytes, its keep-alive, and how it ends."""
 
 from __future__ import annotations
 

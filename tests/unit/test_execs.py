@@ -1,4 +1,4 @@
-"""The registry of commands, over the `local` runtime: what is kept, what is refused, what ends."""
+"""The registry of commands on the `local` runtime: keeping, refusing and ending commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Make = Callable[..., Awaitable[Execs]]
 
 @pytest.fixture
 async def make(tmp_path: Path) -> AsyncIterator[Make]:
-    """Make a registry with these settings, over a tenant `demo`; it ends with the test."""
+    """Create a registry with these settings and a tenant `demo`; it is closed after the test."""
     opened: list[Any] = []
 
     async def make(**changes: Any) -> Execs:
@@ -69,7 +69,7 @@ async def test_only_so_many_ended_commands_are_kept(make: Make) -> None:
 
 @pytest.mark.parametrize("limit", [{"exec_keep_bytes": 100_000}, {"exec_keep_count": 1}])
 async def test_of_many_ended_commands_only_the_end_is_kept(make: Make, limit: dict[str, int]) -> None:
-    """What they printed is counted as lost, but for who reads it already; nothing else holds it."""
+    """Their output is reported as lost, except to current readers; nothing else keeps it in memory."""
     execs = await make(**limit)
     script = "head -c 60000 /dev/zero; exit 3"
     first = await ended(execs, "sh", "-c", script, "x" * 5000)
@@ -103,7 +103,7 @@ async def test_an_ended_command_is_forgotten_in_time(make: Make) -> None:
 
 
 async def test_an_ended_command_is_kept_while_something_of_it_runs(make: Make) -> None:
-    """Neither its time nor the number of those kept takes away by what the rest can be ended."""
+    """Neither its age nor the number of kept commands removes it while its processes can be killed."""
     execs = await make(exec_keep=0.1, exec_keep_exits=2)
     seconds = mark()
     left = await ended(execs, "sh", "-c", f"setsid sleep {seconds} >/dev/null 2>&1 </dev/null &")
@@ -116,7 +116,7 @@ async def test_an_ended_command_is_kept_while_something_of_it_runs(make: Make) -
 
 
 async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp_path: Path) -> None:
-    """Also without an id of the caller's; what had ended by then is not known any more."""
+    """Also without a caller's id; commands that had already ended are forgotten."""
     execs = await make()
     over = await ended(execs, "true")
     running = await execs.start("demo", ExecSpec(("sleep", mark())))
@@ -153,7 +153,7 @@ def noted(execs: Execs) -> list[Any]:
 async def test_a_second_start_of_the_same_id_survives_the_first_ones_cancel(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who waited for a start that was cancelled gets an answer, and may start anew."""
+    """A caller waiting for a cancelled start gets an answer and may start again."""
     execs = await make()
     entered = asyncio.Event()
     real = execs._runtime.exec
@@ -203,7 +203,7 @@ async def test_the_life_of_a_command_is_told_once(make: Make) -> None:
 
 
 async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() -> None:
-    """Also where a piece is as large as one read, behind the first byte of a character."""
+    """Also if a piece is as large as one read and follows the first byte of a character."""
     stream, text = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 0), roomy()), "€" * 200_000
     data = text.encode()
     for piece in (data[:1], data[1 : 256 << 10], data[256 << 10 :]):
@@ -223,7 +223,7 @@ async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() 
 
 
 async def test_a_window_is_kept_to_by_text_too() -> None:
-    """A byte of room takes no more than the character that begins in it."""
+    """With one byte of room, at most one character is sent."""
     stream = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 1 << 20), roomy())
     stream.tail.append("€".encode() * 100_000)
     cursor, _ = stream.attach(0, Reading(text=True, acks=True, window=7))
@@ -260,7 +260,7 @@ class Printing(Past):
 
 
 async def read(cursor: Cursor) -> bytes:
-    """Read a stream to its end; a zero in front for each byte that was lost."""
+    """Read a stream to its end; each lost byte is replaced by a zero at the front."""
     found = b""
     while parts := await cursor.next():
         found += bytes(cursor.lost)
@@ -271,7 +271,7 @@ async def read(cursor: Cursor) -> bytes:
 
 
 async def stopped(process: Printing) -> int:
-    """Return how many chunks were printed once no more come."""
+    """Wait until printing stops; return the number of chunks printed."""
     before = -1
     while before != process.printed:
         before = process.printed
@@ -280,7 +280,7 @@ async def stopped(process: Printing) -> int:
 
 
 def roomy(limit: int = 1 << 30) -> Share:
-    """Return a tenant's share of so many bytes."""
+    """Return a tenant's share of `size` bytes."""
     return Budget(limit, limit).tenant("demo")
 
 
@@ -301,7 +301,7 @@ async def test_a_command_waits_for_its_only_reader_and_loses_nothing() -> None:
 
 
 class Breakable(Printing):
-    """A process whose output must not be left alone for long."""
+    """A process whose output must not stay unread for long."""
 
     patience = 0.01
 
@@ -311,7 +311,7 @@ class Breakable(Printing):
 
 
 async def test_what_outlives_the_gateway_counts_twice() -> None:
-    """Its log takes memory beside the tail, in the same share."""
+    """Its log uses memory in addition to the tail, from the same share."""
     share = roomy(12 * CHUNK)
     stream, process = printing(share=share)
     logs = list[int]()
@@ -329,7 +329,7 @@ async def test_what_outlives_the_gateway_counts_twice() -> None:
 
 
 async def test_what_stands_behind_a_reader_is_taken_in_up_to_the_lag() -> None:
-    """It is not lost, and no more than that is kept."""
+    """It is not lost, and no more than the lag is kept."""
     stream, _ = printing()
     process = Breakable(100)
     cursor, _ = stream.attach(0, Reading(viewer=True))
@@ -356,7 +356,7 @@ async def test_nothing_is_taken_in_where_the_tenants_share_is_full() -> None:
 
 
 async def test_a_viewer_that_stands_still_holds_another_up_for_a_moment_only() -> None:
-    """Then it is told how much it has missed, and gets the last of what was printed."""
+    """After that it is told how much it has missed, and gets the latest output."""
     stream, process = printing(patience=0.2)
     still, _ = stream.attach(0, Reading(viewer=True))
     other, _ = stream.attach(0, Reading(viewer=True))
@@ -404,7 +404,7 @@ async def test_two_that_both_move_lose_nothing_at_the_slower_ones_pace() -> None
 
 
 async def test_who_is_no_viewer_is_never_left_behind() -> None:
-    """What a tool reads must be whole, whoever looks on."""
+    """A tool must get the complete output, whoever else is watching."""
     stream, process = printing(patience=0)
     tool, _ = stream.attach(0, Reading())
     viewer, _ = stream.attach(0, Reading(viewer=True))
@@ -439,7 +439,7 @@ async def test_a_reader_with_a_window_is_sent_no_more_than_it_acknowledges() -> 
 
 
 async def test_streams_of_a_tenant_keep_a_little_where_its_share_is_full() -> None:
-    """Many commands that print hold no more than the share and a little each."""
+    """Many printing commands use no more than the share and a little each."""
     share = roomy(300_000)
     streams = [printing(share=share) for _ in range(50)]
     for stream, process in streams:
@@ -454,7 +454,7 @@ async def test_streams_of_a_tenant_keep_a_little_where_its_share_is_full() -> No
 
 
 async def test_reader_loses_nothing_that_it_was_not_sent_where_the_share_is_full() -> None:
-    """What was sent and not acknowledged is let go of instead."""
+    """Sent but unacknowledged output is dropped instead."""
     share = roomy(1)
     share.hold(1)
     stream, process = printing(share=share)

@@ -1,4 +1,4 @@
-"""What is held of commands is taken over as it was left, or let go of: whatever its facts say."""
+"""Held commands are adopted as they were left or released, whatever their facts contain."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ FACTS = {
 
 
 class Adopting(LocalRuntime):
-    """The local runtime, that adopts what is held of containers' commands."""
+    """The local runtime, but adopting held commands of containers."""
 
     def __init__(self, settings: Settings, holder: Holder) -> None:
         super().__init__(settings)
@@ -80,7 +80,7 @@ class Adopting(LocalRuntime):
 
 @pytest.fixture
 async def settings(tmp_path: Path) -> AsyncIterator[Settings]:
-    """Of a state dir in which a holder listens."""
+    """Settings with a state dir in which a holder listens."""
     settings = Settings(runtime="local", state_dir=tmp_path)
     holder_process.ensure(settings, tmp_path / "log")
     yield settings
@@ -88,7 +88,7 @@ async def settings(tmp_path: Path) -> AsyncIterator[Settings]:
 
 
 def ended(facts: Any) -> Memory:
-    """Return the memory of a command that printed and ended."""
+    """Return the memory of a command that has printed something and ended."""
     memory = Memory.made()
     for area, printed in (("first", b"hello\n"), ("second", b"\x01K\nerr\n")):
         log = Log(memory, area, None)
@@ -128,7 +128,7 @@ async def test_an_ended_command_is_kept_with_its_output_and_its_end(settings: Se
 
 
 async def test_facts_of_any_kind_are_taken_over_or_let_go_of(settings: Settings) -> None:
-    """None keeps the gateway from its start, or stays held without a command."""
+    """None prevents the gateway from starting, or stays held without a command."""
     random.seed(5)
     whole: dict[str, Any] = {"format": 1, "own": OWN, "facts": FACTS}
     wrong: list[Any] = [None, -1, 2, "x", [], {}, [[]], [[1]], {"a": 1}, 1e300, "\x00" * 100, True]

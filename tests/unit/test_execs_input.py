@@ -1,4 +1,4 @@
-"""The input of a command that takes its time: order, limits, and what becomes of it."""
+"""The input of a slow command: order, limits, and unread input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KiB = 1 << 10
 
 
 class Slow:
-    """A process that takes input only when told to."""
+    """A process that reads input only when told to."""
 
     holding = None
 
@@ -60,7 +60,7 @@ def make(folder: Path, *, memory: int, each: int, limit: int) -> tuple[Any, Inpu
 
 
 def spooled() -> int:
-    """Count this process' files without a name."""
+    """Count this process's unnamed files."""
     found = 0
     for entry in os.scandir("/proc/self/fd"):
         try:
@@ -136,7 +136,7 @@ async def test_a_disk_that_fails_makes_the_sender_wait(tmp_path: Path) -> None:
 
 
 async def test_a_cancel_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
-    """At whichever turn of the loop it comes, while the disk is written and right after."""
+    """In whichever iteration of the loop it arrives, during the write to disk and right after it."""
     loop = asyncio.get_running_loop()
     for turns in range(8):
         process, input_, spools, running = make(tmp_path, memory=1, each=1 << 20, limit=1 << 20)
@@ -166,7 +166,7 @@ async def test_a_cancel_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
 async def test_a_sender_that_is_cancelled_leaves_no_half_of_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it waits for room, the disk is written, or that has just been."""
+    """Whether it waits for room, is being written to disk, or was just written."""
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     loop = asyncio.get_running_loop()
     process, input_, spools, running = make(tmp_path, memory=1, each=1 << 20, limit=1 << 20)
@@ -208,7 +208,7 @@ async def test_a_sender_that_is_cancelled_leaves_no_half_of_its_bytes(
 
 
 async def test_input_goes_to_disk_sooner_where_the_tenants_share_is_full(tmp_path: Path) -> None:
-    """Of each command a piece is in memory; all of it arrives, in order."""
+    """Each command has one piece in memory; everything arrives in order."""
     process: Any = Slow()
     share = Budget(1 << 20, 1 << 20).tenant("demo")
     share.hold(1 << 20)

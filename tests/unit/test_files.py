@@ -1,4 +1,4 @@
-"""What of the editor's calls is decided without IO: merging changes, who wants which, conditions, ranges."""
+"""The parts of the editor's calls without I/O: merging and filtering changes, conditions, ranges."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from gateway.rootfs import kernel
 )
 @pytest.mark.parametrize("passed", range(5))
 def test_changes_of_one_path_are_told_as_one(together: str, told: Change, passed: int) -> None:
-    """Also where the first of them were passed on before the others came."""
+    """Also if the first ones were passed on before the others arrived."""
     kinds: list[Any] = together.split()
     first, second = Changes(10), Changes(10)
     for number, kind in enumerate(kinds):
@@ -59,7 +59,7 @@ def test_changes_of_one_path_are_told_as_one(together: str, told: Change, passed
     [("file", "file", False), ("file", "folder", True), ("folder", "file", True), ("folder", "folder", True)],
 )
 def test_a_folder_in_the_place_of_another_is_an_overflow(before: str, after: str, overflow: bool) -> None:
-    """What was in the first is told of nowhere, so whoever shows it must look anew; a file's is all there."""
+    """The contents of the first are not reported, so a client must list again; a file needs no listing."""
     first, second = Changes(10), Changes(10)
     for passed in (False, True):
         first.add("a", "removed", folder=before == "folder")
@@ -77,7 +77,7 @@ def test_a_folder_in_the_place_of_another_is_an_overflow(before: str, after: str
 
 
 def test_a_new_folder_in_the_place_of_a_new_one_is_a_new_one() -> None:
-    """Nobody has heard of the first, and what is created stands for all that is in it."""
+    """Nobody knows of the first, and "created" covers everything in a folder."""
     changes = Changes(10)
     kinds: tuple[Change, ...] = ("created", "removed", "created")
     for change in kinds:
@@ -86,7 +86,7 @@ def test_a_new_folder_in_the_place_of_a_new_one_is_a_new_one() -> None:
 
 
 def test_long_paths_are_an_overflow_sooner() -> None:
-    """What waits for one watch is bounded in characters too, and there is room again once it was told."""
+    """Pending changes of a watch are also limited in characters, and sending them makes room again."""
     changes = Changes(10)
     for _ in range(2):
         for number in range(10):
@@ -96,7 +96,7 @@ def test_long_paths_are_an_overflow_sooner() -> None:
 
 
 def test_more_changes_than_fit_are_an_overflow() -> None:
-    """Known paths go on being merged; taking begins anew."""
+    """Known paths are still merged; taking the changes starts over."""
     changes = Changes(2)
     assert not changes
     for path in ("a", "b", "a"):
@@ -135,7 +135,7 @@ def test_a_watch_sees_what_it_asked_for(
 
 
 def test_events_of_the_kernel_are_told_apart() -> None:
-    """One with a name that is padded, one without; the layout is inotify(7)'s."""
+    """One with a padded name, one without, in the layout of inotify(7)."""
     first = struct.pack("iIII8s", 1, kernel.IN_CREATE, 0, 8, b"a\xff")
     second = struct.pack("iIII", -1, kernel.IN_Q_OVERFLOW, 0, 0)
     assert list(kernel.inotify_events(first + second)) == [
@@ -162,7 +162,7 @@ def test_a_condition_is_a_list_of_etags(header: str | None, weak: bool, found: l
 
 @pytest.mark.parametrize("header", ["", " ", '"', '"a', '"a" "b"', ",", '"a",,'])
 def test_a_malformed_condition_is_refused(header: str) -> None:
-    """And never taken for none: a write that was meant to be careful must not go through."""
+    """It never counts as no condition: a write that was meant to be careful must not succeed."""
     with pytest.raises(InvalidParams):
         tags(header, weak=False)
 

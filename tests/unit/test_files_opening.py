@@ -1,4 +1,4 @@
-"""Uploads in a worker: without a name until they are whole, where the kernel can; what is left is swept."""
+"""Uploads in a worker: unnamed until they are complete, if the kernel supports it; remains are swept."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def test_upload(
     site: Site, nameless: bool | None, old: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both forms end in the file in its place, and in nothing else."""
+    """Both forms end with the file in its place and nothing else."""
     monkeypatch.setattr(kernel, "_names_files", nameless)
     if old is not None:
         (site.folder / "a.txt").write_bytes(old)
@@ -73,7 +73,7 @@ def test_upload(
 
 @pytest.mark.parametrize("folder", ["", "deep/"])
 def test_folder_replaced(site: Site, folder: str) -> None:
-    """An upload whose folder is another by its end is a conflict, not a file that nobody asked for."""
+    """An upload whose folder was replaced meanwhile is a conflict, and does not create an unwanted file."""
     (site.folder / "deep").mkdir()
     told, descriptor = site.create(f"{folder}a.txt")
     os.close(descriptor)
@@ -88,7 +88,7 @@ def test_folder_replaced(site: Site, folder: str) -> None:
 
 @pytest.mark.parametrize("nameless", [None, False])
 def test_given_up(site: Site, nameless: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An upload that is released leaves nothing, whether or not it had come to its end."""
+    """A released upload leaves nothing behind, whether or not it was complete."""
     monkeypatch.setattr(kernel, "_names_files", nameless)
     for finish in (False, True):
         told, descriptor = site.create("new/deep/file")
@@ -102,7 +102,7 @@ def test_given_up(site: Site, nameless: bool | None, monkeypatch: pytest.MonkeyP
 
 
 def test_sweep(site: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What nobody will finish goes, at any depth; no folder, nothing young or outside, no other name."""
+    """Abandoned files go, at any depth, but no folders, recent files, other names or outside files."""
     stray, large = ".gateway-1f-0123456789ab", ".gateway-1f-0123456789abcdef"
     outside = tmp_path_factory.mktemp("outside")
     (outside / stray).touch()

@@ -1,4 +1,4 @@
-"""Uploads and downloads at their end: whatever ends them, nothing goes on unseen and nothing is left."""
+"""The end of uploads and downloads: whatever ends them, nothing continues and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.test_rootfs_workers import folders, make_root
 async def test_one_that_is_being_opened_when_all_are_ended_ends_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload: bool
 ) -> None:
-    """Nobody would end it any more: it would go on until the gateway is killed."""
+    """Otherwise it would continue until the gateway is killed."""
     root = make_root(tmp_path)
     async with Workers(Settings(), folders(tmp_path)) as workers:
         async with Transfers(workers, Settings()) as transfers:

@@ -1,4 +1,4 @@
-"""What a host that has no watches left means to who wants one, and a watcher over a real tree."""
+"""File watching on a host without free watches, and a watcher on a real tree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="inotify is Li
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    """A workspace with `a/b`; this process stands in for a worker, whose working directory moves."""
+    """A workspace with `a/b`; this process acts as a worker, which changes its working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "site" / "a" / "b").mkdir(parents=True)
     tree = Root(os.open(tmp_path / "site", os.O_RDONLY), "/srv/site")
@@ -47,7 +47,7 @@ def wish(watch: int = 1, *paths: str) -> dict[str, Any]:
 
 
 def told(watcher: Watcher) -> list[dict[str, Any]]:
-    """Return what would be sent once all that is due was done."""
+    """Return what would be sent once everything due is done."""
     watcher.read()
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -86,7 +86,7 @@ def test_changes_are_told_to_who_sees_them(watcher: Watcher, workspace: Workspac
 async def test_a_file_that_is_made_anew_is_changed(
     watcher: Watcher, workspace: Workspace, tmp_path: Path
 ) -> None:
-    """As `git checkout` and many editors write it: in one telling, or in two that nobody took in between."""
+    """As written by `git checkout` and many editors: in one message, or in two not read in between."""
     watch = Watch(1, "demo", 10)
     old, new = tmp_path / "site" / "a" / "old", tmp_path / "site" / "a" / "new"
     old.touch()
@@ -135,7 +135,7 @@ def test_a_root_that_is_a_file_comes_back_with_its_folder(
 def test_a_folder_that_replaces_another_is_an_overflow(
     watcher: Watcher, workspace: Workspace, tmp_path: Path, again: str
 ) -> None:
-    """Moved away and made anew, or renamed over an empty one: nothing else tells what it had, or has."""
+    """Moved away and recreated, or renamed over an empty one: only that tells clients to list it again."""
     site = tmp_path / "site"
     (site / "a" / "b" / "old").touch()
     if again == "rename":
@@ -155,7 +155,7 @@ def test_a_folder_that_replaces_another_is_an_overflow(
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files always have names here")
 def test_a_file_without_a_name_is_no_change(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
-    """What is written into a file without a name is not told of; a name of the same form is a name."""
+    """Writes to an unnamed file are not reported; a real name of the same form is."""
     watcher.watch(workspace, wish(1))
     site = tmp_path / "site"
     descriptor = os.open(site, os.O_TMPFILE | os.O_WRONLY)
@@ -184,7 +184,7 @@ def test_a_root_goes_with_a_folder_above_it(watcher: Watcher, workspace: Workspa
 def test_a_folder_over_the_limit_is_an_overflow(
     watcher: Watcher, workspace: Workspace, tmp_path: Path
 ) -> None:
-    """A new watch that needs too many is refused; one that is there goes on."""
+    """A new watch that needs too many folders is refused; an existing one continues."""
     watcher.watch(workspace, wish(1))
     for name in ("c", "d"):
         (tmp_path / "site" / name).mkdir()

@@ -1,4 +1,4 @@
-"""The process that holds descriptors, with real descriptors, and a gateway's end of it."""
+"""The holder process, with real descriptors, and the gateway's client of it."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def descriptors(process: asyncio.subprocess.Process) -> int:
 
 
 async def hung_up(connection: socket.socket) -> None:
-    """Return once nobody has the other end of a socket any more."""
+    """Wait until the other end of a socket is closed everywhere."""
     connection.setblocking(False)
     assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 1), 30) == b""
 
 
 async def test_what_is_put_outlives_who_put_it(start: Start, tmp_path: Path) -> None:
-    """The next one gets it by its name, in its order, and it is the same socket."""
+    """The next client gets it by name and in order, and it is the same socket."""
     process = await start()
     path = tmp_path / "holder.sock"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -95,7 +95,7 @@ async def test_what_is_put_outlives_who_put_it(start: Start, tmp_path: Path) -> 
 
 
 async def test_all_is_closed_where_no_gateway_comes(start: Start, tmp_path: Path) -> None:
-    """But not while one is connected, and who only asks about it is none."""
+    """But not while one is connected; a client that only asks for information does not count."""
     await start(0.3)
     path = tmp_path / "holder.sock"
     ours, theirs = socket.socketpair()
@@ -157,7 +157,7 @@ async def test_what_is_no_packet_ends_its_connection_and_leaves_nothing(
 
 
 async def test_many_names_arrive_whole(start: Start, tmp_path: Path) -> None:
-    """Also more than the holder's queue takes at once."""
+    """Also more than fit into the holder's queue at once."""
     await start()
     path = tmp_path / "holder.sock"
     ours, theirs = socket.socketpair()
@@ -193,7 +193,7 @@ def test_a_packet_with_too_many_descriptors_is_refused_and_closed() -> None:
 
 
 def test_a_holder_is_started_once_found_by_its_socket_and_stopped(tmp_path: Path) -> None:
-    """As quickstart does where there is no systemd."""
+    """As quickstart does without systemd."""
     settings = Settings(runtime="local", state_dir=tmp_path)
     assert holder_process.running(settings) is None
     assert not holder_process.stop(settings)

@@ -1,4 +1,4 @@
-"""The pure parts of preparing a host: sizes, rules, definitions, processes told apart, files written."""
+"""The pure parts of preparing a host: sizes, rules, definitions, recognising processes, writing files."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_pool_takes_half_of_what_is_free_within_bounds(free: int, size: int) -> 
 
 
 def test_pool_without_room_names_the_way_out() -> None:
-    """A full disk is refused before Incus makes half a pool."""
+    """A full disk is refused before Incus creates half a pool."""
     with pytest.raises(HostError, match="GATEWAY_POOL_SOURCE"):
         pool_size(5 * GiB - 1)
 
 
 def test_acl_closes_private_ranges_and_the_hosts_public_address() -> None:
-    """Everything of the host is dropped, whatever its address; the rest of the internet is allowed."""
+    """Traffic to the host is dropped, whatever its address; the rest of the internet is allowed."""
     rules = acl(Settings(network_ipv4="10.82.0.1/20"), [IPv4Address("203.0.113.7")])
     drop, allow = rules["egress"]
     closed = [IPv4Network(part) for part in drop["destination"].split(",")]
@@ -59,14 +59,14 @@ def test_acl_closes_private_ranges_and_the_hosts_public_address() -> None:
 
 
 def test_acl_closes_a_bridge_outside_the_private_ranges() -> None:
-    """Tenants stay apart too where the operator gave the bridge public addresses."""
+    """Tenants are isolated even if the operator gave the bridge public addresses."""
     drop = acl(Settings(network_ipv4="203.0.113.1/24"), [])["egress"][0]
     assert "203.0.113.0/24" in drop["destination"].split(",")
     assert len(drop["destination"].split(",")) == len(PRIVATE) + 1
 
 
 def test_profile_carries_mark_limits_and_isolation() -> None:
-    """What one tenant may use comes from the settings; the mark and the isolation are always there."""
+    """A tenant's limits come from the settings; the mark and the isolation are always set."""
     made = profile(Settings(tenant_memory="1GiB", tenant_processes=99, tenant_disk="3GiB", pool="p"))
     assert made["config"][MANAGED] == "true"
     assert made["config"]["limits.memory"] == "1GiB"
@@ -89,7 +89,7 @@ def test_profile_carries_mark_limits_and_isolation() -> None:
 
 
 def test_bridge_refuses_by_default() -> None:
-    """The bridge names the ACL, and what no rule allows is refused."""
+    """The bridge uses the ACL, and traffic that no rule allows is refused."""
     made = network(Settings(profile="x"))
     assert made["security.acls"] == "x"
     assert made["ipv6.address"] == "none"
@@ -110,7 +110,7 @@ def definition(**changes: object) -> Definition:
 
 
 def test_digest_changes_with_everything_that_decides_the_image() -> None:
-    """Same definition, same name; another user, path, architecture or certificate, another name."""
+    """The same definition has the same name; another user, path, architecture or certificate changes it."""
     others = [
         definition(architecture="arm64", bun="aarch64"),
         definition(bun="x64-baseline"),
@@ -133,7 +133,7 @@ def test_digest_changes_with_everything_that_decides_the_image() -> None:
     ],
 )
 def test_bun_fits_the_processor(machine: str, flags: str, variant: str, architecture: str) -> None:
-    """A processor without AVX2 gets the build that does not use it; ARM gets its own."""
+    """A processor without AVX2 gets the build without it; ARM has its own build."""
     made = define(Settings(), machine, flags)
     assert (made.bun, made.architecture) == (variant, architecture)
     assert variant in bun.INTEGRITY
@@ -150,7 +150,7 @@ def test_bun_fits_the_processor(machine: str, flags: str, variant: str, architec
     ],
 )
 def test_definition_refuses_what_a_shell_would_run(wrong: dict[str, str]) -> None:
-    """User and workspace go into the build's script, so only plain names pass."""
+    """User and workspace are used in the build's script, so only plain names are accepted."""
     with pytest.raises(HostError, match="GATEWAY_WORKSPACE"):
         define(Settings(**wrong), "x86_64", " avx2")  # type: ignore[arg-type]  # field names from the table
 
@@ -161,13 +161,13 @@ def test_the_image_that_quickstart_begins_with_is_that_of_the_settings_defaults(
 
 
 def test_unknown_processor_is_refused() -> None:
-    """Where there is no Bun there is no image, said before anything is fetched."""
+    """There is no image without Bun, which is reported before anything is fetched."""
     with pytest.raises(HostError, match="riscv64"):
         define(Settings(), "riscv64", "")
 
 
 def test_integrity_accepts_the_published_bytes_and_nothing_else(tmp_path: Path) -> None:
-    """npm's `sha512-BASE64` is compared with the file; one other byte is refused."""
+    """The file is compared with npm's `sha512-BASE64`; a single different byte is refused."""
     file = tmp_path / "package.tgz"
     file.write_bytes(b"published")
     expected = "sha512-" + base64.b64encode(hashlib.sha512(b"published").digest()).decode()
@@ -186,7 +186,7 @@ def test_fingerprint_is_that_of_incus(tmp_path: Path) -> None:
 
 
 def test_built_images_of_other_definitions_stay_for_who_uses_them(tmp_path: Path) -> None:
-    """Of two gateways that build in turn each finds its own again; what was long unused goes, whole."""
+    """Two gateways building in turn both keep their images; long unused ones are removed completely."""
     made = [Artefact(tmp_path / f"{name}.tar", tmp_path / f"{name}.squashfs") for name in "abcde"]
     for age, artefact in enumerate(reversed(made)):
         for file in (artefact.metadata, artefact.rootfs):
@@ -198,7 +198,7 @@ def test_built_images_of_other_definitions_stay_for_who_uses_them(tmp_path: Path
 
 
 def test_metadata_names_its_definition() -> None:
-    """The image in Incus says which definition it came from, in the kernel's word for the architecture."""
+    """The image in Incus names its definition, and the architecture as the kernel calls it."""
     made = image_metadata(definition(architecture="arm64", bun="aarch64"))
     assert made["architecture"] == "aarch64"
     assert made["properties"][PROPERTY] == definition(architecture="arm64", bun="aarch64").digest
@@ -215,12 +215,12 @@ def test_metadata_names_its_definition() -> None:
     ],
 )
 def test_helpers_of_incusd_are_not_the_daemon(words: list[bytes], daemon: bool) -> None:
-    """`incusd forkexec …` outlives a killed daemon and must not be taken for it."""
+    """`incusd forkexec …` outlives a killed daemon and must not be mistaken for it."""
     assert _only_options(words) is daemon
 
 
 def test_stale_socket_and_pid_file_are_not_believed(tmp_path: Path) -> None:
-    """A folder with the leavings of a killed daemon has no daemon: its pid is another's by now."""
+    """The remains of a killed daemon do not count as a daemon: its pid may have been reused."""
     import socket
 
     daemon = Daemon(tmp_path)
@@ -235,7 +235,7 @@ def test_stale_socket_and_pid_file_are_not_believed(tmp_path: Path) -> None:
 
 
 def test_a_socket_that_says_nothing_is_no_daemon(tmp_path: Path) -> None:
-    """Something that accepts and closes is not taken for incusd."""
+    """A server that accepts and closes connections is not mistaken for incusd."""
     import socket
     import threading
 
@@ -250,7 +250,7 @@ def test_a_socket_that_says_nothing_is_no_daemon(tmp_path: Path) -> None:
 
 
 def test_steps_say_what_changed_and_how_long_it_took() -> None:
-    """Each step is one line as it ends; the changes come back as values."""
+    """Each step prints one line when it ends; the changes are returned as values."""
     lines: list[str] = []
     steps = Steps(lines.append)
     steps.run("one", lambda: "made")
@@ -261,7 +261,7 @@ def test_steps_say_what_changed_and_how_long_it_took() -> None:
 
 
 def test_a_failing_step_names_itself() -> None:
-    """The error carries the step's name in front of its own words."""
+    """The error's message begins with the step's name."""
 
     def fail() -> None:
         raise HostError("no room")
@@ -272,7 +272,7 @@ def test_a_failing_step_names_itself() -> None:
 
 
 def test_programs_that_fail_say_what_they_said_and_what_to_do() -> None:
-    """The end of a program's errors and the advice are in the message; a missing one names its package."""
+    """The message has the end of the program's errors and the advice; for a missing one, its package."""
     with pytest.raises(HostError, match="ended with 3: oh no; turn it off"):
         run(["sh", "-c", "echo oh no >&2; exit 3"], fix="turn it off")
     with pytest.raises(HostError, match="did not end within 0 s"):
@@ -283,7 +283,7 @@ def test_programs_that_fail_say_what_they_said_and_what_to_do() -> None:
 
 
 def test_a_lock_is_held_by_the_programs_of_a_step(tmp_path: Path) -> None:
-    """A descriptor that is handed on stays open in the child."""
+    """A descriptor that is passed on stays open in the child."""
     with (tmp_path / "lock").open("w") as lock:
         number = lock.fileno()
         assert run(["sh", "-c", f"test -e /proc/self/fd/{number} && echo held"], fix="", holding=(number,))
@@ -292,7 +292,7 @@ def test_a_lock_is_held_by_the_programs_of_a_step(tmp_path: Path) -> None:
 
 
 def test_erase_leaves_nothing_of_a_dead_daemon(tmp_path: Path) -> None:
-    """All files of a folder without a daemon go."""
+    """All files of a folder without a daemon are removed."""
     daemon = Daemon(tmp_path / "incus")
     (daemon.root / "networks" / "x").mkdir(parents=True)
     (daemon.root / "networks" / "x" / "dnsmasq.pid").write_text("pid: 1\n")
@@ -320,7 +320,7 @@ esac
 def test_docker_is_told_to_let_the_bridge_through_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without Docker's chain nothing is done; with it both directions are let through, and only once."""
+    """Without Docker's chain nothing is done; with it both directions are allowed, and only once."""
     iptables = tmp_path / "iptables"
     iptables.write_text(FAKE_IPTABLES)
     iptables.chmod(0o755)
@@ -334,13 +334,13 @@ def test_docker_is_told_to_let_the_bridge_through_once(
 
 
 def test_local_runtime_needs_nothing_of_the_host() -> None:
-    """Setup neither asks for Incus nor for root where tenants are plain folders."""
+    """Setup needs neither Incus nor root if tenants are plain folders."""
     (change,) = setup(Settings(runtime="local", incus_socket=Path("/nonexistent")), lambda line: None)
     assert not change.changed
 
 
 def test_routes_stay_where_the_broker_serves_root_alone(tmp_path: Path) -> None:
-    """A broker beside root's gateway needs no user; nothing is given away."""
+    """A broker beside root's gateway needs no user, and no ownership is changed."""
     settings = Settings(state_dir=tmp_path, broker_user="no-such-user")
     assert hand_over(settings) is None
     assert not list(tmp_path.iterdir())

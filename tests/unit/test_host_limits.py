@@ -12,7 +12,7 @@ from gateway.host.limits import WANTED, raise_limits
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
-    """A `/proc/sys` with the kernel's own values, one of which somebody has raised above ours."""
+    """A `/proc/sys` with the kernel's defaults, one of which is already higher than ours."""
     for name, value in zip(WANTED, (16384, 128, 1 << 30), strict=True):
         path = tmp_path / "sys" / name.replace(".", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def test_raised_once(kernel: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_to_raise(kernel: Path, tmp_path: Path) -> None:
-    """A host whose operator has set more elsewhere gets no file that would lower it at the next boot."""
+    """If the operator has set more elsewhere, no file is written that would lower it at the next boot."""
     for name in WANTED:
         (kernel / name.replace(".", "/")).write_text(str(1 << 30))
     assert raise_limits(tmp_path / "60.conf", kernel) is None
@@ -48,7 +48,7 @@ def test_nothing_to_raise(kernel: Path, tmp_path: Path) -> None:
 
 
 def test_not_to_be_raised(tmp_path: Path) -> None:
-    """Where the kernel's values are not there to be set the rest of setup goes on."""
+    """If the kernel's values cannot be set, the rest of setup continues."""
     assert raise_limits(tmp_path / "60.conf", tmp_path) is None
     assert not (tmp_path / "60.conf").exists()
 

@@ -1,4 +1,4 @@
-"""`doctor` tells of limits that are off, and of what is open to other users of the host."""
+"""`doctor` reports bad limits, and files that other users of the host can access."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def told(tmp_path: Path, **given: Any) -> str:
 
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with enough of all."""
+    """A machine with enough of everything."""
     monkeypatch.setattr(permissions, "_memory", lambda: 64 << 30)
     monkeypatch.setattr(permissions, "_end_of_memory", lambda: 3 << 30)
     monkeypatch.delenv("GATEWAY_SECRET", raising=False)
@@ -39,7 +39,7 @@ def test_a_share_that_is_the_whole_is_told(tmp_path: Path, share: str, whole: st
 
 
 def test_every_share_of_one_tenant_is_looked_at() -> None:
-    """A setting that is worded as the share of the one before it has its pair here."""
+    """Each setting documented as a share of the previous one is in the list of shares."""
     fields = list(Settings.model_fields.items())
     worded = {
         name

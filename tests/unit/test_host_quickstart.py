@@ -1,4 +1,4 @@
-"""Quickstart's own parts: its files, its words, how it finds and asks the gateway."""
+"""Quickstart's own parts: its files, its messages, how it finds and queries the gateway."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def made(tmp_path: Path, **fields: Any) -> Quickstart:
 
 
 def test_environment_survives_the_file() -> None:
-    """Quotes, dollars, backslashes and newlines come back as they went."""
+    """Quotes, dollars, backslashes and newlines survive the round trip."""
     variables = {"GATEWAY_A": 'say "hi" $HOME `id` \\n', "GATEWAY_B": "", "GATEWAY_C": "two\nlines"}
     assert parse_environment(format_environment(variables)) == variables
 
 
 def test_token_file_is_private_from_its_first_byte(tmp_path: Path) -> None:
-    """Mode 0600, also where an older file was open to all; the old one is replaced as a whole."""
+    """Mode 0600, even if an older file was readable by all; the old file is replaced atomically."""
     file = tmp_path / "token"
     file.write_text("old")
     file.chmod(0o644)
@@ -84,7 +84,7 @@ def test_token_file_is_private_from_its_first_byte(tmp_path: Path) -> None:
     ],
 )
 def test_url_is_one_that_a_browser_here_can_open(listen: str, url: str) -> None:
-    """The wildcard address becomes one that can be visited."""
+    """The wildcard address is replaced by one that can be opened."""
     assert base_url(listen) == url
 
 
@@ -96,14 +96,14 @@ def test_expiry_of_what_is_no_token_is_the_past() -> None:
 
 
 def test_asks_the_gateway_past_any_proxy(gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request goes to the address itself and carries the token."""
+    """The request goes directly to the address, with the token."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     status, answer = ask(gateway, "GET", "/readyz", token="t")
     assert (status, answer) == (200, {"path": "/readyz", "token": "Bearer t"})
 
 
 def test_nobody_there_is_an_os_error(tmp_path: Path) -> None:
-    """TCP, unix socket and a peer that does not speak HTTP fail alike."""
+    """TCP, a unix socket and a peer that does not speak HTTP fail in the same way."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     for listen in (f"127.0.0.1:{port}", str(tmp_path / "none.sock")):
@@ -118,7 +118,7 @@ def test_port_of_another_is_refused_with_the_setting(gateway: str, tmp_path: Pat
 
 
 def test_stale_pid_file_is_not_believed(tmp_path: Path) -> None:
-    """A pid that belongs to another process now is not taken for the gateway, and stop leaves it alone."""
+    """A reused pid is not mistaken for the gateway, and stop leaves that process alone."""
     start = made(tmp_path)
     start.place.pidfile.write_text(f"{os.getpid()}\n")
     assert start.gateway.pid() is None
@@ -129,7 +129,7 @@ def test_stale_pid_file_is_not_believed(tmp_path: Path) -> None:
 def test_gateway_of_the_unit_is_found_whatever_its_state_dir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A drop-in may have given it another user and state dir; the unit of another place is none of ours."""
+    """A drop-in may give it another user and state dir; a unit for another place is not ours."""
     units, bin_ = tmp_path / "units", tmp_path / "bin"
     for folder in (units, bin_):
         folder.mkdir()
@@ -148,7 +148,7 @@ def test_gateway_of_the_unit_is_found_whatever_its_state_dir(
 
 
 def test_gateway_without_a_pid_file_is_found_and_stopped(tmp_path: Path) -> None:
-    """A run that was killed right after it started the gateway does not leave it behind for ever."""
+    """A gateway is found even if the run that started it was killed right afterwards."""
     start = made(tmp_path)
     command = start.gateway.command = tmp_path / "incus-gateway"
     command.write_text(f"#!{sys.executable}\nimport time\nprint('up', flush=True)\ntime.sleep(60)\n")
@@ -188,7 +188,7 @@ def test_a_foreign_server_on_the_port_is_not_ours(gateway: str, tmp_path: Path) 
 
 
 def test_farewell_shows_url_token_and_three_commands(tmp_path: Path) -> None:
-    """What is printed at the end is enough to go on with."""
+    """The closing message has everything needed to continue."""
     state = made(tmp_path).status() | {"token": "secret-token"}
     text = farewell(state, "incus-gateway", Path("/x/quickstart"))
     assert state["url"] in text and "secret-token" in text
@@ -199,7 +199,7 @@ def test_farewell_shows_url_token_and_three_commands(tmp_path: Path) -> None:
 def test_the_end_of_the_log_steers_no_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the gateway that ran before, which wrote what tenants said as it was."""
+    """Also that of an earlier gateway, which logged tenants' text unescaped."""
     (tmp_path / "gateway.log").write_text("a command said \x1b]0;owned\x07\u202e\x9b2J\n")
     monkeypatch.setattr(os, "environ", {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)})
     os.environ |= {"GATEWAY_RUNTIME": "local", "GATEWAY_LISTEN": f"127.0.0.1:{free_ports(1)[0]}"}
@@ -212,7 +212,7 @@ def test_the_end_of_the_log_steers_no_terminal(
 def test_wrong_settings_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A setting that cannot be read ends in one line with its name."""
+    """An invalid setting is reported in one line with its name."""
     monkeypatch.setattr(os, "environ", {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)})
     os.environ["GATEWAY_TENANT_PROCESSES"] = "many"
     assert quickstart.main(["status", str(CHECKOUT), "stamp"]) == 1
@@ -239,7 +239,7 @@ def test_caddy_gets_ports_that_are_free_unless_they_were_said(tmp_path: Path) ->
 def test_caddy_is_reached_by_a_socket_in_its_folder_if_the_path_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str | None, folder: str
 ) -> None:
-    """It is beside the state dir where that is closed to Caddy's user; a choice of before moves along."""
+    """It is beside the state dir if Caddy's user cannot enter that; an earlier choice is moved."""
     monkeypatch.setattr("gateway.host.caddy_service._user", lambda: user)
     short, long = Path("/run/gw"), tmp_path / ("x" * 100)
     chosen = caddy_service.chosen(Settings(state_dir=short))
@@ -268,7 +268,7 @@ echo "$(basename "$0") $*" >>calls
 
 
 def test_packages_wait_for_another_that_installs_some(tmp_path: Path) -> None:
-    """A lock that is held is waited for, with a word, and is never called a broken dpkg."""
+    """A held lock is waited for, with a message, and never reported as a broken dpkg."""
     for name in ("dpkg", "apt-get", "sleep"):
         program = tmp_path / name
         program.write_text(_PACKAGES if name != "sleep" else "#!/bin/sh\n")
@@ -309,7 +309,7 @@ def _beside(script: str) -> subprocess.Popen[str]:
 
 
 def test_steps_beside_one_another_are_shown_one_by_one() -> None:
-    """Their lines do not mix, and what failed is said where it is waited for."""
+    """Their lines do not mix, and a failure is reported where the step is awaited."""
     script = """
       slow() { echo slow 1; read -r <"$gate"; echo slow 2; }
       fails() { step fails; die 'no room'; }
@@ -328,7 +328,7 @@ def test_steps_beside_one_another_are_shown_one_by_one() -> None:
 
 @pytest.mark.parametrize("how", [None, signal.SIGINT, signal.SIGTERM], ids=["error", "int", "term"])
 def test_what_was_begun_ends_with_the_script(how: signal.Signals | None) -> None:
-    """All that it started too, whatever ends the script."""
+    """Also everything that it started, however the script ends."""
     job = "exec 3>&1; job() { sh -c 'echo runs >&3; sleep 1000' & wait; }; begin job '' job"
     with _beside(f"{job}; {'finish job' if how else 'read -r; die no'}") as process:
         assert process.stdout is not None and process.stdin is not None

@@ -1,4 +1,4 @@
-"""The kept list of instances: asked for once, then only what changed."""
+"""The cached list of instances: fetched once, then only the changed ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.waits import settled
 
 
 class Table:
-    """What incusd has, and what was asked of it."""
+    """The instances of a fake incusd, and the requests made to it."""
 
     def __init__(self, *names: str) -> None:
         self.entries = {name: {"name": name, "n": 0} for name in names}

@@ -1,4 +1,4 @@
-"""What of a command outlives its gateway: exact at whatever moment that is killed, else refused."""
+"""A command's memory is exact whenever its gateway is killed, or else refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def received(log: Log, own: socket.socket, frames: Frames) -> bytes:
 
 
 def taken(log: Log, own: socket.socket, frames: Frames, size: int) -> bytes:
-    """Receive so much payload, of which the end of a segment parts some."""
+    """Receive some payload that is split by the end of a segment."""
     data = b""
     while len(data) < size:
         data += received(log, own, frames)
@@ -57,7 +57,7 @@ def taken(log: Log, own: socket.socket, frames: Frames, size: int) -> bytes:
 
 
 def adopted(memory: Memory, own: socket.socket) -> tuple[int, bytes]:
-    """Return what another process finds, by the first byte's offset; it has a memory of its own."""
+    """Return what another process finds, with the first byte's offset, through its own memory object."""
     again = Memory(os.dup(memory.descriptor))
     try:
         log = Log(again, "first", Odometer(own))
@@ -72,7 +72,7 @@ def adopted(memory: Memory, own: socket.socket) -> tuple[int, bytes]:
 def test_another_process_finds_what_was_received_and_not_let_go_of(
     sizes: list[int], data: st.DataObject
 ) -> None:
-    """Wherever frames and segments were cut, and though the last read was never noted."""
+    """Wherever frames and segments are split, and although the last read was never recorded."""
     ours, theirs = socket.socketpair()
     memory = Memory.made()
     whole, floor = b"", 0
@@ -108,7 +108,7 @@ def test_another_process_finds_what_was_received_and_not_let_go_of(
 
 
 def test_the_odometer_is_set_anew_before_it_ends(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the process is killed before, while or after it is."""
+    """Whether the process is killed before, during or after the reset."""
     monkeypatch.setattr("gateway.incus.memory._TURN", 50_000)
     ours, theirs = socket.socketpair()
     Odometer(theirs).reset()
@@ -138,7 +138,7 @@ def test_the_odometer_is_set_anew_before_it_ends(memory: Memory, monkeypatch: py
 
 
 def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
-    """Again and again, by SIGKILL, while it receives as fast as it can."""
+    """Repeatedly, by SIGKILL, while it receives as fast as it can."""
     kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "60"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(True)
@@ -190,7 +190,7 @@ def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
 
 
 async def test_a_writer_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
-    """What is noted as given, and what is on its way, is what arrives."""
+    """Exactly the bytes recorded as written or in transit arrive."""
     kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "60"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -271,7 +271,7 @@ def test_what_is_let_go_of_goes_back_to_the_kernel(memory: Memory) -> None:
 def test_a_memory_that_was_written_over_is_read_within_bounds(
     changes: list[tuple[int, bytes]],
 ) -> None:
-    """Never a crash, nor more than what there is."""
+    """It never crashes, nor returns more than there is."""
     memory = Memory.made()
     try:
         memory.write_facts({"format": 1})
@@ -308,7 +308,7 @@ async def test_descriptors_that_are_no_commands_are_refused_and_closed() -> None
 def test_an_output_that_goes_on_at_once_takes_no_memory_of_the_other(
     memory: Memory, loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
-    """uvloop reads the first before the second is taken over."""
+    """uvloop reads the first before the second is adopted."""
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(_go_on_at_once(memory))
 
@@ -349,7 +349,7 @@ FAILED = b'{"type":"error","error":"Command not found","error_code":400}'
 async def test_an_answer_waits_for_whoever_has_its_descriptor(
     tmp_path: Path, body: bytes, code: int, taken: bool
 ) -> None:
-    """Also for one that comes after its head was taken out."""
+    """Also for a process that comes after its header was consumed."""
     ours, theirs = socket.socketpair()
     ours.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     waiting = Waiting(theirs)
@@ -376,7 +376,7 @@ async def test_an_answer_that_broke_off_is_none(said: bytes) -> None:
 
 
 def test_what_is_known_of_an_ended_command_is_small() -> None:
-    """A thousand of each tenant are kept: not with lists of all segments that they might have had."""
+    """A thousand per tenant are kept, so they must not keep lists of all possible segments."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]

@@ -1,4 +1,4 @@
-"""A container's first process as this host shows it; a real one's is in `test_runtime_incus`."""
+"""A container's init process as seen on this host; `test_runtime_incus` tests a real one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEFORE = (datetime.now(UTC) - timedelta(minutes=1)).isoformat()
 
 @pytest.fixture
 def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is called as the monitor of `shop`, with one child."""
+    """A process with the title of the monitor of `shop`, and one child."""
     monkeypatch.setattr(monitor, "_TREES", (str(tmp_path / "none"), str(tmp_path)))
     title = "[lxc monitor] /var/lib/incus/containers shop"
     with subprocess.Popen([title], executable="/bin/sh", stdin=subprocess.PIPE) as process:
@@ -45,7 +45,7 @@ async def test_it_is_the_child_of_the_containers_monitor(watched: subprocess.Pop
 
 
 async def test_what_is_not_sure_is_not_told(watched: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    """Another daemon's container of that name, a life that is over, one that has just ended, odd files."""
+    """Another daemon's container of that name, an earlier run, one that has just ended, strange files."""
     await until(lambda: bool(children(watched)))
     later = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()
     procs = tmp_path / "lxc.monitor.shop/cgroup.procs"

@@ -1,4 +1,4 @@
-"""What is asked of incusd to know the first process of an instance: its state, once a start."""
+"""An instance's state is fetched only once per start to learn its init pid."""
 
 from __future__ import annotations
 

@@ -24,5 +24,5 @@ from gateway.runtime.incus.records import status_of
     ],
 )
 def test_each_state_of_an_instance_is_a_status(said: str, status: str) -> None:
-    """Also those of a moment: a site is answered for while its tenant is being paused."""
+    """Also transient ones: the site has a status while its tenant is being paused."""
     assert status_of({"status": said}) == status

@@ -1,4 +1,4 @@
-"""The reader of Incus exec sockets against a real websocket server, and against frames cut anywhere."""
+"""The reader of Incus exec sockets, with a real websocket server and with frames split anywhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.waits import turn, until
 
 @pytest.fixture
 async def peer(tmp_path: Path) -> AsyncIterator[tuple[Path, asyncio.Queue[ServerConnection]]]:
-    """A websocket server by another library; gives its path and each connection that comes."""
+    """A websocket server of another library; yields its path and each connection."""
     came: asyncio.Queue[ServerConnection] = asyncio.Queue()
 
     async def serve(connection: ServerConnection) -> None:
@@ -119,7 +119,7 @@ async def test_a_stream_that_nobody_reads_is_held_back(peer: Any) -> None:
 
 
 async def test_what_stands_unread_is_taken_to_the_last_byte_at_once(peer: Any) -> None:
-    """Also what the kernel still holds; the stream goes on behind it."""
+    """Including bytes still in the kernel; the stream continues after them."""
     path, came = peer
     stream = await StreamSocket.connect(path, "/")
     server = await came.get()
@@ -184,7 +184,7 @@ async def test_frames_cut_anywhere_are_the_same_bytes(pieces: list[bytes], data:
 
 
 async def test_what_is_written_after_the_end_leaves_no_trace_in_the_loop(peer: Any) -> None:
-    """The number of a lost connection's descriptor serves the next one."""
+    """The descriptor number of a lost connection is reused by the next one."""
     path, came = peer
     for _ in range(20):
         stream = await StreamSocket.connect(path, "/")

@@ -1,4 +1,4 @@
-"""What the kernel's counters say of a container's memory, on hybrid and on pure hosts."""
+"""A container's memory from the kernel's counters, on hybrid and on pure hosts."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_group_that_is_gone_has_none(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_read_again_and_again_is_opened_once(tmp_path: Path) -> None:
-    """It says what is in it now, also of a group that was made anew, and its descriptor ends with it."""
+    """It returns the current content, also of a recreated cgroup, and its descriptor is closed with it."""
     file = tmp_path / "cgroup.procs"
     held = KernelFile(str(file))
     before = len(os.listdir("/proc/self/fd"))
@@ -124,7 +124,7 @@ def test_a_file_that_is_read_again_and_again_is_opened_once(tmp_path: Path) -> N
 
 
 class Gone:
-    """`os.pread` as of a descriptor whose group was removed meanwhile: it fails once."""
+    """`os.pread` on a descriptor whose cgroup was removed meanwhile: it fails once."""
 
     def __init__(self, pread: Callable[[int, int, int], bytes]) -> None:
         self._pread, self.told = pread, False
@@ -145,7 +145,7 @@ def test_odd_files_are_as_none(tmp_path: Path, text: str) -> None:
 
 
 def test_v1_is_found_by_the_kernels_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A container's group in v1's memory is asked of its first process, not guessed by its v2 name."""
+    """A container's cgroup in v1's memory is read from its init process, not derived from its v2 name."""
     told = "9:name=systemd:/x\n4:memory:/lxc.payload.shop-3/init.scope\n0::/lxc.payload.shop-3/init.scope\n"
     (tmp_path / "lxc.payload.shop-3").mkdir()
     monkeypatch.setattr(memory, "_memory_mount", lambda: "/v1")
@@ -164,7 +164,7 @@ SMALL, LARGE = 8, 64  # MiB
 
 @pytest.fixture
 def container() -> Iterator[Path]:
-    """A group of this machine that is laid out as a container's, with a site and a command."""
+    """A cgroup of this machine laid out like a container's, with a site and a command."""
     mount = process_tree.mount_point()
     if mount is None or os.getuid() != 0:
         pytest.skip("control groups are made by root")
@@ -181,7 +181,7 @@ def container() -> Iterator[Path]:
 
 
 def held(group: Path, size: int) -> subprocess.Popen[bytes]:
-    """Start a process of a group that holds so many MiB."""
+    """Start a process in a cgroup that uses a number of MiB."""
     words = ("sh", "-c", START, "sh", str(group), sys.executable, "-c", HOLD, str(size))
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
@@ -189,7 +189,7 @@ def held(group: Path, size: int) -> subprocess.Popen[bytes]:
 
 
 def test_only_the_sites_biggest_process_is_ended(container: Path) -> None:
-    """Not a larger command's, nor the first process of its namespace where nothing else is left."""
+    """Not a larger command's, nor the init of its namespace, even if nothing else is left."""
     site, command = container / memory.SITE, container / "gateway/exec"
     with held(site, SMALL) as small, held(site, LARGE) as large, held(command, 2 * LARGE) as other:
         whole = memory.biggest(Place(container, None))

@@ -1,4 +1,4 @@
-"""When a tenant is short of memory, and what is done about it, by what was measured."""
+"""Decisions about tenants that are short of memory, from given measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WRITES = Window(2.0, 0.6, 10)  # as one that writes a large file: it waits, and 
 
 
 def went(course: Course, *windows: tuple[Window | None, Window | None]) -> list[tuple[Step, ...]]:
-    """Return the steps of looks two seconds apart, each with what the tenant and its site did."""
+    """Return the steps after measurements two seconds apart, each of the tenant and its site."""
     begin = 100.0 if course.told is None else course.told + 2
     return [course.step(begin + 2 * i, tenant, site) for i, (tenant, site) in enumerate(windows)]
 

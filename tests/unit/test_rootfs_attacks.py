@@ -1,8 +1,8 @@
-"""What a hostile tenant can lay into its workspace reaches no file outside, hangs nothing, breaks no answer.
+"""Nothing that a hostile tenant puts into its workspace reaches files outside, hangs calls or breaks answers.
 
-Each attack runs three ways: over a worker (confined where this process is root), on the safe paths alone, and
-on their portable form without openat2; so each layer is known to hold without the others. The integration
-tests do the same from inside a real container.
+Each attack runs in three ways: through a worker (confined if this process is root), on the safe paths alone,
+and on their portable form without openat2, so each layer is known to hold without the others. The
+integration tests do the same from inside a real container.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1"))
 
 
 class Target:
-    """A tenant's workspace, files outside that must not be reached, and the tools."""
+    """A tenant's workspace, files outside that must stay unreachable, and the tools."""
 
     def __init__(self, folder: Path, root: LaidRoot, tools: FileTools) -> None:
         self.root = root
@@ -78,7 +78,7 @@ class Target:
         return result
 
     def check_host(self) -> None:
-        """Nothing outside changed, and no unfinished file is left."""
+        """Check that nothing outside has changed and no unfinished file is left."""
         assert self._state() == self._before
         assert [path for path in self.site.rglob(".gateway-*") if not path.is_symlink()] == []
 
@@ -208,7 +208,7 @@ PATHS: dict[str, tuple[Lay | None, str, set[str], set[str]]] = {
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("name", PATHS)
 async def test_path(target: Target, name: str) -> None:
-    """Reading and writing are refused at once, with the matching code."""
+    """Reads and writes are refused at once, with the right code."""
     lay, path, reading, writing = PATHS[name]
     if lay is not None:
         lay(target)
@@ -224,7 +224,7 @@ async def test_path(target: Target, name: str) -> None:
 
 
 async def test_many_links(target: Target) -> None:
-    """More links than the kernel follows are an error at once; a few inside the workspace work."""
+    """More links than the kernel follows are an immediate error; a few inside the workspace work."""
     (target.site / "l0").symlink_to("/srv/site/a.txt")
     for i in range(50):
         (target.site / f"l{i + 1}").symlink_to(f"/srv/site/l{i}")
@@ -234,7 +234,7 @@ async def test_many_links(target: Target) -> None:
 
 
 async def test_links_inside(target: Target) -> None:
-    """Links that stay inside are followed, written as text relative or absolute; folders are made below."""
+    """Links that stay inside are followed, relative or absolute; folders are created below them."""
     (target.site / "real" / "deep").mkdir(parents=True)
     (target.site / "real" / "f.txt").write_text("inside\n")
     (target.site / "absolute").symlink_to("/srv/site/real")
@@ -250,7 +250,7 @@ async def test_links_inside(target: Target) -> None:
 @needs_root
 @pytest.mark.parametrize("number", [(1, 3), (1, 5), (5, 0)])
 async def test_device_node(target: Target, number: tuple[int, int]) -> None:
-    """A planted device is not opened, neither to read nor to write."""
+    """A planted device is opened neither for reading nor for writing."""
     os.mknod(target.site / "x", 0o020666, os.makedev(*number))
     target.own()
     # On the nodev mount of a worker the kernel itself refuses.
@@ -274,7 +274,7 @@ async def test_set_user_id(target: Target) -> None:
 
 
 async def test_large(target: Target) -> None:
-    """Sparse, endless and huge content is bounded and said so."""
+    """Sparse, endless and huge content is limited, and the answer says so."""
     with open(target.site / "sparse.txt", "wb") as file:
         file.truncate(1 << 40)
     with open(target.site / "hole.txt", "wb") as file:
@@ -299,7 +299,7 @@ async def test_large(target: Target) -> None:
 
 
 async def test_names(target: Target) -> None:
-    """Names with line ends, escapes and invalid UTF-8 come back escaped, one a line, in valid JSON."""
+    """Names with newlines, escapes and invalid UTF-8 are returned escaped, one per line, in valid JSON."""
     for name in (
         b"new\nline.txt",
         b"esc\x1b[31m.txt",
@@ -327,7 +327,7 @@ async def test_names(target: Target) -> None:
 
 
 async def test_ignore_files(target: Target) -> None:
-    """Ignore files that are FIFOs, links or bombs neither hang nor leak nor slow a search down."""
+    """Ignore files that are FIFOs, links or bombs do not hang, leak or slow down a search."""
     for name in ("fifo", "link", "bomb"):
         folder = target.site / name
         (folder / ".git" / "info").mkdir(parents=True)
@@ -342,7 +342,7 @@ async def test_ignore_files(target: Target) -> None:
 
 
 async def test_patterns(target: Target) -> None:
-    """Patterns made to explode are answered in time."""
+    """Patterns designed to explode are answered in time."""
     (target.site / "a.txt").write_text("a" * 50_000)
     (target.site / ("a" * 250)).touch()
     target.own()
@@ -356,7 +356,7 @@ async def test_patterns(target: Target) -> None:
 
 
 async def test_deep_tree(target: Target) -> None:
-    """A tree deeper than a path can name is searched as far as it can be named."""
+    """A tree too deep for a path is searched as far as paths reach."""
     place = os.open(target.site, os.O_RDONLY)
     for _ in range(300):
         os.mkdir("d" * 40, dir_fd=place)
@@ -374,7 +374,7 @@ async def test_deep_tree(target: Target) -> None:
 
 
 async def test_crowded_folder(target: Target) -> None:
-    """A folder with more entries than may be visited is searched up to the bound, which is said."""
+    """A folder with too many entries is searched up to the limit, and the answer says so."""
     here: Any = target.tools._workers
     if not isinstance(here, HereWorkers):
         pytest.skip("the bound is the same code; once is enough")
@@ -426,7 +426,7 @@ def arena(target: Target) -> None:
 
 
 def naive(site: Path, name: str) -> str:
-    """Read as a gateway without this package would: resolve, compare the beginning, open."""
+    """Read as a naive gateway would: resolve, compare the prefix, open."""
     try:
         path = os.path.realpath(site / name)
         if not path.startswith(str(site) + "/"):
@@ -467,7 +467,7 @@ async def test_race(target: Target, what: str) -> None:
 
 
 async def test_naive_check_leaks(tmp_path: Path, running: Workers) -> None:
-    """The same race against the usual check does leak: so the races above are known to bite."""
+    """The same race against the usual check does leak, so the races above are effective."""
     target = Target(tmp_path, make_root(tmp_path, "tenant"), FileTools(running, Settings()))
     arena(target)
     with subprocess.Popen(
@@ -520,7 +520,7 @@ MODES = ("files_with_matches", "content", "count")
 
 
 def lair(target: Target) -> None:
-    """Lay more than a brief Grep looks at, and what is swapped; only what is outside matches in `quiet…`."""
+    """Create more files than a short Grep reads, and files to swap; only outside files match in `quiet…`."""
     site, host = target.site, target.host
     for folder in ("many", "lair", "quiet", "up/and/down"):
         (site / folder).mkdir(parents=True)
@@ -546,7 +546,7 @@ def lair(target: Target) -> None:
 
 @contextmanager
 def swapped(target: Target) -> Iterator[None]:
-    """Swap what `lair` laid as fast as it can be."""
+    """Swap the files of `lair` as fast as possible."""
     with subprocess.Popen(
         [sys.executable, "-c", SWAPPER, str(target.site), str(target.root.path / "srv")],
         stdout=subprocess.PIPE,
@@ -562,7 +562,7 @@ def swapped(target: Target) -> Iterator[None]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the attack needs renameat2")
 async def test_race_of_large_searches(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a large tree are opened by name while they become links, pipes, devices, or are moved."""
+    """Files of a large tree are opened by name while they are replaced by links, pipes, devices, or moved."""
     lair(target)
     workers = target.tools._workers
     if isinstance(workers, HereWorkers):
@@ -593,7 +593,7 @@ async def test_race_of_large_searches(target: Target, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(sys.platform != "linux", reason="the attack needs renameat2")
 @pytest.mark.parametrize("without", ["O_NOFOLLOW", "open_real"])
 async def test_naive_scan_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str) -> None:
-    """The same look at files without either care does tell of files outside, so the race above bites."""
+    """The same scan without precautions does find files outside, so the race above is effective."""
     here = HereWorkers((root := make_root(tmp_path, "tenant")).path / "srv" / "site", large=True)
     target = Target(tmp_path, root, FileTools(here, Settings()))  # type: ignore[arg-type]  # stand-in
     lair(target)

@@ -1,4 +1,4 @@
-"""The broker as a process of its own: whom it serves, what it does for them, what it does not."""
+"""The broker as a separate process: whom it serves, what it does for them, and what it refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ except OSError as error:
 
 
 class Running:
-    """A broker on tenants below `folder`, for the user `nobody`."""
+    """A broker for tenants below `folder`, serving the user `nobody`."""
 
     def __init__(self, folder: Path) -> None:
         self.settings = Settings(broker_socket=folder / "run" / "broker.sock")
@@ -91,7 +91,7 @@ def broker(tmp_path: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> FilesystemRoot:
-    """A tenant and a foreign container beside it, laid where Incus would have them."""
+    """A tenant and a foreign container, in the places where Incus would have them."""
     for name in ("foreign", "one"):
         laid = make_root(tmp_path / "storage-pools/pool/containers" / name, "rootfs")
     return replace(laid, tenant="one")
@@ -108,7 +108,7 @@ workers_settings = Settings()
 
 @needs_root
 async def test_serves(broker: Running, root: FilesystemRoot) -> None:
-    """A gateway that connects gets confined workers, without the gateway's secret, and starts no broker."""
+    """A connecting gateway gets confined workers without the gateway's secret, and starts no broker."""
     async with Workers(broker.settings) as workers:
         assert "alpha" in await read(workers, root)
         assert workers.broker._process is None
@@ -123,7 +123,7 @@ async def test_serves(broker: Running, root: FilesystemRoot) -> None:
 
 @needs_root
 async def test_comes_back(broker: Running, root: FilesystemRoot) -> None:
-    """A broker that was restarted is found again; its workers went with it."""
+    """A restarted broker is found again; its workers ended with it."""
     async with Workers(broker.settings) as workers:
         await read(workers, root)
         assert broker.stop() == 0
@@ -145,7 +145,7 @@ async def test_comes_back(broker: Running, root: FilesystemRoot) -> None:
     ],
 )
 def test_whom_it_serves(mode: int, uid: int, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only root and its gateway's user are answered, by SO_PEERCRED, whatever the socket's mode became."""
+    """Only root and the gateway's user are served, by SO_PEERCRED, whatever the socket's mode."""
     folder = Path(f"/run/gateway-test-{os.getpid()}")  # where everybody may look, unlike pytest's
     running = Running(folder)
     folder.mkdir()
@@ -180,7 +180,7 @@ def test_whom_it_serves(mode: int, uid: int, answer: str, monkeypatch: pytest.Mo
     ],
 )
 async def test_refuses(broker: Running, request_: dict[str, object]) -> None:
-    """What is none of its requests is refused, and the connection lives."""
+    """Unknown requests are refused, and the connection stays open."""
     client = BrokerClient(at=broker.socket)
     with pytest.raises((Unavailable, NotFound)):
         await client.request({"do": "?"} | request_)
@@ -189,7 +189,7 @@ async def test_refuses(broker: Running, request_: dict[str, object]) -> None:
 
 
 def test_only_commands_groups() -> None:
-    """Of a container's cgroups only those of commands, and of one gateway's commands, are touched."""
+    """Only the cgroups of one gateway's commands in a container are touched."""
     container = Path("/cgroup/lxc.payload.shop")
     assert process_tree.of_command(container, "own/exec1") == container / "gateway/own/exec1"
     assert process_tree.of_command(container, "own") == container / "gateway/own"
@@ -213,7 +213,7 @@ def test_only_commands_groups() -> None:
 @needs_root
 @pytest.mark.parametrize("name", ["foreign", "absent", "..", "../containers/one", "one/../foreign", ""])
 async def test_foreign_instances(broker: Running, root: FilesystemRoot, name: str) -> None:
-    """A gateway that was taken over gets no worker on what is not ours: it is not there."""
+    """A compromised gateway gets no worker on foreign instances: they seem not to exist."""
     async with Workers(broker.settings) as workers:
         spawn = workers.spawn(root).wire()
         with pytest.raises(NotFound):

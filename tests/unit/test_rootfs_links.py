@@ -1,4 +1,4 @@
-"""Workers that pass descriptors: each reaches its caller or is closed, and every end is told."""
+"""Workers that pass descriptors: each reaches its caller or is closed, and every end is reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def descriptors() -> int:
 
 
 async def test_a_descriptor_comes_with_its_reply(links: Links, root: LaidRoot) -> None:
-    """Of several calls at once each gets its own; a refusal brings none."""
+    """Concurrent calls each get their own; a refusal has none."""
     site = root.path / "srv" / "site"
     for number in range(8):
         (site / f"{number}").write_text(f"content {number}")
@@ -82,7 +82,7 @@ async def test_a_descriptor_for_nobody_is_closed(links: Links, root: LaidRoot) -
 
 
 async def test_only_what_is_regular_is_passed(links: Links, root: LaidRoot) -> None:
-    """The gateway may read what it was given, and write nothing; it is never a FIFO or device."""
+    """The gateway can only read what it was given, which is never a FIFO or device."""
     site = root.path / "srv" / "site"
     os.mkfifo(site / "pipe")
     link = await links.get(root)
@@ -103,7 +103,7 @@ async def test_only_what_is_regular_is_passed(links: Links, root: LaidRoot) -> N
 
 
 async def test_every_end_is_told(tmp_path: Path) -> None:
-    """A crash and a hang cost their callers a clear error, are told once, and the next gets a new one."""
+    """A crash or hang gives its callers a clear error and is reported once; then there is a new worker."""
     root = make_root(tmp_path)
     lost: list[str] = []
     async with (
@@ -157,7 +157,7 @@ async def test_one_that_is_held_makes_no_room(links: Links, tmp_path: Path) -> N
 async def test_takes_no_more_than_it_asked_for(
     tmp_path: Path, root: LaidRoot, given: tuple[str, dict[str, int]]
 ) -> None:
-    """A worker that was taken over fills neither this process' memory nor its table of descriptors."""
+    """A compromised worker can fill neither this process's memory nor its descriptor table."""
     async with (
         Workers(Settings(), folders(tmp_path), PROBES) as workers,
         Links(workers, "", maximum=2, idle=60) as links,
@@ -171,7 +171,7 @@ async def test_takes_no_more_than_it_asked_for(
 
 
 async def test_an_end_wakes_who_is_still_sending(tmp_path: Path) -> None:
-    """A request that a worker does not take ends with it, and the loop forgets the socket's number."""
+    """A request that a worker does not read ends with it, and the loop forgets the socket's number."""
     root = make_root(tmp_path)
     async with (
         Workers(Settings(), folders(tmp_path), PROBES) as workers,

@@ -1,4 +1,4 @@
-"""What the broker makes of what incusd says: whose disk is opened, with which ids, and whose is not."""
+"""How the broker interprets incusd's answers: which disks are opened, with which ids, and which are not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORKSPACE = "/srv/site"
 
 
 class Host:
-    """A folder with a fake incusd, its answers, and the broker's view of it."""
+    """A folder with a fake incusd, its answers, and the broker's client."""
 
     def __init__(self, folder: Path, table: dict[str, dict[str, Any]], asked: list[str]) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 def test_found(host: Host) -> None:
-    """A marked container's workspace lies in its pool, with the ids that Incus gave it; one GET tells."""
+    """A marked container's workspace is in its pool, with the ids assigned by Incus; one GET suffices."""
     host.has("shop")
     disk = host.tenants.disk("shop", WORKSPACE)
     assert disk.path == f"{host.folder}/storage-pools/pool/containers/shop/rootfs"
@@ -57,7 +57,7 @@ def test_found(host: Host) -> None:
 
 
 def test_other_project(tmp_path: Path) -> None:
-    """Names are looked up in the configured project alone, whose folders carry its name."""
+    """Names are looked up only in the configured project, whose folders include its name."""
     with answering(tmp_path / "unix.socket", {"/1.0/instances/shop": instance("shop")}) as asked:
         tenants = Instances(str(tmp_path / "unix.socket"), "sites", WORKSPACE, 1000, "br0", "pool")
         disk = tenants.disk("shop", WORKSPACE)
@@ -77,7 +77,7 @@ def test_other_project(tmp_path: Path) -> None:
     ],
 )
 def test_none_of_ours(host: Host, changes: dict[str, Any]) -> None:
-    """What Incus does not call a container of ours answers like what is not there."""
+    """An instance that is not a tenant's container is treated like a missing one."""
     host.table["/1.0/instances/shop"] = instance("shop") | changes
     for name in ("shop", "absent"):
         with pytest.raises(NotFound) as caught:
@@ -103,14 +103,14 @@ def test_none_of_ours(host: Host, changes: dict[str, Any]) -> None:
     ],
 )
 def test_no_instance_s_name(host: Host, name: str) -> None:
-    """A name that no instance can have is not even asked for."""
+    """A name that no instance can have is not even looked up."""
     with pytest.raises(NotFound):
         host.tenants.disk(name, WORKSPACE)
     assert host.asked == []
 
 
 def test_another_folder_than_the_workspace(host: Host) -> None:
-    """Only the workspace is served, whatever folder a gateway asks for."""
+    """Only the workspace is served, whatever folder a gateway requests."""
     host.has("shop")
     for folder in ("/", "/root", "/srv", "/srv/site/..", "/srv/site/", "srv/site"):
         with pytest.raises(Unavailable):
@@ -118,7 +118,7 @@ def test_another_folder_than_the_workspace(host: Host) -> None:
 
 
 def test_a_name_of_incus_that_is_no_part_of_a_path(host: Host) -> None:
-    """Not even Incus's own words lead out of its pools."""
+    """Not even Incus's own answers lead out of its pools."""
     for pool in ("..", "a/../..", ""):
         host.has("shop", expanded_devices={"root": {"type": "disk", "path": "/", "pool": pool}})
         with pytest.raises(GatewayError):
@@ -126,7 +126,7 @@ def test_a_name_of_incus_that_is_no_part_of_a_path(host: Host) -> None:
 
 
 def test_incus_is_away(host: Host, tmp_path: Path) -> None:
-    """Without an answer of incusd nothing is opened, and the client learns no path."""
+    """Without an answer from incusd nothing is opened, and the client sees no path."""
     for tenants in (
         Instances(str(tmp_path / "no.socket"), "default", WORKSPACE, 1000, "br0", "pool"),
         Instances(str(tmp_path), "default", WORKSPACE, 1000, "br0", "pool"),
@@ -137,7 +137,7 @@ def test_incus_is_away(host: Host, tmp_path: Path) -> None:
 
 
 def test_shifted(host: Host) -> None:
-    """A rootfs whose ids Incus shifted on disk is told by its last map."""
+    """A rootfs with ids shifted on disk is recognised by its last map."""
     host.has("shop", config={"volatile.idmap.current": IDMAP, "volatile.last_state.idmap": IDMAP})
     assert host.tenants.disk("shop", WORKSPACE).shifted
     host.has("shop", config={"volatile.idmap.next": IDMAP})  # it never ran
@@ -155,7 +155,7 @@ def test_shifted(host: Host) -> None:
 def test_a_folder_of_the_host(
     host: Host, device: dict[str, str], inside: str, shifted: bool, read_only: bool
 ) -> None:
-    """A workspace on a disk device is opened at the device's source, no part of whose path is a link."""
+    """A workspace on a disk device is opened at the device's source, whose path must not contain links."""
     disk = host.disk_with(**device)
     assert (disk.path, disk.inside, disk.real) == ("/data/shop", inside, True)
     assert (disk.shifted, disk.read_only) == (shifted, read_only)
@@ -163,7 +163,7 @@ def test_a_folder_of_the_host(
 
 @pytest.mark.parametrize(("last", "shifted"), [(IDMAP, True), ("[]", False)])
 def test_a_custom_volume(host: Host, last: str, shifted: bool) -> None:
-    """A workspace on a custom volume is opened in its pool, whichever project owns it."""
+    """A workspace on a custom volume is opened in the pool, whichever project owns the volume."""
     (host.folder / "storage-pools/slow/custom/default_data").mkdir(parents=True)
     host.table["/1.0/storage-pools/slow/volumes/custom/data"] = {
         "project": "default",
@@ -191,7 +191,7 @@ def test_a_custom_volume(host: Host, last: str, shifted: bool) -> None:
 def test_a_disk_that_cannot_be_opened(
     host: Host, device: dict[str, str], volume: dict[str, Any] | None
 ) -> None:
-    """What the broker cannot find is an error that names the device, never the folder below it."""
+    """A disk the broker cannot find is an error that names the device; the folder below is never used."""
     if volume is not None:
         told = {"project": "default", "content_type": "filesystem", "config": {}} | volume
         host.table["/1.0/storage-pools/slow/volumes/custom/data"] = told
@@ -202,13 +202,13 @@ def test_a_disk_that_cannot_be_opened(
 
 
 def test_disks_elsewhere(host: Host) -> None:
-    """A disk beside the workspace changes nothing; one below it is closed off."""
+    """A disk beside the workspace does not matter; one below it is covered."""
     assert host.disk_with(path="/srv/site-data", source="/data").covered == ()
     assert host.disk_with(path="/srv/site/public/up", source="/data").covered == ("public/up",)
 
 
 def test_group(host: Host) -> None:
-    """A container's control group is its first process's own, and only if that bears its name."""
+    """A container's cgroup is that of its init process, and only if it has the container's name."""
     host.has("shop", state={"pid": os.getpid()})  # a process that is no container's
     for name in ("shop", "absent"):
         with pytest.raises(NotFound):

@@ -1,4 +1,4 @@
-"""Folders made for a file go again where it could not be written; what the tenant did to them stays."""
+"""Folders created for a file are removed if it cannot be written, unless the tenant has changed them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def fails(tree: Root, meanwhile: Callable[[], object]) -> None:
-    """Have folders made for a file, something happen, and then the file fail."""
+    """Create folders for a file, let something happen, then let the file fail."""
     with pytest.raises(OSError, match="full"), tree.taking_back() as made:
         directory, name = tree.parent("there/a/b/c/file", create=True, made=made)
         os.close(directory)
@@ -52,7 +52,7 @@ def test_what_the_tenant_put_into_one_stays(tree: Root, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["moved", "replaced", "a link outside", "a link to a twin", "removed"])
 def test_what_the_tenant_put_in_its_place_stays(tree: Root, tmp_path: Path, what: str) -> None:
-    """Also where a link leads to an empty folder of the same name."""
+    """Also if a link leads to an empty folder of the same name."""
     there, outside = tmp_path / "site" / "there", tmp_path / "outside"
     (outside / "b" / "c").mkdir(parents=True)
     (tmp_path / "site" / "twin" / "b" / "c").mkdir(parents=True)

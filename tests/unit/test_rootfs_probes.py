@@ -1,4 +1,4 @@
-"""Operations that misbehave, for `test_rootfs_workers`: a broker is started with this module's name."""
+"""Misbehaving operations for `test_rootfs_workers`: a broker is started with this module's name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _echo(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _stop_at(workspace: Workspace, gate: str) -> None:
-    """Wait until the test that has seen us at its `Gate` opens it."""
+    """Wait at the test's `Gate` until the test opens it."""
     at = os.open(gate, os.O_RDONLY, dir_fd=workspace.root.descriptor)
     os.read(at, 1)
     os.close(at)
@@ -58,7 +58,7 @@ def _much(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _litter(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Pass descriptors to the gateway that it did not ask for."""
+    """Pass unrequested descriptors to the gateway."""
     own = next(number for number in range(256) if number > 2 and _is_socket(number))
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=os.dup(own))
     for _ in range(arguments["count"]):
@@ -81,7 +81,7 @@ def _eat(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _gorge(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Take and touch memory, a megabyte at a time; return how many it got."""
+    """Allocate and touch memory, a megabyte at a time; return how many succeeded."""
     kept = [b"x" * (1 << 20) for _ in range(arguments["megabytes"])]
     return str(len(kept)).encode()
 
@@ -248,7 +248,7 @@ def _change_by_reading(workspace: Workspace, arguments: dict[str, Any]) -> bytes
 
 
 def _look(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Return which of the paths can be opened to read them, also from a folder that is held already."""
+    """Return which paths can be opened for reading, also from a folder already held open."""
     seen = []
     for path in arguments["paths"]:
         with suppress(OSError):
@@ -262,7 +262,7 @@ def _look(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _leave_by_moved(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Hold a folder until it was moved out of the workspace; return what then can be opened from it."""
+    """Hold a folder open until it is moved out of the workspace; return what can be opened from it then."""
     folder = os.open("/leaving", os.O_RDONLY | os.O_DIRECTORY)
     os.fchdir(folder)
     _stop_at(workspace, "gate")
@@ -292,14 +292,14 @@ def _change(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Do one share of a search, in which each finds files of as many bytes of names."""
+    """Run one share of a search that finds files with a given number of bytes of names."""
     if arguments.get("held"):
         _stop_at(workspace, f"gate{arguments['share'][0]}")
     return SCANNED + b"x" * int(arguments.get("bytes", 0))
 
 
 def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Return the open descriptors, found by asking for each, the tree's, and what 0 to 2 take of a byte."""
+    """Return all open descriptors, the tree's, and the results of writing a byte to 0, 1 and 2."""
     found = []
     for descriptor in range(256):
         try:
@@ -341,4 +341,4 @@ OPERATIONS = {
 
 
 def idle() -> None:
-    """Nothing is kept."""
+    """Nothing to free."""

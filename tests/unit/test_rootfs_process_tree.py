@@ -1,4 +1,4 @@
-"""Looking through a tenant's processes: real ones of this machine, whose environments are hostile."""
+"""Searching a tenant's processes, with real ones of this machine that have hostile environments."""
 
 from __future__ import annotations
 

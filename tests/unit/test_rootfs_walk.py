@@ -1,4 +1,4 @@
-"""A walk remembers folders, and yet sees every change in them."""
+"""A walk caches folders, and yet sees every change in them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class All:
 
 
 class Clock:
-    """The clock by which folders are old enough to be remembered."""
+    """The clock that decides whether folders are old enough to be cached."""
 
     def __init__(self) -> None:
         self.ahead = 0
@@ -45,7 +45,7 @@ class Clock:
         return time.time_ns() + self.ahead
 
     def settle(self, site: Path) -> None:
-        """Make it late enough to remember what is there; a later change has a later ctime."""
+        """Advance the clock so that folders can be cached; later changes have a later ctime."""
         newest = max(path.stat().st_ctime_ns for path in (site, *site.rglob("*")))
         tick = site.parent / "tick"
 
@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def site(tmp_path: Path, clock: Clock) -> Iterator[Path]:
-    """A workspace whose folders have been as they are for long enough to be remembered."""
+    """A workspace whose folders have been unchanged for long enough to be cached."""
     tmp_path /= "site"
     walk.forget()
     for name in ("a.ts", "src/b.ts", "src/deep/c.ts"):
@@ -130,7 +130,7 @@ def _linked(site: Path) -> None:
     ],
 )
 def test_change_is_seen(site: Path, change: Callable[[Path], None], expected: list[str]) -> None:
-    """Whatever happened to a remembered folder, the next walk tells of the folder as it is."""
+    """Whatever happened to a cached folder, the next walk sees its current state."""
     assert seen(site) == EVERYTHING
     assert len(walk._kept) == 3
     assert seen(site) == EVERYTHING
@@ -140,7 +140,7 @@ def test_change_is_seen(site: Path, change: Callable[[Path], None], expected: li
 
 @pytest.mark.parametrize("name", [".gitignore", "src/.ignore", ".git/info/exclude"])
 def test_change_of_an_ignore_file_is_seen(site: Path, clock: Clock, name: str) -> None:
-    """What was chosen of a remembered folder is chosen anew where another rule holds in it."""
+    """The selection in a cached folder is made again if another rule applies to it."""
     (site / ".git/info").mkdir(parents=True)
     (site / name).write_text("c.ts\n")
     clock.settle(site)
@@ -166,7 +166,7 @@ def test_change_of_an_ignore_file_is_seen(site: Path, clock: Clock, name: str) -
 
 
 def test_other_questions_get_other_answers(site: Path) -> None:
-    """Of one remembered folder many choosers are answered, each by what it goes by."""
+    """Several choosers get their own answers for the same cached folder."""
     for _ in range(2):
         for pattern, found in (("*.ts", EVERYTHING), ("c.ts", EVERYTHING[2:]), ("src/*", EVERYTHING[1:2])):
             tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
@@ -183,7 +183,7 @@ def test_other_questions_get_other_answers(site: Path) -> None:
 
 
 def test_what_lies_in_a_moved_folder_is_found_there(site: Path, clock: Clock) -> None:
-    """A folder further down does not change when one above it moves; where it is does."""
+    """If a parent moves, a folder does not change, but its path does."""
     (site / "src/deep/down").mkdir()
     (site / "src/deep/down/d.ts").touch()
     clock.settle(site)
@@ -193,7 +193,7 @@ def test_what_lies_in_a_moved_folder_is_found_there(site: Path, clock: Clock) ->
 
 
 def test_young_folder_is_not_remembered(site: Path, clock: Clock) -> None:
-    """A folder that changed a moment ago may change once more with the same time: it is read again."""
+    """A recently changed folder may change again with the same ctime, so it is read again."""
     clock.ahead = (site / "src").stat().st_ctime_ns + walk._SETTLED - 1_000_000_000 - time.time_ns()
     seen(site)
     assert len(walk._kept) == 0
@@ -203,7 +203,7 @@ def test_young_folder_is_not_remembered(site: Path, clock: Clock) -> None:
 
 
 def test_bound_holds_for_what_is_remembered(site: Path) -> None:
-    """A remembered folder counts as a read one: the bound cuts both at the same place."""
+    """A cached folder counts like one that is read: the limit cuts both at the same place."""
     cut = seen(site, maximum=2)
     assert seen(site) == EVERYTHING
     assert len(seen(site, maximum=2)) == len(cut) < len(EVERYTHING)
@@ -227,7 +227,7 @@ def _noting(real: Callable[..., int], opened: list[str]) -> Callable[..., int]:
 
 
 def test_memory_is_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more names than are kept, the oldest folders are forgotten and the walk is still whole."""
+    """With more names than are cached, the oldest folders are dropped and the walk is still complete."""
     monkeypatch.setattr(walk, "KEPT_NAMES_MAX", 4)
     assert seen(site) == EVERYTHING
     assert 0 < len(walk._kept) < 3

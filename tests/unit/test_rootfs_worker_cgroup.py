@@ -1,4 +1,4 @@
-"""Each confined worker has a control group of its own, and none outlives it."""
+"""Each confined worker has its own cgroup, which does not outlive it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> LaidRoot:
 
 
 def folders_of(pid: int) -> dict[str, Path]:
-    """Return where a process is, by controller, as the kernel tells it."""
+    """Return a process's cgroups by controller, as the kernel reports them."""
     inside: dict[str, str] = {}
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
@@ -41,13 +41,13 @@ def folders_of(pid: int) -> dict[str, Path]:
 
 
 def first(folder: Path, *names: str) -> int:
-    """Return the number in the first of the files that is there: v1 and v2 name them otherwise."""
+    """Return the number in the first existing file: v1 and v2 use different names."""
     return int(next((folder / name).read_text() for name in names if (folder / name).exists()))
 
 
 @needs_groups
 async def test_bounds(root: LaidRoot) -> None:
-    """A worker is alone in its group, which bounds its memory and processes and goes with it."""
+    """A worker is alone in its cgroup, which limits its memory and processes and is removed with it."""
     async with Workers(Settings(worker_memory=96 * MiB), at(root.path.parent), PROBES) as workers:
         pids = [await pid_of(workers, root, search=search) for search in (False, True)]
         layers = workers.layers(root.tenant)
@@ -65,7 +65,7 @@ async def test_bounds(root: LaidRoot) -> None:
 
 @needs_groups
 async def test_memory(root: LaidRoot) -> None:
-    """A worker that takes more memory than it may is ended by the kernel, and costs one call."""
+    """A worker that exceeds its memory is killed by the kernel, which costs one call."""
     async with Workers(Settings(worker_memory=64 * MiB), at(root.path.parent), PROBES) as workers:
         pid = await pid_of(workers, root)
         assert await workers.call(root, "gorge", {"megabytes": 8}) == b"8"
@@ -77,7 +77,7 @@ async def test_memory(root: LaidRoot) -> None:
 
 @needs_groups
 async def test_leftovers(root: LaidRoot) -> None:
-    """A broker removes what a killed one left, and nothing of one that runs."""
+    """A broker removes what a killed one left, but nothing of a running one."""
     found = hierarchies()[0]
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -96,7 +96,7 @@ async def test_leftovers(root: LaidRoot) -> None:
 
 
 def test_none_can_be_made(tmp_path: Path) -> None:
-    """Where no group can be made or bounded a worker has none, says so and leaves no folder."""
+    """If no cgroup can be created or limited, a worker has none, reports it and leaves no folder."""
     for mount in (tmp_path, tmp_path / "missing"):
         groups = WorkerCgroups([Hierarchy(str(mount), ("memory", "pids"), unified=True)])
         group = groups.new(1, search=False)
@@ -109,7 +109,7 @@ def test_none_can_be_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_finds_controllers(tmp_path: Path, hybrid: bool) -> None:
-    """Each controller is used where it is: in v2 on a pure host, in v1 where that has kept it."""
+    """Each controller is used where it is: in v2 on a pure host, else in v1."""
     unified = tmp_path / "unified"
     unified.mkdir()
     (unified / "cgroup.controllers").write_text("hugetlb\n" if hybrid else "cpuset cpu io memory pids\n")
@@ -131,7 +131,7 @@ def test_finds_controllers(tmp_path: Path, hybrid: bool) -> None:
 
 
 def test_v2_files(tmp_path: Path) -> None:
-    """On a pure v2 host controllers are handed down level by level, and the limits have v2's names."""
+    """On a pure v2 host, controllers are delegated level by level, and the limits have v2's names."""
     (tmp_path / "cgroup.subtree_control").touch()
     (tmp_path / "incus-gateway-searches").mkdir()
     (tmp_path / "incus-gateway-searches" / "cpu.weight").touch()

@@ -1,4 +1,4 @@
-"""Workers end in every way there is, and each costs one call a clear error."""
+"""Workers end in every possible way, each costing one call a clear error."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ USER = 1000 if MAPPED else os.getuid()
 
 @dataclass(frozen=True, slots=True)
 class LaidRoot(FilesystemRoot):
-    """A tenant that a test laid: the host's path of its `/`, which the gateway does not know."""
+    """A tenant created by a test, with the host path of its `/`, which the gateway does not know."""
 
     path: Path = Path("/")
 
 
 def folders(home: Path, below: str = "") -> Mapping[str, Any]:
-    """Return where a broker finds the tenants that `make_root` laid in `home`."""
+    """Return a description of the tenants that `make_root` created in `home`."""
     idmap = (IdMap(True, True, 0, 1_000_000, 65_536),)
     return Folders(str(home), below, 1000, idmap).to_dict() if MAPPED else Folders(str(home), below).to_dict()
 
@@ -78,7 +78,7 @@ async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
 
 @pytest.fixture
 async def hasty(tmp_path: Path) -> AsyncIterator[Workers]:
-    """Workers that are given up soon, for what hangs."""
+    """Workers with a short timeout, for operations that hang."""
     async with Workers(Settings(tool_timeout=0.5), folders(tmp_path), PROBES) as running:
         yield running
 
@@ -96,14 +96,14 @@ def alive(pid: int) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return a process' children; of one that has ended, none."""
+    """Return a process's children, none if it has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
 def workers_below(broker: int) -> list[int]:
-    """Return a broker's workers: not what was forked ahead, which is root's until it is told whose it is."""
+    """Return a broker's workers, except those forked in advance, which are root's until they get a tenant."""
     found = []
     for child in children_of(broker):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -113,17 +113,17 @@ def workers_below(broker: int) -> list[int]:
 
 
 async def gone(pid: int) -> None:
-    """Return once the process has ended, which is at once but not in the same breath."""
+    """Wait until the process has ended, which takes only a moment."""
     await until(lambda: not alive(pid), 20, every=0.005)
 
 
 async def pid_of(workers: Workers, root: FilesystemRoot, **options: Any) -> int:
-    """Return the worker's process id. Its own namespaces do not include one of processes."""
+    """Return the worker's pid. It has no pid namespace of its own."""
     return int(await workers.call(root, "pid", {}, **options))
 
 
 async def test_answers(workers: Workers, root: FilesystemRoot) -> None:
-    """A worker answers call after call, also by megabytes in both directions."""
+    """A worker answers call after call, also with megabytes in both directions."""
     assert await echo(workers, root) == "hi"
     large = "é" * 4_000_000
     assert await echo(workers, root, large) == large
@@ -132,7 +132,7 @@ async def test_answers(workers: Workers, root: FilesystemRoot) -> None:
 
 @pytest.mark.parametrize("operation", ["crash", "segfault", "bug", "eat"])
 async def test_crash_costs_one_call(workers: Workers, root: FilesystemRoot, operation: str) -> None:
-    """Whatever breaks a worker, its caller gets `unavailable` and the next call an answer."""
+    """Whatever breaks a worker, its caller gets `unavailable`, and the next call is answered."""
     await echo(workers, root)
     with pytest.raises(Unavailable) as caught:
         await workers.call(root, operation, {})
@@ -141,7 +141,7 @@ async def test_crash_costs_one_call(workers: Workers, root: FilesystemRoot, oper
 
 
 async def test_crash_spares_those_who_wait(workers: Workers, root: FilesystemRoot) -> None:
-    """Of calls that were sent at once only the one that crashed its worker fails."""
+    """Of concurrent calls, only the one that crashed its worker fails."""
     results = await asyncio.gather(
         echo(workers, root, "1"),
         workers.call(root, "crash", {}),
@@ -154,7 +154,7 @@ async def test_crash_spares_those_who_wait(workers: Workers, root: FilesystemRoo
 
 
 async def test_alone(hasty: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenant is alone while no other's worker is asked for anything, and soon after it again."""
+    """A tenant is alone while no other's worker is in use, and again soon after that."""
     one, two = make_root(tmp_path, "alone"), make_root(tmp_path, "beside")
     await echo(hasty, one)
     assert hasty.alone("alone")
@@ -194,7 +194,7 @@ async def test_hang_holds_up_no_other(workers: Workers, tmp_path: Path) -> None:
 
 
 async def test_cancelled_call_leaves_no_reply_behind(workers: Workers, root: LaidRoot) -> None:
-    """After a cancelled call the next one gets its own answer, not that of the cancelled one."""
+    """After a cancelled call, the next one gets its own answer, not that of the cancelled one."""
     gate = Gate(root.path / "srv/site")
     for _ in range(3):
         slow = asyncio.ensure_future(workers.call(root, "hold", {"text": "old"}))
@@ -210,7 +210,7 @@ async def test_cancelled_call_leaves_no_reply_behind(workers: Workers, root: Lai
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 async def test_cancelled_start_leaves_no_worker_behind(workers: Workers, tmp_path: Path, times: int) -> None:
-    """A worker whose caller gave up, however often it was cancelled, is not the next tenant's."""
+    """A worker whose caller was cancelled, however often, does not go to the next tenant."""
     one, two = make_root(tmp_path, "first"), make_root(tmp_path, "second")
     (two.path / "srv/site/b.txt").touch()
     call = asyncio.ensure_future(workers.call(one, "names", {}))
@@ -225,7 +225,7 @@ async def test_cancelled_start_leaves_no_worker_behind(workers: Workers, tmp_pat
 
 
 async def test_cancelled_scan_leaves_no_worker_behind(workers: Workers, tmp_path: Path) -> None:
-    """A search that is given up while its workers start leaves none of them to another tenant."""
+    """A search cancelled while its workers start leaves none of them to another tenant."""
     one, two = make_root(tmp_path, "first"), make_root(tmp_path, "second")
     (two.path / "srv/site/b.txt").touch()
     for turns in range(0, 60, 6):
@@ -240,7 +240,7 @@ async def test_cancelled_scan_leaves_no_worker_behind(workers: Workers, tmp_path
 
 
 async def test_cancelled_search_is_killed(workers: Workers, root: LaidRoot) -> None:
-    """A search that nobody waits for does not go on."""
+    """A search that nobody waits for does not continue."""
     pid = await pid_of(workers, root, search=True)
     gate = Gate(root.path / "srv/site")
     search = asyncio.ensure_future(workers.call(root, "hold", {}, search=True))
@@ -253,14 +253,14 @@ async def test_cancelled_search_is_killed(workers: Workers, root: LaidRoot) -> N
 
 
 async def test_refusal_keeps_its_kind(workers: Workers, root: FilesystemRoot) -> None:
-    """What an operation refuses arrives as the same error with its facts."""
+    """An operation's refusal arrives as the same error with its facts."""
     with pytest.raises(TooLarge) as caught:
         await workers.call(root, "refuse", {})
     assert caught.value.facts == {"size": 7}
 
 
 async def test_input_that_is_no_json(workers: Workers, root: FilesystemRoot) -> None:
-    """A lone surrogate cannot be sent; it is refused and the worker lives."""
+    """A lone surrogate cannot be sent; it is refused, and the worker stays alive."""
     with pytest.raises(InvalidParams):
         await echo(workers, root, "\ud800")
     assert await echo(workers, root) == "hi"
@@ -276,7 +276,7 @@ async def test_forget(workers: Workers, root: FilesystemRoot) -> None:
 
 
 async def test_forget_during_a_call(workers: Workers, root: LaidRoot) -> None:
-    """A call under way gets `unavailable` at once."""
+    """A call in flight gets `unavailable` at once."""
     gate = Gate(root.path / "srv/site")
     call = asyncio.ensure_future(workers.call(root, "hold", {}))
     await gate.reached()
@@ -286,7 +286,7 @@ async def test_forget_during_a_call(workers: Workers, root: LaidRoot) -> None:
 
 
 async def test_forget_with_many_waiting(workers: Workers, root: FilesystemRoot) -> None:
-    """Calls that wait and calls that come later still share one worker: none is left over."""
+    """Waiting and later calls still share one worker, and none is left behind."""
     calls = [asyncio.ensure_future(pid_of(workers, root)) for _ in range(5)]
     await turn()
     for turns in (0, 1, 30):  # before the broker is asked for one, while it is, and in between
@@ -302,7 +302,7 @@ async def test_forget_with_many_waiting(workers: Workers, root: FilesystemRoot) 
 
 
 async def test_workspace_replaced(workers: Workers, root: LaidRoot) -> None:
-    """Where the workspace became another folder, the next call after a second sees the new one."""
+    """If the workspace was replaced, the next call after a second sees the new folder."""
     assert orjson.loads(await workers.call(root, "names", {})) == ["a.txt"]
     site = root.path / "srv" / "site"
     site.rename(root.path / "srv" / "old")
@@ -316,7 +316,7 @@ async def test_workspace_replaced(workers: Workers, root: LaidRoot) -> None:
 
 
 async def test_a_workspace_that_is_exchanged_is_the_next_calls(workers: Workers, root: LaidRoot) -> None:
-    """Who says that he exchanges it has no call go on in the old folder, which lives on."""
+    """During an announced exchange no call uses the old folder, which continues to exist."""
     srv = root.path / "srv"
     for number in range(3):
         assert orjson.loads(await workers.call(root, "names", {})) != [f"{number}.txt"]
@@ -350,7 +350,7 @@ async def test_workspace_is_no_link(workers: Workers, root: LaidRoot, tmp_path: 
 
 
 async def test_only_where_tenants_live(tmp_path: Path) -> None:
-    """The broker opens nothing outside the folder of its tenants, whatever name it is asked for."""
+    """The broker opens nothing outside the tenants' folder, whatever name is requested."""
     inside = make_root(tmp_path / "pool")
     make_root(tmp_path / "pool-evil")
     (tmp_path / "pool" / "link").symlink_to(tmp_path / "pool-evil" / "one")
@@ -367,7 +367,7 @@ async def test_only_where_tenants_live(tmp_path: Path) -> None:
 
 
 async def test_idle_worker_ends(root: LaidRoot) -> None:
-    """A worker ends after its idle time, whatever it is for; the next call starts another."""
+    """A worker ends after its idle time, whatever its purpose; the next call starts another."""
     async with Workers(Settings(worker_idle=0.2), folders(root.path.parent), PROBES) as workers:
         for pid in [await pid_of(workers, root, **lane) for lane in LANES]:
             await gone(pid)
@@ -375,7 +375,7 @@ async def test_idle_worker_ends(root: LaidRoot) -> None:
 
 
 async def test_maximum(tmp_path: Path) -> None:
-    """The worker that rested longest makes room; where all are busy a new one is refused."""
+    """The longest idle worker makes room; if all are busy, a new one is refused."""
     roots = [make_root(tmp_path, f"t{i}") for i in range(3)]
     async with Workers(Settings(max_workers=2), folders(tmp_path), PROBES) as workers:
         first = await pid_of(workers, roots[0])
@@ -395,7 +395,7 @@ async def test_maximum(tmp_path: Path) -> None:
 
 
 async def test_maximum_of_a_burst(tmp_path: Path) -> None:
-    """Also of calls that come at once no more get a worker than may run."""
+    """The maximum also holds for calls arriving at the same time."""
     roots = [make_root(tmp_path, f"t{i}") for i in range(4)]
     async with Workers(Settings(max_workers=2), folders(tmp_path), PROBES) as workers:
         gates = [Gate(root.path / "srv/site") for root in roots[:2]]
@@ -409,7 +409,7 @@ async def test_maximum_of_a_burst(tmp_path: Path) -> None:
 
 
 async def test_shares_leave_room(tmp_path: Path) -> None:
-    """Those that only help with a search take no worker of others, where half of all are busy already."""
+    """Workers that only speed up a search are not started if half of all are already busy."""
     roots = [make_root(tmp_path, f"t{i}") for i in range(3)]
     async with Workers(Settings(max_workers=4), folders(tmp_path), PROBES) as workers:
         assert await workers.scan(roots[0], {}, 2) == b""
@@ -427,7 +427,7 @@ async def test_shares_leave_room(tmp_path: Path) -> None:
 
 
 async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
-    """A broker that was killed is started again; at most one call sees it."""
+    """A killed broker is restarted; at most one call notices."""
     pid = await pid_of(workers, root)
     process = workers.broker._process
     assert process is not None
@@ -440,7 +440,7 @@ async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
 
 
 async def test_broker_ends_in_the_middle(workers: Workers, root: LaidRoot, tmp_path: Path) -> None:
-    """A broker whose gateway went without its answer takes everything along: processes and control groups."""
+    """A broker whose gateway vanishes before its answer removes everything: processes and cgroups."""
     pid = await pid_of(workers, root)
     process, connection = workers.broker._process, workers.broker._socket
     assert process is not None and connection is not None
@@ -473,7 +473,7 @@ async def test_everything_ends_with_the_gateway(root: LaidRoot) -> None:
 
 
 async def test_edits_are_not_lost(root: LaidRoot) -> None:
-    """Of many edits sent at once to one file none is lost."""
+    """Of many concurrent edits of one file, none is lost."""
     async with Workers(Settings(), folders(root.path.parent)) as workers:
         tools, session = FileTools(workers, Settings()), ToolSession()
         lines = "".join(f"[{i}]\n" for i in range(60))
@@ -488,7 +488,7 @@ async def test_edits_are_not_lost(root: LaidRoot) -> None:
 
 
 async def test_small_search_needs_no_worker_of_its_own(root: LaidRoot) -> None:
-    """A search that is over at once is done by the worker that does the other calls."""
+    """A short search is run by the worker for other calls."""
     site = root.path / "srv" / "site"
     (site / "a.ts").write_text("form\n")
     async with Workers(Settings(), folders(root.path.parent)) as workers:
@@ -502,7 +502,7 @@ async def test_small_search_needs_no_worker_of_its_own(root: LaidRoot) -> None:
 
 @pytest.mark.parametrize("much", ["files", "bytes"])
 async def test_large_search_is_whole_and_apart(root: LaidRoot, much: str) -> None:
-    """A search over many files or bytes misses none of them, and ends in the worker for what takes long."""
+    """A search over many files or bytes misses none, and runs in the worker for long calls."""
     site = root.path / "srv" / "site"
     names = [f"{number:04}.ts" for number in range(1500 if much == "files" else 5)]
     for name in names:
@@ -524,7 +524,7 @@ async def test_large_search_is_whole_and_apart(root: LaidRoot, much: str) -> Non
 @needs_root
 @pytest.mark.parametrize("search", [False, True])
 async def test_confined(workers: Workers, root: FilesystemRoot, search: bool) -> None:
-    """From inside a worker nothing of the host can be reached, and nothing but files be done."""
+    """From inside a worker, nothing of the host is reachable, and only file operations are possible."""
     assert orjson.loads(await workers.call(root, "attempt", {}, search=search)) == []
     layers = workers.layers("one", search=search)
     assert layers is not None
@@ -533,7 +533,7 @@ async def test_confined(workers: Workers, root: FilesystemRoot, search: bool) ->
 
 @needs_root
 async def test_a_search_changes_nothing(workers: Workers, root: LaidRoot) -> None:
-    """A worker for searches can change no file; the one for single files can, and that for long changes."""
+    """A worker for searches cannot change files; those for short calls and for long changes can."""
     before = (root.path / "srv/site/a.txt").stat()
     for share in (0, 1):
         assert orjson.loads(await workers.call(root, "change", {}, search=True, share=share)) == []
@@ -555,7 +555,7 @@ async def test_a_search_changes_nothing(workers: Workers, root: LaidRoot) -> Non
     ],
 )
 async def test_one_layer_of_a_search_fails(root: LaidRoot, probes: str, left: set[str]) -> None:
-    """The mount alone keeps a search from every change, and Landlock alone from those of any content."""
+    """The mount alone keeps a search from every change, and Landlock alone from changes of content."""
     path = root.path / "srv/site/a.txt"
     async with Workers(Settings(), folders(root.path.parent), probes) as workers:
         assert orjson.loads(await workers.call(root, "attempt", {}, search=True)) == []
@@ -568,7 +568,7 @@ async def test_one_layer_of_a_search_fails(root: LaidRoot, probes: str, left: se
 @needs_root
 @pytest.mark.parametrize("lane", LANES, ids=["files", "search", "share", "changes"])
 async def test_reading_changes_nothing(workers: Workers, root: LaidRoot, lane: dict[str, Any]) -> None:
-    """What is open for reading cannot be written by any way around that, whoever the worker is."""
+    """A file opened for reading cannot be written by any detour, in any worker."""
     path = root.path / "srv/site/a.txt"
     before = path.stat()
     changed = set(orjson.loads(await workers.call(root, "change_by_reading", {}, **lane)))
@@ -582,7 +582,7 @@ async def test_reading_changes_nothing(workers: Workers, root: LaidRoot, lane: d
 @needs_root
 @pytest.mark.parametrize("lane", LANES, ids=["files", "search", "share", "changes"])
 async def test_a_moved_folder_leads_nowhere(root: LaidRoot, lane: dict[str, Any]) -> None:
-    """From a folder that was moved out of the workspace while it is open there is no way up."""
+    """An open folder that was moved out of the workspace gives no access to its parents."""
     site = root.path / "srv" / "site"
     (site / "leaving").mkdir()
     os.chown(site / "leaving", USER, USER)
@@ -598,7 +598,7 @@ async def test_a_moved_folder_leads_nowhere(root: LaidRoot, lane: dict[str, Any]
 
 
 async def test_answers_too_much(root: LaidRoot) -> None:
-    """Of a worker the gateway takes no more than it can hold: a longer reply ends worker and call."""
+    """The gateway limits a worker's reply: a longer one ends worker and call."""
     much = REPLY_MAX - 1  # and the status
     async with Workers(Settings(), folders(root.path.parent), PROBES) as workers:
         assert len(await workers.call(root, "much", {"length": much})) == much
@@ -610,7 +610,7 @@ async def test_answers_too_much(root: LaidRoot) -> None:
 
 
 def test_an_older_gateway_is_understood() -> None:
-    """A broker that was upgraded first has workers for a gateway that knows of none that only look."""
+    """A broker upgraded first still serves a gateway that does not know read-only workers."""
     spawn = Spawn("one", "/srv/site", Limits(), 1 << 20, "", True, True)
     assert Spawn.of(spawn.wire()) == spawn
     older = {key: value for key, value in spawn.wire().items() if key != "looks"}
@@ -618,7 +618,7 @@ def test_an_older_gateway_is_understood() -> None:
 
 
 async def test_a_crashed_brokers_numbers_are_nobodys(workers: Workers, root: LaidRoot) -> None:
-    """The end of a worker that went with its broker is asked for of the next one, and ends none of that."""
+    """Ending a worker of a dead broker is requested from the next one, and ends none of its workers."""
     await echo(workers, root)
     old = workers._slots[root.tenant, 0].worker
     assert old is not None and workers.broker._process is not None
@@ -635,7 +635,7 @@ async def test_a_crashed_brokers_numbers_are_nobodys(workers: Workers, root: Lai
 
 
 async def test_shares_end_with_their_tenant(workers: Workers, root: FilesystemRoot) -> None:
-    """Whatever its workers are for, none outlives what was told to forget its tenant."""
+    """No worker of a forgotten tenant survives, whatever its purpose."""
     pids = [await pid_of(workers, root, **lane) for lane in LANES]
     await workers.forget(root.tenant)
     assert not any(alive(pid) for pid in pids)
@@ -643,7 +643,7 @@ async def test_shares_end_with_their_tenant(workers: Workers, root: FilesystemRo
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_forget_while_it_starts(workers: Workers, root: FilesystemRoot, lane: dict[str, Any]) -> None:
-    """A worker that the broker is just starting is gone too when `forget` returns; its call is told so."""
+    """A worker being started is gone too when `forget` returns, and its call fails."""
     call = asyncio.ensure_future(echo(workers, root, **lane))
     await until(lambda: workers.broker._readable is not None, every=0)
     await workers.forget(root.tenant)
@@ -655,7 +655,7 @@ async def test_forget_while_it_starts(workers: Workers, root: FilesystemRoot, la
 
 
 async def test_forget_during_a_scan(workers: Workers, root: LaidRoot) -> None:
-    """A search in shares is over then: nobody looks on in another way at what is going away."""
+    """A search in shares then ends, and does not continue in another way on files that are going away."""
     assert await workers.scan(root, {}, 2) == b""
     gates = [Gate(root.path / "srv/site", f"gate{share}") for share in (0, 1)]
     scan = asyncio.ensure_future(workers.scan(root, {"held": True}, 2))
@@ -667,7 +667,7 @@ async def test_forget_during_a_scan(workers: Workers, root: LaidRoot) -> None:
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
 async def test_scan_with_a_broken_share(hasty: Workers, root: LaidRoot, ending: signal.Signals) -> None:
-    """One that ends leaves the search to another way, one that hangs is a `timeout`; none of it goes on."""
+    """If one ends, the search is done in another way; if one hangs, it is a `timeout`; none continues."""
     pids = [await pid_of(hasty, root, search=True, share=share) for share in (0, 1)]
     gates = [Gate(root.path / "srv/site", f"gate{share}") for share in (0, 1)]
     scan = asyncio.ensure_future(hasty.scan(root, {"held": True}, 2))
@@ -684,14 +684,14 @@ async def test_scan_with_a_broken_share(hasty: Workers, root: LaidRoot, ending: 
 
 
 async def test_scan_of_too_many_names(workers: Workers, root: FilesystemRoot) -> None:
-    """Names that the shares may each have, but not together, are not passed on."""
+    """Names within the limit of each share, but not in total, are not passed on."""
     found = await workers.scan(root, {"bytes": NAMED_MAX // 2 - 1}, 2)
     assert found is not None and len(found) == NAMED_MAX - 2
     assert await workers.scan(root, {"bytes": NAMED_MAX // 2 + 1}, 2) is None
 
 
 async def forked_ahead(workers: Workers, busy: list[int]) -> int:
-    """Return the process that waits to become a worker; the broker forks it once nobody asks for anything."""
+    """Return the process waiting to become a worker, which the broker forks when it is idle."""
     process = workers.broker._process
     assert process is not None
     broker = process.pid
@@ -701,7 +701,7 @@ async def forked_ahead(workers: Workers, busy: list[int]) -> int:
 
 
 async def test_is_forked_ahead(workers: Workers, root: LaidRoot) -> None:
-    """The next worker of a kind waits, as the broker until it is told whose it is, and ends with it."""
+    """The next worker of a kind waits, with the broker's rights until it gets a tenant, and ends with it."""
     first = await pid_of(workers, root)
     waiting = await forked_ahead(workers, [first])
     other = make_root(root.path.parent, "other")
@@ -714,7 +714,7 @@ async def test_is_forked_ahead(workers: Workers, root: LaidRoot) -> None:
 
 @needs_root
 async def test_what_one_forked_ahead_holds(workers: Workers, root: LaidRoot) -> None:
-    """It is what the broker is and no more, with one socket to it; once it is told, a worker as any other."""
+    """It has only the broker's state and one socket to it; with a tenant it is a worker like any other."""
 
     def held(pid: int) -> set[str]:
         found = set()
@@ -741,7 +741,7 @@ async def test_what_one_forked_ahead_holds(workers: Workers, root: LaidRoot) -> 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
 async def test_one_forked_ahead_ends(workers: Workers, root: LaidRoot, ending: signal.Signals) -> None:
-    """One that was killed while it waited is replaced; one that hangs costs a call and no more."""
+    """One that was killed while waiting is replaced; one that hangs costs only one call."""
     first = await pid_of(workers, root)
     waiting = await forked_ahead(workers, [first])
     os.kill(waiting, ending)
@@ -756,7 +756,7 @@ async def test_one_forked_ahead_ends(workers: Workers, root: LaidRoot, ending: s
 
 
 async def test_what_cannot_be_told_costs_no_process(workers: Workers, root: LaidRoot) -> None:
-    """A bound that is no whole number is refused before a process is taken for it that nobody would tell."""
+    """A limit that is not an integer is refused before a process is used for it."""
     waiting = await forked_ahead(workers, [await pid_of(workers, root)])
     for memory in (1e30, 0.5, "1"):
         with pytest.raises(Unavailable):
@@ -766,7 +766,7 @@ async def test_what_cannot_be_told_costs_no_process(workers: Workers, root: Laid
 
 @pytest.mark.parametrize("ahead", [False, True])
 async def test_ends_with_its_socket(root: LaidRoot, ahead: bool) -> None:
-    """Also one that nothing confines ends when the gateway lets go of it, and so with a gateway alone."""
+    """An unconfined worker also ends when the gateway closes its socket."""
     told = Folders(str(root.path.parent), "", 0).to_dict() if MAPPED else folders(root.path.parent)
     async with Workers(Settings(), told, PROBES) as workers:
         first = await pid_of(workers, root)
@@ -785,7 +785,7 @@ async def test_ends_with_its_socket(root: LaidRoot, ahead: bool) -> None:
 
 @needs_root
 async def test_status_of_the_process(workers: Workers, root: FilesystemRoot) -> None:
-    """Seen from the host: the mapped user, no group, no capability, no new privileges, a filter."""
+    """As seen from the host: the mapped user, no groups, no capabilities, no new privileges, a filter."""
     pid = await pid_of(workers, root)
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     assert status["Uid"].split() == ["1001000"] * 4
@@ -802,9 +802,9 @@ async def test_status_of_the_process(workers: Workers, root: FilesystemRoot) -> 
 
 @needs_root
 async def test_descriptors(workers: Workers, root: FilesystemRoot) -> None:
-    """A worker holds its socket and the workspace, nothing else: none of the broker's, no other tenant's.
+    """A worker holds only its socket and the workspace, no descriptor of the broker or another tenant.
 
-    The standard ones are the workspace's folder too: what a library prints goes nowhere.
+    The standard descriptors are the workspace's folder too, so a library's output goes nowhere.
     """
     found, tree, written = orjson.loads(await workers.call(root, "descriptors", {}))
     assert tree in found

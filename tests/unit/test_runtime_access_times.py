@@ -1,4 +1,4 @@
-"""Files whose reading is not recorded: the script that golden copies are sealed with."""
+"""The script that disables access times in golden copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the flags are L
 
 
 def flags(path: Path) -> int:
-    """Return a file's flags, as chattr(1) shows them."""
+    """Return a file's flags as shown by lsattr(1)."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         return int.from_bytes(fcntl.ioctl(file, 0x80086601, bytes(8))[:4], sys.byteorder)
@@ -25,7 +25,7 @@ def flags(path: Path) -> int:
 
 
 def test_each_file_and_folder_is_marked_and_no_link_followed(tmp_path: Path) -> None:
-    """Nothing else of a file's flags changes, and what cannot be marked stops nothing."""
+    """No other flag changes, and a file that cannot be marked does not stop the script."""
     outside, top = tmp_path / "outside", tmp_path / "top"
     (top / "a/b").mkdir(parents=True)
     outside.write_text("x")

@@ -1,4 +1,4 @@
-"""The addresses of instances that are made at the same time: each gets one of its own."""
+"""Instances created at the same time get different addresses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.waits import settled, turn
 
 
 class Full(Incus):
-    """An Incus that takes an address once, and shows an instance only when it is made."""
+    """An Incus that accepts an address only once, and lists an instance only once it is created."""
 
     def __init__(self) -> None:
         super().__init__(Path("/nowhere"), "default", 1.0)
@@ -63,7 +63,7 @@ async def make(making: Creation, number: int) -> None:
 
 
 async def test_instances_that_are_made_at_once_have_addresses_of_their_own(tmp_path: Path) -> None:
-    """Incus refuses a second one, and what is left of it stands in the way of another try."""
+    """Incus refuses a duplicate, and its remains make the next attempt fail."""
     incus = Full()
     making = Creation(Settings(state_dir=tmp_path, network_ipv4="10.9.8.1/28"), incus)
     async with asyncio.timeout(60):

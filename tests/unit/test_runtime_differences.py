@@ -1,4 +1,4 @@
-"""What two looks at the tenants say of the time between them."""
+"""The events derived from two listings of the tenants."""
 
 from __future__ import annotations
 

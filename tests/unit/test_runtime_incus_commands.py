@@ -1,4 +1,4 @@
-"""A command whose warm shell stands still: its tenant was paused, or something else holds it up."""
+"""A command whose warm shell hangs because its tenant was paused, or for another reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gateway.settings import Settings
 
 
 class Incusd(Incus):
-    """An Incus with one tenant, in some status."""
+    """An Incus with one tenant in a given status."""
 
     def __init__(self, status: str) -> None:
         super().__init__(Path("/nowhere"), "default", 1.0)
@@ -28,7 +28,7 @@ class Incusd(Incus):
 
 
 class Still(IncusProcess):
-    """A warm shell that takes no line."""
+    """A warm shell that reads no line."""
 
     def __init__(self) -> None:
         self.tenant = "shop"
@@ -47,7 +47,7 @@ class Still(IncusProcess):
 async def test_a_command_for_a_tenant_that_was_just_paused_says_so(
     monkeypatch: pytest.MonkeyPatch, status: str, raised: type[GatewayError]
 ) -> None:
-    """Though the gateway had not heard of it when it took a warm shell; that shell is given up."""
+    """Even if the gateway did not know when it took a warm shell; that shell is discarded."""
 
     async def given(tenant: str) -> int:
         raise AssertionError("no other shell is started")

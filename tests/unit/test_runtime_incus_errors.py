@@ -1,4 +1,4 @@
-"""What incusd refuses is told by our code and reason, in words of our own."""
+"""incusd's errors are reported with our code, reason and message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the shells in a tenant say, which may be a tenant's shells."""
+"""The output of the shells in a tenant, which the tenant may have replaced."""
 
 from __future__ import annotations
 

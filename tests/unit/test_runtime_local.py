@@ -1,4 +1,4 @@
-"""The runtime contract over `local`: plain processes of this machine."""
+"""The runtime contract on `local`: plain processes of this machine."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TestLocal(RuntimeContract):
 
 
 class TestUndo:
-    """What fails half-way leaves nothing, and takes nothing of others."""
+    """A failed operation leaves nothing behind and removes nothing of others."""
 
     @pytest.mark.parametrize("fails", ["before", "after"])
     async def test_a_copy_that_fails_leaves_no_tenant(

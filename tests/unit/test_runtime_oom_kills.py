@@ -1,4 +1,4 @@
-"""What the kernel's log says of who ran out of memory, as Linux 6 writes it."""
+"""Parsing the kernel log of Linux 6 for processes killed for lack of memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The shell scripts that start and end commands, under each shell that a tenant's image may call `sh`.
+"""The shell scripts that start and kill commands, under each shell that an image may have as `sh`.
 
-What a command gets is compared with what it gets of a plain exec.
+A command's environment is compared with that of a plain exec.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def workspace() -> Iterator[bytes]:
 def run(
     shell: tuple[str, ...], line: bytes, *, then: bytes = b"", ends: bool = False
 ) -> tuple[Preamble, bytes, bytes]:
-    """Return what the shells said, and the command's own output.
+    """Return the scripts' messages and the command's own output.
 
     `then` is the command's input, unless the input `ends` with the line.
     """
@@ -102,7 +102,7 @@ def variables(environ: bytes) -> dict[bytes, bytes]:
 def same_as_plain(
     shell: tuple[str, ...], folder: bytes, words: Sequence[str] = (), env: Mapping[str, str] | None = None
 ) -> None:
-    """Assert that a command has the arguments, environment and folder that a plain exec gives it."""
+    """Assert that a command gets the same arguments, environment and folder as from a plain exec."""
     asked = dict(env or {})
     (Path(os.fsdecode(folder)) / "here").write_bytes(HERE)
     argv = (*SHOWN, *words)
@@ -155,7 +155,7 @@ def test_a_command_gets_what_a_plain_exec_gives_it(
 def test_no_variable_that_a_shell_knows_changes_or_prevents_a_start(
     shell: tuple[str, ...], workspace: bytes
 ) -> None:
-    """Each word in the shell's own program that may be one, with a value that it does not take."""
+    """Each word in the shell's executable that may be a variable, with a value that it does not accept."""
     program = Path(shutil.which(shell[0]) or "").read_bytes()
     names = {
         name.decode() for name in re.findall(rb"(?<![A-Za-z0-9_])[A-Z_][A-Z0-9_]{1,30}(?=[\0=])", program)
@@ -167,7 +167,7 @@ def test_no_variable_that_a_shell_knows_changes_or_prevents_a_start(
 
 
 def test_what_means_something_to_a_shell_shows_in_no_list_of_processes(workspace: bytes) -> None:
-    """It is in the environment of `env`, which others cannot read, for as long as that runs."""
+    """It is only in the environment of `env`, which others cannot read, while that runs."""
     line = command_line(("true",), cwd=os.fsdecode(workspace), env={"OPTIND": "secret", "PLAIN": "secret"})
     becomes = line.partition(b"exec ")[2]
     assert b"OPTIND" in becomes and b"secret" not in becomes
@@ -255,7 +255,7 @@ def test_a_shell_whose_input_ends_without_a_line_ends(shell: tuple[str, ...]) ->
 def started(
     shell: tuple[str, ...], account: Account | None, *argv: str, env: Mapping[str, str] | None = None
 ) -> tuple[Preamble, bytes]:
-    """Return what the shells said, and the output of a command; `env` is what Incus starts them with."""
+    """Return the scripts' messages and a command's output; `env` is the environment set by Incus."""
     exec_id = f"test-{secrets.token_hex(8)}"
     command = start_command(exec_id, account, looks=0, terminal=False)
     line = command_line(argv, cwd="/", env={})
@@ -297,7 +297,7 @@ def test_a_command_is_its_users(shell: tuple[str, ...], account: Account, said: 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_programs_that_a_user_installed_come_first_and_never_run_as_root(shell: tuple[str, ...]) -> None:
-    """A site's own `setpriv` is no way to become root, nor does root find any other program of its."""
+    """A site's own `setpriv` is not a way to become root, and root finds none of its other programs."""
     with tempfile.TemporaryDirectory() as home:
         programs = Path(home, ".local", "bin")
         programs.mkdir(parents=True)
@@ -313,7 +313,7 @@ def test_programs_that_a_user_installed_come_first_and_never_run_as_root(shell: 
 
 
 def names_in(script: str) -> set[str]:
-    """Return the variables that a script sets."""
+    """Return the variables set by a script."""
     set_ = re.findall(r"(?<![\w$-])([A-Za-z_]\w*)=", script)
     for words in re.findall(r"\bread -r ([\w ]+)|\bfor (\w+) in", script):
         set_ += "".join(words).split()
@@ -327,7 +327,7 @@ def names_in(script: str) -> set[str]:
 def test_no_variable_of_the_scripts_takes_the_place_of_one_that_incus_sets(
     shell: tuple[str, ...], account: Account
 ) -> None:
-    """As by `incus config set TENANT environment.name=…`: each name that start.sh and wait.sh use."""
+    """As set by `incus config set TENANT environment.name=…`, for each name used in start.sh and wait.sh."""
     ours = {"GATEWAY_EXEC", "HOME", "PATH", "USER", "LOGNAME", "SHELL", "TERM", "LC_ALL"}
     names = {"name", "home", "group", *names_in(START_SCRIPT), *names_in(WAIT_SCRIPT)} - ours
     assert len(names) > 10
@@ -398,7 +398,7 @@ def test_a_terminal_is_drained_and_keeps_its_modes(shell: tuple[str, ...]) -> No
 
 
 def test_a_line_for_a_terminal_is_neither_echoed_nor_cut(shell: tuple[str, ...]) -> None:
-    """Its modes are the command's again."""
+    """Its modes are restored for the command."""
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
     command = start_command(f"test-{secrets.token_hex(8)}", None, looks=0, terminal=True)

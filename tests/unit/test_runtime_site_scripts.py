@@ -1,7 +1,7 @@
-"""The shell scripts that provision a site, under each shell that a tenant's image may call `sh`.
+"""The shell scripts that provision a site, under each shell that an image may have as `sh`.
 
-Those that touch /etc, /run and /var see folders of the test there, in a mount namespace of their own, and a
-`systemctl` that only notes what it is asked.
+Scripts that use /etc, /run and /var see folders of the test there, in a separate mount namespace, and a
+`systemctl` that only records its arguments.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def shell(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that other users may enter, unlike pytest's own."""
+    """A folder that other users can enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -73,7 +73,7 @@ def place() -> Iterator[Path]:
 def run(
     shell: tuple[str, ...], name: str, *words: str | Path, given: bytes = b"", within: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a script as the gateway does, both outputs in one."""
+    """Run a script as the gateway does, with both outputs merged."""
     argv = [*within, *shell, "-c", (INCUS / f"{name}.sh").read_text(), "sh", *words]
     return subprocess.run(
         argv, input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", timeout=30
@@ -81,7 +81,7 @@ def run(
 
 
 def owned(folder: Path, files: dict[str, str]) -> Path:
-    """Make a folder with files of the site's user."""
+    """Create a folder with files owned by the site's user."""
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -95,7 +95,7 @@ def held(folder: Path) -> dict[str, str]:
 
 
 class Machine:
-    """What the scripts see of a container, and what they asked of its systemd."""
+    """A fake container as the scripts see it, with a record of their requests to systemd."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -123,14 +123,14 @@ class Machine:
         return ended.stdout
 
     def asked(self) -> list[str]:
-        """Return what systemd was asked since the last call."""
+        """Return the requests to systemd since the last call."""
         asked = self.place / "asked"
         words = asked.read_text().splitlines() if asked.exists() else []
         asked.unlink(missing_ok=True)
         return words
 
     def state(self) -> dict[str, str]:
-        """Return what of a site an undo must bring back."""
+        """Return the parts of a site that an undo must restore."""
         files = {path.name: path.read_text() for path in (self.unit, self.environment) if path.exists()}
         return files | {"page": (self.live / "page").read_text()}
 
@@ -149,7 +149,7 @@ def machine(place: Path) -> Machine:
 def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
     shell: tuple[str, ...], names: set[str], count: int
 ) -> None:
-    """Whatever the files are called; what is written meanwhile goes along where it is kept."""
+    """Whatever the files' names; files written meanwhile are copied if they match `keep`."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         live = owned(Path(folder, "live"), dict.fromkeys(names, "old"))
@@ -188,7 +188,7 @@ def test_what_the_sites_user_cannot_read_is_named(shell: tuple[str, ...], place:
 def test_nothing_is_touched_where_the_folder_is_missing(
     shell: tuple[str, ...], place: Path, script: str
 ) -> None:
-    """They would go on in /."""
+    """The scripts would otherwise continue in /."""
     outside = owned(place / "outside", {"file": "kept"})
     target = owned(place / "target", {})
     carry = (place / "none", target, str(UID), place / "note", "update")
@@ -240,7 +240,7 @@ def test_a_live_service_is_enabled_and_a_next_one_only_started(
 
 
 def test_both_services_are_told_the_domain(shell: tuple[str, ...], machine: Machine) -> None:
-    """Where they know it already, systemd need not read all its units again."""
+    """If they know it already, systemd does not reload all its units."""
     for domain, asked in (("old", ["daemon-reload"]), ("shop", ["daemon-reload"]), ("shop", [])):
         machine.run(shell, "allow_domain", f"NAME={domain}.example")
         assert machine.asked() == asked
@@ -293,7 +293,7 @@ def test_an_exchange_is_idempotent_and_so_is_its_undo(
 def test_an_exchange_that_was_cut_off_after_the_note_is_finished_or_undone(
     shell: tuple[str, ...], machine: Machine
 ) -> None:
-    """The note says which folder was live; whether they were exchanged is seen."""
+    """The note records which folder was live, so it can be seen whether they were exchanged."""
     machine.unit.write_text("old\n")
     shutil.copy(machine.unit, f"{machine.unit}.old")
     machine.note.write_text(f"{machine.live.stat().st_ino}\n")
@@ -333,7 +333,7 @@ def put(shell: tuple[str, ...], machine: Machine, former: str, live: str, most: 
 
 
 def updated(shell: tuple[str, ...], machine: Machine, page: str, former: str, live: str, most: int) -> None:
-    """Make another site the live one, and keep the one before."""
+    """Make another site live, and keep the previous one."""
     if not machine.next.exists():
         owned(machine.next, {"page": page})
     (machine.place / "etc/site-next.env").write_text(f"PAGE={page}\n")
@@ -350,7 +350,7 @@ def listed(machine: Machine) -> list[str]:
 def test_former_sites_are_kept_up_to_a_number_and_the_oldest_go(
     shell: tuple[str, ...], machine: Machine
 ) -> None:
-    """With environment and unit, where root alone reads them; without what lives on with the live site."""
+    """With environment and unit, readable only by root; without files that continue with the live site."""
     machine.unit.write_text("old\n")
     machine.environment.write_text("PAGE=old\n")
     (machine.live / "db").write_text("customers'")
@@ -379,7 +379,7 @@ def test_former_sites_are_kept_up_to_a_number_and_the_oldest_go(
 def test_a_former_site_comes_back_and_one_that_does_not_is_put_back(
     shell: tuple[str, ...], machine: Machine
 ) -> None:
-    """The repository stays with the live site; however often each step is made."""
+    """The repository stays with the live site, however often each step is repeated."""
     machine.unit.write_text("old\n")
     machine.environment.write_text("PAGE=old\n")
     updated(shell, machine, "new", FIRST, SECOND, 2)

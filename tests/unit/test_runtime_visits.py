@@ -1,4 +1,4 @@
-"""Who is connected to a site is read from the kernel's tables."""
+"""Connections to a site are found in the kernel's tables."""
 
 from __future__ import annotations
 

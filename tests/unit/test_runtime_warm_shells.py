@@ -1,4 +1,4 @@
-"""Which shells are kept waiting, against a maker of shells that only counts."""
+"""The pool of warm shells, with a maker of shells that only counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Shell:
 
 
 class Maker:
-    """Starts shells, while it `may`; `made` are all, in order, `most` is how many were started at a time."""
+    """Starts shells while `may` is set; `made` has all in order, `most` the maximum started at a time."""
 
     def __init__(self) -> None:
         self.made: list[Shell] = []
@@ -92,7 +92,7 @@ async def standbys(maker: Maker) -> AsyncIterator[WarmShells]:
 
 @pytest.fixture
 async def busy(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WarmShells]:
-    """WarmShells whose one shell was taken a moment ago."""
+    """WarmShells whose only shell was just taken."""
     monkeypatch.setattr("gateway.runtime.warm_shells._PATIENCE", 60)
     standbys = keeping(maker, terminals=0, delay=60)
     with standbys.expect("a"):
@@ -263,7 +263,7 @@ async def test_two_that_expect_share_their_shells(standbys: WarmShells, maker: M
 
 
 async def test_the_shells_of_a_tenant_that_changed_are_replaced(standbys: WarmShells, maker: Maker) -> None:
-    """As by its restart: who is connected finds shells waiting again."""
+    """For example by a restart: connected clients find warm shells again."""
     with standbys.expect("a"), standbys.expect("b"):
         before = list(await maker.until(4))
         standbys.drop("a")
@@ -324,7 +324,7 @@ async def test_closing_gives_up_all_and_starts_no_more(standbys: WarmShells, mak
 
 
 async def test_closing_waits_for_one_that_has_just_started(maker: Maker) -> None:
-    """Its start has succeeded, and nobody has taken notice of it yet."""
+    """Its start has succeeded, but has not been processed yet."""
     standbys = keeping(maker, terminals=0)
     with standbys.expect("a"):
         task = standbys._filling[0].task

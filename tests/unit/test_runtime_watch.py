@@ -1,4 +1,4 @@
-"""The watch of Incus's events: it misses nothing, and ends when it is told to, whatever it is at."""
+"""The watch of Incus's events misses nothing, and ends when cancelled, whatever it is doing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.incusd import instance
 
 
 class Slow(Incus):
-    """An Incus whose stream stands and says nothing, and whose second answer never comes."""
+    """An Incus with a silent event stream, whose second answer never arrives."""
 
     def __init__(self) -> None:
         super().__init__(Path("/nowhere"), "default", 1.0)
@@ -36,7 +36,7 @@ class Slow(Incus):
 
 
 async def test_a_cancel_while_instances_are_listed_is_not_lost(tmp_path: Path) -> None:
-    """Else the gateway would never have ended."""
+    """Otherwise the gateway would never end."""
     slow = Slow()
     runtime = IncusRuntime(Settings(state_dir=tmp_path, reconcile_interval=0.01), incus=slow)
 
@@ -54,7 +54,7 @@ async def test_a_cancel_while_instances_are_listed_is_not_lost(tmp_path: Path) -
 
 
 class Passing(Incus):
-    """An Incus without instances, where one comes and goes."""
+    """An Incus without instances, in which one is created and deleted."""
 
     def __init__(self) -> None:
         super().__init__(Path("/nowhere"), "default", 1.0)
@@ -77,7 +77,7 @@ class Passing(Incus):
 
 
 async def test_the_end_of_the_first_tenant_is_told(tmp_path: Path) -> None:
-    """There was none when the watch began; that it is gone when its end is told is no reason to be silent."""
+    """It did not exist when the watch began, and is already gone when its end is reported."""
     runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=Passing())
     told = []
     async with asyncio.timeout(30):

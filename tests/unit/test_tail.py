@@ -1,4 +1,4 @@
-"""The tail of an output stream against the simplest model of it: one growing string of bytes."""
+"""The tail of an output stream, compared with the simplest model: one growing byte string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that lie unread are found in the kernel's tables."""
+"""Unread requests are found in the kernel's tables."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def at(end: tcp.End) -> list[tcp.Connection]:
 
 
 def unread(there: int, end: tcp.End, pid: int) -> set[tcp.End]:
-    """Return what lies unread once it is so many: the kernel takes a moment."""
+    """Wait for a number of unread requests, as the kernel takes a moment, and return them."""
     until_true(lambda: len(tcp.unread(pid, end)) == there, every=0.001)
     return tcp.unread(pid, end)
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_a_request_is_unread_until_its_server_reads_it(family: socket.AddressFamily) -> None:
-    """Also before the server has taken the connection, and where it listens by IPv6."""
+    """Also before the server has accepted the connection, and if it listens on IPv6."""
     with server(family) as (listening, end), socket.create_connection(("127.0.0.1", end[1])) as client:
         local = (socket.inet_aton("127.0.0.1"), client.getsockname()[1])
         assert tcp.unread(os.getpid(), end) == set(), "it has sent nothing"
