@@ -91,7 +91,7 @@ class Watcher:
                 self._overflow(number)
 
     def lost(self) -> None:
-        """Tell every watch that something was missed, and read the tree again."""
+        """Mark all watches as having missed something, and schedule reading the tree again."""
         self._again = True
         for number in self._wishes:
             self._overflow(number)

@@ -13,13 +13,13 @@ def in_force(settings: Settings) -> bool:
 
 
 def enforce(settings: Settings) -> str | None:
-    """Have the quotas enforced, and return what was changed once they are. Raises `HostError`."""
+    """Enforce the quotas, wait until they are in force, and return what was changed. Raises `HostError`."""
     try:
         return "; ".join(_of(settings).enforce(wait=True)) or None
     except OSError as error:
         raise HostError(
-            f"the disk quotas cannot be enforced: {error.strerror}; see `btrfs quota rescan -s` and the "
-            "kernel's log"
+            f"cannot enforce the disk quotas: {error.strerror}; see `btrfs quota rescan -s` and the "
+            "kernel log"
         ) from None
 
 

@@ -108,7 +108,7 @@ class Memory:
 
     @property
     def beginning(self) -> memoryview:
-        """Room for the first bytes of an output, for whoever needs them when the log has them no longer."""
+        """Memory for the first bytes of an output, for use when the log no longer has them."""
         return self.segment(SEGMENTS - 1)
 
     def read_facts(self, area: Facts = "facts") -> dict[str, object]:
