@@ -11,18 +11,21 @@ import base64
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.live import LiveGateway, Wire
+from tests.live import DEADLINE, LiveGateway, Wire
+from tests.waits import until
 
 WORKSPACE = "/srv/site"
 CASES: list[dict[str, Any]] = [
     json.loads(line)
     for line in (Path(__file__).parents[1] / "data" / "claude_cases.jsonl").read_text().splitlines()
 ]
+_LONG = 5.0  # seconds: what sleeps for less may have gone on by the next look on a busy machine
 _OF_BASH = ("Bash", "BashOutput", "KillShell")
 # the one case of a file tool that needs Bash is run here
 BASH_CASES = [case for case in CASES if case["tool"] in _OF_BASH or case["id"] == "read-persisted-output"]
@@ -67,8 +70,13 @@ async def run(
     async with gateway.wire(tenant) as wire:
         await shell(wire, "find . -mindepth 1 -delete; " + "; ".join(map(_laid, case["setup"])))
         saved: dict[str, str] = {}
+        command = ""
         for step in case.get("before", ()):
-            await _step(wire, step, saved, shown)
+            if "wait_ms" in step:
+                await _reached(wire, command, step["wait_ms"] / 1000)
+            else:
+                command = step["input"].get("command", command)
+                await _step(wire, step, saved, shown)
         is_error, text = await call(wire, case["tool"], _filled(case["input"], saved))
         expected = case.get("text") or _filled(case.get("match", ""), saved)
         files = {path: await _file(wire, path) for path in case.get("files_after", {})}
@@ -118,9 +126,6 @@ def _laid(item: Mapping[str, Any]) -> str:
 async def _step(
     wire: Wire, step: Mapping[str, Any], saved: dict[str, str], shown: Callable[[str], str]
 ) -> None:
-    if "wait_ms" in step:
-        await _pause(wire, step["wait_ms"] / 1000)
-        return
     is_error, text = await call(wire, step["tool"], _filled(step["input"], saved))
     assert is_error == step.get("is_error", False), text
     for name, pattern in step.get("save", {}).items():
@@ -129,14 +134,28 @@ async def _step(
         saved[name] = match[1]
 
 
-async def _pause(wire: Wire, seconds: float) -> None:
-    """Wait as the recording did, but no longer than something runs."""
-    running = [one["exec"] for one in (await wire.call("exec/list"))["execs"] if one["state"] == "running"]
-    if running:
-        waits = [asyncio.create_task(wire.call("exec/wait", exec=exec_id)) for exec_id in running]
-        await asyncio.wait(waits, timeout=seconds)
-        for wait in waits:
-            wait.cancel()
+async def _reached(wire: Wire, command: str, seconds: float) -> None:
+    """Return once a command is where the recording had it after `seconds`, however long it takes here.
+
+    That is at its end, or at a `sleep` that lasts longer, with all printed that comes before.
+    """
+    before, _, rest = command.partition("sleep ")
+    lasts = float(rest.partition(";")[0] or 0)
+    ends = lasts < seconds
+    if not ends and lasts < _LONG:  # to look for where it is would take too long
+        return
+    first = subprocess.run(["bash", "-c", "" if ends else before], capture_output=True, check=True)
+    printed = len(first.stdout + first.stderr)
+
+    async def there() -> bool:
+        listed = (await wire.call("exec/list"))["execs"]
+        running = [sum(one["offsets"].values()) for one in listed if one["state"] == "running"]
+        if ends or not running:
+            return not running
+        # what is in its file BashOutput has
+        return printed in running and int(await shell(wire, "cat .gateway/output/* | wc -c")) >= printed
+
+    await until(there, DEADLINE)
 
 
 def _filled(value: Any, saved: Mapping[str, str]) -> Any:
