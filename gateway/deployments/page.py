@@ -265,6 +265,8 @@ def _named(body: bytes) -> tuple[str, list[str], str]:
             document.feed(text[at : at + _PIECE])
             if len(document.rawdata) > _UNFINISHED:
                 break
+        else:
+            document.close()  # some versions of the parser hold pieces back until there are enough
     return document.base, document.named, document.inline
 
 
