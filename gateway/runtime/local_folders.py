@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,3 +75,19 @@ def recipe_of(facts: dict[str, Any]) -> Recipe | None:
 def before(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the facts to save before a site is replaced."""
     return {name: facts.get(name) for name in (*_RECIPE, "env_live")}
+
+
+def unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Unpack below a folder and nowhere else. Raises `tarfile.TarError`."""
+    if hasattr(tarfile, "data_filter"):
+        tar.extractall(folder, filter="data")
+        return
+    # Python has filters since 3.11.4
+    top = folder.resolve()
+    for member in tar:
+        at = (top / member.name).resolve()
+        leads = (at.parent / member.linkname).resolve() if member.issym() else at
+        plain = member.isreg() or member.isdir() or member.issym()
+        if not (plain and at.is_relative_to(top) and leads.is_relative_to(top)):
+            raise tarfile.ExtractError(f"{member.name!r} is no plain entry of the site's folder")
+        tar.extract(member, top)

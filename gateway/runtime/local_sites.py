@@ -27,7 +27,7 @@ from gateway.runtime import ExecSpec, Process, Removal
 from gateway.runtime.installs import failure
 from gateway.runtime.listening import of_tree
 from gateway.runtime.local import LocalRuntime
-from gateway.runtime.local_folders import SiteFolders, before, recipe_of, started_by
+from gateway.runtime.local_folders import SiteFolders, before, recipe_of, started_by, unpack
 from gateway.runtime.local_former import LocalFormerSites, remove
 from gateway.runtime.sites import (
     ALLOWED,
@@ -140,7 +140,7 @@ class LocalSites:
                 remove(folder, lost.split(b"\0")[:-1])
             if recipe.archive:
                 with tarfile.open(fileobj=io.BytesIO(recipe.archive)) as tar:
-                    tar.extractall(folder, filter="data")
+                    unpack(tar, folder)
 
         await asyncio.to_thread(lay)
         if env is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from gateway.deployments.entries import Entry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local_folders import unpack
 from gateway.runtime.local_sites import LocalSites
 from gateway.runtime.sites import Order, Recipe
 from gateway.settings import Settings
@@ -148,3 +151,22 @@ async def test_the_oldest_kept_sites_make_room_until_one_is_left(runtime: LocalR
         assert [one.id for one in await sites.former.listed(fresh)] == [ids[2]]
     finally:
         await sites.remove(ids[0])
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"../out": Entry(b"x")}, {"way": Entry(link="../..")}, {"way": Entry(link="/etc")}],
+    ids=["name", "link", "absolute"],
+)
+def test_nothing_is_unpacked_beyond_the_folder(
+    entries: dict[str, Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the filters of Python's tarfile, and without, as before 3.11.4."""
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for filters in (True, False):
+        if not filters:
+            monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        with tarfile.open(fileobj=io.BytesIO(packed(entries))) as tar, pytest.raises(tarfile.TarError):
+            unpack(tar, folder)
+        assert sorted(tmp_path.rglob("*")) == [tmp_path / "a", folder]
