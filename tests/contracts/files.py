@@ -749,9 +749,11 @@ class WatchContract:
         """More changes than are told at once, folders renamed at full speed: announced, then exact again."""
         top = f"s-{mark()}"
         async with gateway.wire(tenant) as wire:
-            await wire.run(command=f"mkdir -p {top}/many {top}/x/1/2/3 {top}/y/1/2/3")
+            await wire.run(command=f"mkdir -p {top}/x/1/2/3 {top}/y/1/2/3 many-{top}")
+            await wire.run(command=f"cd many-{top} && seq 30000 | xargs touch")
             seen = await watch(wire, top)
-            await wire.run(command=f"cd {top}/many && seq 30000 | xargs touch")
+            # made one by one they may be told as they come, where the machine is slow
+            await wire.run(command=f"mv many-{top} {top}/many")
             await seen.overflow()
             storm = f"cd {top}; while :; do mv x z; mv y x; mv z y; done"
             started = await wire.call("exec/start", command=storm)

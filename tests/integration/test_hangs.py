@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.rootfs import memory, process_tree, tcp
+from gateway.rootfs import memory, process_tree
 from gateway.settings import Settings
 from tests.archives import archive
 from tests.integration import environment
@@ -31,6 +31,7 @@ SITE = (
     b"""\
 Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", idleTimeout: 60, fetch: async (request) => {
   const path = new URL(request.url).pathname;
+  if (path !== "/") await Bun.write("/home/site/taken" + path.replace("/", "-"), "");
   if (path === "/slow") await Bun.sleep(%d000);
   if (path === "/spin") for (const end = Date.now() + 15_000; Date.now() < end; );
   return new Response("here");
@@ -69,14 +70,13 @@ def processes() -> list[int]:
     return process_tree.pids(environment.cgroup(TENANT) / memory.SITE)
 
 
-def in_hand() -> bool:
-    """Return whether the site has read a request and not answered it.
-
-    For a fifth of a second: longer than one is on its way, and than a probe of the gateway takes.
-    """
-    network = environment.settings().network_ipv4
-    (pid, *_) = processes()
-    return any(one.local not in tcp.unread(pid, one.remote) for one in tcp.waiting(network, 0.2))
+async def taken(host: Hosting, browser: aiohttp.ClientSession, path: str) -> asyncio.Future[Any]:
+    """Visit, and return once the site has the request in hand; the visit goes on."""
+    mark = environment.rootfs(TENANT) / f"home/site/taken{path.replace('/', '-')}"
+    mark.unlink(missing_ok=True)
+    visiting = asyncio.ensure_future(visit(host, browser, path))
+    await until(mark.exists)
+    return visiting
 
 
 @contextlib.contextmanager
@@ -169,8 +169,7 @@ async def test_who_waits_for_a_slow_answer_gets_it(host: Hosting, browser: aioht
     await answers(host, browser)
     status, _, _, seconds = await visit(host, browser, "/slow")
     assert status == 200 and seconds >= SLOW
-    slow = asyncio.ensure_future(visit(host, browser, "/slow"))
-    await until(in_hand)
+    slow = await taken(host, browser, "/slow")
     with stopped():
         is_page(await visit(host, browser))
         assert not slow.done()
@@ -182,8 +181,7 @@ async def test_a_site_that_only_computes_is_answered_for(
 ) -> None:
     """Who came first gets the answer, late; who comes meanwhile gets the page in time."""
     await answers(host, browser)
-    first = asyncio.ensure_future(visit(host, browser, "/spin"))
-    await until(in_hand)
+    first = await taken(host, browser, "/spin")
     second = await visit(host, browser)
     is_page(second)
     assert second[3] < PAGE, second

@@ -779,8 +779,14 @@ async def test_ends_with_its_socket(root: LaidRoot, ahead: bool) -> None:
         slot = workers._slots[other.tenant if ahead else root.tenant, 0]
         assert slot.worker is not None
         slot.worker.close()
-        status = Path(f"/proc/{pid}/stat")
-        await until(lambda: status.read_text().rpartition(")")[2].split()[0] == "Z", every=0.005)
+
+        def ended() -> bool:
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except (FileNotFoundError, ProcessLookupError):  # and its parent has noticed
+                return True
+
+        await until(ended, every=0.005)
 
 
 @needs_root
