@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,26 +135,41 @@ class Hosting:
         assert status == 202, begun
         return await self.ended(begun["id"])
 
+    @contextlib.asynccontextmanager
+    async def following(self, deployment: str) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+        """Give a way to look at a deployment often: only the last answer is held against its schema."""
+        headers = {"Authorization": f"Bearer {self.gateway.token('*')}"}
+        async with aiohttp.ClientSession(self.url, headers=headers) as session:
+
+            async def look() -> Any:
+                async with session.get(f"/v1/deployments/{deployment}") as answer:
+                    return await answer.json()
+
+            yield look
+        await self.call("GET", f"/v1/deployments/{deployment}")
+
     async def ended(self, deployment: str, deadline: float = 100) -> dict[str, Any]:
         record: dict[str, Any] = {}
+        async with self.following(deployment) as look:
 
-        async def over() -> bool:
-            record.update((await self.call("GET", f"/v1/deployments/{deployment}"))[1])
-            return record["state"] in ENDED
+            async def over() -> bool:
+                record.update(await look())
+                return record["state"] in ENDED
 
-        await until(over, deadline, every=0.05)
+            await until(over, deadline, every=0.1)
         return record
 
     async def reached(self, deployment: str, phase: str, state: str = "running") -> None:
         """Return once a phase of a deployment is in a state, past it, or will never be."""
         order = ("waiting", "running", "done")
+        async with self.following(deployment) as look:
 
-        async def there() -> bool:
-            _, record, _ = await self.call("GET", f"/v1/deployments/{deployment}")
-            found = next(entry for entry in record["phases"] if entry["name"] == phase)["state"]
-            return found not in order or order.index(found) >= order.index(state)
+            async def there() -> bool:
+                phases = (await look())["phases"]
+                found = next(entry for entry in phases if entry["name"] == phase)["state"]
+                return found not in order or order.index(found) >= order.index(state)
 
-        await until(there, 60, every=0.01)
+            await until(there, 60, every=0.01)
 
     async def answers(self, domain: str, *answer: object, deadline: float = 60) -> None:
         """Return once a site answers so, 200 by default: its route comes when the gateway looks."""
