@@ -96,7 +96,7 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     environment.incus("exec", "live-example-com", "--cwd=/srv/site", "--", "sh", "-c", hidden)
     record = await host.deploy("live.example.com")
     assert (record["state"], record["error"]["reason"]) == ("rolledback", "unreadable"), record["error"]
-    assert "/srv/site/public/in/it's\\nmine cannot be read by the site's user" in record["error"]["message"]
+    assert "/srv/site/public/in/it's\\nmine is not readable by the site's user" in record["error"]["message"]
     assert (await host.visit("live.example.com"))[0] == 200
     left = environment.incus("exec", "live-example-com", "--", "ls", "-A", "/srv").stdout
     assert left == b".site-kept\nsite\n"
