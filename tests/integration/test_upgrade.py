@@ -6,6 +6,7 @@ What is measured is printed (`pytest -s`). The bounds are generous: CI's machine
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import itertools
@@ -29,6 +30,7 @@ from gateway.host.place import Place
 from gateway.server.handover import VERSION, path_in
 from gateway.settings import Settings
 from gateway_client import Change, Client
+from tests.archives import folder
 from tests.integration import environment
 from tests.integration.conftest import Container
 from tests.integration.sites import Hosting, hosting
@@ -42,6 +44,11 @@ __all__ = ["host", "program"]  # fixtures
 INSTALLED = Path(sys.executable).with_name("incus-gateway")
 UPGRADES = int(os.environ.get("GATEWAY_TEST_UPGRADES", "3"))
 LONGEST = 5.0  # seconds of an answer, on a machine with much else to do; 0.3 is what is promised
+
+
+GATED = (
+    'start = ["bun", "serve.ts"]\ninstall = ["sh", "-c", "until [ -e /home/site/go ]; do sleep 0.1; done"]\n'
+)
 
 
 class Orphan:
@@ -68,21 +75,26 @@ class Orphan:
         return self.returncode
 
 
+def said_by(gateway: LiveGateway) -> Path:
+    """Return the file with what the command says that upgrades a gateway."""
+    return gateway.log.with_suffix(".said")
+
+
 async def upgrade(gateway: LiveGateway, *words: str, fails: bool = False, **changes: str) -> str:
     """Run `incus-gateway upgrade`, and return what it said; `gateway` is the new one then."""
     # the new gateway logs where the command complains
     log = gateway.log.with_suffix(".failed") if fails else gateway.log
-    with log.open("ab") as errors:
+    with log.open("ab") as errors, said_by(gateway).open("wb") as said:
         before = errors.tell()
         command = await asyncio.create_subprocess_exec(
             *(str(INSTALLED), "upgrade", *words),
-            env={**gateway.environment, **changes},
-            stdout=subprocess.PIPE,
+            env={**gateway.environment, "PYTHONUNBUFFERED": "1", **changes},
+            stdout=said,
             stderr=errors,
         )
-        said, _ = await asyncio.wait_for(command.communicate(), 2 * DEADLINE)
-    told = said.decode() + log.read_text()[before:]
-    assert command.returncode == int(fails), told
+        code = await asyncio.wait_for(command.wait(), 2 * DEADLINE)
+    told = said_by(gateway).read_text() + log.read_text()[before:]
+    assert code == int(fails), told
     if not fails:
         found = re.search(r"replaced, pid (\d+)", told)
         assert found is not None, told
@@ -390,7 +402,7 @@ async def test_a_successor_that_cannot_serve_changes_nothing(
     wrong: list[tuple[dict[str, str], str]] = [
         ({"GATEWAY_MAX_EXECS": "many"}, "GATEWAY_MAX_EXECS"),
         ({"PYTHONPATH": str(broken)}, "uvloop is of another machine"),
-        ({"GATEWAY_INCUS_SOCKET": "/nonexistent/unix.socket"}, "the old gateway goes on: Incus"),
+        ({"GATEWAY_INCUS_SOCKET": "/nonexistent/unix.socket"}, "the old gateway goes on: cannot reach Incus"),
         ({"GATEWAY_LISTEN": f"127.0.0.1:{used}"}, f"127.0.0.1:{used} is in use"),
     ]
     with socket.create_server(("127.0.0.1", used)):
@@ -457,14 +469,33 @@ async def hosted(
         yield hosted
 
 
-async def test_a_deployment_under_way_ends_well(hosted: Hosting) -> None:
-    """An upgrade waits for it, and for no longer than it may; visitors of the site notice nothing."""
-    status, begun, _ = await hosted.call(
-        "POST", "/v1/deployments", {"domain": "one.example.com", "template": "static"}
-    )
+async def begin(hosted: Hosting, domain: str) -> dict[str, Any]:
+    """Begin a deployment whose install waits for `go_on`, and return its record once it does."""
+    body = {"domain": domain, "template": {"archive": base64.b64encode(folder(GATED)).decode()}}
+    status, begun, _ = await hosted.call("POST", "/v1/deployments", body)
     assert status == 202, begun
+    await hosted.reached(begun["id"], "install")
+    found: dict[str, Any] = begun
+    return found
+
+
+async def go_on(begun: dict[str, Any]) -> None:
+    words = ("exec", begun["tenant"], "--", "touch", "/home/site/go")
+    await asyncio.to_thread(environment.incus, *words)
+
+
+async def test_a_deployment_under_way_ends_well(hosted: Hosting) -> None:
+    """An upgrade waits for it; no client is refused meanwhile, and the next deployment works too."""
+    begun = await begin(hosted, "one.example.com")
     async with Hail(hosted.gateway) as hail:
-        assert "waits for 1 deployments" in await upgrade(hosted.gateway)
+        said = said_by(hosted.gateway)
+        said.touch()
+        upgrading = asyncio.create_task(upgrade(hosted.gateway))
+        await until(lambda: "waits for 1 deployments" in said.read_text(), DEADLINE)
+        await some(hail)
+        assert not upgrading.done()
+        await go_on(begun)
+        await upgrading
         record = await hosted.ended(begun["id"])
         assert record["state"] == "succeeded", record
         await hosted.answers("one.example.com")
@@ -476,15 +507,14 @@ async def test_a_deployment_under_way_ends_well(hosted: Hosting) -> None:
 async def test_an_upgrade_that_would_cut_a_deployment_is_given_up(
     incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = tmp_path_factory.mktemp("impatient") / "state"
-    async with hosting(incus_settings, folder, upgrade_patience=0.1) as hosted:
-        status, begun, _ = await hosted.call(
-            "POST", "/v1/deployments", {"domain": "three.example.com", "template": "static"}
-        )
-        assert status == 202, begun
+    """Once its patience is over: then nothing has changed, and deployments begin again."""
+    place = tmp_path_factory.mktemp("impatient") / "state"
+    async with hosting(incus_settings, place, upgrade_patience=0.1) as hosted:
+        begun = await begin(hosted, "three.example.com")
         assert "1 deployments are still under way" in await upgrade(hosted.gateway, fails=True)
+        await go_on(begun)
         assert (await hosted.ended(begun["id"]))["state"] == "succeeded"
-        assert (await hosted.deploy("four.example.com"))["state"] == "succeeded"  # they begin again
+        assert (await hosted.deploy("four.example.com"))["state"] == "succeeded"
 
 
 async def test_the_units_reload_names_its_new_main_process_before_the_old_one_ends(
