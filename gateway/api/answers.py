@@ -135,6 +135,15 @@ class Session(TypedDict):
     domains: list[str] | None
 
 
+class AgentToken(TypedDict):
+    """A token for the agents' server; `expires` in seconds since the epoch."""
+
+    token: str
+    subject: str
+    scopes: list[str]
+    expires: float
+
+
 class Traffic(TypedDict):
     received_bytes: int
     sent_bytes: int

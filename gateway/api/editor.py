@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import html
 import secrets
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
+from gateway.api.services import services
 from gateway.errors import NotFound
 
 STATIC: Final = Path(__file__).parents[1] / "static"
@@ -25,10 +28,12 @@ _TYPES: Final = {
     ".woff2": "font/woff2",
 }
 _NONCE: Final = '<meta name="csp-nonce" content="'
+_AGENT: Final = '<meta name="agent-url" content="'
 
 # Nothing from elsewhere, no inline script, no eval. CodeMirror and xterm.js add their styles by script: the
-# nonce lets them, and nothing else that would find its way into the page. Only the preview shows what is not
-# ours: the tenant's site, whose address is not known beforehand, in a sandboxed frame of another origin.
+# nonce lets them, and nothing else that would find its way into the page. Besides the gateway the page asks
+# the operator's own server of agents, if there is one. Only the preview shows what is not ours: the tenant's
+# site, whose address is not known beforehand, in a sandboxed frame of another origin.
 _POLICY: Final = "; ".join(
     (
         "default-src 'none'",
@@ -36,7 +41,7 @@ _POLICY: Final = "; ".join(
         "style-src 'self' 'nonce-{nonce}'",
         "img-src 'self' blob: data:",
         "font-src 'self'",
-        "connect-src 'self'",
+        "connect-src 'self'{agent}",
         "frame-src http: https:",
         "base-uri 'none'",
         "form-action 'none'",
@@ -68,17 +73,16 @@ _ABSENT: Final = """\
 
 async def page(request: Request) -> Response:
     """Answer the editor's page, under a separate policy for each answer."""
-    nonce = secrets.token_urlsafe(16)
-    headers = {
-        **_HEADERS,
-        "Cache-Control": "no-cache",
-        "Content-Security-Policy": _POLICY.format(nonce=nonce),
-    }
+    nonce, agent = secrets.token_urlsafe(16), services(request).settings.agent_url or ""
+    parts = urlsplit(agent)
+    policy = _POLICY.format(nonce=nonce, agent=f" {parts.scheme}://{parts.netloc}" if agent else "")
+    headers = {**_HEADERS, "Cache-Control": "no-cache", "Content-Security-Policy": policy}
     try:
         text = (STATIC / "index.html").read_text("utf-8")
     except FileNotFoundError:
         return HTMLResponse(_ABSENT, 503, headers=headers)
-    return HTMLResponse(text.replace(_NONCE, _NONCE + nonce, 1), headers=headers)
+    text = text.replace(_NONCE, _NONCE + nonce, 1).replace(_AGENT, _AGENT + html.escape(agent), 1)
+    return HTMLResponse(text, headers=headers)
 
 
 async def asset(request: Request) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import HTTPConnection
@@ -51,9 +51,10 @@ from gateway.tools.toolbox import Toolbox
 class Services(Hub):
     """Everything that lives as long as the gateway; a websocket sees the part that is in `Hub`.
 
-    `pressure` is None on the local runtime, `mcp` if that extra is not installed.
+    `secret` signs tokens. `pressure` is None on the local runtime, `mcp` if that extra is not installed.
     """
 
+    secret: str = field(repr=False)
     journal: StoredJournal
     idempotency: Idempotency
     revocations: Revocations
@@ -200,6 +201,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             budget=budget,
             places=places,
             verify=verify,
+            secret=secret,
             grants=grants,
             connections=connections,
             journal=journal,

@@ -41,8 +41,9 @@ def issue(
     scopes: Iterable[str],
     ttl: int,
     domains: Iterable[str] | None = None,
+    id: str | None = None,
 ) -> str:
-    """Return a signed token that is valid for `ttl` seconds.
+    """Return a signed token that is valid for `ttl` seconds, with its own `jti` unless `id` gives one.
 
     The tenants need not exist. Raises `InvalidParams` for an unknown scope, something that is no tenant
     name or no domain, or an empty or impossible value: a token that opens nothing would only be found out
@@ -70,7 +71,7 @@ def issue(
         "scope": " ".join(granted),
         "iat": round(time.time(), 3),
         "exp": now + ttl,
-        "jti": secrets.token_hex(16),
+        "jti": secrets.token_hex(16) if id is None else id,
     }
     if domains is not None:
         from gateway.hostnames import pattern

@@ -6,6 +6,7 @@ A token is a JWT signed with HS256; `issuing` makes it. Everything here is plain
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -27,6 +28,8 @@ SLOT: Final = r"[a-z0-9]{1,32}"
 # cookies of slots in one browser; a header that grows forever would be refused one day
 MOST_SLOTS: Final = 8
 
+_AGENT: Final = " (agent)"
+_OF_AGENTS: Final = ("files:read", "files:write", "exec", "events")  # neither `deploy` nor `admin`
 _HOST_ONLY: Final = "__Host-"
 _ALGORITHM: Final = "HS256"
 # what `initialize` accepts too; a longer one is refused before anything parses it
@@ -123,6 +126,24 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
         domains=None if domains is None else frozenset(domains),
         issued=float(claims.get("iat", 0)),
     )
+
+
+def for_agent(secret: str, token: Token, tenant: str, ttl: float) -> tuple[str, Token]:
+    """Return a token for an agent that works for whoever has `token`, and what it grants.
+
+    It opens one tenant, has no scope but those of an agent, and ends with `token`: at its end at the latest,
+    and when that is revoked, whose id it has. It says by its subject that it is an agent. Raises `Forbidden`
+    where no scope is left, `Unauthorized` where no time is.
+    """
+    scopes = [scope for scope in _OF_AGENTS if token.allows(scope)]
+    if not scopes:
+        raise Forbidden(f"an agent needs one of the scopes {' '.join(_OF_AGENTS)}")
+    left = min(int(ttl), token.expires - int(time.time()))
+    if left <= 0:
+        raise Unauthorized("this token has expired; ask for a new one")
+    subject = token.subject[: 200 - len(_AGENT)] + _AGENT
+    raw = issuing.issue(secret, subject, [tenant], scopes, left, id=token.id)
+    return raw, verify(secret, raw)
 
 
 def token_id(text: str) -> str:

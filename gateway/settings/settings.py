@@ -11,6 +11,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from gateway.settings.agents import AgentSettings
 from gateway.settings.client import config_file
 from gateway.settings.commands import CommandSettings
 from gateway.settings.connections import ConnectionSettings
@@ -30,6 +31,7 @@ class Settings(
     LifecycleSettings,
     RecordSettings,
     EditorSettings,
+    AgentSettings,
     ToolSettings,
     CommandSettings,
     ConnectionSettings,

@@ -1076,6 +1076,7 @@ class GatewayContract(
     """All of it."""
 
 
+AGENT: Mapping[str, str] = {"GATEWAY_AGENT_URL": "https://agents.example.com/run"}
 QUICK: Mapping[str, str] = {
     "GATEWAY_INITIALIZE_TIMEOUT": "2",  # a busy machine takes one to connect
     "GATEWAY_MAX_FRAME": str(1 << 20),

@@ -279,6 +279,33 @@ class TokensContract:
             await ask(http, "GET", "/v1/session?slot=a1", status=401)
             await ask(http, "GET", "/v1/session?slot=b2")
 
+    async def test_a_person_gets_a_token_for_an_agent_that_ends_with_their_own(
+        self, gateway: LiveGateway, quick: LiveGateway, tenant: str
+    ) -> None:
+        """By the cookie too; for a tenant that it covers, and where the gateway offers an agent."""
+        mine = gateway.token(tenant, "t-other", ttl=600)
+        path = f"/v1/tenants/{tenant}/agent-token"
+        jar = aiohttp.CookieJar(unsafe=True)
+        async with aiohttp.ClientSession(gateway.url, cookie_jar=jar) as http:
+            await ask(http, "POST", path, status=401)
+            await ask(http, "POST", "/v1/session", {"token": mine, "slot": "a1"})
+            said = await ask(http, "POST", f"{path}?slot=a1")
+            assert said["subject"].endswith(" (agent)") and said["expires"] <= ends(mine)
+            assert said["scopes"] == ["events", "exec", "files:read", "files:write"]
+            async with http.post(path, headers={**bearer(mine), "Origin": "https://evil.example"}) as answer:
+                assert answer.status == 403
+        async with aiohttp.ClientSession(gateway.url, headers=bearer(said["token"])) as http:
+            assert (await ask(http, "GET", "/v1/session"))["tenants"] == [tenant]
+            await ask(http, "GET", "/v1/tenants/t-other", status=404)
+            await ask(http, "POST", f"/v1/tenants/{tenant}/stop", status=403)
+            async with operator(gateway) as boss:
+                await ask(boss, "POST", "/v1/revocations", {"id": tokens.token_id(mine)})
+            await ask(http, "GET", "/v1/session", status=401)
+        async with aiohttp.ClientSession(gateway.url, headers=bearer(gateway.token("t-other"))) as http:
+            await ask(http, "POST", path, status=404)
+        async with aiohttp.ClientSession(quick.url, headers=bearer(quick.token(tenant))) as http:
+            assert (await ask(http, "POST", path, status=404))["reason"] == "off"
+
     async def test_slots_do_not_pile_up_in_a_browser(self, gateway: LiveGateway, tenant: str) -> None:
         """The oldest go; the one that was just opened stays."""
         jar = aiohttp.CookieJar(unsafe=True)

@@ -17,6 +17,7 @@ from gateway.settings import Settings
 from tests.e2e.editor import DEADLINE, Editor, Watched
 from tests.integration.conftest import incus_settings
 from tests.integration.sites import Hosting, hosting
+from tests.live import free_ports
 
 __all__ = ["incus_settings"]
 
@@ -60,7 +61,13 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
         (folder / "templates" / name).mkdir(parents=True)
         (folder / "templates" / name / "site.toml").write_text(SITE.format(install=install))
     templates = folder / "templates"
-    settings: dict[str, Any] = {"domain": ADDRESS, "templates_dir": templates, "verify_timeout": 150.0}
+    agents = f"http://127.0.0.1:{free_ports(1)[0]}/"
+    settings: dict[str, Any] = {
+        "domain": ADDRESS,
+        "templates_dir": templates,
+        "verify_timeout": 150.0,
+        "agent_url": agents,
+    }
     async with hosting(incus_settings, folder / "state", **settings) as host:
         yield host
 

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -31,10 +30,10 @@ from tests.integration.conftest import Container
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway
 from tests.messages import MODEL, Block, Model, claude_program, model, say, use
+from tests.typescript import PACKAGE, installed
 from tests.waits import until
 
 EIGHT = ["Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"]
-PACKAGE = Path(__file__).parents[2] / "clients" / "typescript"
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +48,7 @@ async def gateway(
 @pytest.fixture(scope="module")
 async def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the agent, in a folder in which the client is installed as it is built now."""
-    if shutil.which("node") is None and not os.environ.get("CI"):
-        pytest.skip("there is no Node")
-    modules = PACKAGE / "node_modules"
-    assert (modules / "@anthropic-ai").is_dir(), "the client's packages are missing: tests/run setup"
-    folder = tmp_path_factory.mktemp("agent")
-    installed = folder / "node_modules" / "@incus-gateway" / "client"
-    installed.mkdir(parents=True)
-    shutil.copy(PACKAGE / "package.json", installed)
-    words: list[str | Path] = [
-        "node",
-        modules / "typescript/bin/tsc",
-        "-p",
-        "tsconfig.build.json",
-        "--outDir",
-        installed / "dist",
-    ]
-    built = await asyncio.create_subprocess_exec(*words, cwd=PACKAGE)
-    assert await built.wait() == 0
-    for entry in modules.iterdir():
-        (folder / "node_modules" / entry.name).symlink_to(entry)
-    (folder / "package.json").write_text('{"type": "module"}')
-    shutil.copy(PACKAGE / "tests/agent.js", folder)
-    return folder / "agent.js"
+    return await installed(tmp_path_factory.mktemp("agent"), "tests/agent.js")
 
 
 class Agent:

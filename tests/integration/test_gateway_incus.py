@@ -16,7 +16,7 @@ import pytest
 from gateway.host import quotas
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
-from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.gateway import AGENT, QUICK, GatewayContract, no_traceback
 from tests.contracts.idempotency import ReceiptsContract
 from tests.contracts.input import InputContract
 from tests.contracts.lifecycle import FULL, TIGHT, LifeContract, ask
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 async def gateway(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
-    async with live(incus_settings, folder / "gateway.log") as gateway:
+    async with live(incus_settings, folder / "gateway.log", **AGENT) as gateway:
         yield gateway
 
 

@@ -160,6 +160,41 @@ def test_a_revoked_id_is_refused() -> None:
         tokens.verify(SECRET, signed(jti="j1"), {"j1"}.__contains__)
 
 
+# --- a token for an agent --------------------------------------------------------------------------------
+
+
+def test_an_agents_token_opens_one_tenant_with_an_agents_scopes_and_its_own_name() -> None:
+    person = tokens.verify(SECRET, tokens.issue(SECRET, "ann", ["*"], ["admin"], 7200))
+    raw, granted = tokens.for_agent(SECRET, person, "shop", 600.0)
+    assert tokens.verify(SECRET, raw) == granted
+    assert granted.subject == "ann (agent)"
+    assert granted.tenants == {"shop"}
+    assert granted.scopes == {"files:read", "files:write", "exec", "events"}
+    assert granted.domains is None and not granted.operates
+    assert 590 < granted.expires - time.time() <= 600
+
+
+def test_an_agents_token_ends_with_that_of_the_person() -> None:
+    person = tokens.verify(SECRET, tokens.issue(SECRET, "ann", ["shop"], ["files:read"], 60))
+    raw, granted = tokens.for_agent(SECRET, person, "shop", 3600.0)
+    assert granted.expires <= person.expires and granted.scopes == {"files:read"}
+    with pytest.raises(Unauthorized):
+        tokens.verify(SECRET, raw, {person.id}.__contains__)
+    again, last = tokens.for_agent(SECRET, granted, "shop", 3600.0)
+    assert last.expires <= person.expires, "one that is made by an agent's token is no way to live longer"
+    with pytest.raises(Unauthorized):
+        tokens.verify(SECRET, again, {person.id}.__contains__)
+
+
+def test_who_may_only_deploy_has_nothing_for_an_agent() -> None:
+    person = tokens.verify(SECRET, tokens.issue(SECRET, "a" * 200, ["shop"], ["deploy"], 60))
+    with pytest.raises(Forbidden):
+        tokens.for_agent(SECRET, person, "shop", 60.0)
+    person = tokens.verify(SECRET, tokens.issue(SECRET, "a" * 200, ["shop"], ["exec"], 60))
+    _, granted = tokens.for_agent(SECRET, person, "shop", 60.0)
+    assert len(granted.subject) == 200 and granted.subject.endswith(" (agent)")
+
+
 def test_covers_compares_whole_names() -> None:
     token = tokens.verify(SECRET, signed(tenants=["shop"]))
     assert token.covers("shop")

@@ -6,9 +6,11 @@ import asyncio
 import gzip
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -17,9 +19,11 @@ from starlette.types import Message
 
 from gateway.api import editor
 from gateway.errors import NotFound
+from gateway.settings import Settings
 
 INDEX = (
-    '<!doctype html><meta name="csp-nonce" content="" /><script type="module" src="/assets/a1.js"></script>'
+    '<!doctype html><meta name="csp-nonce" content="" /><meta name="agent-url" content="" />'
+    '<script type="module" src="/assets/a1.js"></script>'
 )
 
 
@@ -84,7 +88,9 @@ def client(static: Path) -> Asked:
         Route("/favicon.svg", editor.icon),
     ]
     absent = {NotFound: lambda request, error: Response(status_code=404)}
-    return Asked(Starlette(routes=routes, exception_handlers=absent))
+    asked = Asked(Starlette(routes=routes, exception_handlers=absent))
+    asked.app.state.services = SimpleNamespace(settings=Settings())
+    return asked
 
 
 async def policy(client: Asked) -> dict[str, str]:
@@ -101,6 +107,37 @@ async def test_the_page_lets_nothing_in_from_elsewhere_and_runs_no_inline_script
     assert said["connect-src"] == said["font-src"] == "'self'"
     assert said["frame-ancestors"] == said["base-uri"] == said["form-action"] == "'none'"
     assert not any("unsafe" in value or "*" in value for value in said.values())
+
+
+async def test_the_page_may_ask_the_server_of_agents_of_the_operator_and_no_other(client: Asked) -> None:
+    assert 'name="agent-url" content=""' in (await client.get("/")).text
+    url = "https://agents.example.com:8443/run?a=1&b=2"
+    client.app.state.services.settings = Settings(agent_url=url)
+    said = await policy(client)
+    assert said["connect-src"] == "'self' https://agents.example.com:8443"
+    assert said["default-src"] == "'none'" and said["script-src"] == "'self'"
+    assert 'content="https://agents.example.com:8443/run?a=1&amp;b=2"' in (await client.get("/")).text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "agents.example.com",
+        "ftp://agents.example.com/",
+        "javascript:alert(1)",
+        "https://user:word@agents.example.com/",
+        "https://agents.example.com;script-src/x",
+        "https://agents.example.com, *",
+        "https://*/",
+        "https://agents.example.com:99999/",
+        "https://agents.example.com/#x",
+        "https:///run",
+        "https://agents.example.com/\n",
+    ],
+)
+def test_a_url_that_would_change_the_policy_is_no_setting(url: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(agent_url=url)
 
 
 async def test_each_page_has_a_nonce_of_its_own_that_the_policy_names(client: Asked) -> None:

@@ -12,7 +12,7 @@ import pytest
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
-from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.gateway import AGENT, QUICK, GatewayContract, no_traceback
 from tests.contracts.idempotency import ReceiptsContract
 from tests.contracts.input import InputContract
 from tests.contracts.lifecycle import FULL, TIGHT, LifeContract
@@ -32,7 +32,7 @@ def tenant() -> str:
 
 @pytest.fixture(scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> AsyncIterator[LiveGateway]:
-    gateway = await local_gateway(tmp_path_factory.mktemp("state"), tenant)
+    gateway = await local_gateway(tmp_path_factory.mktemp("state"), tenant, **AGENT)
     await gateway.start()
     yield gateway
     assert await gateway.stop() == 0

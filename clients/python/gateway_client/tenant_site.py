@@ -20,6 +20,11 @@ class TenantSite(TenantLifecycle):
         answer: Mapping[str, Any] = await self._http.json("GET", f"{self._path}/site")
         return answer
 
+    async def agent_token(self) -> Mapping[str, Any]:
+        """Return a `token` for an agent's server: for this tenant alone, and no longer than the client's."""
+        answer: Mapping[str, Any] = await self._http.json("POST", f"{self._path}/agent-token")
+        return answer
+
     async def logs(self, lines: int = 100, follow: bool = False) -> AsyncIterator[bytes]:
         """Yield the last lines of the site's log in pieces, and with `follow` new ones until you leave."""
         path = f"{self._path}/logs?lines={lines}&follow={int(follow)}"

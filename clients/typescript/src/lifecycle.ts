@@ -5,6 +5,7 @@ import type { HttpClient } from "./http.js";
 import type { LinkOptions } from "./link.js";
 import { Tools } from "./tools.js";
 import type {
+  AgentToken,
   DeploymentHistory,
   DeploymentStarted,
   SiteAnswer,
@@ -58,6 +59,11 @@ export abstract class Lifecycle<Twin> extends Tools {
   /** Checks whether the tenant's site answers now; `answers` is null if it has none or sleeps. */
   site(signal?: AbortSignal): Promise<SiteAnswer> {
     return this.http.json("GET", this.path("/site"), undefined, { signal });
+  }
+
+  /** Returns a token for an agent's server: for this tenant alone, and no longer than the one in use here. */
+  agentToken(signal?: AbortSignal): Promise<AgentToken> {
+    return this.http.json("POST", this.path("/agent-token"), undefined, { signal });
   }
 
   start(signal?: AbortSignal): Promise<TenantInfo> {

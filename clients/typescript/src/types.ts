@@ -60,6 +60,15 @@ export interface SiteAnswer {
   readonly status: number | null;
 }
 
+export interface AgentToken {
+  readonly token: string;
+  /** The agent's name, as events have it. */
+  readonly subject: string;
+  readonly scopes: readonly string[];
+  /** In seconds since the epoch. */
+  readonly expires: number;
+}
+
 export interface Usage {
   readonly cpu_seconds: number;
   readonly memory_bytes: number;

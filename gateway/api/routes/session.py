@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import protocol
-from gateway.api.access import check_origin, secure, slot, with_token
-from gateway.api.answers import Session
+from gateway.api.access import check_origin, for_tenant, secure, slot, with_token
+from gateway.api.answers import AgentToken, Session
 from gateway.api.http import as_json, read_json
 from gateway.api.operation import ANY, OPEN, Operation
 from gateway.api.services import services
 from gateway.auth import tokens
-from gateway.errors import InvalidParams
+from gateway.errors import InvalidParams, NotFound
 
 _MAX: Final = 32 << 10  # bytes of a body that anybody may send
 
@@ -61,6 +61,24 @@ async def close(request: Request) -> Response:
     return response
 
 
+async def agent_token(request: Request) -> Response:
+    """Answer a token for the agents' server: for this tenant alone, and no longer than the one that asks."""
+    gateway = services(request)
+    name, token = for_tenant(request, None)
+    if gateway.settings.agent_url is None:
+        raise NotFound("this gateway offers no agent: GATEWAY_AGENT_URL is not set", reason="off")
+    await gateway.runtime.get(name)  # raises where there is none
+    raw, granted = tokens.for_agent(gateway.secret, token, name, gateway.settings.agent_token_ttl)
+    await gateway.audit.note(token.subject, "tenant.agent.token", name, operator=token.operates)
+    said: AgentToken = {
+        "token": raw,
+        "subject": granted.subject,
+        "scopes": sorted(granted.scopes),
+        "expires": granted.expires,
+    }
+    return as_json(said)
+
+
 def _granted(token: tokens.Token, slot: str | None) -> Session:
     return {
         "subject": token.subject,
@@ -85,4 +103,12 @@ ROUTES: Final = (
     Operation("/v1/session", show, scope=ANY, headers=_SLOT, answers={200: Session}),
     Operation("/v1/session", open, "POST", scope=OPEN, takes=SessionBody, answers={200: Session}),
     Operation("/v1/session", close, "DELETE", scope=OPEN, headers=_SLOT, answers={204: None}),
+    Operation(
+        "/v1/tenants/{tenant}/agent-token",
+        agent_token,
+        "POST",
+        scope=ANY,
+        headers=_SLOT,
+        answers={200: AgentToken},
+    ),
 )

@@ -6,8 +6,10 @@ import "./style/base.css";
 import "./style/shell.css";
 import "./style/views.css";
 import "./style/site.css";
+import "./style/agent.css";
 import { effect } from "@preact/signals";
 import { render } from "preact";
+import { agentUrl } from "./state/agent.js";
 import { palette, register } from "./state/commands.js";
 import { area, flip, nextTheme, panelOpen, previewOpen, showSide, sideOpen } from "./state/layout.js";
 import {
@@ -25,6 +27,7 @@ import {
 import { covers, known } from "./state/slots.js";
 import { complain, say } from "./state/toasts.js";
 import { leaveTenant, listTenants, openFirst, workspace } from "./state/workspace.js";
+import { focusAgent } from "./ui/agent.js";
 import { App } from "./ui/app.js";
 import { arriving, askToSignIn } from "./ui/arrival.js";
 import { closeDoc, view } from "./ui/editor-pane.js";
@@ -105,6 +108,16 @@ register(
     run: () => showSide("history"),
   },
   { id: "view.deploy", title: "Deploy", keys: "Mod-Shift-d", run: () => showSide("deploy") },
+  {
+    id: "view.agent",
+    title: "Ask the agent",
+    keys: "Mod-Alt-i",
+    when: () => here() && agentUrl !== null,
+    run: () => {
+      showSide("agent");
+      focusAgent();
+    },
+  },
   { id: "view.insights", title: "Metrics and logs", keys: "Mod-Shift-m", run: () => showSide("insights") },
   {
     id: "side.toggle",

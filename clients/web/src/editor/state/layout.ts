@@ -2,7 +2,7 @@
 
 import { effect, type Signal, signal } from "@preact/signals";
 
-export type SideView = "files" | "search" | "activity" | "history" | "deploy" | "insights";
+export type SideView = "files" | "search" | "activity" | "history" | "deploy" | "insights" | "agent";
 export type Area = "side" | "editor" | "panel" | "preview";
 export type Theme = "system" | "light" | "dark";
 

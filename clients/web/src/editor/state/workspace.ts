@@ -9,6 +9,7 @@ import {
 } from "@incus-gateway/client";
 import { effect, signal, untracked } from "@preact/signals";
 import { Activity } from "./activity.js";
+import { Agent } from "./agent.js";
 import { Deploys } from "./deploys.js";
 import type { Left } from "./doc.js";
 import { Documents } from "./documents.js";
@@ -63,6 +64,7 @@ export class Workspace {
   readonly history: History;
   readonly insights: Insights;
   readonly search: Search;
+  readonly agent: Agent;
   readonly #stops: (() => void)[] = [];
   #wentOn = 0;
   readonly #key: string;
@@ -87,6 +89,7 @@ export class Workspace {
     this.history = new History(tenant);
     this.insights = new Insights(tenant);
     this.search = new Search(tenant);
+    this.agent = new Agent(tenant, name);
     this.activity.onWritten = (path) => void this.documents.show(path);
     this.#stops.push(
       effect(() => {
@@ -246,6 +249,7 @@ export class Workspace {
           this.deploys.take(event);
           this.history.take(event);
           this.terminals.take(event);
+          this.agent.take(event);
           if (event.type === "file.written") this.#written(event.data);
           const told = event.type.startsWith("tenant.") || event.type === "deployment.succeeded";
           // of one that is gone there is nothing to be asked
@@ -322,6 +326,7 @@ export class Workspace {
     void this.#drafts.flush();
     for (const stop of this.#stops.splice(0)) stop();
     this.terminals.dispose();
+    this.agent.dispose();
     this.deploys.dispose();
     this.#tenant.close();
   }

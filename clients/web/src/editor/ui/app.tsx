@@ -1,5 +1,6 @@
 /** The page's layout, on desktops and phones. */
 
+import { agentUrl } from "../state/agent.js";
 import { keysOf, palette } from "../state/commands.js";
 import {
   type Area,
@@ -19,6 +20,7 @@ import { session } from "../state/session.js";
 import { dismiss, toasts } from "../state/toasts.js";
 import { openFirst, tenants, type Workspace, workspace } from "../state/workspace.js";
 import { ActivityView } from "./activity.js";
+import { AgentView } from "./agent.js";
 import { Arrival, arriving } from "./arrival.js";
 import { Conflict } from "./conflict.js";
 import { DeployView } from "./deploy.js";
@@ -153,10 +155,15 @@ function Side({ current }: { current: Workspace }) {
       return <DeployView current={current} />;
     case "insights":
       return <InsightsView current={current} />;
+    case "agent":
+      return agentUrl === null ? <Explorer current={current} /> : <AgentView current={current} />;
   }
 }
 
+const AGENT = agentUrl === null ? [] : [{ view: "agent", icon: "bot", label: "Agent" } as const];
+
 const VIEWS: readonly { view: SideView; icon: IconName; label: string }[] = [
+  ...AGENT,
   { view: "files", icon: "files", label: "Files" },
   { view: "search", icon: "search", label: "Search" },
   { view: "activity", icon: "activity", label: "Activity" },
@@ -215,6 +222,7 @@ function Rail({ current }: { current: Workspace | null }) {
 }
 
 const PLACES: readonly { icon: IconName; label: string; area: Area; view?: SideView }[] = [
+  ...AGENT.map((place) => ({ ...place, area: "side" as const })),
   { icon: "activity", label: "Activity", area: "side", view: "activity" },
   { icon: "files", label: "Files", area: "side", view: "files" },
   { icon: "file-code", label: "Editor", area: "editor" },
