@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hmac
 import os
+import pwd
 import re
 import secrets
 import stat
@@ -86,6 +87,17 @@ def _signed(claims: dict[str, Any], secret: str) -> str:
     text = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
     signature = base64.urlsafe_b64encode(hmac.digest(secret.encode(), text, "sha256")).rstrip(b"=")
     return (text + b"." + signature).decode()
+
+
+def caller() -> str:
+    """Return the name of whoever runs this process: also by sudo, and `operator` where none is known."""
+    for name in (os.environ.get("SUDO_USER"), os.environ.get("USER"), os.environ.get("LOGNAME")):
+        if name:
+            return name[:100]
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # as in a container without such a user
+        return "operator"
 
 
 def parse_ttl(text: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ async def client_of(url: str | None, token: str | None, lifetime: int = 3600) ->
 
 
 def _own_token(secret: str, lifetime: int) -> str:
-    return issuing.issue(secret, os.environ.get("USER", "operator"), ["*"], issuing.SCOPES, lifetime)
+    return issuing.issue(secret, f"{issuing.caller()} (cli)", ["*"], issuing.SCOPES, lifetime)
 
 
 def own_url(listen: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 from typing import Annotated
 
@@ -24,7 +23,10 @@ def token(
         list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(issuing.SCOPES)))
     ] = ["files:read files:write exec events"],  # noqa: B006 - typer copies it
     ttl: Annotated[str, typer.Option(help="How long it is valid, such as 15m, 12h, 30d")] = "12h",
-    subject: Annotated[str, typer.Option(help="Who it is for; shows in events")] = "operator",
+    subject: Annotated[
+        str | None,
+        typer.Option(help="Who it is for, such as a person or an agent; shows in events. Default: your user"),
+    ] = None,
     domain: Annotated[
         list[str] | None,
         typer.Option(help="A domain that its tenants may use, or *.suffix; repeat for more."),
@@ -47,6 +49,7 @@ def token(
     settings = load_client()
     secret = issuing.load_secret(settings.secret, settings.state_dir)
     scopes = " ".join(scope).replace(",", " ").split()
+    subject = subject or issuing.caller()
     out.say(issuing.issue(secret, subject, tenant or (), scopes, issuing.parse_ttl(ttl), domain or None))
 
 
@@ -62,7 +65,7 @@ async def _revoke(id_: str, url: str | None, own: str | None) -> None:
         from gateway.storage.store import Store
 
         async with Store(load().state_dir) as store:
-            await (await Revocations.opened(store)).add(id_, os.environ.get("USER", "operator"))
+            await (await Revocations.opened(store)).add(id_, f"{issuing.caller()} (cli)")
 
 
 def audit(

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gateway import settings as settings_module
+from gateway.auth.issuing import caller
 from gateway.caddy import shipped, site_url
 from gateway.host import HostError, caddy_service, image, run
 from gateway.host.caddy_service import CaddyService
@@ -158,7 +159,9 @@ class Quickstart:
             token = self.place.token.read_text().strip()
             if expires(token) > time.time() + 86400 and self._accepts(token):
                 return token
-        token = self._cli("token", "--tenant", TENANT, "--scope", SCOPES, "--ttl", f"{TOKEN_DAYS}d").strip()
+        # the person at this machine, whom the editor shows beside what agents do by tokens of their own
+        words = ("--tenant", TENANT, "--scope", SCOPES, "--ttl", f"{TOKEN_DAYS}d", "--subject", caller())
+        token = self._cli("token", *words).strip()
         write_private(self.place.token, token + "\n")
         return token
 

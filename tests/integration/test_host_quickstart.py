@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.auth import issuing
 from gateway.caddy import Caddy
 from gateway.host import caddy_service
 from gateway.host.doctor import doctor
@@ -79,6 +80,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     pid, token = quickstart.gateway.pid(), state["token"]
     listen = quickstart.settings.listen
     assert ask(listen, "GET", f"/v1/tenants/{TENANT}", token)[1]["status"] == "running"
+    assert ask(listen, "GET", "/v1/session", token)[1]["subject"] == issuing.caller()
     assert "Your site is up." in seen(quickstart)
     caddy = quickstart.front.pid()
     assert caddy is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import multiprocessing
+import os
+import pwd
 import stat
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import jwt
 import pytest
 
-from gateway.auth import tokens
+from gateway.auth import issuing, tokens
 from gateway.errors import Forbidden, InvalidParams, Unauthorized, Unavailable
 from gateway.settings import Settings
 
@@ -158,6 +160,25 @@ def test_a_revoked_id_is_refused() -> None:
     assert tokens.verify(SECRET, signed(jti="j2"), {"j1"}.__contains__).id == "j2"
     with pytest.raises(Unauthorized):
         tokens.verify(SECRET, signed(jti="j1"), {"j1"}.__contains__)
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"USER": "ann"}, "ann"),
+        ({"USER": "root", "LOGNAME": "root", "SUDO_USER": "ann"}, "ann"),
+        ({"LOGNAME": "ann"}, "ann"),
+        ({"USER": ""}, pwd.getpwuid(os.getuid()).pw_name),
+    ],
+)
+def test_a_token_is_for_whoever_asks_for_it(
+    environment: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SUDO_USER", "USER", "LOGNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert issuing.caller() == name
 
 
 # --- a token for an agent --------------------------------------------------------------------------------

@@ -33,6 +33,9 @@ async def test_a_token_is_printed_alone(gateway: LiveGateway) -> None:
     token = tokens.verify(SECRET, out.decode().strip())
     assert code == 0
     assert (set(token.tenants), set(token.scopes)) == ({"shop"}, {"exec", "events"})
+    assert token.subject == "tester", "who asks for it, unless it says whom it is for"
+    _, out, _ = await run(gateway, *words, "--subject", "designer")
+    assert tokens.verify(SECRET, out.decode().strip()).subject == "designer"
 
 
 @pytest.mark.parametrize("words", [("token", "--tenant", "NO"), ("create", "No!"), ("create", "demo")])
@@ -387,7 +390,8 @@ async def test_a_token_is_taken_back_with_a_gateway_and_without(tmp_path: Path) 
         code, _, said = await run(gateway, "list", "--token", raw)
         assert (code, said) == (1, "incus-gateway: this token is not valid\n")
     _, out, _ = await run(gateway, "audit", "--json")
-    assert [(entry["who"], entry["action"]) for entry in orjson.loads(out)] == [("tester", "token.revoked")]
+    noted = [(entry["who"], entry["action"]) for entry in orjson.loads(out)]
+    assert noted == [("tester (cli)", "token.revoked")]
     assert b"token.revoked" in (await run(gateway, "audit"))[1]
     assert (await run(gateway, "token", "--revoke", "x", "--tenant", "shop"))[0] == 2
     assert await gateway.stop() == 0
