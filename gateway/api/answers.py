@@ -135,6 +135,27 @@ class Session(TypedDict):
     domains: list[str] | None
 
 
+class Listening(TypedDict):
+    """A port that takes connections; `address` is 0.0.0.0 or :: where it takes them from anywhere."""
+
+    port: int
+    address: str
+
+
+class Ports(TypedDict):
+    """Where a tenant's processes listen, by port."""
+
+    ports: list[Listening]
+
+
+class PreviewKey(TypedDict):
+    """What a page's address must have, as `parameter=key`, to come with the console's script."""
+
+    parameter: str
+    key: str
+    expires: float
+
+
 class AgentToken(TypedDict):
     """A token for the agents' server; `expires` in seconds since the epoch."""
 

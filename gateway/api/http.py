@@ -50,6 +50,7 @@ USES: Final = "gateway.uses"
 SHARE: Final = "gateway.share"
 _SLICE: Final = 256 << 10  # bytes of an answer that are handed over at a time
 _WEIGHING: Final = 30.0  # seconds until it is known what a large body holds; the largest takes a moment
+_BY_CADDY: Final = ("/v1/wake", "/v1/preview")
 _REQUEST_ID: Final = "x-request-id"
 
 
@@ -263,14 +264,14 @@ def _allowed(request: Request) -> str:
 def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
     """Refuse what asks for a host that is not ours with 421, a websocket before its upgrade.
 
-    Caddy asks `/v1/wake` with the `Host` of the site that a visitor asked for.
+    Caddy asks some routes with the `Host` of the site that a visitor asked for.
     """
     own = own_hosts(settings)
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
             host, near = Headers(scope=scope).get("host"), _near(scope)
-            by_caddy = near and scope["path"] == "/v1/wake"
+            by_caddy = near and scope["path"] in _BY_CADDY
             if not by_caddy and not host_allowed(host, own, near=near):
                 error = Misdirected(
                     f"this gateway is not {(host or '')[:100]!r}: ask it by its address, or list the name in "

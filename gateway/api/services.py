@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 from gateway.api.connection import Hub, Peer
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
+from gateway.api.preview import Previews
 from gateway.audit import Audit
 from gateway.auth import tokens
 from gateway.auth.grants import Grants
@@ -71,6 +72,8 @@ class Services(Hub):
     metrics: Metrics
     mcp: McpEndpoint | None
     leave_ready: Callable[[], None]  # what is ready for new tenants is the next process's
+    sites: Sites
+    previews: Previews
     draining: bool = False
 
 
@@ -220,6 +223,8 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             metrics=metrics,
             mcp=mcp,
             leave_ready=sites.copies.leave,
+            sites=sites,
+            previews=Previews(caddy, secret, settings.max_previews),
         )
 
 

@@ -98,11 +98,24 @@ def _listeners(sockets: Collection[str]) -> Iterator[Listener]:
             yield from in_table(part(Path("/proc/net") / family, _TABLE).decode().splitlines(), sockets)
 
 
-def in_table(lines: Iterable[str], sockets: Collection[str]) -> Iterator[Listener]:
-    """Yield the listeners of a table whose inodes are among `sockets`."""
+def of_network(process: int) -> frozenset[Listener]:
+    """Return where any process listens in the network of one, by a descriptor of its folder in /proc.
+
+    Once that process has ended nothing is found, whoever has its id by then.
+    """
+    found = set[Listener]()
+    for family in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            table = part(f"/proc/self/fd/{process}/net/{family}", _TABLE)
+            found |= set(in_table(table.decode("ascii", "replace").splitlines(), None))
+    return frozenset(found)
+
+
+def in_table(lines: Iterable[str], sockets: Collection[str] | None) -> Iterator[Listener]:
+    """Yield the listeners of a table: those whose inodes are among `sockets`, all if that is None."""
     for line in lines:
         words = line.split()
-        if len(words) > 9 and words[3] == _LISTEN and words[9] in sockets:
+        if len(words) > 9 and words[3] == _LISTEN and (sockets is None or words[9] in sockets):
             found = listener(words[1])
             if found is not None:
                 yield found

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from gateway.bounds import aside
 from gateway.errors import ExecFailed, GatewayError, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Process, Removal
 from gateway.runtime.installs import failure
-from gateway.runtime.listening import of_tree
+from gateway.runtime.listening import Listener, of_tree
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_folders import SiteFolders, before, recipe_of, started_by, unpack
 from gateway.runtime.local_former import LocalFormerSites, remove
@@ -264,6 +264,10 @@ class LocalSites:
 
     async def life(self, tenant: str, side: Side) -> Life | None:
         return None  # `service` costs nothing here
+
+    async def listening(self, tenant: str) -> Collection[Listener]:
+        service = await self.service(tenant, "live")
+        return () if service is None else service.listens
 
     async def log(self, tenant: str, side: Side) -> str:
         service = self._services.get((tenant, side))

@@ -8,7 +8,7 @@ undoes something is idempotent, because after a crash it is unknown how far its 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Literal, Protocol
@@ -317,6 +317,10 @@ class Sites(Protocol):
 
     async def life(self, tenant: str, side: Side) -> Life | None:
         """Return the current run of a side's service, cheaply; None if only `service` can tell."""
+        ...
+
+    async def listening(self, tenant: str) -> Collection[Listener]:
+        """Return where processes of a tenant listen; nothing if it does not run."""
         ...
 
     async def log(self, tenant: str, side: Side) -> str:

@@ -50,6 +50,11 @@ class RouteSettings(BaseModel):
         "this host or a unix socket",
     )
     expose_ports: str = Field("20000-29999", description="ports of this host that proxy devices may use")
+    max_previews: int = Field(
+        32,
+        gt=0,
+        description="maximum number of pages on their way to previews with a console; of one site a quarter",
+    )
     templates_dir: Path | None = Field(
         None, description="folder with more site templates besides the built-in ones"
     )

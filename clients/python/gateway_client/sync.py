@@ -275,6 +275,7 @@ class Tenant(_Facade[tenant.Tenant]):
     run = _waits(tenant.Tenant.run)
     info = _waits(tenant.Tenant.info)
     metrics = _waits(tenant.Tenant.metrics)
+    ports = _waits(tenant.Tenant.ports)
     agent_token = _waits(tenant.Tenant.agent_token)
     site = _waits(tenant.Tenant.site)
     start = _waits(tenant.Tenant.start)

@@ -20,6 +20,10 @@ class TenantSite(TenantLifecycle):
         answer: Mapping[str, Any] = await self._http.json("GET", f"{self._path}/site")
         return answer
 
+    async def ports(self) -> list[Mapping[str, Any]]:
+        """Return where processes of the tenant listen, by port: `port` and `address` of each."""
+        return list((await self._http.json("GET", f"{self._path}/ports"))["ports"])
+
     async def agent_token(self) -> Mapping[str, Any]:
         """Return a `token` for an agent's server: for this tenant alone, and no longer than the client's."""
         answer: Mapping[str, Any] = await self._http.json("POST", f"{self._path}/agent-token")

@@ -8,6 +8,7 @@ import type {
   AgentToken,
   DeploymentHistory,
   DeploymentStarted,
+  Listening,
   SiteAnswer,
   SnapshotInfo,
   TenantInfo,
@@ -59,6 +60,14 @@ export abstract class Lifecycle<Twin> extends Tools {
   /** Checks whether the tenant's site answers now; `answers` is null if it has none or sleeps. */
   site(signal?: AbortSignal): Promise<SiteAnswer> {
     return this.http.json("GET", this.path("/site"), undefined, { signal });
+  }
+
+  /** Returns where processes of the tenant listen, by port. */
+  async ports(signal?: AbortSignal): Promise<readonly Listening[]> {
+    const found = await this.http.json<{ ports: Listening[] }>("GET", this.path("/ports"), undefined, {
+      signal,
+    });
+    return found.ports;
   }
 
   /** Returns a token for an agent's server: for this tenant alone, and no longer than the one in use here. */

@@ -60,6 +60,12 @@ export interface SiteAnswer {
   readonly status: number | null;
 }
 
+export interface Listening {
+  readonly port: number;
+  /** 0.0.0.0 or :: where connections from anywhere are taken. */
+  readonly address: string;
+}
+
 export interface AgentToken {
   readonly token: string;
   /** The agent's name, as events have it. */

@@ -8,13 +8,16 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.api import preview
 from gateway.api.access import for_tenant, queried, with_token
-from gateway.api.answers import Site, Tenants, TenantShown, TenantsQuery, Usage, WakeQuery
+from gateway.api.answers import Ports, PreviewKey, Site, Tenants, TenantShown, TenantsQuery, Usage, WakeQuery
 from gateway.api.http import RETRY_AFTER_MS, as_json
 from gateway.api.operation import ANY, OPEN, Media, Operation
 from gateway.api.services import services
 from gateway.errors import GatewayError
 from gateway.lifecycle.lifecycle import described
+
+_LISTENED: Final = 64  # listeners that are told of one tenant
 
 
 async def index(request: Request) -> Response:
@@ -53,6 +56,31 @@ async def site(request: Request) -> Response:
     return as_json(await gateway.health.now(tenant.name))
 
 
+async def ports(request: Request) -> Response:
+    """Answer where processes of the tenant listen, by port. Nothing runs in it for that."""
+    gateway = services(request)
+    name, _ = for_tenant(request, None)
+    await gateway.runtime.get(name)  # raises where there is none
+    found = sorted(await gateway.sites.listening(name), key=lambda one: (one.port, one.address))
+    said: Ports = {"ports": [{"port": one.port, "address": one.address} for one in found[:_LISTENED]]}
+    return as_json(said)
+
+
+async def preview_key(request: Request) -> Response:
+    """Answer what has the site's pages report their errors to the page that asks."""
+    gateway = services(request)
+    name, _ = for_tenant(request, None)
+    tenant = await gateway.runtime.get(name)
+    key, ends = gateway.previews.key(tenant.domain, preview.origin_of(request.headers.get("origin")))
+    said: PreviewKey = {"parameter": preview.PARAMETER, "key": key, "expires": ends}
+    return as_json(said)
+
+
+async def previewed(request: Request) -> Response:
+    """Answer a page of a site with the console's script. Caddy asks this for the editor's preview."""
+    return await services(request).previews.answer(request)
+
+
 async def wake(request: Request) -> Response:
     """Wake the site at a domain. Caddy asks this for visitors; it needs no token."""
     try:
@@ -69,6 +97,14 @@ ROUTES: Final = (
     Operation("/v1/tenants/{tenant}", show, scope=ANY, answers={200: TenantShown}),
     Operation("/v1/tenants/{tenant}/metrics", metrics, scope=ANY, answers={200: Usage}),
     Operation("/v1/tenants/{tenant}/site", site, scope=ANY, answers={200: Site}),
+    Operation("/v1/tenants/{tenant}/ports", ports, scope=ANY, answers={200: Ports}),
+    Operation("/v1/tenants/{tenant}/preview", preview_key, "POST", scope=ANY, answers={200: PreviewKey}),
+    Operation(
+        "/v1/preview",
+        previewed,
+        scope=OPEN,
+        answers={200: Media("text/html", text=True), 307: None},
+    ),
     Operation(
         "/v1/wake",
         wake,

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -40,6 +41,7 @@ from gateway.runtime.incus.records import (
 from gateway.runtime.incus.service_unit import NAMES
 from gateway.runtime.incus.tenants import IncusRuntime
 from gateway.runtime.incus.uploads import CONTENT
+from gateway.runtime.listening import Listener, of_network
 from gateway.runtime.sites import (
     Exchange,
     Exposure,
@@ -222,6 +224,20 @@ class IncusSites:
         except GatewayError:
             return None
         return await asyncio.to_thread(life, init_pid, NAMES[side]) if init_pid else None
+
+    async def listening(self, tenant: str) -> Collection[Listener]:
+        init_pid = await self._init_pid(tenant)
+        try:
+            folder = os.open(f"/proc/{init_pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return ()
+        try:
+            # asked again: an id that is still the container's was so when its folder was opened
+            if not init_pid or await self._init_pid(tenant) != init_pid:
+                return ()
+            return await asyncio.to_thread(of_network, folder)
+        finally:
+            os.close(folder)
 
     async def log(self, tenant: str, side: Side) -> str:
         return await self._provisioning.log(tenant, side)

@@ -34,6 +34,12 @@ export function showMenu(event: MouseEvent, label: string, items: readonly MenuI
   };
 }
 
+/** Shows a menu below a button, once it is known what is in it. */
+export function showMenuBelow(button: HTMLElement, label: string, items: readonly MenuItem[]): void {
+  const { left, bottom } = button.getBoundingClientRect();
+  shown.value = { label, items, x: left, y: bottom + 4 };
+}
+
 export function Menu() {
   const menu = shown.value;
   const element = useRef<HTMLDivElement>(null);

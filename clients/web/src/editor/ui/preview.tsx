@@ -1,24 +1,20 @@
 /** The preview: a frame with the tenant's site, on the site's own origin. */
 
+import { GatewayError } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import { useEffect, useRef, useState } from "preact/hooks";
-import { previewOpen, remembered } from "../state/layout.js";
-import { allows, session } from "../state/session.js";
+import { useCallback, useEffect, useState } from "preact/hooks";
+import { previewOpen } from "../state/layout.js";
+import { here, type Line, NOWHERE, type Report, step, told, type Visited, visit } from "../state/preview.js";
+import { gateway } from "../state/session.js";
+import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
-import { showMenu } from "./menu.js";
-import { Empty, Icon, IconButton, Spinner } from "./parts.js";
+import { type MenuItem, showMenu, showMenuBelow } from "./menu.js";
+import { Empty, Icon, IconButton } from "./parts.js";
+import { PreviewConsole } from "./preview-console.js";
+import { DEVICES, device, Frame } from "./preview-frame.js";
 
 /** Grows whenever the site is to be loaded again. */
 export const reloads = signal(0);
-
-/** Sizes at which a site is looked at: a device's, in its own pixels. */
-const DEVICES: Readonly<Record<string, { readonly width: number; readonly height: number } | null>> = {
-  Fitting: null,
-  Phone: { width: 390, height: 844 },
-  Tablet: { width: 820, height: 1180 },
-  Laptop: { width: 1366, height: 768 },
-};
-const device = remembered<string>("device", "Fitting");
 
 export function siteOf(current: Workspace): string | null {
   const info = current.info.value;
@@ -27,44 +23,106 @@ export function siteOf(current: Workspace): string | null {
   return info.address !== null && info.port !== null ? `http://${info.address}:${info.port}` : null;
 }
 
+/** What has the site's pages come with the script that reports their errors. */
+interface Key {
+  readonly parameter: string;
+  readonly key: string;
+}
+
 export function Preview({ current }: { current: Workspace }) {
   const site = siteOf(current);
-  const key = `gateway.preview.${current.name}`;
-  const [chosen, setChosen] = useState<string | null>(() => localStorage.getItem(key));
-  const [path, setPath] = useState("/");
+  const kept = `gateway.preview.${current.name}`;
+  const [chosen, setChosen] = useState<string | null>(() => localStorage.getItem(kept));
   const base = chosen ?? site;
+  const [visited, setVisited] = useState<Visited>(NOWHERE);
+  /** What the frame was told to load: the page in it may have gone on since. */
+  const [load, setLoad] = useState<string | null>(null);
   const [typed, setTyped] = useState("");
-  const url = base === null ? null : new URL(path, base).href;
+  const [key, setKey] = useState<Key | null>(null);
+  const [lines, setLines] = useState<readonly Line[]>([]);
+  const url = here(visited) ?? (base === null ? null : new URL("/", base).href);
+  const own = url !== null && site !== null && new URL(url).origin === new URL(site).origin;
   useEffect(() => {
     setTyped(url ?? "");
   }, [url]);
+  const count = reloads.value;
+  // a reload is of the page that is shown, wherever its links have led
+  useEffect(() => setLoad(here(visited)), [count]);
+  const choose = (origin: string | null) => {
+    if (origin === null || origin === (site === null ? null : new URL(site).origin))
+      localStorage.removeItem(kept);
+    else localStorage.setItem(kept, origin);
+    setChosen(localStorage.getItem(kept));
+  };
+  const open = (wanted: string, from: Visited = visited) => {
+    const address = new URL(wanted);
+    if (address.origin === location.origin) return;
+    choose(address.origin);
+    setVisited(url === null ? visit(from, address.href) : visit(visit(from, url), address.href));
+    setLoad(address.href);
+  };
   const go = (event: Event) => {
     event.preventDefault();
     const text = typed.trim();
     if (text === "") {
-      localStorage.removeItem(key);
-      setChosen(null);
+      choose(null);
+      setVisited(NOWHERE);
+      setLoad(null);
       return;
     }
-    if (text.startsWith("/") && base !== null) {
-      setPath(text);
+    const whole = text.startsWith("/") ? new URL(text, url ?? undefined).href : text;
+    const wanted = /^https?:\/\//.test(whole) ? whole : `http://${whole}`;
+    if (URL.canParse(wanted)) open(wanted);
+    else setTyped(url ?? "");
+  };
+  const move = (by: number) => {
+    const next = step(visited, by);
+    const address = here(next);
+    if (address === null) return;
+    choose(new URL(address).origin);
+    setVisited(next);
+    setLoad(address);
+    reloads.value += 1;
+  };
+  const hear = useCallback(({ kind, text, url: at }: Report) => {
+    if (kind === "page") setLines([]);
+    if (kind === "page" || kind === "moved") setVisited((before) => visit(before, at));
+    if (kind === "error" || kind === "warning") setLines((before) => told(before, kind, text));
+  }, []);
+  const hush = useCallback(() => {
+    const why =
+      "This page reports nothing: its Content-Security-Policy refuses the script, or it is no page of the site.";
+    setLines((before) => told(before, "note", why));
+  }, []);
+  const inspect = async () => {
+    setLines([]);
+    if (key !== null) {
+      setKey(null);
       return;
     }
     try {
-      const wanted = new URL(/^https?:\/\//.test(text) ? text : `http://${text}`);
-      if (wanted.origin === location.origin) return;
-      if (wanted.origin !== (site === null ? null : new URL(site).origin)) {
-        localStorage.setItem(key, wanted.origin);
-        setChosen(wanted.origin);
-      }
-      setPath(wanted.pathname + wanted.search + wanted.hash);
-    } catch {
-      setTyped(url ?? "");
+      setKey(await gateway.json<Key>("POST", `/v1/tenants/${current.name}/preview`));
+    } catch (error) {
+      complain(error, "The page's console");
     }
   };
   return (
     <section class="preview" aria-label="Preview of the site">
       <header>
+        <IconButton
+          icon="arrow-left"
+          label="Back"
+          size={14}
+          disabled={visited.at < 1}
+          onClick={() => move(-1)}
+        />
+        <IconButton
+          icon="arrow-right"
+          label="Forward"
+          size={14}
+          disabled={visited.at >= visited.entries.length - 1}
+          onClick={() => move(1)}
+        />
         <IconButton
           icon="rotate-cw"
           label="Reload the site"
@@ -84,6 +142,19 @@ export function Preview({ current }: { current: Workspace }) {
             onFocus={(event) => event.currentTarget.select()}
           />
         </form>
+        <IconButton
+          icon="radio"
+          label="Ports that listen"
+          size={14}
+          onClick={({ currentTarget }) => void listening(currentTarget as HTMLElement, current, open)}
+        />
+        <IconButton
+          icon="scroll-text"
+          label={key === null ? "Show the page's errors" : "Hide the page's errors"}
+          size={14}
+          pressed={key !== null}
+          onClick={() => void inspect()}
+        />
         <IconButton
           icon="monitor"
           label={`Size of the site: ${device.value}`}
@@ -129,145 +200,48 @@ export function Preview({ current }: { current: Workspace }) {
           This tenant has no address. Deploy a template, or type the address of a server above.
         </Empty>
       ) : (
-        <Frame key={current.name} current={current} url={url} asked={base === site} />
+        <Frame
+          key={current.name}
+          current={current}
+          url={load ?? new URL("/", base ?? url).href}
+          asked={own}
+          count={count}
+          inspected={own ? key : null}
+          hear={hear}
+          hush={hush}
+        />
       )}
+      {key !== null && url !== null && <PreviewConsole lines={lines} clear={() => setLines([])} />}
     </section>
   );
 }
 
-/** Milliseconds between two looks at a site that does not answer. */
-const PERIOD = 1000;
-/** After so many milliseconds a page is shown although it still loads. */
-const PATIENCE = 10_000;
+const INSIDE = ["127.", "::1"];
 
-type Shown =
-  | { readonly is: "asking" | "waiting" }
-  | { readonly is: "loading" | "there"; readonly round: number };
-
-/**
- * Shows the site once it answers. What a frame of another origin has in it nobody here can see, so that the
- * gateway is asked: before the frame is made, and after each page that it loaded, which may be a proxy's error.
- */
-function Frame({ current, url, asked }: { current: Workspace; url: string; asked: boolean }) {
-  const [shown, setShown] = useState<Shown>({ is: "asking" });
-  const [again, askAgain] = useState(0);
-  const status = current.info.value?.status;
-  const count = reloads.value;
-  useEffect(() => {
-    const ending = new AbortController();
-    const { signal } = ending;
-    void (async () => {
-      if (asked) {
-        setShown({ is: "asking" });
-        while (!signal.aborted && !(await answers(current, signal))) {
-          if (!signal.aborted) setShown({ is: "waiting" });
-          await pause(signal);
-        }
-      }
-      if (!signal.aborted) setShown({ is: "loading", round: ++rounds });
-    })();
-    return () => ending.abort();
-  }, [current, url, asked, count, again, status]);
-  const round = "round" in shown ? shown.round : 0;
-  useEffect(() => {
-    if (shown.is !== "loading") return;
-    const timer = setTimeout(() => setShown({ is: "there", round }), PATIENCE);
-    return () => clearTimeout(timer);
-  }, [shown.is, round]);
-  const loaded = async () => {
-    setShown({ is: "there", round });
-    if (asked && !(await answers(current))) askAgain((before) => before + 1);
-  };
-  const host = useRef<HTMLDivElement>(null);
-  const [room, setRoom] = useState({ width: 1, height: 1 });
-  useEffect(() => {
-    const element = host.current;
-    if (element === null) return;
-    const observer = new ResizeObserver(() =>
-      setRoom({ width: element.clientWidth, height: element.clientHeight }),
-    );
-    observer.observe(element);
-    return () => observer.disconnect();
-  }, []);
-  const size = DEVICES[device.value] ?? null;
-  const scale = size === null ? 1 : Math.min(1, room.width / size.width, room.height / size.height);
-  const shape =
-    size === null
-      ? undefined
-      : {
-          width: `${size.width}px`,
-          height: `${size.height}px`,
-          flex: "none",
-          transform: `scale(${scale})`,
-          transformOrigin: "0 0",
-          marginLeft: `${Math.max(0, (room.width - size.width * scale) / 2)}px`,
-        };
-  return (
-    <div class="site" ref={host} aria-busy={shown.is !== "there"}>
-      {"round" in shown && (
-        <iframe
-          key={round}
-          title={`Site of ${current.name}`}
-          src={url}
-          style={shape}
-          sandbox="allow-scripts allow-same-origin allow-forms allow-modals allow-popups allow-downloads"
-          referrerpolicy="no-referrer"
-          onLoad={() => void loaded()}
-        />
-      )}
-      {shown.is !== "there" && (
-        <div class="site-state">
-          {shown.is === "waiting" ? <Waiting current={current} /> : <Spinner label="Loading the site" />}
-        </div>
-      )}
-    </div>
-  );
-}
-
-let rounds = 0;
-
-/** Says whether there is something to show: a page, be it the site's own error, or one that has to be woken. */
-async function answers(current: Workspace, signal?: AbortSignal): Promise<boolean> {
-  if (!session.value) return false;
+/** Lists what listens in the tenant, and shows what is chosen. */
+async function listening(
+  button: HTMLElement,
+  current: Workspace,
+  open: (url: string) => void,
+): Promise<void> {
   try {
-    const said = await current.tenant.site(signal);
-    return said.answers !== false || said.status !== null;
-  } catch {
-    return false; // the state of the connection says why
-  }
-}
-
-function Waiting({ current }: { current: Workspace }) {
-  const info = current.info.value;
-  if (info !== null && (info.status === "stopped" || info.status === "frozen")) {
-    return (
-      <Empty icon="power" title={`The tenant is ${info.status}`}>
-        Its site is shown as soon as it runs.
-        {allows("deploy") && (
-          <button type="button" disabled={current.starting.value} onClick={() => void current.start()}>
-            Start the tenant
-          </button>
-        )}
-      </Empty>
-    );
-  }
-  return (
-    <div class="empty" role="status">
-      <Spinner label="Starting" />
-      <strong>Starting…</strong>
-      <div>
-        The site does not answer yet. It is shown as soon as it does; its log is under Metrics and logs.
-      </div>
-    </div>
-  );
-}
-
-function pause(signal: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    const timer = setTimeout(resolve, PERIOD);
-    signal.addEventListener("abort", () => {
-      clearTimeout(timer);
-      resolve();
+    const ports = await current.tenant.ports();
+    const info = current.info.value;
+    const items = ports.map(({ port, address }): MenuItem => {
+      const inside = INSIDE.some((begin) => address.startsWith(begin));
+      const site = port === info?.port ? siteOf(current) : null;
+      const reached = site ?? (info?.address == null || inside ? null : `http://${info.address}:${port}`);
+      const where = site !== null ? "the site" : inside ? "only inside the tenant" : (info?.address ?? "");
+      return {
+        label: `${port}, ${where}`,
+        icon: reached === null ? "lock" : "globe",
+        run: () => reached !== null && open(reached),
+      };
     });
-  });
+    const none: MenuItem = { label: "Nothing listens", icon: "info", run: () => {} };
+    showMenuBelow(button, "Ports that listen", items.length > 0 ? items : [none]);
+  } catch (error) {
+    if (!(error instanceof GatewayError && error.code === "unauthorized"))
+      complain(error, "Ports that listen");
+  }
 }

@@ -1,0 +1,73 @@
+/** What the preview shows: the addresses that it was at, and what its page reports. The page is the tenant's: hostile. */
+
+/** Addresses, and which of them is shown. */
+export interface Visited {
+  readonly entries: readonly string[];
+  readonly at: number;
+}
+
+export const NOWHERE: Visited = { entries: [], at: -1 };
+
+const [ENTRIES, LINES, WORDS] = [50, 100, 2000];
+
+export function here({ entries, at }: Visited): string | null {
+  return entries[at] ?? null;
+}
+
+/** Adds an address after the one that is shown, as a browser does. */
+export function visit(visited: Visited, url: string): Visited {
+  if (here(visited) === url) return visited;
+  const entries = [...visited.entries.slice(0, visited.at + 1), url].slice(-ENTRIES);
+  return { entries, at: entries.length - 1 };
+}
+
+/** Goes back or forward, as far as there is something. */
+export function step({ entries, at }: Visited, by: number): Visited {
+  return { entries, at: Math.max(0, Math.min(entries.length - 1, at + by)) };
+}
+
+const KINDS = ["page", "title", "moved", "going", "error", "warning"] as const;
+
+export interface Report {
+  readonly kind: (typeof KINDS)[number];
+  readonly text: string;
+  readonly url: string;
+}
+
+/** Returns what the script in a page of `site`, an origin, reports; null for anything else. */
+export function reported(data: unknown, site: string): Report | null {
+  if (typeof data !== "object" || data === null) return null;
+  const { gatewayPreview, text, url } = data as Readonly<Record<string, unknown>>;
+  const kind = KINDS.find((one) => one === gatewayPreview);
+  if (kind === undefined || typeof text !== "string" || typeof url !== "string") return null;
+  if (text.length > WORDS || !within(kind === "going" ? text : url, site)) return null;
+  return { kind, text: printable(text), url: plain(url) };
+}
+
+function within(url: string, site: string): boolean {
+  return url.length <= WORDS && URL.canParse(url) && new URL(url).origin === site;
+}
+
+/** An address without what the gateway put there. */
+function plain(url: string): string {
+  return url.replace(/([?&])__gateway_preview=[^&#]*(&?)/, (_, before, after) => (after ? before : ""));
+}
+
+/** Text without what turns or hides other text. */
+function printable(text: string): string {
+  return text.replace(/(?!\n)[\p{Cc}\p{Bidi_Control}]/gu, " ");
+}
+
+export interface Line {
+  readonly kind: "error" | "warning" | "note";
+  readonly text: string;
+  readonly times: number;
+}
+
+/** Adds a line; the same again only counts. */
+export function told(lines: readonly Line[], kind: Line["kind"], text: string): readonly Line[] {
+  const last = lines.at(-1);
+  if (last?.kind === kind && last.text === text)
+    return [...lines.slice(0, -1), { ...last, times: last.times + 1 }];
+  return [...lines, { kind, text, times: 1 }].slice(-LINES);
+}

@@ -1,0 +1,217 @@
+/** The frame of the preview: it waits for the site, and hears what a page with the script reports. */
+
+import { useEffect, useRef, useState } from "preact/hooks";
+import { remembered } from "../state/layout.js";
+import { type Report, reported } from "../state/preview.js";
+import { allows, session } from "../state/session.js";
+import type { Workspace } from "../state/workspace.js";
+import { Empty, Spinner } from "./parts.js";
+
+/** Sizes at which a site is looked at: a device's, in its own pixels. */
+export const DEVICES: Readonly<Record<string, { readonly width: number; readonly height: number } | null>> = {
+  Fitting: null,
+  Phone: { width: 390, height: 844 },
+  Tablet: { width: 820, height: 1180 },
+  Laptop: { width: 1366, height: 768 },
+};
+export const device = remembered<string>("device", "Fitting");
+
+/** Milliseconds between two looks at a site that does not answer. */
+const PERIOD = 1000;
+/** After so many milliseconds a page is shown although it still loads. */
+const PATIENCE = 10_000;
+
+type Shown =
+  | { readonly is: "asking" | "waiting" }
+  | { readonly is: "loading" | "there"; readonly round: number; readonly src: string };
+
+/**
+ * Shows the site once it answers. What a frame of another origin has in it nobody here can see, so that the
+ * gateway is asked: before the frame is made, and after each page that it loaded, which may be a proxy's error.
+ */
+export function Frame(props: {
+  current: Workspace;
+  url: string;
+  asked: boolean;
+  count: number;
+  inspected: { readonly parameter: string; readonly key: string } | null;
+  hear: (report: Report) => void;
+  hush: () => void;
+}) {
+  const { current, url, asked, count, inspected, hear, hush } = props;
+  const [shown, setShown] = useState<Shown>({ is: "asking" });
+  const [again, askAgain] = useState(0);
+  const status = current.info.value?.status;
+  useEffect(() => {
+    const ending = new AbortController();
+    const { signal } = ending;
+    void (async () => {
+      if (asked) {
+        setShown({ is: "asking" });
+        while (!signal.aborted && !(await answers(current, signal))) {
+          if (!signal.aborted) setShown({ is: "waiting" });
+          await pause(signal);
+        }
+      }
+      const src = inspected === null ? url : withKey(url, inspected);
+      if (!signal.aborted) setShown({ is: "loading", round: ++rounds, src });
+    })();
+    return () => ending.abort();
+  }, [current, url, asked, count, again, status, inspected]);
+  const round = "round" in shown ? shown.round : 0;
+  useEffect(() => {
+    if (shown.is !== "loading") return;
+    const timer = setTimeout(() => setShown({ ...shown, is: "there" }), PATIENCE);
+    return () => clearTimeout(timer);
+  }, [shown.is, round]);
+  const frame = useRef<HTMLIFrameElement>(null);
+  const next = useHearing(frame, inspected === null ? null : new URL(url).origin, hear, hush);
+  const loaded = async () => {
+    if (shown.is === "loading") setShown({ ...shown, is: "there" });
+    const page = await next();
+    if (page !== null && inspected !== null && frame.current !== null)
+      frame.current.src = withKey(page, inspected);
+    if (asked && !(await answers(current))) askAgain((before) => before + 1);
+  };
+  const host = useRef<HTMLDivElement>(null);
+  const [room, setRoom] = useState({ width: 1, height: 1 });
+  useEffect(() => {
+    const element = host.current;
+    if (element === null) return;
+    const observer = new ResizeObserver(() =>
+      setRoom({ width: element.clientWidth, height: element.clientHeight }),
+    );
+    observer.observe(element);
+    return () => observer.disconnect();
+  }, []);
+  const size = DEVICES[device.value] ?? null;
+  const scale = size === null ? 1 : Math.min(1, room.width / size.width, room.height / size.height);
+  const shape =
+    size === null
+      ? undefined
+      : {
+          width: `${size.width}px`,
+          height: `${size.height}px`,
+          flex: "none",
+          transform: `scale(${scale})`,
+          transformOrigin: "0 0",
+          marginLeft: `${Math.max(0, (room.width - size.width * scale) / 2)}px`,
+        };
+  return (
+    <div class="site" ref={host} aria-busy={shown.is !== "there"}>
+      {"round" in shown && (
+        <iframe
+          key={round}
+          ref={frame}
+          title={`Site of ${current.name}`}
+          src={shown.src}
+          style={shape}
+          sandbox="allow-scripts allow-same-origin allow-forms allow-modals allow-popups allow-downloads"
+          referrerpolicy="no-referrer"
+          onLoad={() => void loaded()}
+        />
+      )}
+      {shown.is !== "there" && (
+        <div class="site-state">
+          {shown.is === "waiting" ? <Waiting current={current} /> : <Spinner label="Loading the site" />}
+        </div>
+      )}
+    </div>
+  );
+}
+
+let rounds = 0;
+
+function withKey(url: string, { parameter, key }: { parameter: string; key: string }): string {
+  const address = new URL(url);
+  address.search += `${address.search === "" ? "?" : "&"}${parameter}=${key}`;
+  return address.href;
+}
+
+/** Milliseconds after a page was loaded in which it must have reported that it is there. */
+const SILENCE = 700;
+/** Messages that are looked at of one page: whatever it sends beyond that is not read. */
+const HEARD = 500;
+
+/**
+ * Hears what the page in a frame reports. Returns a function that is called when a page was loaded, and tells which
+ * one to load again with the script, where a link has led to it and it came without: null for none.
+ */
+function useHearing(
+  frame: { readonly current: HTMLIFrameElement | null },
+  site: string | null,
+  hear: (report: Report) => void,
+  hush: () => void,
+): () => Promise<string | null> {
+  const state = useRef({ count: 0, there: false, going: null as string | null });
+  useEffect(() => {
+    state.current = { count: 0, there: false, going: null };
+    if (site === null) return;
+    const listen = ({ source, origin, data }: MessageEvent) => {
+      if (origin !== site || source !== frame.current?.contentWindow) return;
+      if (++state.current.count > HEARD) return;
+      const report = reported(data, site);
+      if (report === null) return;
+      if (report.kind === "page") state.current.there = true;
+      if (report.kind === "going") state.current.going = report.text;
+      else hear(report);
+    };
+    addEventListener("message", listen);
+    return () => removeEventListener("message", listen);
+  }, [site, frame, hear]);
+  return async () => {
+    if (site === null) return null;
+    if (!state.current.there) await new Promise((resolve) => setTimeout(resolve, SILENCE));
+    const { there, going } = state.current;
+    state.current = { count: 0, there: false, going: null };
+    if (there) return null;
+    if (going === null) hush();
+    return going;
+  };
+}
+
+/** Says whether there is something to show: a page, be it the site's own error, or one that has to be woken. */
+async function answers(current: Workspace, signal?: AbortSignal): Promise<boolean> {
+  if (!session.value) return false;
+  try {
+    const said = await current.tenant.site(signal);
+    return said.answers !== false || said.status !== null;
+  } catch {
+    return false; // the state of the connection says why
+  }
+}
+
+function Waiting({ current }: { current: Workspace }) {
+  const info = current.info.value;
+  if (info !== null && (info.status === "stopped" || info.status === "frozen")) {
+    return (
+      <Empty icon="power" title={`The tenant is ${info.status}`}>
+        Its site is shown as soon as it runs.
+        {allows("deploy") && (
+          <button type="button" disabled={current.starting.value} onClick={() => void current.start()}>
+            Start the tenant
+          </button>
+        )}
+      </Empty>
+    );
+  }
+  return (
+    <div class="empty" role="status">
+      <Spinner label="Starting" />
+      <strong>Starting…</strong>
+      <div>
+        The site does not answer yet. It is shown as soon as it does; its log is under Metrics and logs.
+      </div>
+    </div>
+  );
+}
+
+function pause(signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, PERIOD);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      resolve();
+    });
+  });
+}

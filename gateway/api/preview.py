@@ -1,0 +1,243 @@
+"""Hands a site's page to the editor's preview with a script in it that reports the page's errors.
+
+Only the editor gets such a page, and only where it asks: its address has a key, which the gateway makes for a
+token that covers the tenant. Caddy hands a request with that parameter to `/v1/preview`; all others go to the
+site as ever. The key opens nothing but the site's own page, so that a tenant who reads it has gained nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hmac
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+import orjson
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from yarl import URL
+
+from gateway.caddy import Caddy
+from gateway.errors import InvalidParams, NotFound, RateLimited, Unavailable
+from gateway.hostnames import plain
+
+PARAMETER: Final = "__gateway_preview"
+PATH: Final = "/v1/preview"
+TTL: Final = 12 * 3600
+
+_SCRIPT: Final = Path(__file__).with_name("preview.js").read_text("ascii")
+_ORIGIN: Final = re.compile(
+    r"https?://[a-z0-9.-]{1,253}(:[0-9]{1,5})?|https?://\[[0-9a-f:.]{2,45}\](:[0-9]{1,5})?"
+)
+_GIVEN: Final = re.compile(rf"([?&]){PARAMETER}=([A-Za-z0-9._~-]{{1,600}})(&?)")
+_HEAD: Final = re.compile(rb"<head(?:\s[^>]{0,2000})?>", re.IGNORECASE)
+_DOCTYPE: Final = re.compile(rb"\s*<!doctype[^>]{0,200}>", re.IGNORECASE)
+_LOOKED_AT: Final = 64 << 10  # bytes in which the place for the script is looked for
+_PIECE: Final = 64 << 10
+_CONNECT: Final = 5.0
+_SILENCE: Final = 30.0  # seconds without a byte of the site's
+# RFC 9110, section 7.6.1; and what would make the answer another than the whole page as it is
+_HOP: Final = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+_NOT_ASKED: Final = _HOP | {
+    "accept-encoding",
+    "content-length",
+    "host",
+    "if-modified-since",
+    "if-none-match",
+    "range",
+    "x-gateway-uri",
+}
+_NOT_ANSWERED: Final = _HOP | {"cache-control", "content-length", "date", "etag", "last-modified", "server"}
+
+
+def key(secret: str, domain: str, origin: str, ends: int) -> str:
+    """Return what has a domain's pages come with the script, for the editor at `origin`, until `ends`."""
+    said = base64.urlsafe_b64encode(origin.encode()).rstrip(b"=").decode()
+    return f"{ends}.{said}.{_signed(secret, domain, origin, ends)}"
+
+
+def opened(secret: str, domain: str, given: str) -> str | None:
+    """Return the editor's origin that a key of this domain names; None if it is not valid."""
+    ends, _, rest = given.partition(".")
+    said, _, signature = rest.partition(".")
+    if not (ends.isascii() and ends.isdecimal() and len(ends) < 12) or int(ends) < time.time():
+        return None
+    try:
+        origin = base64.urlsafe_b64decode(said + "=" * (-len(said) % 4)).decode("ascii")
+    except ValueError:
+        return None
+    fits = hmac.compare_digest(signature, _signed(secret, domain, origin, int(ends)))
+    return origin if fits and _ORIGIN.fullmatch(origin) else None
+
+
+def _signed(secret: str, domain: str, origin: str, ends: int) -> str:
+    text = orjson.dumps(["preview", domain, origin, ends])
+    return base64.urlsafe_b64encode(hmac.digest(secret.encode(), text, "sha256")[:16]).rstrip(b"=").decode()
+
+
+def origin_of(given: str | None) -> str:
+    """Return the origin of the page that asks. Raises `InvalidParams` where no page does."""
+    origin = (given or "").lower()
+    if not _ORIGIN.fullmatch(origin):
+        raise InvalidParams("only a page can have a preview: this request has no Origin")
+    return origin
+
+
+def without(uri: str) -> tuple[str, str]:
+    """Return a request's target without the parameter, and what that held."""
+    match = _GIVEN.search(uri)
+    if match is None:
+        return uri, ""
+    return uri[: match.start()] + (match[1] if match[3] else "") + uri[match.end() :], match[2]
+
+
+def with_script(page: bytes, origin: str) -> bytes:
+    """Return the begin of a page with the script before everything that it runs itself."""
+    script = _SCRIPT.replace("EDITOR", orjson.dumps(origin).decode()).encode()
+    match = _HEAD.search(page[:_LOOKED_AT]) or _DOCTYPE.match(page)
+    at = match.end() if match is not None else 0
+    return page[:at] + b"<script>" + script + b"</script>" + page[at:]
+
+
+class Previews:
+    """The pages that are on their way to previews, at most so many, and of one site a quarter of that."""
+
+    def __init__(self, caddy: Caddy, secret: str, most: int) -> None:
+        self._caddy, self._secret, self._most = caddy, secret, most
+        self._of: Counter[str] = Counter()
+
+    def key(self, domain: str | None, origin: str) -> tuple[str, int]:
+        """Return a key for a domain, and when it ends. Raises `NotFound` where Caddy serves no such site."""
+        if domain is None or self._caddy.get(domain) is None:
+            raise NotFound(
+                "this tenant has no domain, so that nothing can be put into its pages", reason="no_domain"
+            )
+        ends = int(time.time()) + TTL
+        return key(self._secret, domain, origin, ends), ends
+
+    async def answer(self, request: Request) -> Response:
+        """Answer a request that Caddy has handed on. Raises `NotFound`, `RateLimited`, `Unavailable`."""
+        domain = plain(re.sub(r":[0-9]+$", "", request.headers.get("host", "")))
+        uri, given = without(request.headers.get("x-gateway-uri", ""))
+        target = None if domain is None else self._caddy.get(domain)
+        if domain is None or target is None or not uri.startswith("/") or uri.startswith("//"):
+            raise NotFound("there is no site at this address")
+        origin = opened(self._secret, domain, given)
+        if origin is None:
+            return RedirectResponse(uri, 307, headers={"Cache-Control": "no-store"})
+        if self._of.total() >= self._most or self._of[domain] >= max(1, self._most // 4):
+            raise RateLimited("too many pages are on their way to previews; try again soon")
+        self._of[domain] += 1
+        stack = contextlib.AsyncExitStack()
+        stack.callback(self._ended, domain)
+        try:
+            return await self._asked(request, stack, target, uri, given, origin)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            await stack.aclose()
+            raise Unavailable(f"the site does not answer: {type(error).__name__}") from None
+        except BaseException:
+            await stack.aclose()
+            raise
+
+    def _ended(self, domain: str) -> None:
+        self._of[domain] -= 1
+        if not self._of[domain]:
+            del self._of[domain]
+
+    async def _asked(
+        self,
+        request: Request,
+        stack: contextlib.AsyncExitStack,
+        target: str,
+        uri: str,
+        given: str,
+        origin: str,
+    ) -> Response:
+        host = request.headers["host"]
+        where = target.removeprefix("asleep_")
+        connector: aiohttp.BaseConnector
+        if where.endswith(".sock"):
+            connector, base = aiohttp.UnixConnector(str(self._caddy.sockets / where)), f"http://{host}"
+        else:
+            connector, base = aiohttp.TCPConnector(), f"http://{where}"
+        session = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=_SILENCE),
+            )
+        )
+        headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_ASKED]
+        headers += [("host", host), ("accept-encoding", "identity")]
+        answer = await stack.enter_async_context(
+            session.get(URL(base + uri, encoded=True), headers=headers, allow_redirects=False)
+        )
+        response = _Page(answer, origin, stack)
+        response.raw_headers = [
+            (name.lower(), value)
+            for name, value in answer.raw_headers
+            if name.lower().decode("latin-1") not in _NOT_ANSWERED
+        ]
+        response.headers["Cache-Control"] = "no-store"
+        if (location := answer.headers.get("Location")) is not None:
+            response.headers["Location"] = _kept(location, host, uri, given)
+        return response
+
+
+class _Page(StreamingResponse):
+    """A page as it comes, with the script; whatever is no page as it is. It ends `stack` with itself."""
+
+    def __init__(self, answer: aiohttp.ClientResponse, origin: str, stack: contextlib.AsyncExitStack) -> None:
+        super().__init__(_body(answer, origin), answer.status)
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+async def _body(answer: aiohttp.ClientResponse, origin: str) -> AsyncIterator[bytes]:
+    plainly = answer.headers.get("Content-Encoding", "identity").lower() == "identity"
+    if answer.content_type == "text/html" and plainly and "utf-16" not in (answer.charset or "").lower():
+        begun = b""
+        while len(begun) < _LOOKED_AT and _HEAD.search(begun) is None:
+            piece = await answer.content.read(_PIECE)
+            if not piece:
+                break
+            begun += piece
+        yield with_script(begun, origin)
+    async for piece in answer.content.iter_chunked(_PIECE):
+        yield piece
+
+
+def _kept(location: str, host: str, uri: str, given: str) -> str:
+    """Return where a site sends its visitor, with the parameter if that is the site itself."""
+    try:
+        parts = urlsplit(urljoin(f"http://{host}{uri}", location))
+    except ValueError:
+        return location
+    if parts.netloc != host or parts.scheme not in ("http", "https"):
+        return location
+    whole, mark, fragment = location.partition("#")
+    return f"{whole}{'&' if '?' in whole else '?'}{PARAMETER}={given}{mark}{fragment}"
