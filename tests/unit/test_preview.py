@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -22,26 +23,26 @@ def test_a_key_opens_the_pages_of_its_domain_for_its_editor() -> None:
     assert preview.opened(SECRET, "shop.localhost", made()) == ORIGIN
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        "",
-        ".",
-        "..",
-        "x.y.z",
-        made(domain="other.localhost"),
-        made(secret="o" * 32),
-        made(ends=int(time.time()) - 1),
-        made(origin="https://evil.example/"),
-        made(origin='https://a"-alert(1)-"'),
-        made()[:-1],
-        made().replace(".", "!", 1),
-        "9" * 400,
-        "é.é.é",
-    ],
-)
-def test_no_other_key_opens_them(given: str) -> None:
-    assert preview.opened(SECRET, "shop.localhost", given) is None
+OTHERS: dict[str, Callable[[], str]] = {
+    "nothing": lambda: "",
+    "one-point": lambda: ".",
+    "two-points": lambda: "..",
+    "no-number": lambda: "x.y.z",
+    "another-domain": lambda: made(domain="other.localhost"),
+    "another-secret": lambda: made(secret="o" * 32),
+    "ended": lambda: made(ends=int(time.time()) - 1),
+    "a-path": lambda: made(origin="https://evil.example/"),
+    "a-script": lambda: made(origin='https://a"-alert(1)-"'),
+    "cut-off": lambda: made()[:-1],
+    "another-mark": lambda: made().replace(".", "!", 1),
+    "long": lambda: "9" * 400,
+    "not-ascii": lambda: "é.é.é",
+}
+
+
+@pytest.mark.parametrize("given", OTHERS.values(), ids=OTHERS)
+def test_no_other_key_opens_them(given: Callable[[], str]) -> None:
+    assert preview.opened(SECRET, "shop.localhost", given()) is None
 
 
 def test_only_a_page_gets_a_key() -> None:
