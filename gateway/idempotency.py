@@ -127,6 +127,11 @@ class Idempotency:
             return record.result
         return await self._store.read(lambda connection: _result(connection, key))
 
+    def begun(self, key: Key, digest: bytes) -> bool:
+        """Return whether a call under that id was begun, and it is not known how it ended."""
+        record = self._find(key)
+        return record is not None and record.state == "begun" and record.digest == digest
+
     async def begin(self, key: Key, digest: bytes) -> None:
         """Note that a call which may change something begins. Raises `StoreFailed`: then it must not."""
         record = IdempotencyRecord(digest, time.time(), "begun")

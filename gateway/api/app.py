@@ -150,6 +150,7 @@ async def _drain(services: Services, *, leaving: bool) -> None:
     _announce(services, RETRY_AFTER_MS)
     if leaving:
         services.leave_ready()
+        await services.toolbox.leave()
         await services.execs.leave()
     try:
         async with asyncio.timeout(services.settings.shutdown_timeout / 2):
@@ -169,6 +170,7 @@ async def _hand_over(services: Services, background: background.Background, stor
     """Do as `_drain`, but for a process that waits for the records, and clients that wait for it."""
     _announce(services, _NEXT_MS)
     services.leave_ready()
+    await services.toolbox.leave()
     await services.execs.leave()
     # what outlives no process; what does not end in time the next one ends
     with contextlib.suppress(TimeoutError):

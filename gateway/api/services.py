@@ -45,6 +45,7 @@ from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.storage.store import Store
+from gateway.tools.folders import Folders
 from gateway.tools.toolbox import Toolbox
 
 
@@ -143,7 +144,10 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         shells = await enter(Shells(execs, workers, settings))
         history = await enter(History(runtime, execs, bus, settings))
         spare = sites.former.spare
-        toolbox = await enter(Toolbox(runtime, workers, shells, history, bus, idempotency, settings, spare))
+        folders = await Folders.opened(store)
+        toolbox = await enter(
+            Toolbox(runtime, workers, shells, history, bus, idempotency, folders, settings, spare)
+        )
         files = await enter(Files(runtime, workers, bus, settings, spare))
         caddy = await enter(Caddy(settings))
         caddy.lead_home()

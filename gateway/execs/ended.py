@@ -49,15 +49,19 @@ def ended_of(told: Mapping[str, Any]) -> Ended:
 class Past:
     """Stand-in for the process of a command that ended under an earlier gateway process; it does nothing."""
 
-    report = b""
     holding: Holding | None = None
     patience: float = math.inf
     unsent = 0
 
     def __init__(
-        self, pid: int, started_at: float, streams: tuple[StreamName, ...] = ("stdout", "stderr")
+        self,
+        pid: int,
+        started_at: float,
+        streams: tuple[StreamName, ...] = ("stdout", "stderr"),
+        report: bytes = b"",
     ) -> None:
         self.streams = streams
+        self.report = report
         self.pid = pid
         self.started_at = started_at
 

@@ -17,8 +17,10 @@ from gateway.execs.attachment import Attachment
 from gateway.execs.command_tree import CommandTree
 from gateway.execs.ended import Ended, Reason, ended_of
 from gateway.execs.input import Input, Spools
+from gateway.execs.owed import Owed
 from gateway.execs.pty_control import PtyControl
-from gateway.execs.shown import shortened, started_at
+from gateway.execs.purpose import Purpose
+from gateway.execs.shown import LISTED, listed, shortened, started_at
 from gateway.execs.streams import Pace, Reading, Stream
 from gateway.limits.budget import Share
 from gateway.rootfs.process_tree import Member
@@ -26,7 +28,6 @@ from gateway.runtime import Adopted, ExecSpec, Killed, Process
 
 log = logging.getLogger(__name__)
 
-_LISTED: Final = 4096  # characters of a command where it is listed beside all others
 _READERS: Final = 64  # readers of one command whose position is kept so that they can resume
 
 
@@ -80,9 +81,10 @@ class Exec:
         self.once = False
         self.left = False  # handed to the next gateway process: this one no longer owns it
         self._holding = process.holding
+        self.purpose = Purpose(process.holding)
         self._ending = self._finished = False
-        self._closing = False  # the end of the input was requested
-        self._owed: dict[int, int] = {}  # bytes each slot must reach before the input ends
+        self._owed = Owed()
+        self.reader: Attachment | None = None  # for the purpose that an earlier process recorded
 
     def ended_before(self, asked: bytes, ended: Ended) -> None:
         """Represent a command of an earlier gateway process of which only the end is known."""
@@ -194,7 +196,7 @@ class Exec:
         if attachment not in self._attachments:
             return
         self._attachments.discard(attachment)
-        if not self._attachments and not self.ended.done():
+        if not (self._attachments or self.ended.done() or self.left):
             self._linger()
         self.note()
         self.look_for_end()
@@ -227,8 +229,7 @@ class Exec:
 
     def close_stdin(self) -> None:
         """Close stdin once the queued input is written. Idempotent."""
-        self._closing = True
-        self._owed = {}
+        self._owed.close()
         self._input.end()
         self.note()
 
@@ -257,16 +258,17 @@ class Exec:
     async def describe(self) -> dict[str, Any]:
         """Return the command's entry in `exec/list`."""
         ended = self.ended.result() if self.ended.done() else None
+        left = [{"pid": one.pid, "name": one.name} for one in await self.look()]
         return {
             "exec": self.id,
-            "argv": shortened(self.spec, _LISTED),
+            "argv": shortened(self.spec, LISTED),
             "pid": self.process.pid,
             "startedAt": started_at(self.process),
             "pty": self.spec.pty is not None,
             "state": self.state,
             "attached": len(self._attachments),
             "offsets": self._offsets(),
-            **({} if ended is None else {"exit": ended.on_wire(self.id), "left": await self._told_left()}),
+            **({} if ended is None else {"exit": ended.on_wire(self.id), "left": left}),
         }
 
     def _offsets(self) -> dict[str, int]:
@@ -279,14 +281,8 @@ class Exec:
             self.lasting = bool(left)
         return left or ()
 
-    async def _told_left(self) -> list[dict[str, Any]]:
-        return [{"pid": member.pid, "name": member.name} for member in await self.look()]
-
     def shed(self, words: Sequence[str]) -> None:
-        """Drop an ended command's output and keep only its end and `words`.
-
-        Current readers can finish reading; later ones are told that the output is lost.
-        """
+        """Keep only the end and `words` of an ended command. Only current readers can finish reading."""
         for name, stream in self.streams.items():
             stream.release()
             bare = Stream(name, 0, stream.pace, self.share)
@@ -294,15 +290,19 @@ class Exec:
             bare.ended = True
             self.streams[name] = bare
         self.spec = replace(self.spec, argv=tuple(words), env={}, shown=None)
-        self._drop_held()
+        self.let_go()
 
     def release(self) -> None:
         """Give back the memory accounted to a command that is being forgotten."""
-        self._drop_held()
+        self.let_go()
         for stream in self.streams.values():
             stream.release()
 
-    def _drop_held(self) -> None:
+    def let_go(self) -> None:
+        """Keep nothing for the next process any more; of a command that has ended."""
+        for stream in self.streams.values():
+            stream.let_go()
+        self.purpose.leave()
         if self._holding is not None:
             self._holding.drop()
 
@@ -311,6 +311,8 @@ class Exec:
     def leave(self) -> bool:
         """Hand the command to the next gateway process; return whether that is possible."""
         self.left = self._holding is not None and self._holding.safe and not self.ended.done()
+        if self.left:
+            self.purpose.leave()
         return self.left
 
     def note(self, *, ending: bool = False) -> None:
@@ -322,48 +324,37 @@ class Exec:
     def _facts(self, over: Ended | None) -> dict[str, Any]:
         size = self._terminal.size
         return {
-            "id": self.id,
-            "tenant": self.tenant,
-            "argv": [word.encode(errors="replace").decode() for word in shortened(self.spec, _LISTED)],
+            **{"id": self.id, "tenant": self.tenant},
+            "argv": listed(self.spec),
             "asked": self.asked.hex(),
             "pty": None if size is None else [size.cols, size.rows],
             "stdin": self.spec.stdin,
-            "linger": self.linger,
-            "lingers": self._lingers_since,
-            "deadline": self.deadline,
-            "once": self.once,
+            **{"linger": self.linger, "lingers": self._lingers_since},
+            **{"deadline": self.deadline, "once": self.once},
             "ending": self._reason if self._ending else None,
-            "owed": None if not self._closing else self._outstanding(),
+            "owed": self._owed.facts(self._places.values()),
             "places": [
                 [place.id, place.slot, place.acking and not place.closed] for place in self._places.values()
             ],
             "over": None if over is None else over.on_wire(self.id),
         }
 
-    def _outstanding(self) -> list[list[int]]:
-        """Return the byte count each slot must reach before the input ends.
-
-        Input that still waits is lost with this process, so its senders have to send it again.
-        """
-        waits = {place.slot: place.taken for place in self._places.values() if place.taken > place.consumed}
-        return [list(one) for one in (waits | self._owed).items()]
-
     def take_over(self, found: Adopted, hold: float) -> None:
-        """Continue a command of an earlier process. Call before any attach.
-
-        The positions of its readers are kept for `hold` seconds.
-        """
+        """Continue an earlier process's command, before any attach. Readers may resume for `hold` seconds."""
         facts, accounts = found.facts, self._input.accounts
         self._holding = found.holding
         self.asked, self.once, self.deadline = bytes.fromhex(facts["asked"]), facts["once"], facts["deadline"]
         self._began = time.monotonic() - max(0.0, time.time() - found.started_at)
         for name, (start, data) in found.outputs.items():
             self.streams[name].restore(start, data)
+        self.purpose.take_over(found.holding)
         if (over := facts["over"]) is not None:
             self._holding.end(facts)
             self._end_as(ended_of(over))
+            self.reader = self.attach() if self.purpose.found else None
             return
-        accounts.take_over()
+        if not facts.get("starting"):  # else what it was given was our shell's
+            accounts.take_over()
         for id_, slot, acking in facts["places"]:
             place = Attachment(self, {}, None, Reading(viewer=True, acks=acking), slot, id_)
             place.restore(accounts.passed[slot])
@@ -373,11 +364,11 @@ class Exec:
                 place.hold(hold)
             else:
                 place.close()
+        self.reader = self.attach() if self.purpose.found else None
         if not self._attachments:
             self._linger(facts["lingers"])
         if facts["owed"] is not None:
-            self._closing = True
-            self._owed = {slot: size for slot, size in facts["owed"] if accounts.passed[slot] < size}
+            self._owed.take_over(facts["owed"], accounts.passed)
             self.look_for_end()
         if facts["ending"] is not None:
             self.end(facts["ending"], 0)
@@ -385,11 +376,8 @@ class Exec:
 
     def look_for_end(self) -> None:
         """Close stdin as an earlier process was asked to, once the missing input has been sent again."""
-        if self._closing:
-            taken = {place.slot: place.taken for place in self._places.values() if not place.closed}
-            self._owed = {slot: size for slot, size in self._owed.items() if taken.get(slot, size) < size}
-            if not self._owed:
-                self._input.end()
+        if self._owed.due(self._places.values()):
+            self._input.end()
 
     @property
     def printed(self) -> int:
@@ -399,10 +387,8 @@ class Exec:
     @property
     def kept_bytes(self) -> int:
         """Bytes in memory for the outputs and the command line."""
-        asked = (*self.spec.argv, *self.spec.env, *self.spec.env.values())
-        return sum(stream.tail.end - stream.tail.start for stream in self.streams.values()) + sum(
-            map(len, asked)
-        )
+        asked = sum(map(len, (*self.spec.argv, *self.spec.env, *self.spec.env.values())))
+        return asked + sum(stream.tail.end - stream.tail.start for stream in self.streams.values())
 
     @property
     def state(self) -> Literal["running", "ended"]:

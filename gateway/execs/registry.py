@@ -7,8 +7,9 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,7 @@ from gateway.execs.exec import Exec
 from gateway.execs.input import Spools
 from gateway.execs.kept import Kept
 from gateway.execs.notes import SHORT, Notes
+from gateway.execs.starting import Starting
 from gateway.execs.streams import Pace
 from gateway.idempotency import Idempotency
 from gateway.limits.budget import Budget
@@ -86,12 +88,14 @@ class Execs:
         exec_id, tenant = str(facts["id"]), str(facts["tenant"])
         pty = None if facts["pty"] is None else Pty(*facts["pty"])
         spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"])
-        process = found.process or Past(found.pid, found.started_at, tuple(found.outputs))
+        process = found.process or Past(found.pid, found.started_at, tuple(found.outputs), found.report)
         exec_ = self._made(exec_id, tenant, spec, process, facts["linger"])
         exec_.take_over(found, self._settings.exec_hold)
         self._execs.setdefault(tenant, {})[exec_id] = exec_
         if found.process is not None:
             self._run(exec_)
+            if starting := facts.get("starting"):
+                self._publish_start(exec_, str(starting["by"]))
             return
         self._kept.add(exec_)
         if begun.get((tenant, exec_id)):  # it ended without an event
@@ -124,12 +128,15 @@ class Execs:
         by: str = "",
         once: bool = False,
         outlive: bool = False,
+        purpose: Mapping[str, Any] | None = None,
+        before: Callable[[], Awaitable[None]] | None = None,
     ) -> Exec:
         """Start a command, or return the one already started under `exec_id`.
 
         `once`: the id is the caller's own and stays valid across a restart of the gateway. `outlive`: the
-        command itself survives a restart, if there is a holder. Raises `Conflict` if the id belongs to a
-        different command, `RateLimited` if the tenant runs too many, and what the runtime raises if the
+        command itself survives a restart, if there is a holder; with a `purpose` too, see `left_behind`.
+        `before` is awaited before anything of the command has happened. Raises `Conflict` if the id belongs
+        to a different command, `RateLimited` if the tenant runs too many, and what the runtime raises if the
         command cannot start.
         """
         known = exec_id or f"x-{secrets.token_hex(8)}"
@@ -151,11 +158,14 @@ class Execs:
         promise: asyncio.Future[Exec] = asyncio.get_running_loop().create_future()
         self._starting[tenant, known] = promise
         try:
-            if once:
-                await self._idempotency.begin((tenant, "exec", known), spec.digest())
             try:
-                asked = replace(spec, outlive=outlive)
-                exec_ = await self._start(tenant, known, asked, timeout, linger, by, once)
+                if once:
+                    before = partial(self._idempotency.begin, (tenant, "exec", known), spec.digest())
+                deadline = None if timeout is None else time.time() + timeout
+                stays = self._settings.exec_linger if linger is None else linger
+                asked = replace(spec, outlive=outlive or purpose is not None)
+                starting = Starting(known, tenant, asked, deadline, stays, by, once, purpose, before)
+                exec_ = await self._start(starting)
             except BaseException:
                 if once:  # nothing was started, so the id may be used again
                     await asyncio.shield(self._idempotency.forget((tenant, "exec", known)))
@@ -211,34 +221,23 @@ class Execs:
             kill_left=settings.exec_left == "kill",
         )
 
-    async def _start(
-        self,
-        tenant: str,
-        exec_id: str,
-        spec: ExecSpec,
-        timeout: float | None,
-        linger: float | None,
-        by: str,
-        once: bool,
-    ) -> Exec:
-        exec_ = self._made(exec_id, tenant, spec, await self._runtime.exec(tenant, spec), linger)
-        self._execs.setdefault(tenant, {})[exec_id] = exec_
-        exec_.once = once
-        exec_.deadline = None if timeout is None else time.time() + timeout
+    async def _start(self, asked: Starting) -> Exec:
+        process = await self._runtime.exec(asked.tenant, replace(asked.spec, before=asked.note))
+        exec_ = self._made(asked.exec_id, asked.tenant, asked.spec, process, asked.linger)
+        self._execs.setdefault(asked.tenant, {})[exec_.id] = exec_
+        exec_.once, exec_.deadline = asked.once, asked.deadline
         exec_.note()
         self._run(exec_)
-        started: dict[str, Any] = {
-            "exec": exec_id,
-            "pid": exec_.process.pid,
-            "command": _short(spec),
-            "by": by,
-        }
         try:
-            self._bus.publish("exec.started", tenant, started)
+            self._publish_start(exec_, asked.by)
         except BaseException:
             exec_.end("cancelled", 0)
             raise
         return exec_
+
+    def _publish_start(self, exec_: Exec, by: str) -> None:
+        facts = {"exec": exec_.id, "pid": exec_.process.pid, "command": _short(exec_.spec), "by": by}
+        self._bus.publish("exec.started", exec_.tenant, facts)
 
     def _run(self, exec_: Exec) -> None:
         """Run a command in its own task, independent of the call that started it."""
@@ -296,6 +295,14 @@ class Execs:
 
     def list(self, tenant: str) -> list[Exec]:
         return list(self._execs.get(tenant, {}).values())
+
+    def left_behind(self) -> Sequence[Exec]:
+        """Return the commands of an earlier process that were started for a purpose.
+
+        Each waits for its reader, `Exec.reader`, from what is kept of its outputs on.
+        """
+        everyone = (exec_ for execs in self._execs.values() for exec_ in execs.values())
+        return [exec_ for exec_ in everyone if exec_.reader is not None]
 
     async def cancel(self, exec_: Exec, grace: float | None = None) -> Killed:
         """Kill a command's whole process tree and return once it is gone."""

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import Final
 
 from gateway.runtime import ExecSpec, Process
+
+LISTED: Final = 4096  # characters of a command where it is listed beside all others
+
+
+def listed(spec: ExecSpec) -> list[str]:
+    """Return a command's words as `exec/list` has them, as text that JSON can carry."""
+    return [word.encode(errors="replace").decode() for word in shortened(spec, LISTED)]
 
 
 def shortened(spec: ExecSpec, room: int) -> list[str]:

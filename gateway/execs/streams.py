@@ -135,6 +135,10 @@ class Stream:
         self._draining = True
         self.progress()
 
+    def let_go(self) -> None:
+        """Count what is kept once: the next process of the gateway is kept none of it any more."""
+        self._lease.hold(min(0, self.tail.end - self.tail.start - self._lease.size))
+
     def release(self) -> None:
         """Stop counting the kept bytes; they are freed with the last reader."""
         self._lease.end()

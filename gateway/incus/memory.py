@@ -18,10 +18,11 @@ import mmap
 import os
 import socket
 import struct
+import sys
 from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import orjson
 
@@ -63,7 +64,9 @@ class Memory:
         if os.fstat(descriptor).st_size != _SIZE:
             os.close(descriptor)
             raise ValueError("not a command's memory of this version")
-        self._map = mmap.mmap(descriptor, _SIZE)
+        # Python's own duplicate of the descriptor would be one more of each command
+        options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        self._map = mmap.mmap(descriptor, _SIZE, **options)
         self.view = memoryview(self._map)
         self._free: list[int] = []  # segments that were used before and still have pages
         self._bare: list[int] = []  # that have none any more

@@ -16,6 +16,8 @@ from typing import Any, Final, Literal, Protocol
 
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.process_tree import Member
+from gateway.runtime.holding import Holding as Holding
+from gateway.runtime.holding import StreamName as StreamName
 
 REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096
 # what Incus accepts, and nothing that could be a path
@@ -23,7 +25,6 @@ SNAPSHOT_NAME: Final = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9._-]{0,61}[a-zA-Z0-9
 TENANT_NAME: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 Status = Literal["running", "stopped", "frozen", "starting", "stopping", "error"]
-StreamName = Literal["stdout", "stderr"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class ExecSpec:
 
     With `merged`, both streams go to stdout in the order of writing, and what the command writes to
     descriptor 3 becomes `Process.report`. `shown` is displayed instead of `argv` if the gateway has wrapped
-    the command. With `outlive` the command has a `Process.holding` if the runtime supports that.
+    the command. With `outlive` the command has a `Process.holding` if the runtime supports that. `before` is
+    awaited with it before anything of the command has happened; what it raises is passed on.
     """
 
     argv: tuple[str, ...]
@@ -69,6 +71,7 @@ class ExecSpec:
     merged: bool = False
     shown: tuple[str, ...] | None = None
     outlive: bool = False
+    before: Callable[[Holding | None], Awaitable[None]] | None = None
 
     def digest(self) -> bytes:
         """Return a hash that identifies this command without revealing it."""
@@ -101,45 +104,6 @@ class Killed:
     escalated: bool
     survivors: int
     method: Literal["cgroup", "scan"] = "cgroup"
-
-
-class Holding(Protocol):
-    """The parts of a command that survive this process: sockets, latest output, facts for the next process.
-
-    `position` counts the bytes of input written to the command, including by earlier processes.
-    """
-
-    @property
-    def position(self) -> int: ...
-
-    @property
-    def safe(self) -> bool:
-        """Whether a holder currently holds it."""
-        ...
-
-    def note(self, facts: Mapping[str, Any]) -> None:
-        """Replace the stored facts. The first call makes the command held."""
-        ...
-
-    def end(self, facts: Mapping[str, Any]) -> None:
-        """Store the final facts of an ended command; besides them only its outputs are still held."""
-        ...
-
-    def keep(self, stream: StreamName, offset: int) -> int:
-        """Drop an output's bytes before an offset; return the memory used by the rest, in bytes."""
-        ...
-
-    def accounts(self) -> bytes:
-        """Return what `account` last stored."""
-        ...
-
-    def account(self, accounts: bytes) -> None:
-        """Store up to 1000 bytes of input accounts, which is much faster than storing facts."""
-        ...
-
-    def drop(self) -> None:
-        """Stop holding the command. Idempotent."""
-        ...
 
 
 class Process(Protocol):
@@ -213,7 +177,7 @@ class Process(Protocol):
 class Adopted:
     """A command of an earlier process: its recorded facts, and its kept outputs with their start offsets.
 
-    `process` continues after these outputs; it is None if the command has ended.
+    `process` continues after these outputs; it is None if the command has ended, whose `report` is here.
     """
 
     facts: Mapping[str, Any]
@@ -222,6 +186,7 @@ class Adopted:
     holding: Holding
     outputs: Mapping[StreamName, tuple[int, bytes]]
     process: Process | None
+    report: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

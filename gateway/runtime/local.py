@@ -307,6 +307,8 @@ class LocalRuntime:
         process = LocalProcess(exec_id, preamble, settings.cancel_timeout)
         try:
             async with asyncio.timeout(settings.exec_start_timeout):
+                if spec.before is not None:
+                    await spec.before(None)
                 await process.begin(line, spec, home=self._folder(name, None))
         except BaseException as error:
             await asyncio.shield(process.abandon())

@@ -25,40 +25,61 @@ _UNREAD: Final = 4 * shell.RESULT_MAX  # bytes of each stream kept for the next 
 class OutputFile:
     """One output file of a workspace, written through the tenant's worker, up to `limit` bytes.
 
-    `path` is None until it exists, and again after a failed write, which is the last.
+    `path` is None until it exists, and again after a failed write, which is the last. `size` counts its
+    bytes, None while there is no file.
     """
 
     def __init__(self, workers: Workers, root: FilesystemRoot, name: str, settings: Settings) -> None:
         self.path: str | None = None
+        self.size: int | None = None
         self.broken = False
+        self._earlier = False  # more of it than `size` may have been written by an earlier process
         self._workers = workers
         self._root = root
         self._name = name
         self._settings = settings
-        self._room = min(settings.bash_output_max, settings.write_max)
+        self._most = min(settings.bash_output_max, settings.write_max)
+
+    def take_over(self, size: int | None) -> None:
+        """Go on behind what an earlier process is known to have written; -1 says that it could not."""
+        self._earlier = True
+        self.broken = size == -1
+        if size is not None and not self.broken:
+            self._exists(size)
 
     async def create(self, data: bytes) -> None:
+        if self._earlier:  # killed amid this
+            await self.remove()
+        data = data[: self._most]
         await self._ask("create", data, age=int(self._settings.bash_outputs_age), room=self._others)
         if not self.broken:
-            self.path = outputs.path_of(self._name, self._root.workspace)
+            self._exists(len(data))
 
     async def append(self, data: bytes) -> None:
-        if self._room > 0 and not self.broken:
-            await self._ask("append", data)
+        if self.size is None or self.size >= self._most or self.broken:
+            return
+        data = data[: self._most - self.size]
+        at = {"at": self.size} if self._earlier else {}
+        await self._ask("append", data, **at)
+        self._earlier = False
+        if not self.broken:
+            self.size += len(data)
+
+    def _exists(self, size: int) -> None:
+        self.size = size
+        self.path = outputs.path_of(self._name, self._root.workspace)
 
     async def remove(self) -> None:
-        if self.path is not None:
-            self.path = None
+        if self.path is not None or self._earlier:
+            self.path, self._earlier = None, False
             with contextlib.suppress(GatewayError):
                 await self._workers.call(self._root, "output/remove", {"name": self._name})
 
     @property
     def _others(self) -> int:
-        return max(0, self._settings.bash_outputs_max - self._room)
+        return max(0, self._settings.bash_outputs_max - self._most)
 
     async def _ask(self, what: str, data: bytes, **facts: Any) -> None:
-        data = data[: self._room]
-        self._room -= len(data)
         given = {"name": self._name, "data": base64.b64encode(data).decode(), **facts}
         try:
             await self._workers.call(self._root, f"output/{what}", given)
@@ -71,19 +92,24 @@ class OutputFile:
 class Unread:
     """The part of one stream that BashOutput has not returned yet. Beyond the limit the oldest is dropped.
 
-    It counts towards the tenant's share of kept output. If that is full, only a little is kept.
+    It counts towards the tenant's share of kept output. If that is full, only a little is kept. It begins at
+    an offset up to which an earlier process has returned the stream.
     """
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: Share, start: int = 0) -> None:
         self._share = share
         self._lease = Lease(share)
         weakref.finalize(self, self._lease.end)  # it goes with its shell, which has no close
         self._data = bytearray()
-        self._start = 0  # offsets count the stream's bytes
-        self._taken = 0
+        self._start = start  # offsets count the stream's bytes
+        self.returned = start  # how far
 
-    def add(self, data: bytes) -> None:
-        self._data += data
+    def add(self, data: bytes, at: int) -> None:
+        """Take bytes at an offset; what lies before the beginning is none of it."""
+        end = self._start + len(self._data)
+        if at > end:
+            self._drop(at - self._start)
+        self._data += data[max(0, end - at) :]
         most = _UNREAD if self._share.full(len(data)) is None else _LITTLE
         if len(self._data) > 2 * most:  # not at each chunk, since it moves the rest
             self._drop(len(self._data) - most)
@@ -98,12 +124,12 @@ class Unread:
         end = self._data.rfind(b"\n") + 1 if lines and not final else len(self._data)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text = decoder.decode(bytes(self._data[:end]), final)
-        return text, self._start + end - len(decoder.getstate()[0]), self._start - self._taken
+        return text, self._start + end - len(decoder.getstate()[0]), self._start - self.returned
 
     def taken(self, offset: int) -> None:
         """Drop what lies before `offset`, since it was returned."""
         self._drop(offset - self._start)
-        self._taken = max(self._taken, offset)
+        self.returned = max(self.returned, offset)
 
     def _drop(self, number: int) -> None:
         if number > 0:

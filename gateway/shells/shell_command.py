@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import weakref
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from gateway.execs import Attachment, Cursor, Ended, Exec
+from gateway.limits.budget import Lease
 from gateway.runtime import StreamName
 from gateway.shells.printed import OutputFile, Unread
+from gateway.shells.record import Record, mark
 from gateway.tools import shell
 
 
@@ -16,10 +20,12 @@ class Shell:
     """One Bash command, in the foreground or background, and its output.
 
     `ended` resolves to its end once all output has been copied here; the exec's own copy is dropped then.
+    How far that is, `record` has for the next process of the gateway, if the command is held.
     """
 
-    def __init__(self, shell_id: str, command: str, exec_: Exec, file: OutputFile, limit: int) -> None:
-        self.id = shell_id
+    def __init__(self, record: Record, command: str, exec_: Exec, file: OutputFile, limit: int) -> None:
+        self.id = record.shell
+        self.record = record
         self.command = command
         self.tenant = exec_.tenant
         self.exec_id = exec_.id
@@ -28,24 +34,33 @@ class Shell:
         self.ended: Ended | None = None
         self.report = b""
         self.flooded = False
-        self.unread: dict[StreamName, Unread] = {name: Unread(exec_.share) for name in exec_.streams}
+        self.left = False  # to the next process
         self.timer: asyncio.TimerHandle | None = None
         self._limit = limit
-        self._size = 0
-        self._characters = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._head = bytearray()
+        self._purpose = exec_.purpose
+        self._head = bytearray(self._purpose.beginning(record.head))
+        self._lease = Lease(exec_.share)  # of the beginning, where it is kept for the next process too
+        weakref.finalize(self, self._lease.end)
         self._tail = bytearray()
-        self._showing = True
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.setstate((bytes.fromhex(record.pending), 0))
+        self._again = record.last  # a call of BashOutput that an earlier process may not have answered
+        self._known = dict(record.offsets)  # how far an earlier process has come
+        self._behind = {name for name, offset in self._known.items() if offset and name in exec_.streams}
+        self._caught_up = asyncio.Event()
+        before = record.taken if record.last is None else record.last[1]
+        self.unread = {name: Unread(exec_.share, before.get(name, 0)) for name in exec_.streams}
         self._writing = asyncio.Lock()
-        self.task = asyncio.create_task(self._carry(exec_, exec_.attach()), name=f"shell {exec_.id}")
+        reader, exec_.reader = exec_.reader or exec_.attach(), None
+        self.task = asyncio.create_task(self._carry(exec_, reader), name=f"shell {exec_.id}")
 
     async def _carry(self, exec_: Exec, attachment: Attachment) -> None:
         """Copy all output, then resolve `ended`."""
         try:
+            self._look_for_flood(exec_)
             async with asyncio.TaskGroup() as group:
                 for name, cursor in attachment.cursors.items():
-                    group.create_task(self._take(exec_, self.unread[name], cursor))
+                    group.create_task(self._take(exec_, name, cursor))
             self.ended = await asyncio.shield(exec_.ended)
             self.report = exec_.process.report
         finally:
@@ -53,55 +68,119 @@ class Shell:
             if self.timer is not None:
                 self.timer.cancel()
 
-    async def _take(self, exec_: Exec, unread: Unread, cursor: Cursor) -> None:
+    async def _take(self, exec_: Exec, name: StreamName, cursor: Cursor) -> None:
         while parts := await cursor.next():
             data = b"".join(parts)
             async with self._writing:
-                beyond = self._keep(data)
-                unread.add(data)
-                if self.file.path is not None:
-                    await self.file.append(data)
-                elif beyond and not self.file.broken:  # from here on only part of it is in memory
-                    await self.file.create(bytes(self._head) + beyond)
+                self.unread[name].add(data, cursor.offset)
+                known = min(len(data), max(0, self._known.get(name, 0) - cursor.offset))
+                if known and self.record.shown:
+                    self._end_with(data[:known])
+                if cursor.offset + len(data) >= self._known.get(name, 0):
+                    self._behind.discard(name)
+                    self._caught_up.set()
+                if data := data[known:]:
+                    await self._keep(data)
+                    self.record.offsets[name] = cursor.offset + known + len(data)
+                    self.note()
             cursor.taken(parts)
-            if self._size > self._limit and not self.flooded:
-                self.flooded = True
-                exec_.end("cancelled", 0)
+            self._look_for_flood(exec_)
 
-    def _keep(self, data: bytes) -> bytes:
-        """Keep the beginning and the end of the output; return what is beyond the beginning."""
-        self._size += len(data)
-        self._characters += len(self._decoder.decode(data))
-        if not self._showing:
-            return b""
-        beyond = data[shell.KEPT - len(self._head) :]
-        self._head += data[: len(data) - len(beyond)]
+    async def _keep(self, data: bytes) -> None:
+        """Keep the beginning and the end of the output, and in the file what is beyond the beginning."""
+        record, head = self.record, len(self._head)
+        record.size += len(data)
+        record.characters += len(self._decoder.decode(data))
+        record.pending = self._decoder.getstate()[0].hex()
+        beyond = b""
+        if record.shown:
+            beyond = data[shell.KEPT - head :]
+            self._head += data[: len(data) - len(beyond)]
+            if self._purpose.held:
+                self._purpose.begin_with(head, bytes(self._head[head:]))
+                self._lease.hold(len(self._head) - head)
+            record.head = len(self._head)
+            self._end_with(data)
+        if self.file.path is not None:
+            await self.file.append(data)
+        elif beyond and not self.file.broken:  # from here on only part of it is in memory
+            await self.file.create(bytes(self._head) + beyond)
+
+    def _end_with(self, data: bytes) -> None:
         self._tail += data
         if len(self._tail) > 2 * shell.KEPT:  # not at each chunk, since it moves the rest
             del self._tail[: -shell.KEPT]
-        return beyond
+
+    def _look_for_flood(self, exec_: Exec) -> None:
+        if self.record.size > self._limit and not self.flooded:
+            self.flooded = True
+            exec_.end("cancelled", 0)
+
+    def note(self) -> None:
+        """Keep how far everything is for the next process."""
+        self.record.file = -1 if self.file.broken else self.file.size
+        if self._purpose.held:
+            self._purpose.note(self.record.facts())
 
     async def save(self) -> None:
         """Write the output to a file from now on, unless it is or that has failed."""
         async with self._writing:
             if self.file.path is None and not self.file.broken:
                 await self.file.create(bytes(self._head))
+                self.note()
 
     def let_go(self) -> None:
         """Drop beginning and end: of a background command only the unread part is shown."""
-        self._showing = False
+        self.record.shown, self.record.head = False, 0
         self._head.clear()
         self._tail.clear()
+        self.note()
 
     def printed(self) -> shell.Printed:
+        record = self.record
         return shell.Printed(
-            self._size,
-            self._characters,
+            record.size,
+            record.characters,
             self._head.decode("utf-8", "replace"),
             self._tail[-shell.KEPT :].decode("utf-8", "replace"),
-            self._size == len(self._head),
+            record.size == len(self._head),
             self.file.path,
         )
+
+    @property
+    def held(self) -> bool:
+        """Whether the next process can go on with it."""
+        return self._purpose.held
+
+    async def caught_up(self) -> None:
+        """Return once all is here that an earlier process had taken in."""
+        while self._behind and not self.task.done():
+            self._caught_up.clear()
+            looking = asyncio.ensure_future(self._caught_up.wait())
+            await asyncio.wait([looking, self.task], return_when=asyncio.FIRST_COMPLETED)
+            looking.cancel()
+
+    # --- what BashOutput returns ------------------------------------------------------------------------
+
+    def asked(self, call_id: str | None) -> dict[StreamName, int]:
+        """Return from where on a call of BashOutput returns the outputs.
+
+        One that an earlier process may not have answered returns what it returned then, and more.
+        """
+        again, self._again = self._again, None
+        if again is not None and again[0] != mark(call_id):
+            for name, offset in self.record.taken.items():
+                self.unread[name].taken(offset)
+        return {name: unread.returned for name, unread in self.unread.items()}
+
+    def answered(self, call_id: str | None, began: dict[StreamName, int], upto: Mapping[str, int]) -> None:
+        """Take note that a call of BashOutput has returned the outputs up to these offsets."""
+        for name, unread in self.unread.items():
+            unread.taken(upto[name])
+        self.record.taken = {name: unread.returned for name, unread in self.unread.items()}
+        told = mark(call_id)
+        self.record.last = None if told is None else (told, began)
+        self.note()
 
     @property
     def status(self) -> Literal["running", "completed", "failed", "killed"]:

@@ -12,24 +12,25 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import orjson
 
-from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
+from gateway.errors import ExecFailed, NotFound, Unavailable
 from gateway.execs import Execs
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
-from gateway.runtime import ExecSpec, Killed
+from gateway.runtime import Killed
 from gateway.settings import Settings
-from gateway.shells.printed import OutputFile
+from gateway.shells.commands import Commands, LeftBehind
+from gateway.shells.record import Record, mark
 from gateway.shells.shell_command import Shell
 from gateway.tools import shell
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import failure
 from gateway.tools.file_tools import ToolResult
+from gateway.tools.lasting import LastingCall
 from gateway.tools.schemas import checked
 from gateway.tools.session import ToolSession
 
@@ -40,21 +41,17 @@ class Shells:
     """The commands of all tool sessions. Use as an async context manager: leaving it ends every one."""
 
     def __init__(self, execs: Execs, workers: Workers, settings: Settings) -> None:
+        self._commands = Commands(execs, workers, settings)
         self._execs = execs
         self._workers = workers
         self._settings = settings
-        self._of: WeakKeyDictionary[ToolSession, dict[str, Shell]] = WeakKeyDictionary()
-        self._all: set[asyncio.Task[None]] = set()
+        self._telling: dict[str, Shell] = {}  # by exec, those whose call has not been told to the end
 
     async def __aenter__(self) -> Shells:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for session in list(self._of):
-            await self.end(session)
-        for task in self._all:
-            task.cancel()
-        await asyncio.gather(*self._all, return_exceptions=True)
+        await self._commands.close()
 
     async def call(
         self,
@@ -65,109 +62,133 @@ class Shells:
         *,
         exec_id: str,
         by: str,
+        call_id: str | None = None,
+        call: LastingCall | None = None,
+        begin: Callable[[], Awaitable[None]] | None = None,
     ) -> ToolResult:
         """Run one of the three tools. A refusal by the tool itself is a result.
 
-        A Bash command runs under `exec_id`. Raises what `Execs.start` raises if the tenant cannot run
-        commands, and `Unavailable` if a command's exit was lost.
+        A Bash command runs under `exec_id`, after `begin`; with the `call`, whose result is to be recorded,
+        it outlives this process. `told` is to follow. Raises what `Execs.start` raises if the tenant cannot
+        run commands, and `Unavailable` if a command's exit was lost.
         """
-        session.last_used = time.monotonic()
         try:
             given = checked(name, arguments)
-            match name:
-                case "Bash":
-                    answer = await self._bash(root, session, given, exec_id, by)
-                case "BashOutput":
-                    answer = await self._output(root, session, given)
-                case _:
-                    answer = await self._kill(session, given)
         except ToolFailure as error:
-            answer = error.answer()
-        session.last_used = time.monotonic()
-        return ToolResult.of(answer)
+            return ToolResult.of(error.answer())
+        match name:
+            case "Bash":
+                work = self._bash(root, session, given, exec_id, by, call, begin)
+            case "BashOutput":
+                work = self._output(root, session, given, call_id)
+            case _:
+                work = self._kill(session, given, call_id)
+        return await _result(session, work)
+
+    def told(self, exec_id: str) -> None:
+        """The result of a Bash call is recorded, or wanted by nobody: the next process needs not make it."""
+        one = self._telling.pop(exec_id, None)
+        if one is None or one.left:
+            return
+        if one.record.phase == "front":
+            self._commands.drop(one)
+        else:
+            one.record.call = None
+            one.note()
 
     def busy(self, session: ToolSession) -> bool:
         """Return whether a command of a session runs."""
-        return any(not one.task.done() for one in self._of.get(session, {}).values())
+        return self._commands.busy(session)
 
     async def end(self, session: ToolSession) -> None:
-        """End every command of a session and forget them; return when their process trees are gone.
+        """End every command of a session and forget them; return when their process trees are gone."""
+        await self._commands.end_all(session)
 
-        A command in the foreground at that moment can no longer go to the background.
-        """
-        session.ended = True
-        shells = list(self._of.pop(session, {}).values())
-        await asyncio.gather(*(self._end(one) for one in shells if not one.task.done()))
+    # --- across a restart of the gateway ----------------------------------------------------------------
 
-    async def _end(self, one: Shell) -> None:
-        """End a command's process tree and wait until its output is copied."""
+    async def leave(self) -> set[tuple[str, str]]:
+        """Leave the commands that are held to the next process; return the tenants and ids of their calls."""
+        return await self._commands.leave()
+
+    def left_behind(self) -> Iterator[LeftBehind]:
+        """Yield the commands of an earlier process, for `take_over` or `discard`."""
+        return self._commands.left_behind()
+
+    def discard(self, left: LeftBehind) -> None:
+        """End a command that nobody wants."""
+        self._commands.discard(left.exec_)
+
+    def take_over(self, root: FilesystemRoot, session: ToolSession, left: LeftBehind) -> None:
+        """Go on with a command: in front of the call that `resume` finishes, or in the background."""
+        self._commands.take_over(root, session, left)
+
+    async def resume(self, root: FilesystemRoot, session: ToolSession, left: LeftBehind) -> ToolResult:
+        """Finish the Bash call of a command that was taken over. Raises what `call` raises."""
+        one = left.shell
+        assert one is not None
+        self._telling[one.exec_id] = one
+        return await _result(session, self._resumed(root, session, one))
+
+    async def _resumed(self, root: FilesystemRoot, session: ToolSession, one: Shell) -> Answer:
+        record = one.record
         try:
-            await self._cancel(one)
-        except (GatewayError, TimeoutError) as error:
-            log.warning("shell %s of %s could not be ended: %s", one.id, one.tenant, error)
-        await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
-
-    async def _cancel(self, one: Shell) -> Killed:
-        return await self._execs.cancel(self._execs.get(one.tenant, one.exec_id))
+            if record.phase == "front":
+                return await self._foreground(root, session, one)
+            await one.caught_up()
+            await one.save()
+            facts = self._facts(root, session, one)
+            if record.phase == "background":
+                return shell.begun(one.id, one.file.path, facts)
+            return self._moved(one, facts)
+        except BaseException:
+            await asyncio.shield(self._abandon(session, one))
+            raise
 
     # --- Bash -----------------------------------------------------------------------------------------
 
     async def _bash(
-        self, root: FilesystemRoot, session: ToolSession, given: Mapping[str, Any], exec_id: str, by: str
+        self,
+        root: FilesystemRoot,
+        session: ToolSession,
+        given: Mapping[str, Any],
+        exec_id: str,
+        by: str,
+        call: LastingCall | None,
+        begin: Callable[[], Awaitable[None]] | None,
     ) -> Answer:
         command: str = given["command"]
         background = bool(given.get("run_in_background"))
         if background:
-            self._make_room(session)
-        notes: tuple[str, ...] = ()
+            self._commands.make_room(session)
+        seconds = self._seconds(given.get("timeout"), background)
+        record = Record(
+            f"bash_{secrets.token_hex(4)}",
+            session.name,
+            session.cwd,
+            "background" if background else "front",
+            seconds,
+            time.time() + seconds,
+            shell.interpretation(command, 1),
+            call,
+        )
         try:
-            started = await self._start(root, session.cwd, command, background, exec_id, by)
+            started = await self._commands.start(root, record, command, exec_id, by, begin)
         except ExecFailed as error:
             if error.facts.get("reason") != "cwd" or session.cwd is None:
                 raise failure("Bash", error) from None
             # the session's current folder is gone
-            session.cwd, notes = None, (_reset(root),)
-            started = await self._start(root, None, command, background, exec_id, by)
-        seconds = self._seconds(given.get("timeout"), background)
+            session.cwd = record.cwd = None
+            record.notes = [_reset(root)]
+            started = await self._commands.start(root, record, command, exec_id, by, begin)
+        self._telling[exec_id] = started
         try:
             if background:
-                await self._to_background(session, started, seconds)
+                await self._commands.to_background(session, started)
                 return shell.begun(started.id, started.file.path, self._facts(root, session, started))
-            return await self._foreground(root, session, started, seconds, notes)
+            return await self._foreground(root, session, started)
         except BaseException:
             await asyncio.shield(self._abandon(session, started))
             raise
-
-    async def _start(
-        self,
-        root: FilesystemRoot,
-        cwd: str | None,
-        command: str,
-        background: bool,
-        exec_id: str,
-        by: str,
-    ) -> Shell:
-        shown = ("bash", "-c", command)
-        if background:
-            spec = ExecSpec(("/bin/bash", "-c", command), cwd=cwd, shown=shown)
-        else:
-            argv = ("/bin/bash", "-c", shell.SCRIPT, "bash", command)
-            spec = ExecSpec(argv, cwd=cwd, merged=True, shown=shown)
-        try:
-            exec_ = await self._execs.start(root.tenant, spec, exec_id=exec_id, by=by)
-        except (TooLarge, InvalidParams) as error:
-            raise failure("Bash", error) from None
-        shell_id = f"bash_{secrets.token_hex(4)}"
-        started = Shell(
-            shell_id,
-            command,
-            exec_,
-            OutputFile(self._workers, root, f"{shell_id}.txt", self._settings),
-            self._settings.bash_printed_max,
-        )
-        self._all.add(started.task)
-        started.task.add_done_callback(self._all.discard)
-        return started
 
     def _seconds(self, timeout: int | None, background: bool) -> float:
         """Return a command's timeout in seconds: the default for 0 and less, and never above the maximum."""
@@ -176,32 +197,32 @@ class Shells:
         most = settings.bash_background_timeout_max if background else settings.bash_timeout_max
         return min(most, default if timeout is None or timeout <= 0 else timeout / 1000)
 
-    async def _foreground(
-        self,
-        root: FilesystemRoot,
-        session: ToolSession,
-        started: Shell,
-        seconds: float,
-        notes: tuple[str, ...],
-    ) -> Answer:
-        done, _ = await asyncio.wait([started.task], timeout=seconds)
+    async def _foreground(self, root: FilesystemRoot, session: ToolSession, started: Shell) -> Answer:
+        record = started.record
+        done, _ = await asyncio.wait([started.task], timeout=max(0.0, record.until - time.time()))
+        if started.left:
+            await asyncio.get_running_loop().create_future()  # the next process answers; ours ends this
         if done:
-            return await self._finished(root, session, started, notes)
+            return await self._finished(root, session, started)
         try:
-            await self._to_background(session, started, self._settings.bash_background_timeout)
+            record.until = time.time() + self._settings.bash_background_timeout
+            await self._commands.to_background(session, started)
         except ToolFailure:
             with contextlib.suppress(NotFound):  # it ended, and many others after it
                 self._execs.get(started.tenant, started.exec_id).end("timeout", self._settings.cancel_grace)
-            await self._end(started)
-            return shell.timed_out(started.printed(), seconds, self._facts(root, session, started))
+            await self._commands.end(started)
+            facts = self._facts(root, session, started)
+            return shell.timed_out(started.printed(), record.seconds, facts)
+        return self._moved(started, self._facts(root, session, started))
+
+    def _moved(self, started: Shell, facts: Mapping[str, Any]) -> Answer:
         # BashOutput returns this again, so that its output is complete
         text, _, _ = started.unread["stdout"].look(final=False, lines=False)
-        return shell.moved(text, started.id, started.file.path, seconds, self._facts(root, session, started))
+        return shell.moved(text, started.id, started.file.path, started.record.seconds, facts)
 
-    async def _finished(
-        self, root: FilesystemRoot, session: ToolSession, started: Shell, notes: tuple[str, ...]
-    ) -> Answer:
+    async def _finished(self, root: FilesystemRoot, session: ToolSession, started: Shell) -> Answer:
         await started.task
+        notes = tuple(started.record.notes)
         ended = started.ended
         if ended is None or ended.code is None:
             raise Unavailable(
@@ -214,7 +235,7 @@ class Shells:
         if shell.needs_file(started.printed()):
             await started.save()
         facts = self._facts(root, session, started)
-        return shell.finished(started.command, started.printed(), ended.code, notes, facts)
+        return shell.finished(started.record.meaning, started.printed(), ended.code, notes, facts)
 
     def _moved_to(self, root: FilesystemRoot, session: ToolSession, reported: bytes) -> tuple[str, ...]:
         """Adopt the folder in which a command ended; return the note for the result."""
@@ -230,63 +251,28 @@ class Shells:
 
     def _facts(self, root: FilesystemRoot, session: ToolSession, started: Shell) -> dict[str, Any]:
         facts = {**started.facts(), "cwd": session.cwd or root.workspace}
-        if started.id in self._of.get(session, {}):
+        if self._commands.has(session, started):
             facts["shellId"] = started.id
         return facts
 
     async def _abandon(self, session: ToolSession, started: Shell) -> None:
-        """Remove a command whose call ended early: its processes and its file."""
-        self._of.get(session, {}).pop(started.id, None)
-        await self._end(started)
+        """Remove a command whose call ended early: its processes and its file.
+
+        But not if the gateway ends, and leaves the call to the next process.
+        """
+        if started.left or (self._commands.leaving and started.held):
+            return
+        self._commands.forget(session, started)
+        await self._commands.end(started)
         await started.file.remove()
 
-    # --- in the background ------------------------------------------------------------------------------
+    # --- BashOutput and KillShell ----------------------------------------------------------------------
 
-    def _make_room(self, session: ToolSession) -> None:
-        """Raise `ToolFailure` if the session may have no more shells; forget old ended ones."""
-        if session.ended:
-            raise ToolFailure("gone", "This tool session has ended; open a new one.")
-        if session.lifetime == "call":
-            raise ToolFailure(
-                "conflict",
-                "Commands in the background need a tool session that outlives this call: "
-                "name one with X-Tool-Session, or use a websocket.",
-            )
-        shells = self._of.setdefault(session, {})
-        running = sum(one.status == "running" for one in shells.values())
-        if running >= self._settings.max_shells:
-            raise ToolFailure(
-                "rate_limited",
-                f"{running} commands run in the background, the most allowed; end one with KillShell first.",
-                limit=self._settings.max_shells,
-            )
-        for one in [one for one in shells.values() if one.status != "running"]:
-            if len(shells) < self._settings.shells_kept:
-                break
-            del shells[one.id]
-
-    async def _to_background(self, session: ToolSession, started: Shell, seconds: float) -> None:
-        """Hand a running command over to its session; end it after `seconds` more. Raises `ToolFailure`."""
-        self._make_room(session)  # check again, since others may have been started meanwhile
-        self._of.setdefault(session, {})[started.id] = started
-        if not started.over.done():
-            loop, grace = asyncio.get_running_loop(), self._settings.cancel_grace
-            exec_ = self._execs.get(started.tenant, started.exec_id)
-            started.timer = loop.call_later(seconds, exec_.end, "timeout", grace)
-        await started.save()
-        started.let_go()
-
-    async def _shell(self, session: ToolSession, shell_id: str) -> Shell:
-        """Return a shell of the session, with all its output if its command has ended."""
-        one = self._of.get(session, {}).get(shell_id)
-        if one is None:
-            raise shell.unknown(shell_id)
-        if one.over.done():
-            await asyncio.wait([one.task])
-        return one
-
-    async def _output(self, root: FilesystemRoot, session: ToolSession, given: Mapping[str, Any]) -> Answer:
-        one = await self._shell(session, given["bash_id"])
+    async def _output(
+        self, root: FilesystemRoot, session: ToolSession, given: Mapping[str, Any], call_id: str | None
+    ) -> Answer:
+        one = await self._commands.find(session, given["bash_id"])
+        began = one.asked(call_id)
         ended, status, facts = (
             one.ended,
             one.status,
@@ -305,22 +291,36 @@ class Shells:
                 words = f'Invalid regex pattern "{pattern[:200]}": {answer["error"]}'
                 raise ToolFailure("invalid_params", words)
             texts = answer["streams"]
-        for name, (_, offset, _) in looks.items():
-            one.unread[name].taken(offset)
+        one.answered(call_id, began, {name: look[1] for name, look in looks.items()})
         facts |= {"shellId": one.id, "lost": {name: look[2] for name, look in looks.items()}}
         if one.file.path is not None:
             facts["outputFile"] = one.file.path
         code = None if ended is None or status == "killed" else ended.code
         return shell.report(status, code, texts, facts)
 
-    async def _kill(self, session: ToolSession, given: Mapping[str, Any]) -> Answer:
-        one = await self._shell(session, given["shell_id"])
-        if one.status != "running":
+    async def _kill(self, session: ToolSession, given: Mapping[str, Any], call_id: str | None) -> Answer:
+        one = await self._commands.find(session, given["shell_id"])
+        if one.status == "running":
+            one.record.killer = mark(call_id)
+            one.note()
+            killed = await self._commands.cancel(one)
+        elif call_id is not None and one.record.killer == mark(call_id):
+            killed = Killed(0, False, 0)  # an earlier process did, which could not answer any more
+        else:
             raise shell.not_running(one.id, one.status)
-        killed = await self._cancel(one)
         await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
         facts = {**one.facts(), "shellId": one.id, "killed": killed.killed, "escalated": killed.escalated}
         return shell.killed(one.id, one.command, {**facts, "survivors": killed.survivors})
+
+
+async def _result(session: ToolSession, work: Coroutine[Any, Any, Answer]) -> ToolResult:
+    session.last_used = time.monotonic()
+    try:
+        answer = await work
+    except ToolFailure as error:
+        answer = error.answer()
+    session.last_used = time.monotonic()
+    return ToolResult.of(answer)
 
 
 def _reset(root: FilesystemRoot) -> str:

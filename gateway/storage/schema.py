@@ -103,6 +103,14 @@ MIGRATIONS: Final = (
     ALTER TABLE audit ADD COLUMN operator INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX audit_share ON audit (operator, tenant);
     """,
+    """
+    CREATE TABLE folders (
+        tenant TEXT NOT NULL,
+        session TEXT NOT NULL,
+        folder TEXT NOT NULL,
+        PRIMARY KEY (tenant, session)
+    ) STRICT;
+    """,
 )
 
 

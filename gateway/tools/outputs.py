@@ -95,13 +95,18 @@ def _prune(folder: int, age: int, room: int) -> None:
 
 
 def _append(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Append `data` (base64) to the file `name`. Raises if it is no longer the same file."""
+    """Append `data` (base64) to the file `name`, cut off after `at` bytes first where that is given.
+
+    Raises if it is no longer the same file.
+    """
     folder = _folder(workspace.root)
     try:
         descriptor = os.open(given["name"], _MORE, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise Conflict("the output file is no longer a regular file", reason="changed")
+        if int(given.get("at", 1 << 62)) < os.fstat(descriptor).st_size:
+            os.ftruncate(descriptor, given["at"])
         _put(descriptor, base64.b64decode(given["data"]))
     except OSError as error:
         raise refusal(error) from None

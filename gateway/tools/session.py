@@ -7,9 +7,10 @@ import time
 from collections import OrderedDict, defaultdict
 from typing import Final, Literal, Protocol
 
-from gateway.errors import InvalidParams, RateLimited
+from gateway.errors import GatewayError, InvalidParams, RateLimited
 from gateway.settings import Settings
 from gateway.tools.answer import Seen
+from gateway.tools.folders import Folders
 
 # bytes kept for a file besides its path
 _SEEN: Final = 200
@@ -33,10 +34,12 @@ class ToolSession:
         lifetime: Literal["call", "connection", "named"] = "call",
         read_before_write: bool = False,
         cwd: str | None = None,
+        name: str | None = None,
         maximum: int = 2000,
         kept_bytes: int = 1 << 20,
     ) -> None:
         self.lifetime = lifetime
+        self.name = name
         self.ended = False
         self.holders = 0
         self.cwd = cwd
@@ -79,11 +82,13 @@ class Sessions:
 
     A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. At the limit, the least
     recently used session ends: the tenant's own or, for the gateway's limit, one of the tenant with most. One
-    in use never does. Use as an async context manager: unused sessions end while it is open.
+    in use never does. Use as an async context manager: unused sessions end while it is open. Those of which
+    there are `folders` go on from an earlier process.
     """
 
-    def __init__(self, background: Background, settings: Settings) -> None:
+    def __init__(self, background: Background, settings: Settings, folders: Folders | None = None) -> None:
         self._background = background
+        self._folders = folders
         self._settings = settings
         # by tenant, least recently used first
         self._of: defaultdict[str, OrderedDict[str, ToolSession]] = defaultdict(OrderedDict)
@@ -91,6 +96,11 @@ class Sessions:
         self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Sessions:
+        for (tenant, name), folder in list(self._folders.kept.items()) if self._folders else ():
+            try:
+                self.open(tenant, name, False).cwd = folder
+            except GatewayError:  # there is no room any more
+                await self._forget(tenant, name)
         self._sweep()
         return self
 
@@ -117,7 +127,7 @@ class Sessions:
         if found is None or self._unused(found, now):
             self._expire(now)
             self._make_room(tenant)
-            found = self._of[tenant][name] = self._new("named", read_before_write)
+            found = self._of[tenant][name] = self._new("named", read_before_write, name)
         self._of[tenant].move_to_end(name)
         found.holders += lasting
         found.read_before_write = read_before_write
@@ -137,7 +147,13 @@ class Sessions:
         for tenant, named in list(self._of.items()):
             for name in [name for name, one in named.items() if one is session]:
                 self._take(tenant, name)
+                await self._forget(tenant, name)
         await self._background.end(session)
+
+    async def keep(self, tenant: str, session: ToolSession) -> None:
+        """Have the next process of the gateway know a named session's folder."""
+        if self._folders is not None and session.name is not None and not session.ended:
+            await self._folders.keep(tenant, session.name, session.cwd)
 
     async def end_named(self, tenant: str, name: str) -> None:
         """End the tenant's session of that name, if it exists."""
@@ -149,10 +165,14 @@ class Sessions:
         for name in list(self._of.get(tenant, ())):
             self._end(tenant, name)
 
-    def _new(self, lifetime: Literal["call", "connection", "named"], read_before_write: bool) -> ToolSession:
-        return ToolSession(
-            lifetime=lifetime, read_before_write=read_before_write, kept_bytes=self._settings.session_bytes
-        )
+    def _new(
+        self,
+        lifetime: Literal["call", "connection", "named"],
+        read_before_write: bool,
+        name: str | None = None,
+    ) -> ToolSession:
+        kept = self._settings.session_bytes
+        return ToolSession(lifetime=lifetime, read_before_write=read_before_write, name=name, kept_bytes=kept)
 
     def _make_room(self, tenant: str) -> None:
         settings, mine = self._settings, len(self._of.get(tenant, ()))
@@ -203,6 +223,14 @@ class Sessions:
         return session
 
     def _end(self, tenant: str, name: str) -> None:
-        task = asyncio.create_task(self._background.end(self._take(tenant, name)))
+        task = asyncio.create_task(self._ended(tenant, name, self._take(tenant, name)))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+
+    async def _ended(self, tenant: str, name: str, session: ToolSession) -> None:
+        await self._forget(tenant, name)
+        await self._background.end(session)
+
+    async def _forget(self, tenant: str, name: str) -> None:
+        if self._folders is not None:
+            await self._folders.forget(tenant, name)

@@ -72,10 +72,13 @@ def needs_file(printed: Printed) -> bool:
 
 
 def finished(
-    command: str, printed: Printed, code: int, notes: tuple[str, ...], facts: Mapping[str, Any]
+    meant: str | None, printed: Printed, code: int, notes: tuple[str, ...], facts: Mapping[str, Any]
 ) -> Answer:
-    """Return the result of a command that ended by itself. `notes` are lines after its output."""
-    meaning = interpretation(command, code)
+    """Return the result of a command that ended by itself. `notes` are lines after its output.
+
+    `meant` is what `interpretation` said of exit code 1.
+    """
+    meaning = meant if code == 1 else None
     structured: dict[str, Any] = {**facts, "size": printed.size, "truncated": False}
     if printed.file is not None:
         structured["outputFile"] = printed.file
@@ -181,7 +184,7 @@ def _following(file: str | None) -> str:
 def timed_out(printed: Printed, seconds: float, facts: Mapping[str, Any]) -> Answer:
     """Return the result of a command that was ended at its timeout, because it could not continue."""
     notes = (f"Command timed out after {int(seconds + 0.5)}s and was ended.",)
-    answer = finished("", printed, _TERMINATED, notes, facts)
+    answer = finished(None, printed, _TERMINATED, notes, facts)
     return Answer(answer.content, {**answer.structured, "code": "timeout"}, True, "timeout")
 
 

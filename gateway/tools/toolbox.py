@@ -7,11 +7,12 @@ package that runs it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
@@ -20,7 +21,6 @@ from typing import Any, Final, Protocol
 import orjson
 
 from gateway.errors import (
-    Cancelled,
     Conflict,
     GatewayError,
     InvalidParams,
@@ -37,10 +37,12 @@ from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
-from gateway.tasks import begin
 from gateway.tools.file_tools import FileTools, ToolResult
+from gateway.tools.folders import Folders
+from gateway.tools.lasting import LastingCall, LeftBehind, ShellTools
+from gateway.tools.running import Running
 from gateway.tools.schemas import SHELL_TOOLS, descriptions
-from gateway.tools.session import Background, Sessions, ToolSession
+from gateway.tools.session import Sessions, ToolSession
 
 log = logging.getLogger(__name__)
 
@@ -67,65 +69,6 @@ _WRITES: Final = frozenset({"Write", "Edit"})
 _LASTING: Final = _WRITES | {"Bash"}
 
 
-class _Running:
-    """A running call under a `callId`: its input, and its waiting callers."""
-
-    __slots__ = ("_asked", "_lingering", "_waiting", "digest", "work")
-
-    def __init__(self, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
-        self.digest = digest
-        self._lingering: asyncio.TimerHandle | None = None
-        self._waiting: set[asyncio.Future[ToolResult]] = set()
-        self._asked = 0.0  # until when a caller that left may return
-        self.work = begin(self._do(work))
-        self.work.add_done_callback(self._over)
-
-    async def _do(self, work: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
-        result = await work()
-        # not when this task ends, which others see one turn of the loop later
-        self._tell(lambda one: one.set_result(result))
-        return result
-
-    def _over(self, work: asyncio.Task[ToolResult]) -> None:
-        if self._lingering is not None:
-            self._lingering.cancel()
-        if work.cancelled():
-            self._tell(lambda one: one.set_exception(_given_up()))
-        elif (error := work.exception()) is not None:
-            self._tell(lambda one: one.set_exception(error))
-
-    def _tell(self, how: Callable[[asyncio.Future[ToolResult]], None]) -> None:
-        for one in self._waiting:
-            if not one.done():
-                how(one)
-
-    async def result(self, linger: float) -> ToolResult:
-        """Wait for the result. The work is ended `linger` seconds after its last caller has left.
-
-        Of several callers that left, the longest `linger` counts. Raises what the work raises, and
-        `Cancelled` if it was given up.
-        """
-        if self.work.done():
-            if self.work.cancelled():
-                raise _given_up()
-            return self.work.result()
-        if self._lingering is not None:
-            self._lingering.cancel()
-            self._lingering = None
-        loop = asyncio.get_running_loop()
-        one: asyncio.Future[ToolResult] = loop.create_future()
-        if not self._waiting:
-            self._asked = 0.0  # the caller came back
-        self._waiting.add(one)
-        try:
-            return await one
-        finally:
-            self._waiting.discard(one)
-            self._asked = max(self._asked, loop.time() + linger)
-            if not self._waiting and not self.work.done():
-                self._lingering = loop.call_at(self._asked, self.work.cancel)
-
-
 def _check(arguments: Mapping[str, Any]) -> None:
     """Refuse deep or large inputs that no tool takes: a list of lists takes thirty times its text's memory.
 
@@ -139,25 +82,6 @@ def _check(arguments: Mapping[str, Any]) -> None:
             if left < 0:
                 raise InvalidParams(f"a tool's input may have at most {_VALUES_MAX} values")
             inside += value.values() if isinstance(value, dict) else value
-
-
-def _given_up() -> Cancelled:
-    return Cancelled("the caller gave up the call")
-
-
-class ShellTools(Background, Protocol):
-    """Runs Bash, BashOutput and KillShell; `gateway.shells` implements it."""
-
-    async def call(
-        self,
-        root: FilesystemRoot,
-        session: ToolSession,
-        name: str,
-        arguments: object,
-        *,
-        exec_id: str,
-        by: str,
-    ) -> ToolResult: ...
 
 
 class Turns(Protocol):
@@ -187,6 +111,7 @@ class Toolbox:
         turns: Turns,
         bus: Bus,
         idempotency: Idempotency,
+        folders: Folders,
         settings: Settings,
         spare: Spare = nothing_to_spare,
     ) -> None:
@@ -197,11 +122,15 @@ class Toolbox:
         self._bus = bus
         self._settings = settings
         self._idempotency = idempotency
-        self._running: dict[Key, _Running] = {}
-        self.sessions = Sessions(shells, settings)
+        self._running: dict[Key, Running] = {}
+        self._leaving = False
+        self.sessions = Sessions(shells, settings, folders)
 
     async def __aenter__(self) -> Toolbox:
+        """Go on with the calls, and the commands in the background, of earlier processes."""
         await self.sessions.__aenter__()
+        for left in self._shells.left_behind():
+            await self._take_over(left)
         return self
 
     async def __aexit__(
@@ -248,7 +177,11 @@ class Toolbox:
         """
         _check(arguments)
         if call_id is None:
-            return await self._call(tenant, session, name, arguments, by, call_id)
+            exec_id = _exec_id(name)
+            try:
+                return await self._call(tenant, session, name, arguments, by, None, exec_id=exec_id)
+            finally:
+                self._shells.told(exec_id)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
         key: Key = (tenant, "call", call_id)
         running = self._running.get(key)
@@ -258,15 +191,22 @@ class Toolbox:
                 return ToolResult.unpacked(known)
             running = self._running.get(key)  # another may have come first meanwhile
         if running is None:
-            running = _Running(digest, partial(self._once, key, digest, session, name, arguments, by))
-            self._running[key] = running
-            running.work.add_done_callback(lambda _: self._running.pop(key))
+            longest = self._settings.call_linger
+            stays = longest if linger is None else min(linger, longest)
+            running = self._begin(
+                key, digest, partial(self._first, key, digest, session, name, arguments, by, stays)
+            )
         elif running.digest != digest:
             raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
         longest = self._settings.call_linger
         return await running.result(longest if linger is None else min(linger, longest))
 
-    async def _once(
+    def _begin(self, key: Key, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> Running:
+        running = self._running[key] = Running(digest, work)
+        running.work.add_done_callback(lambda _: self._running.pop(key))
+        return running
+
+    async def _first(
         self,
         key: Key,
         digest: bytes,
@@ -274,6 +214,7 @@ class Toolbox:
         name: str,
         arguments: Mapping[str, Any],
         by: str,
+        linger: float,
     ) -> ToolResult:
         """Make a call and store its result under its id."""
         tenant, _, call_id = key
@@ -281,21 +222,99 @@ class Toolbox:
             result = await self._call(tenant, session, name, arguments, by, call_id)
             self._idempotency.keep(key, digest, result.packed())
             return result
-        await self._idempotency.begin(key, digest)
+        begin = partial(self._idempotency.begin, key, digest)
+        if name != "Bash":
+            await begin()
+        call = LastingCall(call_id, digest.hex(), linger, _event_id(), by, time.time())
+        exec_id = _exec_id(name)
+        work = self._call(
+            tenant, session, name, arguments, by, call_id, exec_id=exec_id, call=call, begin=begin
+        )
+        return await self._recorded(key, digest, work, exec_id)
+
+    async def _recorded(
+        self, key: Key, digest: bytes, work: Awaitable[ToolResult], exec_id: str
+    ) -> ToolResult:
+        """Wait for a call that is recorded as begun, and store its result."""
         try:
-            result = await self._call(tenant, session, name, arguments, by, call_id)
+            result = await work
+            try:
+                await self._idempotency.finish(key, digest, result.packed())
+            except StoreFailed as failed:
+                log.error(
+                    "the result of a call of %s will not outlive this process: %s", key[0], failed.message
+                )
+            return result
         except asyncio.CancelledError:
-            await asyncio.shield(self._idempotency.fence(key))  # it may have had some effect
+            if not self._leaving:  # else the next process may go on with it
+                await asyncio.shield(self._idempotency.fence(key))  # it may have had some effect
             raise
         except (Unavailable, Timeout):
             raise  # unknown whether it had an effect: it stays recorded as begun
         except GatewayError:
             await self._idempotency.forget(key)  # it had no effect: it may be repeated
             raise
+        finally:
+            if not self._leaving:
+                self._shells.told(exec_id)
+
+    # --- across a restart of the gateway ---------------------------------------------------------------
+
+    async def leave(self) -> None:
+        """Leave the calls and commands that are held to the next process, and tell their callers so."""
+        self._leaving = True
+        for tenant, call_id in await self._shells.leave():
+            if (running := self._running.get((tenant, "call", call_id))) is not None:
+                running.leave()
+
+    async def _take_over(self, left: LeftBehind) -> None:
+        """Go on with what an earlier process left behind, if anybody may still want it."""
+        call, running = left.call, False
+        key: Key = (left.tenant, "call", "" if call is None else call.id)
         try:
-            await self._idempotency.finish(key, digest, result.packed())
-        except StoreFailed as failed:
-            log.error("the result of a call of %s will not outlive this process: %s", tenant, failed.message)
+            if call is not None:
+                digest = bytes.fromhex(call.digest)
+                running = self._idempotency.begun(key, digest)
+            if not running if left.in_front else left.session is None:
+                self._shells.discard(left)
+                return
+            root = await self._runtime.filesystem(left.tenant)
+            if left.session is None:
+                session = ToolSession(cwd=left.cwd)
+            else:
+                session = self.sessions.open(left.tenant, left.session, False)
+            self._shells.take_over(root, session, left)
+        except (GatewayError, ValueError) as error:
+            log.warning("exec %s of %s is not gone on with: %s", left.exec_id, left.tenant, error)
+            self._shells.discard(left)
+            return
+        if call is not None and running:
+            work = partial(self._finish, key, digest, root, session, left, call)
+            self._begin(key, digest, work).expect(min(call.linger, self._settings.call_linger))
+
+    async def _finish(
+        self,
+        key: Key,
+        digest: bytes,
+        root: FilesystemRoot,
+        session: ToolSession,
+        left: LeftBehind,
+        call: LastingCall,
+    ) -> ToolResult:
+        """Finish a call of an earlier process."""
+        work = self._finished(root, session, left, call)
+        return await self._recorded(key, digest, work, left.exec_id)
+
+    async def _finished(
+        self, root: FilesystemRoot, session: ToolSession, left: LeftBehind, call: LastingCall
+    ) -> ToolResult:
+        who = {"call": call.event, "by": call.by, "callId": call.id}
+        with self._told(left.tenant, session, "Bash", who, call.began) as outcome:
+            async with self._turns.during(root, session, "Bash", {}, call.by) as note:
+                result = await self._shells.resume(root, session, left)
+                note(result)
+            outcome(result)
+        await self.sessions.keep(left.tenant, session)
         return result
 
     async def give_up(self, tenant: str, call_id: str) -> None:
@@ -318,35 +337,63 @@ class Toolbox:
         arguments: Mapping[str, Any],
         by: str,
         call_id: str | None,
+        *,
+        exec_id: str = "",
+        call: LastingCall | None = None,
+        begin: Callable[[], Awaitable[None]] | None = None,
     ) -> ToolResult:
-        began = time.perf_counter()
         told = {key: str(arguments[key])[:200] for key in _TOLD if isinstance(arguments.get(key), str)}
-        who: dict[str, Any] = {"call": f"c-{secrets.token_hex(8)}", "by": by}  # in both events of the call
+        who = {"call": _event_id() if call is None else call.event, "by": by}  # in both events of the call
         if call_id is not None:
             who["callId"] = call_id
         started: dict[str, Any] = {"name": name, "input": told, **who}
-        exec_id = ""
-        if name == "Bash":
-            started["exec"] = exec_id = f"x-{secrets.token_hex(8)}"
+        if exec_id:
+            started["exec"] = exec_id
         self._bus.publish("tool.started", tenant, started)
-        session.holders += 1  # it must not make room for another meanwhile
-        outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
-        try:
+        with self._told(tenant, session, name, who, time.time()) as outcome:
             root = await self._runtime.filesystem(tenant)
             async with self._turns.during(root, session, name, arguments, by) as note:
                 if name in SHELL_TOOLS:
-                    result = await self._shells.call(root, session, name, arguments, exec_id=exec_id, by=by)
+                    result = await self._shells.call(
+                        *(root, session, name, arguments),
+                        exec_id=exec_id,
+                        by=by,
+                        call_id=call_id,
+                        call=call,
+                        begin=begin,
+                    )
                 else:
                     result = await self._files.call(root, session, name, arguments)
                 note(result)
-            outcome = {"isError": result.is_error, "code": result.code}
+            outcome(result)
+        if name == "Bash":
+            await self.sessions.keep(tenant, session)
+        if name in _WRITES and not result.is_error:
+            file_written(self._bus, tenant, told.get("file_path", ""), by, name)
+        return result
+
+    @contextlib.contextmanager
+    def _told(
+        self, tenant: str, session: ToolSession, name: str, who: Mapping[str, Any], began: float
+    ) -> Iterator[Callable[[ToolResult], None]]:
+        """Publish how a call ends, of which the block tells the result."""
+        outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
+        session.holders += 1  # it must not make room for another meanwhile
+        try:
+            yield lambda result: outcome.update(isError=result.is_error, code=result.code)
         except GatewayError as error:
             outcome["code"] = error.code
             raise
         finally:
             session.holders -= 1
-            ms = round((time.perf_counter() - began) * 1000, 3)
-            self._bus.publish("tool.finished", tenant, {"name": name, **who, "ms": ms, **outcome})
-        if name in _WRITES and not result.is_error:
-            file_written(self._bus, tenant, told.get("file_path", ""), by, name)
-        return result
+            if not self._leaving or outcome["code"] != "cancelled":  # else the next process tells
+                ms = round((time.time() - began) * 1000, 3)
+                self._bus.publish("tool.finished", tenant, {"name": name, **who, "ms": ms, **outcome})
+
+
+def _event_id() -> str:
+    return f"c-{secrets.token_hex(8)}"
+
+
+def _exec_id(name: str) -> str:
+    return f"x-{secrets.token_hex(8)}" if name == "Bash" else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import os
 import random
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gateway.errors import Conflict
 from gateway.events import Bus, MemoryJournal
 from gateway.execs import Execs, Reading
 from gateway.holder.holder import Holder, held_at
@@ -19,11 +22,16 @@ from gateway.idempotency import Idempotency
 from gateway.incus import Incus, Memory
 from gateway.incus.frames import BINARY, Frames
 from gateway.incus.memory import Log
+from gateway.rootfs.workers import Workers
 from gateway.runtime import Adopted
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
+from gateway.shells import Shells
+from gateway.shells.record import mark
+from gateway.shells.shell_command import Shell
 from gateway.storage.store import Store
+from gateway.tools.session import ToolSession
 from tests.waits import until
 
 OWN = {
@@ -62,6 +70,36 @@ FACTS = {
     },
 }
 
+CALL = {
+    "id": "call-1",
+    "digest": "00ff",
+    "linger": 30.0,
+    "event": "c-1",
+    "by": "me",
+    "began": 1_700_000_000.0,
+}
+PURPOSE = {
+    "shell": "bash_0123abcd",
+    "session": "agent",
+    "cwd": None,
+    "phase": "background",
+    "seconds": 120.0,
+    "until": 1_700_000_120.0,
+    "meaning": None,
+    "call": CALL,
+    "notes": [],
+    "offsets": {"stdout": 6, "stderr": 2},
+    "size": 8,
+    "characters": 8,
+    "pending": "",
+    "head": 0,
+    "shown": False,
+    "file": -1,
+    "taken": {"stdout": 2, "stderr": 0},
+    "last": ["0123", {"stdout": 0, "stderr": 0}],
+    "killer": None,
+}
+
 
 class Adopting(LocalRuntime):
     """The local runtime, but adopting held commands of containers."""
@@ -87,8 +125,8 @@ async def settings(tmp_path: Path) -> AsyncIterator[Settings]:
     holder_process.stop(settings)
 
 
-def ended(facts: Any) -> Memory:
-    """Return the memory of a command that has printed something and ended."""
+def ended(facts: Any, purpose: Any = None) -> Memory:
+    """Return the memory of a command that has printed something and ended, of Bash if it has a purpose."""
     memory = Memory.made()
     for area, printed in (("first", b"hello\n"), ("second", b"\x01K\nerr\n")):
         log = Log(memory, area, None)
@@ -98,6 +136,8 @@ def ended(facts: Any) -> Memory:
         Frames(log).feed(log.landed(len(frame)))
         log.close()
     memory.write_facts(facts)
+    if purpose is not None:
+        memory.write_facts(purpose, "purpose")
     return memory
 
 
@@ -153,3 +193,75 @@ async def test_facts_of_any_kind_are_taken_over_or_let_go_of(settings: Settings)
                 assert 0 < kept < 151
         await until(lambda: held_at(settings.holder_socket) < 151)
     assert len(os.listdir("/proc/self/fd")) <= before + 151
+
+
+@contextlib.asynccontextmanager
+async def taken_over(settings: Settings) -> AsyncIterator[dict[str, Shell]]:
+    """Go on with the commands of Bash that are held, as in one session; yields those by exec."""
+    async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
+        with contextlib.suppress(Conflict):
+            await runtime.create("demo")
+        async with (
+            Store(settings.state_dir / "records") as store,
+            Workers(settings, tenants=runtime.tenants) as workers,
+        ):
+            receipts = await Idempotency.opened(store, settings)
+            async with (
+                Execs(runtime, Bus(MemoryJournal(1000)), receipts, settings) as execs,
+                Shells(execs, workers, settings) as shells,
+            ):
+                session, found = ToolSession(lifetime="named", name="agent"), dict[str, Shell]()
+                for left in shells.left_behind():
+                    if left.in_front:  # of a call that nobody knows
+                        shells.discard(left)
+                        continue
+                    shells.take_over(await runtime.filesystem("demo"), session, left)
+                    assert left.shell is not None
+                    found[left.exec_id] = left.shell
+                await asyncio.wait([asyncio.ensure_future(one.task) for one in found.values()] or [done()])
+                yield found
+
+
+def done() -> asyncio.Future[None]:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
+
+
+async def test_a_background_shell_returns_what_it_has_not_returned(settings: Settings) -> None:
+    """From where its last answer began for the call that may not have got it, from its end for any other."""
+    for call, expected in (("another", ("llo\n", "err\n")), ("same", ("hello\n", "err\n"))):
+        purpose = {**PURPOSE, "last": [mark("same"), {"stdout": 0, "stderr": 0}]}
+        await put(settings, [ended({"format": 1, "own": OWN, "facts": FACTS}, purpose)])
+        async with taken_over(settings) as found:
+            one = found["mine"]
+            one.asked(call)
+            looks = {name: unread.look(final=True, lines=False) for name, unread in one.unread.items()}
+            assert (looks["stdout"][0], looks["stderr"][0]) == expected
+            assert (one.status, one.record.size) == ("failed", 10)
+        await until(lambda: held_at(settings.holder_socket) == 0)
+
+
+async def test_a_purpose_of_any_kind_is_taken_over_or_let_go_of(settings: Settings) -> None:
+    """Whatever it says, the others go on, and no descriptor stays."""
+    random.seed(6)
+    wrong: list[Any] = [None, -1, 2, 1 << 62, "x", [], {}, [[]], {"a": 1}, {"stdout": -1}, 1e300, True]
+    memories = []
+    for number in range(60):  # of more the first would not be kept
+        purpose = {**copy.deepcopy(PURPOSE), "shell": f"bash_{number:08x}"}
+        for key in random.sample(sorted(purpose), random.randint(0, 3)):
+            if random.random() < 0.2:
+                del purpose[key]
+            else:
+                purpose[key] = random.choice(wrong)
+        own = {**OWN, "merged": random.random() < 0.5}
+        if random.random() < 0.1:
+            own["starting"] = random.choice(wrong)
+        facts = {**FACTS, "id": f"x{number}"}
+        memories.append(ended({"format": 1, "own": own, "facts": facts}, purpose))
+    await put(settings, memories)
+    before = len(os.listdir("/proc/self/fd"))
+    async with taken_over(settings) as found:
+        assert 5 < len(found) < 55
+    await until(lambda: held_at(settings.holder_socket) == 0)
+    assert len(os.listdir("/proc/self/fd")) <= before + 8

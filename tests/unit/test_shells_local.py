@@ -78,8 +78,8 @@ def test_output_that_nobody_asked_for_is_in_the_tenants_share() -> None:
     share = Budget(1 << 30, 1 << 20).tenant("demo")
     kept = [Unread(share) for _ in range(300)]
     for one in kept:
-        for _ in range(50):
-            one.add(b"line\n" * 1000)
+        for number in range(50):
+            one.add(b"line\n" * 1000, 5000 * number)
     assert share.held <= (1 << 20) + 300 * 2 * (8 << 10)
     text, _, lost = kept[-1].look(final=True, lines=False)
     assert text.endswith("line\n") and lost == 250_000 - len(text)

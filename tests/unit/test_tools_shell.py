@@ -52,12 +52,12 @@ def words(answer: Any) -> str:
 
 def test_a_termination_is_named_once() -> None:
     for text in ("", "Terminated\n", "bash: line 1: 7 Terminated"):
-        answer = shell.finished("x", printed(text), 143, (), {})
+        answer = shell.finished(None, printed(text), 143, (), {})
         assert words(answer).count("Terminated") == 1 and answer.is_error
 
 
 def test_a_note_comes_after_what_is_kept_of_an_error() -> None:
-    answer = shell.finished("x", printed("y\n" * 20_000), 1, ("a note",), {})
+    answer = shell.finished(None, printed("y\n" * 20_000), 1, ("a note",), {})
     text = words(answer)
     assert text.startswith("Exit code 1\ny\n") and text.endswith("y\na note") and len(text) < 10_100
     assert answer.structured["truncated"]
@@ -65,7 +65,7 @@ def test_a_note_comes_after_what_is_kept_of_an_error() -> None:
 
 def test_both_ends_of_an_error_that_is_not_all_in_memory() -> None:
     many = shell.Printed(10**9, 10**9, "head\n" * 24_000, "tail\n" * 24_000, False)
-    text = words(shell.finished("x", many, 1, (), {}))
+    text = words(shell.finished(None, many, 1, (), {}))
     assert text.startswith("Exit code 1\nhead\n") and text.endswith("\ntail")
     assert "... [9999" in text
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from gateway import protocol
 from gateway.api.connection.family import Answer, Family, Method
+from gateway.tools.running import Left
 
 
 class ToolMethods(Family):
@@ -24,15 +26,19 @@ class ToolMethods(Family):
         session = self._peer.session
         assert session is not None
         token = self._peer.require(self._hub.toolbox.scope(params.name))
-        result = await self._hub.toolbox.call(
-            self._tenant,
-            session,
-            params.name,
-            params.arguments,
-            by=token.subject,
-            call_id=params.call_id,
-            linger=None if params.linger_ms is None else params.linger_ms / 1000,
-        )
+        try:
+            result = await self._hub.toolbox.call(
+                self._tenant,
+                session,
+                params.name,
+                params.arguments,
+                by=token.subject,
+                call_id=params.call_id,
+                linger=None if params.linger_ms is None else params.linger_ms / 1000,
+            )
+        except Left:  # no answer is one: the socket is about to close, and clients ask again after that
+            await asyncio.get_running_loop().create_future()
+            raise
         return Answer(result.encoded)
 
     def _most(self, params: protocol.ToolsCall) -> int:

@@ -22,7 +22,7 @@ from gateway.incus import ExecSockets, Incus, Memory
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.command_cgroup import CommandCgroup, commands, lives, of_init
 from gateway.rootfs.process_tree import of_command
-from gateway.runtime import Adopted, ExecSpec, Process, Pty
+from gateway.runtime import Adopted, ExecSpec, Process, Pty, StreamName
 from gateway.runtime.incus.errors import in_time, translated
 from gateway.runtime.incus.held import FORMAT, Held, close, kept
 from gateway.runtime.incus.inside import Inside
@@ -259,15 +259,25 @@ class Commands:
                 sockets = None
             holding = Held(holder, name, memory, sockets, own)
             if sockets is None:
-                return Adopted(facts, own["pid"], own["started"], holding, kept(memory, own), None)
+                told, report = kept(memory, own)
+                return Adopted(facts, own["pid"], own["started"], holding, told, None, report)
             cgroup = None
             if own["cgroup"] is not None:
                 cgroup = self._group(own["tenant"], Path(own["cgroup"]), own["exec"])
             limit = self.settings.cancel_timeout
             process = IncusProcess.adopted(self.inside, limit, own, sockets, cgroup)
-            process.holding = holding
+            process.hold(holding)
             self._processes.add(process)
-            outputs = process.caught_up(own)
+            if "starting" in own:
+                outputs: dict[StreamName, tuple[int, bytes]] = {}
+                try:
+                    async with asyncio.timeout(self.settings.exec_start_timeout):
+                        await process.go_on(int(own["starting"]), stdin=bool(facts["stdin"]))
+                except BaseException:
+                    await process.aclose()
+                    raise
+            else:
+                outputs = process.caught_up(own)
             self._adopted.add(own["exec"])
             return Adopted(facts, process.pid, process.started_at, holding, outputs, process)
         except BaseException:

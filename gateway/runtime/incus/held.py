@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from gateway.holder.holder import Holder
 from gateway.incus import ExecSockets, Memory, outputs
-from gateway.runtime import StreamName
+from gateway.runtime import REPORT_MAX, StreamName
 
 FORMAT: Final = 1  # version of the facts; other versions are not adopted
 
@@ -53,6 +53,10 @@ class Held:
     def safe(self) -> bool:
         return self._holder.there
 
+    def runs(self, own: Mapping[str, Any]) -> None:
+        """Have these facts in the place of those that it began with, from the next `note` on."""
+        self._own = own
+
     def note(self, facts: Mapping[str, Any]) -> None:
         if self._over:
             return
@@ -83,6 +87,23 @@ class Held:
         if not self._over:
             self._accounts.write(accounts)
 
+    def purpose(self) -> Mapping[str, Any]:
+        try:
+            return self._memory.read_facts("purpose")
+        except ValueError:  # none was noted
+            return {}
+
+    def note_purpose(self, facts: Mapping[str, Any]) -> None:
+        if not self._over:
+            self._memory.write_facts(facts, "purpose")
+
+    def begin_with(self, at: int, data: bytes) -> None:
+        if not self._over:
+            self._memory.beginning[at : at + len(data)] = data
+
+    def beginning(self, size: int) -> bytes:
+        return bytes(self._memory.beginning[:size])
+
     def drop(self) -> None:
         if not self._over:
             self._holder.drop(self._name)
@@ -100,15 +121,27 @@ def cut(start: int, data: bytes, skip: int) -> tuple[int, bytes]:
     return max(0, start - skip), data[max(0, skip - start) :]
 
 
-def kept(memory: Memory, own: Mapping[str, Any]) -> dict[StreamName, tuple[int, bytes]]:
-    """Return the kept outputs of an ended command, each with its start offset. Raises `ValueError`."""
+def streams_of(own: Mapping[str, Any]) -> tuple[StreamName, ...]:
+    """Return which outputs a command has; a merged one's other socket brings its report."""
+    return ("stdout",) if own["terminal"] or own.get("merged") else ("stdout", "stderr")
+
+
+def kept(memory: Memory, own: Mapping[str, Any]) -> tuple[dict[StreamName, tuple[int, bytes]], bytes]:
+    """Return the outputs that are kept of an ended command, and its report. Raises `ValueError`."""
     found = outputs(memory, terminal=bool(own["terminal"]))
-    streams: tuple[StreamName, ...] = ("stdout",) if own["terminal"] else ("stdout", "stderr")
     told: dict[StreamName, tuple[int, bytes]] = {}
-    for stream in streams:
+    for stream in streams_of(own):
         fd, skip = socket_of(stream, own)
         told[stream] = cut(*found[fd], skip)
-    return told
+    if not own.get("merged"):
+        return told, b""
+    fd, skip = socket_of("stderr", own)
+    return told, reported(*cut(*found[fd], skip))
+
+
+def reported(start: int, data: bytes) -> bytes:
+    """Return a report by what is kept of it; one whose front is gone was too long to say anything."""
+    return bytes(REPORT_MAX) if start else data[:REPORT_MAX]
 
 
 def close(descriptors: list[int]) -> None:

@@ -16,7 +16,7 @@ from gateway.incus import RELIEF, ExecSockets, IncusError, Lost, Operation
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.rootfs.process_tree import Member
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Holding, Killed, StreamName
-from gateway.runtime.incus.held import Held, cut, socket_of
+from gateway.runtime.incus.held import Held, cut, reported, socket_of, streams_of
 from gateway.runtime.incus.inside import Inside
 from gateway.runtime.launcher import Account, Preamble, command_line
 
@@ -62,6 +62,7 @@ class IncusProcess:
         self.pid = 0
         self.started_at = 0.0
         self.holding: Holding | None = None
+        self._held: Held | None = None  # the same, as its own class
         self._holder = holder
         self._fed = 0  # bytes fed to the preamble
         self._sending: asyncio.Task[None] | None = None  # sends the input an earlier process accepted last
@@ -94,17 +95,29 @@ class IncusProcess:
         if spec.pty is not None:  # a terminal that is not ready yet would echo the line
             await self.ready()
             await self.resize(spec.pty.cols, spec.pty.rows)
-        await self._sockets.write(order.line())
+        line, memory = order.line(), self._sockets.memory
+        if memory is not None and self._holder is not None and spec.outlive:
+            name, own = f"command/{self._exec_id}", {**self._facts(0), "starting": len(line)}
+            self.hold(Held(self._holder, name, memory, self._sockets, own))
+        if spec.before is not None:
+            await spec.before(self.holding)
+        await self._sockets.write(line)
         if not spec.stdin and spec.pty is None:
             await self._sockets.close_stdin()
         await self._feed(until_ready=False)
-        self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
-        memory = self._sockets.memory
-        if memory is None or self._holder is None or not spec.outlive or self._merged:
+        self._begun()
+        if self.holding is None:
             self._sockets.forgo()
-        else:
-            own = self._facts(self._fed - len(preamble.rest))
-            self.holding = Held(self._holder, f"command/{self._exec_id}", memory, self._sockets, own)
+
+    def hold(self, held: Held) -> None:
+        """Have it outlive this process."""
+        self.holding = self._held = held
+
+    def _begun(self) -> None:
+        preamble = self._preamble
+        self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
+        if self._held is not None:
+            self._held.runs(self._facts(self._fed - len(preamble.rest)))
 
     def _facts(self, skip: int) -> dict[str, Any]:
         """Return what another gateway process needs to continue the command: see `adopted`."""
@@ -114,6 +127,7 @@ class IncusProcess:
             "pid": self.pid,
             "started": self.started_at,
             "terminal": self._sockets.terminal,
+            "merged": self._merged,
             "path": self._preamble.terminal,
             "method": self._preamble.method,
             "cgroup": None if self._group is None else str(self._group.path),
@@ -131,12 +145,24 @@ class IncusProcess:
     ) -> IncusProcess:
         """Continue a command of an earlier process from its recorded facts."""
         self = cls(inside, limit, str(own["tenant"]), str(own["exec"]), sockets, cgroup)
-        self.pid, self.started_at = int(own["pid"]), float(own["started"])
         self._sending = asyncio.create_task(sockets.flush(), name=f"input of {self._exec_id}")
-        self._preamble.went(self.pid, own["method"], str(own["path"]))
-        if not sockets.terminal:
-            self.streams = ("stdout", "stderr")
+        self.streams, self._merged = streams_of(own), bool(own.get("merged"))
+        if "starting" not in own:
+            self.pid, self.started_at = int(own["pid"]), float(own["started"])
+            self._preamble.went(self.pid, own["method"], str(own["path"]))
         return self
+
+    async def go_on(self, starting: int, *, stdin: bool) -> None:
+        """Return once a command runs whose line, of so many bytes, an earlier process sent last.
+
+        Raises `ValueError` where that had not sent all of it, and what `begin` raises.
+        """
+        if self._sockets.position < starting:
+            raise ValueError("it was not told what to run")
+        if not stdin and not self._sockets.terminal:  # once more does no harm
+            await self._sockets.close_stdin()
+        await self._feed(until_ready=False)
+        self._begun()
 
     def caught_up(self, own: Mapping[str, Any]) -> dict[StreamName, tuple[int, bytes]]:
         """Return what has arrived of each output, with its start offset. Call once, before `read`."""
@@ -145,6 +171,10 @@ class IncusProcess:
             fd, skip = socket_of(stream, own)
             start = self._sockets.start(fd)
             told[stream] = cut(start, self._sockets.take(fd), skip)
+        if self._merged:
+            fd, skip = socket_of("stderr", own)
+            start = self._sockets.start(fd)
+            self.report = reported(*cut(start, self._sockets.take(fd), skip))
         return told
 
     async def _feed(self, *, until_ready: bool) -> None:
@@ -205,6 +235,8 @@ class IncusProcess:
         if self._merged:
             while said := await self.read("stderr"):
                 self.report = (self.report + said)[:REPORT_MAX]
+                if self.holding is not None and len(self.report) == REPORT_MAX:
+                    self.holding.keep("stderr", 1 << 62)  # no folder's name: the next process may not know it
         try:
             operation = await self._result()
         except IncusError as error:
@@ -276,6 +308,9 @@ class IncusProcess:
                 if cgroup is not None:
                     await cgroup.kill(0, self._limit)
         await self.aclose()
+        if self.holding is not None:
+            self.holding.drop()
+            self.holding = self._held = None
 
     def _cgroup(self) -> CommandCgroup | None:
         if self._preamble.ready and self._preamble.method != "cgroup":

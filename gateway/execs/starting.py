@@ -1,0 +1,47 @@
+"""What is noted of a command before it begins, so that the next process of the gateway goes on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.execs.shown import listed
+from gateway.runtime import ExecSpec, Holding
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """A command that is being started; see `Execs.start`. `deadline` is in seconds since the epoch."""
+
+    exec_id: str
+    tenant: str
+    spec: ExecSpec
+    deadline: float | None
+    linger: float
+    by: str
+    once: bool
+    purpose: Mapping[str, Any] | None
+    before: Callable[[], Awaitable[None]] | None
+
+    async def note(self, holding: Holding | None) -> None:
+        """Note it; called when nothing of it has happened."""
+        if self.before is not None:
+            await self.before()
+        if holding is None:
+            return
+        if self.purpose is not None:
+            holding.note_purpose(self.purpose)
+        holding.note(
+            {
+                "starting": {"by": self.by},
+                **{"id": self.exec_id, "tenant": self.tenant},
+                "argv": listed(self.spec),
+                "asked": self.spec.digest().hex(),
+                "pty": None if self.spec.pty is None else [self.spec.pty.cols, self.spec.pty.rows],
+                "stdin": self.spec.stdin,
+                **{"linger": self.linger, "lingers": None},
+                **{"deadline": self.deadline, "once": self.once},
+                **{"ending": None, "owed": None, "places": [], "over": None},
+            }
+        )

@@ -1,0 +1,279 @@
+"""The Bash commands of all tool sessions: their start, their time in the background, their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+from weakref import WeakKeyDictionary
+
+from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge
+from gateway.execs import Exec, Execs
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.workers import Workers
+from gateway.runtime import ExecSpec, Killed
+from gateway.settings import Settings
+from gateway.shells.printed import OutputFile
+from gateway.shells.record import Record, parsed
+from gateway.shells.shell_command import Shell
+from gateway.tools import shell
+from gateway.tools.answer import ToolFailure
+from gateway.tools.call import failure
+from gateway.tools.lasting import LastingCall
+from gateway.tools.session import ToolSession
+
+log = logging.getLogger(__name__)
+
+_BRIEF: Final = 1.0  # seconds for calls that end with this process to be answered
+
+
+@dataclass(slots=True)
+class LeftBehind:
+    """A Bash command of an earlier process; see `gateway.tools.lasting`. `shell` is there once it goes on."""
+
+    exec_: Exec
+    record: Record
+    shell: Shell | None = None
+
+    @property
+    def tenant(self) -> str:
+        return self.exec_.tenant
+
+    @property
+    def exec_id(self) -> str:
+        return self.exec_.id
+
+    @property
+    def session(self) -> str | None:
+        return self.record.session
+
+    @property
+    def cwd(self) -> str | None:
+        return self.record.cwd
+
+    @property
+    def call(self) -> LastingCall | None:
+        return self.record.call
+
+    @property
+    def in_front(self) -> bool:
+        return self.record.phase == "front"
+
+
+class Commands:
+    """The commands of all tool sessions. One in the background belongs to its session."""
+
+    def __init__(self, execs: Execs, workers: Workers, settings: Settings) -> None:
+        self.leaving = False
+        self._execs = execs
+        self._workers = workers
+        self._settings = settings
+        self._of: WeakKeyDictionary[ToolSession, dict[str, Shell]] = WeakKeyDictionary()
+        self._all: set[asyncio.Task[None]] = set()
+        self._live: set[Shell] = set()  # whose output is not copied to its end
+
+    async def close(self) -> None:
+        """End every command, but for those that were left."""
+        for session in list(self._of):
+            await self.end_all(session)
+        for task in self._all:
+            task.cancel()
+        await asyncio.gather(*self._all, return_exceptions=True)
+
+    async def start(
+        self,
+        root: FilesystemRoot,
+        record: Record,
+        command: str,
+        exec_id: str,
+        by: str,
+        begin: Callable[[], Awaitable[None]] | None,
+    ) -> Shell:
+        """Start a command, after `begin`. Raises `ToolFailure`, and what `Execs.start` raises."""
+        shown, cwd = ("bash", "-c", command), record.cwd
+        if record.phase == "background":
+            spec = ExecSpec(("/bin/bash", "-c", command), cwd=cwd, shown=shown)
+        else:
+            argv = ("/bin/bash", "-c", shell.SCRIPT, "bash", command)
+            spec = ExecSpec(argv, cwd=cwd, merged=True, shown=shown)
+        purpose = record.facts() if record.lasting else None
+        try:
+            exec_ = await self._execs.start(
+                root.tenant, spec, exec_id=exec_id, by=by, purpose=purpose, before=begin
+            )
+        except (TooLarge, InvalidParams) as error:
+            raise failure("Bash", error) from None
+        return self._made(root, record, command, exec_)
+
+    def _made(self, root: FilesystemRoot, record: Record, command: str, exec_: Exec) -> Shell:
+        file = OutputFile(self._workers, root, f"{record.shell}.txt", self._settings)
+        one = Shell(record, command, exec_, file, self._settings.bash_printed_max)
+        self._all.add(one.task)
+        self._live.add(one)
+        one.task.add_done_callback(self._all.discard)
+        one.task.add_done_callback(lambda _: self._live.discard(one))
+        return one
+
+    def busy(self, session: ToolSession) -> bool:
+        """Return whether a command of a session runs."""
+        return any(not one.task.done() for one in self._of.get(session, {}).values())
+
+    async def end_all(self, session: ToolSession) -> None:
+        """End every command of a session and forget them; return when their process trees are gone.
+
+        A command in the foreground at that moment can no longer go to the background.
+        """
+        session.ended = True
+        shells = [one for one in self._of.pop(session, {}).values() if not one.left]
+        await asyncio.gather(*(self.end(one) for one in shells if not one.task.done()))
+        for one in shells:
+            self.drop(one)
+
+    async def end(self, one: Shell) -> None:
+        """End a command's process tree and wait until its output is copied."""
+        try:
+            await self.cancel(one)
+        except (GatewayError, TimeoutError) as error:
+            log.warning("shell %s of %s could not be ended: %s", one.id, one.tenant, error)
+        await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
+
+    def drop(self, one: Shell) -> None:
+        """Keep nothing of an ended command for the next process; a running one is still needed."""
+        with contextlib.suppress(NotFound):
+            exec_ = self._execs.get(one.tenant, one.exec_id)
+            if exec_.ended.done() and not self.leaving:
+                exec_.let_go()
+
+    async def cancel(self, one: Shell) -> Killed:
+        return await self._execs.cancel(self._execs.get(one.tenant, one.exec_id))
+
+    def make_room(self, session: ToolSession) -> None:
+        """Raise `ToolFailure` if the session may have no more shells; forget old ended ones."""
+        if session.ended:
+            raise ToolFailure("gone", "This tool session has ended; open a new one.")
+        if session.lifetime == "call":
+            raise ToolFailure(
+                "conflict",
+                "Commands in the background need a tool session that outlives this call: "
+                "name one with X-Tool-Session, or use a websocket.",
+            )
+        shells = self._of.setdefault(session, {})
+        running = sum(one.status == "running" for one in shells.values())
+        if running >= self._settings.max_shells:
+            raise ToolFailure(
+                "rate_limited",
+                f"{running} commands run in the background, the most allowed; end one with KillShell first.",
+                limit=self._settings.max_shells,
+            )
+        for one in [one for one in shells.values() if one.status != "running"]:
+            if len(shells) < self._settings.shells_kept:
+                break
+            self.drop(shells.pop(one.id))
+
+    async def to_background(self, session: ToolSession, started: Shell) -> None:
+        """Hand a running command over to its session, until its time is over. Raises `ToolFailure`."""
+        self.make_room(session)  # check again, since others may have been started meanwhile
+        self._of.setdefault(session, {})[started.id] = started
+        if started.record.phase == "front":
+            started.record.phase = "moved"
+        started.note()
+        self._due(started)
+        await self._saved(started)
+
+    def _due(self, one: Shell) -> None:
+        """Have a command in the background end at its time."""
+        if not one.over.done():
+            left, grace = max(0.0, one.record.until - time.time()), self._settings.cancel_grace
+            exec_ = self._execs.get(one.tenant, one.exec_id)
+            one.timer = asyncio.get_running_loop().call_later(left, exec_.end, "timeout", grace)
+
+    async def _saved(self, one: Shell) -> None:
+        await one.save()
+        one.let_go()
+
+    async def find(self, session: ToolSession, shell_id: str) -> Shell:
+        """Return a shell of the session, with all its output if its command has ended."""
+        one = self._of.get(session, {}).get(shell_id)
+        if one is None:
+            raise shell.unknown(shell_id)
+        if one.over.done():
+            await asyncio.wait([one.task])
+        await one.caught_up()
+        return one
+
+    def has(self, session: ToolSession, one: Shell) -> bool:
+        """Return whether a command is in the background of a session."""
+        return one.id in self._of.get(session, {})
+
+    def forget(self, session: ToolSession, one: Shell) -> None:
+        """Have a command be no longer in the background of a session."""
+        self._of.get(session, {}).pop(one.id, None)
+
+    # --- across a restart of the gateway ----------------------------------------------------------------
+
+    def left_behind(self) -> Iterator[LeftBehind]:
+        """Yield the commands of an earlier process; go on with each by `take_over`, or `discard` it."""
+        for exec_ in self._execs.left_behind():
+            try:
+                if not exec_.purpose.held:
+                    raise ValueError("too many others have ended since")
+                record = parsed(exec_.purpose.found)
+            except ValueError as error:
+                log.warning("exec %s of %s cannot be gone on with: %s", exec_.id, exec_.tenant, error)
+                self.discard(exec_)
+            else:
+                yield LeftBehind(exec_, record)
+
+    def discard(self, exec_: Exec) -> None:
+        """End a command of an earlier process that nobody wants."""
+        task = asyncio.create_task(self._discard(exec_), name=f"end {exec_.id}")
+        self._all.add(task)
+        task.add_done_callback(self._all.discard)
+
+    async def _discard(self, exec_: Exec) -> None:
+        if exec_.reader is not None:
+            exec_.reader.close()
+        if not exec_.ended.done():
+            with contextlib.suppress(GatewayError, TimeoutError):
+                await self._execs.cancel(exec_, 0)
+        await asyncio.shield(exec_.ended)
+        exec_.let_go()
+
+    def take_over(self, root: FilesystemRoot, session: ToolSession, left: LeftBehind) -> None:
+        """Go on with a command: in front of the call that is to follow by `resume`, or in the background."""
+        exec_, record = left.exec_, left.record
+        words = exec_.spec.argv
+        one = left.shell = self._made(root, record, words[2] if len(words) > 2 else "", exec_)
+        one.file.take_over(record.file)
+        if record.phase != "front":
+            self._of.setdefault(session, {})[one.id] = one
+            self._due(one)
+            saving = asyncio.create_task(self._saved(one), name=f"file of {one.id}")
+            self._all.add(saving)
+            saving.add_done_callback(self._all.discard)
+
+    async def leave(self) -> set[tuple[str, str]]:
+        """Leave the commands that are held to the next process, and note nothing of them any more.
+
+        Return the tenants and ids of the calls that it is to answer. One in front of a call that cannot be
+        repeated is ended, so that it is answered.
+        """
+        self.leaving = True
+        held, ending = [one for one in self._live if one.held], list[asyncio.Task[None]]()
+        for one in held:
+            if one.record.phase == "front" and one.record.call is None:
+                ending.append(asyncio.create_task(self.end(one)))
+                continue
+            with contextlib.suppress(NotFound):
+                one.left = self._execs.get(one.tenant, one.exec_id).leave()
+        left = [one for one in held if one.left]
+        for one in left:
+            one.task.cancel()
+        await asyncio.gather(*(one.task for one in left), return_exceptions=True)
+        if ending:  # what does not end in time the next process ends
+            await asyncio.wait(ending, timeout=_BRIEF)
+        return {(one.tenant, one.record.call.id) for one in left if one.record.call is not None}

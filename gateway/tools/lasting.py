@@ -1,0 +1,82 @@
+"""What runs Bash, BashOutput and KillShell, and the calls that the next process of the gateway finishes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gateway.rootfs import FilesystemRoot
+from gateway.tools.file_tools import ToolResult
+from gateway.tools.session import Background, ToolSession
+
+
+@dataclass(frozen=True, slots=True)
+class LastingCall:
+    """A call under its caller's id, as it is noted beside its command. Times are in seconds."""
+
+    id: str
+    digest: str  # of its input, in hexadecimal digits
+    linger: float  # that it goes on without its caller
+    event: str  # its id in events
+    by: str
+    began: float  # since the epoch
+
+
+class LeftBehind(Protocol):
+    """A command of an earlier process; `in_front` says that its call has not been answered."""
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def exec_id(self) -> str: ...
+
+    @property
+    def session(self) -> str | None:
+        """The name of its session, if that has one."""
+        ...
+
+    @property
+    def cwd(self) -> str | None:
+        """The session's folder when it began."""
+        ...
+
+    @property
+    def call(self) -> LastingCall | None: ...
+
+    @property
+    def in_front(self) -> bool: ...
+
+
+class ShellTools(Background, Protocol):
+    """Runs Bash, BashOutput and KillShell; `gateway.shells` implements it."""
+
+    async def call(
+        self,
+        root: FilesystemRoot,
+        session: ToolSession,
+        name: str,
+        arguments: object,
+        *,
+        exec_id: str,
+        by: str,
+        call_id: str | None = None,
+        call: LastingCall | None = None,
+        begin: Callable[[], Awaitable[None]] | None = None,
+    ) -> ToolResult: ...
+
+    def told(self, exec_id: str) -> None: ...
+
+    async def leave(self) -> set[tuple[str, str]]:
+        """Leave what is held to the next process; return the tenants and ids of its calls."""
+        ...
+
+    def left_behind(self) -> Iterator[Any]:  # of `LeftBehind`
+        ...
+
+    def discard(self, left: Any) -> None: ...
+
+    def take_over(self, root: FilesystemRoot, session: ToolSession, left: Any) -> None: ...
+
+    async def resume(self, root: FilesystemRoot, session: ToolSession, left: Any) -> ToolResult: ...
