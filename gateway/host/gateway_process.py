@@ -113,6 +113,8 @@ class GatewayProcess:
             raise
         if old is not None:  # it lets its last answers out
             self._await_end(old, self._settings.shutdown_timeout + 5.0)
+        self._reap(POLL * 100)
+        self._process = None  # the successor is not our child
         if ours:
             self._environments.tidy()
 

@@ -64,11 +64,14 @@ class HttpProtocol(H11Protocol):
     """uvicorn's own, which is cut where it is silent for too long."""
 
     silent: Silent
+    _made: float  # when the client connected, in the loop's time
+    _asked: float  # when the latest request began
+    _answered: object  # that request's cycle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
         self._made = self._asked = self.loop.time()
-        self._answered: object = None  # the request that was asked then
+        self._answered = None
         self.app_state = {**self.app_state, ABORT: partial(drop, transport)}
         self.silent.add(self)
 
