@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Page, expect
 
 from tests.e2e.conftest import CHECKOUT, OpenEditor
 from tests.e2e.editor import DEADLINE, Editor
@@ -18,11 +18,19 @@ from tests.integration.sites import Hosting
 
 AXE = CHECKOUT / "clients" / "web" / "node_modules" / "axe-core" / "axe.min.js"
 # A tab has its close button in it; the key Delete on the tab does the same.
-_FOUND = """async () => (await axe.run({exclude: ["iframe", ".xterm", ".cm-editor"]},
+_FOUND = """async (exclude) => (await axe.run({exclude},
   {iframes: false, runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"],
    rules: {"nested-interactive": {enabled: false}}})).violations.map(({id, nodes}) =>
   id + ": " + nodes.map(({html, any}) => html.slice(0, 120) + " " + (any[0]?.message ?? "")).join("\\n  "))
 """
+
+
+async def violations(page: Page, *but: str) -> list[str]:
+    """Return what axe-core finds in a page, but for parts of it."""
+    if not await page.evaluate("'axe' in window"):
+        await page.evaluate(AXE.read_text())
+    found: list[str] = await page.evaluate(_FOUND, ["iframe", ".xterm", *but])
+    return found
 
 
 async def picture(window: Editor, folder: Path, name: str) -> None:
@@ -30,9 +38,7 @@ async def picture(window: Editor, folder: Path, name: str) -> None:
     page = window.page
     await page.evaluate("document.fonts.ready.then(() => null)")
     await page.screenshot(path=folder / f"{name}.png", animations="disabled", caret="hide")
-    if not await page.evaluate("'axe' in window"):
-        await page.evaluate(AXE.read_text())
-    found: list[str] = await page.evaluate(_FOUND)
+    found = await violations(page, ".cm-editor")
     assert not found, name + "\n" + "\n".join(found)
 
 

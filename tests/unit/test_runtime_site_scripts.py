@@ -27,7 +27,7 @@ from gateway.runtime.incus import provisioning
 SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
 SCRIPTS: Final = [
     path for path in sorted(Path(gateway.__file__).parent.rglob("*.sh")) if "overlay" not in path.parts
-]
+] + sorted((Path(__file__).parents[2] / "clients/web/src").rglob("*.sh"))
 INCUS: Final = Path(provisioning.__file__).parent
 UID: Final = 65534
 NAMES: Final = (

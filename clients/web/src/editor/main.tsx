@@ -7,6 +7,7 @@ import "./style/shell.css";
 import "./style/views.css";
 import "./style/site.css";
 import "./style/agent.css";
+import "./style/servers.css";
 import { effect } from "@preact/signals";
 import { render } from "preact";
 import { agentUrl } from "./state/agent.js";
@@ -51,7 +52,7 @@ register(
     title: "Save",
     keys: "Mod-s",
     when: here,
-    run: () => void (doc() && current()?.documents.save(doc()!)),
+    run: () => void (doc() && current()?.save(doc()!)),
   },
   {
     id: "file.saveAll",

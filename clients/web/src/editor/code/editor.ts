@@ -113,6 +113,7 @@ const language = new Compartment();
 const label = new Compartment();
 const listening = new Compartment();
 const liking = new Compartment();
+const servers = new Compartment();
 
 function base(readOnly: boolean): Extension {
   return [
@@ -208,6 +209,7 @@ export async function makeState(text: string, path: string, readOnly: boolean): 
       EditorState.lineSeparator.of(separator(text)),
       indentUnit.of(indentation(text)),
       base(readOnly),
+      servers.of([]),
       language.of(await support(path, text.length)),
       listening.of([]),
       liking.of([]),
@@ -284,6 +286,16 @@ export interface Likes {
 export function like(view: EditorView, { wrap, tabWidth }: Likes): void {
   const liked = [EditorState.tabSize.of(tabWidth), wrap ? EditorView.lineWrapping : []];
   view.dispatch({ effects: liking.reconfigure(liked) });
+}
+
+/** Returns what gives a state the help of a language server. */
+export function serve(extension: Extension): TransactionSpec {
+  return { effects: servers.reconfigure(extension) };
+}
+
+/** Returns what a state has of a language server. */
+export function serving(state: EditorState): Extension {
+  return servers.get(state) ?? [];
 }
 
 /** Shows a state; `update` is told of all that happens to it from then on. */

@@ -2,6 +2,7 @@
 
 import type { GatewayEvent } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
+import { LANGUAGE_SERVER } from "../servers/served.js";
 import type { IconName } from "../ui/icons.js";
 import { basename, relative } from "./paths.js";
 import { OWN } from "./search.js";
@@ -116,7 +117,7 @@ export class Activity {
         return;
       }
       case "exec.started":
-        if (String(data.exec).startsWith(TERMINAL)) return;
+        if (String(data.exec).startsWith(TERMINAL) || String(data.exec).startsWith(LANGUAGE_SERVER)) return;
         // a Bash tool's command is shown as the tool call that it belongs to
         if (this.items.value.some(({ exec }) => exec === data.exec)) return;
         this.#put({

@@ -9,6 +9,11 @@ export const tabWidth = remembered<number>("tabWidth", 4);
 /** Save by itself once nobody types for a second. */
 export const autosave = remembered<boolean>("autosave", false);
 
+/** Help by language servers, which run in the tenant while files that have one are open. */
+export const languageServers = remembered<boolean>("languageServers", true);
+/** Have a file formatted before it is saved by hand. */
+export const formatOnSave = remembered<boolean>("formatOnSave", false);
+
 export const CODE_SIZES = [11, 12, 13, 14, 15, 16, 18, 20];
 export const TAB_WIDTHS = [2, 4, 8];
 

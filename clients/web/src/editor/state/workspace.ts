@@ -11,16 +11,17 @@ import { effect, signal, untracked } from "@preact/signals";
 import { Activity } from "./activity.js";
 import { Agent } from "./agent.js";
 import { Deploys } from "./deploys.js";
-import type { Left } from "./doc.js";
+import type { Doc, Left } from "./doc.js";
 import { Documents } from "./documents.js";
 import { Drafts } from "./drafts.js";
 import { FileIndex } from "./file-index.js";
 import { History } from "./history.js";
 import { Insights } from "./insights.js";
+import { LanguageServers } from "./language-servers.js";
 import { basename, relative } from "./paths.js";
 import { Search } from "./search.js";
 import { allows, gateway, identify, look, session, signIn, who, writeAddress } from "./session.js";
-import { autosave } from "./settings.js";
+import { autosave, formatOnSave } from "./settings.js";
 import { Site } from "./site.js";
 import { covers } from "./slots.js";
 import { Terminals } from "./terminals.js";
@@ -65,6 +66,7 @@ export class Workspace {
   readonly insights: Insights;
   readonly search: Search;
   readonly agent: Agent;
+  readonly servers: LanguageServers;
   readonly #stops: (() => void)[] = [];
   #wentOn = 0;
   readonly #key: string;
@@ -90,6 +92,7 @@ export class Workspace {
     this.insights = new Insights(tenant);
     this.search = new Search(tenant);
     this.agent = new Agent(tenant, name);
+    this.servers = new LanguageServers(tenant, this.documents, () => this.#ready);
     this.activity.onWritten = (path) => void this.documents.show(path);
     this.#stops.push(
       effect(() => {
@@ -142,6 +145,19 @@ export class Workspace {
 
   get tenant(): Tenant {
     return this.#tenant;
+  }
+
+  /** Where the files are, once commands can be run there. */
+  get #ready(): string | null {
+    const runs = this.info.value?.status === "running" && allows("exec");
+    return runs ? (this.server.value?.workspace ?? null) : null;
+  }
+
+  /** Saves a document because a person wants it saved, formatted if one likes that. */
+  async save(doc: Doc): Promise<void> {
+    if (formatOnSave.value && allows("files:write") && doc.theirs.value === null)
+      await this.servers.format(doc);
+    await this.documents.save(doc);
   }
 
   /** Opens again what was open when the page was left, or crashed. */
@@ -230,6 +246,7 @@ export class Workspace {
           this.tree.changed(changes);
           this.files.changed(changes);
           this.documents.changed(changes);
+          this.servers.changed(changes);
         }
       } catch (error) {
         if (tenant === this.#tenant && tenant.status.state !== "closed") complain(error, "Watching files");
@@ -325,6 +342,7 @@ export class Workspace {
     for (const doc of this.documents.open.value) if (doc.dirty.value) this.#drafts.drop(doc.path);
     void this.#drafts.flush();
     for (const stop of this.#stops.splice(0)) stop();
+    this.servers.dispose();
     this.terminals.dispose();
     this.agent.dispose();
     this.deploys.dispose();

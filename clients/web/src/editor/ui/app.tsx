@@ -35,6 +35,7 @@ import { Panel } from "./panel.js";
 import { Divider, Empty, Icon } from "./parts.js";
 import { Preview } from "./preview.js";
 import { SearchView } from "./search.js";
+import { Servers } from "./servers.js";
 import { SessionEnd } from "./session.js";
 import { Settings, settingsOpen } from "./settings.js";
 import { SignIn } from "./sign-in.js";
@@ -274,6 +275,7 @@ function StatusBar({ current }: { current: Workspace | null }) {
         </span>
       )}
       <span class="grow" />
+      {current !== null && <Servers current={current} />}
       {waiting > 0 && <span class="unsaved">{waiting} waiting to be saved</span>}
       {unsaved > 0 && <span class="unsaved">{unsaved} unsaved</span>}
       {doc !== null && at !== null && (

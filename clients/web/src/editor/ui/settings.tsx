@@ -2,7 +2,16 @@
 
 import { type Signal, signal } from "@preact/signals";
 import { type Theme, theme } from "../state/layout.js";
-import { autosave, CODE_SIZES, codeSize, TAB_WIDTHS, tabWidth, wrap } from "../state/settings.js";
+import {
+  autosave,
+  CODE_SIZES,
+  codeSize,
+  formatOnSave,
+  languageServers,
+  TAB_WIDTHS,
+  tabWidth,
+  wrap,
+} from "../state/settings.js";
 import { Dialog } from "./parts.js";
 
 export const settingsOpen = signal(false);
@@ -30,6 +39,8 @@ export function Settings() {
       />
       <Switch label="Wrap long lines" of={wrap} />
       <Switch label="Save by itself, a second after the last key" of={autosave} />
+      <Switch label="Format a file before it is saved" of={formatOnSave} />
+      <Switch label="Completions and errors by language servers in the tenant" of={languageServers} />
       <footer>
         <button type="button" class="primary" onClick={close}>
           Done

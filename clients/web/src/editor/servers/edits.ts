@@ -1,0 +1,89 @@
+/** Takes what a server would change into the documents: for renaming and formatting. */
+
+import type { EditorState, Text, TransactionSpec } from "@codemirror/state";
+import type * as lsp from "vscode-languageserver-protocol";
+import type { Doc } from "../state/doc.js";
+import type { Documents } from "../state/documents.js";
+import { change, type OpenFiles } from "./open-files.js";
+
+/** So many files are changed at once at most: each is opened. */
+const FILES_MAX = 200;
+const EDITS_MAX = 100_000;
+
+/** Returns where a position of the protocol is, within the text whatever a server says. */
+export function offset(text: Text, { line, character }: lsp.Position): number {
+  if (!(line >= 0) || line >= text.lines) return line >= text.lines ? text.length : 0;
+  const found = text.line(Math.floor(line) + 1);
+  return found.from + Math.min(Math.max(0, Math.floor(character) || 0), found.length);
+}
+
+export function position(text: Text, at: number): lsp.Position {
+  const line = text.lineAt(at);
+  return { line: line.number - 1, character: at - line.from };
+}
+
+/** Returns the changes that edits of the protocol are to a state. */
+export function changing(
+  state: EditorState,
+  edits: readonly lsp.TextEdit[],
+  userEvent: string,
+): TransactionSpec {
+  const changes = edits.slice(0, EDITS_MAX).map(({ range, newText }) => {
+    const from = offset(state.doc, range.start);
+    const to = Math.max(from, offset(state.doc, range.end));
+    return { from, to, insert: state.toText(lines(newText, state)) };
+  });
+  return { changes, userEvent };
+}
+
+/** Returns a text of a server with the line breaks of a state: others would make one line of several. */
+export function lines(text: string, state: EditorState): string {
+  return text.replace(/\r?\n/g, state.lineBreak);
+}
+
+/** Returns what a server would change, by file. */
+export function byFile(edit: lsp.WorkspaceEdit): ReadonlyMap<string, readonly lsp.TextEdit[]> {
+  const files = new Map<string, lsp.TextEdit[]>();
+  const add = (uri: string, edits: readonly lsp.TextEdit[]) =>
+    files.set(uri, [...(files.get(uri) ?? []), ...edits]);
+  for (const [uri, edits] of Object.entries(edit.changes ?? {})) add(uri, edits);
+  for (const one of edit.documentChanges ?? [])
+    if ("edits" in one) add(one.textDocument.uri, one.edits as lsp.TextEdit[]);
+  return files;
+}
+
+/**
+ * Changes all files of an edit, those that are not open too, and saves those that had no unsaved changes. Returns how
+ * many were changed. Throws, and changes nothing, where it is not about files of the workspace alone.
+ */
+export async function applyEdit(
+  documents: Documents,
+  files: OpenFiles,
+  edit: lsp.WorkspaceEdit,
+  known: (doc: Doc) => Text | null,
+): Promise<number> {
+  const found = [...byFile(edit)].filter(([, edits]) => edits.length > 0);
+  const paths = found.map(([uri]) => files.path(uri));
+  if (paths.some((path) => path === null || /(^|\/)node_modules\//.test(path)))
+    throw new Error("It is used outside of the site's own files.");
+  if (found.length > FILES_MAX) throw new Error(`It is used in more than ${FILES_MAX} files.`);
+  const shown = documents.current.value;
+  const docs: Doc[] = [];
+  for (const path of paths) docs.push(documents.find(path!) ?? (await documents.show(path!)));
+  if (shown !== null && documents.current.value !== shown) documents.activate(shown);
+  const stale = docs.find((doc) => {
+    const text = known(doc);
+    return doc.state === null || doc.phase.value !== "ready" || (text !== null && text !== doc.state.doc);
+  });
+  if (stale !== undefined) throw new Error(`${stale.name} has changed meanwhile.`);
+  const clean = docs.filter((doc) => !doc.dirty.value);
+  for (const [at, doc] of docs.entries())
+    change(documents, doc, changing(doc.state!, found[at]![1], "rename"));
+  for (const doc of clean) void documents.save(doc);
+  return docs.length;
+}
+
+/** Formats a document by the edits of a server. */
+export function format(documents: Documents, doc: Doc, edits: readonly lsp.TextEdit[]): void {
+  if (doc.state !== null && edits.length > 0) change(documents, doc, changing(doc.state, edits, "format"));
+}

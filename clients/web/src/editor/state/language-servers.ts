@@ -1,0 +1,62 @@
+/** Which open files need a language server; what talks to servers is loaded when the first does. */
+
+import type { FileChanges, Tenant } from "@incus-gateway/client";
+import { computed, effect, signal } from "@preact/signals";
+import { type Kind, type ServerView, served, servedBy } from "../servers/served.js";
+import type { Servers } from "../servers/servers.js";
+import type { Doc } from "./doc.js";
+import type { Documents } from "./documents.js";
+import { languageServers } from "./settings.js";
+import { complain } from "./toasts.js";
+
+export class LanguageServers {
+  readonly list = signal<readonly ServerView[]>([]);
+  readonly #documents: Documents;
+  readonly #stop: () => void;
+  #servers: Promise<Servers> | null = null;
+
+  /** `workspace` is where the tenant's files are, once commands can be run there; null until then. */
+  constructor(tenant: () => Tenant, documents: Documents, workspace: () => string | null) {
+    this.#documents = documents;
+    const where = computed(workspace);
+    this.#stop = effect(() => {
+      const place = where.value;
+      const shown = [documents.active.value, documents.beside.value].filter((doc) => doc !== null);
+      const wanted = shown.filter((doc) => served(doc)).map((doc) => servedBy(doc.path)!.kind);
+      if (!languageServers.value || place === null) this.#end();
+      else if (wanted.length > 0) void this.#want(tenant, place, wanted);
+    });
+  }
+
+  async #want(tenant: () => Tenant, workspace: string, kinds: readonly Kind[]): Promise<void> {
+    this.#servers ??= import("../servers/servers.js").then(
+      ({ Servers }) => new Servers(tenant, this.#documents, workspace, this.list),
+    );
+    try {
+      (await this.#servers).want(kinds);
+    } catch (error) {
+      this.#servers = null;
+      complain(error, "Loading language servers");
+    }
+  }
+
+  /** Takes what the watcher saw. */
+  changed(changes: FileChanges): void {
+    void this.#servers?.then((servers) => servers.changed(changes));
+  }
+
+  /** Formats a document, if its server runs and can. */
+  async format(doc: Doc): Promise<void> {
+    await (await this.#servers)?.format(doc);
+  }
+
+  #end(): void {
+    void this.#servers?.then((servers) => servers.dispose());
+    this.#servers = null;
+  }
+
+  dispose(): void {
+    this.#stop();
+    this.#end();
+  }
+}
