@@ -139,6 +139,45 @@ async def test_a_file_is_formatted_as_it_is_saved_if_one_likes_that(window: Edit
     await window.until(saved)
 
 
+async def like_keys(window: Editor, name: str) -> None:
+    await window.page.keyboard.press("Control+,")
+    await window.page.get_by_label("Keys", exact=True).select_option(name)
+    await window.page.get_by_role("button", name="Done").click()
+    await window.text.click()
+
+
+async def test_the_text_has_the_keys_of_vim_or_emacs_if_one_likes_them(window: Editor, site: str) -> None:
+    await window.page.keyboard.press("Control+,")
+    await window.page.get_by_label("Format a file before it is saved").uncheck()
+    await window.page.get_by_role("button", name="Done").click()
+    await like_keys(window, "vim")
+    await expect(window.page.locator(".cm-vim-panel")).to_be_visible()
+    assert not await violations(window.page)
+    await window.page.keyboard.type("gg")
+    await window.page.keyboard.type("O// by Vim")
+    await window.page.keyboard.press("Escape")
+    await window.page.keyboard.type(":w")
+    await window.page.keyboard.press("Enter")
+
+    async def saved_by_vim() -> None:
+        assert run(site, f"head -1 {FOLDER}/use.ts") == "// by Vim\n"
+
+    await window.until(saved_by_vim)
+    await like_keys(window, "emacs")
+    await window.page.keyboard.press("Alt+Shift+<")
+    for key in "akk":
+        await window.page.keyboard.press(f"Control+{key}")
+    for key in "xs":
+        await window.page.keyboard.press(f"Control+{key}")
+
+    async def saved_by_emacs() -> None:
+        assert run(site, f"head -1 {FOLDER}/use.ts") == 'import { welcome } from "./greet"\n'
+
+    await window.until(saved_by_emacs)
+    await like_keys(window, "default")
+    await expect(window.page.locator(".cm-vim-panel")).to_have_count(0)
+
+
 async def test_a_server_that_is_killed_comes_back(window: Editor, site: str) -> None:
     before = run(site, "pgrep -f -- '--lsp --stdi[o]'")
     run(site, f"kill -9 {before}")

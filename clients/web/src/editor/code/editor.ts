@@ -113,6 +113,7 @@ const language = new Compartment();
 const label = new Compartment();
 const listening = new Compartment();
 const liking = new Compartment();
+const keying = new Compartment();
 const servers = new Compartment();
 
 function base(readOnly: boolean): Extension {
@@ -208,6 +209,7 @@ export async function makeState(text: string, path: string, readOnly: boolean): 
     extensions: [
       EditorState.lineSeparator.of(separator(text)),
       indentUnit.of(indentation(text)),
+      keying.of([]), // before the others, which it overrules
       base(readOnly),
       servers.of([]),
       language.of(await support(path, text.length)),
@@ -280,12 +282,13 @@ export function makeView(host: HTMLElement): EditorView {
 export interface Likes {
   readonly wrap: boolean;
   readonly tabWidth: number;
+  readonly keys: Extension;
 }
 
 /** Has the view follow what a person likes. */
-export function like(view: EditorView, { wrap, tabWidth }: Likes): void {
+export function like(view: EditorView, { wrap, tabWidth, keys }: Likes): void {
   const liked = [EditorState.tabSize.of(tabWidth), wrap ? EditorView.lineWrapping : []];
-  view.dispatch({ effects: liking.reconfigure(liked) });
+  view.dispatch({ effects: [liking.reconfigure(liked), keying.reconfigure(keys)] });
 }
 
 /** Returns what gives a state the help of a language server. */

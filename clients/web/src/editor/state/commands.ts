@@ -1,6 +1,7 @@
 /** Every command of the editor, its key, and when it is available. */
 
 import { signal } from "@preact/signals";
+import { keys as textKeys } from "./settings.js";
 
 export interface Command {
   readonly id: string;
@@ -65,8 +66,9 @@ addEventListener(
   (event) => {
     if (event.isComposing) return;
     const keys = pressed(event);
-    // a terminal needs Ctrl with a letter for itself
-    const inside = event.target instanceof Element && event.target.closest(".screen") !== null;
+    // a terminal needs Ctrl with a letter for itself, and so do the keys of Vim and Emacs
+    const own = textKeys.value === "default" ? ".screen" : ".screen, .cm-content";
+    const inside = event.target instanceof Element && event.target.closest(own) !== null;
     if (inside && !MAC && /^Mod-[a-z\\]$/.test(keys)) return;
     const command = available().find((entry) => entry.keys === keys);
     if (command === undefined) return;

@@ -13,7 +13,11 @@ export const autosave = remembered<boolean>("autosave", false);
 export const languageServers = remembered<boolean>("languageServers", true);
 /** Have a file formatted before it is saved by hand. */
 export const formatOnSave = remembered<boolean>("formatOnSave", false);
+/** Whose keys the text has. */
+export const keys = remembered<Keys>("keys", "default");
 
+export type Keys = "default" | "vim" | "emacs";
+export const KEYS: readonly Keys[] = ["default", "vim", "emacs"];
 export const CODE_SIZES = [11, 12, 13, 14, 15, 16, 18, 20];
 export const TAB_WIDTHS = [2, 4, 8];
 

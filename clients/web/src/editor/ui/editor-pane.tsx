@@ -1,5 +1,6 @@
 /** Tabs, the editor view, and the notices above it. */
 
+import type { Extension } from "@codemirror/state";
 import type { EditorView } from "@codemirror/view";
 import { effect, signal } from "@preact/signals";
 import type { ComponentChild } from "preact";
@@ -8,7 +9,7 @@ import type { Caret } from "../code/editor.js";
 import type { Doc } from "../state/doc.js";
 import type { Pane, Stage as Shown } from "../state/documents.js";
 import { parent } from "../state/paths.js";
-import { tabWidth, wrap } from "../state/settings.js";
+import { keys, tabWidth, wrap } from "../state/settings.js";
 import type { Workspace } from "../state/workspace.js";
 import { Interruption, Stopped } from "./connection.js";
 import { Instead, Told, Welcome } from "./instead.js";
@@ -161,6 +162,15 @@ function Tabs({ current }: { current: Workspace }) {
   );
 }
 
+/** The keys of the text that are loaded. */
+const liked: { name: string; keys: Extension } = { name: "default", keys: [] };
+
+async function likeKeys(): Promise<void> {
+  const name = keys.peek();
+  liked.keys = name === "default" ? [] : await (await import("../code/keys.js")).keysOf(name);
+  liked.name = name;
+}
+
 /** The host of CodeMirror: made when the first file is there, and kept. */
 function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
   const host = useRef<HTMLDivElement>(null);
@@ -185,6 +195,7 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
           return;
         }
         const code = await import("../code/editor.js");
+        if (liked.name !== keys.peek()) await likeKeys();
         if (mine !== turn || host.current === null || doc.state === null) return;
         if (made === null) {
           made = code.makeView(host.current);
@@ -206,7 +217,7 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
             caret.value = code.caretOf(state);
             current.keepSoon();
           });
-          code.like(made, { wrap: wrap.peek(), tabWidth: tabWidth.peek() });
+          code.like(made, { wrap: wrap.peek(), tabWidth: tabWidth.peek(), keys: liked.keys });
           if (doc.scroll !== null)
             made.dispatch({ effects: doc.scroll as ReturnType<EditorView["scrollSnapshot"]> });
           caret.value = code.caretOf(doc.state);
@@ -226,9 +237,12 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
       })();
     });
     const liking = effect(() => {
-      const likes = { wrap: wrap.value, tabWidth: tabWidth.value };
-      if (made !== null && shown !== null)
-        void import("../code/editor.js").then(({ like }) => made && like(made, likes));
+      void [wrap.value, tabWidth.value, keys.value];
+      if (made === null || shown === null) return;
+      void Promise.all([import("../code/editor.js"), likeKeys()]).then(
+        ([{ like }]) =>
+          made && like(made, { wrap: wrap.peek(), tabWidth: tabWidth.peek(), keys: liked.keys }),
+      );
     });
     const stage: Shown = {
       get doc() {

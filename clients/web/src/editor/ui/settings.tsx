@@ -7,6 +7,8 @@ import {
   CODE_SIZES,
   codeSize,
   formatOnSave,
+  KEYS,
+  keys,
   languageServers,
   TAB_WIDTHS,
   tabWidth,
@@ -36,6 +38,12 @@ export function Settings() {
         of={tabWidth}
         values={TAB_WIDTHS}
         named={(value) => `${value} columns`}
+      />
+      <Choice
+        label="Keys"
+        of={keys}
+        values={KEYS}
+        named={(value) => ({ default: "as usual", vim: "Vim", emacs: "Emacs" })[value]}
       />
       <Switch label="Wrap long lines" of={wrap} />
       <Switch label="Save by itself, a second after the last key" of={autosave} />
