@@ -137,6 +137,16 @@ async def test_a_file_is_formatted_as_it_is_saved_if_one_likes_that(window: Edit
         assert "export const more = { a: 1 }\n" in run(site, f"cat {FOLDER}/use.ts")
 
     await window.until(saved)
+    # by the site's own Prettier, once the site says how
+    run(site, f"echo 'bracketSpacing: false' >{FOLDER}/.prettierrc")
+    await window.page.keyboard.insert_text("const other={b:2}\n")
+    await window.save()
+
+    async def saved_by_prettier() -> None:
+        said = run(site, f"cat {FOLDER}/use.ts")
+        assert "export const more = {a: 1};\nconst other = {b: 2};\n" in said
+
+    await window.until(saved_by_prettier)
 
 
 async def like_keys(window: Editor, name: str) -> None:

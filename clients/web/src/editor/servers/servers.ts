@@ -2,8 +2,12 @@
 
 import type { FileChanges, Tenant } from "@incus-gateway/client";
 import type { Signal } from "@preact/signals";
+import { replacing } from "../code/editor.js";
 import type { Doc } from "../state/doc.js";
 import type { Documents } from "../state/documents.js";
+import { complain } from "../state/toasts.js";
+import { change } from "./open-files.js";
+import { prettier } from "./prettier.js";
 import { type Kind, type ServerView, served, servedBy } from "./served.js";
 import { Server } from "./server.js";
 
@@ -44,7 +48,16 @@ export class Servers {
 
   async format(doc: Doc): Promise<void> {
     const known = served(doc) ? servedBy(doc.path) : null;
-    if (known !== null) await this.#of.get(known.kind)?.format(doc);
+    if (known === null || doc.state === null) return;
+    const before = doc.state.doc;
+    try {
+      const text = await prettier(this.#tenant(), doc);
+      if (text === null) await this.#of.get(known.kind)?.format(doc);
+      else if (doc.state?.doc === before && text !== "")
+        change(this.#documents, doc, replacing(doc.state, text, false));
+    } catch (error) {
+      complain(error, "Formatting");
+    }
   }
 
   dispose(): void {

@@ -1,0 +1,41 @@
+/** Formats a document as the site's own Prettier does, where the site has one and says how. */
+
+import { type Tenant, unique } from "@incus-gateway/client";
+import type { Doc } from "../state/doc.js";
+import script from "./prettier.sh?raw";
+import { LANGUAGE_SERVER } from "./served.js";
+
+/** Milliseconds that a save waits for it at most. */
+const PATIENCE = 8000;
+/** It does not hold for this file. */
+const NONE = 69;
+
+/** Returns the formatted text; null where Prettier is not to be asked. Throws what Prettier says, as of an error. */
+export async function prettier(tenant: Tenant, doc: Doc): Promise<string | null> {
+  const argv = ["/bin/sh", "-c", 'eval "$SCRIPT"', "prettier", doc.path];
+  const exec = await tenant.exec(argv, {
+    env: { SCRIPT: script },
+    execId: `${LANGUAGE_SERVER}prettier-${unique()}`,
+    stdin: true,
+    timeoutMs: PATIENCE,
+    lingerMs: 0,
+  });
+  // a program that is not there reads no input
+  await exec.write(doc.text).catch(() => {});
+  await exec.closeStdin().catch(() => {});
+  const texts = { stdout: "", stderr: "" };
+  const decoders = { stdout: new TextDecoder(), stderr: new TextDecoder() };
+  // no larger than a few times the text; more is no formatting of it
+  const most = 10_000 + doc.text.length * 8;
+  for await (const { stream, data } of exec.output()) {
+    texts[stream] += decoders[stream].decode(data, { stream: true });
+    if (texts[stream].length <= most) continue;
+    await exec.cancel(0).catch(() => {});
+    throw new Error("It printed far more than the file.");
+  }
+  const { code, reason } = await exec.exit;
+  if (code === NONE) return null;
+  if (code !== 0)
+    throw new Error(reason === "timeout" ? "It took too long." : (texts.stderr.trim().split("\n")[0] ?? ""));
+  return texts.stdout;
+}
