@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from playwright.async_api import Browser, Locator, expect
 
-from gateway.api.editor import STATIC
-from tests.e2e.conftest import ADDRESS, OpenEditor
+from tests.e2e.conftest import ADDRESS
 from tests.e2e.editor import Editor, Watched
 from tests.e2e.test_editor import run
 from tests.e2e.test_pictures import violations
@@ -151,12 +149,12 @@ async def test_a_file_is_formatted_as_it_is_saved_if_one_likes_that(window: Edit
 
 async def like_keys(window: Editor, name: str) -> None:
     await window.page.keyboard.press("Control+,")
-    await window.page.get_by_label("Keys", exact=True).select_option(name)
+    await window.page.get_by_role("combobox", name="Keys").select_option(name)
     await window.page.get_by_role("button", name="Done").click()
     await window.text.click()
 
 
-async def test_the_text_has_the_keys_of_vim_or_emacs_if_one_likes_them(window: Editor, site: str) -> None:
+async def test_the_text_has_the_keys_of_vim_if_one_likes_them(window: Editor, site: str) -> None:
     await window.page.keyboard.press("Control+,")
     await window.page.get_by_label("Format a file before it is saved").uncheck()
     await window.page.get_by_role("button", name="Done").click()
@@ -173,17 +171,13 @@ async def test_the_text_has_the_keys_of_vim_or_emacs_if_one_likes_them(window: E
         assert run(site, f"head -1 {FOLDER}/use.ts") == "// by Vim\n"
 
     await window.until(saved_by_vim)
-    await like_keys(window, "emacs")
-    await window.page.keyboard.press("Alt+Shift+<")
-    for key in "akk":
-        await window.page.keyboard.press(f"Control+{key}")
-    for key in "xs":
-        await window.page.keyboard.press(f"Control+{key}")
+    await window.page.keyboard.type("dd:w")
+    await window.page.keyboard.press("Enter")
 
-    async def saved_by_emacs() -> None:
-        assert run(site, f"head -1 {FOLDER}/use.ts") == 'import { welcome } from "./greet"\n'
+    async def taken_out() -> None:
+        assert run(site, f"head -1 {FOLDER}/use.ts").startswith("import {")
 
-    await window.until(saved_by_emacs)
+    await window.until(taken_out)
     await like_keys(window, "default")
     await expect(window.page.locator(".cm-vim-panel")).to_have_count(0)
 
@@ -225,23 +219,6 @@ async def test_a_server_that_the_site_lacks_is_installed_when_a_file_needs_it(wi
     await window.text.click()
     await window.page.keyboard.press("Control+End")
     await window.page.keyboard.type("\n.a { colo")
-    await expect(window.page.get_by_role("option", name="color", exact=True)).to_be_visible()
+    await expect(window.page.get_by_role("option", name="color", exact=True).first).to_be_visible()
     await window.page.keyboard.press("Escape")
     await window.page.keyboard.press("Control+z")
-
-
-async def test_opening_a_file_costs_no_more_than_350_kb_and_nothing_of_language_servers(
-    editor: OpenEditor, site: str
-) -> None:
-    window = await editor()
-    loaded: list[Path] = []
-    window.page.on("request", lambda request: loaded.append(Path(request.url.rpartition("/")[2])))
-    await window.page.add_init_script("localStorage.setItem('gateway.languageServers', 'false')")
-    await window.page.add_init_script("localStorage.setItem('gateway.panelOpen', 'false')")
-    await window.load_connected(f"{site}/src/app.tsx")
-    await expect(window.text).to_contain_text("lucide-react")
-    scripts = [STATIC / "assets" / name for name in loaded if name.suffix in (".js", ".css")]
-    sizes = {path.name: path.with_name(f"{path.name}.gz").stat().st_size for path in scripts}
-    print(f"{sum(sizes.values()) / 1000:.0f} kB in {len(sizes)} files")
-    assert 100_000 < sum(sizes.values()) < 350_000, sizes
-    assert not any(b"textDocument/" in path.read_bytes() for path in scripts)

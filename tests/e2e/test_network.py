@@ -154,11 +154,12 @@ async def test_the_first_view_is_small_and_painted_at_once(editor: OpenEditor) -
 
 
 async def test_what_opens_a_file_is_small(editor: OpenEditor, site: str) -> None:
-    """Under 350 kB compressed, with fonts and the language, without terminal and preview."""
+    """Under 350 kB compressed, with fonts and the language, without terminal, preview, language servers."""
     window = await editor()
     sizes = await transferred(window)
     await window.watched.context.add_init_script(
-        "for (const part of ['panelOpen', 'previewOpen']) localStorage.setItem(`gateway.${part}`, 'false')"
+        "for (const part of ['panelOpen', 'previewOpen', 'languageServers'])"
+        " localStorage.setItem(`gateway.${part}`, 'false')"
     )
     await window.load_connected(f"{site}/src/app.tsx")
     await expect(window.text.locator("span").first).to_be_visible()  # coloured

@@ -46,6 +46,7 @@ const look = EditorView.theme({
   },
   ".cm-specialChar": { color: "var(--bad)" },
   ".cm-panels": { backgroundColor: "var(--raised)", color: "var(--text)", borderColor: "var(--edge)" },
+  ".cm-textfield": { backgroundColor: "var(--surface)", color: "var(--text)", fontSize: "inherit" },
   ".cm-panels.cm-panels-top": { borderBottom: "1px solid var(--edge)" },
   ".cm-tooltip": {
     background: "var(--raised)",

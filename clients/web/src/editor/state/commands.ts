@@ -66,7 +66,7 @@ addEventListener(
   (event) => {
     if (event.isComposing) return;
     const keys = pressed(event);
-    // a terminal needs Ctrl with a letter for itself, and so do the keys of Vim and Emacs
+    // a terminal needs Ctrl with a letter for itself, and so do the keys of Vim
     const own = textKeys.value === "default" ? ".screen" : ".screen, .cm-content";
     const inside = event.target instanceof Element && event.target.closest(own) !== null;
     if (inside && !MAC && /^Mod-[a-z\\]$/.test(keys)) return;

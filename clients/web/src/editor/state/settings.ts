@@ -16,8 +16,8 @@ export const formatOnSave = remembered<boolean>("formatOnSave", false);
 /** Whose keys the text has. */
 export const keys = remembered<Keys>("keys", "default");
 
-export type Keys = "default" | "vim" | "emacs";
-export const KEYS: readonly Keys[] = ["default", "vim", "emacs"];
+export type Keys = "default" | "vim";
+export const KEYS: readonly Keys[] = ["default", "vim"];
 export const CODE_SIZES = [11, 12, 13, 14, 15, 16, 18, 20];
 export const TAB_WIDTHS = [2, 4, 8];
 

@@ -43,7 +43,7 @@ export function Settings() {
         label="Keys"
         of={keys}
         values={KEYS}
-        named={(value) => ({ default: "as usual", vim: "Vim", emacs: "Emacs" })[value]}
+        named={(value) => ({ default: "as usual", vim: "Vim" })[value]}
       />
       <Switch label="Wrap long lines" of={wrap} />
       <Switch label="Save by itself, a second after the last key" of={autosave} />
