@@ -65,14 +65,21 @@ async def test_a_type_error_is_underlined_and_said_and_goes_once_the_file_it_is_
 ) -> None:
     await running(window)
     await expect(marked(window)).to_have_count(0)
-    run(site, f"sed -i 's/name: string/name: number/' {FOLDER}/greet.ts")
-    await expect(marked(window)).to_have_text('"world"')
-    await marked(window).hover()
-    await expect(window.page.locator(".cm-tooltip-lint")).to_contain_text(
-        "not assignable to parameter of type 'number'"
-    )
-    assert not await violations(window.page)
-    run(site, f"sed -i 's/name: number/name: string/' {FOLDER}/greet.ts")
+    try:
+        run(site, f"sed -i 's/name: string/name: number/' {FOLDER}/greet.ts")
+        await expect(marked(window)).to_have_text('"world"')
+
+        async def told() -> None:
+            """A tooltip goes whenever the server has looked at the text again."""
+            await window.page.mouse.move(0, 0)
+            await marked(window).hover()
+            tip = window.page.locator(".cm-tooltip-lint")
+            await expect(tip).to_contain_text("not assignable to parameter of type 'number'", timeout=2000)
+
+        await window.until(told)
+        assert not await violations(window.page)
+    finally:
+        run(site, f"sed -i 's/name: number/name: string/' {FOLDER}/greet.ts")
     await expect(marked(window)).to_have_count(0)
 
 
@@ -91,9 +98,14 @@ async def test_completions_come_as_one_types_with_what_they_are(window: Editor) 
 
 
 async def test_hover_tells_of_a_name_and_its_definition_is_a_key_away_in_another_file(window: Editor) -> None:
-    await word(window, "greet").hover()
     told = window.page.locator(".told-of-code")
-    await expect(told).to_contain_text("function greet(name: string): string")
+
+    async def hovered() -> None:
+        await window.page.mouse.move(0, 0)
+        await word(window, "greet").hover()
+        await expect(told).to_contain_text("function greet(name: string): string", timeout=2000)
+
+    await window.until(hovered)
     await expect(told).to_contain_text("Says hello to somebody.")
     await word(window, "greet").click()
     await window.page.keyboard.press("F12")
