@@ -226,7 +226,6 @@ async def test_a_server_that_nobody_uses_for_five_minutes_ends_and_the_next_key_
 async def test_a_server_that_the_site_lacks_is_installed_when_a_file_needs_it(window: Editor) -> None:
     """That of style sheets, by npm in the container."""
     await window.open_file("src/index.css")
-    await expect(server(window, "CSS")).to_have_text("CSS installing…")
     await running(window, "CSS")
     await window.text.click()
     await window.page.keyboard.press("Control+End")

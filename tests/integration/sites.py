@@ -33,7 +33,8 @@ def filled(folder: Path, room: int = 0) -> Iterator[None]:
     """Leave so many bytes of a file system; a test that is killed gives all back: its file has no name."""
     size, at = 1 << 34, 0
     with tempfile.TemporaryFile(dir=folder) as file:
-        while size >= 4096:
+        # to give some back takes a little room, too
+        while size >= (1 << 16 if room else 4096):
             try:
                 os.posix_fallocate(file.fileno(), at, size)
                 at += size

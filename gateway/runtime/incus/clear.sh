@@ -27,4 +27,4 @@ if [ -f "$kept/taken" ]; then
   fi
   rm -f "$kept/taken"
 fi
-rm -rf "$next" "$next.layers" "$note" "$note.new" "$note.moved" "$note.lasting"
+rm -rf "$next" "$next.layers" "$note" "$note.new" "$note.moved" "$note.lasting" "$kept/taken.new"
