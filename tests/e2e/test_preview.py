@@ -52,6 +52,10 @@ def frame(window: Editor) -> Frame:
     return window.page.frames[1]
 
 
+@pytest.mark.xfail(
+    strict=False,
+    reason="issue 17, point 10: on a busy machine another page than was asked for may be shown",
+)
 async def test_a_page_is_gone_back_from_and_its_errors_are_shown_only_where_one_asks(
     editor: OpenEditor, pages: str
 ) -> None:
