@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
-from playwright.async_api import Frame, Locator, expect
+from playwright.async_api import Frame, Locator, Route, expect
 
 from gateway.api import preview
 from tests.e2e.conftest import ADDRESS, OpenEditor
@@ -52,10 +53,6 @@ def frame(window: Editor) -> Frame:
     return window.page.frames[1]
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="issue 17, point 10: on a busy machine another page than was asked for may be shown",
-)
 async def test_a_page_is_gone_back_from_and_its_errors_are_shown_only_where_one_asks(
     editor: OpenEditor, pages: str
 ) -> None:
@@ -63,6 +60,7 @@ async def test_a_page_is_gone_back_from_and_its_errors_are_shown_only_where_one_
     window.watched.expected.append("nothing is not defined")  # the page's own, which the browser tells too
     address = view.get_by_label("Address of the site")
     errors = view.get_by_role("log", name="Errors and warnings")
+    await expect(address).to_have_value(re.compile("^http"))  # of which site is known
     await address.fill("/pages/broken.html")
     await address.press("Enter")
     await window.site_shows("Broken")
@@ -182,3 +180,24 @@ async def test_what_listens_in_the_tenant_is_listed_and_shown(
     await view.get_by_role("button", name="Back").click()
     await window.site_shows("Your site is live.")
     await asyncio.to_thread(run, pages, "pkill -f 'http.server 812[34]' || true")
+
+
+async def test_what_is_typed_stays_while_the_address_becomes_known(editor: OpenEditor, pages: str) -> None:
+    window = await editor()
+    known = asyncio.Event()
+
+    async def held_back(route: Route) -> None:
+        await known.wait()
+        await route.continue_()
+
+    await window.page.route(f"**/v1/tenants/{pages}", held_back)
+    await window.load_connected()
+    address = window.page.get_by_label("Address of the site")
+    await address.fill("/pages/second.html")
+    await address.press("Enter")
+    await expect(address).to_have_value("/pages/second.html")  # there is nothing to go to yet
+    known.set()
+    await expect(window.page.get_by_role("link", name="Open in a new tab")).to_be_visible()
+    await expect(address).to_have_value("/pages/second.html")
+    await address.press("Enter")
+    await window.site_shows("Second")

@@ -2,7 +2,7 @@
 
 import { GatewayError } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import { useCallback, useEffect, useState } from "preact/hooks";
+import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { previewOpen } from "../state/layout.js";
 import { here, type Line, NOWHERE, type Report, step, told, type Visited, visit } from "../state/preview.js";
 import { gateway } from "../state/session.js";
@@ -37,13 +37,16 @@ export function Preview({ current }: { current: Workspace }) {
   const [visited, setVisited] = useState<Visited>(NOWHERE);
   /** What the frame was told to load: the page in it may have gone on since. */
   const [load, setLoad] = useState<string | null>(null);
-  const [typed, setTyped] = useState("");
+  /** What a person types in the place of the address; null for nothing. */
+  const [typed, setTyped] = useState<string | null>(null);
+  const field = useRef<HTMLInputElement>(null);
   const [key, setKey] = useState<Key | null>(null);
   const [lines, setLines] = useState<readonly Line[]>([]);
   const url = here(visited) ?? (base === null ? null : new URL("/", base).href);
   const own = url !== null && site !== null && new URL(url).origin === new URL(site).origin;
+  // an address that becomes known, or a page that goes on, is no reason to lose what is being typed
   useEffect(() => {
-    setTyped(url ?? "");
+    if (document.activeElement !== field.current) setTyped(null);
   }, [url]);
   const count = reloads.value;
   // a reload is of the page that is shown, wherever its links have led
@@ -63,17 +66,19 @@ export function Preview({ current }: { current: Workspace }) {
   };
   const go = (event: Event) => {
     event.preventDefault();
-    const text = typed.trim();
+    const text = (typed ?? url ?? "").trim();
     if (text === "") {
+      setTyped(null);
       choose(null);
       setVisited(NOWHERE);
       setLoad(null);
       return;
     }
+    if (text.startsWith("/") && url === null) return; // of which site is not known yet
     const whole = text.startsWith("/") ? new URL(text, url ?? undefined).href : text;
     const wanted = /^https?:\/\//.test(whole) ? whole : `http://${whole}`;
+    setTyped(null);
     if (URL.canParse(wanted)) open(wanted);
-    else setTyped(url ?? "");
   };
   const move = (by: number) => {
     const next = step(visited, by);
@@ -137,7 +142,11 @@ export function Preview({ current }: { current: Workspace }) {
             aria-label="Address of the site"
             placeholder="The site's address"
             spellcheck={false}
-            value={typed}
+            ref={field}
+            value={typed ?? url ?? ""}
+            onKeyDown={(event) => {
+              if (event.key === "Escape") setTyped(null);
+            }}
             onInput={(event) => setTyped(event.currentTarget.value)}
             onFocus={(event) => event.currentTarget.select()}
           />
