@@ -227,13 +227,16 @@ _BY_READING: dict[str, Callable[[int], object]] = {
 
 
 def _write_later(descriptor: int) -> None:
-    page = mmap.mmap(descriptor, 1, prot=mmap.PROT_READ)
-    try:
-        address = _libc.mmap(None, 4096, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        if address == -1 or _libc.mprotect(ctypes.c_void_p(address), 4096, mmap.PROT_WRITE):
-            raise OSError(ctypes.get_errno(), "mprotect")
-    finally:
-        page.close()
+    # an int by default, which would cut the address off
+    map_ = ctypes.CFUNCTYPE(
+        ctypes.c_void_p,
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+        use_errno=True,
+    )(("mmap", _libc))
+    address = map_(None, 4096, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    assert address not in (None, ctypes.c_void_p(-1).value)
+    if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(4096), mmap.PROT_READ | mmap.PROT_WRITE):
+        raise OSError(ctypes.get_errno(), "mprotect")
 
 
 def _change_by_reading(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
