@@ -14,36 +14,21 @@ import secrets
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.server import LEAVE
-from gateway.settings import Settings
 from gateway_client import Client, Retry
 from tests.integration.conftest import Container
-from tests.integration.test_survive import KILLS, Host
+from tests.integration.test_survive import KILLS, Host, host
 from tests.live import RpcFailure
 from tests.waits import pause, until
 
+__all__ = ["host"]
+
 PACKAGE = Path(__file__).parents[2] / "clients" / "typescript"
-
-
-@pytest.fixture
-async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Host]:
-    folder = tmp_path_factory.mktemp("survive") / "state"
-    folder.mkdir()
-    host = Host(incus_settings, folder)
-    await host.hold()
-    await host.gateway.start()
-    try:
-        yield host
-    finally:
-        await host.close()
-    said = host.gateway.log.read_text()
-    assert "Traceback" not in said, said
 
 
 class Caller:
@@ -154,6 +139,8 @@ async def test_calls_in_front_are_answered_once(host: Host, shared_tenant: Conta
     stop.set()
     done = await killing
     print(f"{done} kills: {number} calls, each ran and was answered once, {len(gone)} gone")
+    # those that a kill met between the holder and their shell; if none were adopted it would be more
+    assert len(gone) <= done // 2 + 1
     await until(lambda: processes(tenant, "seq 1") == 0)
 
 

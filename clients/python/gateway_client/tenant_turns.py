@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
 
-class TenantTurns:
+class TenantTurns(ABC):
     """The part of `Tenant` that records turns and goes back to earlier ones."""
 
+    @abstractmethod
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
         """Call a method of `gateway.v1`; see `ToolSession.request`."""
-        raise NotImplementedError
 
     async def begin_turn(self, title: str = "", agent: str | None = None) -> Mapping[str, Any] | None:
         """Begin a turn of this tool session; `title` is the request to the agent, `agent` its name.
