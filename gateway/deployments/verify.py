@@ -36,6 +36,7 @@ _AGAIN: Final = 0.25  # seconds until an incomplete page is loaded again
 _MISSING: Final = 3.0  # seconds after which a missing part of a page counts as missing
 _FOLLOWING: Final = 15.0  # seconds for requests of what scripts import
 _AFTER: Final = 1.0  # seconds that a site must stay up after its page was loaded, which makes it work hardest
+_WORKING: Final = 3.0  # times as long as it must stay up, while its service is still at work
 _STEADY_LOOK: Final = 1.0  # seconds between two checks of a service that answers
 _OVER_LOOK: Final = 3.0  # in the background: each covers all since the last
 _REFUSED: Final = 3  # consecutive checks at which nothing listened: longer than a reload takes
@@ -270,10 +271,13 @@ class Verifier:
         pause: float,
     ) -> None:
         until, why = max(answered + seconds, time.monotonic() + min(_AFTER, seconds)), ""
+        latest = until + _WORKING * seconds
         while not why and (steady.doubtful or time.monotonic() < until):
             left = until - time.monotonic()
             await asyncio.sleep(min(pause, left) if left > 0 else _AGAIN)
             why = await steady.failure()
+            if steady.busy:  # such as `tsc --watch`, which has the server restarted once it has compiled
+                until = max(until, min(latest, time.monotonic() + pause))
         # its service may be running without the process that answered
         if not why and (silent := await self._asked(site, way, _LAST)):
             why = f"it no longer answers ({silent})"

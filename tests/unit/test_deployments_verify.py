@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, strategies
 
-from gateway.deployments import verify
+from gateway.deployments import steadiness, verify
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.steadiness import Steadiness, unsteady
 from gateway.deployments.verify import Subject, Verifier, Way
@@ -337,6 +337,30 @@ async def test_a_service_that_the_host_sees_running_is_not_queried(rig: Rig) -> 
         rig.life, rig.service = Life("2 9", 0.0), Service("running", restarts=1, started=answered + 60)
         assert "was restarted" in await rig.told.get()
         assert asked == ["shop"]
+
+
+async def test_a_site_that_is_still_at_work_is_watched_until_it_rests(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler beside its server has that restarted: who looks then finds nobody there."""
+    monkeypatch.setattr(steadiness, "_SPAN", 0.0)
+    monkeypatch.setattr(verify, "_WORKING", 1000.0)
+    looks = 0
+
+    async def life(tenant: str, side: Side) -> Life | None:
+        nonlocal looks
+        looks += 1
+        return Life("1 7", 0.0, cpu=1.0 * min(looks, 20))
+
+    async with rig.opened() as (verifier, site):
+        verifier._sites.life = life  # type: ignore[method-assign] # a rig's, and to be counted
+        await verifier.settled(site, "direct", time.monotonic(), 0.1)
+        assert looks > 20
+
+        monkeypatch.setattr(verify, "_WORKING", 3.0)
+        looks, answered = -10_000, time.monotonic()  # one that never rests
+        await verifier.settled(site, "direct", answered, 0.1)
+        assert answered + 0.4 <= time.monotonic()
 
 
 async def steadied(rig: Rig, *lives: Life | None, answered: float = 5.0) -> list[str]:

@@ -6,6 +6,7 @@ Asking its systemd instead would take a command in the container, with a dozen p
 from __future__ import annotations
 
 import os
+import re
 import time
 from typing import Final
 
@@ -15,6 +16,7 @@ from gateway.runtime.sites import Life
 
 _BYTES: Final = 64  # enough for the first line of cgroup.procs
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_USED: Final = re.compile(rb"^usage_usec (\d{1,18})$", re.MULTILINE)
 
 
 def life(init_pid: int, unit: str) -> Life | None:
@@ -31,4 +33,6 @@ def life(init_pid: int, unit: str) -> Life | None:
     if counted is None:
         return None
     ago = time.clock_gettime(time.CLOCK_BOOTTIME) - int(began) / _TICKS
-    return Life(f"{first} {began}", time.monotonic() - ago, counted.ended)
+    used = _USED.search(memory.text(f"{group.unified}/cpu.stat"))
+    cpu = int(used[1]) / 1e6 if used else 0.0
+    return Life(f"{first} {began}", time.monotonic() - ago, counted.ended, cpu)
