@@ -16,6 +16,8 @@ from typing import Protocol
 from gateway.host import HostError, bun, toolchain
 
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+TRUST = ("NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+"""Variables that name `CA_BUNDLE` to programs with their own certificates: Node, Bun; requests; httpx, uv."""
 BRIDGE = "user.gateway.bridge"  # the profile's key for the address of the bridge
 PROPERTY = "incus-gateway.definition"
 SUITE = "trixie"

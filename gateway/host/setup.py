@@ -17,7 +17,7 @@ from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, quotas
 from gateway.host.caddy_service import hand_over
-from gateway.host.definition import BRIDGE, CA_BUNDLE
+from gateway.host.definition import BRIDGE, CA_BUNDLE, TRUST
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
 from gateway.rootfs import bridge_port
@@ -320,7 +320,7 @@ def profile(settings: Settings) -> dict[str, Any]:
             # A new tenant's resolver; the image's template uses it.
             BRIDGE: str(IPv4Interface(settings.network_ipv4).ip),
             # For commands; the image sets the same for services.
-            "environment.NODE_EXTRA_CA_CERTS": str(CA_BUNDLE),
+            **{f"environment.{name}": str(CA_BUNDLE) for name in TRUST},
         },
         "devices": {
             "root": root,

@@ -67,6 +67,12 @@ INSTALLS = (
     (f"wget -qO- {PAGE}/7.0.0 | jq -r .version", r"^7\.0\.0$"),
     (f"node -e 'fetch(process.argv[1]).then(r => console.log(r.status))' {PAGE}", "^200$"),
     (f"python3 -c 'import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).status)' {PAGE}", "^200$"),
+    # with certificates of their own, as the SDKs of most services have
+    (
+        "uv run --no-project --with httpx==0.28.1 --with requests==2.32.5 python -c "
+        f"'import sys, httpx, requests; print(*(m.get(sys.argv[1]) for m in (httpx, requests)))' {PAGE}",
+        r"200 OK.*200",
+    ),
     ("mkdir -p n && cd n && npm init -y && npm install is-number@7.0.0 && npm ls", r"is-number@7\.0\.0"),
     ("npx --yes semver@7.7.3 1.2.3", r"^1\.2\.3$"),
     (

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 from playwright.async_api import Browser, async_playwright
 
-from gateway.host.definition import CA_BUNDLE
 from gateway.settings import Settings
 from tests.e2e.conftest import CHROMIUM, FLAGS
-from tests.integration import environment
 from tests.integration.conftest import incus_settings
 from tests.integration.sites import Hosting, hosting
 from tests.starters.trial import GATEWAY
@@ -23,9 +20,6 @@ __all__ = ["incus_settings"]
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
     """A gateway whose tenants are of the default size, on which a site must live."""
     state = tmp_path_factory.mktemp("starters") / "state"
-    # where the network has certificates of its own, an operator tells programs that bring theirs, as Poetry
-    trusts = f"environment.REQUESTS_CA_BUNDLE={CA_BUNDLE}"
-    await asyncio.to_thread(environment.incus, "profile", "set", incus_settings.profile, trusts)
     async with hosting(incus_settings, state, **GATEWAY) as host:
         yield host
 

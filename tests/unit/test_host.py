@@ -15,7 +15,7 @@ from gateway.host import Change, HostError, Steps, bun, doctor, run
 from gateway.host.artefacts import Artefact, image_metadata, keep
 from gateway.host.caddy_service import hand_over
 from gateway.host.daemon import Daemon, _only_options
-from gateway.host.definition import PROPERTY, Definition, define
+from gateway.host.definition import CA_BUNDLE, FILES, PROPERTY, TRUST, Definition, define
 from gateway.host.npm import check_integrity
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.rootfs.locations import MANAGED
@@ -86,6 +86,19 @@ def test_profile_carries_mark_limits_and_isolation() -> None:
         "security.ipv4_filtering",
         "security.ipv6_filtering",
     }
+
+
+def test_commands_and_services_trust_what_the_host_does() -> None:
+    """Commands have it from the profile, shells at login and services from the image."""
+    given = {f"{name}={CA_BUNDLE}" for name in TRUST}
+    config = profile(Settings())["config"]
+    assert {f"{name}={config[f'environment.{name}']}" for name in TRUST} == given
+    for name, before in (
+        ("profile.d/10-tenant.sh", "export "),
+        ("systemd/system.conf.d/10-tenant.conf", "="),
+    ):
+        lines = FILES[f"etc/{name}"].splitlines()
+        assert {line.partition(before)[2] for line in lines if str(CA_BUNDLE) in line} == given
 
 
 def test_bridge_refuses_by_default() -> None:
