@@ -1,7 +1,7 @@
-"""Tells whoever started this process how it fares: systemd, or the command that makes an upgrade.
+"""Reports this process's state to whatever started it: systemd, or the upgrade command.
 
-The protocol is sd_notify(3): lines in a datagram to the socket that `NOTIFY_SOCKET` names. Without one
-nothing is told.
+The protocol is sd_notify(3): lines in a datagram to the socket that `NOTIFY_SOCKET` names. Without that
+variable nothing is sent.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _STATUS_MAX: Final = 2000  # characters of a reason
 
 
 def notify(*lines: str) -> None:
-    """Tell these lines, such as `READY=1`. Does nothing where nobody listens."""
+    """Send lines such as `READY=1`. Does nothing if nobody listens."""
     _send("\n".join(lines).encode(), [])
 
 
 def status(text: str) -> None:
-    """Tell in a line what goes on, or went wrong."""
+    """Report in one line what is going on, or what went wrong."""
     notify("STATUS=" + " ".join(text.split())[:_STATUS_MAX])
 
 
 def settled(seconds: float) -> None:
-    """Return once all that was told is dealt with, as sd_notify_barrier(3); after `seconds` in any case."""
+    """Wait, up to `seconds`, until all that was sent has been processed, as sd_notify_barrier(3) does."""
     reading, writing = os.pipe()
     try:
         told = _send(b"BARRIER=1", [writing])
@@ -50,6 +50,6 @@ def _send(message: bytes, descriptors: list[int]) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as telling:
             telling.connect("\0" + address[1:] if address.startswith("@") else address)
             socket.send_fds(telling, [message], descriptors)
-    except OSError:  # whoever listened is gone
+    except OSError:  # the listener is gone
         return False
     return True

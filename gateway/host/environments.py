@@ -1,7 +1,7 @@
-"""The Python environments of quickstart: each version has its own, and a link says which one is in use.
+"""The Python environments of quickstart: one for each version, and a link to the one in use.
 
-A new version is installed beside the one that runs, whose files stay as they are. The link is switched at
-once, and the environment before stays, to go back to.
+A new version is installed beside the running one, whose files stay as they are. The link is switched
+atomically, and the previous environment is kept to go back to.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ class Environments:
 
     @property
     def current(self) -> Path | None:
-        """The one in use, None where there is none yet, or a folder that is no link."""
+        """The environment in use; None if there is none yet, or it is a folder instead of a link."""
         return self._target(self.link)
 
     @property
     def previous(self) -> Path | None:
-        """The one that was in use before, None where there is none."""
+        """The environment that was in use before, or None."""
         return self._target(self._before)
 
     def switch(self, to: Path) -> None:
-        """Have another be in use. A kill leaves either this one or the one before."""
+        """Switch to another environment. If killed, either that one or the previous one is in use."""
         to, before = to.resolve(), self.current
         if to == before:
             return
-        if self.link.is_dir() and not self.link.is_symlink():  # made by a version that kept one
+        if self.link.is_dir() and not self.link.is_symlink():  # of a version with one environment only
             new = self._root / "venv.new"
             new.unlink(missing_ok=True)
             new.symlink_to(to)
             exchange(new, self.link)
             shutil.rmtree(self._all / "0", ignore_errors=True)
-            new.rename(self._all / "0")  # until `tidy`: the old gateway still runs from there
+            new.rename(self._all / "0")  # kept until `tidy`: the old gateway still runs from it
             return
         if before is not None:
             self._point(self._before, before)
@@ -59,11 +59,11 @@ class Environments:
             self._before.unlink(missing_ok=True)
 
     def holds(self, environment: Path) -> bool:
-        """Return whether an environment is one of these, which may be switched to."""
+        """Return whether an environment is one of these, so that it can be switched to."""
         return environment.resolve().parent == self._all.resolve()
 
     def tidy(self) -> None:
-        """Remove all but the one in use and the one before."""
+        """Remove all but the current and the previous environment."""
         kept = {self.current, self.previous}
         with contextlib.suppress(OSError):
             for folder in self._all.iterdir():

@@ -82,14 +82,14 @@ class GatewayProcess:
         write_private(self._place.stamp, stamp)
         return f"{'restarted' if running is not None else 'started'}, pid {self.pid()}"
 
-    # --- another in its place -----------------------------------------------------------------------
+    # --- replacement --------------------------------------------------------------------------------
 
     def can_be_replaced(self) -> bool:
-        """Return whether the gateway that runs can be handed over to a successor."""
+        """Return whether the running gateway can hand over to a successor."""
         return successor.possible(Path(self.folders().get("GATEWAY_STATE_DIR", self._settings.state_dir)))
 
     def replace(self, environment: Path, report: Report) -> None:
-        """Have a gateway of a Python environment take over. Raises `HostError`: then nothing has changed."""
+        """Have a gateway of a Python environment take over. Raises `HostError`; nothing has changed then."""
         old, before, previous = self.pid(), self._environments.current, self._environments.previous
         program = environment / "bin" / "incus-gateway"
         ours = self._environments.holds(environment)
@@ -111,7 +111,7 @@ class GatewayProcess:
             if ours and before is not None:
                 self._environments.reset(before, previous)
             raise
-        if old is not None:  # it lets its last answers out
+        if old is not None:  # wait: it is still sending its last answers
             self._await_end(old, self._settings.shutdown_timeout + 5.0)
         self._reap(POLL * 100)
         self._process = None  # the successor is not our child
@@ -119,12 +119,12 @@ class GatewayProcess:
             self._environments.tidy()
 
     def back(self, report: Report) -> str:
-        """Have the version before take over again; return its place. Raises `HostError`, as `replace`."""
+        """Have the previous version take over again; return its path. Raises `HostError` as `replace` does."""
         previous = self._environments.previous
         if previous is None:
             raise HostError("there is no version before this one: an upgrade keeps one")
         self.replace(previous, report)
-        self._place.stamp.unlink(missing_ok=True)  # the next quickstart is to look at everything
+        self._place.stamp.unlink(missing_ok=True)  # so that the next quickstart checks everything
         return str(previous)
 
     # --- the end ------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ class GatewayProcess:
 
 
 def _is_gateway(words: list[bytes]) -> bool:
-    """Return whether a command line is a gateway's, of any version: each has an environment of its own."""
+    """Return whether a command line is that of a gateway of any version; each has its own environment."""
     return b"serve" in words and any(word.endswith(b"/incus-gateway") for word in words)
 
 

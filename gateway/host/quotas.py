@@ -8,7 +8,7 @@ from gateway.settings import Settings
 
 
 def in_force(settings: Settings) -> bool:
-    """Return whether the pool's quotas are enforced, as far as the kernel tells; folders have none."""
+    """Return whether the kernel enforces the pool's quotas; a pool of folders has none."""
     return _of(settings).in_force()
 
 

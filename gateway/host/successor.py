@@ -1,4 +1,4 @@
-"""Starts a gateway that takes the place of the one that runs, and waits until it does or says why not."""
+"""Starts a gateway that takes over from the running one, and waits until it has or says why it cannot."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gateway.host import HostError, Report
 from gateway.notify import VARIABLE, notify, settled
 from gateway.storage.state_dir import private
 
-_BOOT: Final = 120.0  # seconds beside the wait for deployments
+_BOOT: Final = 120.0  # seconds, in addition to the wait for deployments
 _BARRIER: Final = 5.0
 _MESSAGE: Final = 4096  # bytes
-# an orphan at once, as whoever has the first process id then takes it for its child: systemd watches it so
+# Orphaned at once, so that the first process becomes its parent. systemd watches only its own children.
 _ORPHAN: Final = '"$@" >&2 </dev/null & echo $!'
 
 
 def possible(state_dir: Path) -> bool:
-    """Return whether the gateway of a state dir runs and can be handed over."""
+    """Return whether the gateway of a state dir is running and can hand over."""
     if sys.platform != "linux":
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
@@ -43,8 +43,8 @@ def start(
 ) -> int:
     """Have a gateway of `program` take over; return its pid once it serves.
 
-    `variables` are its environment; what it logs goes to `log`, else where our own errors go. It may wait
-    `patience` seconds for deployments. Raises `HostError` with its reason: then the old gateway goes on.
+    `variables` are its environment. It logs to `log`, or else to our stderr, and waits up to `patience`
+    seconds for deployments. Raises `HostError` with its reason; the old gateway then keeps running.
     """
     with _told() as (socket_, address):
         pid = _spawn(program, {**variables, VARIABLE: address}, log)
@@ -64,8 +64,8 @@ def start(
 
 @contextlib.contextmanager
 def _told() -> Iterator[tuple[socket.socket, str]]:
-    """Give a socket to which a gateway tells how it fares, and the socket's address."""
-    with tempfile.TemporaryDirectory(prefix="incus-gateway-") as folder:  # nobody else may tell us anything
+    """Yield a socket to which a gateway reports its state, and the socket's address."""
+    with tempfile.TemporaryDirectory(prefix="incus-gateway-") as folder:  # only our own user can reach it
         address = f"{folder}/notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as telling:
             telling.bind(address)
@@ -92,7 +92,7 @@ def _spawn(program: Path, variables: Mapping[str, str], log: Path | None) -> int
 def _served(
     told: socket.socket, process: int, pid: int, log: Path | None, report: Report, seconds: float
 ) -> int:
-    """Follow what a successor tells until it serves and the old gateway knows. Raises `HostError`."""
+    """Follow a successor's reports until it serves and the old gateway knows. Raises `HostError`."""
     poll = select.poll()
     poll.register(told, select.POLLIN)
     poll.register(process, select.POLLIN)
@@ -108,7 +108,7 @@ def _served(
                         report(status)
                 serves |= line == "READY=1"
             if "READY=1" in lines:
-                notify(f"MAINPID={pid}")  # where we are a unit's ExecReload=
+                notify(f"MAINPID={pid}")  # if we run as a unit's ExecReload=
                 settled(_BARRIER)
             for barrier in barriers:
                 os.close(barrier)  # now the old gateway may end
@@ -125,7 +125,7 @@ def _received(told: socket.socket) -> tuple[list[str], list[int]]:
 
 
 def _last(told: socket.socket) -> str:
-    """Return the last reason that was told by a process that is gone."""
+    """Return the last reason reported by a process that has ended."""
     told.setblocking(False)
     status = ""
     with contextlib.suppress(BlockingIOError):

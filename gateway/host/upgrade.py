@@ -1,4 +1,4 @@
-"""`incus-gateway upgrade`: replaces the gateway that runs with no gap for its clients, or changes nothing."""
+"""`incus-gateway upgrade`: replaces the running gateway without a gap for its clients, or changes nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway.settings import Settings
 
 
 def upgrade(settings: Settings, report: Report, *, back: bool) -> None:
-    """Have this installation take over, by the settings there are now, or with `back` the one before it.
+    """Have this installation take over with the current settings or, with `back`, the previous installation.
 
-    Raises `HostError` with the reason where that does not serve: then the old gateway goes on.
+    Raises `HostError` with the reason if the new gateway does not serve; the old one then keeps running.
     """
     process = GatewayProcess(settings, Place(settings.state_dir), None, _program(), {})
     if not process.can_be_replaced():
@@ -33,7 +33,7 @@ def upgrade(settings: Settings, report: Report, *, back: bool) -> None:
 
 
 def reload(settings: Settings, report: Report) -> None:
-    """Do what the unit's `ExecReload=` is for: start the successor in the unit. Raises `HostError`."""
+    """Start the successor inside the unit, for its `ExecReload=`. Raises `HostError`."""
     if not successor.possible(settings.state_dir):
         raise HostError("no gateway runs that could be handed over; restart the unit")
     successor.start(_program(), os.environ, None, report, patience=settings.upgrade_patience)

@@ -1,4 +1,4 @@
-"""Serves the application, and hands it on to a successor. From outside `serve` is used."""
+"""Serves the application, and hands over to a successor. Other packages use `serve`."""
 
 from gateway.server.serving import LEAVE, serve
 

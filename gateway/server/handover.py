@@ -1,15 +1,15 @@
-"""What a gateway and its successor say to each other, in packets of a unix socket in the state dir.
+"""The protocol between a gateway and its successor: packets on a unix socket in the state dir.
 
 | the successor sends | the gateway answers |
 |---|---|
 | `{"v": 1, "take": true}` | `{"v": 1, "listen": ADDRESS, "tenants": […]}`, its listening socket |
 | `{"ready": true}` | `{"waiting": N}` while deployments are under way, then `{"go": true, "told": […]}` |
 | `{"serving": true, "listen": ADDRESS}` | nothing |
-| `{"known": true}` once whoever started it knows | nothing: it ends |
+| `{"known": true}` once whatever started it knows | nothing: it ends |
 
-`{"refused": REASON}` may come instead of each answer; nothing has changed then. Up to `go` whichever hangs up
-leaves the other as it is. From then on the records are the successor's; where that hangs up before it serves,
-the gateway starts itself anew.
+Any answer may be `{"refused": REASON}` instead; nothing has changed then. Until `go`, either side may hang up
+without affecting the other. From `go` on the successor owns the records; if it hangs up before it serves, the
+gateway restarts itself.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PACKET: Final = 64 << 10
 
 
 def path_in(state_dir: Path) -> Path:
-    """Return where the gateway of a state dir listens for its successor."""
+    """Return the path at which the gateway of a state dir listens for its successor."""
     return state_dir / "handover.sock"
 
 
 def listening_at(path: Path) -> socket.socket:
-    """Return the socket at which a gateway listens. Raises `OSError`; the state dir's lock must be held."""
-    path.unlink(missing_ok=True)  # a killed one's
+    """Return a socket that listens for a successor; the state dir must be locked. Raises `OSError`."""
+    path.unlink(missing_ok=True)  # left by a killed gateway
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     mask = os.umask(0o177)
     try:
@@ -51,7 +51,7 @@ def listening_at(path: Path) -> socket.socket:
 
 def trusted(connection: socket.socket) -> bool:
     """Return whether our own user or root is at the other end."""
-    # struct ucred: pid, uid, gid; the kernel's word, not the peer's
+    # struct ucred: pid, uid, gid, as the kernel reports them
     _, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return uid in (0, os.geteuid())
 
@@ -62,7 +62,7 @@ def say(connection: socket.socket, said: dict[str, Any], descriptors: Sequence[i
 
 
 async def heard(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Return the next packet of a socket that does not block, None at the end, or if it is none of these."""
+    """Return a non-blocking socket's next packet; None at the end, or if it is not one of this protocol."""
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[None] = loop.create_future()
 
@@ -82,7 +82,7 @@ async def heard(connection: socket.socket) -> tuple[dict[str, Any], list[int]] |
 
 
 def received(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Return the next packet of a socket, None at the end. Raises `OSError`, and `ValueError` for another."""
+    """Return a socket's next packet, None at the end. Raises `OSError`, or `ValueError` for a bad packet."""
     data, descriptors, flags, _ = socket.recv_fds(connection, _PACKET, 1)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)

@@ -1,4 +1,4 @@
-"""The socket on which clients connect: made, or inherited from whoever had it before."""
+"""The socket on which clients connect: opened, or inherited from the previous process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gateway.errors import Unavailable
 # stalls still answers them, so a slow reader is never mistaken for a dead one. Websocket pings could not tell
 # the two apart.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
-_BACKLOG: Final = 2048  # connects that wait while nobody accepts
+_BACKLOG: Final = 2048  # connections that wait while nobody accepts
 _FIRST: Final = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 _INHERITED: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 def listen(address: str) -> socket.socket:
-    """Return a listening socket for HOST:PORT or a path. Raises `Unavailable`, saying what to change."""
+    """Return a socket that listens on HOST:PORT or a path. Raises `Unavailable` with what to change."""
     if not is_tcp(address):
         return _listen_unix(Path(address))
     host, port = _split(address)
@@ -44,7 +44,7 @@ def listen(address: str) -> socket.socket:
 
 
 def inherited() -> socket.socket | None:
-    """Return the listening socket that this process was started with, as sd_listen_fds(3) has it, if any."""
+    """Return the listening socket that was passed to this process as in sd_listen_fds(3), or None."""
     given = {name: os.environ.pop(name, "") for name in _INHERITED}
     if given["LISTEN_PID"] != str(os.getpid()) or given["LISTEN_FDS"] != "1":
         return None
@@ -53,13 +53,13 @@ def inherited() -> socket.socket | None:
 
 
 def bequeath(listening: socket.socket) -> dict[str, str]:
-    """Have the program that this process becomes inherit the socket; return what its environment must say."""
+    """Let the program that this process executes next inherit the socket; return the variables it needs."""
     os.dup2(listening.fileno(), _FIRST, inheritable=True)
     return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
 
 
 def remove(address: str) -> None:
-    """Remove what listening at an address leaves in the file system."""
+    """Remove the socket's file, if the address is a path."""
     if not is_tcp(address):
         Path(address).unlink(missing_ok=True)
 
@@ -83,7 +83,7 @@ def _listen_unix(path: Path) -> socket.socket:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 if probe.connect_ex(str(path)) == 0:
                     raise Unavailable(f"{path} is in use; stop what uses it or set GATEWAY_LISTEN")
-            path.unlink()  # left by a dead gateway
+            path.unlink()  # left by a killed gateway
         old = os.umask(0o117)
         try:
             listening.bind(str(path))

@@ -1,4 +1,4 @@
-"""The gateway whose place this process takes, as its successor sees it."""
+"""The gateway that this process takes over from."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from gateway.notify import notify, settled, status
 from gateway.server.handover import VERSION, heard, path_in, received, say
 from gateway.settings import Settings
 
-_PATIENCE: Final = 5.0  # seconds for its first answer
-_BARRIER: Final = 5.0  # seconds until whoever started us knows that we serve
+_PATIENCE: Final = 5.0  # seconds for the first answer
+_BARRIER: Final = 5.0  # seconds until whatever started us knows that we serve
 
 
 class Predecessor:
-    """The gateway that serves the state dir now. Use as a context manager; leaving it hangs up.
+    """The gateway that serves the state dir now. A context manager; leaving it hangs up.
 
-    `listening` is its listening socket, bound to `address`; `tenants` are those with clients.
+    `listening` is its listening socket, bound to `address`; `tenants` are those with connected clients.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Ask it to let us take its place. Raises `Unavailable` if it does not, or there is none."""
+        """Ask it to hand over. Raises `Unavailable` if it refuses, or if there is none."""
         path = path_in(settings.state_dir)
         self._listen = settings.listen
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -54,9 +54,9 @@ class Predecessor:
         self._connection.close()
 
     async def release(self) -> Sequence[str]:
-        """Have it let go of everything; return the marks of the runtime's events that it has told.
+        """Have it release everything; return the marks of the runtime's events that it has published.
 
-        One that dies has let go, too. Raises `Unavailable` if it goes on instead.
+        If it dies, it has released everything too. Raises `Unavailable` if it keeps running instead.
         """
         with contextlib.suppress(OSError):
             say(self._connection, {"ready": True})
@@ -70,7 +70,7 @@ class Predecessor:
         return []
 
     def succeed(self, pid: int) -> None:
-        """Tell that we serve: the old gateway, which may end once whoever started us knows, too."""
+        """Report that we serve. The old gateway ends once whatever started us knows it too."""
         with contextlib.suppress(OSError):
             say(self._connection, {"serving": True, "listen": self._listen})
         notify(f"MAINPID={pid}", "READY=1", "STATUS=serves")

@@ -1,4 +1,4 @@
-"""Serve the application: listening socket, uvicorn, signals, log format."""
+"""Serves the application: listening socket, uvicorn, signals, log format."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _TRIM_THRESHOLD: Final = (-1, 16 << 20)
 # than a whole Read takes
 _SWITCH_INTERVAL: Final = 0.0005
 _DESCRIPTORS: Final = 65536  # as `LimitNOFILE=` in deploy/incus-gateway.service
-# seconds that requests have for their answer when a successor takes over; those asked `_LONG` seconds before
-# do not count, and a connection of the last moment does, on which nothing came yet
+# seconds that requests have for their answers when a successor takes over. Those received more than `_LONG`
+# seconds before do not count; a connection on which nothing has arrived yet does
 _LAST: Final = 0.1
 _LONG: Final = 1.0
 _FRESH: Final = 0.05
@@ -61,7 +61,7 @@ class _Server(uvicorn.Server):
         self._gateway = gateway
         self._settings = settings
         self._predecessor = predecessor
-        self.handed_over = False  # a successor serves at our address
+        self.handed_over = False  # a successor serves on our address
         self._ending = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -84,7 +84,7 @@ class _Server(uvicorn.Server):
         self._ending.set()
 
     async def serve_on(self, listening: socket.socket) -> None:
-        """Serve until the end, or until a successor does. The records are open, and stay so that long."""
+        """Serve until shutdown, or until a successor serves. The records must be open and stay so."""
         succession = Succession(self._settings, self._gateway, listening, self._quiet, self._succeeded)
         async with succession:
             await self.serve(sockets=[listening])
@@ -96,12 +96,12 @@ class _Server(uvicorn.Server):
             # block the loop for 70 ms whenever clients or tenants have allocated a lot.
             gc.collect()
             notify("READY=1")
-        else:  # collected while it still served
+        else:  # a successor has collected already, while its predecessor still served
             await asyncio.to_thread(self._predecessor.succeed, os.getpid())
         gc.freeze()
 
     async def _quiet(self) -> None:
-        """Accept no more clients, which wait for the successor; answer those that asked by now."""
+        """Stop accepting clients, which then wait for the successor, and answer the requests received."""
         for server in self.servers:
             server.close()
         loop = asyncio.get_running_loop()
@@ -109,7 +109,7 @@ class _Server(uvicorn.Server):
         while self._asked() and loop.time() < until:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(_LOOK)
         for connection in self._http():
-            connection.shutdown()  # one that is being answered ends after its answer
+            connection.shutdown()  # one with a request in progress ends after its answer
 
     def _http(self) -> list[http1.HttpProtocol]:
         return [one for one in self.server_state.connections if isinstance(one, http1.HttpProtocol)]
@@ -128,15 +128,16 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings, *, log_level: str = "info", take_over: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT, which end all commands, `LEAVE`, or until a successor serves.
+    """Serve until SIGTERM or SIGINT, which end all commands, until `LEAVE`, or until a successor serves.
 
-    With `take_over` take the place of the gateway that serves this state dir, once all is ready for that.
+    With `take_over`, prepare everything and then take over from the gateway that serves this state dir.
 
-    Raises `Unavailable` if the address, the records or the folders of the routes cannot be had, or if incusd
-    is in a cluster; taking over, also if there is no incusd, or no gateway that goes: that one goes on.
+    Raises `Unavailable` if the address, the records or the routes' folders cannot be used, or if incusd is in
+    a cluster; with `take_over` also if there is no incusd, or no gateway that hands over. The old gateway
+    then keeps running.
     """
     log_to_stderr(log_level)
-    # URLs contain no tokens, but tenants' names: no access log
+    # no access log: URLs contain no tokens, but names of tenants
     logging.getLogger("uvicorn.access").disabled = True
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -156,7 +157,7 @@ def serve(settings: Settings, *, log_level: str = "info", take_over: bool = Fals
 
 
 def _serve(settings: Settings, listening: socket.socket, predecessor: Predecessor | None) -> bool:
-    """Serve on a socket; return whether a successor does so by now."""
+    """Serve on a socket; return whether a successor has taken over."""
     gateway = Gateway(settings)
     config = uvicorn.Config(
         gateway.app,
@@ -198,7 +199,7 @@ def _serve(settings: Settings, listening: socket.socket, predecessor: Predecesso
 def share() -> None:
     """Make the process return memory to the kernel early, and its threads yield to the loop early.
 
-    By default glibc would keep 16 MiB forever after one message of that size.
+    By default glibc would keep 16 MiB for good after one message of that size.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL)
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:

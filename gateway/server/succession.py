@@ -1,4 +1,4 @@
-"""Hands a gateway on to its successor, which connects to a socket in the state dir and takes its place."""
+"""Hands over to a successor, which connects to a socket in the state dir."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 TAKE_OVER: Final = "--take-over"
-_HELLO: Final = 5.0  # seconds in which a successor says what it is
-_STARTS: Final = 120.0  # seconds until a successor that was let go serves, or is given up
-_KNOWN: Final = 30.0  # seconds until whoever started it knows; it bounds that by itself
-_TENANTS: Final = 200  # with clients, that a successor is told of
+_HELLO: Final = 5.0  # seconds for a successor's first packet
+_STARTS: Final = 120.0  # seconds for a successor to serve after `go`, before it is given up
+_KNOWN: Final = 30.0  # seconds until whatever started it knows; the successor has a limit of its own
+_TENANTS: Final = 200  # tenants with clients that are named to a successor, at most
 
 
 class Handed(Protocol):
-    """What is handed on: `gateway.api.app.Gateway`."""
+    """What is handed over; implemented by `gateway.api.app.Gateway`."""
 
     @property
     def tenants(self) -> Sequence[str]: ...
@@ -41,15 +41,15 @@ class Handed(Protocol):
 
 
 def _unless_closed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what breaks a task, unless it is that the records are the successor's: that is as it should be."""
+    """Log a task's failure, unless its cause is that the records now belong to the successor."""
     if not isinstance(context.get("exception"), Unavailable):
         loop.default_exception_handler(context)
 
 
 class Succession:
-    """Waits for a successor while the gateway serves. An async context manager, on the locked state dir.
+    """Waits for a successor while the gateway serves. An async context manager; the state dir must be locked.
 
-    `quiet` is called to stop accepting clients, once a successor is ready; `ended` once it serves.
+    `quiet` is called to stop accepting clients once a successor is ready, `ended` once it serves.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class Succession:
     ) -> None:
         self._settings = settings
         self._gateway = gateway
-        # the server closes its own when it stops to accept
+        # a duplicate, since the server closes its own when it stops accepting
         self._listening = listening.dup()
         self._quiet, self._ended = quiet, ended
         self._path = path_in(settings.state_dir)
         self._attending: asyncio.Task[None] | None = None
         self._handing: asyncio.Task[None] | None = None
-        self._gone = False  # whether the state dir is another's by now
+        self._gone = False  # whether the state dir belongs to the successor now
 
     async def __aenter__(self) -> Succession:
         try:
@@ -111,7 +111,7 @@ class Succession:
                 log.info("a successor is gone before it was ready; this gateway goes on")
 
     async def _converse(self, connection: socket.socket) -> None:
-        """Hear a successor out. Raises `OSError` if it hangs up while nothing has changed."""
+        """Talk to a successor. Raises `OSError` if it hangs up while nothing has changed."""
         async with asyncio.timeout(_HELLO):
             asked = await heard(connection)
         if asked is None:
@@ -132,14 +132,14 @@ class Succession:
             await self._let_go(connection)
 
     async def _rested(self, connection: socket.socket) -> bool:
-        """Return whether nothing is under way that would be cut, and the successor is still there."""
+        """Wait until nothing would be cut off any more; return whether the successor is still there."""
 
         def waiting(number: int) -> None:
             with contextlib.suppress(OSError):
                 say(connection, {"waiting": number})
 
         resting = asyncio.create_task(self._gateway.rest(self._settings.upgrade_patience, waiting))
-        hearing = asyncio.create_task(heard(connection))  # it says nothing more, but may hang up
+        hearing = asyncio.create_task(heard(connection))  # it sends nothing more, but may hang up
         try:
             await asyncio.wait([resting, hearing], return_when=asyncio.FIRST_COMPLETED)
             if hearing.done():
@@ -157,7 +157,7 @@ class Succession:
             await asyncio.gather(resting, hearing, return_exceptions=True)
 
     async def _let_go(self, connection: socket.socket) -> None:
-        """Give everything to the successor; start anew where it does not serve."""
+        """Give everything to the successor; restart if it does not serve."""
         began = time.monotonic()
         try:
             await self._quiet()
@@ -184,6 +184,6 @@ class Succession:
         self._anew()
 
     def _anew(self) -> NoReturn:
-        """Become a new gateway with the same program and process id, and the same listening socket."""
+        """Execute this program again, with the same process id and listening socket."""
         words = [sys.executable, *(word for word in sys.orig_argv[1:] if word != TAKE_OVER)]
         os.execve(words[0], words, os.environ | bequeath(self._listening))  # noqa: S606 - as we were started
