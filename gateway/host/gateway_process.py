@@ -119,7 +119,7 @@ class GatewayProcess:
             self._environments.tidy()
 
     def back(self, report: Report) -> str:
-        """Have the previous version take over again; return its path. Raises `HostError` as `replace` does."""
+        """Have the previous version take over again; return its path. Raises `HostError`, as `replace`."""
         previous = self._environments.previous
         if previous is None:
             raise HostError("there is no version before this one: an upgrade keeps one")

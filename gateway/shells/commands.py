@@ -1,4 +1,4 @@
-"""The Bash commands of all tool sessions: their start, their time in the background, their end."""
+"""The Bash commands of all tool sessions: starts them, runs them in the background, ends them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from gateway.tools.session import ToolSession
 
 log = logging.getLogger(__name__)
 
-_BRIEF: Final = 1.0  # seconds for calls that end with this process to be answered
+_BRIEF: Final = 1.0  # seconds to answer the calls that end with this process
 
 
 @dataclass(slots=True)
 class LeftBehind:
-    """A Bash command of an earlier process; see `gateway.tools.lasting`. `shell` is there once it goes on."""
+    """A Bash command of an earlier process; see `gateway.tools.lasting`. `shell` is set once it continues."""
 
     exec_: Exec
     record: Record
@@ -65,7 +65,7 @@ class LeftBehind:
 
 
 class Commands:
-    """The commands of all tool sessions. One in the background belongs to its session."""
+    """The commands of all tool sessions. A background command belongs to its session."""
 
     def __init__(self, execs: Execs, workers: Workers, settings: Settings) -> None:
         self.leaving = False
@@ -74,10 +74,10 @@ class Commands:
         self._settings = settings
         self._of: WeakKeyDictionary[ToolSession, dict[str, Shell]] = WeakKeyDictionary()
         self._all: set[asyncio.Task[None]] = set()
-        self._live: set[Shell] = set()  # whose output is not copied to its end
+        self._live: set[Shell] = set()  # whose output has not been copied completely
 
     async def close(self) -> None:
-        """End every command, but for those that were left."""
+        """End every command except those left to the next process."""
         for session in list(self._of):
             await self.end_all(session)
         for task in self._all:
@@ -119,13 +119,13 @@ class Commands:
         return one
 
     def busy(self, session: ToolSession) -> bool:
-        """Return whether a command of a session runs."""
+        """Return whether a command of a session is running."""
         return any(not one.task.done() for one in self._of.get(session, {}).values())
 
     async def end_all(self, session: ToolSession) -> None:
         """End every command of a session and forget them; return when their process trees are gone.
 
-        A command in the foreground at that moment can no longer go to the background.
+        A command that is in the foreground at that moment can no longer be moved to the background.
         """
         session.ended = True
         shells = [one for one in self._of.pop(session, {}).values() if not one.left]
@@ -142,7 +142,7 @@ class Commands:
         await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
 
     def drop(self, one: Shell) -> None:
-        """Keep nothing of an ended command for the next process; a running one is still needed."""
+        """Keep nothing of a command for the next process, if it has ended."""
         with contextlib.suppress(NotFound):
             exec_ = self._execs.get(one.tenant, one.exec_id)
             if exec_.ended.done() and not self.leaving:
@@ -152,7 +152,7 @@ class Commands:
         return await self._execs.cancel(self._execs.get(one.tenant, one.exec_id))
 
     def make_room(self, session: ToolSession) -> None:
-        """Raise `ToolFailure` if the session may have no more shells; forget old ended ones."""
+        """Forget ended shells to make room. Raises `ToolFailure` if the session may have no more shells."""
         if session.ended:
             raise ToolFailure("gone", "This tool session has ended; open a new one.")
         if session.lifetime == "call":
@@ -175,7 +175,7 @@ class Commands:
             self.drop(shells.pop(one.id))
 
     async def to_background(self, session: ToolSession, started: Shell) -> None:
-        """Hand a running command over to its session, until its time is over. Raises `ToolFailure`."""
+        """Give a running command to its session, until its timeout. Raises `ToolFailure`."""
         self.make_room(session)  # check again, since others may have been started meanwhile
         self._of.setdefault(session, {})[started.id] = started
         if started.record.phase == "front":
@@ -185,7 +185,7 @@ class Commands:
         await self._saved(started)
 
     def _due(self, one: Shell) -> None:
-        """Have a command in the background end at its time."""
+        """End a background command at its timeout."""
         if not one.over.done():
             left, grace = max(0.0, one.record.until - time.time()), self._settings.cancel_grace
             exec_ = self._execs.get(one.tenant, one.exec_id)
@@ -206,17 +206,17 @@ class Commands:
         return one
 
     def has(self, session: ToolSession, one: Shell) -> bool:
-        """Return whether a command is in the background of a session."""
+        """Return whether a session has the command in the background."""
         return one.id in self._of.get(session, {})
 
     def forget(self, session: ToolSession, one: Shell) -> None:
-        """Have a command be no longer in the background of a session."""
+        """Remove a command from its session's background."""
         self._of.get(session, {}).pop(one.id, None)
 
     # --- across a restart of the gateway ----------------------------------------------------------------
 
     def left_behind(self) -> Iterator[LeftBehind]:
-        """Yield the commands of an earlier process; go on with each by `take_over`, or `discard` it."""
+        """Yield the commands of an earlier process. Each must be passed to `take_over` or `discard`."""
         for exec_ in self._execs.left_behind():
             try:
                 if not exec_.purpose.held:
@@ -229,7 +229,7 @@ class Commands:
                 yield LeftBehind(exec_, record)
 
     def discard(self, exec_: Exec) -> None:
-        """End a command of an earlier process that nobody wants."""
+        """End a command of an earlier process that nobody needs."""
         task = asyncio.create_task(self._discard(exec_), name=f"end {exec_.id}")
         self._all.add(task)
         task.add_done_callback(self._all.discard)
@@ -244,7 +244,7 @@ class Commands:
         exec_.let_go()
 
     def take_over(self, root: FilesystemRoot, session: ToolSession, left: LeftBehind) -> None:
-        """Go on with a command: in front of the call that is to follow by `resume`, or in the background."""
+        """Continue a command: in the foreground for the call that `resume` finishes, or in the background."""
         exec_, record = left.exec_, left.record
         words = exec_.spec.argv
         one = left.shell = self._made(root, record, words[2] if len(words) > 2 else "", exec_)
@@ -257,10 +257,10 @@ class Commands:
             saving.add_done_callback(self._all.discard)
 
     async def leave(self) -> set[tuple[str, str]]:
-        """Leave the commands that are held to the next process, and note nothing of them any more.
+        """Leave the held commands to the next process, and stop recording them.
 
-        Return the tenants and ids of the calls that it is to answer. One in front of a call that cannot be
-        repeated is ended, so that it is answered.
+        Returns the tenants and ids of the calls that the next process will answer. A foreground command whose
+        call cannot be repeated is ended, so that the call is answered now.
         """
         self.leaving = True
         held, ending = [one for one in self._live if one.held], list[asyncio.Task[None]]()
@@ -274,6 +274,6 @@ class Commands:
         for one in left:
             one.task.cancel()
         await asyncio.gather(*(one.task for one in left), return_exceptions=True)
-        if ending:  # what does not end in time the next process ends
+        if ending:  # the next process ends what does not end in time
             await asyncio.wait(ending, timeout=_BRIEF)
         return {(one.tenant, one.record.call.id) for one in left if one.record.call is not None}

@@ -33,7 +33,7 @@ class OutputFile:
         self.path: str | None = None
         self.size: int | None = None
         self.broken = False
-        self._earlier = False  # more of it than `size` may have been written by an earlier process
+        self._earlier = False  # an earlier process may have written more than `size`
         self._workers = workers
         self._root = root
         self._name = name
@@ -41,14 +41,14 @@ class OutputFile:
         self._most = min(settings.bash_output_max, settings.write_max)
 
     def take_over(self, size: int | None) -> None:
-        """Go on behind what an earlier process is known to have written; -1 says that it could not."""
+        """Continue after the bytes that an earlier process has written; -1 if it could not write."""
         self._earlier = True
         self.broken = size == -1
         if size is not None and not self.broken:
             self._exists(size)
 
     async def create(self, data: bytes) -> None:
-        if self._earlier:  # killed amid this
+        if self._earlier:  # it was killed while writing
             await self.remove()
         data = data[: self._most]
         await self._ask("create", data, age=int(self._settings.bash_outputs_age), room=self._others)
@@ -93,25 +93,25 @@ class Unread:
     """The part of one stream that BashOutput has not returned yet. Beyond the limit the oldest is dropped.
 
     It counts towards the tenant's share of kept output. If that is full, only a little is kept. It begins at
-    an offset up to which an earlier process has returned the stream.
+    the offset up to which an earlier process has returned the stream.
     """
 
     def __init__(self, share: Share, start: int = 0) -> None:
         self._share = share
         self._lease = Lease(share)
-        weakref.finalize(self, self._lease.end)  # it goes with its shell, which has no close
+        weakref.finalize(self, self._lease.end)  # ends with its shell, which has no close
         self._data = bytearray()
-        self._start = start  # offsets count the stream's bytes
-        self.returned = start  # how far
+        self._start = start  # an offset in the stream
+        self.returned = start  # the offset up to which the stream has been returned
 
     def add(self, data: bytes, at: int) -> None:
-        """Take bytes at an offset; what lies before the beginning is none of it."""
+        """Add bytes at an offset, ignoring those before the start."""
         end = self._start + len(self._data)
         if at > end:
             self._drop(at - self._start)
         self._data += data[max(0, end - at) :]
         most = _UNREAD if self._share.full(len(data)) is None else _LITTLE
-        if len(self._data) > 2 * most:  # not at each chunk, since it moves the rest
+        if len(self._data) > 2 * most:  # not for each chunk, since it moves the rest
             self._drop(len(self._data) - most)
         self._lease.hold(len(self._data) - self._lease.size)
 
@@ -127,7 +127,7 @@ class Unread:
         return text, self._start + end - len(decoder.getstate()[0]), self._start - self.returned
 
     def taken(self, offset: int) -> None:
-        """Drop what lies before `offset`, since it was returned."""
+        """Drop what lies before `offset`: it has been returned."""
         self._drop(offset - self._start)
         self.returned = max(self.returned, offset)
 

@@ -1,4 +1,4 @@
-"""What the next process of the gateway needs of a Bash command, besides its output and its end."""
+"""What the gateway's next process must know of a Bash command, besides its output and its end."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gateway.tools.shell import KEPT
 Count = Annotated[int, Field(ge=0)]
 Short = Annotated[str, Field(max_length=512)]
 
-_MOST: Final = 3000  # bytes of the texts that a caller chose; more would leave no room for the rest
+_MOST: Final = 3000  # bytes of texts chosen by the caller; more would leave no room for the rest
 
 
 @dataclass(slots=True)
 class Record:
-    """One Bash command. Its caller waits for it in `front`, until the time `until`; then it was `moved`.
+    """One Bash command. Its caller waits in front of it until the time `until`; then it is `moved`.
 
-    `offsets` are how far its outputs have been taken in, `file` how much of them is in their file: None if
-    there is none, -1 if it could not be written. `taken` is what BashOutput has returned, `last` its last
-    call and where that began. `head` bytes are kept of the beginning while they are `shown`.
+    `offsets` say how much of each output has been copied, `file` how much of that is in the output file: None
+    if there is no file, -1 if it could not be written. `taken` is how much BashOutput has returned, `last`
+    its last call and the offsets at which that began. The first `head` bytes are kept while `shown`.
     """
 
     shell: Annotated[str, Field(pattern=r"^bash_[0-9a-f]{8}$")]
@@ -50,12 +50,12 @@ class Record:
     killer: str | None = None
 
     def facts(self) -> Mapping[str, Any]:
-        """Return it as JSON has it."""
+        """Return the record as a JSON object."""
         return {name: getattr(self, name) for name in _NAMES}
 
     @property
     def lasting(self) -> bool:
-        """Whether the next process is to go on with it: somebody may ask for it, and there is room."""
+        """Whether the next process should continue it: somebody may ask for it, and the record fits."""
         said = [self.cwd or "", self.session or "", *self.notes]
         if self.call is not None:
             said += [self.call.id, self.call.by]
@@ -69,7 +69,7 @@ _RECORD: Final = TypeAdapter(Record)
 
 
 def parsed(found: Mapping[str, Any]) -> Record:
-    """Return the record that an earlier process noted. Raises `ValueError`."""
+    """Return the record that an earlier process wrote. Raises `ValueError`."""
     try:
         return _RECORD.validate_python(found, strict=False)
     except ValidationError as error:
@@ -77,5 +77,5 @@ def parsed(found: Mapping[str, Any]) -> Record:
 
 
 def mark(call_id: str | None) -> str | None:
-    """Return what stands for a call's id where it may be long."""
+    """Return a short digest of a call's id, which may be long."""
     return None if call_id is None else hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:24]

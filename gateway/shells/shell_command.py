@@ -20,7 +20,7 @@ class Shell:
     """One Bash command, in the foreground or background, and its output.
 
     `ended` resolves to its end once all output has been copied here; the exec's own copy is dropped then.
-    How far that is, `record` has for the next process of the gateway, if the command is held.
+    If the command is held, `record` tells the gateway's next process how much has been copied.
     """
 
     def __init__(self, record: Record, command: str, exec_: Exec, file: OutputFile, limit: int) -> None:
@@ -39,13 +39,13 @@ class Shell:
         self._limit = limit
         self._purpose = exec_.purpose
         self._head = bytearray(self._purpose.beginning(record.head))
-        self._lease = Lease(exec_.share)  # of the beginning, where it is kept for the next process too
+        self._lease = Lease(exec_.share)  # for the beginning, if it is kept for the next process too
         weakref.finalize(self, self._lease.end)
         self._tail = bytearray()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.setstate((bytes.fromhex(record.pending), 0))
-        self._again = record.last  # a call of BashOutput that an earlier process may not have answered
-        self._known = dict(record.offsets)  # how far an earlier process has come
+        self._again = record.last  # a BashOutput call that an earlier process may not have answered
+        self._known = dict(record.offsets)  # how much an earlier process had copied
         self._behind = {name for name, offset in self._known.items() if offset and name in exec_.streams}
         self._caught_up = asyncio.Event()
         before = record.taken if record.last is None else record.last[1]
@@ -87,7 +87,7 @@ class Shell:
             self._look_for_flood(exec_)
 
     async def _keep(self, data: bytes) -> None:
-        """Keep the beginning and the end of the output, and in the file what is beyond the beginning."""
+        """Keep the output's beginning and end; the file gets what does not fit into the beginning."""
         record, head = self.record, len(self._head)
         record.size += len(data)
         record.characters += len(self._decoder.decode(data))
@@ -103,12 +103,12 @@ class Shell:
             self._end_with(data)
         if self.file.path is not None:
             await self.file.append(data)
-        elif beyond and not self.file.broken:  # from here on only part of it is in memory
+        elif beyond and not self.file.broken:  # from here on, memory has only part of it
             await self.file.create(bytes(self._head) + beyond)
 
     def _end_with(self, data: bytes) -> None:
         self._tail += data
-        if len(self._tail) > 2 * shell.KEPT:  # not at each chunk, since it moves the rest
+        if len(self._tail) > 2 * shell.KEPT:  # not for each chunk, since it moves the rest
             del self._tail[: -shell.KEPT]
 
     def _look_for_flood(self, exec_: Exec) -> None:
@@ -117,20 +117,20 @@ class Shell:
             exec_.end("cancelled", 0)
 
     def note(self) -> None:
-        """Keep how far everything is for the next process."""
+        """Record the progress of everything for the next process."""
         self.record.file = -1 if self.file.broken else self.file.size
         if self._purpose.held:
             self._purpose.note(self.record.facts())
 
     async def save(self) -> None:
-        """Write the output to a file from now on, unless it is or that has failed."""
+        """Write the output to a file from now on, unless that has begun or failed before."""
         async with self._writing:
             if self.file.path is None and not self.file.broken:
                 await self.file.create(bytes(self._head))
                 self.note()
 
     def let_go(self) -> None:
-        """Drop beginning and end: of a background command only the unread part is shown."""
+        """Drop beginning and end; of a background command only the unread part is shown."""
         self.record.shown, self.record.head = False, 0
         self._head.clear()
         self._tail.clear()
@@ -149,11 +149,11 @@ class Shell:
 
     @property
     def held(self) -> bool:
-        """Whether the next process can go on with it."""
+        """Whether the next process can continue it."""
         return self._purpose.held
 
     async def caught_up(self) -> None:
-        """Return once all is here that an earlier process had taken in."""
+        """Wait until everything that an earlier process had copied has been copied again."""
         while self._behind and not self.task.done():
             self._caught_up.clear()
             looking = asyncio.ensure_future(self._caught_up.wait())
@@ -163,9 +163,9 @@ class Shell:
     # --- what BashOutput returns ------------------------------------------------------------------------
 
     def asked(self, call_id: str | None) -> dict[StreamName, int]:
-        """Return from where on a call of BashOutput returns the outputs.
+        """Return the offsets from which a BashOutput call returns the outputs.
 
-        One that an earlier process may not have answered returns what it returned then, and more.
+        A call that an earlier process may not have answered returns the same output again, and what followed.
         """
         again, self._again = self._again, None
         if again is not None and again[0] != mark(call_id):
@@ -174,7 +174,7 @@ class Shell:
         return {name: unread.returned for name, unread in self.unread.items()}
 
     def answered(self, call_id: str | None, began: dict[StreamName, int], upto: Mapping[str, int]) -> None:
-        """Take note that a call of BashOutput has returned the outputs up to these offsets."""
+        """Record that a BashOutput call has returned the outputs up to these offsets."""
         for name, unread in self.unread.items():
             unread.taken(upto[name])
         self.record.taken = {name: unread.returned for name, unread in self.unread.items()}

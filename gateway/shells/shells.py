@@ -45,7 +45,7 @@ class Shells:
         self._execs = execs
         self._workers = workers
         self._settings = settings
-        self._telling: dict[str, Shell] = {}  # by exec, those whose call has not been told to the end
+        self._telling: dict[str, Shell] = {}  # by exec id: commands of calls whose result is not recorded yet
 
     async def __aenter__(self) -> Shells:
         return self
@@ -68,8 +68,8 @@ class Shells:
     ) -> ToolResult:
         """Run one of the three tools. A refusal by the tool itself is a result.
 
-        A Bash command runs under `exec_id`, after `begin`; with the `call`, whose result is to be recorded,
-        it outlives this process. `told` is to follow. Raises what `Execs.start` raises if the tenant cannot
+        A Bash command runs under `exec_id`, after `begin`. With `call`, whose result will be recorded, it
+        outlives this process; call `told` afterwards. Raises what `Execs.start` raises if the tenant cannot
         run commands, and `Unavailable` if a command's exit was lost.
         """
         try:
@@ -86,7 +86,7 @@ class Shells:
         return await _result(session, work)
 
     def told(self, exec_id: str) -> None:
-        """The result of a Bash call is recorded, or wanted by nobody: the next process needs not make it."""
+        """Note that a Bash call's result is recorded or not needed: the next process need not produce it."""
         one = self._telling.pop(exec_id, None)
         if one is None or one.left:
             return
@@ -97,7 +97,7 @@ class Shells:
             one.note()
 
     def busy(self, session: ToolSession) -> bool:
-        """Return whether a command of a session runs."""
+        """Return whether a command of a session is running."""
         return self._commands.busy(session)
 
     async def end(self, session: ToolSession) -> None:
@@ -107,7 +107,7 @@ class Shells:
     # --- across a restart of the gateway ----------------------------------------------------------------
 
     async def leave(self) -> set[tuple[str, str]]:
-        """Leave the commands that are held to the next process; return the tenants and ids of their calls."""
+        """Leave the held commands to the next process; return the tenants and ids of their calls."""
         return await self._commands.leave()
 
     def left_behind(self) -> Iterator[LeftBehind]:
@@ -115,11 +115,11 @@ class Shells:
         return self._commands.left_behind()
 
     def discard(self, left: LeftBehind) -> None:
-        """End a command that nobody wants."""
+        """End a command that nobody needs."""
         self._commands.discard(left.exec_)
 
     def take_over(self, root: FilesystemRoot, session: ToolSession, left: LeftBehind) -> None:
-        """Go on with a command: in front of the call that `resume` finishes, or in the background."""
+        """Continue a command: in the foreground for the call that `resume` finishes, or in the background."""
         self._commands.take_over(root, session, left)
 
     async def resume(self, root: FilesystemRoot, session: ToolSession, left: LeftBehind) -> ToolResult:
@@ -201,14 +201,14 @@ class Shells:
         record = started.record
         done, _ = await asyncio.wait([started.task], timeout=max(0.0, record.until - time.time()))
         if started.left:
-            await asyncio.get_running_loop().create_future()  # the next process answers; ours ends this
+            await asyncio.get_running_loop().create_future()  # the next process answers
         if done:
             return await self._finished(root, session, started)
         try:
             record.until = time.time() + self._settings.bash_background_timeout
             await self._commands.to_background(session, started)
         except ToolFailure:
-            with contextlib.suppress(NotFound):  # it ended, and many others after it
+            with contextlib.suppress(NotFound):  # it has been forgotten since it ended
                 self._execs.get(started.tenant, started.exec_id).end("timeout", self._settings.cancel_grace)
             await self._commands.end(started)
             facts = self._facts(root, session, started)
@@ -238,7 +238,7 @@ class Shells:
         return shell.finished(started.record.meaning, started.printed(), ended.code, notes, facts)
 
     def _moved_to(self, root: FilesystemRoot, session: ToolSession, reported: bytes) -> tuple[str, ...]:
-        """Adopt the folder in which a command ended; return the note for the result."""
+        """Make the folder in which a command ended the session's; return the note for the result."""
         try:
             path = _inside(root, reported.decode().removesuffix("\n"))
         except UnicodeDecodeError:
@@ -258,7 +258,7 @@ class Shells:
     async def _abandon(self, session: ToolSession, started: Shell) -> None:
         """Remove a command whose call ended early: its processes and its file.
 
-        But not if the gateway ends, and leaves the call to the next process.
+        Unless the gateway is ending and leaves the call to the next process.
         """
         if started.left or (self._commands.leaving and started.held):
             return
@@ -277,7 +277,7 @@ class Shells:
             one.ended,
             one.status,
             one.facts(),
-        )  # taken at one moment, before the wait below
+        )  # a snapshot, taken before the wait below
         pattern = given.get("filter")
         looks = {
             name: unread.look(final=ended is not None, lines=pattern is not None)
@@ -305,7 +305,7 @@ class Shells:
             one.note()
             killed = await self._commands.cancel(one)
         elif call_id is not None and one.record.killer == mark(call_id):
-            killed = Killed(0, False, 0)  # an earlier process did, which could not answer any more
+            killed = Killed(0, False, 0)  # an earlier process killed it, but could not answer any more
         else:
             raise shell.not_running(one.id, one.status)
         await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)

@@ -1,4 +1,4 @@
-"""The working directories of named tool sessions, kept over a restart of the gateway."""
+"""The working directories of named tool sessions, kept across restarts of the gateway."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Folders:
-    """The folders of sessions, by tenant and name, but for the workspace itself. Make it by `opened`."""
+    """The sessions' folders by tenant and name, except the workspace itself. Created by `opened`."""
 
     def __init__(self, store: Store, kept: dict[tuple[str, str], str]) -> None:
         self._store = store
@@ -19,7 +19,7 @@ class Folders:
 
     @classmethod
     async def opened(cls, store: Store) -> Folders:
-        """Take over what earlier processes kept."""
+        """Open what earlier processes have stored."""
         await store.settled()
         rows = await store.read(
             lambda connection: connection.execute("SELECT tenant, session, folder FROM folders").fetchall()
@@ -28,11 +28,11 @@ class Folders:
 
     @property
     def kept(self) -> Mapping[tuple[str, str], str]:
-        """All that is kept."""
+        """All stored folders."""
         return self._kept
 
     async def keep(self, tenant: str, session: str, folder: str | None) -> None:
-        """Keep a session's folder, None for the workspace. What cannot be written is a line in the log."""
+        """Store a session's folder; None is the workspace. A failed write is only logged."""
         if folder is None:
             await self.forget(tenant, session)
         elif self._kept.get((tenant, session)) != folder:
@@ -40,7 +40,7 @@ class Folders:
             await self._note((_INSERT, (tenant, session, folder)))
 
     async def forget(self, tenant: str, session: str) -> None:
-        """Keep nothing of a session that has ended."""
+        """Remove the folder of a session that has ended."""
         if self._kept.pop((tenant, session), None) is not None:
             await self._note(("DELETE FROM folders WHERE tenant = ? AND session = ?", (tenant, session)))
 

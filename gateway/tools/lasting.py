@@ -1,4 +1,4 @@
-"""What runs Bash, BashOutput and KillShell, and the calls that the next process of the gateway finishes."""
+"""The seam to what runs Bash, BashOutput and KillShell, and the calls that outlive the gateway's process."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from gateway.tools.session import Background, ToolSession
 
 @dataclass(frozen=True, slots=True)
 class LastingCall:
-    """A call under its caller's id, as it is noted beside its command. Times are in seconds."""
+    """A call under its caller's id, as recorded with its command. Times are in seconds."""
 
     id: str
     digest: str  # of its input, in hexadecimal digits
-    linger: float  # that it goes on without its caller
+    linger: float  # how long it continues without its caller
     event: str  # its id in events
     by: str
     began: float  # since the epoch
 
 
 class LeftBehind(Protocol):
-    """A command of an earlier process; `in_front` says that its call has not been answered."""
+    """A command of an earlier process. `in_front` means that its call has not been answered."""
 
     @property
     def tenant(self) -> str: ...
@@ -34,7 +34,7 @@ class LeftBehind(Protocol):
 
     @property
     def session(self) -> str | None:
-        """The name of its session, if that has one."""
+        """The name of its session, if it has one."""
         ...
 
     @property
@@ -69,7 +69,7 @@ class ShellTools(Background, Protocol):
     def told(self, exec_id: str) -> None: ...
 
     async def leave(self) -> set[tuple[str, str]]:
-        """Leave what is held to the next process; return the tenants and ids of its calls."""
+        """Leave the held commands to the next process; return the tenants and ids of their calls."""
         ...
 
     def left_behind(self) -> Iterator[Any]:  # of `LeftBehind`

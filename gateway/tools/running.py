@@ -1,4 +1,4 @@
-"""A call that runs, and its callers: they may leave and come back while it goes on."""
+"""A running call and its callers, who may leave and come back while it continues."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.tools.file_tools import ToolResult
 
 
 class Left(Unavailable):
-    """The gateway ends, and the next one goes on with the call and answers it under its id."""
+    """The gateway is ending; the next one continues the call and answers it under its id."""
 
     def __init__(self) -> None:
         super().__init__("the gateway is being restarted; call again with the same id", retry_after=1)
@@ -32,7 +32,7 @@ class Running:
 
     async def _do(self, work: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
         result = await work()
-        # not when this task ends, which others see one turn of the loop later
+        # not at this task's end, which others notice one turn of the loop later
         self._tell(lambda one: one.set_result(result))
         return result
 
@@ -76,12 +76,12 @@ class Running:
                 self._lingering = loop.call_at(self._asked, self.work.cancel)
 
     def expect(self, linger: float) -> None:
-        """Wait so many seconds for the caller of an earlier process to come back."""
+        """Give the caller of an earlier process `linger` seconds to come back, then end the call."""
         if not self._waiting and not self.work.done():
             self._lingering = asyncio.get_running_loop().call_later(linger, self.work.cancel)
 
     def leave(self) -> None:
-        """Tell all callers that the next process has the result."""
+        """Tell all callers that the next process will have the result."""
         self._tell(lambda one: one.set_exception(Left()))
 
 

@@ -82,8 +82,8 @@ class Sessions:
 
     A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. At the limit, the least
     recently used session ends: the tenant's own or, for the gateway's limit, one of the tenant with most. One
-    in use never does. Use as an async context manager: unused sessions end while it is open. Those of which
-    there are `folders` go on from an earlier process.
+    in use never does. Use as an async context manager: unused sessions end while it is open. Sessions whose
+    folder is in `folders` continue from an earlier process.
     """
 
     def __init__(self, background: Background, settings: Settings, folders: Folders | None = None) -> None:
@@ -99,7 +99,7 @@ class Sessions:
         for (tenant, name), folder in list(self._folders.kept.items()) if self._folders else ():
             try:
                 self.open(tenant, name, False).cwd = folder
-            except GatewayError:  # there is no room any more
+            except GatewayError:  # no room for more
                 await self._forget(tenant, name)
         self._sweep()
         return self
@@ -143,7 +143,7 @@ class Sessions:
             await self._background.end(session)
 
     async def end(self, session: ToolSession) -> None:
-        """End a session and all that it runs. The next one of its name is a new one."""
+        """End a session and all that it runs. Its name then opens a new one."""
         for tenant, named in list(self._of.items()):
             for name in [name for name, one in named.items() if one is session]:
                 self._take(tenant, name)
@@ -151,7 +151,7 @@ class Sessions:
         await self._background.end(session)
 
     async def keep(self, tenant: str, session: ToolSession) -> None:
-        """Have the next process of the gateway know a named session's folder."""
+        """Store a named session's folder for the gateway's next process."""
         if self._folders is not None and session.name is not None and not session.ended:
             await self._folders.keep(tenant, session.name, session.cwd)
 

@@ -90,9 +90,9 @@ class Turns(Protocol):
     def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
     ) -> AbstractAsyncContextManager[Callable[[ToolResult], None]]:
-        """Note a call while it runs, and its result. Refuses nothing.
+        """Note a call while it runs, and its result. Never refuses a call.
 
-        Waits, for a moment, only where it would hide what somebody else has just changed.
+        Waits, briefly, only if the call would hide what somebody else has just changed.
         """
         ...
 
@@ -127,7 +127,7 @@ class Toolbox:
         self.sessions = Sessions(shells, settings, folders)
 
     async def __aenter__(self) -> Toolbox:
-        """Go on with the calls, and the commands in the background, of earlier processes."""
+        """Continue the calls and background commands of earlier processes."""
         await self.sessions.__aenter__()
         for left in self._shells.left_behind():
             await self._take_over(left)
@@ -189,7 +189,7 @@ class Toolbox:
             known = await self._idempotency.result(key, digest)
             if known is not None:
                 return ToolResult.unpacked(known)
-            running = self._running.get(key)  # another may have come first meanwhile
+            running = self._running.get(key)  # another call may have come first meanwhile
         if running is None:
             longest = self._settings.call_linger
             stays = longest if linger is None else min(linger, longest)
@@ -246,7 +246,7 @@ class Toolbox:
                 )
             return result
         except asyncio.CancelledError:
-            if not self._leaving:  # else the next process may go on with it
+            if not self._leaving:  # else the next process may continue it
                 await asyncio.shield(self._idempotency.fence(key))  # it may have had some effect
             raise
         except (Unavailable, Timeout):
@@ -261,14 +261,14 @@ class Toolbox:
     # --- across a restart of the gateway ---------------------------------------------------------------
 
     async def leave(self) -> None:
-        """Leave the calls and commands that are held to the next process, and tell their callers so."""
+        """Leave the held calls and commands to the next process, and tell their callers so."""
         self._leaving = True
         for tenant, call_id in await self._shells.leave():
             if (running := self._running.get((tenant, "call", call_id))) is not None:
                 running.leave()
 
     async def _take_over(self, left: LeftBehind) -> None:
-        """Go on with what an earlier process left behind, if anybody may still want it."""
+        """Continue what an earlier process left behind, if anybody may still need it."""
         call, running = left.call, False
         key: Key = (left.tenant, "call", "" if call is None else call.id)
         try:
@@ -376,9 +376,9 @@ class Toolbox:
     def _told(
         self, tenant: str, session: ToolSession, name: str, who: Mapping[str, Any], began: float
     ) -> Iterator[Callable[[ToolResult], None]]:
-        """Publish how a call ends, of which the block tells the result."""
+        """Publish how a call ends; the block passes its result to the yielded function."""
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
-        session.holders += 1  # it must not make room for another meanwhile
+        session.holders += 1  # so that it is not dropped to make room meanwhile
         try:
             yield lambda result: outcome.update(isError=result.is_error, code=result.code)
         except GatewayError as error:
@@ -386,7 +386,7 @@ class Toolbox:
             raise
         finally:
             session.holders -= 1
-            if not self._leaving or outcome["code"] != "cancelled":  # else the next process tells
+            if not self._leaving or outcome["code"] != "cancelled":  # else the next process publishes it
                 ms = round((time.time() - began) * 1000, 3)
                 self._bus.publish("tool.finished", tenant, {"name": name, **who, "ms": ms, **outcome})
 
