@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
-from gateway.incus import Incus, IncusError
+from gateway.incus import Incus, IncusError, member_of
 
 PREFIX: Final = "user.gateway."
 """What the keys begin with that a gateway publishes as its member's configuration."""
@@ -46,7 +46,7 @@ class Membership:
 
         Incus answers that without its database, and so without a quorum. Raises `IncusError`.
         """
-        return own_name(await self._incus.get("/1.0"))
+        return member_of(await self._incus.get("/1.0"))
 
     async def members(self) -> tuple[Member, ...]:
         """Return all members by name; without a cluster the one that there is.
@@ -81,12 +81,6 @@ class Membership:
                     raise
             else:
                 return
-
-
-def own_name(server: Mapping[str, Any]) -> str:
-    """Return the member's name of a server as `/1.0` describes it, empty without a cluster."""
-    environment = server.get("environment") or {}
-    return str(environment["server_name"]) if environment.get("server_clustered") is True else ""
 
 
 def _member(entry: Mapping[str, Any]) -> Member:

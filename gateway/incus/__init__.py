@@ -5,10 +5,22 @@ yields the daemon's events. Failures raise `IncusError` with incusd's own messag
 the runtime translates it before a client sees it.
 """
 
-from gateway.incus.client import Incus, IncusError
+from gateway.incus.client import Elsewhere, Incus, IncusError, member_of
 from gateway.incus.exec_sockets import RELIEF, ExecSockets, outputs
 from gateway.incus.memory import Memory, Record
 from gateway.incus.operation import Operation
 from gateway.incus.socket import Lost
 
-__all__ = ["RELIEF", "ExecSockets", "Incus", "IncusError", "Lost", "Memory", "Operation", "Record", "outputs"]
+__all__ = [
+    "RELIEF",
+    "Elsewhere",
+    "ExecSockets",
+    "Incus",
+    "IncusError",
+    "Lost",
+    "Memory",
+    "Operation",
+    "Record",
+    "member_of",
+    "outputs",
+]

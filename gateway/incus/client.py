@@ -6,6 +6,9 @@ Facts about incusd that shape this module (measured on 6.0.4):
  incusd before 6.0.6 (lxc/incus 8d05249b9b). So `/wait` is requested as soon as the operation is known, and
  the record is read only after `/wait` has returned.
 - For a failed operation, `/wait` returns an error without the operation's metadata.
+
+In a cluster an `Incus` is that of one member: others' instances are not among its own, and where a request
+would ask the other members too, of which one may be dead, only this one answers.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import aiohttp
 import orjson
@@ -24,10 +27,10 @@ from gateway.incus.inventory import Inventory, touched_by
 from gateway.incus.memory import Memory
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
-from gateway.incus.rest import BASE, IncusError, Rest, instance_path, unreachable
+from gateway.incus.rest import BASE, Elsewhere, IncusError, Rest, instance_path, unreachable
 from gateway.incus.waiting import Waiting
 
-__all__ = ["Incus", "IncusError", "instance_path"]
+__all__ = ["Elsewhere", "Incus", "IncusError", "instance_path"]
 
 _EVENTS_WAITING = 10_000
 _EVENT_MAX = 1 << 20  # bytes
@@ -38,12 +41,53 @@ _PIDS = 4096  # instances whose init pid is cached
 
 
 class Incus(Rest):
-    """One incusd, within one project. An async context manager; safe for concurrent calls."""
+    """One incusd, within one project. An async context manager; safe for concurrent calls.
+
+    In a cluster it makes and returns the instances of its own member only; for others' it raises `Elsewhere`.
+    """
 
     def __init__(self, socket: Path, project: str = "default", timeout: float = 30.0) -> None:
         super().__init__(socket, project, timeout)
         self._inventory = Inventory(self._list, self._find)
         self._pids: dict[str, tuple[str, int]] = {}  # by instance: id of its start, init pid
+        self._member: str | None = None
+
+    async def member(self) -> str:
+        """Return the name of this server in its cluster, empty if it is in none. Asked once.
+
+        Raises `IncusError`.
+        """
+        if self._member is None:
+            self._member = member_of(await self.get("/1.0"))
+        return self._member
+
+    @property
+    def known_member(self) -> str:
+        """What `member` returned, empty before: any answer about instances comes after that."""
+        return self._member or ""
+
+    async def own(self, path: str, **query: str) -> Any:
+        """Return the metadata of a GET as this member answers it for itself, without asking the others.
+
+        Raises `IncusError`.
+        """
+        if not await self.member():
+            return await self.get(path, **query)
+        return (await self._request("GET", path, query=query, alone=True))["metadata"]
+
+    async def names(self) -> set[str]:
+        """Return the names of all instances of the project; in a cluster of all members, dead ones too.
+
+        Raises `IncusError`, in a cluster without a quorum after a while.
+        """
+        found = await self.get("/1.0/instances")
+        return {unquote(str(url).split("?")[0].rpartition("/")[2]) for url in found}
+
+    async def _here(self, found: Mapping[str, Any]) -> None:
+        """Raise `Elsewhere` unless an instance is on this server."""
+        location = found.get("location")
+        if location not in (None, "", "none") and location != await self.member():
+            raise Elsewhere(str(found.get("name")), str(location))
 
     async def state(self, name: str) -> dict[str, Any]:
         """Return the state of an instance. Raises `IncusError`."""
@@ -66,7 +110,7 @@ class Incus(Rest):
         return [entry for entry in whole if entry is not None]
 
     async def _list(self) -> list[dict[str, Any]]:
-        found = await self.get("/1.0/instances", recursion="1")
+        found = await self.own("/1.0/instances", recursion="1")
         # Incus 6.0.4 lists a stopping instance by its name alone, for up to a second: see `instance`.
         whole = [
             await self._find(entry["name"], state=True) if entry.get("config") is None else entry
@@ -77,6 +121,9 @@ class Incus(Rest):
     async def _find(self, name: str, *, state: bool = False) -> dict[str, Any] | None:
         try:
             found = await (self.instance(name) if state else self.get(instance_path(name)))
+            await self._here(found)
+        except Elsewhere:
+            return None
         except IncusError as error:
             if error.status == 0 or (error.status != 404 and not state):
                 raise
@@ -94,6 +141,7 @@ class Incus(Rest):
         path = instance_path(name)
         if state is not None:
             bare: dict[str, Any] = await self.get(path)
+            await self._here(bare)
             if bare.get("config") is not None and not state(bare):
                 return {**bare, "state": {}}
         try:
@@ -104,6 +152,7 @@ class Incus(Rest):
                 raise
             # its init has ended but Incus does not know yet ("Invalid PID"), or the state is too large
             found = await self.get(path)
+        await self._here(found)
         return {**found, "state": found.get("state") or {}}
 
     async def profile(self, name: str) -> dict[str, Any]:
@@ -117,6 +166,7 @@ class Incus(Rest):
         `state`. Raises `IncusError`.
         """
         found: dict[str, Any] = await self.get(instance_path(name))
+        await self._here(found)
         if found.get("config") is None:  # it is stopping
             return await self.instance(name), 0
         if found["status"] == "Stopped":
@@ -141,7 +191,7 @@ class Incus(Rest):
 
     async def busy(self) -> set[str]:
         """Return the names of instances with a running operation, such as the copy that creates them."""
-        found: Mapping[str, Any] = await self.get("/1.0/operations", recursion="1")
+        found: Mapping[str, Any] = await self.own("/1.0/operations", recursion="1")
         return {
             path.split("?")[0].rpartition("/")[2]
             for operation in found.get("running") or ()
@@ -157,13 +207,17 @@ class Incus(Rest):
         timeout: float,
         if_match: str | None = None,
     ) -> Operation:
-        """Start an operation and wait for its result.
+        """Start an operation and wait for its result. What is created is created on this server.
 
         Raises `IncusError` if it fails or takes longer than `timeout` seconds, and with status 412 if the
         resource no longer has the ETag `if_match` that `get_tagged` returned.
         """
         try:
-            answer = await self._request(method, path, body=body, if_match=if_match)
+            query = {}
+            # else Incus chooses the member with the fewest instances, and for a copy sends the disk there
+            if (method, path) == ("POST", "/1.0/instances") and (member := await self.member()):
+                query["target"] = member
+            answer = await self._request(method, path, body=body, query=query, if_match=if_match)
             if answer["type"] != "async":
                 return Operation(ok=True, metadata=answer.get("metadata") or {})
             operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
@@ -254,7 +308,10 @@ class Incus(Rest):
         Incus replays nothing and guarantees no order: read the state after subscribing. Events of type
         `lifecycle` keep `instances` up to date even if the caller reads them slowly. Ten thousand events may
         be queued; beyond that the stream breaks.
+
+        In a cluster, what happens to instances of other members is left out; Incus sends that too.
         """
+        member = await self.member()
         query = {"type": ",".join(types), "project": self.project}
         heard: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         try:
@@ -268,7 +325,7 @@ class Incus(Rest):
                 autoping=True,
                 heartbeat=20,
             ) as socket:
-                hearing = asyncio.create_task(self._hear(socket, heard, "lifecycle" in types))
+                hearing = asyncio.create_task(self._hear(socket, heard, "lifecycle" in types, member))
                 try:
                     yield {"type": "connected"}
                     while (event := await heard.get()) is not None:
@@ -285,6 +342,7 @@ class Incus(Rest):
         socket: aiohttp.ClientWebSocketResponse,
         heard: asyncio.Queue[dict[str, Any] | None],
         lifecycle: bool,
+        member: str,
     ) -> None:
         try:
             if lifecycle:
@@ -292,6 +350,8 @@ class Incus(Rest):
             async for message in socket:
                 if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
                     event = orjson.loads(message.data)
+                    if member and not concerns(member, event):
+                        continue
                     if lifecycle:
                         self._inventory.noted(event)
                     if heard.qsize() >= _EVENTS_WAITING:
@@ -301,3 +361,20 @@ class Incus(Rest):
             if lifecycle:
                 self._inventory.listening(False)
             heard.put_nowait(None)
+
+
+def member_of(server: Mapping[str, Any]) -> str:
+    """Return the name of a server, as `/1.0` describes it, in its cluster; empty if it is in none."""
+    environment = server.get("environment") or {}
+    return str(environment["server_name"]) if environment.get("server_clustered") is True else ""
+
+
+def concerns(member: str, event: Mapping[str, Any]) -> bool:
+    """Return whether a member need hear an event: not what happens to other members' instances.
+
+    Profiles and the like are the whole cluster's, wherever they were changed.
+    """
+    if event.get("location") in (None, "", "none", member):
+        return True
+    action = str((event.get("metadata") or {}).get("action", ""))
+    return event.get("type") == "lifecycle" and not action.startswith("instance-")

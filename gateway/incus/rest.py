@@ -16,6 +16,9 @@ from gateway.errors import GatewayError
 
 BASE = "http://incus"  # a URL needs a host, even over a unix socket
 _ANSWER_MAX = 256 << 20  # bytes; a thousand instances take 10 MB
+# As cluster members name themselves when they ask one another (internal/server/cluster/request in Incus): one
+# that is asked by another answers for itself. On the unix socket root may say so too.
+_NOTIFIER = "incus-cluster-notifier"
 
 
 class IncusError(GatewayError):
@@ -30,6 +33,14 @@ class IncusError(GatewayError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class Elsewhere(IncusError):
+    """The instance exists, but on another member of the cluster, `location`."""
+
+    def __init__(self, name: str, location: str) -> None:
+        super().__init__(f"instance {name} is on {location}", 421)
+        self.location = location
 
 
 class Rest:
@@ -120,6 +131,7 @@ class Rest:
         limit: float | None = -1,
         most: int = _ANSWER_MAX,
         if_match: str | None = None,
+        alone: bool = False,
     ) -> dict[str, Any]:
         params = {"project": self.project, **(query or {})}
         data = None if body is None else orjson.dumps(body)
@@ -127,6 +139,8 @@ class Rest:
         headers = {"Content-Type": "application/json"}
         if if_match is not None:
             headers["If-Match"] = if_match
+        if alone:
+            headers["User-Agent"] = _NOTIFIER
         timeout = self._timeout if limit == -1 else aiohttp.ClientTimeout(total=limit)
         try:
             async with self.session.request(

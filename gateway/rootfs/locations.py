@@ -153,6 +153,7 @@ class Instances:
         self._bridge = bridge
         self._pool = pool
         self._groups: dict[str, _Group] = {}
+        self._member = ""
 
     @classmethod
     def of(cls, settings: Settings) -> Instances:
@@ -257,13 +258,26 @@ class Instances:
         return tenant if self._project == "default" else f"{self._project}_{tenant}"
 
     def _instance(self, tenant: str, query: str = "") -> dict[str, Any]:
-        """Return an instance that is a tenant. Raises `NotFound` for all others, existing or not."""
+        """Return an instance that is a tenant. Raises `NotFound` for all others, existing or not.
+
+        In a cluster, raises `Unavailable` for one on another server: its paths and ids mean others here.
+        """
         found = None
         if _NAME.fullmatch(tenant):
             found = self._get(f"/1.0/instances/{quote(tenant)}", query)
         if found is None or found.get("name") != tenant or not is_tenant(found):
             raise NotFound(f"no tenant {tenant[:100]}")
+        location = found.get("location")
+        if location not in (None, "", "none") and location != self._own_member():
+            raise Unavailable(f"tenant {tenant} is on another server", reason="elsewhere", location=location)
         return found
+
+    def _own_member(self) -> str:
+        """Return the name of this server in its cluster. Asked once."""
+        if not self._member:
+            environment = (self._get("/1.0") or {}).get("environment") or {}
+            self._member = str(environment.get("server_name"))
+        return self._member
 
     def _get(self, path: str, query: str = "") -> dict[str, Any] | None:
         """Query incusd; None if the object does not exist. Raises `Unavailable`."""

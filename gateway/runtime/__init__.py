@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
+from gateway.errors import Unavailable
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.process_tree import Member
 from gateway.runtime.holding import Holding as Holding
@@ -196,6 +197,13 @@ class Snapshot:
     name: str
     created: str | None = None
     size: int | None = None
+
+
+class OnAnotherServer(Unavailable):
+    """The tenant exists, but on another server of the cluster: only the gateway there can say more."""
+
+    def __init__(self, tenant: str, location: str) -> None:
+        super().__init__(f"tenant {tenant} is on another server", reason="elsewhere", location=location)
 
 
 @dataclass(frozen=True, slots=True)

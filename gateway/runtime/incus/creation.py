@@ -135,7 +135,12 @@ class Creation:
     async def free(self, name: str) -> None:
         """Raise `Conflict` if an instance has that name."""
         with contextlib.suppress(NotFound), translated(name):
-            await self._incus.get(instance_path(name))
+            if await self._incus.member():
+                # of all members: a dead one's instance is listed, but cannot be asked
+                if name not in await self._incus.names():
+                    return
+            else:
+                await self._incus.get(instance_path(name))
             raise Conflict(f"tenant {name} already exists; choose another name")
 
     # --- removing -----------------------------------------------------------------------------------
@@ -273,7 +278,7 @@ class Creation:
         now = time.monotonic()
         if now >= self._lease_look:
             with translated(""):
-                leases = await self._incus.get(f"/1.0/networks/{self._settings.network}/leases")
+                leases = await self._incus.own(f"/1.0/networks/{self._settings.network}/leases")
             self._leases, self._lease_look = {str(lease["address"]) for lease in leases}, now + _LEASES
         return self._leases
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
-from gateway.incus import IncusError
+from gateway.incus import Elsewhere, IncusError
+from gateway.runtime import OnAnotherServer
 
 DISK_FULL: Final = "the tenant's disk is full; make room on it, or give the tenant a larger size"
 POOL_FULL: Final = "the storage pool is full; enlarge it, or make room in it"
@@ -62,6 +63,9 @@ def translated(name: str) -> Iterator[None]:
     """Translate incusd's errors, whose messages may name host paths, and log the originals."""
     try:
         yield
+    except Elsewhere as error:
+        # not `NotFound`, upon which the records of a tenant are forgotten
+        raise OnAnotherServer(name, error.location) from error
     except IncusError as error:
         said = error.message
         lowered = said.lower()

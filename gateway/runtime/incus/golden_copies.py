@@ -96,7 +96,8 @@ class GoldenCopies:
             return ""
         with translated(""):
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
-        return prepared_key(self._settings, recipe, alias["target"])
+            member = await self._incus.member()
+        return prepared_key(self._settings, recipe, alias["target"], member)
 
     @contextlib.asynccontextmanager
     async def source(self, key: str) -> AsyncIterator[Mapping[str, str] | None]:
@@ -261,7 +262,8 @@ class GoldenCopies:
         """Return the key of the base on which copies are currently made."""
         with translated(""):
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
-        return prepared_key(self._settings, _NOTHING, alias["target"])
+            member = await self._incus.member()
+        return prepared_key(self._settings, _NOTHING, alias["target"], member)
 
     # --- completeness -------------------------------------------------------------------------------
 
@@ -304,10 +306,10 @@ class GoldenCopies:
         )
 
 
-def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
-    """Return the key of a recipe on the image with that fingerprint, for one gateway."""
+def prepared_key(settings: Settings, recipe: Recipe, image: str, member: str = "") -> str:
+    """Return the key of a recipe on the image with that fingerprint, for one gateway: see `marks.owner`."""
     unit = service_unit.unit(settings, recipe, "live")
-    facts = f"{_GENERATION} {recipe.key} {image} {owner(settings)} {unit}"
+    facts = f"{_GENERATION} {recipe.key} {image} {owner(settings, member)} {unit}"
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Final, Literal
 
+from gateway.incus import Incus
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.creation import is_ours
@@ -22,16 +23,24 @@ KEY: Final = "user.gateway.key"
 Role = Literal["golden", "pool"]
 
 
-def owner(settings: Settings) -> str:
-    """Return an id that tells this gateway's instances from those of another on the same Incus."""
-    return hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
+def owner(settings: Settings, member: str) -> str:
+    """Return an id that tells this gateway's instances from those of another on the same Incus.
+
+    In a cluster each `member` has a gateway, whose state dir has the same path as the others'.
+    """
+    place = f"{member}:{settings.state_dir.absolute()}" if member else str(settings.state_dir.absolute())
+    return hashlib.sha256(place.encode()).hexdigest()[:12]
 
 
 class Marks:
     """The marks of one gateway."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._owner = owner(settings)
+    def __init__(self, settings: Settings, incus: Incus) -> None:
+        self._settings, self._incus = settings, incus
+
+    @property
+    def _owner(self) -> str:
+        return owner(self._settings, self._incus.known_member)
 
     def of(self, role: Role, key: str) -> dict[str, str]:
         """Return the configuration that marks an instance."""

@@ -76,7 +76,7 @@ class IncusSites:
         self._headroom = Headroom(settings, self._incus, self._making)
         self._ports = Ports(settings, self._making)
         baking = Baking(settings, self._incus, self._making, self._provisioning)
-        marks = Marks(settings)
+        marks = Marks(settings, self._incus)
         self._pool = Pool(settings, self._making, marks)
         self._golden = GoldenCopies(settings, self._incus, self._making, marks, self._pool, baking.bake)
         self.copies: PreparedCopies = self._golden

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.holder.holder import Holder
-from gateway.incus import Incus, IncusError
+from gateway.incus import Incus, IncusError, member_of
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.locations import MANAGED, Instances, is_tenant
@@ -268,7 +268,11 @@ class IncusRuntime:
     async def ready(self) -> None:
         with translated(""):
             server = await self._incus.get("/1.0")
+            before = await self._incus.member()
         if why := clustered(server, self._settings):
+            raise Unavailable(why, reason=REASON)
+        if member_of(server) != before:
+            why = f"incusd is {member_of(server) or 'no member'} of a cluster by now; restart the gateway"
             raise Unavailable(why, reason=REASON)
         if not self._watch.standing:
             raise Unavailable("the Incus event stream is not connected yet")

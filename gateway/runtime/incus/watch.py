@@ -18,7 +18,7 @@ import orjson
 from gateway.errors import GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.rootfs.paths import show
-from gateway.runtime import TENANT_NAME, Status, Tenant, TenantEvent
+from gateway.runtime import TENANT_NAME, OnAnotherServer, Status, Tenant, TenantEvent
 from gateway.runtime.incus.commands import is_ours
 from gateway.runtime.incus.oom_kills import ooms
 from gateway.settings import Settings
@@ -175,6 +175,11 @@ class Watch:
         changes = [] if known is None else differences(known, now)
         for change in changes:
             self._changed(change.tenant or "")
+        gone = [change for change in changes if change.type == "tenant.destroyed"]
+        if gone and await self._incus.member():
+            # one that left this server of a cluster is not destroyed while there is one of its name
+            left = await self._incus.names()
+            changes = [change for change in changes if change not in gone or change.tenant not in left]
         return changes, now
 
     async def _lifecycle(
@@ -202,7 +207,7 @@ class Watch:
         if name not in known and old not in known:
             try:
                 await self._tenants.get(name)  # is it a tenant?
-            except NotFound:
+            except (NotFound, OnAnotherServer):
                 return
         requestor = metadata.get("requestor") or {}
         by = requestor.get("username") or requestor.get("protocol") or "guest"
