@@ -62,6 +62,8 @@ class Reconciler:
         await self._register.write_down()
         await self._recovery.recover_all()
         await self._anchor()
+        with apart("what this member has of the cluster's domains"):
+            await self._domains.agree()  # not while others wait for us to decide
         left = await self._register.unfinished()
         async with self._domains.deciding(), self._caddy.changing:
             found = await self._sites.listed()

@@ -1,16 +1,26 @@
-"""Stores which tenant has each domain, so that a restart changes nothing."""
+"""Stores which tenant has each domain, so that a restart changes nothing.
+
+In a cluster each gateway has the claims of its own member's tenants, and reserves their domains among all.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
+from weakref import WeakValueDictionary
 
+from gateway.cluster.reservations import Holder, Reservations
+from gateway.errors import Unavailable
 from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE: Final = 50  # reservations that are put right
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +39,22 @@ class Claim:
 
 
 class Claims:
-    """The claim of each domain, in memory and in the store. Make it by `opened`."""
+    """The claim of each domain, in memory and in the store. Make it by `opened`.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    `shared` has the domains of all members of a cluster; without one, there is no other gateway.
+    """
+
+    def __init__(self, store: Store, shared: Reservations | None = None) -> None:
+        self._store, self._shared = store, shared
         self._claims: dict[str, Claim] = {}
         self._unwritten: set[str] = set()  # domains whose claim could not be stored
+        # of each domain one reservation is changed at a time
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @classmethod
-    async def opened(cls, store: Store) -> Claims:
+    async def opened(cls, store: Store, shared: Reservations | None = None) -> Claims:
         """Read the claims of an earlier process. Raises `StoreFailed`."""
-        self = cls(store)
+        self = cls(store, shared)
         for domain, tenant, instance, deployment in await store.read(_all):
             self._claims[domain] = Claim(tenant, instance, deployment)
         return self
@@ -54,16 +69,94 @@ class Claims:
         """Forget a claim in memory alone; `keep` follows."""
         del self._claims[domain]
 
-    async def keep(self, domain: str, claim: Claim | None) -> None:
-        """Set or remove a domain's claim. A claim that cannot be stored is tried again by `store_again`."""
+    async def keep(self, domain: str, claim: Claim | None) -> bool:
+        """Set or remove a domain's claim; return whether that was possible.
+
+        It is not if another member of the cluster has the domain; then the earlier claim stands. A claim that
+        cannot be stored is tried again by `store_again`. Raises `Unavailable` if the cluster cannot decide
+        about a new one.
+        """
         before = self._claims.get(domain)
         if claim == before:
-            return
+            return True
         if claim is None:
             del self._claims[domain]
         else:
-            self._claims[domain] = claim
+            self._claims[domain] = claim  # at once, so that nobody here takes it meanwhile
+        if self._shared is not None and not await self._share(self._shared, domain, claim, before):
+            return False
         await self._write(domain)
+        return True
+
+    async def _share(
+        self, shared: Reservations, domain: str, claim: Claim | None, before: Claim | None
+    ) -> bool:
+        if claim is None:
+            await self._leave(shared, domain)
+            return True
+        if before is not None and before.tenant == claim.tenant:
+            return True
+        taken = False
+        try:
+            async with self._turn(domain):
+                taken = await shared.take(domain, claim.tenant, here=claim.instance != "")
+        finally:
+            if not taken and self._claims.get(domain) is claim:
+                if before is None:
+                    del self._claims[domain]
+                else:
+                    self._claims[domain] = before
+        return taken
+
+    async def _leave(self, shared: Reservations, domain: str) -> None:
+        try:
+            async with self._turn(domain):
+                if domain not in self._claims:  # otherwise somebody has taken it again
+                    await shared.leave(domain)
+        except Unavailable as error:  # `agree` tries again
+            log.warning("%s cannot be left to others yet: %s", domain, error.message)
+
+    async def agree(self) -> None:
+        """Put right what this member has in the cluster, and give up claims that others have there.
+
+        They differ where the cluster could not decide for a while, where this server has just joined it, and
+        where a tenant has moved here. Raises `Unavailable`.
+        """
+        shared = self._shared
+        if shared is None:
+            return
+        held, few = await shared.held(), asyncio.Semaphore(_AT_ONCE)
+
+        async def put_right(domain: str) -> None:
+            async with few, self._turn(domain):
+                claim = self._claims.get(domain)
+                if claim is None:
+                    await shared.leave(domain)
+                    return
+                # the claim is no proof that its tenant is still here; `keep` takes it anew for one that is
+                taken = await shared.take(domain, claim.tenant)
+                if not taken and self._claims.get(domain) == claim:
+                    log.warning("%s is given up: another member of the cluster has it", domain)
+                    del self._claims[domain]
+                    await self._write(domain)
+
+        wrong = {
+            domain
+            for domain, claim in self._claims.items()
+            if held.get(domain) != Holder(shared.own, claim.tenant)
+        }
+        wrong |= {
+            domain
+            for domain, holder in held.items()
+            if holder.member == shared.own and domain not in self._claims
+        }
+        await asyncio.gather(*(put_right(domain) for domain in wrong))
+
+    def _turn(self, domain: str) -> asyncio.Lock:
+        turn = self._turns.get(domain)
+        if turn is None:
+            turn = self._turns[domain] = asyncio.Lock()
+        return turn
 
     async def store_again(self) -> None:
         """Try again to store what could not be stored."""

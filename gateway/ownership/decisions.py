@@ -26,7 +26,11 @@ class Decisions:
     async def decide(
         self, domain: str, carriers: Sequence[Carrier], serving: Collection[str] = ()
     ) -> str | None:
-        """Decide which of its carriers has a domain, and store that; return the tenant, or None."""
+        """Decide which of its carriers has a domain, and store that; return the tenant, or None.
+
+        None of them has it if a tenant of another member of the cluster does. Raises `Unavailable` if the
+        cluster cannot decide.
+        """
         if reserved(domain, self._own):
             return None
         claim = self._claims.get(domain)
@@ -42,8 +46,8 @@ class Decisions:
             if found is None and any(one.deployment == claim.deployment != "" for one in carriers):
                 return claim.tenant  # the deployment created it under another name, and renames it next
             if found is not None:
-                await self._claims.keep(domain, replace(claim, tenant=found.tenant, instance=found.instance))
-                return found.tenant
+                kept = replace(claim, tenant=found.tenant, instance=found.instance)
+                return found.tenant if await self._claims.keep(domain, kept) else None
             # a list omits an instance that is being changed
             if not claim.deployment and not await self.is_over(domain, claim):
                 return claim.tenant
@@ -51,8 +55,8 @@ class Decisions:
         if carriers:
             first = min(carriers, key=lambda one: (one.tenant not in serving, one.created, one.tenant))
             deployment = claim.deployment if claim is not None and claim.tenant == first.tenant else ""
-            await self._claims.keep(domain, Claim(first.tenant, first.instance, deployment))
-            return first.tenant
+            kept = Claim(first.tenant, first.instance, deployment)
+            return first.tenant if await self._claims.keep(domain, kept) else None
         if claim is not None and claim.deployment:
             return claim.tenant
         await self._claims.keep(domain, None)

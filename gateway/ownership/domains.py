@@ -7,18 +7,23 @@ recorded until it has ended.
 
 A domain that two tenants carry is contested: the one that has it keeps it until it gives it up, and both get
 events. No other module compares domains.
+
+In a cluster each gateway decides for its own member's tenants, and a domain that none of them has yet is
+first reserved among all members (`cluster/reservations`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from gateway.auth.tokens import Token
-from gateway.errors import Conflict, Forbidden, GatewayError, NotFound
+from gateway.cluster.reservations import Reservations
+from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
 from gateway.hostnames import DomainReserved, matches, own_names, plain, reserved
 from gateway.ownership.claims import Claim, Claims
@@ -28,6 +33,8 @@ from gateway.runtime import Tenant, TenantRuntime
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
 from gateway.storage.store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Domains:
@@ -42,9 +49,19 @@ class Domains:
         self._deciding = asyncio.Lock()
 
     @classmethod
-    async def opened(cls, runtime: TenantRuntime, store: Store, bus: Bus, settings: Settings) -> Domains:
-        """Load the claims of the last process, with what its deployments held. Raises `StoreFailed`."""
-        return cls(runtime, await Claims.opened(store), bus, settings)
+    async def opened(
+        cls,
+        runtime: TenantRuntime,
+        store: Store,
+        bus: Bus,
+        settings: Settings,
+        shared: Reservations | None = None,
+    ) -> Domains:
+        """Load the claims of the last process, with what its deployments held. Raises `StoreFailed`.
+
+        In a cluster `shared` has the domains of all its members.
+        """
+        return cls(runtime, await Claims.opened(store, shared), bus, settings)
 
     @property
     def contested(self) -> int:
@@ -89,7 +106,8 @@ class Domains:
         """Hold a domain for a tenant until the deployment has ended; return whether that was possible.
 
         It is not if the domain is another tenant's: `confirm` raises that when the deployment runs.
-        Raises `DomainReserved`, and `Conflict` if another deployment holds it.
+        Raises `DomainReserved`, `Conflict` if another deployment holds it, and `Unavailable` if the cluster
+        cannot decide.
         """
         if reserved(domain, self._own):
             raise DomainReserved(domain)
@@ -104,8 +122,7 @@ class Domains:
             raise Conflict(f"a deployment of {domain} is running; wait for it", reason="domain_owned")
         if claim is not None and claim.tenant != tenant:
             return False
-        await self._claims.keep(domain, replace(claim or Claim(tenant), deployment=deployment))
-        return True
+        return await self._claims.keep(domain, replace(claim or Claim(tenant), deployment=deployment))
 
     def holder(self, domain: str) -> str:
         """Return the deployment that holds a domain, "" for none."""
@@ -121,9 +138,9 @@ class Domains:
         claim = self._claims.get(domain)
         if owner not in (None, tenant) or (claim is not None and claim.deployment not in ("", deployment)):
             raise _owned(domain)
-        await self._claims.keep(
-            domain, replace(claim or Claim(tenant), tenant=tenant, deployment=deployment, confirmed=True)
-        )
+        kept = replace(claim or Claim(tenant), tenant=tenant, deployment=deployment, confirmed=True)
+        if not await self._claims.keep(domain, kept):
+            raise _owned(domain)
 
     async def over(self, deployment: str) -> None:
         """Release what a deployment held. A tenant that carries the domain keeps it."""
@@ -200,7 +217,8 @@ class Domains:
         if await self._decisions.decide(domain, carriers) not in (None, tenant.name):
             raise _owned(domain)
         undo.push_async_callback(self._claims.keep, domain, self._claims.get(domain))
-        await self._claims.keep(domain, Claim(tenant.name, tenant.instance or ""))
+        if not await self._claims.keep(domain, Claim(tenant.name, tenant.instance or "")):
+            raise _owned(domain)
 
     async def left(self, name: str) -> list[str]:
         """Release the domains of a destroyed tenant, and return those that are free now.
@@ -238,6 +256,10 @@ class Domains:
                 )
         return claim.tenant
 
+    async def agree(self) -> None:
+        """Put right what this member has of the cluster's domains. Raises `Unavailable`."""
+        await self._claims.agree()
+
     async def look(self, sites: Sequence[Site], serving: Collection[str], alive: Collection[str]) -> None:
         """Decide which tenant has each domain, and report contested ones.
 
@@ -247,8 +269,12 @@ class Domains:
         await self.retain(alive)
         await self._claims.store_again()
         carried = carriers_of(sites)
-        for domain in {*carried, *(domain for domain, _ in self._claims.items())}:
-            await self._decisions.decide(domain, carried.get(domain, ()), serving)
+        for domain in dict.fromkeys([*(domain for domain, _ in self._claims.items()), *carried]):
+            try:
+                await self._decisions.decide(domain, carried.get(domain, ()), serving)
+            except Unavailable as error:  # the cluster decides about none of the others either
+                log.warning("whose %s is cannot be decided yet: %s", domain, error.message)
+                break
         sharing = frozenset(site.tenant for site in sites if site.shares_address)
         self._contests.tell(self._decisions.contested(carried), sharing)
 

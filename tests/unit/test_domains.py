@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from gateway.auth.tokens import Token
+from gateway.cluster.reservations import Holder, Reservations
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
 from gateway.ownership.domains import Domains
@@ -19,6 +20,7 @@ from gateway.runtime import Tenant
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
+from tests.shared_memory import MemoryKeys
 from tests.waits import turn
 
 SHOP = "shop.example.com"
@@ -65,8 +67,9 @@ class Incus:
 class Desk:
     """An authority over that Incus, as its callers use it."""
 
-    def __init__(self, folder: Path, store: Store) -> None:
+    def __init__(self, folder: Path, store: Store, shared: Reservations | None = None) -> None:
         self.incus, self.told = Incus(), list[tuple[str, str | None, Any]]()
+        self.shared = shared
         self.settings = Settings(state_dir=folder, domain="gw.example.com")
         self._store = store
         self.domains: Domains
@@ -77,7 +80,7 @@ class Desk:
     async def open(self) -> None:
         """Begin a life of the gateway."""
         self.domains = await Domains.opened(
-            cast(Any, self.incus), self._store, cast(Bus, self), self.settings
+            cast(Any, self.incus), self._store, cast(Bus, self), self.settings, self.shared
         )
 
     @contextlib.contextmanager
@@ -92,6 +95,7 @@ class Desk:
         self._store.write = write  # type: ignore[method-assign]
 
     async def look(self, *alive: str) -> None:
+        await self.domains.agree()
         async with self.domains.deciding():
             await self.domains.look(self.incus.sites(), (), alive)
 
@@ -104,10 +108,19 @@ class Desk:
             await self.domains.confirm(domain, name, deployment, await self.incus.list())
 
 
-@pytest.fixture
-async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+def reservations(keys: MemoryKeys, member: str) -> Reservations:
+    async def members() -> Sequence[str]:
+        return ("m1", "m2")
+
+    return Reservations(keys, "domain", member, members)
+
+
+@pytest.fixture(params=["alone", "member"])
+async def desk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Desk]:
+    """One gateway alone, and one that is a member of a cluster: what it decides is the same."""
     async with Store(tmp_path) as store:
-        desk = Desk(tmp_path, store)
+        shared = reservations(MemoryKeys(), "m1") if request.param == "member" else None
+        desk = Desk(tmp_path, store, shared)
         await desk.open()
         yield desk
 
@@ -383,6 +396,158 @@ async def test_who_shares_an_address_is_told_once(desk: Desk) -> None:
             await desk.domains.look([site], (), ())
     assert desk.told == [("tenant.address.contested", "copy", {})]
     assert desk.domains.shared == 1
+
+
+# --- in a cluster --------------------------------------------------------------------------------------
+
+
+class Two:
+    """The gateways of two members."""
+
+    def __init__(self, keys: MemoryKeys, m1: Desk, m2: Desk) -> None:
+        self.keys, self.m1, self.m2 = keys, m1, m2
+
+    async def shared(self) -> Mapping[str, Holder]:
+        return await reservations(self.keys, "m1").held()
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> AsyncIterator[Two]:
+    keys = MemoryKeys()
+    async with contextlib.AsyncExitStack() as stack:
+        desks = []
+        for member in ("m1", "m2"):
+            folder = tmp_path / member
+            folder.mkdir()
+            store = await stack.enter_async_context(Store(folder))
+            desks.append(Desk(folder, store, reservations(keys, member)))
+            await desks[-1].open()
+        yield Two(keys, *desks)
+
+
+async def test_a_domain_is_one_tenants_in_the_whole_cluster(two: Two) -> None:
+    """Whoever asks where at once: deployments, moves, and keys written by hand."""
+    two.m1.incus.has("a")
+    two.m2.incus.has("b")
+    for number in range(8):
+        domain = f"s{number}.example.com"
+        by_hand = number % 2 == 1
+        works: list[Any] = [two.m1.move("a", domain)]
+        works += [two.m2.move("b", domain)] if number % 4 < 2 else [two.m2.domains.hold(domain, "c", "d-1")]
+        if by_hand:
+            two.m2.incus.has("d", domain)
+            works.append(two.m2.look("d-1"))
+        await asyncio.gather(*works[number % 2 :], *works[: number % 2], return_exceptions=True)
+        served = [
+            (name, tenant)
+            for name, desk in (("m1", two.m1), ("m2", two.m2))
+            for tenant in ("a", "b", "c", "d")
+            if desk.domains.serves(domain, tenant)
+        ]
+        assert len(served) == 1, (number, served)
+        holder = (await two.shared())[domain]
+        assert (holder.member, holder.tenant) == served[0]
+        await two.m2.domains.over("d-1")
+        two.m2.incus.tenants.pop("d", None)
+
+
+async def test_a_deployment_onto_another_members_domain_is_told_when_its_turn_comes(two: Two) -> None:
+    two.m1.incus.has("shop", SHOP)
+    await two.m1.look()
+    assert not await two.m2.domains.hold(SHOP, "thief", "d-1")
+    await owned(two.m2.confirm(SHOP, "thief", "d-1"))
+    two.m2.incus.has("other")
+    await owned(two.m2.move("other", SHOP))
+    assert two.m1.domains.serves(SHOP, "shop")
+    assert not two.m2.domains.held()
+
+
+async def test_a_deployment_that_is_over_leaves_the_domain_to_all(two: Two) -> None:
+    assert await two.m1.domains.hold(SHOP, "shop", "d-1")
+    assert not await two.m2.domains.hold(SHOP, "other", "d-2")
+    await two.m1.domains.over("d-1")
+    assert await two.m2.domains.hold(SHOP, "other", "d-2")
+
+
+async def test_a_hold_of_a_killed_gateway_ends_with_its_next_life(two: Two) -> None:
+    assert await two.m1.domains.hold(SHOP, "shop", "d-1")
+    await two.m1.open()
+    assert not await two.m2.domains.hold(SHOP, "other", "d-2")
+    await two.m1.domains.retain(())
+    assert await two.m2.domains.hold(SHOP, "other", "d-2")
+
+
+async def test_a_key_written_by_hand_on_another_member_is_contested_there(two: Two) -> None:
+    two.m1.incus.has("shop", SHOP)
+    await two.m1.look()
+    two.m2.incus.has("copy", SHOP, created="0")
+    for _ in range(2):
+        await two.m2.look()
+    assert two.m1.domains.serves(SHOP, "shop")
+    assert not two.m2.domains.serves(SHOP, "copy")
+    assert [told[:2] for told in two.m2.told] == [("tenant.domain.contested", "copy")]
+    assert two.m2.told[0][2] == {"domain": SHOP, "keeps": False, "reason": "owned"}
+    del two.m1.incus.tenants["shop"]
+    await two.m1.look()
+    await two.m2.look()
+    assert two.m2.domains.serves(SHOP, "copy")
+
+
+async def test_a_tenant_that_moves_takes_its_domain_along(two: Two) -> None:
+    two.m1.incus.has("shop", SHOP)
+    await two.m1.look()
+    two.m2.incus.tenants["shop"] = two.m1.incus.tenants.pop("shop")
+    await two.m2.look()
+    assert two.m2.domains.serves(SHOP, "shop")
+    await two.m1.look()
+    assert not two.m1.domains.serves(SHOP, "shop")
+    assert await two.shared() == {SHOP: Holder("m2", "shop")}
+
+
+async def test_a_server_that_joins_brings_its_domains(tmp_path: Path) -> None:
+    """Those that another member has already it gives up, and its tenants hear of that."""
+    keys = MemoryKeys()
+    async with Store(tmp_path) as store:
+        desk = Desk(tmp_path, store)
+        await desk.open()
+        for number in range(3):
+            desk.incus.has(f"t{number}", f"s{number}.example.com")
+        await desk.look()
+        assert await reservations(keys, "m2").take("s0.example.com", "elder")
+        desk.shared = reservations(keys, "m1")
+        await desk.open()
+        await desk.look()
+        assert [desk.domains.serves(f"s{number}.example.com", f"t{number}") for number in range(3)] == [
+            False,
+            True,
+            True,
+        ]
+        assert [told[:2] for told in desk.told] == [("tenant.domain.contested", "t0")]
+        assert (await desk.shared.held())["s0.example.com"] == Holder("m2", "elder")
+
+
+async def test_without_a_quorum_what_is_given_stays_and_nothing_new_is_given(two: Two) -> None:
+    two.m1.incus.has("shop", SHOP)
+    two.m1.incus.has("other", "b.example.com")
+    await two.m1.look()
+    two.keys.quorum = False
+    two.m1.incus.has("new", "c.example.com")
+    async with two.m1.domains.deciding():
+        await two.m1.domains.look(two.m1.incus.sites(), (), ())
+    with pytest.raises(Unavailable):
+        await two.m1.domains.agree()
+    assert two.m1.domains.serves(SHOP, "shop") and two.m1.domains.serves("b.example.com", "other")
+    assert not two.m1.domains.serves("c.example.com", "new")
+    with pytest.raises(Unavailable):
+        await two.m1.domains.hold("d.example.com", "new", "d-1")
+    assert not two.m1.domains.held()
+    assert await two.m1.domains.hold(SHOP, "shop", "d-2"), "an update of what it has needs no decision"
+    await two.m1.domains.over("d-2")
+    await two.m1.move("other", None)
+    two.keys.quorum = True
+    await two.m1.look()
+    assert two.m1.domains.serves("c.example.com", "new")
+    assert set(await two.shared()) == {SHOP, "c.example.com"}, "what was left meanwhile is left to all"
 
 
 # --- whose domains -------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ ONLY: dict[str, set[str]] = {
     "auth": {"errors", "settings", "hostnames", "storage"},
     "audit": {"settings", "storage", "events"},
     "idempotency": {"errors", "settings", "storage"},
-    "ownership": {"auth", "errors", "settings", "storage", "events", "hostnames", "runtime"},
+    "ownership": {"auth", "cluster", "errors", "settings", "storage", "events", "hostnames", "runtime"},
     "limits": {"bounds", "errors", "settings", "storage", "events", "rootfs", "runtime"},
     "execs": {"errors", "limits", "settings", "runtime", "rootfs", "events", "idempotency", "storage"},
     "files": {"errors", "settings", "runtime", "rootfs", "events"},
