@@ -2,6 +2,7 @@ import { LSPClient } from "@codemirror/lsp-client";
 import { EditorState } from "@codemirror/state";
 import { beforeEach, describe, expect, test, vi } from "vitest";
 import type * as lsp from "vscode-languageserver-protocol";
+import { joined } from "../src/editor/servers/completion.js";
 import { documentation, markdownOf, plain } from "../src/editor/servers/documentation.js";
 import { applyEdit, changing, offset } from "../src/editor/servers/edits.js";
 import { Frames, frame } from "../src/editor/servers/framing.js";
@@ -36,6 +37,19 @@ describe("frames", () => {
   ])("with %s are refused", (_name, text) => {
     expect(() => new Frames().push(bytes(text))).toThrow("language server sent");
   });
+});
+
+test("what a server and the editor both complete is offered once, as the server does", () => {
+  const list = (from: number, ...labels: string[]) => ({
+    from,
+    options: labels.map((label) => ({ label, detail: `${from}` })),
+  });
+  const server = { ...list(3, "color", "columns"), validFor: /^\w*$/ };
+  const found = joined([server, list(3, "color", "for"), list(2, "@color"), list(3, "for")]);
+  expect(found?.options.map(({ label }) => label)).toEqual(["color", "columns", "for"]);
+  expect(found?.options[0]).toBe(server.options[0]);
+  expect(found).toMatchObject({ from: 3, validFor: server.validFor });
+  expect(joined([])).toBeNull();
 });
 
 test.each([

@@ -1,15 +1,18 @@
-/** Completions by a language server, each with its documentation once it is looked at. */
+/** Completions by a language server, each with its documentation once it is looked at, and what it lacks. */
 
 import {
+  autocompletion,
   type Completion,
   type CompletionContext,
   type CompletionResult,
+  type CompletionSource,
+  completeFromList,
   insertCompletionText,
   pickedCompletion,
   snippet,
 } from "@codemirror/autocomplete";
 import { LSPPlugin } from "@codemirror/lsp-client";
-import { EditorState, type Extension } from "@codemirror/state";
+import type { EditorState, Extension } from "@codemirror/state";
 import type { EditorView } from "@codemirror/view";
 import type * as lsp from "vscode-languageserver-protocol";
 import { documentation } from "./documentation.js";
@@ -24,11 +27,33 @@ const TYPES: readonly string[] = (
 ).split(" ");
 
 export function completions(): Extension {
-  const data = [{ autocomplete: source }];
-  return EditorState.languageData.of(() => data);
+  return autocompletion({ override: [source] });
 }
 
+/** Asks the server and what the editor itself knows of the language, such as snippets. */
 async function source(context: CompletionContext): Promise<CompletionResult | null> {
+  const own = context.state.languageDataAt<CompletionSource | Completion[]>("autocomplete", context.pos);
+  const found = await Promise.all([
+    ofServer(context),
+    ...own.map((one) => (Array.isArray(one) ? completeFromList(one) : one)(context)),
+  ]);
+  return joined(found.filter((one) => one !== null));
+}
+
+/** Returns the first list with what the others have beside it: what several name is told by the first alone. */
+export function joined(results: readonly CompletionResult[]): CompletionResult | null {
+  const [first, ...others] = results;
+  if (first === undefined) return null;
+  const options = [...first.options];
+  const named = new Set(options.map(({ label }) => label));
+  for (const one of others.filter(({ from }) => from === first.from).flatMap(({ options }) => options)) {
+    if (!named.has(one.label)) options.push(one);
+    named.add(one.label);
+  }
+  return { ...first, options };
+}
+
+async function ofServer(context: CompletionContext): Promise<CompletionResult | null> {
   const plugin = context.view === undefined ? null : LSPPlugin.get(context.view);
   const provider = plugin?.client.serverCapabilities?.completionProvider;
   if (plugin === null || provider == null) return null;
