@@ -245,10 +245,10 @@ class Phases:
         if record.kind == "create":
             await self._verifier.settled(site, "caddy", self._answered, seconds, follow=not self._copied)
         else:
-            await self._verifier.settled(site, "direct", self._answered, seconds)
+            worked = await self._verifier.settled(site, "direct", self._answered, seconds)
             self._route.to(self._exposure.target)
             await self._verifier.seen(site)
-            live = await self._settle()
+            live = await self._settle(seconds if worked else 0.0)  # it will be at work there for as long
         record.settled = True
         try:
             await self._register.save(record)
@@ -274,8 +274,11 @@ class Phases:
             self._verifier.watch(site, self._settings.settle_time, told)
         return facts
 
-    async def _settle(self) -> Exposure:
-        """Put the next site in the live one's place; visitors reach the next one throughout."""
+    async def _settle(self, seconds: float) -> Exposure:
+        """Put the next site in the live one's place, where it must stay up for `seconds`.
+
+        Visitors reach the next one throughout.
+        """
         record, sites = self._record, self._sites
         self._unless_another(self._unsettle)
         led = time.monotonic()
@@ -286,7 +289,7 @@ class Phases:
         live = await sites.expose(record.tenant, "live", self._recipe)
         answered = await self._answering("live", live)
         # as visitors will, who are not routed there yet
-        await self._verifier.settled(self._subject("live", live), "direct", answered, 0.0)
+        await self._verifier.settled(self._subject("live", live), "direct", answered, seconds)
         return live
 
     async def _unsettle(self, tenant: str) -> None:

@@ -162,10 +162,11 @@ class Verifier:
 
     async def settled(
         self, site: Subject, way: Way, answered: float, seconds: float, *, follow: bool = True
-    ) -> None:
+    ) -> bool:
         """Verify that the site's page is complete, and that it stays up for `seconds` after it `answered`.
 
-        With `follow`, request what its scripts import too, so that a dev server has built it.
+        With `follow`, request what its scripts import too, so that a dev server has built it. Returns whether
+        the site was still at work by then, and was watched on until it rested.
         Raises `Timeout` (`never_healthy`) if its page is incomplete, and `Unsteady`.
         """
         steady = Steadiness(self._sites, site.tenant, site.side, answered)
@@ -174,7 +175,8 @@ class Verifier:
             await self._while_up(site, steady, self._whole(site, way, follow=follow))
             if seconds > 0:
                 await beginning
-                await self._stays(site, way, steady, answered, seconds, _STEADY_LOOK)
+                return await self._stays(site, way, steady, answered, seconds, _STEADY_LOOK)
+            return False
         finally:
             beginning.cancel()
             await asyncio.gather(beginning, return_exceptions=True)
@@ -269,9 +271,9 @@ class Verifier:
         answered: float,
         seconds: float,
         pause: float,
-    ) -> None:
-        until, why = max(answered + seconds, time.monotonic() + min(_AFTER, seconds)), ""
-        latest = until + _WORKING * seconds
+    ) -> bool:
+        soonest, why = max(answered + seconds, time.monotonic() + min(_AFTER, seconds)), ""
+        until, latest = soonest, soonest + _WORKING * seconds
         while not why and (steady.doubtful or time.monotonic() < until):
             left = until - time.monotonic()
             await asyncio.sleep(min(pause, left) if left > 0 else _AGAIN)
@@ -283,6 +285,7 @@ class Verifier:
             why = f"it no longer answers ({silent})"
         if why:
             raise await self._unsteady(site, why)
+        return until > soonest
 
     async def _unsteady(self, site: Subject, why: str) -> Unsteady:
         return Unsteady(why, await self._sites.log(site.tenant, site.side))

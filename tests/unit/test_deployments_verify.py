@@ -354,8 +354,9 @@ async def test_a_site_that_is_still_at_work_is_watched_until_it_rests(
 
     async with rig.opened() as (verifier, site):
         verifier._sites.life = life  # type: ignore[method-assign] # a rig's, and to be counted
-        await verifier.settled(site, "direct", time.monotonic(), 0.1)
+        assert await verifier.settled(site, "direct", time.monotonic(), 0.1)
         assert looks > 20
+        assert not await verifier.settled(site, "direct", time.monotonic(), 0.1), "it rests by then"
 
         monkeypatch.setattr(verify, "_WORKING", 3.0)
         looks, answered = -10_000, time.monotonic()  # one that never rests
