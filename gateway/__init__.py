@@ -7,12 +7,12 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        # looked up when it is asked for: that takes longer than all of a command's own imports
+        # looked up on first use: it takes longer than all of a command's imports
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version
 
         try:
             return version("incus-gateway")
-        except PackageNotFoundError:  # a checkout that was never installed
+        except PackageNotFoundError:  # a checkout that is not installed
             return "0.0.0"

@@ -1,1 +1,1 @@
-"""Everything that a client reaches: HTTP routes, websockets, MCP, the editor's page."""
+"""What clients can reach: HTTP routes, websockets, MCP, the editor's page."""

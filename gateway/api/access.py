@@ -1,4 +1,4 @@
-"""Checks each HTTP request: origin, token, tenant and scope, and a token that ends during the request."""
+"""Checks each HTTP request's origin, token, tenant and scope, and ends it when its token ends."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gateway.transport.http1 import ABORT
 
 _M = TypeVar("_M", bound=BaseModel)
 
-_LINGER: Final = 5.0  # seconds that an answer which must end may take to be read
+_LINGER: Final = 5.0  # seconds for a client to read an answer that must end
 
 
 def check_origin(asked: HTTPConnection) -> None:
-    """Return if the page that asks may. Raises `Forbidden`."""
+    """Raise `Forbidden` unless requests from the page's origin are allowed."""
     headers = Headers(scope=asked.scope)
     if not tokens.origin_allowed(
         headers.get("origin"),
@@ -40,18 +40,18 @@ def check_origin(asked: HTTPConnection) -> None:
 
 
 def secure(asked: HTTPConnection) -> bool:
-    """Say whether a browser asked by https, going by the proxy that terminates TLS."""
+    """Return whether the browser uses https, according to the proxy that terminates TLS."""
     scheme = asked.headers.get("x-forwarded-proto", asked.url.scheme)
     return scheme.partition(",")[0].strip().lower() in ("https", "wss")
 
 
 def slot(asked: HTTPConnection) -> str | None:
-    """Return the session slot that is asked for; websockets, links and EventSource can send no header."""
+    """Return the requested session slot; websockets, links and EventSource cannot send a header."""
     return asked.headers.get("x-session-slot") or asked.query_params.get("slot") or None
 
 
 def raw_token(asked: HTTPConnection) -> str | None:
-    """Return the token of the header or else of the cookie, unverified; None without one."""
+    """Return the unverified token of the header or else of the cookie, or None."""
     headers = asked.headers
     return tokens.raw_token(
         headers.get("authorization"), headers.get("cookie"), slot(asked), secure=secure(asked)
@@ -65,9 +65,9 @@ def sharer(token: Token) -> str:
 
 
 def with_token(request: Request, scope: str | None) -> Token:
-    """Return the token of a request that names no tenant. Raises `Forbidden` and `Unauthorized`.
+    """Return the token of a request that names no tenant. Raises `Forbidden` or `Unauthorized`.
 
-    Its bytes in flight count in the share of `sharer` from now on.
+    From now on the request's bytes in flight count towards the share of `sharer`.
     """
     operation(request).check_scope(scope)
     token = _known(request)
@@ -78,9 +78,9 @@ def with_token(request: Request, scope: str | None) -> Token:
 
 
 def for_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
-    """Return the tenant of the path and the token, if that covers it and has `scope`.
+    """Return the path's tenant and the token, if the token covers the tenant and has `scope`.
 
-    Raises `Forbidden`, `NotFound` and `Unauthorized`.
+    Raises `Forbidden`, `NotFound` or `Unauthorized`.
     """
     operation(request).check_scope(scope)
     token = _known(request)
@@ -93,7 +93,7 @@ def for_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
 
 
 async def using_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
-    """Do as `for_tenant`, and keep the tenant awake until the answer to this request has been sent."""
+    """Like `for_tenant`, but also keep the tenant awake until the answer has been sent."""
     name, token = for_tenant(request, scope)
     idle = services(request).idle
     request.scope[USES].enter_context(idle.using(name))
@@ -102,7 +102,7 @@ async def using_tenant(request: Request, scope: str | None) -> tuple[str, Token]
 
 
 def as_operator(request: Request) -> Token:
-    """Return the token of an operator, which has the scope admin for every tenant. Raises `Forbidden`."""
+    """Return an operator's token: scope admin for every tenant. Raises `Forbidden` for any other."""
     token = with_token(request, "admin")
     if not token.operates:
         raise Forbidden("this needs a token with the scope admin for every tenant")
@@ -110,25 +110,25 @@ def as_operator(request: Request) -> Token:
 
 
 def check_covered(token: Token | None, tenant: str) -> None:
-    """Raise `NotFound` for a tenant that `token` does not cover: exactly as for one that does not exist."""
+    """Raise `NotFound` if `token` does not cover the tenant, exactly as if the tenant did not exist."""
     if not TENANT_NAME.fullmatch(tenant) or (token is not None and not token.covers(tenant)):
         raise NotFound(f"no tenant {tenant[:63]}")
 
 
 def check_serving(request: Request) -> None:
-    """Raise `Unavailable` while the gateway drains: it takes no new work."""
+    """Raise `Unavailable` while the gateway drains and takes no new work."""
     if services(request).draining:
         raise Unavailable("the gateway is shutting down; try again soon", retryAfterMs=RETRY_AFTER_MS)
 
 
 def check_live(request: Request, token: Token) -> None:
-    """Return if a token that was good still is. Raises `Unauthorized`."""
+    """Raise `Unauthorized` if a token has ended since it was verified."""
     if ended := services(request).grants.ended(token):
         raise Unauthorized(ended)
 
 
 async def json_body(request: Request, token: Token) -> Any:
-    """Return the JSON body, if the token has not ended until it was all here."""
+    """Return the JSON body. Raises `Unauthorized` if the token ended while it arrived."""
     settings = services(request).settings
     body = await read_json(request, settings.max_body, settings.body_timeout)
     check_live(request, token)
@@ -136,7 +136,7 @@ async def json_body(request: Request, token: Token) -> Any:
 
 
 async def raw_body(request: Request, token: Token) -> bytes:
-    """Return the body, which may be parsed as JSON, if the token has not ended until it was all here."""
+    """Return a body that is safe to parse as JSON. Raises `Unauthorized` if the token ended meanwhile."""
     settings = services(request).settings
     body = await read_body(request, settings.max_body, settings.body_timeout)
     await weighed(request, body)
@@ -160,7 +160,7 @@ async def validated(request: Request, token: Token, model: type[_M]) -> _M:
 
 
 def as_declared(request: Request, model: type[_M], body: object) -> _M:
-    """Return a body that was read as one of the models that the route declares. Raises `InvalidParams`."""
+    """Return a parsed body as one of the models that the route declares. Raises `InvalidParams`."""
     operation(request).check_body(model)
     return protocol.validate(model, body)
 
@@ -172,7 +172,7 @@ def queried(request: Request, model: type[_M]) -> _M:
 
 
 def idempotency_key(request: Request) -> str | None:
-    """Return the caller's id of this call, None without one. Raises `InvalidParams`."""
+    """Return the caller's id for this call, or None. Raises `InvalidParams`."""
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= 200:
         raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
@@ -180,7 +180,7 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def end_with(request: Request, token: Token, end: Callable[[], None]) -> None:
-    """End the answer to this request, which has no end of its own, when its token ends."""
+    """End this request's endless answer when its token ends."""
     uses = request.scope[USES]
 
     def over(why: str) -> None:

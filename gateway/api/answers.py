@@ -1,7 +1,7 @@
-"""What the HTTP routes answer, and the queries that they take, as clients may rely on them.
+"""Models of the HTTP routes' answers and queries, on which clients may rely.
 
-The routes declare these, and OpenAPI is made of them. The tests hold every answer of a live gateway against
-that. A later version may add members.
+The routes declare them, and the OpenAPI document is made from them. The tests check every answer of a live
+gateway against that document. A later version may add members.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ Switch: TypeAlias = Annotated[
 
 
 class Query(BaseModel):
-    """Base of all queries: other members are ignored."""
+    """Base of all queries. Unknown members are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class TenantsQuery(Query):
-    """`after` is the name that the page before this one ended with."""
+    """`after` is the last name of the previous page."""
 
     limit: Annotated[int, Field(ge=1, le=1000), BeforeValidator(_number)] | None = None
     after: str = ""
 
 
 class HistoryQuery(Query):
-    """`before` is a turn, for those before it."""
+    """`before` is a turn; older ones are returned."""
 
     limit: Annotated[int, Field(ge=1, le=200), BeforeValidator(_number)] = 50
     before: str | None = None
 
 
 class AuditQuery(Query):
-    """`before` is the id of an entry, for older ones."""
+    """`before` is the id of an entry; older ones are returned."""
 
     tenant: str | None = None
     limit: Annotated[int, Field(ge=1, le=1000), BeforeValidator(_number)] = 100
@@ -71,26 +71,26 @@ class AuditQuery(Query):
 
 
 class EnvironmentQuery(Query):
-    """`values` asks for the values too, which takes the scope `exec`."""
+    """`values` asks for the values too, which needs the scope `exec`."""
 
     values: Switch = False
 
 
 class RemovalQuery(Query):
-    """`recursive` removes a folder with all that is in it."""
+    """`recursive` removes a folder with everything in it."""
 
     recursive: Switch = False
 
 
 class LogsQuery(Query):
-    """`lines` are the last ones that are answered; with `follow` what comes, too."""
+    """`lines` is how many of the last lines to return; with `follow`, later ones are sent as they come."""
 
     lines: Number = 100
     follow: Switch = False
 
 
 class EventsQuery(Query):
-    """Each a comma-separated list of at most 64 values; a type may end in `*`."""
+    """Each is a comma-separated list of at most 64 values. A type may end in `*`."""
 
     tenant: str | None = None
     deployment: str | None = None
@@ -106,7 +106,7 @@ class WakeQuery(Query):
 
 
 class Problem(TypedDict):
-    """RFC 9457. `code` is a word for programs, `detail` for people; facts of the error stand beside them."""
+    """RFC 9457. `code` is for programs, `detail` for people; the error's facts are further members."""
 
     type: Literal["about:blank"]
     title: str
@@ -136,20 +136,20 @@ class Session(TypedDict):
 
 
 class Listening(TypedDict):
-    """A port that takes connections; `address` is 0.0.0.0 or :: where it takes them from anywhere."""
+    """A listening port. `address` is 0.0.0.0 or :: if it accepts connections from anywhere."""
 
     port: int
     address: str
 
 
 class Ports(TypedDict):
-    """Where a tenant's processes listen, by port."""
+    """The ports on which a tenant's processes listen, in ascending order."""
 
     ports: list[Listening]
 
 
 class PreviewKey(TypedDict):
-    """What a page's address must have, as `parameter=key`, to come with the console's script."""
+    """A page whose address has `parameter=key` in its query is served with the console's script."""
 
     parameter: str
     key: str
@@ -171,7 +171,7 @@ class Traffic(TypedDict):
 
 
 class Usage(TypedDict):
-    """What a tenant uses. The runtime `local` knows `processes` alone."""
+    """What a tenant uses. The `local` runtime reports only `processes`."""
 
     cpu_seconds: NotRequired[float]
     memory_bytes: NotRequired[int]
@@ -184,7 +184,7 @@ class Usage(TypedDict):
 
 
 class Tenant(TypedDict):
-    """One that is `asleep` is stopped until it is asked for."""
+    """One tenant. If `asleep`, it is stopped until a request wakes it."""
 
     name: str
     domain: str | None
@@ -203,14 +203,14 @@ class TenantShown(Tenant):
 
 
 class Tenants(TypedDict):
-    """`next` is to be sent as `after`, where there are more."""
+    """If there are more tenants, send `next` as `after` to get them."""
 
     tenants: list[Tenant]
     next: NotRequired[str]
 
 
 class Site(TypedDict):
-    """`answers` is null where the tenant has no site, or one that is asleep."""
+    """`answers` is null if the tenant has no site, or is asleep."""
 
     answers: bool | None
     status: int | None
@@ -219,7 +219,7 @@ class Site(TypedDict):
 
 
 class Snapshot(TypedDict):
-    """`size` is what nothing else holds, in bytes."""
+    """`size` counts the bytes that only this snapshot holds."""
 
     name: str
     created: str | None
@@ -231,7 +231,7 @@ class Snapshots(TypedDict):
 
 
 class Ran(TypedDict):
-    """How a command ended, and what it printed; `truncated` where there was more."""
+    """How a command ended and what it printed. `truncated` if it printed more."""
 
     exec: str
     exit_code: int | None
@@ -268,7 +268,7 @@ class Phase(TypedDict):
 
 
 class Detected(TypedDict):
-    """What a folder was found to be; `lines` say for people what was chosen and why."""
+    """What was detected in a folder. `lines` tell people what was chosen and why."""
 
     name: str
     title: str
@@ -280,7 +280,7 @@ class Detected(TypedDict):
 
 
 class Deployment(DeploymentBegun):
-    """One deployment. Times are in seconds since the epoch, `ms` how long it took."""
+    """One deployment. Times are in seconds since the epoch; `ms` is its duration."""
 
     domain: str
     url: str
@@ -309,7 +309,7 @@ class Kept(TypedDict):
 
 
 class TenantDeployments(Deployments):
-    """`live` is the one that is served, `kept` are those that can come back."""
+    """`live` is the deployment that is served; those in `kept` can be rolled back to."""
 
     live: str | None
     kept: list[Kept]
@@ -321,7 +321,7 @@ class Environment(TypedDict):
 
 
 class Revoked(TypedDict):
-    """`closed` counts the websockets that ended."""
+    """`closed` counts the websockets that were closed."""
 
     id: str
     closed: int

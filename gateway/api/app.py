@@ -1,4 +1,4 @@
-"""Makes one ASGI application of the gateway: its routes, its lifespan, and the order of its shutdown."""
+"""The gateway as one ASGI application: its routes, its lifespan, and the order of its shutdown."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from gateway.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-_NEXT_MS: Final = 50  # until clients may come again, where the next process waits for them
-_BRIEF: Final = 0.05  # seconds for what must end in a handover: clients wait meanwhile
-_SEEN: Final = 0.25  # seconds in which a successor has seen its tenants
+_NEXT_MS: Final = 50  # milliseconds until clients may reconnect, if the next process is ready
+_BRIEF: Final = 0.05  # seconds to end things in a handover, while clients wait
+_SEEN: Final = 0.25  # seconds for a successor to see its tenants
 
 
 class Gateway:
     """One gateway process and the application that serves it.
 
-    Open `store` around serving `app`, so that records which cannot be used end the start with one line.
+    Open `store` around serving `app`, so that unusable records end the start with one line.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -72,13 +72,13 @@ class Gateway:
             yield
             await self.drain()
 
-    # --- in the place of another process ------------------------------------------------------------
+    # --- taking over from another process -----------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def prepared(self, tenants: Sequence[str]) -> AsyncIterator[None]:
-        """Get ready to serve, with warm shells for these tenants, while another process has the records.
+        """Prepare to serve, with warm shells for these tenants, while another process has the records.
 
-        Keep it open around serving. Raises `Unavailable` if this gateway could not serve.
+        Must stay open while serving. Raises `Unavailable` if this gateway could not serve.
         """
         await self.store.check()
         async with prepared(self._settings) as ready:
@@ -88,33 +88,33 @@ class Gateway:
             yield
 
     def skip(self, told: Sequence[str]) -> None:
-        """Tell none of the runtime's events with these marks: the process before has told them."""
+        """Do not publish the runtime's events with these marks: the previous process has done so."""
         self._skip = told
 
-    # --- for another process to take our place ------------------------------------------------------
+    # --- handing over to another process ------------------------------------------------------------
 
     @property
     def tenants(self) -> Sequence[str]:
-        """The tenants that have clients now."""
+        """The tenants with connected clients."""
         found = () if self._services is None else self._services.connections
         return sorted({peer.tenant for peer in found})
 
     async def rest(self, seconds: float, waiting: Callable[[int], None]) -> None:
-        """Return once no deployment is under way and what turns have changed is recorded.
+        """Wait until no deployment is under way and all turns' changes are recorded.
 
-        From then on no deployment begins. Raises `Unavailable` if some take longer than `seconds`.
+        No deployment begins from then on. Raises `Unavailable` if some take longer than `seconds`.
         """
         await self._up.history.close_turns()
         await self._up.deployments.rest(seconds, waiting)
 
     def go_on(self) -> None:
-        """Let deployments begin again: nobody takes our place."""
+        """Let deployments begin again, since no process takes over."""
         self._up.deployments.go_on()
 
     async def hand_over(self) -> Sequence[str]:
-        """Let go of clients, commands and records; return the marks of the runtime's events that were told.
+        """Release clients, commands and records; return the marks of the runtime's published events.
 
-        What is not needed by the next process ends later, as `drain` finds it.
+        What the next process does not need is ended later, by `drain`.
         """
         self._leaving = True
         services = self._up
@@ -126,13 +126,13 @@ class Gateway:
     # --- the end ------------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """Have `drain` leave the commands that are held to the next process."""
+        """Let `drain` leave the held commands to the next process."""
         self._leaving = True
 
     async def drain(self) -> None:
         """Refuse new work, tell clients, end every command, close every stream. Idempotent.
 
-        Raises `Unavailable` if the gateway has not come up.
+        Raises `Unavailable` if the gateway has not started.
         """
         services = self._up
         if self._drained is None:
@@ -167,12 +167,12 @@ async def _drain(services: Services, *, leaving: bool) -> None:
 
 
 async def _hand_over(services: Services, background: background.Background, store: Store) -> None:
-    """Do as `_drain`, but for a process that waits for the records, and clients that wait for it."""
+    """Like `_drain`, but quickly: the next process waits for the records, and clients wait for it."""
     _announce(services, _NEXT_MS)
     services.leave_ready()
     await services.toolbox.leave()
     await services.execs.leave()
-    # what outlives no process; what does not end in time the next one ends
+    # what no process outlives; the next process ends what does not end in time
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_BRIEF):
             await services.execs.end_all()
@@ -183,7 +183,7 @@ async def _hand_over(services: Services, background: background.Background, stor
     for connection in list(services.connections):
         connection.close(CloseCode.DRAINING, "another process takes over")
     background.cancel()
-    await asyncio.sleep(0)  # what was announced goes out first, and the background stops
+    await asyncio.sleep(0)  # announcements go out first, and the background stops
     services.bus.close()
     await services.journal.close()
     await services.audit.close()

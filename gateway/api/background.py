@@ -1,4 +1,4 @@
-"""Runs what goes on as long as the gateway: the watch of tenants and what follows from it."""
+"""Work that runs as long as the gateway: it watches tenants and reacts to what happens to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.tasks import apart, lasting
 
 log = logging.getLogger(__name__)
 
-# after these a tenant's files may be others, or must no longer be held
+# after these events a tenant may have other files, or its files must be closed
 _MOVED: Final = frozenset(
     {
         "tenant.stopped",
@@ -31,7 +31,7 @@ _MOVED: Final = frozenset(
     }
 )
 
-# a tenant of this name is new; one that waited for it was renamed
+# after these events a tenant of this name is new, or an instance was renamed to it
 _MADE: Final = frozenset({"tenant.created", "tenant.renamed"})
 
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
@@ -39,7 +39,7 @@ _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resy
 
 @contextlib.asynccontextmanager
 async def running(services: Services) -> AsyncIterator[Background]:
-    """Run all background work; what breaks off begins again, and all of it ends with the block."""
+    """Run all background work, restarting what fails, until the block ends."""
     async with contextlib.AsyncExitStack() as stack:
         background = Background(services)
         for name, work in background.jobs().items():
@@ -56,24 +56,24 @@ class Background:
         self._services = services
         self.tasks: list[asyncio.Task[None]] = []
         self._unbound: set[str | None] = set()  # tenants that started; None for all that run
-        self._started = asyncio.Event()  # some of these are there
-        self._seen = asyncio.Event()  # the runtime tells of changes from now on
-        self._resynced = asyncio.Event()  # the tenants there are have been seen once
-        self._connected = asyncio.Event()  # to incusd, maybe to one that was just started
+        self._started = asyncio.Event()  # set while `_unbound` is not empty
+        self._seen = asyncio.Event()  # set once the runtime reports changes
+        self._resynced = asyncio.Event()  # set once all existing tenants have been seen
+        self._connected = asyncio.Event()  # set after each connection to incusd
 
     def cancel(self) -> None:
-        """Have all of it end; what is published from the next turn of the loop on is not of its doing."""
+        """End all work. It publishes nothing after the loop's next turn."""
         for task in self.tasks:
             task.cancel()
 
     async def seen(self, seconds: float) -> None:
-        """Return once the tenants there are have been seen; after `seconds` in any case."""
+        """Wait, up to `seconds`, until all existing tenants have been seen."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._seen.wait()
 
     def jobs(self) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
-        """Return each work by the name that the log has for it."""
+        """Return the jobs by their names in the log."""
         services = self._services
         jobs: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "the watch of tenants": self._watch,
@@ -90,7 +90,7 @@ class Background:
         return jobs
 
     async def _watch(self) -> None:
-        """Publish what happens to tenants, and let go of the files of those that changed."""
+        """Publish what happens to tenants, and close the files of those that changed."""
         services = self._services
         notices = [
             services.deployments.noticed,
@@ -127,7 +127,7 @@ class Background:
         if event.tenant is not None and event.type in _MOVED:
             await services.workers.forget(event.tenant)
             if event.type == "incus.instance-updated":
-                await services.files.recheck(event.tenant)  # mostly a mere setting
+                await services.files.recheck(event.tenant)  # usually only a setting has changed
             else:
                 await services.files.forget(event.tenant, event.type.rpartition(".")[2])
         if event.ended is not None:
@@ -139,12 +139,12 @@ class Background:
                     "the records of calls of %s could not be removed: %s", event.ended, failed.message
                 )
             await services.lifecycle.forget(event.ended)
-        # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
+        # not when the old one is destroyed: its last clients may still ask how their commands ended
         if event.tenant is not None and event.type in _MADE:
             services.execs.forget_tenant(event.tenant)
 
     async def _recover(self) -> None:
-        """Finish or undo what deployments of an earlier process left, once Incus answers."""
+        """Finish or undo the deployments of an earlier process, once Incus answers."""
         await self._resynced.wait()
         await self._services.deployments.recover()
 
@@ -154,29 +154,29 @@ class Background:
                 self._services.bus.publish(event.type, event.tenant, event.data)
 
     async def _bind_ports(self) -> None:
-        """Bind the hardware address of each tenant that starts to its port; see `rootfs.bridge_port`."""
+        """Bind each starting tenant's hardware address to its port; see `rootfs.bridge_port`."""
         services = self._services
         while True:
             await self._started.wait()
             self._started.clear()
             names, self._unbound = self._unbound, set()
             if None in names:
-                with contextlib.suppress(GatewayError):  # incusd's next connection tells of all again
+                with contextlib.suppress(GatewayError):  # the next connection to incusd reports all again
                     names |= {one.name for one in await services.runtime.list() if one.status == "running"}
             failed = ""
             for name in filter(None, names):
                 try:
                     await services.workers.broker.bind_ports(name)
-                except NotFound:  # it has just gone
+                except NotFound:  # it has just been removed
                     continue
                 except GatewayError as error:
                     failed = error.message
-                    self._unbound.add(name)  # with the next that starts
+                    self._unbound.add(name)  # retry with the next start
             if failed:
                 log.warning("tenants' addresses could not be bound to their ports: %s", failed)
 
     async def _enforce_quotas(self) -> None:
-        """Have the disk quotas enforced, which may end with any restart of incusd; see `rootfs.quotas`."""
+        """Keep the disk quotas enforced, which any restart of incusd may end; see `rootfs.quotas`."""
         services = self._services
         failed = ""
         while True:

@@ -1,6 +1,6 @@
-"""Serves the browser editor's built files, with what a browser may keep of them and what its page may do.
+"""Serves the browser editor's built files, with their caching and content security policy.
 
-`deploy/build-web` makes them from `clients/web` into `static/` beside this module; a wheel brings them along.
+`deploy/build-web` builds them from `clients/web` into `static/` beside this module; wheels contain them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gateway.errors import NotFound
 
 STATIC: Final = Path(__file__).parents[1] / "static"
 
-_ENCODINGS: Final = (("br", ".br"), ("gzip", ".gz"))  # what we prefer first
+_ENCODINGS: Final = (("br", ".br"), ("gzip", ".gz"))  # in order of preference
 _TYPES: Final = {
     ".css": "text/css",
     ".js": "text/javascript",
@@ -30,10 +30,10 @@ _TYPES: Final = {
 _NONCE: Final = '<meta name="csp-nonce" content="'
 _AGENT: Final = '<meta name="agent-url" content="'
 
-# Nothing from elsewhere, no inline script, no eval. CodeMirror and xterm.js add their styles by script: the
-# nonce lets them, and nothing else that would find its way into the page. Besides the gateway the page asks
-# the operator's own server of agents, if there is one. Only the preview shows what is not ours: the tenant's
-# site, whose address is not known beforehand, in a sandboxed frame of another origin.
+# Nothing from other origins, no inline script, no eval. CodeMirror and xterm.js add styles by script: the
+# nonce allows theirs, and nothing injected into the page. Besides the gateway, the page may only contact
+# the operator's agents server, if there is one. Only the preview shows foreign content: the tenant's
+# site, whose address is not known in advance, in a sandboxed frame of another origin.
 _POLICY: Final = "; ".join(
     (
         "default-src 'none'",
@@ -72,7 +72,7 @@ _ABSENT: Final = """\
 
 
 async def page(request: Request) -> Response:
-    """Answer the editor's page, under a separate policy for each answer."""
+    """Return the editor's page, each time with a policy of its own."""
     nonce, agent = secrets.token_urlsafe(16), services(request).settings.agent_url or ""
     parts = urlsplit(agent)
     policy = _POLICY.format(nonce=nonce, agent=f" {parts.scheme}://{parts.netloc}" if agent else "")
@@ -86,8 +86,8 @@ async def page(request: Request) -> Response:
 
 
 async def asset(request: Request) -> Response:
-    """Answer one built file, compressed as it lies there where the browser takes that. Raises `NotFound`."""
-    # names hold a digest of their content, so that a browser need never ask again
+    """Return one built file, from its compressed copy if the browser accepts that. Raises `NotFound`."""
+    # names contain a digest of the content, so a browser need never ask again
     name = request.path_params["name"]
     return _file(request, STATIC / "assets" / name, name, "public, max-age=31536000, immutable")
 
@@ -98,7 +98,7 @@ async def icon(request: Request) -> Response:
 
 def _file(request: Request, path: Path, name: str, kept: str) -> Response:
     kind = _TYPES.get(path.suffix)
-    # a route's `{name}` has no slash, so nothing leads out; dots alone are no suffix that we know
+    # a route's `{name}` has no slash, so it stays in the folder; dots alone are no known suffix
     if kind is None or not path.is_file():
         raise NotFound(f"no file {name[:100]}")
     headers = {**_HEADERS, "Cache-Control": kept, "Vary": "Accept-Encoding"}

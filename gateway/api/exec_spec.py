@@ -1,4 +1,4 @@
-"""The command that a client asks for, as the runtime takes it; for websocket and HTTP."""
+"""Turns a client's command into the runtime's `ExecSpec`, for websocket and HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads and answers HTTP: bodies in, JSON and problems out, the request's id, and the share it counts in."""
+"""HTTP requests and answers: bodies, JSON, problems, request ids, and the share each counts towards."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_MS: Final = 2000
-# in an ASGI scope: the uses of tenants that end with its answer
+# in an ASGI scope: the uses of tenants, which end with the answer
 USES: Final = "gateway.uses"
-# there too: the client's share, once that is known
+# likewise: the client's share, once it is known
 SHARE: Final = "gateway.share"
-_SLICE: Final = 256 << 10  # bytes of an answer that are handed over at a time
-_WEIGHING: Final = 30.0  # seconds until it is known what a large body holds; the largest takes a moment
+_SLICE: Final = 256 << 10  # bytes of an answer sent at a time
+_WEIGHING: Final = 30.0  # seconds to check the contents of a large body; the largest takes a moment
 _BY_CADDY: Final = ("/v1/wake", "/v1/preview")
 _REQUEST_ID: Final = "x-request-id"
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
-    """Return what `work` returns; cancel it where the client hangs up first."""
+    """Return what `work` returns; cancel it if the client hangs up first."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -74,7 +74,7 @@ async def _left(request: Request) -> None:
 
 
 async def end(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it is over, whatever it ends with."""
+    """Cancel a task and wait for its end, whatever its outcome."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -90,7 +90,7 @@ async def read_json(request: Request, limit: int, patience: float) -> Any:
 
 
 async def weighed(request: Request, body: bytes) -> None:
-    """Return if a body of JSON may be parsed. Raises `TooLarge`."""
+    """Raise `TooLarge` unless a JSON body is small enough to parse."""
     if len(body) > protocol.LIGHT:
         await aside(request.path_params.get("tenant", ""), _WEIGHING, protocol.weigh, body)
 
@@ -99,8 +99,8 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
     """Return the body, which counts as in flight until the request is answered.
 
     Raises `TooLarge` before more than `limit` bytes are read, `RateLimited` before more than the client's
-    share has room for, `Timeout` if nothing comes for `patience` seconds. Without a token the whole body must
-    come within that.
+    share has room for, `Timeout` if nothing arrives for `patience` seconds. Without a token the whole body
+    must arrive within that time.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -127,19 +127,19 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
 
 
 def ask(scope: Scope, share: Share) -> None:
-    """Count a request in its client's share until it is answered. Raises `RateLimited`."""
+    """Count a request towards its client's share until it is answered. Raises `RateLimited`."""
     if SHARE not in scope:
         scope[SHARE] = share
         hold(scope, REQUEST)
 
 
 def hold(scope: Scope, size: int) -> None:
-    """Count bytes of a request, or of its answer, until it is answered. Raises `RateLimited`."""
+    """Count bytes of a request or its answer until it is answered. Raises `RateLimited`."""
     scope[USES].enter_context(scope[SHARE].lease(size))
 
 
 def address(connection: HTTPConnection) -> str:
-    """Return the client's address. Only our own proxy is believed about it."""
+    """Return the client's address. Only our own proxy may name another one."""
     client, told = connection.client, connection.headers.getlist("x-forwarded-for")
     peer = "" if client is None else client.host
     if told and _near(connection.scope):
@@ -149,12 +149,12 @@ def address(connection: HTTPConnection) -> str:
     except ValueError:
         return peer
     if isinstance(found, IPv6Address):
-        return str(found.ipv4_mapped or ip_network((found, 64), strict=False))  # what one host is given
+        return str(found.ipv4_mapped or ip_network((found, 64), strict=False))  # one host's block
     return peer
 
 
 class _AnyPath(PathConvertor):
-    """A path of any bytes: a name may have a line break, which `.` of the router's own does not match."""
+    """A path of any bytes: names may contain line breaks, which the router's own pattern does not match."""
 
     regex = "(?s:.*)"
 
@@ -163,7 +163,7 @@ register_url_convertor("any", _AnyPath())
 
 
 def file_path(request: Request) -> str:
-    """Return the path after `/files/`, which must be UTF-8 once its escapes are undone."""
+    """Return the path after `/files/`, unescaped; it must be UTF-8."""
     raw: bytes = request.scope["raw_path"]
     parts = raw.split(b"/", 5)  # "", v1, tenants, the tenant, files: escaped or not
     if len(parts) < 6:
@@ -179,9 +179,9 @@ def as_json(value: Mapping[str, Any]) -> Response:
 
 
 class InParts(Response):
-    """An answer of JSON that is made part by part as its client takes it; one that is small goes out whole.
+    """A JSON answer that is made in parts as its client takes them; a small one is sent whole.
 
-    Where nothing is taken for `patience` seconds the connection is cut.
+    If the client takes nothing for `patience` seconds, the connection is cut.
     """
 
     media_type = "application/json"
@@ -211,7 +211,7 @@ class InParts(Response):
             except TimeoutError:
                 log.info("an answer was not taken for %.0f s", self._patience)
                 return  # without the rest of the body the server cuts the connection
-            await asyncio.sleep(0)  # also where it takes all at once, or has gone: others have their turn
+            await asyncio.sleep(0)  # others have their turn, even if this never waits
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -253,7 +253,7 @@ async def problem_handler(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> str:
-    """Return the methods of a request's path: the router tells those of the first of its routes alone."""
+    """Return the methods of a request's path; the router only knows those of the first matching route."""
     methods: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
@@ -262,9 +262,9 @@ def _allowed(request: Request) -> str:
 
 
 def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Refuse what asks for a host that is not ours with 421, a websocket before its upgrade.
+    """Refuse requests for hosts that are not ours with 421, websockets before their upgrade.
 
-    Caddy asks some routes with the `Host` of the site that a visitor asked for.
+    Caddy calls some routes with the `Host` of the visited site.
     """
     own = own_hosts(settings)
 
@@ -288,24 +288,24 @@ def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
 
 
 def _near(scope: Scope) -> bool:
-    """Say whether a request came from this machine."""
+    """Return whether a request came from this machine."""
     client, server = scope.get("client"), scope.get("server")
-    if client is None:  # by a unix socket
+    if client is None:  # a unix socket
         return True
     try:
         address = ip_address(client[0])
     except ValueError:
         return False
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    # a client that asks a machine by one of its own addresses is on that machine
+    # a client that has one of this machine's addresses is on it
     return (mapped or address).is_loopback or (server is not None and client[0] == server[0])
 
 
 def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
-    """Echo `X-Request-Id`, or make one, on every HTTP answer.
+    """Add `X-Request-Id` to every HTTP answer: the request's, or a new one.
 
-    A large answer is handed over in parts: what the client has not taken counts as in flight, and where it
-    takes nothing for `patience` seconds the connection is cut.
+    Large answers are sent in parts: what the client has not taken counts as in flight, and if it takes
+    nothing for `patience` seconds, the connection is cut.
     """
 
     async def send_parts(scope: Scope, message: Message, send: Send) -> None:

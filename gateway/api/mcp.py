@@ -1,11 +1,10 @@
-"""A tenant's MCP endpoint: the toolbox's tools over streamable HTTP, by the package `mcp`.
+"""A tenant's MCP endpoint: the toolbox's tools over streamable HTTP, using the package `mcp`.
 
-Nothing is kept between two requests. A client of the protocol 2026-07-28 has no session at all: it cancels
-a call by dropping the response. One of the handshake protocols (2025-11-25 and before) is given a random
-session id, which only names things: its tool session, and its calls, so that it can cancel one by a
-notification.
+Nothing is kept between requests. A client of protocol 2026-07-28 has no session at all: it cancels a call by
+dropping the response. A client of the handshake protocols (2025-11-25 and before) gets a random session id,
+which only names its tool session and its calls, so that it can cancel one by a notification.
 
-Imported only by `mcp_loading`: `mcp` is an extra, and large.
+Imported only by `mcp_loading`, since `mcp` is an extra, and large.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ from gateway.tools.toolbox import Toolbox, ToolResult
 
 _CALLER: Final = "gateway.api.mcp.caller"
 _SESSION: Final = "mcp-session-id"
-# what Claude Code sends with a call: the model's own id of it, which stays the same where a call is repeated
+# Claude Code sends the model's id of a call with it, which stays the same if the call is repeated
 _CALL_ID: Final = "claudecode/toolUseId"
 _FACTS: Final = "incus-gateway/facts"
 _READ_ONLY: Final = frozenset({"Read", "Glob", "Grep"})
-# Claude Code puts a longer result than this into a file on its own host, which no tool of ours can read.
-# Without the mark it does so from 50 000 characters on.
+# Claude Code writes results longer than this to a file on its own host, which our tools cannot read.
+# Without this mark it does so above 50 000 characters.
 _RESULT_MAX: Final = 500_000
-# of an embedded file: Claude Code would keep it on its own host and tell its model a path there, and most
-# other clients show nothing at all
+# instead of an embedded file: Claude Code would store that on its own host and give its model the path, and
+# most other clients show nothing
 _UNSHOWN: Final = (
     "A PDF cannot be shown by this gateway: its pages come as images once whoever runs it has installed the "
     "extra `pdf`. Until then a program in the container may read it, if there is one."
@@ -64,7 +63,7 @@ _INSTRUCTIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
-    """The caller of one request: tenant, token, and the tool session that its calls belong to."""
+    """The caller of one request: tenant, token, and the tool session for its calls."""
 
     tenant: str
     token: Token
@@ -138,14 +137,14 @@ class Mcp:
             case "DELETE" if caller.handshake is not None:
                 await self._toolbox.sessions.end_named(tenant, _tool_session(caller.handshake))
                 await Response(status_code=204)(scope, receive, send)
-            case _:  # nothing is ever sent that was not asked for: a GET stream would stay silent
+            case _:  # we never send unrequested messages, so a GET stream would stay silent
                 await Response(status_code=405, headers={"Allow": "POST, DELETE"})(scope, receive, send)
 
     async def _post(self, caller: _Caller, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         message = _message(body)
         method = message.get("method")
         if method == "notifications/cancelled" and caller.handshake is not None:
-            # it comes on a separate connection, where the package would find no call to cancel
+            # it arrives on another connection, where the package would find no call to cancel
             self._cancel(caller.tenant, caller.handshake, message.get("params"))
         given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -158,7 +157,7 @@ class Mcp:
             await send(answer)
 
         scope = {**scope, _CALLER: caller}
-        # only a handshake protocol knows this method
+        # a method of the handshake protocols only
         sending = send_with_session if method == "initialize" else send
         await self._manager.handle_request(scope, replay, sending)
 
@@ -192,7 +191,7 @@ class Mcp:
     async def _call(
         self, context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
     ) -> types.CallToolResult:
-        """Run a tool; end it, and what it runs, where the request ends first."""
+        """Run a tool; if the request ends first, end the tool and what it runs."""
         assert context.request is not None and context.request_id is not None
         caller: _Caller = context.request.scope[_CALLER]
         try:
@@ -221,7 +220,7 @@ class Mcp:
             if work.cancelled():
                 raise MCPError(REQUEST_CANCELLED, "Request cancelled")
             result = work.result()
-            if len(result.encoded) > SMALL:  # of what only reads
+            if len(result.encoded) > SMALL:  # for tools that only read
                 hold(context.request.scope, len(result.encoded))
             return _answer(result, caller.structured)
         except GatewayError as error:
@@ -230,7 +229,7 @@ class Mcp:
             if self._calls.get(key) is work:
                 del self._calls[key]
             work.cancel()
-            # a cancelled scope of anyio cancels whatever is awaited in it: only behind a shield can one wait
+            # a cancelled scope of anyio cancels everything awaited in it: only behind a shield can one wait
             # until nothing is left of the command
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([work])
@@ -240,7 +239,7 @@ class Mcp:
     async def _wait(
         self, context: ServerRequestContext[Any, Any], name: str, work: asyncio.Task[ToolResult]
     ) -> None:
-        """Return when `work` is done; report progress meanwhile, or the client would give up."""
+        """Wait until `work` is done, reporting progress, without which the client would give up."""
         began = time.monotonic()
         while not (await asyncio.wait([work], timeout=self._settings.mcp_progress))[0]:
             seconds = round(time.monotonic() - began, 1)
@@ -254,7 +253,7 @@ def _tool(description: Mapping[str, Any]) -> types.Tool:
         name=name,
         description=description["description"],
         input_schema=description["inputSchema"],
-        # read-only ones run at the same time, all others one after another
+        # read-only calls run concurrently, all others one after another
         annotations=types.ToolAnnotations(
             read_only_hint=read_only, destructive_hint=not read_only, open_world_hint=name == "Bash"
         ),
@@ -268,10 +267,10 @@ def _call_id(meta: Mapping[str, Any] | None) -> str | None:
 
 
 def _answer(result: ToolResult, structured: bool) -> types.CallToolResult:
-    """Return a result as MCP has it.
+    """Return a result in MCP's form.
 
-    The facts of a success come under `_meta` unless the caller asked for structuredContent: clients take that
-    for the same as the text, and Claude Code shows a model nothing else (seen with 2.1.331).
+    A success has its facts under `_meta` unless the caller asked for structuredContent: clients take that to
+    be the same as the text, and Claude Code shows a model nothing else (seen with 2.1.331).
     """
     answer = types.CallToolResult.model_validate_json(result.encoded, by_name=False)
     if any(isinstance(part, types.EmbeddedResource) for part in answer.content):
@@ -283,7 +282,7 @@ def _answer(result: ToolResult, structured: bool) -> types.CallToolResult:
 
 
 def _refusal(error: GatewayError) -> types.CallToolResult:
-    """Return what the gateway refuses as a failed call: of the protocol's errors a model learns nothing."""
+    """Return the gateway's refusal as a failed call, since a model never sees protocol errors."""
     return types.CallToolResult(
         content=[types.TextContent(text=error.message)],
         is_error=True,
@@ -292,7 +291,7 @@ def _refusal(error: GatewayError) -> types.CallToolResult:
 
 
 def _message(body: bytes) -> dict[str, Any]:
-    """Return a request's message, empty if it is none: the package says what is wrong with it."""
+    """Return a request's message; empty if it is invalid, which the package then reports."""
     try:
         message = orjson.loads(body)
     except ValueError:

@@ -1,6 +1,6 @@
-"""A tenant's history as resources of MCP: the turns as JSON, and each as a patch.
+"""A tenant's history as MCP resources: the turns as JSON, and each turn as a patch.
 
-Imported only where a gateway serves MCP, as `gateway.api.mcp` is.
+Imported only if the gateway serves MCP, like `gateway.api.mcp`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gateway.history import History
 _LIST: Final = "history:///turns"
 _TURN: Final = "history:///turns/"
 
-# fixed ones: a client may ask for the list whenever it connects, and no git should run for that
+# fixed, since a client may request the list at each connection, and no git should run for that
 RESOURCES: Final = types.ListResourcesResult(
     resources=[
         types.Resource(

@@ -1,4 +1,4 @@
-"""Loads the MCP endpoint with its first request: the package `mcp` takes a third of a gateway's start."""
+"""Loads the MCP endpoint at its first request: importing `mcp` would take a third of the gateway's start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOADING: Final = 60.0  # seconds
 
 
 class McpEndpoint:
-    """The endpoint of all tenants, see `gateway.api.mcp`. Use as an async context manager."""
+    """The endpoint of all tenants; see `gateway.api.mcp`. Use as an async context manager."""
 
     def __init__(self, toolbox: Toolbox, history: History, settings: Settings) -> None:
         self._toolbox, self._history, self._settings = toolbox, history, settings
@@ -57,11 +57,11 @@ class McpEndpoint:
         await endpoint.serve(tenant, token, body, scope, receive, send)
 
     async def _run(self, endpoint: asyncio.Future[Mcp]) -> None:
-        """Hold the endpoint open; the task that opened it has to close it."""
+        """Keep the endpoint open; the task that opened it must close it."""
         async with contextlib.AsyncExitStack() as stack:
             try:
                 module = await aside("mcp", _LOADING, import_module, "gateway.api.mcp")
-                # what has come stays, as at the gateway's start: no collection has to look through it
+                # the imported objects stay, so exclude them from collections, as at the gateway's start
                 gc.freeze()
                 endpoint.set_result(
                     await stack.enter_async_context(module.Mcp(self._toolbox, self._history, self._settings))

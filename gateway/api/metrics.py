@@ -21,14 +21,14 @@ from gateway.limits.budget import Budget, Places
 from gateway.limits.pressure import Counts
 
 _LAG_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_LAG_EVERY: Final = 0.5  # seconds; to wake for it costs ten times what the sample takes, some 150 us in all
+_LAG_EVERY: Final = 0.5  # seconds; a sample takes some 150 us, most of it for waking up
 _TOOL_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 
 class Metrics:
-    """Counts what the bus tells and shows what the gateway holds.
+    """Counts the bus's events and shows the gateway's current state.
 
-    The functions return how many of each there are now; `budget` and `places` know what is held.
+    The functions return current numbers; `budget` and `places` have what is in use.
     """
 
     CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -86,7 +86,7 @@ class Metrics:
         )
 
     def show_pressure(self, counts: Counts) -> None:
-        """Show what the watch of the tenants' memory counts."""
+        """Show the counts of the watch over the tenants' memory."""
         pressed = Gauge(
             "gateway_tenants_pressed", "Tenants that are short of memory now.", registry=self._registry
         )

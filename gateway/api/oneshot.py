@@ -1,4 +1,4 @@
-"""Commands that are asked for and waited for in one HTTP request."""
+"""Commands that run within one HTTP request."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gateway.limits.budget import Lease
 from gateway.runtime import StreamName
 from gateway.settings import Settings
 
-_SLICE: Final = 64 << 10  # bytes of output that are made JSON in one go
+_SLICE: Final = 64 << 10  # bytes of output encoded as JSON at a time
 
 
 class ExecBody(protocol.Params):
-    """What `POST …/exec` takes: names as HTTP has them, in snake_case."""
+    """The body of `POST …/exec`. Names are in snake_case, as everywhere in HTTP."""
 
     model_config = protocol.Params.model_config | {"alias_generator": None}
 
@@ -38,9 +38,9 @@ class ExecBody(protocol.Params):
 async def run(
     execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Lease
 ) -> Iterator[bytes]:
-    """Run a command and return the parts of its answer; a caller that goes away takes all its tree with it.
+    """Run a command and return the parts of its answer; if the caller leaves, end its whole process tree.
 
-    The output grows `room`; where that is full the rest is cut off.
+    The output is counted in `room`; what does not fit is cut off.
     """
     if (body.argv is None) == (body.command is None):
         raise InvalidParams("give either argv or command")
@@ -53,7 +53,7 @@ async def run(
     attachment = exec_.attach()
     try:
         if body.stdin is not None:
-            # the text is within max_body, but more than the buffer may hold: it must not wait for
+            # the text is within max_body, but may be more than the buffer holds: it must not wait for
             # output that is not read yet
             async with asyncio.TaskGroup() as group:
                 group.create_task(_feed(attachment, body.stdin.encode()))
@@ -78,7 +78,7 @@ async def _feed(attachment: Attachment, data: bytes) -> None:
 
 
 async def _collect(attachment: Attachment, limit: int, room: Lease) -> dict[str, tuple[bytes, bool]]:
-    """Return each stream's first `limit` bytes and whether there were more; the rest is read and dropped."""
+    """Return each stream's first `limit` bytes and whether there was more. The rest is read and dropped."""
 
     async def one(name: StreamName) -> tuple[str, bytes, bool]:
         kept, cut, cursor, most = bytearray(), False, attachment.cursors[name], limit
@@ -99,9 +99,9 @@ async def _collect(attachment: Attachment, limit: int, room: Lease) -> dict[str,
 
 
 def _ran(exec_id: str, ended: Ended, outputs: Mapping[str, tuple[bytes, bool]]) -> Iterator[bytes]:
-    """Yield the answer as JSON, each part made when it is wanted.
+    """Yield the answer as JSON, encoding each part on demand.
 
-    16 MiB of zeros, or of what is no UTF-8, are a hundred of JSON and take a quarter of a second.
+    16 MiB of zeros, or of invalid UTF-8, become 100 MiB of JSON and take a quarter of a second.
     """
     facts = {
         "exec": exec_id,

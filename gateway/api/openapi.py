@@ -1,4 +1,4 @@
-"""The HTTP API as an OpenAPI 3.1 document, made of the operations and the models that they declare."""
+"""The HTTP API as an OpenAPI 3.1 document, made from the operations and their declared models."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _HEADERS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
 
 
 class _Models:
-    """The types of a document, of which each is described once."""
+    """The types of a document, each described once."""
 
     def __init__(self, types: Iterable[tuple[Any, JsonSchemaMode]]) -> None:
         adapters = [(str(number), mode, TypeAdapter(kind)) for number, (kind, mode) in enumerate(types)]
@@ -99,7 +99,7 @@ def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
 
 
 def documented(path: str) -> str:
-    """Return a route's path as the document has it."""
+    """Return a route's path as written in the document."""
     return _PARAMETER.sub(r"{\1}", path)
 
 
@@ -164,7 +164,7 @@ def _parameters(one: Operation, models: _Models) -> Iterator[dict[str, Any]]:
 
 
 def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a member of a query, which is missing where it is null in the model."""
+    """Return the schema of a query's member, which is left out where the model has null."""
     kept = {name: value for name, value in field.items() if name not in ("default", "title", "anyOf")}
     some = [one for one in field.get("anyOf", ()) if one.get("type") != "null"]
     return {**kept, **(some[0] if some else {})}

@@ -1,4 +1,4 @@
-"""A route that declares what it takes and answers, by the models that check requests and describe the API."""
+"""Routes that declare their inputs and answers by models, which check requests and describe the API."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEY: Final = "gateway.operation"
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A body that is no JSON."""
+    """A body other than JSON."""
 
     type: str
     text: bool = False
@@ -31,9 +31,9 @@ class Media:
 class Operation(Route):
     """A route of one method. Its endpoint's docstring is the description.
 
-    `answers` has a type for each status that is no error, a tuple of several, or None for no body; `takes` is
-    the model of the JSON body, which may be left out where it is `optional`; `query` is that of the query.
-    `access` checks requests by these alone.
+    `answers` has a type for each success status: one, a tuple of several, or None for no body. `takes` is the
+    model of the JSON body, which may be omitted if `optional`; `query` is the model of the query. `access`
+    checks requests against nothing else.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Operation(Route):
         return match, {**child, _KEY: self} if match is Match.FULL else child
 
     def check_scope(self, scope: str | None) -> None:
-        """Raise `AssertionError` for a check of another scope than the one that is declared."""
+        """Raise `AssertionError` if a scope is checked that is not the declared one."""
         wanted = self.required
         assert wanted in (scope or ANY, OF_TOOL), f"{self.path} declares {wanted!r}, and checks {scope!r}"
 
     def check_body(self, model: type) -> None:
-        """Raise `AssertionError` for a body that is checked by another model than the declared one."""
+        """Raise `AssertionError` if a body is checked by a model that is not the declared one."""
         assert model is self.takes or model in get_args(self.takes), f"{self.path} does not take {model}"
 
     def check_query(self, model: type) -> None:
@@ -73,6 +73,6 @@ class Operation(Route):
 
 
 def operation(request: HTTPConnection) -> Operation:
-    """Return the operation that a request asks for."""
+    """Return a request's operation."""
     found: Operation = request.scope[_KEY]
     return found

@@ -1,8 +1,8 @@
-"""Hands a site's page to the editor's preview with a script in it that reports the page's errors.
+"""Serves a site's page to the editor's preview, with a script that reports the page's errors.
 
-Only the editor gets such a page, and only where it asks: its address has a key, which the gateway makes for a
-token that covers the tenant. Caddy hands a request with that parameter to `/v1/preview`; all others go to the
-site as ever. The key opens nothing but the site's own page, so that a tenant who reads it has gained nothing.
+Only the editor gets such a page, and only on request: the page's address has a key, which the gateway makes
+for a token that covers the tenant. Caddy passes requests with that parameter to `/v1/preview`; all others go
+to the site as usual. The key opens nothing but the site's own page, so a tenant gains nothing by reading it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _ORIGIN: Final = re.compile(
 _GIVEN: Final = re.compile(rf"([?&]){PARAMETER}=([A-Za-z0-9._~-]{{1,600}})(&?)")
 _HEAD: Final = re.compile(rb"<head(?:\s[^>]{0,2000})?>", re.IGNORECASE)
 _DOCTYPE: Final = re.compile(rb"\s*<!doctype[^>]{0,200}>", re.IGNORECASE)
-_LOOKED_AT: Final = 64 << 10  # bytes in which the place for the script is looked for
+_LOOKED_AT: Final = 64 << 10  # bytes in which to find the place for the script
 _PIECE: Final = 64 << 10
 _CONNECT: Final = 5.0
-_SILENCE: Final = 30.0  # seconds without a byte of the site's
-# RFC 9110, section 7.6.1; and what would make the answer another than the whole page as it is
+_SILENCE: Final = 30.0  # seconds without a byte from the site
+# RFC 9110 §7.6.1, and headers that would make the answer other than the whole page
 _HOP: Final = frozenset(
     {
         "connection",
@@ -71,13 +71,13 @@ _NOT_ANSWERED: Final = _HOP | {"cache-control", "content-length", "date", "etag"
 
 
 def key(secret: str, domain: str, origin: str, ends: int) -> str:
-    """Return what has a domain's pages come with the script, for the editor at `origin`, until `ends`."""
+    """Return a key that adds the script to a domain's pages, for the editor at `origin`, until `ends`."""
     said = base64.urlsafe_b64encode(origin.encode()).rstrip(b"=").decode()
     return f"{ends}.{said}.{_signed(secret, domain, origin, ends)}"
 
 
 def opened(secret: str, domain: str, given: str) -> str | None:
-    """Return the editor's origin that a key of this domain names; None if it is not valid."""
+    """Return the editor's origin named in a key of this domain; None if the key is not valid."""
     ends, _, rest = given.partition(".")
     said, _, signature = rest.partition(".")
     if not (ends.isascii() and ends.isdecimal() and len(ends) < 12) or int(ends) < time.time():
@@ -96,7 +96,7 @@ def _signed(secret: str, domain: str, origin: str, ends: int) -> str:
 
 
 def origin_of(given: str | None) -> str:
-    """Return the origin of the page that asks. Raises `InvalidParams` where no page does."""
+    """Return the origin of the requesting page. Raises `InvalidParams` if there is none."""
     origin = (given or "").lower()
     if not _ORIGIN.fullmatch(origin):
         raise InvalidParams("only a page can have a preview: this request has no Origin")
@@ -104,7 +104,7 @@ def origin_of(given: str | None) -> str:
 
 
 def without(uri: str) -> tuple[str, str]:
-    """Return a request's target without the parameter, and what that held."""
+    """Return a request's target without the parameter, and the parameter's value."""
     match = _GIVEN.search(uri)
     if match is None:
         return uri, ""
@@ -112,7 +112,7 @@ def without(uri: str) -> tuple[str, str]:
 
 
 def with_script(page: bytes, origin: str) -> bytes:
-    """Return the begin of a page with the script before everything that it runs itself."""
+    """Return a page's beginning with the script inserted before any of the page's own."""
     script = _SCRIPT.replace("EDITOR", orjson.dumps(origin).decode()).encode()
     match = _HEAD.search(page[:_LOOKED_AT]) or _DOCTYPE.match(page)
     at = match.end() if match is not None else 0
@@ -120,14 +120,14 @@ def with_script(page: bytes, origin: str) -> bytes:
 
 
 class Previews:
-    """The pages that are on their way to previews, at most so many, and of one site a quarter of that."""
+    """The pages being served to previews. Their number is limited, for one site to a quarter of that."""
 
     def __init__(self, caddy: Caddy, secret: str, most: int) -> None:
         self._caddy, self._secret, self._most = caddy, secret, most
         self._of: Counter[str] = Counter()
 
     def key(self, domain: str | None, origin: str) -> tuple[str, int]:
-        """Return a key for a domain, and when it ends. Raises `NotFound` where Caddy serves no such site."""
+        """Return a key for a domain, and when it ends. Raises `NotFound` if Caddy serves no such site."""
         if domain is None or self._caddy.get(domain) is None:
             raise NotFound(
                 "this tenant has no domain, so that nothing can be put into its pages", reason="no_domain"
@@ -136,7 +136,7 @@ class Previews:
         return key(self._secret, domain, origin, ends), ends
 
     async def answer(self, request: Request) -> Response:
-        """Answer a request that Caddy has handed on. Raises `NotFound`, `RateLimited`, `Unavailable`."""
+        """Answer a request passed on by Caddy. Raises `NotFound`, `RateLimited` or `Unavailable`."""
         domain = plain(re.sub(r":[0-9]+$", "", request.headers.get("host", "")))
         uri, given = without(request.headers.get("x-gateway-uri", ""))
         target = None if domain is None else self._caddy.get(domain)
@@ -206,7 +206,7 @@ class Previews:
 
 
 class _Page(StreamingResponse):
-    """A page as it comes, with the script; whatever is no page as it is. It ends `stack` with itself."""
+    """A page as it arrives, with the script; anything else unchanged. Closes `stack` at its end."""
 
     def __init__(self, answer: aiohttp.ClientResponse, origin: str, stack: contextlib.AsyncExitStack) -> None:
         super().__init__(_body(answer, origin), answer.status)
@@ -232,7 +232,7 @@ async def _body(answer: aiohttp.ClientResponse, origin: str) -> AsyncIterator[by
 
 
 def _kept(location: str, host: str, uri: str, given: str) -> str:
-    """Return where a site sends its visitor, with the parameter if that is the site itself."""
+    """Return a redirect's target, with the parameter if it stays on the site."""
     try:
         parts = urlsplit(urljoin(f"http://{host}{uri}", location))
     except ValueError:

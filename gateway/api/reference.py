@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page to read: plain HTML, without a script, with nothing from elsewhere."""
+"""The OpenAPI document as a page to read: plain HTML without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def body(document: Mapping[str, Any]) -> str:
-    """Return the operations and the models as HTML, headings of the second level and below."""
+    """Return the operations and models as HTML, with headings from the second level on."""
     return "\n".join((*_operations(document), *_models(document))) + "\n"
 
 
@@ -93,7 +93,7 @@ def _media(kind: str, said: Mapping[str, Any]) -> str:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """Return a type in a line."""
+    """Return a type in one line."""
     match schema:
         case {"$ref": str(where)}:
             name = where.rpartition("/")[2]
@@ -115,6 +115,6 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def _words(text: str) -> str:
-    """Return text with its `code` marked."""
+    """Return text as HTML, with `code` marked up."""
     parts = escape(text).split("`")
     return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))

@@ -1,4 +1,4 @@
-"""Builds each service of a gateway once, in the order of their needs, and closes them in reverse."""
+"""Builds each service of a gateway once, in order of dependency, and closes them in reverse."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from gateway.tools.toolbox import Toolbox
 
 @dataclass(kw_only=True)
 class Services(Hub):
-    """Everything that lives as long as the gateway; a websocket sees the part that is in `Hub`.
+    """Everything that lives as long as the gateway. Websockets see the part in `Hub`.
 
     `secret` signs tokens. `pressure` is None on the local runtime, `mcp` if that extra is not installed.
     """
@@ -72,21 +72,21 @@ class Services(Hub):
     pressure: Pressure | None
     metrics: Metrics
     mcp: McpEndpoint | None
-    leave_ready: Callable[[], None]  # what is ready for new tenants is the next process's
+    leave_ready: Callable[[], None]  # leaves what is ready for new tenants to the next process
     sites: Sites
     previews: Previews
     draining: bool = False
 
 
 def services(asked: HTTPConnection) -> Services:
-    """Return the services of the gateway that a request or a websocket came to."""
+    """Return the services of a request's or websocket's gateway."""
     found: Services = asked.app.state.services
     return found
 
 
 @dataclass(kw_only=True)
 class Prepared:
-    """What needs none of the records, and can be opened while another process still has them."""
+    """What needs no records, so that it can be opened while another process still has them."""
 
     runtime: IncusRuntime | LocalRuntime
     workers: Workers
@@ -95,7 +95,7 @@ class Prepared:
 
 @contextlib.asynccontextmanager
 async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
-    """Open what needs none of the records; close it in reverse."""
+    """Open what needs no records; close it in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
         removals = _Removals()
@@ -110,9 +110,9 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
 
 @contextlib.asynccontextmanager
 async def opened(settings: Settings, store: Store, ready: Prepared | None = None) -> AsyncIterator[Services]:
-    """Build and open everything on `store`, which is open; close it in reverse.
+    """Build and open everything on the open `store`; close it in reverse.
 
-    What was `prepared` already is used, and left open.
+    What was already `prepared` is used and left open.
     """
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -233,7 +233,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
 
 
 class _Removals:
-    """Records what the gateway removes by itself: an undo, or what it had made ready."""
+    """Records what the gateway removes by itself: undone tenants, and those it had made ready."""
 
     audit: Audit | None = None
 

@@ -5,11 +5,10 @@ Connection ─ reads ─► ClientSocket ─► ServerWire (gateway.protocol): e
            ◄───────── ClientSocket ◄──────────────────────────────── answer, notifications, output
 ```
 
-`Connection` joins the parts. `ClientSocket` moves messages at the client's pace. `ServerWire` decides by
-values what each means. `Requests` runs calls, each as a task with one answer. `Peer` is the client: tenant,
-token, tasks. The families answer: session, exec, tools, files, history,
-watches, events. Other rooms use what is named
-here.
+`Connection` joins the parts. `ClientSocket` moves messages at the client's pace. `ServerWire` decides what
+each one means. `Requests` runs calls, each as a task with one answer. `Peer` is the client: tenant, token,
+tasks. The families answer: session, exec, tools, files, history, watches, events. Other packages use the
+names in this module.
 """
 
 from gateway.api.connection.connection import Connection

@@ -1,6 +1,6 @@
-"""The client's websocket: messages in once there is room for them, out at the client's pace, and its close.
+"""The client's websocket: takes messages once there is room, sends at the client's pace, and closes.
 
-It moves messages and gives them no meaning.
+It does not interpret messages.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from gateway.protocol import CloseCode
 from gateway.settings import Settings
 from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE, TEXT
 
-_SLOWEST: Final = 16 << 10  # bytes a second that a client takes of a large answer, at least
-_GONE: Final = frozenset({1005, 1006})  # RFC 6455, 7.1.5: no peer is left to get a code
-_FAREWELL: Final = 2.0  # seconds that a close may take
+_SLOWEST: Final = 16 << 10  # bytes a second that a client must take of a large answer
+_GONE: Final = frozenset({1005, 1006})  # RFC 6455 §7.1.5: there is no peer to send a code to
+_FAREWELL: Final = 2.0  # seconds for a close
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """One message of the client: `data` if it is binary, else `text`. `lease` is of its bytes."""
+    """One message from the client: `data` if it is binary, else `text`. `lease` counts its bytes."""
 
     text: str
     data: bytes | None
@@ -37,7 +37,7 @@ class Arrived:
 
 
 class Closed(Exception):
-    """The connection is to be closed with this code."""
+    """The connection must be closed with this code."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -46,7 +46,7 @@ class Closed(Exception):
 
 
 class ClientSocket:
-    """One client's websocket. `share` counts the bytes in flight on it."""
+    """One client's websocket. `share` counts its bytes in flight."""
 
     def __init__(self, websocket: WebSocket, share: Share, settings: Settings) -> None:
         extensions = websocket.scope.get("extensions", {})
@@ -55,22 +55,22 @@ class ClientSocket:
         self._settings = settings
         self._parts = PARTS in extensions
         self._flow: Mapping[str, Callable[[], Any]] = extensions.get(FLOW, {})
-        self._arriving: deque[Lease] = deque()  # of large messages that are on their way
-        # since when output of a channel, or a large answer, waits for the client
+        self._arriving: deque[Lease] = deque()  # for large messages that are arriving
+        # since when a channel's output, or a large answer, has waited for the client
         self._waiting: dict[object, float] = {}
         self.closing: asyncio.Future[Closed] = asyncio.get_running_loop().create_future()
 
     async def accept(self) -> None:
-        """Complete the handshake, with our subprotocol where the client offers it."""
+        """Complete the handshake, with our subprotocol if the client offers it."""
         offered = self._websocket.scope.get("subprotocols") or []
         await self._websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
 
-    # --- what comes ---------------------------------------------------------------------------------
+    # --- receiving ----------------------------------------------------------------------------------
 
     async def receive(self, *, large: bool) -> Arrived:
-        """Return the next message; `large` says whether one over `LARGE` bytes may come.
+        """Return the next message; `large` says whether one over `LARGE` bytes is allowed.
 
-        Raises `WebSocketDisconnect`, and `Closed` for a message that may not come or stands still.
+        Raises `WebSocketDisconnect`, or `Closed` for a message that is too large or has stalled.
         """
         while True:
             message = await (self._rest() if self._arriving else self._websocket.receive())
@@ -84,14 +84,14 @@ class ClientSocket:
             return Arrived(message.get("text", ""), message.get("bytes"), size, lease)
 
     async def _admit(self, size: int, large: bool) -> None:
-        """Let a large message come once there is room for it; nothing more is read until then."""
+        """Accept a large message once there is room for it; nothing more is read until then."""
         if not large:
             raise Closed(CloseCode.FRAME_TOO_LARGE, f"before initialize a message has at most {LARGE} bytes")
         self._arriving.append(await self.share.wait(size))
         self._flow["admit"]()
 
     async def _rest(self) -> Message:
-        """Return the next message, the rest of which must keep coming."""
+        """Return the next message, whose remaining bytes must keep arriving."""
         patience = self._settings.body_timeout
         while True:
             received = self._flow["received"]()
@@ -104,14 +104,14 @@ class ClientSocket:
                         CloseCode.TOO_MANY, f"nothing came of a message for {patience:.0f} s"
                     ) from None
 
-    # --- what goes ----------------------------------------------------------------------------------
+    # --- sending ------------------------------------------------------------------------------------
 
     async def send(self, text: str) -> None:
-        """Send one text message; one to a client that is gone ends the connection."""
+        """Send one text message. If the client is gone, this ends the connection."""
         await self._send({"type": "websocket.send", "text": text})
 
     async def send_answer(self, answer: protocol.Message) -> None:
-        """Send an answer. A large one that the client does not take in time ends the connection."""
+        """Send an answer. If the client does not take a large one in time, this ends the connection."""
         whole: Message = {"type": "websocket.send"}
         if isinstance(answer, str):
             whole["text"] = answer
@@ -129,7 +129,7 @@ class ClientSocket:
         self._waiting.pop(key, None)
 
     async def send_output(self, channel: int, *parts: bytes) -> None:
-        """Send one binary message made of `parts`: output of a channel. It must be taken in time too."""
+        """Send a channel's output as one binary message of `parts`. The client must take it in time too."""
         self._waiting.setdefault(channel, asyncio.get_running_loop().time())
         whole = {"parts": parts} if self._parts else {"bytes": b"".join(parts)}
         await self._send({"type": "websocket.send", **whole})
@@ -139,34 +139,34 @@ class ClientSocket:
         try:
             await self._websocket.send(message)
         except (WebSocketDisconnect, RuntimeError):
-            # starlette raises RuntimeError for a send after the close was seen
+            # starlette raises RuntimeError for a send after a close
             self.close(1006, "")
 
     async def watch_stalls(self) -> None:
-        """End the connection where a send that must be taken in time has not returned for too long."""
+        """End the connection if a send that must be taken in time takes too long."""
         stall, loop = self._settings.exec_stall, asyncio.get_running_loop()
         while True:
             await asyncio.sleep(stall / 4)
             if any(loop.time() - since > stall for since in self._waiting.values()):
-                # nothing can be said to a socket that takes nothing; the client resumes from its offset
+                # a stalled socket cannot be told anything; the client resumes from its offset
                 self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
 
     # --- the end ------------------------------------------------------------------------------------
 
     def close(self, code: int, reason: str) -> None:
-        """Have the connection end with this code, soon: `closing` is done. The first reason counts."""
+        """Ask for the connection's end with this code by resolving `closing`. The first reason counts."""
         if not self.closing.done():
             self.closing.set_result(Closed(code, reason))
 
     async def say_goodbye(self, code: int, reason: str) -> None:
-        """Close the websocket, where anybody is still there."""
+        """Close the websocket, if the client is still there."""
         if code in _GONE:
             return
-        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it is gone already
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # already gone
             async with asyncio.timeout(_FAREWELL):
                 await self._websocket.close(code=code, reason=reason[:100])
 
     def release(self) -> None:
-        """Count no more what was still on its way."""
+        """Stop counting messages that have not arrived completely."""
         for lease in self._arriving:
             lease.end()

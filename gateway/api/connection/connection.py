@@ -1,8 +1,8 @@
-"""One connection: its parts joined, from accept to close.
+"""One connection, from accept to close: joins its parts.
 
-Each request is a task, answered whenever it is done; each attachment of a command is a task that copies its
-output to the socket at the socket's pace. When the socket ends, all of them end, and the commands live on for
-their linger time.
+Each request is a task, answered when it is done. Each attachment of a command is a task that copies its
+output to the socket at the socket's pace. All of these end with the socket; the commands live on for their
+linger time.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from gateway.protocol import CloseCode
 
 log = logging.getLogger(__name__)
 
-# after these a client may be back soon. The first two say that the socket went without a word (RFC 6455
+# after these codes a client may be back soon. The first two mean that the socket just vanished (RFC 6455
 # §7.1.5), the third that its token has ended
 _HELD: Final = frozenset({1005, 1006, CloseCode.UNAUTHORIZED})
-_WEIGHING: Final = 30.0  # seconds until it is known what a large message holds; the largest takes a moment
+_WEIGHING: Final = 30.0  # seconds to check the contents of a large message; the largest takes a moment
 
 
 class Connection:
-    """One client of one tenant. `run` carries it from accept to close."""
+    """One client of one tenant. `run` serves it from accept to close."""
 
     def __init__(
         self, websocket: WebSocket, tenant: str, token: Token | None, hub: Hub, address: str
     ) -> None:
-        """`address` is the client's, which the socket counts for until there is a `token`."""
+        """Until there is a `token`, the socket counts towards the client's `address`."""
         self._hub = hub
         share = hub.budget.tenant(tenant).within(hub.settings.socket_bytes)
         self._socket = ClientSocket(websocket, share, hub.settings)
@@ -58,7 +58,7 @@ class Connection:
         self._requests = Requests(peer, self._socket, self._wire, methods)
 
     async def run(self) -> None:
-        """Serve the socket until either end closes it. Raises `RateLimited` if it has no place."""
+        """Serve the socket until either end closes it. Raises `RateLimited` if there are too many sockets."""
         self._peer.take_place()
         try:
             await self._run()
@@ -76,7 +76,7 @@ class Connection:
         reading = asyncio.create_task(self._read(), name="websocket")
         peer.spawn(socket.watch_stalls())
         try:
-            # the reader ends by the client's will, `closing` by ours
+            # the client ends the reader, we resolve `closing`
             waiting: list[asyncio.Future[Any]] = [reading, socket.closing]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             closed = socket.closing.result() if socket.closing.done() else reading.result()
@@ -86,7 +86,7 @@ class Connection:
             code, reason = 1011, "internal error"
         finally:
             self._hub.connections.discard(peer)
-            # at the same time: a command that is waited for may take its time to end
+            # concurrently, since a command that is waited for may take long to end
             ending = self._end([reading, *peer.tasks], hold=code in _HELD)
             await asyncio.gather(socket.say_goodbye(code, reason), ending)
             if peer.session is not None:
@@ -102,12 +102,12 @@ class Connection:
             family.close(hold=hold)
 
     async def _read(self) -> Closed:
-        """Take messages until the end; return how it ended."""
+        """Handle messages until the end; return how it ended."""
         try:
             async with asyncio.timeout(self._hub.settings.initialize_timeout):
                 while not self._wire.initialized:
                     await self._receive()
-                    await self._requests.settled()  # what follows `initialize` needs its outcome
+                    await self._requests.settled()  # messages after `initialize` need its outcome
             while True:
                 await self._receive()
         except TimeoutError:
@@ -126,7 +126,7 @@ class Connection:
             raise
 
     async def _take(self, arrived: Arrived) -> None:
-        """Do what a message says; its lease ends with what it began."""
+        """Act on a message; its lease ends with the work it began."""
         event = await self._understood(arrived)
         size, lease = arrived.size, arrived.lease
         lease.hold(size - lease.size if lease.size else 0)

@@ -47,7 +47,7 @@ class EventMethods(Family):
             raise RateLimited(
                 "this connection has too many event subscriptions; end some by events/unsubscribe"
             )
-        # each is woken by whatever happens to anybody
+        # every event of any tenant wakes each of them
         most, of = self._hub.settings.max_tenant_subscriptions, self._tenant
         if sum(len(peer.subscriptions) for peer in self._hub.connections if peer.tenant == of) >= most:
             raise RateLimited(

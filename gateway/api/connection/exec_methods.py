@@ -20,7 +20,7 @@ _STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "st
 
 
 class ExecMethods(Family):
-    """Each command is attached once, as a channel of `wire`; a task of the peer copies what it prints."""
+    """Each command is attached once, as a channel of `wire`; a task of the peer copies its output."""
 
     def __init__(self, peer: Peer, wire: ServerWire) -> None:
         super().__init__(peer)
@@ -44,7 +44,7 @@ class ExecMethods(Family):
         }
 
     async def write(self, channel: int, data: bytes) -> None:
-        """Give input to the command of an open channel."""
+        """Write input to the command of an open channel."""
         await self._attachments[channel].write(data)
 
     def end_without(self, token: Token) -> list[str]:
@@ -148,7 +148,7 @@ class ExecMethods(Family):
         except NotFound:
             if len(params.exec) > protocol.MAX_EXEC_ID:
                 raise
-            starting = await self._hub.execs.fence(self._tenant, params.exec)  # it may still be on the way
+            starting = await self._hub.execs.fence(self._tenant, params.exec)  # not started yet
             if starting is None:
                 raise
             exec_ = starting
@@ -204,19 +204,19 @@ class ExecMethods(Family):
 
     def _follow(self, channel: int, attachment: Attachment) -> None:
         self._end_late()
-        if channel in self._attachments:  # not detached meanwhile
+        if channel in self._attachments:  # unless it was detached meanwhile
             self._peer.spawn(self._forward(channel, attachment))
             if attachment.exec.spec.stdin:
                 self._peer.spawn(self._tell_consumed(channel, attachment))
 
     async def _tell_consumed(self, channel: int, attachment: Attachment) -> None:
-        """Let the client send more input as the command takes it."""
+        """Allow the client to send more input as the command takes it."""
         while (consumed := await attachment.more_consumed()) is not None:
             told = {"exec": attachment.exec.id, "channel": channel, "consumed": consumed}
             await self._peer.tell("exec/stdin", told)
 
     async def _forward(self, channel: int, attachment: Attachment) -> None:
-        """Copy a command's output to the socket, then tell its exit: after its last byte."""
+        """Copy a command's output to the socket, then send its exit after the last byte."""
         exec_ = attachment.exec
         async with asyncio.TaskGroup() as group:
             for name, cursor in attachment.cursors.items():
@@ -235,5 +235,5 @@ class ExecMethods(Family):
                 await self._peer.tell("exec/lost", told)
             await socket.send_output(channel, header, *parts)
             if socket.closing.done():
-                return  # it may not have gone out
+                return  # it may not have been sent
             cursor.taken(parts)

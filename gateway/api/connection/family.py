@@ -1,4 +1,4 @@
-"""Methods of the wire that belong together, and how one of them is served."""
+"""A family of methods of the wire, and how each is served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.auth.tokens import Token
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A result, as a value or as JSON, and what starts only after it was sent."""
+    """A result, as a value or as JSON, and what to start once it has been sent."""
 
     value: Mapping[str, Any] | bytes
     then: Callable[[], None] | None = None
@@ -25,11 +25,11 @@ def _small(params: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How a method is served; every member that is called takes the request's parameters.
+    """How a method is served. Each callable member takes the request's parameters.
 
-    `most` returns how many bytes the answer may have, 0 for one that is small. `fence` sees to it that what a
-    cancelled request asked for is not made by another of its id. Where a method is `decisive` its refusal
-    ends the connection.
+    `most` returns how many bytes the answer may have, 0 for a small one. `fence` prevents a later request
+    with the same id from doing what a cancelled one asked for. A refusal of a `decisive` method ends the
+    connection.
     """
 
     answer: Callable[[Any], Awaitable[Answer]]
@@ -39,7 +39,7 @@ class Method:
 
 
 class Family(ABC):
-    """Methods that belong together, and what they have opened on one connection."""
+    """A family's methods, and what they have opened on one connection."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
@@ -49,16 +49,16 @@ class Family(ABC):
     @property
     @abstractmethod
     def methods(self) -> Mapping[str, Method]:
-        """How each method is served, by its name on the wire."""
+        """The methods by their names on the wire."""
 
     def end_without(self, token: Token) -> list[str]:
-        """End what `token` has no scope for; return the notifications that tell the client."""
+        """End what `token` has no scope for; return notifications that tell the client."""
         return []
 
     def _end_late(self) -> None:
-        """Do so with what was asked for before a token with fewer scopes came, and is there only now."""
+        """The same for something requested before a token with fewer scopes arrived, and opened only now."""
         assert self._peer.token is not None
         self._peer.tell_soon(self.end_without(self._peer.token))
 
     def close(self, *, hold: bool) -> None:  # noqa: B027 - most families have nothing open
-        """End what is open: the connection has ended. With `hold` the client may be back soon."""
+        """End what is open, since the connection has ended. With `hold` the client may be back soon."""

@@ -1,4 +1,4 @@
-"""`files/…` but for watching: single files and folders of the workspace."""
+"""`files/…` except watching: single files and folders of the workspace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway import protocol
 from gateway.api.connection.family import Answer, Family, Method
 from gateway.files.files import Files
 
-_ENTRY: Final = 400  # bytes of one entry of `files/list`, on the whole
+_ENTRY: Final = 400  # bytes of one entry of `files/list`, on average
 
 
 class FileMethods(Family):

@@ -1,4 +1,4 @@
-"""`turn/…` and `history/…`: the turns of this connection's session, and those of the tenant's past."""
+"""`turn/…` and `history/…`: the turns of this connection's session, and the tenant's history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client at the other end of a websocket, and what all connections share."""
+"""The client of a websocket, and what all connections share."""
 
 from __future__ import annotations
 
@@ -66,27 +66,27 @@ class Hub:
 
 
 class Peer:
-    """One client of one tenant: its token, its place among all sockets, its tasks, and what it is told."""
+    """One client of one tenant: its token, its place among all sockets, its tasks, its notifications."""
 
     def __init__(
         self, hub: Hub, tenant: str, token: Token | None, address: str, socket: ClientSocket
     ) -> None:
-        """`address` is the client's, which the socket counts for until there is a `token`."""
+        """Until there is a `token`, the socket counts towards the client's `address`."""
         self.hub = hub
         self.tenant = tenant
         self.token = token
         self.session: ToolSession | None = None
-        self.subscriptions: dict[int, Subscription] = {}  # to events, which count for the whole tenant
+        self.subscriptions: dict[int, Subscription] = {}  # to events; they count towards the tenant's limit
         self.socket = socket
         self.tasks: set[asyncio.Task[None]] = set()
         self._address = address
-        self._leave: Callable[[], None] = lambda: None  # gives its place back
+        self._leave: Callable[[], None] = lambda: None  # frees its place
         self._grant: Grant | None = None
 
     # --- token and place ----------------------------------------------------------------------------
 
     def take_place(self) -> None:
-        """Take a place among all sockets, by the token if there is one. Raises `RateLimited`."""
+        """Take a place among all sockets, under the token if there is one. Raises `RateLimited`."""
         if self.token is None:
             self._leave = self.hub.places.stranger(self._address, self._displaced)
         else:
@@ -96,7 +96,7 @@ class Peer:
         self.close(CloseCode.TOO_MANY, "too many connections without a token; say initialize sooner")
 
     def become(self, token: Token) -> None:
-        """Serve the client under `token`. Raises `RateLimited` if an anonymous client gets no place by it."""
+        """Serve the client under `token`. Raises `RateLimited` if that gives an anonymous client no place."""
         if self.token is None:
             place = self.hub.places.customer(self.tenant)
             self._leave()
@@ -104,7 +104,7 @@ class Peer:
         self.token = token
 
     def go_by(self, token: Token) -> None:
-        """Have the socket closed when this token ends, and not when the one before does."""
+        """Close the socket when this token ends, and no longer when the previous one does."""
         if self._grant is None:
             self._grant = self.hub.grants.hold(token, partial(self.close, CloseCode.UNAUTHORIZED))
         else:
@@ -112,24 +112,24 @@ class Peer:
 
     def require(self, scope: str) -> Token:
         """Return the token. Raises `Forbidden` if it lacks the scope."""
-        assert self.token is not None  # initialize came first: the wire sees to it
+        assert self.token is not None  # the wire ensures that initialize came first
         self.token.require(scope)
         return self.token
 
     def leave(self) -> None:
-        """Give its place back, and be closed by no token any more."""
+        """Free its place; the end of its token no longer matters."""
         if self._grant is not None:
             self._grant.close()
         self._leave()
 
-    # --- what it is told ----------------------------------------------------------------------------
+    # --- notifications ------------------------------------------------------------------------------
 
     async def tell(self, method: str, params: Mapping[str, Any] | bytes) -> None:
-        """Send a notification; `params` as bytes is JSON already."""
+        """Send a notification. `params` given as bytes must be JSON."""
         await self.socket.send(protocol.notification(method, params))
 
     def tell_soon(self, texts: Sequence[str]) -> None:
-        """Send notifications in their order, from a task."""
+        """Send notifications in order, from a task."""
         if texts:
             self.spawn(self._send_all(texts))
 
@@ -142,13 +142,13 @@ class Peer:
         self.tell_soon([protocol.notification("server/draining", {"retryAfterMs": retry_after_ms})])
 
     def close(self, code: int, reason: str) -> None:
-        """End the connection with this code, soon. The first reason counts."""
+        """Ask for the connection's end with this code. The first reason counts."""
         self.socket.close(code, reason)
 
     # --- its tasks ----------------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Begin a task that ends with the connection; one that fails ends it."""
+        """Start a task that ends with the connection; if the task fails, the connection ends."""
         task = begin(work)
         self.tasks.add(task)
         task.add_done_callback(self._over)

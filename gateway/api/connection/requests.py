@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class _Running:
-    """One request's task. Before it has started a cancel must leave it alone: it would never answer."""
+    """One request's task. It must not be cancelled before it has started: it would never answer."""
 
     __slots__ = ("started", "task")
 
@@ -29,7 +29,7 @@ class _Running:
 
 
 class Requests:
-    """Runs each request as a task that ends in one answer. The wire counts them and takes their cancels."""
+    """Runs each request as a task that ends with one answer. The wire counts them and handles cancels."""
 
     def __init__(
         self, peer: Peer, socket: ClientSocket, wire: ServerWire, methods: Mapping[str, Method]
@@ -39,10 +39,10 @@ class Requests:
         self._wire = wire
         self._methods = methods
         self._turns = Turns(peer.hub.settings.socket_bytes)
-        self._running: dict[object, _Running] = {}  # by id; one that wants no answer by itself
+        self._running: dict[object, _Running] = {}  # by id; a request without an id by itself
 
     async def start(self, request: protocol.Request, size: int, lease: Lease) -> None:
-        """Begin to serve a request of `size` bytes; `lease` is of these, and ended with the answer."""
+        """Start serving a request of `size` bytes. `lease` counts these and ends with the answer."""
         try:
             lease.grow(REQUEST if lease.size else REQUEST + size)
         except RateLimited as full:
@@ -58,7 +58,7 @@ class Requests:
         running.task = self._peer.spawn(self._serve(request, key, running, lease))
 
     def cancel(self, request_id: RequestId) -> None:
-        """End a pending request, as the wire has found it cancelled."""
+        """End a pending request that the wire reports as cancelled."""
         running = self._running.get(request_id)
         if running is not None and running.started and running.task is not None:
             running.task.cancel()
@@ -68,7 +68,7 @@ class Requests:
         await asyncio.gather(*[one.task for one in self._running.values() if one.task is not None])
 
     async def _serve(self, request: protocol.Request, key: object, running: _Running, lease: Lease) -> None:
-        """Do what is asked and answer it. `lease` is of what it brought, and then of the answer."""
+        """Serve the request and answer it. `lease` counts its bytes, and then those of the answer."""
         running.started = True
         request_id, method = request.id, self._methods[request.method]
         most = method.most(request.params)
@@ -84,7 +84,7 @@ class Requests:
             except GatewayError as error:
                 reply, refused = protocol.failure(request_id, error), error
             except asyncio.CancelledError:
-                if not self._wire.cancelled(request_id):  # the connection ends: nothing reads an answer
+                if not self._wire.cancelled(request_id):  # the connection is ending: nobody reads an answer
                     raise
                 await self._fence(method, request.params)
                 reply = protocol.failure(request_id, Cancelled("the request was cancelled"))
@@ -96,7 +96,7 @@ class Requests:
             finally:
                 self._running.pop(key, None)
                 self._wire.settle(request_id)
-            del request  # the answer may take long to go out
+            del request  # sending the answer may take long
             lease.hold(REQUEST + protocol.size(reply) - lease.size)
             decided = refused if method.decisive else None
             if request_id is not None or decided is not None:

@@ -1,4 +1,4 @@
-"""`initialize`, `ping` and `session/…`: the token of the client, and a new one in its place."""
+"""`initialize`, `ping` and `session/…`: the client's token and its renewal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gateway.errors import Forbidden, NotFound
 
 
 class SessionMethods(Family):
-    """`opening` are the families that keep things open, which need a scope of the token."""
+    """`opening` are the families that keep things open and need a scope for that."""
 
     def __init__(self, peer: Peer, wire: protocol.ServerWire, opening: Sequence[Family]) -> None:
         super().__init__(peer)
         self._wire = wire
         self._opening = opening
-        self._using = contextlib.ExitStack()  # that the tenant is not put to sleep
-        self._expecting = contextlib.ExitStack()  # that warm shells are kept for it
+        self._using = contextlib.ExitStack()  # keeps the tenant awake
+        self._expecting = contextlib.ExitStack()  # keeps warm shells for it
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -38,7 +38,7 @@ class SessionMethods(Family):
     async def _initialize(self, params: protocol.Initialize) -> Answer:
         hub, peer, before = self._hub, self._peer, self._peer.token
         token = hub.verify(params.token) if params.token is not None or before is None else before
-        peer.go_by(token)  # it may end while something is waited for
+        peer.go_by(token)  # it may end during a wait below
         if not token.covers(self._tenant):
             raise NotFound(f"no tenant {self._tenant}")
         await hub.runtime.get(self._tenant)
@@ -84,7 +84,7 @@ class SessionMethods(Family):
         return Answer({})
 
     async def _renew(self, params: protocol.SessionRenew) -> Answer:
-        """Go on by another token of the same subject; what that one does not allow ends."""
+        """Continue with another token of the same subject; end what that one does not allow."""
         peer, before = self._peer, self._peer.token
         assert before is not None
         token = self._hub.verify(params.token)
@@ -98,7 +98,7 @@ class SessionMethods(Family):
         peer.go_by(token)
         if before.allows("exec") != token.allows("exec"):
             self._expect_execs(token)
-        # at once; the answer comes first all the same
+        # at once; the answer is sent first all the same
         told = [text for family in self._opening for text in family.end_without(token)]
         return Answer(
             {"expires": token.expires, "scopes": sorted(token.scopes)}, lambda: peer.tell_soon(told)

@@ -36,7 +36,7 @@ class ToolMethods(Family):
                 call_id=params.call_id,
                 linger=None if params.linger_ms is None else params.linger_ms / 1000,
             )
-        except Left:  # no answer is one: the socket is about to close, and clients ask again after that
+        except Left:  # send no answer: the socket is about to close, and clients then ask again
             await asyncio.get_running_loop().create_future()
             raise
         return Answer(result.encoded)

@@ -47,7 +47,7 @@ class WatchMethods(Family):
             )
         self._last += 1
         number = self._last
-        self._watches[number] = None  # counts while it begins
+        self._watches[number] = None  # counts from the start
         try:
             watch = await self._hub.files.watch(self._tenant, params.paths, params.ignore)
         except BaseException:

@@ -1,4 +1,4 @@
-"""The routes of the application: a module for each family, and all of them as `ROUTES`."""
+"""The application's routes: one module for each family, and all of them in `ROUTES`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from gateway.hostnames import normalized, tenant_name
 
 
 async def templates(request: Request) -> Response:
-    """Answer the templates that can be deployed by name."""
+    """Return the templates that can be deployed by name."""
     with_token(request, "deploy")
     found = await asyncio.to_thread(deploying.templates, services(request).settings)
     return as_json({"templates": found})
@@ -47,7 +47,7 @@ async def templates(request: Request) -> Response:
 async def deploy(request: Request) -> Response:
     """Begin a deployment: bring a domain to a site that answers, or update it.
 
-    The same `Idempotency-Key` answers with the same deployment.
+    A repeated `Idempotency-Key` returns the same deployment.
     """
     token = with_token(request, "deploy")
     check_serving(request)
@@ -66,7 +66,7 @@ def _begun(record: Record, *, new: bool) -> Response:
 
 
 async def publish(request: Request) -> Response:
-    """Deploy what a tenant's site is made of to another domain, for production. The site itself goes on."""
+    """Deploy a copy of a tenant's site to another domain, for production. The site itself stays as it is."""
     name, token = await using_tenant(request, "deploy")
     token.require("files:read")
     check_serving(request)
@@ -86,7 +86,7 @@ async def publish(request: Request) -> Response:
 
 
 async def rollback(request: Request) -> Response:
-    """Bring back a site that the tenant keeps, by a deployment of its own."""
+    """Bring back one of the tenant's kept sites, by a new deployment."""
     name, token = for_tenant(request, "deploy")
     check_serving(request)
     body = await validated(request, token, deploying.RollbackBody)
@@ -94,7 +94,7 @@ async def rollback(request: Request) -> Response:
 
 
 async def change_environment(request: Request) -> Response:
-    """Change the environment of a site, by a deployment of its own. Null removes a variable."""
+    """Change a site's environment, by a new deployment. Null removes a variable."""
     name, token = for_tenant(request, "deploy")
     check_serving(request)
     body = await validated(request, token, deploying.EnvironmentBody)
@@ -108,7 +108,7 @@ async def _change(request: Request, tenant: str, token: Token, change: Change) -
 
 
 async def environment(request: Request) -> Response:
-    """Answer the names of the site's variables; their values to whom could read them by a command anyway."""
+    """Return the names of the site's variables, and their values to callers who could also run a command."""
     name, token = for_tenant(request, "deploy")
     values = queried(request, EnvironmentQuery).values
     if values:
@@ -122,7 +122,7 @@ async def environment(request: Request) -> Response:
 
 
 async def history(request: Request) -> Response:
-    """Answer a tenant's deployments, which of them is live and which are kept."""
+    """Return a tenant's deployments, which of them is live, and which are kept."""
     name, token = for_tenant(request, "deploy")
     gateway = services(request)
     live, kept = await gateway.deployments.kept(name)
@@ -139,7 +139,7 @@ async def history(request: Request) -> Response:
 
 
 async def index(request: Request) -> Response:
-    """Answer the newest deployments of the tenants that the token covers."""
+    """Return the newest deployments of the tenants that the token covers."""
     gateway, token = services(request), with_token(request, "deploy")
     found = await gateway.deployments.recent(token.coverage)
     if token.coverage is not None:
@@ -148,12 +148,12 @@ async def index(request: Request) -> Response:
 
 
 async def show(request: Request) -> Response:
-    """Answer one deployment."""
+    """Return one deployment."""
     return as_json((await _covered(request)).to_dict())
 
 
 async def cancel(request: Request) -> Response:
-    """Cancel a deployment, and answer once it is undone; one that has ended is answered as it is."""
+    """Cancel a deployment and return it once it is undone. One that has ended is returned unchanged."""
     record = await _covered(request)
     return as_json((await services(request).deployments.cancel(record.id)).to_dict())
 

@@ -17,7 +17,7 @@ from gateway.events import Filter, sse
 
 
 async def stream(request: Request) -> Response:
-    """Answer events as they happen, as Server-Sent Events with one CloudEvent each, until the token ends."""
+    """Stream events as they happen, as Server-Sent Events with one CloudEvent each, until the token ends."""
     gateway, token = services(request), with_token(request, "events")
     query = queried(request, EventsQuery)
     filter = Filter.parse(token.coverage, query.tenant, query.deployment, query.type)

@@ -1,4 +1,4 @@
-"""Routes of a tenant's single files: raw bytes both ways, with RFC 9110's conditions."""
+"""Routes of a tenant's single files: raw bytes both ways, with conditions as in RFC 9110."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gateway.protocol.results import FileWritten
 
 
 async def get(request: Request) -> Response:
-    """Answer the bytes of a file, or one range of them."""
+    """Return the bytes of a file, or one range of them."""
     gateway = services(request)
     name, _ = await using_tenant(request, "files:read")
     async with contextlib.AsyncExitStack() as stack:
@@ -29,7 +29,7 @@ async def get(request: Request) -> Response:
 
 
 async def put(request: Request) -> Response:
-    """Put the body in place as a file, at once when its last byte has come."""
+    """Store the body as a file, atomically once its last byte has arrived."""
     gateway = services(request)
     name, token = await using_tenant(request, "files:write")
     settings, path = gateway.settings, file_path(request)

@@ -20,13 +20,13 @@ from gateway.tools.session import ToolSession
 
 
 class RestoreBody(protocol.Params):
-    """`to` says which state: right `after` the turn, or as it was `before` it."""
+    """`to` selects the state: right `after` the turn, or `before` it."""
 
     to: Literal["after", "before"] = "after"
 
 
 async def begin(request: Request) -> Response:
-    """Begin a turn of the tool session, and answer the one that ended by it."""
+    """Begin a turn of the tool session; return the turn that this ended."""
     name, token = await using_tenant(request, "files:write")
     body = await validated(request, token, protocol.TurnBegin)
     history = services(request).history
@@ -35,20 +35,20 @@ async def begin(request: Request) -> Response:
 
 
 async def end(request: Request) -> Response:
-    """End the turn of the tool session, and answer it once it is recorded."""
+    """End the tool session's turn; return it once it is recorded."""
     name, token = await using_tenant(request, "files:write")
     return _turn(await services(request).history.end(name, _session(request, name), token.subject))
 
 
 async def index(request: Request) -> Response:
-    """Answer the tenant's turns, latest first."""
+    """Return the tenant's turns, latest first."""
     name, _ = await using_tenant(request, "files:read")
     query = queried(request, HistoryQuery)
     return as_json(await services(request).history.turns(name, query.limit, query.before))
 
 
 async def show(request: Request) -> Response:
-    """Answer a turn with what it changed, and its patch."""
+    """Return a turn with its changes and its patch."""
     name, _ = await using_tenant(request, "files:read")
     response = as_json(await services(request).history.changes(name, request.path_params["turn"]))
     if len(response.body) > SMALL:
@@ -57,7 +57,7 @@ async def show(request: Request) -> Response:
 
 
 async def restore(request: Request) -> Response:
-    """Make the files what they were right after a turn, or before it, as a new turn."""
+    """Restore the files as they were right after a turn, or before it, as a new turn."""
     name, token = await using_tenant(request, "files:write")
     side = (await validated(request, token, RestoreBody)).to
     turn = request.path_params["turn"]
@@ -65,7 +65,7 @@ async def restore(request: Request) -> Response:
 
 
 def _session(request: Request, tenant: str) -> ToolSession:
-    """Return the session that the request names; without a name that of its subject's single calls."""
+    """Return the session that the request names, or else that of its subject's single calls."""
     named = request.headers.get("x-tool-session")
     sessions = services(request).toolbox.sessions
     return sessions.open(tenant, named, protocol.switch(request.headers, "x-read-before-write"))

@@ -1,6 +1,6 @@
-"""Routes that change a tenant: start to destroy, snapshots, clones; and its site's log.
+"""Routes that change a tenant, from start to destroy, snapshots and clones; and its site's log.
 
-Each change is in the audit once it is done.
+Each change is recorded in the audit log once it is done.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def start(request: Request) -> Response:
 
 
 async def stop(request: Request) -> Response:
-    """Stop a tenant, for good."""
+    """Stop a tenant; no visitor or request wakes it."""
     return await _change(request, "stop", Lifecycle.stop)
 
 
@@ -59,12 +59,12 @@ async def restart(request: Request) -> Response:
 
 
 async def destroy(request: Request) -> Response:
-    """Destroy a tenant and everything of it."""
+    """Destroy a tenant and everything in it."""
     return await _change(request, "destroy", Lifecycle.destroy, 204)
 
 
 async def patch(request: Request) -> Response:
-    """Change what the body names: the size, or the domain."""
+    """Change the size or the domain, whichever the body names."""
     ask = await _asked(request)
     if isinstance(ask.body, dict) and "size" in ask.body:
         resize = as_declared(request, ResizeBody, ask.body)
@@ -75,26 +75,26 @@ async def patch(request: Request) -> Response:
 
 
 async def clone(request: Request) -> Response:
-    """Make a tenant whose disk is a copy of this one's, or of a snapshot of it."""
+    """Create a tenant whose disk is a copy of this one's, or of one of its snapshots."""
     ask = await _asked(request, CloneBody)
     return await _done(request, ask, "clone", Lifecycle.clone, 201)
 
 
 async def snapshots(request: Request) -> Response:
-    """Answer a tenant's snapshots, oldest first."""
+    """Return a tenant's snapshots, oldest first."""
     name, token = for_tenant(request, None)
     ask = Ask(name, request.path_params, request.query_params, await optional_json(request, token), token)
     return as_json(await services(request).lifecycle.snapshots(ask))
 
 
 async def snapshot(request: Request) -> Response:
-    """Keep the disk as it is now."""
+    """Create a snapshot of the disk."""
     ask = await _asked(request, SnapshotBody)
     return await _done(request, ask, "snapshot", Lifecycle.snapshot, 201)
 
 
 async def restore(request: Request) -> Response:
-    """Make the disk what it was. The tenant is stopped for it."""
+    """Restore the disk from a snapshot. The tenant is stopped for this."""
     return await _change(request, "restore", Lifecycle.restore)
 
 
@@ -104,10 +104,10 @@ async def delete_snapshot(request: Request) -> Response:
 
 
 async def logs(request: Request) -> Response:
-    """Answer the last lines of the site's journal."""
+    """Return the last lines of the site's journal."""
     name, token = await using_tenant(request, "files:read")
     query = queried(request, LogsQuery)
-    await optional_json(request, token)  # none is needed, but a broken one is refused
+    await optional_json(request, token)  # a body is optional, but an invalid one is refused
     following = await services(request).site_logs.open(name, query.lines, follow=query.follow)
     end_with(request, token, following.end)
     return following
@@ -133,7 +133,7 @@ async def _done(
     status: int = 200,
     facts: Mapping[str, str] | None = None,
 ) -> Response:
-    """Do the work, note it, and answer with what it returned."""
+    """Do the work, record it, and answer with its result."""
     gateway = services(request)
     noted: dict[str, Any] = {"operator": ask.token.operates, **(facts or {})}
     if "snapshot" in ask.path:
@@ -141,7 +141,7 @@ async def _done(
     try:
         answer = await work(gateway.lifecycle, ask)
     except (Timeout, Unavailable) as error:
-        if request.method == "DELETE":  # it may be gone all the same
+        if request.method == "DELETE":  # it may still have been removed
             noted["error"] = error.code
             await gateway.audit.note(ask.token.subject, f"tenant.{action}", ask.tenant, **noted)
         raise

@@ -1,4 +1,4 @@
-"""Routes for operators alone: taking back tokens, and the audit."""
+"""Routes for operators only: revocation of tokens, and the audit log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RevokeBody(protocol.Params):
 
 
 async def revoke(request: Request) -> Response:
-    """Take back a token, and end what is open under it."""
+    """Revoke a token and end everything open under it."""
     gateway, token = services(request), as_operator(request)
     body = await validated(request, token, RevokeBody)
     await gateway.revocations.add(body.id, token.subject)
@@ -34,7 +34,7 @@ async def revoke(request: Request) -> Response:
 
 
 async def audit(request: Request) -> Response:
-    """Answer who did what, newest first."""
+    """Return who did what, newest first."""
     as_operator(request)
     query = queried(request, AuditQuery)
     last = None if query.before is None else min(query.before, 1 << 62)

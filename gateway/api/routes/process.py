@@ -1,4 +1,4 @@
-"""Routes of the process itself: alive, ready, its own numbers."""
+"""Routes about the process itself: liveness, readiness, metrics."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gateway.errors import Unavailable
 
 
 async def alive(request: Request) -> Response:
-    """Answer while the process lives."""
+    """Answer while the process is alive."""
     return as_json({"status": "alive"})
 
 
 async def ready(request: Request) -> Response:
-    """Answer when tenants can be served; an error says why not."""
+    """Answer if tenants can be served; an error says why not."""
     gateway = services(request)
     if gateway.draining:
         raise Unavailable("the gateway is draining", reason="draining")
@@ -33,7 +33,7 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Answer the gateway's own numbers, as Prometheus takes them."""
+    """Return the gateway's metrics in Prometheus' format."""
     return Response(services(request).metrics.render(), media_type=Metrics.CONTENT_TYPE)
 
 

@@ -17,24 +17,24 @@ _HEADERS: Final = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosni
 
 
 async def document(request: Request) -> Response:
-    """Answer this document: the HTTP API in OpenAPI 3.1."""
+    """Return this document: the HTTP API in OpenAPI 3.1."""
     return Response(orjson.dumps(await _document(request)), headers=_HEADERS, media_type="application/json")
 
 
 async def wire(request: Request) -> Response:
-    """Answer the JSON Schema of the websocket's methods and notifications."""
+    """Return the JSON Schema of the websocket's methods and notifications."""
     said = await asyncio.to_thread(protocol.wire_schema)
     return Response(orjson.dumps(said), headers=_HEADERS, media_type="application/schema+json")
 
 
 async def page(request: Request) -> Response:
-    """Answer the HTTP API as a page to read."""
+    """Return the HTTP API as a page to read."""
     text = await asyncio.to_thread(reference.page, await _document(request))
     return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": reference.POLICY})
 
 
 async def _document(request: Request) -> dict[str, Any]:
-    """Return the document of the application's own routes, made once, since that takes a moment."""
+    """Return the document of the application's routes, which is made only once, since that takes a while."""
     state = request.app.state
     if not hasattr(state, "openapi"):
         state.openapi = asyncio.ensure_future(asyncio.to_thread(openapi.document, request.app.routes))

@@ -19,7 +19,7 @@ from gateway.api.services import services
 from gateway.auth import tokens
 from gateway.errors import InvalidParams, NotFound
 
-_MAX: Final = 32 << 10  # bytes of a body that anybody may send
+_MAX: Final = 32 << 10  # bytes of a body, which anybody may send
 
 
 class SessionBody(protocol.Params):
@@ -28,14 +28,14 @@ class SessionBody(protocol.Params):
 
 
 async def show(request: Request) -> Response:
-    """Answer what the token or the cookie grants."""
+    """Return what the token or the cookie grants."""
     token = with_token(request, None)
     by_header = tokens.bearer_token(request.headers.get("authorization")) is not None
     return as_json(_granted(token, None if by_header else slot(request)))
 
 
 async def open(request: Request) -> Response:
-    """Put a token into the cookie of its slot; where there are too many slots the others go."""
+    """Store a token in its slot's cookie. If there are too many slots, the oldest are removed."""
     gateway = services(request)
     check_origin(request)
     body = protocol.validate(SessionBody, await read_json(request, _MAX, gateway.settings.body_timeout))
@@ -51,7 +51,7 @@ async def open(request: Request) -> Response:
 
 
 async def close(request: Request) -> Response:
-    """Clear the cookie of the slot that is named, or the one without a slot."""
+    """Clear the cookie of the named slot, or the one without a slot."""
     check_origin(request)
     named = slot(request)
     if named is not None and not re.fullmatch(tokens.SLOT, named):
@@ -62,12 +62,12 @@ async def close(request: Request) -> Response:
 
 
 async def agent_token(request: Request) -> Response:
-    """Answer a token for the agents' server: for this tenant alone, and no longer than the one that asks."""
+    """Return a token for the agents' server: for this tenant only, and no longer than the caller's."""
     gateway = services(request)
     name, token = for_tenant(request, None)
     if gateway.settings.agent_url is None:
         raise NotFound("this gateway offers no agent: GATEWAY_AGENT_URL is not set", reason="off")
-    await gateway.runtime.get(name)  # raises where there is none
+    await gateway.runtime.get(name)  # raises if it does not exist
     raw, granted = tokens.for_agent(gateway.secret, token, name, gateway.settings.agent_token_ttl)
     await gateway.audit.note(token.subject, "tenant.agent.token", name, operator=token.operates)
     said: AgentToken = {

@@ -1,4 +1,4 @@
-"""Routes that show tenants and their sites, and the one by which a visitor wakes a site."""
+"""Routes that show tenants and their sites, and the one that wakes a site for a visitor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gateway.api.services import services
 from gateway.errors import GatewayError
 from gateway.lifecycle.lifecycle import described
 
-_LISTENED: Final = 64  # listeners that are told of one tenant
+_LISTENED: Final = 64  # listening ports returned for one tenant, at most
 
 
 async def index(request: Request) -> Response:
-    """Answer the tenants that the token covers, by name."""
+    """Return the tenants that the token covers, sorted by name."""
     gateway, token = services(request), with_token(request, None)
     query = queried(request, TenantsQuery)
     tenants = sorted(
@@ -34,7 +34,7 @@ async def index(request: Request) -> Response:
 
 
 async def show(request: Request) -> Response:
-    """Answer a tenant with what it uses."""
+    """Return a tenant and what it uses."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.get(name)
@@ -43,13 +43,13 @@ async def show(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Answer what a tenant uses."""
+    """Return what a tenant uses."""
     name, _ = for_tenant(request, None)
     return as_json(await services(request).runtime.metrics(name))
 
 
 async def site(request: Request) -> Response:
-    """Ask the tenant's site under its domain, and say whether it answers."""
+    """Request the tenant's site under its domain, and return whether it answers."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.get(name)  # raises where there is none
@@ -57,7 +57,7 @@ async def site(request: Request) -> Response:
 
 
 async def ports(request: Request) -> Response:
-    """Answer where processes of the tenant listen, by port. Nothing runs in it for that."""
+    """Return the ports on which the tenant's processes listen. Runs nothing inside the tenant."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
     await gateway.runtime.get(name)  # raises where there is none
@@ -67,7 +67,7 @@ async def ports(request: Request) -> Response:
 
 
 async def preview_key(request: Request) -> Response:
-    """Answer what has the site's pages report their errors to the page that asks."""
+    """Return a key with which the site's pages report their errors to the requesting page."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.get(name)
@@ -77,12 +77,12 @@ async def preview_key(request: Request) -> Response:
 
 
 async def previewed(request: Request) -> Response:
-    """Answer a page of a site with the console's script. Caddy asks this for the editor's preview."""
+    """Return a site's page with the console's script. Caddy calls this for the editor's preview."""
     return await services(request).previews.answer(request)
 
 
 async def wake(request: Request) -> Response:
-    """Wake the site at a domain. Caddy asks this for visitors; it needs no token."""
+    """Wake the site at a domain. Caddy calls this for visitors; no token is needed."""
     try:
         await services(request).idle.visit(queried(request, WakeQuery).domain)
     except GatewayError as error:

@@ -1,4 +1,4 @@
-"""Routes that do work in a tenant: tools, MCP, and commands that one request waits for."""
+"""Routes that do work in a tenant: tools, MCP, and commands that run within one request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from gateway.protocol.results import ToolResult
 
 
 async def call(request: Request) -> Response:
-    """Call a tool. The body is its input; a failure in the tool's own terms is a result with `isError`."""
+    """Call a tool. The body is its input. A failure of the tool itself is a result with `isError`."""
     toolbox, tool = services(request).toolbox, request.path_params["tool"]
     name, token = await using_tenant(request, toolbox.scope(tool))
     arguments = await json_body(request, token)
@@ -50,7 +50,7 @@ async def call(request: Request) -> Response:
     linger = None if linger_ms is None else int(linger_ms) / 1000
     work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id, linger=linger)
     result = await unless_gone(request, work)
-    if len(result.encoded) > SMALL:  # of what only reads
+    if len(result.encoded) > SMALL:  # for tools that only read
         hold(request.scope, len(result.encoded))
     return Response(result.encoded, media_type="application/json")
 
@@ -68,7 +68,7 @@ async def mcp(request: Request) -> Response:
 
 
 class _McpAnswer(Response):
-    """What the MCP endpoint answers, written by it."""
+    """The MCP endpoint's answer, which it writes itself."""
 
     def __init__(self, endpoint: McpEndpoint, tenant: str, token: Token, body: bytes) -> None:
         self._answer = partial(endpoint.serve, tenant, token, body)
@@ -78,13 +78,13 @@ class _McpAnswer(Response):
 
 
 async def exec(request: Request) -> Response:
-    """Run a command, and answer once it has ended with what it printed."""
+    """Run a command; return its output once it has ended."""
     gateway = services(request)
     name, token = await using_tenant(request, "exec")
     check_serving(request)
     body = await validated(request, token, ExecBody)
     room = request.scope[USES].enter_context(request.scope[SHARE].lease())
-    with gateway.runtime.expect(name):  # a caller that asks once asks again
+    with gateway.runtime.expect(name):  # a caller that asks once is likely to ask again
         work = run(gateway.execs, name, body, gateway.settings, token.subject, room)
         return InParts(await unless_gone(request, work), gateway.settings.body_timeout)
 

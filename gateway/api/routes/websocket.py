@@ -1,4 +1,4 @@
-"""Route of a tenant's websocket: opens it, or refuses it with a close code."""
+"""Route of a tenant's websocket: accepts it, or refuses it with a close code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def connect(websocket: WebSocket) -> None:
     try:
         check_origin(websocket)
     except Forbidden:
-        await websocket.close()  # before the accept: the handshake is answered with 403
+        await websocket.close()  # before the accept, so that the handshake is answered with 403
         return
     name: str = websocket.path_params["tenant"]
     try:
@@ -43,7 +43,7 @@ async def connect(websocket: WebSocket) -> None:
 
 
 async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
-    # a browser sees a close code only of a connection that was accepted
+    # browsers see the close code of accepted connections only
     offered = websocket.scope.get("subprotocols") or []
     await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
     await websocket.close(code, reason[:100])
