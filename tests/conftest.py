@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import hypothesis
@@ -13,12 +13,22 @@ from xdist.scheduler import LoadFileScheduling
 from gateway.storage import database, memory_log
 
 E2E: Final = "tests/e2e/"
+THOROUGH: Final = "thorough"
+LONGEST: Final = (
+    E2E,
+    *(
+        f"tests/integration/test_{name}.py"
+        for name in ("gateway_incus", "domains", "stalls", "survive", "survive_tools", "upgrade", "claude")
+    ),
+)
 
 # how long an example takes, and how long it is to be made, is the machine's affair
 hypothesis.settings.register_profile(
     "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
 hypothesis.settings.load_profile("tests")
+
+_left_out: dict[str, int] = {}  # by worker: each collects all tests
 
 
 def pytest_configure() -> None:
@@ -29,8 +39,7 @@ def pytest_configure() -> None:
 class WholeFiles(LoadFileScheduling):  # type: ignore[misc] # it ships no types
     """Give a worker whole files, so that what a file's tests share is made once; and all of e2e to one.
 
-    Those share a gateway, a deployed site and a browser. Their folder is named first where everything runs,
-    so that the other worker has enough left to do meanwhile.
+    Those share a gateway, a deployed site and a browser.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -41,6 +50,35 @@ class WholeFiles(LoadFileScheduling):  # type: ignore[misc] # it ships no types
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
     return WholeFiles(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: the last files are short, and no worker waits long for another."""
+
+    def place(item: pytest.Item) -> int:
+        found = (at for at, name in enumerate(LONGEST) if item.nodeid.startswith(name))
+        return next(found, len(LONGEST))
+
+    items.sort(key=place)
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Count what `-m 'not thorough'` leaves out; xdist tells nobody."""
+    output = getattr(items[0].config, "workeroutput", {})
+    marked = sum(item.get_closest_marker(THOROUGH) is not None for item in items)
+    output[THOROUGH] = output.get(THOROUGH, 0) + marked
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _left_out[node.gateway.id] = getattr(node, "workeroutput", {}).get(THOROUGH, 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left := max(_left_out.values(), default=0):
+        terminalreporter.line(
+            f"{left} tests left out, which are marked thorough: `tests/run thorough` runs them"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)
