@@ -45,7 +45,7 @@ def ready(source: str) -> bool:
     """Say whether the next deployment can be made from `source`."""
     if source == "image":
         return True
-    found = environment.instances()
+    found = environment.instances(snapshots=True)
     if source == "pool":
         # it is whole once it is listed: a copy that is being made has no configuration yet
         return any((e["config"] or {}).get("user.gateway.role") == "pool" for e in found)

@@ -261,8 +261,8 @@ class Found:
 
 
 def address() -> str:
-    listed = environment.instances()
-    state = next(entry for entry in listed if entry["name"] == NAME)["state"]["network"]["eth0"]
+    shown = json.loads(environment.incus("query", f"/1.0/instances/{NAME}/state").stdout)
+    state = shown["network"]["eth0"]
     return next(str(one["address"]) for one in state["addresses"] if one["family"] == "inet")
 
 

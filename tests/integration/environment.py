@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,12 @@ def daemon() -> Daemon:
 def incus(
     *words: str, check: bool = True, stdin: bytes = b"", timeout: float = 60
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run the `incus` command against the tests' daemon; independent of the code under test."""
-    if words[0] == "exec" and not stdin:
-        done = _executed(*words[1:], timeout=timeout)
+    """Run the `incus` command against the tests' daemon; independent of the code under test.
+
+    What is asked often, `exec` and a `query` of a path, asks the daemon without starting the command.
+    """
+    if (words[0] == "exec" and not stdin) or (words[0] == "query" and len(words) == 2):
+        done = (_executed if words[0] == "exec" else _queried)(*words[1:], timeout=timeout)
         if check and done.returncode != 0:
             said = done.stderr.decode(errors="replace")
             raise AssertionError(f"incus {' '.join(words)}: {done.returncode}: {said}")
@@ -101,16 +105,7 @@ def _executed(name: str, *words: str, timeout: float) -> subprocess.CompletedPro
         "group": int(options.get("group", 0)),
         "cwd": options.get("cwd", ""),
     }
-    connection = http.client.HTTPConnection("incus", timeout=timeout + 10)
-    with contextlib.closing(connection):
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(timeout + 10)
-        connection.sock.connect(str(INCUS_DIR / "unix.socket"))
-
-        def ask(method: str, path: str, body: Any = None) -> bytes:
-            connection.request(method, path, json.dumps(body) if body else None, {"Host": "incus"})
-            return connection.getresponse().read()
-
+    with _asking(timeout + 10) as ask:
         begun = json.loads(ask("POST", f"/1.0/instances/{name}/exec", body))
         if begun["type"] == "error":
             return subprocess.CompletedProcess(words, 1, b"", begun["error"].encode())
@@ -125,6 +120,33 @@ def _executed(name: str, *words: str, timeout: float) -> subprocess.CompletedPro
         for path in told["output"].values():
             ask("DELETE", path)
         return subprocess.CompletedProcess(words, told["return"], output["1"], output["2"])
+
+
+def _queried(path: str, *, timeout: float) -> subprocess.CompletedProcess[bytes]:
+    try:
+        with _asking(timeout) as ask:
+            said = json.loads(ask("GET", path))
+    except OSError as error:
+        said = {"type": "error", "error": str(error)}
+    if said["type"] == "error":
+        return subprocess.CompletedProcess(path, 1, b"", said["error"].encode())
+    return subprocess.CompletedProcess(path, 0, json.dumps(said["metadata"]).encode(), b"")
+
+
+@contextlib.contextmanager
+def _asking(timeout: float) -> Iterator[Callable[..., bytes]]:
+    """Give a way to ask the daemon, `ask(method, path, body)`, over one connection."""
+    connection = http.client.HTTPConnection("incus", timeout=timeout)
+    with contextlib.closing(connection):
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(timeout)
+        connection.sock.connect(str(INCUS_DIR / "unix.socket"))
+
+        def ask(method: str, path: str, body: Any = None) -> bytes:
+            connection.request(method, path, json.dumps(body) if body else None, {"Host": "incus"})
+            return connection.getresponse().read()
+
+        yield ask
 
 
 def configure(name: str, key: str, value: str) -> None:
@@ -165,8 +187,11 @@ def owner(pid: int) -> str | None:
     return None if fields[0] in "ZX" else f"{pid}:{fields[19]}"
 
 
-def instances() -> list[dict[str, Any]]:
-    listed: list[dict[str, Any]] = json.loads(incus("list", "--format=json").stdout)
+def instances(*, snapshots: bool = False) -> list[dict[str, Any]]:
+    """Return all instances as Incus has them; with their snapshots it also looks into each that runs."""
+    listed: list[dict[str, Any]] = json.loads(
+        incus("query", f"/1.0/instances?recursion={2 if snapshots else 1}").stdout
+    )
     # Incus shows one without anything that is just being made or removed
     return [entry for entry in listed if entry["config"] is not None]
 

@@ -41,7 +41,8 @@ if (!(await Bun.file("made").exists())) make()
 
 def having(role: str) -> list[dict[str, Any]]:
     # one that is just being made is listed without its configuration
-    return [e for e in environment.instances() if (e["config"] or {}).get("user.gateway.role") == role]
+    found = environment.instances(snapshots=role == "golden")
+    return [e for e in found if (e["config"] or {}).get("user.gateway.role") == role]
 
 
 def ready() -> bool:

@@ -32,7 +32,7 @@ def copies() -> list[dict[str, Any]]:
     """Return the golden copies that are whole."""
     return [
         entry
-        for entry in environment.instances()
+        for entry in environment.instances(snapshots=True)
         if (entry["config"] or {}).get("user.gateway.role") == "golden"
         and entry["status"] == "Stopped"
         and entry["snapshots"]

@@ -63,7 +63,7 @@ class World:
             listed: list[dict[str, Any]] = []
 
             def whole() -> bool:  # of one that stops Incus tells the name alone
-                listed[:] = json.loads(environment.incus("list", "--format=json").stdout)
+                listed[:] = json.loads(environment.incus("query", "/1.0/instances?recursion=1").stdout)
                 return all(entry["config"] is not None for entry in listed)
 
             until_true(whole)
