@@ -17,6 +17,7 @@ from tests.archives import folder, link, sparse
 from tests.contracts.gateway import sse
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
+from tests.waits import pause
 
 PHASES = ["validate", "create", "push", "install", "start", "expose", "route", "verify"]
 
@@ -73,6 +74,7 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     async def visit() -> None:
         while not done.is_set():
             answers.append((await host.visit("live.example.com"))[0])
+            await pause(0.01)
 
     visiting = asyncio.create_task(visit())
     record = await host.deploy("live.example.com", env={"GREETING": 'a "b" $c'})
@@ -136,6 +138,7 @@ async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host:
     async def visit() -> None:
         while not done.is_set():
             answers.append((await host.visit(domain))[0])
+            await pause(0.01)
 
     visiting = asyncio.create_task(visit())
     slow = f'{start}install = ["sleep", "2"]\nkeep = ["data/"]\n'
