@@ -8,8 +8,17 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from gateway.execs.ended import Ended
-from gateway.execs.streams import Cursor, Reading, Stream
+from gateway.execs.pty_control import PtyControl
+from gateway.execs.streams import Cursor, Reading, Streams
 from gateway.runtime import ExecSpec, StreamName
+
+
+class Places(Protocol):
+    """Where a command's attachments are remembered."""
+
+    def detached(self, attachment: Attachment) -> None: ...
+
+    def took_input(self) -> None: ...
 
 
 class Attached(Protocol):
@@ -18,17 +27,15 @@ class Attached(Protocol):
     id: str
     tenant: str
     spec: ExecSpec
-    streams: dict[StreamName, Stream]
+    streams: Streams
     stdin_window: int
     ended: asyncio.Future[Ended]
+    terminal: PtyControl
 
-    async def write(self, data: bytes, by: Attachment) -> None: ...
-
-    def detached(self, attachment: Attachment) -> None: ...
+    @property
+    def readers(self) -> Places: ...
 
     def close_stdin(self) -> None: ...
-
-    def look_for_end(self) -> None: ...
 
 
 class Attachment:
@@ -67,11 +74,11 @@ class Attachment:
 
     async def write(self, data: bytes) -> None:
         """Queue input; see `Input.put`. Dropped if stdin or this attachment is closed."""
-        await self.exec.write(data, self)
+        await self.exec.terminal.write(data, self)
 
     def took(self, size: int) -> None:
         self.taken += size
-        self.exec.look_for_end()
+        self.exec.readers.took_input()
 
     def passed(self, size: int) -> None:
         if self._heir is not None:
@@ -107,4 +114,4 @@ class Attachment:
         for cursor in self.cursors.values():
             cursor.detach()
         self.cursors = {}  # the position is remembered so that it can be resumed, but keeps no output
-        self.exec.detached(self)
+        self.exec.readers.detached(self)

@@ -23,10 +23,12 @@ class CommandTree:
     """A command's process and its descendants. `emptied` is called once a kill has left none of them.
 
     `late` is set if the kill came after the command itself had ended and only its descendants were running.
+    `lasting` is set if the command has ended and descendants were still running when last seen.
     """
 
     def __init__(self, process: Process, name: str, emptied: Callable[[], None]) -> None:
         self.late = False
+        self.lasting = False
         self._process = process
         self._name = name
         self._emptied = emptied
@@ -40,6 +42,26 @@ class CommandTree:
         except GatewayError as error:
             log.info("cannot list the processes of %s: %s", self._name, error.message)
             return None
+
+    async def left(self, grace: float | None) -> int | None:
+        """Return how many processes an ended command has left, None if that is unknown.
+
+        Waits for a kill under way. Otherwise, with a `grace`, those processes are killed.
+        """
+        killed = await self._settle()
+        if not killed and grace is not None and await self.members():
+            with contextlib.suppress(GatewayError, TimeoutError):
+                await self._process.kill(grace)
+        left = await self.members()
+        self.lasting = bool(left)
+        return None if left is None else len(left)
+
+    async def look(self) -> Sequence[Member]:
+        """Return the processes that an ended command left and that still run, as far as that is known."""
+        left = await self.members() if self.lasting else ()
+        if left is not None:
+            self.lasting = bool(left)
+        return left or ()
 
     @property
     def killed(self) -> bool:
@@ -75,7 +97,7 @@ class CommandTree:
             killed = await asyncio.shield(killing)
         return killed
 
-    async def settle(self) -> bool:
+    async def _settle(self) -> bool:
         """Wait for a kill under way to finish, even if it fails; return False if there is none."""
         if self._killing is None:
             return False

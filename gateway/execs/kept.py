@@ -46,7 +46,7 @@ class Kept:
             most = held.most_common(1)[0][0]
             self._shed(next(other for other in self._whole if other.tenant == most))
         if len(of_tenant) > settings.exec_keep_exits:
-            first = sorted(of_tenant.values(), key=lambda other: other.lasting)
+            first = sorted(of_tenant.values(), key=lambda other: other.tree.lasting)
             for other in first[: len(first) - settings.exec_keep_exits]:
                 self.forget(other)
 
@@ -55,7 +55,7 @@ class Kept:
         exec_.shed(shortened(exec_.spec, SHORT))
 
     def _forget_in_time(self, exec_: Exec) -> None:
-        if exec_.lasting:
+        if exec_.tree.lasting:
             task = asyncio.create_task(self._forget_unless_it_lasts(exec_), name=f"look at {exec_.id}")
             self._looks.add(task)
             task.add_done_callback(self._looks.discard)
@@ -63,8 +63,8 @@ class Kept:
             self.forget(exec_)
 
     async def _forget_unless_it_lasts(self, exec_: Exec) -> None:
-        await exec_.look()
-        if exec_.lasting:
+        await exec_.tree.look()
+        if exec_.tree.lasting:
             loop = asyncio.get_running_loop()
             exec_.keeping = loop.call_later(self._settings.exec_keep, self._forget_in_time, exec_)
         else:
@@ -75,7 +75,8 @@ class Kept:
         if exec_.keeping is not None:
             exec_.keeping.cancel()  # a pending timer would keep the command and all its output alive
         self._held -= self._whole.pop(exec_, 0)
-        exec_.release()
+        exec_.let_go()
+        exec_.streams.release()
         of_tenant = self._of.get(exec_.tenant, {})
         if of_tenant.get(exec_.id) is exec_:
             del of_tenant[exec_.id]

@@ -1,13 +1,14 @@
-"""Control of a command's terminal: size, Ctrl-C that must get through, redraw."""
+"""A command's terminal: its input with a Ctrl-C that must get through, its size, its redraw."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Final
 
 from gateway.errors import GatewayError
-from gateway.execs.input import Input
+from gateway.execs.input import Input, Sender
 from gateway.runtime import Process, Pty
 
 _CTRL_C: Final = b"\x03"
@@ -16,22 +17,30 @@ _SEES: Final = 0.15  # seconds in which a program notices that its terminal was 
 
 
 class PtyControl:
-    """Control of a command's terminal; a no-op for a command without one. Close it at the end."""
+    """Control of a command's terminal. A command without one only has its input. Close it at the end.
 
-    def __init__(self, process: Process, input_: Input, size: Pty | None, exec_id: str) -> None:
+    `resized` is called after each change of the size.
+    """
+
+    def __init__(
+        self, process: Process, input_: Input, size: Pty | None, exec_id: str, resized: Callable[[], None]
+    ) -> None:
         self._process = process
         self._input = input_
         self._size = size
         self._exec_id = exec_id
+        self._resized = resized
+        self._closed = False
         self._interrupting: asyncio.Task[None] | None = None
         self._redrawing: asyncio.Task[None] | None = None
 
-    def typed(self, data: bytes) -> None:
-        """Get a Ctrl-C through to a terminal that accepts no input.
+    async def write(self, data: bytes, by: Sender) -> None:
+        """Queue input; see `Input.put`. A Ctrl-C gets through even to a terminal that accepts no input.
 
-        The terminal's buffer of some 4 KiB is full, so the byte waits behind everything typed or pasted.
+        If the terminal's buffer of some 4 KiB is full, the byte would wait behind everything typed or pasted.
         That input is dropped, as a terminal itself does on Ctrl-C.
         """
+        await self._input.put(data, by)
         if data == _CTRL_C and self._size is not None:
             self._interrupting = asyncio.create_task(self._interrupt(), name=f"interrupt {self._exec_id}")
 
@@ -48,6 +57,7 @@ class PtyControl:
         """Resize the terminal."""
         self._size = Pty(cols, rows)
         await self._process.resize(cols, rows)
+        self._resized()
 
     @property
     def size(self) -> Pty | None:
@@ -55,7 +65,7 @@ class PtyControl:
 
     def redraw(self) -> None:
         """Make a full-screen program redraw, for a reader that lacks the earlier output."""
-        if self._size is not None and self._redrawing is None:
+        if not (self._size is None or self._closed or self._redrawing):
             self._redrawing = asyncio.create_task(self._redraw(self._size), name=f"redraw {self._exec_id}")
 
     async def _redraw(self, size: Pty) -> None:
@@ -69,7 +79,8 @@ class PtyControl:
             self._redrawing = None
 
     async def close(self) -> None:
-        """Cancel pending work."""
+        """Cancel pending work. Idempotent."""
+        self._closed = True
         tasks = [task for task in (self._interrupting, self._redrawing) if task is not None]
         for task in tasks:
             task.cancel()

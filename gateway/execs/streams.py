@@ -14,6 +14,7 @@ import asyncio
 import codecs
 import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -143,6 +144,13 @@ class Stream:
         """Stop counting the kept bytes; they are freed with the last reader."""
         self._lease.end()
 
+    def bare(self) -> Stream:
+        """Return an ended stream with the same offset and no output."""
+        bare = Stream(self.name, 0, self.pace, self._share)
+        bare.tail.start = bare.tail.end = self.tail.end
+        bare.ended = True
+        return bare
+
     def _floor(self, tight: bool) -> int | None:
         """Return the offset from which bytes are still needed, or None if none are."""
         if tight:
@@ -175,6 +183,51 @@ class Stream:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(until if until < math.inf else None):
                     await self._progress.wait()
+
+
+class Streams(dict[StreamName, Stream]):
+    """All output streams of one command."""
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """The bytes of output so far, with those of a stream that the command does not have as 0."""
+        return {"stdout": 0, "stderr": 0} | {name: stream.tail.end for name, stream in self.items()}
+
+    @property
+    def kept(self) -> int:
+        """Bytes of output in memory."""
+        return sum(stream.tail.end - stream.tail.start for stream in self.values())
+
+    def restore(self, outputs: Mapping[StreamName, tuple[int, bytes]]) -> None:
+        """Load what an earlier process kept: for each stream its offset and its bytes."""
+        for name, (start, data) in outputs.items():
+            self[name].restore(start, data)
+
+    def end(self) -> None:
+        """Mark all as ended, of a command that ended before this process started."""
+        for stream in self.values():
+            stream.ended = True
+
+    def drain(self) -> None:
+        """Stop waiting for readers; see `Stream.drain`."""
+        for stream in self.values():
+            stream.drain()
+
+    def shed(self) -> None:
+        """Keep only the offsets. Only current readers can finish reading."""
+        for name, stream in self.items():
+            stream.release()
+            self[name] = stream.bare()
+
+    def let_go(self) -> None:
+        """Keep nothing for the next process of the gateway."""
+        for stream in self.values():
+            stream.let_go()
+
+    def release(self) -> None:
+        """Stop counting the kept bytes; they are freed with the last reader."""
+        for stream in self.values():
+            stream.release()
 
 
 class Cursor:

@@ -100,7 +100,7 @@ class ExecMethods(Family):
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
         channel, attachment = self._open(exec_, offsets, params, params.resume)
         if attachment.lost["stdout"]:
-            exec_.redraw()
+            exec_.terminal.redraw()
         begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
         answer = {
             "channel": channel,
@@ -134,7 +134,7 @@ class ExecMethods(Family):
         exec_ = self._exec(params.exec)
         if exec_.spec.pty is None:
             raise Conflict(f"exec {exec_.id} has no terminal", exec=exec_.id)
-        await exec_.resize(params.cols, params.rows)
+        await exec_.terminal.resize(params.cols, params.rows)
         return Answer({})
 
     async def _signal(self, params: protocol.ExecSignal) -> Answer:
