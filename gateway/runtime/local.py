@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import secrets
 import shutil
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-import orjson
-
-from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout, Unavailable
+from gateway.errors import InvalidParams, NotFound, TenantNotRunning, Timeout
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.locations import Folders
 from gateway.runtime import (
@@ -35,12 +31,9 @@ from gateway.runtime import (
     TenantEvent,
     unheard,
 )
-from gateway.runtime.launcher import (
-    Preamble,
-    check_size,
-    command_line,
-)
+from gateway.runtime.launcher import Preamble, check_size, command_line
 from gateway.runtime.local_process import LocalProcess
+from gateway.runtime.local_tenants import LocalTenants, size
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
 
@@ -54,6 +47,7 @@ class LocalRuntime:
         self._settings = settings
         self.removed = removed
         self._home = settings.state_dir / "tenants"
+        self._tenants = LocalTenants(self._home)
         self._real_home = os.path.realpath(self._home)  # as commands see it
         self.tenants: Mapping[str, Any] = Folders(self._real_home, "root").to_dict()
         self._running: dict[str, set[LocalProcess]] = {}
@@ -70,21 +64,16 @@ class LocalRuntime:
             await self._end_all(name)
 
     async def list(self) -> list[Tenant]:
-        return [
-            self._tenant(folder.name)
-            for folder in sorted(self._home.iterdir())
-            # tenants being created or removed begin with a dot
-            if not folder.name.startswith(".") and (folder / "tenant.json").exists()
-        ]
+        return self._tenants.list()
 
     async def get(self, name: str) -> Tenant:
-        return self._tenant(name)
+        return self._tenants.get(name)
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
         await self.make(name, domain)
         if start:
             await self.start(name)
-        return self._tenant(name)
+        return self._tenants.get(name)
 
     async def make(
         self,
@@ -94,52 +83,22 @@ class LocalRuntime:
         disk: Path | None = None,
         site: Mapping[str, Any] | None = None,
     ) -> None:
-        """Create a stopped tenant atomically. Raises `Conflict`."""
-        place = self._home / name
-        taken = Conflict(f"tenant {name} already exists; choose another name")
-        if place.exists():
-            raise taken
-        record = {
-            "status": "stopped",
-            "domain": domain,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "instance": secrets.token_hex(16),
-        }
-        fresh = self._aside(name)
-        try:
-            fresh.mkdir()
-            if disk is None:
-                (fresh / "root" / self._settings.workspace.lstrip("/")).mkdir(parents=True)
-            else:
-                await self._copy(disk, fresh / "root")
-            if site is not None:
-                (fresh / "site.json").touch(mode=0o600)
-                (fresh / "site.json").write_bytes(orjson.dumps(site))
-            (fresh / "tenant.json").write_bytes(orjson.dumps(record))
-            fresh.rename(place)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # created meanwhile
-                raise taken from None
-            raise
-        finally:
-            await asyncio.to_thread(shutil.rmtree, fresh, ignore_errors=True)
+        """Create a stopped tenant; see `LocalTenants.make`."""
+        await self._tenants.make(name, domain, self._settings.workspace, disk=disk, site=site)
         self._tell("tenant.created", name)
-
-    def _aside(self, name: str) -> Path:
-        return self._home / f".{name}-{secrets.token_hex(8)}"
 
     def set_site(self, name: str, **facts: Any) -> None:
         """Record the `domain` of a tenant's site, or the loopback `port` at which it answers."""
-        self._save(name, {**self._record(name), **facts})
+        self._tenants.change(name, **facts)
 
     async def start(self, name: str) -> None:
-        if self._record(name)["status"] != "running":
-            self._save(name, {**self._record(name), "status": "running"})
+        if self._tenants.get(name).status != "running":
+            self._tenants.change(name, status="running")
             self._tell("tenant.started", name)
 
     async def stop(self, name: str) -> None:
-        if self._record(name)["status"] != "stopped":
-            self._save(name, {**self._record(name), "status": "stopped"})
+        if self._tenants.get(name).status != "stopped":
+            self._tenants.change(name, status="stopped")
             await self._end_all(name)
             self._tell("tenant.stopped", name)
 
@@ -148,7 +107,7 @@ class LocalRuntime:
         await self.start(name)
 
     async def mark_asleep(self, name: str, asleep: bool) -> None:
-        self._save(name, {**self._record(name), "asleep": asleep})
+        self._tenants.change(name, asleep=asleep)
         self._tell("incus.instance-updated", name)
 
     async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
@@ -156,28 +115,27 @@ class LocalRuntime:
         return await asyncio.to_thread(visited, places)
 
     async def destroy(self, name: str) -> None:
-        if not await self.remove(name, self._record(name).get("instance")):
+        if not await self.remove(name, self._tenants.get(name).instance):
             raise NotFound(f"no tenant {name}")
 
     async def remove(self, name: str, instance: str | None) -> bool:
         """Destroy the tenant with this name if it is this instance; return whether it was."""
         with contextlib.suppress(NotFound):
-            if self._record(name).get("instance") == instance:
+            if self._tenants.get(name).instance == instance:
                 await self.stop(name)
-            if self._record(name).get("instance") == instance:
-                gone = self._aside(name)
-                (self._home / name).rename(gone)
+            if self._tenants.get(name).instance == instance:
+                gone = self._tenants.take_out(name)
                 self._tell("tenant.destroyed", name)
                 await asyncio.to_thread(shutil.rmtree, gone)
                 return True
         return False
 
     async def rename(self, name: str, domain: str | None) -> None:
-        self._save(name, {**self._record(name), "domain": domain})
+        self._tenants.change(name, domain=domain)
         self._tell("incus.instance-updated", name)
 
     async def resize(self, name: str, size: str) -> None:
-        self._record(name)
+        self._tenants.get(name)
         raise InvalidParams(
             "the local runtime has no limits, so its tenants have no size; only tenants in Incus have",
             field="size",
@@ -187,44 +145,35 @@ class LocalRuntime:
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
-        self._record(name)
-        source = self._home / name / "root" if snapshot is None else self._kept(name, snapshot)
-        await self.make(new, domain, disk=source)
+        disk = self._tenants.disk(name) if snapshot is None else self._tenants.kept(name, snapshot)
+        await self.make(new, domain, disk=disk)
         await self.start(new)
-        return self._tenant(new)
+        return self._tenants.get(new)
 
     async def snapshots(self, name: str) -> Sequence[Snapshot]:
-        self._record(name)
-        folder = self._home / name / "snapshots"
-        found = sorted(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns) if folder.exists() else []
-        kept = [path for path in found if not path.name.startswith(".")]
-        return [await asyncio.to_thread(_snapshot, path) for path in kept]
+        return await self._tenants.snapshots(name)
 
     async def snapshot(self, name: str, snapshot: str) -> Snapshot:
-        self._record(name)
-        kept = self._home / name / "snapshots" / snapshot
-        if kept.exists():
-            raise Conflict(f"tenant {name} has a snapshot {snapshot}; choose another name")
-        await self._copy(self._home / name / "root", kept)
+        made = await self._tenants.keep(name, snapshot)
         self._tell("tenant.snapshot.created", name, snapshot=snapshot)
-        return await asyncio.to_thread(_snapshot, kept)
+        return made
 
     async def restore(self, name: str, snapshot: str) -> None:
-        ran, kept = self._record(name)["status"] == "running", self._kept(name, snapshot)
+        ran = self._tenants.get(name).status == "running"
+        self._tenants.kept(name, snapshot)  # raises if it does not exist
         await self.stop(name)
-        await self._copy(kept, self._home / name / "root")
+        await self._tenants.restore(name, snapshot)
         self._tell("incus.instance-restored", name)
         self._tell("tenant.snapshot.restored", name, snapshot=snapshot)
         if ran:
             await self.start(name)
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
-        await asyncio.to_thread(shutil.rmtree, self._kept(name, snapshot))
+        await asyncio.to_thread(shutil.rmtree, self._tenants.kept(name, snapshot))
         self._tell("tenant.snapshot.deleted", name, snapshot=snapshot)
 
     async def unshared(self, name: str) -> int | None:
-        self._record(name)
-        return await asyncio.to_thread(_size, self._home / name / "root")
+        return await asyncio.to_thread(size, self._tenants.disk(name))
 
     async def space(self) -> Space | None:
         found = shutil.disk_usage(self._home)
@@ -233,37 +182,12 @@ class LocalRuntime:
     def logs(self, lines: int, follow: bool) -> ExecSpec:
         return ExecSpec(("/bin/sh", "-c", _LOG, "sh", str(lines), *(["-F"] if follow else [])))
 
-    def _kept(self, name: str, snapshot: str) -> Path:
-        self._record(name)
-        kept = self._home / name / "snapshots" / snapshot
-        if not kept.is_dir():
-            raise NotFound(f"tenant {name} has no snapshot {snapshot[:63]}")
-        return kept
-
-    async def _copy(self, source: Path, target: Path) -> None:
-        """Replace a folder by a copy of another, atomically."""
-        target.parent.mkdir(exist_ok=True)
-        fresh, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
-        argv = ("cp", "--archive", "--reflink=auto", "--", str(source), str(fresh))
-        copying = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
-        try:
-            _, said = await copying.communicate()
-            if copying.returncode != 0:
-                raise Unavailable(f"the copy failed: {said.decode(errors='replace')[-200:].strip()}")
-            await asyncio.to_thread(_replace, target, fresh, old)
-        finally:
-            if copying.returncode is None:
-                copying.kill()
-                await copying.wait()
-            for left in (fresh, old):
-                await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
-
     async def filesystem(self, name: str) -> FilesystemRoot:
-        self._record(name)
+        self._tenants.get(name)
         return FilesystemRoot(name, self._settings.workspace, prefix=f"{self._real_home}/{name}/root")
 
     async def metrics(self, name: str) -> Mapping[str, Any]:
-        self._record(name)
+        self._tenants.get(name)
         return {"processes": len(self._running.get(name, ()))}
 
     async def ready(self) -> None:
@@ -292,7 +216,7 @@ class LocalRuntime:
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         settings = self._settings
         check_size(spec.argv, spec.env, one=settings.max_argument, total=settings.max_arguments)
-        if self._record(name)["status"] != "running":
+        if self._tenants.get(name).status != "running":
             raise TenantNotRunning(f"tenant {name} is stopped; start it first", status="stopped")
         if spec.user not in (None, settings.workspace_user, settings.workspace_uid, os.getuid()):
             raise InvalidParams("the local runtime runs commands only as its own user", field="user")
@@ -335,33 +259,6 @@ class LocalRuntime:
             return str(home / cwd[len(workspace) :].lstrip("/"))
         return str(home / cwd)  # an absolute path is left as it is
 
-    def _record(self, name: str) -> dict[str, Any]:
-        try:
-            record: dict[str, Any] = orjson.loads((self._home / name / "tenant.json").read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"no tenant {name}") from None
-        return record
-
-    def _save(self, name: str, record: Mapping[str, Any]) -> None:
-        path = self._home / name / "tenant.json"
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(orjson.dumps(record))
-        temporary.replace(path)
-
-    def _tenant(self, name: str) -> Tenant:
-        record = self._record(name)
-        return Tenant(
-            name=name,
-            status=record["status"],
-            domain=record.get("domain"),
-            port=record.get("port"),
-            created=record.get("created"),
-            instance=record.get("instance"),
-            location="local",
-            asleep=record.get("asleep", False),
-            idle_stop=record.get("idle_stop"),
-        )
-
     async def _end_all(self, name: str) -> None:
         for process in list(self._running.get(name, ())):
             await process.kill(0)
@@ -369,24 +266,3 @@ class LocalRuntime:
     def _tell(self, kind: str, name: str, **facts: str) -> None:
         with contextlib.suppress(asyncio.QueueFull):  # a full queue has no reader
             self._events.put_nowait(TenantEvent(kind, name, facts))
-
-
-def _replace(target: Path, fresh: Path, old: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        target.rename(old)
-    fresh.rename(target)
-
-
-def _snapshot(kept: Path) -> Snapshot:
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(kept.stat().st_ctime))
-    return Snapshot(kept.name, created, _size(kept))
-
-
-def _size(folder: Path) -> int:
-    """Return the disk space used by the files in a folder, in bytes."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512  # noqa: PTH118
-    return total

@@ -13,6 +13,7 @@ import pytest
 
 from gateway.deployments.entries import Entry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
+from gateway.runtime import local_tenants
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_folders import unpack
 from gateway.runtime.local_sites import LocalSites
@@ -63,7 +64,7 @@ class TestUndo:
     async def test_a_copy_that_fails_leaves_no_tenant(
         self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch, fails: str
     ) -> None:
-        real = runtime._copy
+        real = local_tenants._copy
 
         async def copy(source: Path, target: Path) -> None:
             if fails == "after":
@@ -71,7 +72,7 @@ class TestUndo:
             raise Unavailable("broken")
 
         with monkeypatch.context() as patch:
-            patch.setattr(runtime, "_copy", copy)
+            patch.setattr(local_tenants, "_copy", copy)
             with pytest.raises(Unavailable):
                 await runtime.clone("demo", fresh)
         assert [path.name for path in runtime._home.iterdir() if fresh in path.name] == []
@@ -80,14 +81,14 @@ class TestUndo:
     async def test_the_name_is_taken_after_it_was_looked_for(
         self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = runtime._copy
+        real = local_tenants._copy
 
         async def copy(source: Path, target: Path) -> None:
             await real(source, target)
             await runtime.create(fresh, domain="theirs.example.com")
 
         with monkeypatch.context() as patch:
-            patch.setattr(runtime, "_copy", copy)
+            patch.setattr(local_tenants, "_copy", copy)
             with pytest.raises(Conflict):
                 await runtime.clone("demo", fresh)
         assert (await runtime.get(fresh)).domain == "theirs.example.com"
