@@ -102,7 +102,7 @@ describe("a rename", () => {
     answer();
     await moving;
     seen("b.md", "created");
-    await vi.waitFor(() => expect(documents.find("b.md")).toBe(doc));
+    await vi.waitFor(() => expect(documents.tabs.find("b.md")).toBe(doc));
     expect(doc.gone.value).toBe(false);
     expect(await documents.save(doc)).toBe(true);
     expect(documents.comparing.value).toBeNull();
@@ -142,7 +142,7 @@ describe("unsaved text", () => {
       drafts,
     );
     return async () => {
-      for (const doc of documents.open.value) documents.close(doc);
+      for (const doc of documents.tabs.open.value) documents.close(doc);
       await drafts.flush();
     };
   });
@@ -151,7 +151,7 @@ describe("unsaved text", () => {
     type(await documents.show("a.css"), "two", "unsaved");
     expect(drafts.atRisk).toBe(true);
     expect(await reload()).toBe(1);
-    const doc = documents.find("a.css")!;
+    const doc = documents.tabs.find("a.css")!;
     expect(doc.text).toContain("unsaved");
     expect(doc.dirty.value).toBe(true);
     expect(await documents.save(doc)).toBe(true);
@@ -163,11 +163,11 @@ describe("unsaved text", () => {
     await drafts.flush();
     shelf.put("a.css", TEXT.replace("five", "5"));
     await reload();
-    expect(documents.find("a.css")!.text).toBe("one\nunsaved\nthree\nfour\n5\n");
+    expect(documents.tabs.find("a.css")!.text).toBe("one\nunsaved\nthree\nfour\n5\n");
     await drafts.flush();
     shelf.put("a.css", TEXT.replace("two", "theirs"));
     await reload();
-    const doc = documents.find("a.css")!;
+    const doc = documents.tabs.find("a.css")!;
     expect(doc.theirs.value?.text).toContain("theirs");
     expect(doc.text).toContain("unsaved");
   });
@@ -177,7 +177,7 @@ describe("unsaved text", () => {
     await drafts.flush();
     shelf.delete("a.css");
     await reload();
-    const doc = documents.find("a.css")!;
+    const doc = documents.tabs.find("a.css")!;
     expect(doc.gone.value).toBe(true);
     expect(await documents.save(doc)).toBe(true);
     expect(shelf.text("a.css")).toContain("unsaved");
@@ -215,12 +215,12 @@ describe("a file beside another", () => {
     shelf.put("b.css", "b");
     await documents.show("a.css");
     await documents.show("b.css");
-    documents.split(documents.find("b.css")!);
+    documents.tabs.split(documents.tabs.find("b.css")!);
   });
   const shown = () => [
-    documents.active.value?.path,
-    documents.beside.value?.path,
-    documents.current.value?.path,
+    documents.tabs.active.value?.path,
+    documents.tabs.beside.value?.path,
+    documents.tabs.current.value?.path,
   ];
 
   test("leaves the one before in its place, and is what commands are about", () => {
@@ -232,21 +232,21 @@ describe("a file beside another", () => {
     expect(shown()).toEqual(["a.css", "b.css", "b.css"]);
     await documents.show("a.css");
     expect(shown()).toEqual(["a.css", "b.css", "a.css"]);
-    documents.step(1);
+    documents.tabs.step(1);
     expect(shown()).toEqual(["a.css", "b.css", "b.css"]);
   });
 
   test.each(["a.css", "b.css"])("ends when %s is closed, and the other stays", (path) => {
-    documents.close(documents.find(path)!);
+    documents.close(documents.tabs.find(path)!);
     const other = path === "a.css" ? "b.css" : "a.css";
     expect(shown()).toEqual([other, undefined, other]);
   });
 
   test("of one file alone is that file alone", () => {
-    documents.close(documents.find("a.css")!);
-    documents.split(documents.find("b.css")!);
-    expect(documents.current.value?.path).toBe("b.css");
-    documents.join();
+    documents.close(documents.tabs.find("a.css")!);
+    documents.tabs.split(documents.tabs.find("b.css")!);
+    expect(documents.tabs.current.value?.path).toBe("b.css");
+    documents.tabs.join();
     expect(shown()).toEqual(["b.css", undefined, "b.css"]);
   });
 });

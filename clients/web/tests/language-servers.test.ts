@@ -162,7 +162,7 @@ describe("open files", () => {
     await vi.waitFor(() => expect(shelf.text("b.ts")).toBe("two()\n"));
     expect(shelf.text("a.ts")).toBe("one()\n");
     expect(doc.text).toBe("two()\n// mine\n");
-    expect(documents.current.value).toBe(doc);
+    expect(documents.tabs.current.value).toBe(doc);
   });
 
   test.each([
@@ -175,7 +175,7 @@ describe("open files", () => {
     const edit = edits("file:///srv/my%20site/b.ts", uri);
     await expect(applyEdit(documents, files, edit, () => null)).rejects.toThrow("outside");
     expect(shelf.text("b.ts")).toBe("one()\n");
-    expect(documents.open.value).toHaveLength(0);
+    expect(documents.tabs.open.value).toHaveLength(0);
   });
 
   test("are not changed where one has changed since the server saw it", async () => {

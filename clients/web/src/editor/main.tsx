@@ -42,7 +42,7 @@ import { leave, leaveFirst, switchTenant } from "./ui/top-bar.js";
 const wanted = readAddress();
 
 const current = () => workspace.value;
-const doc = () => current()?.documents.current.value ?? null;
+const doc = () => current()?.documents.tabs.current.value ?? null;
 const here = () => current() !== null;
 const file = () => doc() !== null;
 
@@ -76,27 +76,27 @@ register(
     title: "Next file",
     keys: "Alt-PageDown",
     when: file,
-    run: () => current()?.documents.step(1),
+    run: () => current()?.documents.tabs.step(1),
   },
   {
     id: "file.previous",
     title: "Previous file",
     keys: "Alt-PageUp",
     when: file,
-    run: () => current()?.documents.step(-1),
+    run: () => current()?.documents.tabs.step(-1),
   },
   {
     id: "file.beside",
     title: "Open the file beside the others",
     keys: "Mod-Alt-b",
     when: file,
-    run: () => current()?.documents.split(doc()!),
+    run: () => current()?.documents.tabs.split(doc()!),
   },
   {
     id: "file.alone",
     title: "Show one file alone",
-    when: () => current()?.documents.beside.value != null,
-    run: () => current()?.documents.join(),
+    when: () => current()?.documents.tabs.beside.value != null,
+    run: () => current()?.documents.tabs.join(),
   },
   { id: "file.reveal", title: "Show the file in the tree", when: file, run: () => reveal() },
   { id: "view.files", title: "Files", keys: "Mod-Shift-e", run: () => showSide("files") },

@@ -67,10 +67,10 @@ export async function applyEdit(
   if (paths.some((path) => path === null || /(^|\/)node_modules\//.test(path)))
     throw new Error("It is used outside of the site's own files.");
   if (found.length > FILES_MAX) throw new Error(`It is used in more than ${FILES_MAX} files.`);
-  const shown = documents.current.value;
+  const shown = documents.tabs.current.value;
   const docs: Doc[] = [];
-  for (const path of paths) docs.push(documents.find(path!) ?? (await documents.show(path!)));
-  if (shown !== null && documents.current.value !== shown) documents.activate(shown);
+  for (const path of paths) docs.push(documents.tabs.find(path!) ?? (await documents.show(path!)));
+  if (shown !== null && documents.tabs.current.value !== shown) documents.tabs.activate(shown);
   const stale = docs.find((doc) => {
     const text = known(doc);
     return doc.state === null || doc.phase.value !== "ready" || (text !== null && text !== doc.state.doc);

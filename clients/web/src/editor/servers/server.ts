@@ -208,8 +208,8 @@ export class Server implements ServerView {
     }
     begun = true;
     following = effect(() => {
-      const docs = this.documents.open.value.filter((doc) => served(doc, this.kind));
-      void [this.documents.active.value, this.documents.beside.value];
+      const docs = this.documents.tabs.open.value.filter((doc) => served(doc, this.kind));
+      void [this.documents.tabs.active.value, this.documents.tabs.beside.value];
       untracked(() => this.#reconcile(session, docs));
     });
     return session;
@@ -220,7 +220,7 @@ export class Server implements ServerView {
     for (const file of files.files) {
       if (docs.includes(file.of) && file.uri === files.uri(file.of.path)) continue;
       files.remove(file);
-      if (this.documents.open.value.includes(file.of)) change(this.documents, file.of, serve([]));
+      if (this.documents.tabs.open.value.includes(file.of)) change(this.documents, file.of, serve([]));
     }
     for (const doc of docs) {
       const known = files.of(doc);

@@ -2,10 +2,11 @@
 
 import type { EditorState, TransactionSpec } from "@codemirror/state";
 import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incus-gateway/client";
-import { computed, signal } from "@preact/signals";
+import { signal } from "@preact/signals";
 import { Doc, type Left, type Place, type Theirs } from "./doc.js";
 import type { Draft, Unsaved } from "./drafts.js";
 import { within } from "./paths.js";
+import { Tabs } from "./tabs.js";
 import { complain, say } from "./toasts.js";
 
 type Code = typeof import("../code/editor.js");
@@ -19,8 +20,6 @@ export interface Keeping {
   flush(): Promise<void>;
 }
 
-export type Pane = "main" | "beside";
-
 /** The view that shows a document's state, if one does. */
 export interface Stage {
   readonly doc: Doc | null;
@@ -33,16 +32,7 @@ export class Documents {
   readonly #keeping: Keeping | null;
   #code: Code | null = null;
   readonly #moving = new Set<Promise<unknown>>();
-  readonly open = signal<readonly Doc[]>([]);
-  readonly active = signal<Doc | null>(null);
-  /** A second document, shown beside that one; none is in both places. */
-  readonly beside = signal<Doc | null>(null);
-  /** Which of the two was used last. */
-  readonly pane = signal<Pane>("main");
-  /** The document that commands are about. */
-  readonly current = computed(() =>
-    this.pane.value === "beside" ? (this.beside.value ?? this.active.value) : this.active.value,
-  );
+  readonly tabs = new Tabs();
   /** The document whose conflict is being looked at. */
   readonly comparing = signal<Doc | null>(null);
   readonly stages = new Set<Stage>();
@@ -54,61 +44,27 @@ export class Documents {
   }
 
   get dirty(): boolean {
-    return this.open.value.some((doc) => doc.dirty.value);
+    return this.tabs.open.value.some((doc) => doc.dirty.value);
   }
 
   /** How many texts wait to be saved. */
   get queued(): number {
-    return this.open.value.filter((doc) => doc.queued.value !== null).length;
-  }
-
-  find(path: string): Doc | undefined {
-    return this.open.value.find((doc) => doc.path === path);
+    return this.tabs.open.value.filter((doc) => doc.queued.value !== null).length;
   }
 
   /** Opens a file, or shows it where it is open. */
   async show(path: string, place?: Place): Promise<Doc> {
-    let doc = this.find(path);
+    let doc = this.tabs.find(path);
     if (doc === undefined) {
       doc = new Doc(path);
-      this.pane.value = "main";
-      const at = this.active.value === null ? -1 : this.open.value.indexOf(this.active.value);
-      this.open.value = at < 0 ? [...this.open.value, doc] : this.open.value.toSpliced(at + 1, 0, doc);
       doc.goTo = place ?? null;
-      this.active.value = doc;
+      this.tabs.add(doc);
       await this.load(doc);
     } else {
       doc.goTo = place ?? null;
-      this.activate(doc);
+      this.tabs.activate(doc);
     }
     return doc;
-  }
-
-  /** Shows an open document, where it is shown already if it is. */
-  activate(doc: Doc): void {
-    this.pane.value = doc === this.beside.value ? "beside" : "main";
-    const place = doc === this.beside.value ? this.beside : this.active;
-    // a signal tells its listeners of other values only
-    if (place.value === doc) place.value = null;
-    place.value = doc;
-  }
-
-  /** Shows a document beside the others; what was shown there is a tab like any other. */
-  split(doc: Doc): void {
-    if (this.active.value === doc) {
-      const others = this.open.value.filter((other) => other !== doc && other !== this.beside.value);
-      this.active.value = others.at(-1) ?? this.beside.value;
-    }
-    this.beside.value = doc;
-    this.pane.value = "beside";
-  }
-
-  /** Shows one document alone again. */
-  join(): void {
-    const doc = this.beside.value;
-    this.beside.value = null;
-    this.pane.value = "main";
-    if (doc !== null && this.active.value === null) this.active.value = doc;
   }
 
   /** Opens files as a page left them, with their unsaved texts; returns how many of these came back. */
@@ -118,9 +74,10 @@ export class Documents {
     for (const place of left) docs.get(place.path)!.goTo = place;
     if (active !== null && !docs.has(active)) docs.set(active, new Doc(active));
     const shown = docs.get(active ?? "") ?? [...docs.values()][0] ?? null;
-    const others = this.open.value.filter(({ path }) => !docs.has(path)); // opened since, by who was quick
-    this.open.value = [...docs.values(), ...others];
-    if (this.active.value === null || docs.has(this.active.value.path)) this.active.value = shown;
+    const others = this.tabs.open.value.filter(({ path }) => !docs.has(path)); // opened since, by who was quick
+    this.tabs.open.value = [...docs.values(), ...others];
+    if (this.tabs.active.value === null || docs.has(this.tabs.active.value.path))
+      this.tabs.active.value = shown;
     let count = 0;
     for (const doc of [...docs.values()].sort((a, b) => Number(b === shown) - Number(a === shown))) {
       await this.load(doc, drafts.find(({ path }) => path === doc.path) ?? null);
@@ -198,7 +155,7 @@ export class Documents {
     doc.dirty.value = doc.gone.value || doc.text !== doc.saved;
     if (!before && !doc.dirty.value) return;
     this.#keeping?.touch(doc.path, () =>
-      doc.dirty.value && this.open.value.includes(doc) ? { text: doc.text, base: doc.saved } : null,
+      doc.dirty.value && this.tabs.open.value.includes(doc) ? { text: doc.text, base: doc.saved } : null,
     );
   }
 
@@ -223,7 +180,7 @@ export class Documents {
 
   /** Saves what waited for the gateway. */
   flush(): void {
-    for (const doc of this.open.value) void this.#flush(doc);
+    for (const doc of this.tabs.open.value) void this.#flush(doc);
   }
 
   async #flush(doc: Doc): Promise<void> {
@@ -348,12 +305,12 @@ export class Documents {
   }
 
   async saveAll(): Promise<void> {
-    for (const doc of this.open.value) if (doc.dirty.value) await this.save(doc);
+    for (const doc of this.tabs.open.value) if (doc.dirty.value) await this.save(doc);
   }
 
   /** Takes what the watcher saw, and looks at the open files that it may concern. */
   changed({ changes, overflow }: FileChanges): void {
-    for (const doc of this.open.value) {
+    for (const doc of this.tabs.open.value) {
       // a folder that is created or removed stands for all that is in it
       const told = changes.some(({ path, change }) =>
         change === "changed" ? path === doc.path : within(doc.path, path),
@@ -412,7 +369,7 @@ export class Documents {
   }
 
   #moved(from: string, to: string): void {
-    for (const doc of this.open.value) {
+    for (const doc of this.tabs.open.value) {
       if (!within(doc.path, from)) continue;
       this.#keeping?.drop(doc.path);
       doc.path = to + doc.path.slice(from.length);
@@ -420,7 +377,7 @@ export class Documents {
       void this.#rename(doc);
     }
     void this.#keeping?.flush();
-    this.open.value = [...this.open.value];
+    this.tabs.open.value = [...this.tabs.open.value];
   }
 
   async #rename(doc: Doc): Promise<void> {
@@ -430,34 +387,15 @@ export class Documents {
 
   /** Notes who wrote a file. */
   written(path: string, by: string): void {
-    const doc = this.find(path);
+    const doc = this.tabs.find(path);
     if (doc !== undefined) doc.writtenBy.value = by;
   }
 
   /** Closes a tab; its unsaved text is lost. */
   close(doc: Doc): void {
-    const at = this.open.value.indexOf(doc);
-    if (at < 0) return;
+    if (!this.tabs.open.value.includes(doc)) return;
     if (doc.image.value !== null) URL.revokeObjectURL(doc.image.value);
-    this.open.value = this.open.value.toSpliced(at, 1);
+    this.tabs.remove(doc);
     if (doc.dirty.value) this.#keeping?.drop(doc.path);
-    if (this.beside.value === doc) this.join();
-    if (this.active.value !== doc) return;
-    const others = this.open.value.filter((other) => other !== this.beside.value);
-    this.active.value = others[Math.min(at, others.length - 1)] ?? null;
-    if (this.active.value === null) this.join();
-  }
-
-  /** Moves a tab to the place of another. */
-  reorder(doc: Doc, to: Doc): void {
-    const at = this.open.value.indexOf(to);
-    this.open.value = this.open.value.filter((other) => other !== doc).toSpliced(at, 0, doc);
-  }
-
-  step(by: number): void {
-    const { value: open } = this.open;
-    if (open.length === 0) return;
-    const at = this.current.value === null ? 0 : open.indexOf(this.current.value);
-    this.activate(open[(at + by + open.length) % open.length]!);
   }
 }

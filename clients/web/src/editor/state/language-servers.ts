@@ -21,7 +21,7 @@ export class LanguageServers {
     const where = computed(workspace);
     this.#stop = effect(() => {
       const place = where.value;
-      const shown = [documents.active.value, documents.beside.value].filter((doc) => doc !== null);
+      const shown = [documents.tabs.active.value, documents.tabs.beside.value].filter((doc) => doc !== null);
       const wanted = shown.filter((doc) => served(doc)).map((doc) => servedBy(doc.path)!.kind);
       if (!languageServers.value || place === null) this.#end();
       else if (wanted.length > 0) void this.#want(tenant, place, wanted);

@@ -96,8 +96,8 @@ export class Workspace {
     this.activity.onWritten = (path) => void this.documents.show(path);
     this.#stops.push(
       effect(() => {
-        const active = this.documents.active.value?.path ?? null;
-        void [this.documents.open.value, this.tree.rows.value];
+        const active = this.documents.tabs.active.value?.path ?? null;
+        void [this.documents.tabs.open.value, this.tree.rows.value];
         if (!this.#restored) return;
         this.keep();
         writeAddress(name, active);
@@ -130,7 +130,7 @@ export class Workspace {
 
   /** Remembers what is open, and where the cursors are, for the page after a reload. */
   keep(): void {
-    const { open, active } = this.documents;
+    const { open, active } = this.documents.tabs;
     const value: Kept = {
       open: open.peek().map((doc) => doc.left),
       active: active.peek()?.path ?? null,
@@ -168,7 +168,7 @@ export class Workspace {
     const opening = this.documents.restore(open, wanted, drafts);
     this.#restored = true;
     this.keep();
-    const shown = this.documents.active.value?.path ?? null;
+    const shown = this.documents.tabs.active.value?.path ?? null;
     writeAddress(this.name, shown);
     if (shown !== null) void this.tree.reveal(shown);
     await opening;
@@ -193,7 +193,7 @@ export class Workspace {
     if (!autosave.value) return;
     clearTimeout(this.#saving);
     this.#saving = setTimeout(() => {
-      for (const doc of this.documents.open.value)
+      for (const doc of this.documents.tabs.open.value)
         if (doc.dirty.value && !doc.gone.value && doc.theirs.value === null) void this.documents.save(doc);
     }, PAUSE);
   }
@@ -339,7 +339,7 @@ export class Workspace {
 
   /** Closes everything; unsaved text is given up. */
   dispose(): void {
-    for (const doc of this.documents.open.value) if (doc.dirty.value) this.#drafts.drop(doc.path);
+    for (const doc of this.documents.tabs.open.value) if (doc.dirty.value) this.#drafts.drop(doc.path);
     void this.#drafts.flush();
     for (const stop of this.#stops.splice(0)) stop();
     this.servers.dispose();

@@ -261,11 +261,11 @@ function Bottom({ current }: { current: Workspace | null }) {
 }
 
 function StatusBar({ current }: { current: Workspace | null }) {
-  const doc = current?.documents.current.value ?? null;
+  const doc = current?.documents.tabs.current.value ?? null;
   const at = caret.value;
   const server = current?.server.value;
   const waiting = current?.documents.queued ?? 0;
-  const unsaved = current?.documents.open.value.filter(({ dirty }) => dirty.value).length ?? 0;
+  const unsaved = current?.documents.tabs.open.value.filter(({ dirty }) => dirty.value).length ?? 0;
   return (
     <footer class="status-bar">
       {server && (

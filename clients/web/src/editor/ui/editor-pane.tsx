@@ -7,9 +7,10 @@ import type { ComponentChild } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Caret } from "../code/editor.js";
 import type { Doc } from "../state/doc.js";
-import type { Pane, Stage as Shown } from "../state/documents.js";
+import type { Stage as Shown } from "../state/documents.js";
 import { parent } from "../state/paths.js";
 import { keys, tabWidth, wrap } from "../state/settings.js";
+import type { Pane } from "../state/tabs.js";
 import type { Workspace } from "../state/workspace.js";
 import { Interruption, Stopped } from "./connection.js";
 import { Instead, Told, Welcome } from "./instead.js";
@@ -23,8 +24,8 @@ export const view: { current: EditorView | null } = { current: null };
 
 export function EditorPane({ current }: { current: Workspace }) {
   const { documents } = current;
-  const doc = documents.active.value;
-  const beside = documents.beside.value;
+  const doc = documents.tabs.active.value;
+  const beside = documents.tabs.beside.value;
   return (
     <section class="editor" aria-label="Editor">
       <Tabs current={current} />
@@ -53,7 +54,7 @@ function Body({ pane, doc, current }: { pane: Pane; doc: Doc | null; current: Wo
             icon="x"
             size={13}
             label="Show one file alone"
-            onClick={() => current.documents.join()}
+            onClick={() => current.documents.tabs.join()}
           />
         </header>
       )}
@@ -77,7 +78,7 @@ const TAB = "application/x-gateway-tab";
 
 function tabMenu(current: Workspace, doc: Doc): readonly MenuItem[] {
   const { documents } = current;
-  const others = documents.open.value.filter((other) => other !== doc);
+  const others = documents.tabs.open.value.filter((other) => other !== doc);
   // one that is unsaved stays open
   const closeAll = (docs: readonly Doc[]) => {
     for (const one of docs) if (!one.dirty.value) documents.close(one);
@@ -85,8 +86,8 @@ function tabMenu(current: Workspace, doc: Doc): readonly MenuItem[] {
   return [
     { label: "Close", icon: "x", run: () => closeDoc(current, doc) },
     { label: "Close the others", icon: "x", run: () => closeAll(others) },
-    { label: "Close all that are saved", icon: "x", run: () => closeAll(documents.open.value) },
-    { label: "Open beside", icon: "panel-right", run: () => documents.split(doc) },
+    { label: "Close all that are saved", icon: "x", run: () => closeAll(documents.tabs.open.value) },
+    { label: "Open beside", icon: "panel-right", run: () => documents.tabs.split(doc) },
     { label: "Show in the tree", icon: "locate", run: () => void current.tree.reveal(doc.path) },
     { label: "Copy the path", icon: "copy", run: () => copy(doc.path) },
   ];
@@ -95,17 +96,17 @@ function tabMenu(current: Workspace, doc: Doc): readonly MenuItem[] {
 function Tabs({ current }: { current: Workspace }) {
   const { documents } = current;
   const strip = useRef<HTMLDivElement>(null);
-  const active = documents.current.value;
+  const active = documents.tabs.current.value;
   useEffect(() => {
     strip.current
       ?.querySelector('[aria-selected="true"]')
       ?.scrollIntoView({ block: "nearest", inline: "nearest" });
   }, [active]);
-  if (documents.open.value.length === 0) return null;
-  const names = documents.open.value.map(({ name }) => name);
+  if (documents.tabs.open.value.length === 0) return null;
+  const names = documents.tabs.open.value.map(({ name }) => name);
   return (
     <div class="tabs" role="tablist" aria-label="Open files" ref={strip}>
-      {documents.open.value.map((doc) => {
+      {documents.tabs.open.value.map((doc) => {
         const twin = names.filter((name) => name === doc.name).length > 1;
         const state =
           doc.theirs.value !== null ? "conflict" : doc.gone.value ? "gone" : doc.dirty.value ? "dirty" : "";
@@ -124,17 +125,17 @@ function Tabs({ current }: { current: Workspace }) {
             onDragStart={(event) => event.dataTransfer?.setData(TAB, doc.path)}
             onDragOver={(event) => event.dataTransfer?.types.includes(TAB) && event.preventDefault()}
             onDrop={(event) => {
-              const moved = documents.find(event.dataTransfer?.getData(TAB) ?? "");
+              const moved = documents.tabs.find(event.dataTransfer?.getData(TAB) ?? "");
               if (moved === undefined) return;
               event.preventDefault();
-              documents.reorder(moved, doc);
+              documents.tabs.reorder(moved, doc);
             }}
             onContextMenu={(event) => showMenu(event, doc.name, tabMenu(current, doc))}
             onAuxClick={(event) => event.button === 1 && closeDoc(current, doc)}
-            onClick={() => documents.activate(doc)}
+            onClick={() => documents.tabs.activate(doc)}
             onKeyDown={(event) => {
-              if (event.key === "ArrowRight") documents.step(1);
-              else if (event.key === "ArrowLeft") documents.step(-1);
+              if (event.key === "ArrowRight") documents.tabs.step(1);
+              else if (event.key === "ArrowLeft") documents.tabs.step(-1);
               else if (event.key === "Enter") view.current?.focus();
               else if (event.key === "Delete") closeDoc(current, doc);
             }}
@@ -175,7 +176,7 @@ async function likeKeys(): Promise<void> {
 function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
   const host = useRef<HTMLDivElement>(null);
   const { documents } = current;
-  const place = pane === "main" ? documents.active : documents.beside;
+  const place = pane === "main" ? documents.tabs.active : documents.tabs.beside;
   useEffect(() => {
     let made: EditorView | null = null;
     let shown: Doc | null = null;
@@ -201,12 +202,12 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
           made = code.makeView(host.current);
           const used = made;
           made.dom.addEventListener("focusin", () => {
-            documents.pane.value = pane;
+            documents.tabs.pane.value = pane;
             view.current = used;
             caret.value = code.caretOf(used.state);
           });
         }
-        if (view.current === null || documents.pane.peek() === pane) view.current = made;
+        if (view.current === null || documents.tabs.pane.peek() === pane) view.current = made;
         if (shown !== doc) {
           leave();
           shown = doc;
@@ -230,7 +231,7 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
         if (
           !matchMedia("(pointer: coarse)").matches &&
           document.activeElement?.closest(".tree, .panel") === null &&
-          documents.pane.peek() === pane
+          documents.tabs.pane.peek() === pane
         ) {
           made.focus();
         }

@@ -313,13 +313,13 @@ function TreeRow(props: {
   if ("draft" in item) return <Naming draft={item.draft} indent={indent} current={current} />;
   const { tree, documents } = current;
   const folder = item.entry.type === "directory";
-  const doc = documents.find(item.path);
+  const doc = documents.tabs.find(item.path);
   const at = tree.touched.value.get(item.path) ?? 0;
   const fresh = Date.now() - at < FRESH;
   const classes = [
     "tree-row",
     tree.selected.value === item.path && "selected",
-    documents.active.value?.path === item.path && "shown",
+    documents.tabs.active.value?.path === item.path && "shown",
     /^(node_modules|\.git|\.gateway)$/.test(item.name) && "faint",
     folder && over.value === item.path && "over",
   ];
@@ -430,7 +430,7 @@ function Removing({ path, current }: { path: string; current: Workspace }) {
   const close = () => {
     removing.value = null;
   };
-  const open = current.documents.open.value.filter((doc) => within(doc.path, path));
+  const open = current.documents.tabs.open.value.filter((doc) => within(doc.path, path));
   return (
     <Dialog label={`Delete ${basename(path)}`} class="small" onClose={close}>
       <h2>Delete {basename(path)}?</h2>

@@ -73,7 +73,7 @@ export function Palette({ current }: { current: Workspace | null }) {
           run: () => command.run(),
         }));
     }
-    const open = current?.documents.open.value.map(({ path }) => path) ?? [];
+    const open = current?.documents.tabs.open.value.map(({ path }) => path) ?? [];
     const paths = name === "" ? open : (files ?? []);
     return paths.map((path) => ({
       id: path,

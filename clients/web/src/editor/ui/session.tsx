@@ -83,7 +83,7 @@ function Left() {
 
 function Ended({ current, onWrite }: { current: Workspace; onWrite: () => void }) {
   const heading = useRef<HTMLDivElement>(null);
-  const unsaved = current.documents.open.value.filter(({ dirty }) => dirty.value).length;
+  const unsaved = current.documents.tabs.open.value.filter(({ dirty }) => dirty.value).length;
   useEffect(() => heading.current?.focus(), []);
   return (
     <Dialog label="The session has ended" class="signing-in" onClose={onWrite}>

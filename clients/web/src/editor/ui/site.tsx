@@ -1,25 +1,14 @@
 /** The open tenant's site: what is live, what was, its environment, snapshots, and what ends it. */
 
 import type { DeploymentRecord } from "@incus-gateway/client";
-import { signal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { allows } from "../state/session.js";
 import { say } from "../state/toasts.js";
 import { leaveTenant, listTenants, openFirst, type Workspace } from "../state/workspace.js";
-import { bytes, Dialog, duration, Icon, IconButton, Spinner } from "./parts.js";
+import { Asking, asking, Typed } from "./forms.js";
+import { bytes, duration, Icon, IconButton, Spinner } from "./parts.js";
 import { leaveFirst } from "./top-bar.js";
-
-interface Question {
-  readonly title: string;
-  readonly text: string;
-  readonly verb: string;
-  /** What has to be typed first. */
-  readonly word?: string;
-  run(): void;
-}
-
-const asking = signal<Question | null>(null);
 
 export function SiteView({ current }: { current: Workspace }) {
   const { site } = current;
@@ -122,51 +111,6 @@ function Part(props: {
       </summary>
       <div class="part">{props.children}</div>
     </details>
-  );
-}
-
-/** One field with a button, which is emptied once it is done. */
-function Typed(props: {
-  label: string;
-  initial?: string;
-  placeholder?: string;
-  verb: string;
-  hint: string;
-  empty?: boolean;
-  run: (typed: string) => Promise<boolean>;
-}) {
-  const initial = props.initial ?? "";
-  const [typed, setTyped] = useState(initial);
-  const [busy, setBusy] = useState(false);
-  useEffect(() => setTyped(initial), [initial]);
-  const text = typed.trim();
-  return (
-    <form
-      class="typed"
-      onSubmit={async (event) => {
-        event.preventDefault();
-        setBusy(true);
-        if ((await props.run(text)) && props.initial === undefined) setTyped("");
-        setBusy(false);
-      }}
-    >
-      <label>
-        <span>{props.label}</span>
-        <span class="field small">
-          <input
-            placeholder={props.placeholder}
-            spellcheck={false}
-            autocapitalize="off"
-            value={typed}
-            onInput={(event) => setTyped(event.currentTarget.value)}
-          />
-        </span>
-      </label>
-      <button type="submit" disabled={busy || text === props.initial || (text === "" && !props.empty)}>
-        {props.verb}
-      </button>
-      <p class="hint">{props.hint}</p>
-    </form>
   );
 }
 
@@ -374,48 +318,5 @@ function Snapshots({ current }: { current: Workspace }) {
         run={(typed) => site.snapshot(typed)}
       />
     </>
-  );
-}
-
-function Asking({ question }: { question: Question }) {
-  const [typed, setTyped] = useState("");
-  const close = () => {
-    asking.value = null;
-  };
-  const { word } = question;
-  return (
-    <Dialog label={question.title} class="small" onClose={close}>
-      <h2>{question.title}</h2>
-      <p>{question.text}</p>
-      <form
-        onSubmit={(event) => {
-          event.preventDefault();
-          if (word !== undefined && typed !== word) return;
-          close();
-          question.run();
-        }}
-      >
-        {word !== undefined && (
-          <label class="confirm">
-            Type <code>{word}</code> to confirm
-            <span class="field">
-              <input
-                spellcheck={false}
-                value={typed}
-                onInput={(event) => setTyped(event.currentTarget.value)}
-              />
-            </span>
-          </label>
-        )}
-        <footer>
-          <button type="button" onClick={close}>
-            Leave it
-          </button>
-          <button type="submit" class="danger" disabled={word !== undefined && typed !== word}>
-            {question.verb}
-          </button>
-        </footer>
-      </form>
-    </Dialog>
   );
 }

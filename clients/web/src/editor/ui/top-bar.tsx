@@ -73,7 +73,7 @@ export function TopBar() {
         {!phone.value && <Key>{keysOf("file.open") ?? ""}</Key>}
       </button>
       <Connection />
-      {phone.value && current?.documents.current.value?.dirty.value && (
+      {phone.value && current?.documents.tabs.current.value?.dirty.value && (
         <IconButton icon="save" label="Save" onClick={() => run("file.save")} text />
       )}
       <IconButton
