@@ -248,7 +248,7 @@ class LiveGateway:
     @contextlib.asynccontextmanager
     async def raw(self, tenant: str, kind: type[Wire] = Wire, **headers: str) -> AsyncIterator[Wire]:
         """Connect without saying anything; `kind` is who reads."""
-        address = f"ws://127.0.0.1:{self.port}/v1/tenants/{tenant}/ws"
+        address = f"{self.url.replace('http', 'ws', 1)}/v1/tenants/{tenant}/ws"
         subprotocols: Any = [protocol.SUBPROTOCOL]
         async with connect(
             address,

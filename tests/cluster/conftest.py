@@ -1,0 +1,140 @@
+"""A cluster of three members, each with a gateway and a Caddy, and what clients ask of any of them.
+
+Nothing here skips: where a cluster cannot be made, the tests fail and say why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.host import HostError
+from tests.cluster.rig import Member, Rig
+from tests.live import LiveGateway
+from tests.waits import until
+
+ENDED = ("succeeded", "rolledback")
+
+_numbers = itertools.count()
+
+
+class Served(LiveGateway):
+    """The gateway of a member, and its Caddy, as a client on another machine meets them."""
+
+    def __init__(self, member: Member) -> None:
+        super().__init__({}, Path("/dev/null"))
+        self.member, self.url = member, member.url
+
+    async def start(self, *before: str) -> None:
+        await asyncio.to_thread(self.member.ours, "gateway")
+
+    async def ask(
+        self, method: str, path: str, body: Any = None, *, tenants: tuple[str, ...] = ("*",), **headers: str
+    ) -> tuple[int, Any]:
+        """Return the status and the JSON of an answer."""
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with (
+            self.http(*tenants) as session,
+            session.request(method, path, json=body, headers=given) as answer,
+        ):
+            text = await answer.read()
+            return answer.status, json.loads(text) if text else None
+
+    async def listed(self) -> dict[str, Any]:
+        """Return the tenants that it lists, by name."""
+        status, answer = await self.ask("GET", "/v1/tenants")
+        assert status == 200, answer
+        return {tenant["name"]: tenant for tenant in answer["tenants"]}
+
+    async def deploy(self, domain: str, template: Any = "static", **more: Any) -> dict[str, Any]:
+        """Deploy and return the record once it has ended."""
+        status, begun = await self.ask(
+            "POST", "/v1/deployments", {"domain": domain, "template": template, **more}
+        )
+        assert status == 202, begun
+        record: dict[str, Any] = {}
+
+        async def over() -> bool:
+            record.update((await self.ask("GET", f"/v1/deployments/{begun['id']}"))[1])
+            return record["state"] in ENDED
+
+        await until(over, 110, every=0.2)
+        return record
+
+    async def visit(self, domain: str, path: str = "/") -> tuple[int, str]:
+        """Ask a site at this member's Caddy."""
+        words = ["curl", "--silent", "--max-time", "10", "--write-out", "\n%{http_code}"]
+        said = await asyncio.to_thread(
+            self.member.run, *words, "--header", f"Host: {domain}", f"http://127.0.0.1:2020{path}"
+        )
+        text, _, status = said.rpartition("\n")
+        return int(status), text
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Rig:
+    """The cluster, with everything on and each member's gateway running this checkout's code."""
+    rig, said = Rig(), list[str]()
+    try:
+        rig.up(said.append)
+        for member in rig.members:
+            for instance in json.loads(member.incus("list", "--format=json", f"location={member.name}")):
+                if instance["name"].startswith("t-"):  # of a run that was killed
+                    member.incus("delete", "--force", instance["name"])
+            member.ours("ungateway")
+            member.ours("gateway")
+    except HostError as error:
+        pytest.fail(f"the tests' cluster cannot be prepared: {error.message}\n" + "\n".join(said))
+    return rig
+
+
+@pytest.fixture
+async def members(cluster: Rig) -> AsyncIterator[tuple[Member, ...]]:
+    """The members, for a test that cuts their power or cables: afterwards all are as before."""
+    yield cluster.members
+    for member in cluster.members:
+        await asyncio.to_thread(heal, member)
+
+
+def heal(member: Member) -> None:
+    """Have a member on, with its cable, incusd, Caddy and gateway."""
+    member.power_on()
+    member.plug()
+    member.ours("incusd")
+    member.ours("gateway")
+
+
+@pytest.fixture(scope="session")
+def client(cluster: Rig) -> Callable[[Member], Served]:
+    """A function that gives the gateway of a member."""
+    return Served
+
+
+MakeTenant = Callable[[Member], Awaitable[str]]
+
+
+@pytest.fixture
+async def make_tenant(cluster: Rig) -> AsyncIterator[MakeTenant]:
+    """A function that makes a running tenant on a member, by Incus alone; they end with the test."""
+    made: list[tuple[Member, str]] = []
+
+    async def make(member: Member) -> str:
+        name = f"t-{os.getpid()}-{next(_numbers)}"
+        made.append((member, name))
+        words = ("launch", "gateway-base", name, "--profile", "gateway-tenant", "--target", member.name)
+        await asyncio.to_thread(member.incus, *words)
+        return name
+
+    yield make
+    for member, name in made:
+        try:
+            await asyncio.to_thread(member.incus, "delete", "--force", name)
+        except HostError as error:
+            assert "not found" in error.message.lower()  # a test may have destroyed it itself

@@ -1,0 +1,70 @@
+"""What a member of the tests' cluster does in its namespaces: `python -m tests.cluster.inside ACTION`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Final
+
+from gateway.host import HostError, caddy_service, image
+from gateway.host.caddy_service import CaddyService
+from gateway.host.daemon import Daemon
+from gateway.host.gateway_process import GatewayProcess
+from gateway.host.place import Place
+from gateway.host.setup import setup
+from gateway.settings import Settings
+from tests.integration import environment
+from tests.live import SECRET
+
+CHECKOUT: Final = Path(__file__).parents[2]
+
+
+def settings() -> Settings:
+    """Return the settings of the member's gateway: those of its environment, and what quickstart chooses."""
+    given = Settings(
+        tenant_disk="2GiB",
+        tenant_memory="512MiB",
+        caddy_issuer="internal",
+        domain_suffixes=("localhost", "test", "example.com"),
+        settle_time=0.2,
+    )
+    return given.model_copy(update=caddy_service.chosen(given))
+
+
+def gateway(of: Settings) -> GatewayProcess:
+    variables = {
+        **environment.variables(of),
+        "GATEWAY_STATE_DIR": str(of.state_dir),
+        "GATEWAY_SECRET": SECRET,
+        "GATEWAY_TEST_CLUSTER": "1",
+    }
+    command = Path(sys.executable).with_name("incus-gateway")
+    return GatewayProcess(of, Place(of.state_dir), None, command, variables)
+
+
+def main(words: list[str]) -> int:
+    """Do one action: `incusd`, `found`, `gateway` or `ungateway`."""
+    try:
+        match words:
+            case ["incusd"]:
+                Daemon().ensure(print)
+            case ["found"]:
+                setup(settings(), print)
+                image.build(settings(), print)
+            case ["gateway"]:
+                caddy_service.move_out(settings())
+                print(CaddyService(settings()).start(CHECKOUT / "deploy"))
+                print(gateway(settings()).ensure("tests"))
+            case ["ungateway"]:
+                gateway(settings()).stop()
+                CaddyService(settings()).stop()
+            case _:
+                return 2
+    except HostError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""Each gateway keeps to the tenants of its own member, and takes none that is away for destroyed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import MakeTenant, Served, heal
+from tests.cluster.rig import Member, Rig
+from tests.waits import until
+
+pytestmark = pytest.mark.timeout(300)
+
+_REPLAY = 2.0  # seconds for what a gateway keeps to arrive: a stream does not end by itself
+
+Client = Callable[[Member], Served]
+
+
+def location(member: Member, name: str) -> str:
+    return str(member.query(f"/1.0/instances/{name}")["location"])
+
+
+async def events(gateway: Served) -> list[tuple[str, str | None]]:
+    """Return type and tenant of each event that a gateway keeps."""
+    found = list[tuple[str, str | None]]()
+    async with (
+        gateway.http("*", scopes=("admin",)) as session,
+        session.get("/v1/events", headers={"Last-Event-ID": "0"}) as answer,
+    ):
+        assert answer.status == 200
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REPLAY):
+                async for line in answer.content:
+                    if line.startswith(b"data:") and (event := json.loads(line[5:])).get("type"):
+                        found.append((event["type"], event.get("subject")))
+    return found
+
+
+async def test_each_lists_its_own_and_says_of_others_that_they_are_elsewhere(
+    cluster: Rig, client: Client, make_tenant: MakeTenant
+) -> None:
+    homes = {await make_tenant(member): member for member in cluster.members}
+    for member in cluster.members:
+        gateway = client(member)
+
+        async def there(gateway: Served = gateway, member: Member = member) -> bool:
+            own = {name for name, home in homes.items() if home is member}
+            return own == homes.keys() & (await gateway.listed()).keys()
+
+        await until(there, 20)
+        for name, home in homes.items():
+            status, said = await gateway.ask("GET", f"/v1/tenants/{name}")
+            if home is member:
+                assert (status, said["location"]) == (200, member.name)
+            else:
+                assert (status, said["reason"]) == (503, "elsewhere")
+
+
+async def test_files_and_commands_of_ones_own_work_and_of_others_do_not(
+    cluster: Rig, client: Client, make_tenant: MakeTenant
+) -> None:
+    first, second, _ = cluster.members
+    name = await make_tenant(second)
+    body = {"file_path": "/srv/app/note.txt", "content": "here"}
+
+    async def written() -> bool:
+        return (await client(second).ask("POST", f"/v1/tenants/{name}/tools/Write", body))[0] == 200
+
+    await until(written, 30)  # its workspace is there once it has booted
+    status, said = await client(second).ask("POST", f"/v1/tenants/{name}/exec", {"argv": ["hostname"]})
+    assert (status, said["exit_code"]) == (200, 0)
+    status, said = await client(first).ask(
+        "POST", f"/v1/tenants/{name}/tools/Read", {"file_path": "/srv/app/note.txt"}
+    )
+    assert status == 503, said
+    status, said = await client(first).ask("POST", f"/v1/tenants/{name}/exec", {"argv": ["hostname"]})
+    assert (status, said["reason"]) == (503, "elsewhere")
+
+
+async def test_what_is_made_is_made_here(cluster: Rig, client: Client) -> None:
+    """Sites, their prepared copies and clones: wherever Incus would have put them."""
+    names = dict[Member, str]()
+    for number, member in enumerate(cluster.members[:2]):
+        record = await client(member).deploy(f"here-{number}.localhost")
+        assert record["state"] == "succeeded", record
+        names[member] = record["tenant"]
+    for number, (member, name) in enumerate(names.items()):
+        assert location(member, name) == member.name
+        status, said = await client(member).ask(
+            "POST", f"/v1/tenants/{name}/clone", {"tenant": f"t-copy-{number}"}
+        )
+        assert status == 201, said
+        assert location(member, f"t-copy-{number}") == member.name
+        # each Caddy serves its own, though both may have one address
+        assert (await client(member).visit(f"here-{number}.localhost"))[0] == 200
+
+    def prepared() -> list[dict[str, Any]]:
+        listed = json.loads(cluster.first.incus("list", "--format=json"))
+        return [one for one in listed if one["config"].get("user.gateway.role") in ("golden", "pool")]
+
+    homes = {member.name for member in names}
+    await until(lambda: {one["location"] for one in prepared()} == homes, 90, every=1)
+    owners = {(one["location"], one["config"]["user.gateway.owner"]) for one in prepared()}
+    assert len(owners) == len({owner for _, owner in owners}) == 2
+    for number, (member, name) in enumerate(names.items()):
+        for gone in (name, f"t-copy-{number}"):
+            assert (await client(member).ask("DELETE", f"/v1/tenants/{gone}"))[0] in (200, 204)
+
+
+async def test_a_tenant_that_is_moved_is_not_destroyed(
+    cluster: Rig, client: Client, make_tenant: MakeTenant
+) -> None:
+    first, second, _ = cluster.members
+    name = await make_tenant(first)
+
+    async def listed(member: Member) -> bool:
+        return name in await client(member).listed()
+
+    await until(lambda: listed(first), 20)
+    await asyncio.to_thread(first.incus, "stop", "--force", name)
+    await asyncio.to_thread(first.incus, "move", name, "--target", second.name, timeout=240)
+    await asyncio.to_thread(first.incus, "start", name)
+    await until(lambda: listed(second), 30)
+    assert not await listed(first)
+    assert ("tenant.destroyed", name) not in await events(client(first))
+
+
+@pytest.mark.thorough
+async def test_a_dead_member_delays_no_list_and_its_tenants_are_not_destroyed(
+    members: tuple[Member, ...], client: Client, make_tenant: MakeTenant
+) -> None:
+    """Of one that does not lead, since a leader's death stops all of them for half a minute."""
+    leads = next(
+        entry["server_name"]
+        for entry in members[0].query("/1.0/cluster/members?recursion=1")
+        if "database-leader" in entry["roles"]
+    )
+    dead = next(member for member in reversed(members) if member.name != leads)
+    living = next(member for member in members if member is not dead)
+    homes = {await make_tenant(member): member for member in (dead, living)}
+    away, stays = homes
+    await until(lambda: there(client(dead), away), 20)
+    await until(lambda: there(client(living), stays), 20)
+    try:
+        dead.cut_power()
+        for _ in range(5):
+            begun = time.monotonic()
+            assert stays in await client(living).listed()
+            status, said = await client(living).ask("POST", f"/v1/tenants/{stays}/exec", {"argv": ["true"]})
+            assert (status, said["exit_code"]) == (200, 0)
+            assert time.monotonic() - begun < 5
+    finally:
+        await asyncio.to_thread(heal, dead)
+    await until(lambda: there(client(dead), away), 60)
+    for member in (dead, living):
+        told = await events(client(member))
+        assert not {event for event in told if event[0] == "tenant.destroyed"} & {
+            ("tenant.destroyed", away),
+            ("tenant.destroyed", stays),
+        }
+
+
+async def there(gateway: Served, name: str) -> bool:
+    return name in await gateway.listed()
