@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -208,6 +210,40 @@ async def test_without_a_quorum_nobody_is_told_as_destroyed(tmp_path: Path) -> N
         watching.cancel()
         await asyncio.wait([watching])
     assert set(told) == {"gateway.resynced"}
+
+
+async def test_a_cluster_without_a_quorum_is_not_ready(tmp_path: Path) -> None:
+    """Incus describes itself without its database; nothing else that is asked then is answered."""
+
+    class Deciding(Cluster):
+        quorum = asyncio.Event()
+
+        async def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+            if path != "/1.0":
+                await self.quorum.wait()
+            return await super()._request(method, path, **options)
+
+    incus = Deciding({})
+    runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=incus)
+    with mock.patch.dict(os.environ, {"GATEWAY_TEST_CLUSTER": "1"}):
+        with pytest.raises(Unavailable) as caught:
+            async with asyncio.timeout(5):
+                await runtime.ready()
+        assert caught.value.facts["reason"] == "no_quorum"
+        incus.quorum.set()
+        with pytest.raises(Unavailable, match="event stream"):
+            await runtime.ready()
+
+
+async def test_one_that_came_into_a_cluster_since_is_not_ready(tmp_path: Path) -> None:
+    """What it knows of instances may be another member's by now."""
+    incus = Cluster({}, clustered=False)
+    runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=incus)
+    await incus.instances()
+    incus.clustered = True
+    with mock.patch.dict(os.environ, {"GATEWAY_TEST_CLUSTER": "1"}):
+        with pytest.raises(Unavailable, match="restart the gateway"):
+            await runtime.ready()
 
 
 async def test_a_dead_members_name_is_taken(tmp_path: Path) -> None:

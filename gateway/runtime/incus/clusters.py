@@ -9,9 +9,11 @@ import asyncio
 import os
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import quote
 
 from gateway.errors import Unavailable
 from gateway.incus import Incus, IncusError, member_of
+from gateway.runtime.incus.errors import translated
 from gateway.settings import Settings
 
 REASON: Final = "clustered"
@@ -20,6 +22,7 @@ _TEXT: Final = (
     "unclustered incusd and set GATEWAY_INCUS_SOCKET to its socket"
 )
 _LIFTED: Final = "GATEWAY_TEST_CLUSTER"  # for tests of what there is already
+_DATABASE: Final = 1.0  # seconds for a read of a cluster's database
 _LOOK: Final = 5.0  # seconds; `/readyz` checks again if incusd does not answer yet
 
 
@@ -38,3 +41,33 @@ async def refuse_cluster(settings: Settings) -> None:
         return
     if why := clustered(server, settings):
         raise Unavailable(why, reason=REASON)
+
+
+async def serving(incus: Incus, settings: Settings) -> None:
+    """Raise `Unavailable` if incusd does not answer, cannot decide, or is in another cluster than before."""
+    with translated(""):
+        server = await incus.get("/1.0")
+        before = await incus.member()
+    if why := clustered(server, settings):
+        raise Unavailable(why, reason=REASON)
+    if (now := member_of(server)) != before:
+        raise Unavailable(
+            f"incusd is {now or 'no member'} of a cluster by now; restart the gateway", reason=REASON
+        )
+    if now:
+        await _decides(incus, settings.image)
+
+
+async def _decides(incus: Incus, image: str) -> None:
+    """Raise `Unavailable` if a cluster's database does not answer; `/1.0` is answered without it."""
+    try:
+        async with asyncio.timeout(_DATABASE):
+            await incus.get(f"/1.0/images/aliases/{quote(image, safe='')}")
+    except (TimeoutError, IncusError) as error:
+        if isinstance(error, IncusError) and error.status == 404:
+            return
+        raise Unavailable(
+            "the cluster's database does not answer: most members are away, or its leader has just died; "
+            "running sites and commands go on",
+            reason="no_quorum",
+        ) from error

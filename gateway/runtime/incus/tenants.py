@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.holder.holder import Holder
-from gateway.incus import Incus, IncusError, member_of
+from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.locations import MANAGED, Instances, is_tenant
@@ -34,7 +34,7 @@ from gateway.runtime import (
     TenantEvent,
     unheard,
 )
-from gateway.runtime.incus.clusters import REASON, clustered
+from gateway.runtime.incus.clusters import REASON, clustered, serving
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation, identity_of
 from gateway.runtime.incus.disks import Disks
@@ -266,14 +266,7 @@ class IncusRuntime:
         }
 
     async def ready(self) -> None:
-        with translated(""):
-            server = await self._incus.get("/1.0")
-            before = await self._incus.member()
-        if why := clustered(server, self._settings):
-            raise Unavailable(why, reason=REASON)
-        if member_of(server) != before:
-            why = f"incusd is {member_of(server) or 'no member'} of a cluster by now; restart the gateway"
-            raise Unavailable(why, reason=REASON)
+        await serving(self._incus, self._settings)
         if not self._watch.standing:
             raise Unavailable("the Incus event stream is not connected yet")
 
