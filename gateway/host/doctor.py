@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
 from gateway.holder.holder import held_at
-from gateway.host import HostError, quotas
+from gateway.host import HostError, cluster, quotas
 from gateway.host import setup as steps
 from gateway.host.caddy_service import CaddyService, in_use
 from gateway.host.daemon import Daemon
@@ -27,6 +27,7 @@ from gateway.host.limits import KERNEL, WANTED
 from gateway.host.local_gateway import ask
 from gateway.host.permissions import loose, modes, swaps
 from gateway.hostnames import own_hosts, own_names, plain, reserved
+from gateway.incus import member_of
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
@@ -74,6 +75,7 @@ def doctor(settings: Settings) -> list[Finding]:
         project = settings.incus_project
         checks += [
             ("Incus", lambda: _daemon(settings)),
+            ("cluster", lambda: _cluster(settings)),
             (f"project {project}", lambda: steps._project(Looking(root), settings)),
             (
                 f"firewall {steps.acl_name(settings)}",
@@ -142,6 +144,19 @@ def _daemon(settings: Settings) -> str:
     return "answers"
 
 
+def _cluster(settings: Settings) -> str:
+    incus = Looking(settings.incus_socket, settings.incus_project)
+    wrong, better = cluster.problems(incus, settings)
+    if not cluster.are_published(incus, steps.host_addresses()):
+        wrong.append(f"the other members do not know this host's addresses; {_SETUP}")
+    if wrong:
+        raise HostError("; ".join(wrong))
+    if better:
+        raise Hint("; ".join(better))
+    there = cluster.members(incus)
+    return f"{len(there)} members, all online" if there else "a single server"
+
+
 def _pool(settings: Settings) -> str:
     incus = Looking(settings.incus_socket, settings.incus_project)
     found = incus.find("storage-pools", settings.pool)
@@ -178,9 +193,10 @@ def _templates(settings: Settings) -> str:
     image = incus.find("images", "aliases", settings.image)
     ready: list[str] = []
     missing: list[str] = []
+    member = member_of(incus.get())
     for name in names(settings):
         recipe = named(name, settings).recipe()
-        copy = golden_name(prepared_key(settings, recipe, image["target"] if image else ""))
+        copy = golden_name(prepared_key(settings, recipe, image["target"] if image else "", member))
         there = incus.find("instances", copy, "snapshots", GOLDEN_SNAPSHOT) is not None
         (ready if there else missing).append(name)
     if missing:
@@ -235,7 +251,7 @@ def _addresses(settings: Settings) -> str:
 
 
 def _eldest_first(settings: Settings) -> list[dict[str, Any]]:
-    found = Looking(settings.incus_socket, settings.incus_project).list("instances")
+    found = Looking(settings.incus_socket, settings.incus_project).instances()
     return sorted(found, key=lambda instance: str(instance["created_at"]))
 
 
@@ -361,7 +377,7 @@ def _routes(settings: Settings) -> str:
     if settings.runtime != "incus":
         return f"{len(there)} routes"
     domains: dict[str, bool] = {}
-    for instance in Looking(settings.incus_socket, settings.incus_project).list("instances"):
+    for instance in Looking(settings.incus_socket, settings.incus_project).instances():
         config = instance["expanded_config"]
         if config.get(DOMAIN) and config.get(MANAGED) == "true" and not config.get(DEPLOYMENT):
             domain = plain(config[DOMAIN]) or config[DOMAIN]

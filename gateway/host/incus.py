@@ -18,6 +18,8 @@ from pylxd.exceptions import ClientConnectionFailed, LXDAPIException
 from pylxd.exceptions import NotFound as LXDNotFound
 
 from gateway.host import HostError
+from gateway.incus import member_of
+from gateway.incus.rest import NOTIFIER
 
 
 class Missing(HostError):
@@ -52,10 +54,11 @@ class Incus:
             node = node[quote(segment, safe="")]
         return node
 
-    def get(self, *path: str) -> dict[str, Any]:
-        """Return an object. Raises `Missing` if it does not exist."""
+    def get(self, *path: str, target: str = "") -> dict[str, Any]:
+        """Return an object, as the member `target` of a cluster has it. Raises `Missing` if there is none."""
         with _mapped(f"reading {'/'.join(path)}"):
-            metadata: dict[str, Any] = self._node(*path).get().json()["metadata"]
+            asked = {"params": {"target": target}} if target else {}
+            metadata: dict[str, Any] = self._node(*path).get(**asked).json()["metadata"]
             return metadata
 
     def find(self, *path: str) -> dict[str, Any] | None:
@@ -79,6 +82,15 @@ class Incus:
                 self._node(*path).get(params={"recursion": 1}).json()["metadata"]
             )
             return objects
+
+    def instances(self) -> builtins.list[dict[str, Any]]:
+        """Return this server's instances; in a cluster the other members are not asked for theirs."""
+        alone = {"headers": {"User-Agent": NOTIFIER}} if member_of(self.get()) else {}
+        with _mapped("listing instances"):
+            found: builtins.list[dict[str, Any]] = (
+                self._node("instances").get(params={"recursion": 1}, **alone).json()["metadata"]
+            )
+            return found
 
     def post(self, *path: str, **request: Any) -> dict[str, Any]:
         """Create an object. Returns the finished operation if there is one, else {}."""

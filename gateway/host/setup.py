@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, HostError, Report, Steps, quotas
+from gateway.host import Change, HostError, Report, Steps, cluster, quotas
 from gateway.host.caddy_service import hand_over
 from gateway.host.definition import BRIDGE, CA_BUNDLE, TRUST
 from gateway.host.incus import Incus
@@ -71,6 +71,8 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     steps.run("Incus", lambda: alone(root, settings))
     steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
     incus = Incus(settings.incus_socket, settings.incus_project)
+    if cluster.members(root):
+        steps.run("addresses of this member", lambda: cluster.publish(settings, root, host_addresses()))
     steps.run(f"firewall {acl_name(settings)}", lambda: _acl(incus, settings, host_addresses()))
     steps.run(f"bridge {settings.network}", lambda: _network(incus, settings))
     steps.run(f"forwarding of {settings.network}", lambda: forwarding(settings))
@@ -134,7 +136,7 @@ def acl(settings: Settings, addresses: list[IPv4Address]) -> dict[str, Any]:
 
 
 def _acl(incus: Incus, settings: Settings, addresses: list[IPv4Address]) -> str | None:
-    wanted = acl(settings, addresses)
+    wanted = acl(settings, cluster.all_addresses(incus, addresses))
     found = incus.find("network-acls", wanted["name"])
     if found is None:
         incus.post("network-acls", json=wanted)
@@ -176,6 +178,8 @@ def network(settings: Settings) -> dict[str, str]:
 def _network(incus: Incus, settings: Settings) -> str | None:
     wanted = network(settings)
     found = incus.find("networks", settings.network)
+    if found is not None and found.get("managed") and cluster.is_pending(found):
+        found = None
     if found is None or not found.get("managed"):
         if found is not None:
             raise HostError(
@@ -188,7 +192,7 @@ def _network(incus: Incus, settings: Settings) -> str | None:
                 f"{settings.network_ipv4} overlaps {taken}, which this host already uses; "
                 "set GATEWAY_NETWORK_IPV4 to a free private network"
             )
-        incus.post("networks", json={"name": settings.network, "type": "bridge", "config": wanted})
+        cluster.create(incus, "networks", {"name": settings.network, "type": "bridge", "config": wanted})
         return f"created, {settings.network_ipv4}"
     return _amend(incus, ("networks", settings.network), found, wanted)
 
@@ -253,10 +257,10 @@ def pool_size(free: int) -> int:
 
 def _pool(incus: Incus, settings: Settings) -> str | None:
     found = incus.find("storage-pools", settings.pool)
-    if found is not None:
+    if not cluster.is_pending(found):
         return None
     if not _has_btrfs():
-        incus.post("storage-pools", json={"name": settings.pool, "driver": "dir", "config": {}})
+        cluster.create(incus, "storage-pools", {"name": settings.pool, "driver": "dir", "config": {}})
         return "created as plain folders: this kernel lacks btrfs, so disk quotas are NOT enforced"
     if settings.pool_source:
         source = Path(settings.pool_source)
@@ -268,7 +272,8 @@ def _pool(incus: Incus, settings: Settings) -> str | None:
         config, said = {"size": f"{size // GiB}GiB"}, f"created in a sparse file of {size // GiB} GiB"
         # Left by a run that was interrupted before Incus recorded the pool.
         (settings.incus_socket.parent / "disks" / f"{settings.pool}.img").unlink(missing_ok=True)
-    incus.post("storage-pools", json={"name": settings.pool, "driver": "btrfs", "config": config})
+    body = {"name": settings.pool, "driver": "btrfs", "config": config}
+    cluster.create(incus, "storage-pools", body, own=config)
     return said
 
 
@@ -287,7 +292,7 @@ def pin(settings: Settings) -> str | None:
     The gateway itself does this for each tenant that starts.
     """
     done = 0
-    for instance in Incus(settings.incus_socket, settings.incus_project).list("instances"):
+    for instance in Incus(settings.incus_socket, settings.incus_project).instances():
         for port in bridge_port.ports(instance["config"], settings.network):
             try:
                 done += port.bind()

@@ -18,7 +18,7 @@ BASE = "http://incus"  # a URL needs a host, even over a unix socket
 _ANSWER_MAX = 256 << 20  # bytes; a thousand instances take 10 MB
 # As cluster members name themselves when they ask one another (internal/server/cluster/request in Incus): one
 # that is asked by another answers for itself. On the unix socket root may say so too.
-_NOTIFIER = "incus-cluster-notifier"
+NOTIFIER = "incus-cluster-notifier"
 
 
 class IncusError(GatewayError):
@@ -140,7 +140,7 @@ class Rest:
         if if_match is not None:
             headers["If-Match"] = if_match
         if alone:
-            headers["User-Agent"] = _NOTIFIER
+            headers["User-Agent"] = NOTIFIER
         timeout = self._timeout if limit == -1 else aiohttp.ClientTimeout(total=limit)
         try:
             async with self.session.request(

@@ -9,6 +9,7 @@ from typing import Final
 from gateway.host import HostError, caddy_service, image
 from gateway.host.caddy_service import CaddyService
 from gateway.host.daemon import Daemon
+from gateway.host.doctor import doctor
 from gateway.host.gateway_process import GatewayProcess
 from gateway.host.place import Place
 from gateway.host.setup import setup
@@ -43,7 +44,7 @@ def gateway(of: Settings) -> GatewayProcess:
 
 
 def main(words: list[str]) -> int:
-    """Do one action: `incusd`, `found`, `gateway` or `ungateway`."""
+    """Do one action; those of the gateway's own commands are what these call."""
     try:
         match words:
             case ["incusd"]:
@@ -51,6 +52,10 @@ def main(words: list[str]) -> int:
             case ["found"]:
                 setup(settings(), print)
                 image.build(settings(), print)
+            case ["setup"]:
+                setup(settings(), print)
+            case ["doctor"]:
+                print(*doctor(settings()), sep="\n")
             case ["gateway"]:
                 caddy_service.move_out(settings())
                 print(CaddyService(settings()).start(CHECKOUT / "deploy"))
