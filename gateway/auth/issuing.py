@@ -128,10 +128,31 @@ def load_secret(configured: str | None, state_dir: Path) -> str:
             return _read_secret(path)
         except FileNotFoundError:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _make_secret(path)
+            _write_secret(path, secrets.token_hex(MIN_SECRET))
             return _read_secret(path)
     except OSError as error:
         raise Unavailable(f"the secret in the state dir cannot be used: {error.strerror}") from error
+
+
+def known_secret(configured: str | None, state_dir: Path) -> str | None:
+    """Return the secret as `load_secret` does, None if none was made yet."""
+    if configured is not None:
+        return checked(configured)
+    try:
+        return _read_secret(state_dir / "secret")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Unavailable(f"the secret in the state dir cannot be used: {error.strerror}") from error
+
+
+def keep_secret(secret: str, state_dir: Path) -> None:
+    """Have `load_secret` return this secret from now on. Raises `InvalidParams` and `Unavailable`."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_secret(state_dir / "secret", checked(secret), replace=True)
+    except OSError as error:
+        raise Unavailable(f"the secret in the state dir cannot be written: {error.strerror}") from error
 
 
 def _read_secret(path: Path) -> str:
@@ -144,22 +165,25 @@ def _read_secret(path: Path) -> str:
         return checked(file.read(4096).strip())
 
 
-def _make_secret(path: Path) -> None:
+def _write_secret(path: Path, secret: str, *, replace: bool = False) -> None:
     own = path.with_name(f".secret-{secrets.token_hex(8)}")
     descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if os.geteuid() == 0:
                 # root may ask for a token before the gateway's own user ever ran
                 owner = path.parent.stat()
                 os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-            file.write(secrets.token_hex(MIN_SECRET) + "\n")
+            file.write(secret + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if replace:
+            own.replace(path)
+            return
         with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
             os.link(own, path)
     finally:
-        own.unlink()
+        own.unlink(missing_ok=True)
 
 
 def checked(secret: str) -> str:
