@@ -1,0 +1,78 @@
+"""The member on which a tenant is made that does not exist yet: the same one whichever gateway is asked.
+
+So the gateway there sees all requests for it, and makes none of them twice. Once the tenant exists, its home
+is where Incus has it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Collection
+from typing import Final
+
+import orjson
+
+from gateway.cluster.shared_keys import SharedKeys
+from gateway.errors import RateLimited, Unavailable
+
+_KIND: Final = "home."
+_MOST: Final = 2000  # names that are chosen for and have not expired
+_SWEPT: Final = 20  # expired ones that are removed with each choice
+_TRIES: Final = 10
+_RETRY_AFTER: Final = 60
+
+
+class Homes:
+    """The choices that were made lately. `members` returns the names of the cluster's members, or raises.
+
+    A choice stands for `kept` seconds, and as long as that is a member. A request that is repeated with its
+    Idempotency-Key within that time finds the gateway that knows the key.
+    """
+
+    def __init__(
+        self, keys: SharedKeys, members: Callable[[], Awaitable[Collection[str]]], kept: float
+    ) -> None:
+        self._keys, self._members, self._kept = keys, members, kept
+
+    async def choose(self, tenant: str, wish: str) -> str:
+        """Return the home of a coming tenant: the member that was chosen before, or now `wish`.
+
+        Raises `Unavailable` if the cluster cannot decide, and `RateLimited` if there are too many choices.
+        Ask it only for who may make that tenant.
+        """
+        key = _KIND + tenant
+        for _ in range(_TRIES):
+            listed, now = await self._keys.listed(_KIND), time.time()
+            found = listed.get(key)
+            member, until = _parsed(found)
+            if until > now and (member == wish or member in await self._members()):
+                return member
+            expired = [(old, value) for old, value in listed.items() if _parsed(value)[1] <= now]
+            if len(listed) - len(expired) >= _MOST:
+                raise RateLimited(
+                    f"{_MOST} tenants were begun in {self._kept:.0f} s, which is the limit; ask again later",
+                    retry_after=_RETRY_AFTER,
+                )
+            for old, value in expired[:_SWEPT]:
+                if old != key:
+                    await self._keys.swap(old, value, None)
+            wanted = orjson.dumps([wish, round(now + self._kept)]).decode()
+            if await self._keys.swap(key, found, wanted):
+                return wish
+        raise Unavailable(f"others choose a home for {tenant} all the time; ask again", reason="contended")
+
+    async def forget(self, tenant: str, member: str) -> None:
+        """Take back a choice of this member, which could not make the tenant and has done nothing of it."""
+        key = _KIND + tenant
+        found = await self._keys.get(key)
+        if found is not None and _parsed(found)[0] == member:
+            await self._keys.swap(key, found, None)
+
+
+def _parsed(value: str | None) -> tuple[str, float]:
+    """Return member and end of a choice; none, or one that somebody spoilt, has ended."""
+    try:
+        member, until = orjson.loads(value or "")
+        return str(member), float(until)
+    except (ValueError, TypeError):
+        return "", 0.0
