@@ -321,10 +321,16 @@ class Environment(TypedDict):
 
 
 class Revoked(TypedDict):
-    """`closed` counts the websockets that were closed."""
+    """`closed` counts the websockets that were closed here.
+
+    In a cluster, `recorded` says whether all its members will know it, also those that are away. `unheard`
+    names those that did not hear of it at once.
+    """
 
     id: str
     closed: int
+    recorded: NotRequired[bool]
+    unheard: NotRequired[list[str]]
 
 
 class AuditEntry(TypedDict):

@@ -83,6 +83,8 @@ class Background:
             "the watch of tokens": services.grants.watch,
             "the history of deployments": services.history.follow,
         }
+        if services.revoking is not None:
+            jobs["the revocations of the cluster"] = services.revoking.follow
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._bind_ports
             jobs["the watch of disk quotas"] = self._enforce_quotas

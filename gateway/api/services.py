@@ -19,6 +19,9 @@ from gateway.auth import tokens
 from gateway.auth.grants import Grants
 from gateway.auth.revocations import Revocations
 from gateway.caddy import Caddy
+from gateway.cluster.common_secret import common_secret
+from gateway.cluster.revoking import Revoking
+from gateway.cluster.sharing import Sharing, sharing
 from gateway.deployments import Deployments, Hangs, Health
 from gateway.deployments.publishing import Sources
 from gateway.events import Bus, StoredJournal
@@ -53,13 +56,16 @@ from gateway.tools.toolbox import Toolbox
 class Services(Hub):
     """Everything that lives as long as the gateway. Websockets see the part in `Hub`.
 
-    `secret` signs tokens. `pressure` is None on the local runtime, `mcp` if that extra is not installed.
+    `secret` signs tokens. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
+    `shared` and `revoking` are if there is no cluster.
     """
 
     secret: str = field(repr=False)
     journal: StoredJournal
     idempotency: Idempotency
     revocations: Revocations
+    shared: Sharing | None
+    revoking: Revoking | None
     names: Names
     audit: Audit
     workers: Workers
@@ -118,7 +124,8 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         enter = stack.enter_async_context
         ready = await enter(prepared(settings)) if ready is None else ready
         runtime, workers = ready.runtime, ready.workers
-        secret = tokens.load_secret(settings)
+        shared = await enter(sharing(settings)) if settings.runtime == "incus" else None
+        secret = await _secret(settings, shared)
         journal = await enter(
             StoredJournal(
                 store,
@@ -132,6 +139,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         idempotency = await Idempotency.opened(store, settings)
         revocations = await Revocations.opened(store)
         grants = Grants(revocations.__contains__)
+        revoking = None if shared is None else Revoking(revocations, shared.keys, grants.revoke)
         names = await Names.opened(store, bus, settings)
         audit = await enter(Audit(store, bus, settings))
         ready.removals.audit = audit
@@ -152,7 +160,9 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         caddy = await enter(Caddy(settings))
         caddy.lead_home()
         caddy.excuse_nobody()
-        domains = await Domains.opened(runtime, store, bus, settings)
+        domains = await Domains.opened(
+            *(runtime, store, bus, settings), None if shared is None else shared.domains
+        )
         room = DiskSpace(runtime, workers, store, settings, sites.copies.spare)
         capacity = Capacity(runtime, settings)
         lifecycle = Lifecycle(runtime, sites, caddy, domains, workers, bus, names, room, capacity, settings)
@@ -214,6 +224,8 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             journal=journal,
             idempotency=idempotency,
             revocations=revocations,
+            shared=shared,
+            revoking=revoking,
             names=names,
             audit=audit,
             workers=workers,
@@ -230,6 +242,18 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             sites=sites,
             previews=Previews(caddy, secret, settings.max_previews),
         )
+
+
+async def _secret(settings: Settings, shared: Sharing | None) -> str:
+    """Return the secret that signs tokens, in a cluster the one of all its gateways."""
+    if shared is None:
+        return tokens.load_secret(settings)
+    configured = None if settings.secret is None else settings.secret.get_secret_value()
+    return await common_secret(shared.keys, configured, settings.state_dir, _nobody)
+
+
+async def _nobody() -> None:
+    """Ask no other gateway for the secret."""
 
 
 class _Removals:

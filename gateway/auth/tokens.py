@@ -146,13 +146,19 @@ def for_agent(secret: str, token: Token, tenant: str, ttl: float) -> tuple[str, 
     return raw, verify(secret, raw)
 
 
-def token_id(text: str) -> str:
-    """Return the `jti` of a token, its signature unchecked, or `text` if it is not a token but an id."""
+def identified(text: str) -> tuple[str, float | None]:
+    """Return `jti` and `exp` of a token, its signature unchecked; `text` and None if it is not a token."""
     try:
         claims = jwt.decode(text, options={"verify_signature": False})
     except jwt.PyJWTError:
-        return text
-    return str(claims.get("jti", text))
+        return text, None
+    expires = claims.get("exp")
+    return str(claims.get("jti", text)), expires if isinstance(expires, int | float) else None
+
+
+def token_id(text: str) -> str:
+    """Return the `jti` of a token as `identified` does."""
+    return identified(text)[0]
 
 
 def load_secret(settings: Settings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from typing import Annotated
 
@@ -41,9 +42,9 @@ def token(
     if (tenant is None) == (revoke is None):
         raise typer.BadParameter("give --tenant, or --revoke")
     if revoke is not None:
-        from gateway.auth.tokens import token_id
+        from gateway.auth.tokens import identified
 
-        run_to_end(_revoke(token_id(revoke), url, own))
+        run_to_end(_revoke(*identified(revoke), url, own))
         out.say("the token is revoked")
         return
     settings = load_client()
@@ -53,10 +54,10 @@ def token(
     out.say(issuing.issue(secret, subject, tenant or (), scopes, issuing.parse_ttl(ttl), domain or None))
 
 
-async def _revoke(id_: str, url: str | None, own: str | None) -> None:
+async def _revoke(id_: str, expires: float | None, url: str | None, own: str | None) -> None:
     try:
         async with client_of(url, own) as client:
-            await client.revoke(id_)
+            await client.revoke(id_, expires)
     except Disconnected:
         if url is not None:
             raise
@@ -65,7 +66,8 @@ async def _revoke(id_: str, url: str | None, own: str | None) -> None:
         from gateway.storage.store import Store
 
         async with Store(load().state_dir) as store:
-            await (await Revocations.opened(store)).add(id_, f"{issuing.caller()} (cli)")
+            until = math.inf if expires is None else expires
+            await (await Revocations.opened(store)).add(id_, f"{issuing.caller()} (cli)", until)
 
 
 def audit(

@@ -13,6 +13,7 @@ from pydantic_settings import (
 
 from gateway.settings.agents import AgentSettings
 from gateway.settings.client import config_file
+from gateway.settings.cluster import ClusterSettings
 from gateway.settings.commands import CommandSettings
 from gateway.settings.connections import ConnectionSettings
 from gateway.settings.deployments import DeploymentSettings
@@ -28,6 +29,7 @@ from gateway.settings.tools import ToolSettings
 
 # the fields of the last base come first: so they have the order of docs/settings.md
 class Settings(
+    ClusterSettings,
     LifecycleSettings,
     RecordSettings,
     EditorSettings,

@@ -111,6 +111,7 @@ MIGRATIONS: Final = (
         PRIMARY KEY (tenant, session)
     ) STRICT;
     """,
+    "ALTER TABLE revoked ADD COLUMN expires REAL;",
 )
 
 

@@ -541,7 +541,7 @@ async def test_notes_belong_to_the_file_that_they_were_made_for(tmp_path: Path) 
     """Whoever moves the records away begins anew."""
     async with Store(tmp_path) as store:
         await store.write(make)
-        await store.note(("INSERT INTO revoked VALUES ('old', 0, '')", ()))
+        await store.note(("INSERT INTO revoked (token, at, who) VALUES ('old', 0, '')", ()))
         left = memory_log.MemoryLog.opened(tmp_path)
         assert len(list(left.notes())) == 1
         for name in (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}.lock"):

@@ -12,7 +12,7 @@ from gateway.storage.store import Store, StoreFailed
 
 
 def _put(connection: sqlite3.Connection) -> None:
-    connection.execute("INSERT INTO revoked VALUES ('a token', 1.0, 'test')")
+    connection.execute("INSERT INTO revoked (token, at, who) VALUES ('a token', 1.0, 'test')")
 
 
 def _all(connection: sqlite3.Connection) -> list[tuple[str]]:

@@ -213,9 +213,13 @@ class Client:
         """Return name and description of the templates that can be deployed by name."""
         return list((await self.http("GET", "/v1/templates"))["templates"])
 
-    async def revoke(self, token_id: str) -> None:
-        """Revoke the token with this `jti`; needs the scope `admin` for every tenant."""
-        await self.http("POST", "/v1/revocations", {"id": token_id})
+    async def revoke(self, token_id: str, expires: float | None = None) -> None:
+        """Revoke the token with this `jti`; needs the scope `admin` for every tenant.
+
+        `expires` is its `exp`: until then the gateway remembers that it was revoked, without one for good.
+        """
+        body: dict[str, Any] = {"id": token_id}
+        await self.http("POST", "/v1/revocations", body if expires is None else {**body, "expires": expires})
 
     async def audit(
         self, tenant: str | None = None, *, limit: int = 100, before: int | None = None

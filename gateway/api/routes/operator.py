@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+import math
+from typing import Annotated, Any, Final
 
 from pydantic import Field
 from starlette.requests import Request
@@ -17,20 +18,26 @@ from gateway.api.services import services
 
 
 class RevokeBody(protocol.Params):
-    """`id` is the token's `jti`."""
+    """`id` is the token's `jti`, `expires` its `exp`, until which the revocation is kept; else for good."""
 
     id: Annotated[str, Field(min_length=1, max_length=200)]
+    expires: Annotated[float | None, Field(gt=0, lt=1e11)] = None
 
 
 async def revoke(request: Request) -> Response:
     """Revoke a token and end everything open under it."""
     gateway, token = services(request), as_operator(request)
     body = await validated(request, token, RevokeBody)
-    await gateway.revocations.add(body.id, token.subject)
+    expires = math.inf if body.expires is None else body.expires
+    await gateway.revocations.add(body.id, token.subject, expires)
     ended = [one for one in gateway.connections if one.token is not None and one.token.id == body.id]
     gateway.grants.revoke(body.id)
     await gateway.audit.note(token.subject, "token.revoked", None, operator=True, token=body.id)
-    return as_json({"id": body.id, "closed": len(ended)})
+    answer: dict[str, Any] = {"id": body.id, "closed": len(ended)}
+    if gateway.revoking is not None:
+        spread = await gateway.revoking.spread(body.id)
+        answer |= {"recorded": spread.recorded, "unheard": sorted(spread.unheard)}
+    return as_json(answer)
 
 
 async def audit(request: Request) -> Response:

@@ -1,0 +1,143 @@
+"""Tokens that are revoked at all gateways of a cluster.
+
+A revocation is first kept here. Then the other gateways are told, and it is written to a key of the cluster.
+There a gateway that was away finds it: at its start, after each connection to Incus, and when keys change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from gateway.auth.issuing import MAX_TTL
+from gateway.auth.revocations import KEPT, Revocations
+from gateway.cluster.shared_keys import SharedKeys
+from gateway.errors import GatewayError, Unavailable
+
+log = logging.getLogger(__name__)
+
+_KIND: Final = "revoked."
+_ID_MAX: Final = 200  # characters, as the API takes them
+_REST: Final = 0.2  # seconds between two looks at the keys
+_SWEEP: Final = 3600.0  # seconds between two looks for keys that are no longer needed
+
+Tell = Callable[[str, float], Awaitable[Sequence[str]]]
+"""Tells the other gateways of a token by id and `exp`, within a second; returns who did not hear it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far a revocation came: whether the cluster has it, and which members have not heard of it yet."""
+
+    recorded: bool
+    unheard: Sequence[str]
+
+
+async def _nobody(token: str, expires: float) -> Sequence[str]:
+    return ()
+
+
+class Revoking:
+    """The revocations of all gateways. `end` is called with the id of each that comes from elsewhere."""
+
+    def __init__(
+        self,
+        local: Revocations,
+        keys: SharedKeys,
+        end: Callable[[str], None],
+        tell: Tell = _nobody,
+    ) -> None:
+        self._local, self._keys, self._end, self._tell = local, keys, end, tell
+        self._look = asyncio.Event()
+
+    async def spread(self, token: str) -> Spread:
+        """Bring a revocation that is kept here to all; what cannot be done now is done later."""
+        expires = self._local.standing().get(token, math.inf)
+        unheard, recorded = await asyncio.gather(self._tell(token, expires), self._record(token, expires))
+        return Spread(recorded, unheard)
+
+    async def heard(self, token: str, expires: float, by: str) -> None:
+        """Take a revocation from another gateway. Raises what `Revocations.add` raises."""
+        if token not in self._local:
+            await self._local.add(token, by, expires)
+            self._end(token)
+
+    async def follow(self) -> None:
+        """Keep keys and revocations the same until the connection to Incus breaks.
+
+        Then it raises `Unavailable`.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._look_again())
+                async with contextlib.aclosing(self._keys.changes()) as changes:  # type: ignore[type-var]
+                    async for _ in changes:
+                        self._look.set()
+        except* GatewayError as errors:
+            raise errors.exceptions[0] from None
+
+    async def _look_again(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SWEEP):
+                    await self._look.wait()
+            self._look.clear()
+            await self.agree()
+            await asyncio.sleep(_REST)  # a burst of changes is looked at together
+
+    async def agree(self) -> None:
+        """Take what others have written, write what they lack, and remove what has expired."""
+        now = time.time()
+        listed = await self._keys.listed(_KIND)
+        there = set[str]()
+        for key, value in listed.items():
+            token, expires = _parsed(value)
+            if expires < now - KEPT:
+                await self._keys.swap(key, value, None)
+                continue
+            there.add(key)
+            if token:
+                try:
+                    await self.heard(token, expires, "cluster")
+                except GatewayError as error:
+                    log.warning("a token that was revoked elsewhere is not refused here: %s", error.message)
+        for token, expires in self._local.standing().items():
+            if expires >= now and _key(token) not in there:
+                await self._write(token, expires)
+
+    async def _record(self, token: str, expires: float) -> bool:
+        try:
+            await self._write(token, expires)
+        except GatewayError as error:
+            log.warning("a revocation is not known to the whole cluster yet: %s", error.message)
+            return False
+        return True
+
+    async def _write(self, token: str, expires: float) -> None:
+        until = time.time() + MAX_TTL if expires == math.inf else expires
+        key, value = _key(token), orjson.dumps({"id": token[:_ID_MAX], "expires": until}).decode()
+        if not await self._keys.swap(key, None, value) and await self._keys.get(key) is None:
+            raise Unavailable("others change it all the time", reason="contended")
+
+
+def _key(token: str) -> str:
+    """Return the key of a token; an id may have any letters."""
+    return _KIND + hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def _parsed(value: str) -> tuple[str, float]:
+    """Return id and `exp` that a value has; one that somebody spoilt is nobody's, and stays."""
+    try:
+        found: Mapping[str, Any] = orjson.loads(value)
+        return str(found["id"]), float(found["expires"])
+    except (ValueError, TypeError, KeyError):
+        return "", math.inf
