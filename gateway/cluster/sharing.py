@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from typing import Final
 
-from gateway.cluster.homes import Homes
+from gateway.cluster.choices import Choices
 from gateway.cluster.member import Membership
 from gateway.cluster.reservations import Reservations
 from gateway.cluster.shared_keys import NO_QUORUM, IncusKeys, SharedKeys
@@ -31,7 +31,7 @@ class Sharing:
     own: str
     keys: SharedKeys
     domains: Reservations
-    homes: Homes
+    choices: Choices
 
 
 @contextlib.asynccontextmanager
@@ -58,7 +58,7 @@ async def sharing(settings: Settings) -> AsyncIterator[Sharing | None]:
                 own=own,
                 keys=keys,
                 domains=Reservations(keys, "domain", own, members),
-                homes=Homes(keys, members, settings.cluster_home_kept),
+                choices=Choices(keys, members, settings.cluster_home_kept),
             )
 
 
