@@ -1,11 +1,33 @@
-"""What the gateways of an Incus cluster's members share."""
+"""A gateway among others: on the members of an Incus cluster."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
 
 class ClusterSettings(BaseModel):
+    peer_listen: str = Field(
+        ":8444",
+        pattern=r"^.*:[0-9]{1,5}$",
+        description="address to listen on for the gateways of other members, if there are any: HOST:PORT; "
+        "without a host at this member's address in the cluster",
+    )
+    advertise: str | None = Field(
+        None, description="URL at which clients reach this member's gateway directly; told as `home`"
+    )
+    placement: Literal["spread", "local"] = Field(
+        "spread",
+        description="member that gets a new tenant: the one with fewest that run (`spread`), or the one that "
+        "is asked (`local`)",
+    )
+    local_member: Path | None = Field(
+        None,
+        description="file of this gateway in a folder by which gateways of the runtime `local` on one "
+        "machine find one another, as if each was a member of a cluster with the file's name",
+    )
     cluster_project: str = Field(
         "gateway-state",
         description="Incus project of the keys that the gateways of a cluster share, and of nothing else",

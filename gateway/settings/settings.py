@@ -29,7 +29,6 @@ from gateway.settings.tools import ToolSettings
 
 # the fields of the last base come first: so they have the order of docs/settings.md
 class Settings(
-    ClusterSettings,
     LifecycleSettings,
     RecordSettings,
     EditorSettings,
@@ -41,6 +40,7 @@ class Settings(
     DeploymentSettings,
     TenantSettings,
     RouteSettings,
+    ClusterSettings,
     ServerSettings,
     BaseSettings,
 ):

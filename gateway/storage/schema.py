@@ -112,6 +112,7 @@ MIGRATIONS: Final = (
     ) STRICT;
     """,
     "ALTER TABLE revoked ADD COLUMN expires REAL;",
+    "CREATE TABLE peers (member TEXT PRIMARY KEY, tenants BLOB NOT NULL) STRICT;",
 )
 
 

@@ -7,6 +7,8 @@ costs a third less of the gateway's CPU so.
 Of a large message the application gets `{"type": "websocket.receive", COMING: SIZE}` as soon as its first
 frame's header is there. Nothing more is read of the client until the application has called `admit`, which is
 in the scope's extension `FLOW`. Each message that follows has its size in bytes under `SIZE`.
+
+The extension `TAKE` has the protocol itself, for who takes its connection over before the handshake's answer.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 PARTS: Final = "gateway.parts"
 FLOW: Final = "gateway.flow"
+TAKE: Final = "gateway.take"
 COMING: Final = "coming"
 SIZE: Final = "size"
 TEXT: Final = "text parts"
@@ -38,6 +41,7 @@ class Lengths:
     """Follows the frames' headers in what a client sends (RFC 6455, 5.2), and nothing else of it."""
 
     def __init__(self, most: int) -> None:
+        self.closed = False  # a close frame has begun: nothing may follow it
         self._most = most
         self._head = b""  # the beginning of a header
         self._left = 0  # bytes of the present frame that are still to come
@@ -66,6 +70,7 @@ class Lengths:
                 length = int.from_bytes(head[2 : 2 + _EXTRA[length]], "big")
             self._left = length
             if kind > 7:
+                self.closed |= kind == 8
                 continue
             if kind:
                 self._message, self._told = 0, False
@@ -74,6 +79,21 @@ class Lengths:
                 self._told = True
                 # the size of a message in several frames is not known before its last
                 yield began, length if last and kind else self._most
+
+    @property
+    def between(self) -> bool:
+        """Whether no frame is on its way."""
+        return not self._left and not self._head
+
+    def finish(self, data: bytes) -> int:
+        """Take in what `data` has of the present frame; return how many bytes that are."""
+        position = 0
+        while position < len(data) and not self.between:
+            step = min(self._left, len(data) - position) or 1
+            for _ in self.feed(data[position : position + step]):
+                pass
+            position += step
+        return position
 
 
 _EXTRA: Final = {126: 2, 127: 8}
@@ -88,13 +108,38 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._sizes: deque[int] = deque()  # of the messages in the queue
         self._asked = 0  # large messages that are not admitted yet
         self._late = 0
+        self._given_up = False
+        self._opening = 0  # bytes of the handshake
         self.received = 0
 
     async def run_asgi(self) -> None:
         self.scope["extensions"][PARTS] = {}
         self.scope["extensions"][FLOW] = {"admit": self.admit, "received": lambda: self.received}
+        self.scope["extensions"][TAKE] = {"protocol": self}
         await super().run_asgi()
-        self.loop.call_later(_LINGER, self._part)
+        if not self._given_up:
+            self.loop.call_later(_LINGER, self._part)
+
+    def hold(self) -> None:
+        """Read nothing until `let_go`, before the answer to the handshake."""
+        if self.received > self._opening:
+            drop(self.transport)  # whoever does not wait for that is no client of ours
+        else:
+            self.transport.pause_reading()
+
+    def let_go(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def give_up(self) -> None:
+        """Say and read nothing any more: another protocol has the connection, and tells of its loss."""
+        self._given_up = self.handshake_complete = True
+
+    def shutdown(self) -> None:
+        if self._given_up:
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def _part(self, before: int | None = None) -> None:
         """Drop a connection that is over if its peer does not take what is left for it."""
@@ -108,6 +153,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.received += len(data)
         if not self.handshake_initiated:  # the head, which uvicorn's HTTP hands over by itself
             super().data_received(data)
+            self._opening = self.received
             return
         if self.close_sent:
             self._late += len(data)

@@ -49,7 +49,17 @@ ONLY: dict[str, set[str]] = {
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings", "bounds"},
     "rootfs": {"errors", "settings", "bounds"},
-    "cluster": {"auth", "bounds", "errors", "hostnames", "incus", "settings", "storage", "tasks"},
+    "cluster": {
+        "auth",
+        "bounds",
+        "errors",
+        "hostnames",
+        "incus",
+        "settings",
+        "storage",
+        "tasks",
+        "transport",
+    },
     "runtime": {
         "errors",
         "settings",

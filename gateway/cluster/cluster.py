@@ -1,0 +1,130 @@
+"""A gateway among the others of its cluster: its peers, its listener for them, and who has which tenant."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from typing import Any, Final
+
+from starlette.types import ASGIApp
+
+from gateway.cluster.homes import Homes
+from gateway.cluster.identity import Identity
+from gateway.cluster.known import Known
+from gateway.cluster.listener import Listener
+from gateway.cluster.own import Own
+from gateway.cluster.peers import Members, Peer, Peers
+from gateway.settings import Settings
+from gateway.storage.store import Store
+from gateway.tasks import begin, lasting
+from gateway.transport.secure import SecureServer
+
+log = logging.getLogger(__name__)
+
+SETTLING: Final = 3.0
+"""Seconds in which peers tell their tenants at the start; longer than a peer may be silent."""
+_BINDING: Final = 0.05  # seconds between two attempts, where the process before still has the port
+_FIND: Final = "find"
+
+
+class Cluster:
+    """This member's gateway among its peers. Make it by `joined`, and open it to them by `open`."""
+
+    def __init__(self, own: str, peers: Peers, settings: Settings) -> None:
+        self.own = own
+        self.peers = peers
+        self.homes: Homes
+        self._tenants: Own | None = None
+        self._settings = settings
+        self._server: SecureServer | None = None
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self,
+        app: ASGIApp,
+        store: Store,
+        tenants: Callable[[], Awaitable[Iterable[Known]]],
+        has: Callable[[Mapping[str, Any]], Awaitable[bool]],
+        facts: Mapping[str, Any],
+    ) -> AsyncIterator[None]:
+        """Tell peers our tenants, and answer the requests that they pass on to `app`.
+
+        `has` says whether we have what a peer looks for. `facts` are told with the tenants.
+        """
+        self.homes = Homes(self.peers, store)
+        await self.homes.recall()
+        self._tenants = tell = Own(tenants, {"member": self.own, **facts})
+        listener = Listener(self.peers, tell, app)
+
+        async def find(_: Peer, what: Mapping[str, Any]) -> Any:
+            return {} if await has(what) else None
+
+        listener.questions[_FIND] = find
+        self._server = SecureServer(
+            listener, self._settings, self.peers.accepting, lambda shown: self.peers.of(shown) is not None
+        )
+        jobs = {
+            "the look at this member's tenants": tell.look,
+            "the record of peers' tenants": self.homes.write,
+            "the listener for peers": self._listen,
+        }
+        tasks = [begin(lasting(name, work)) for name, work in jobs.items()]
+        try:
+            yield
+        finally:
+            await self._server.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def changed(self) -> None:
+        """Look at our tenants again: something happened to one."""
+        if self._tenants is not None:
+            self._tenants.changed()
+
+    def refuse(self) -> None:
+        """Take no more connections of peers, whose next ones are another process's."""
+        if self._server is not None:
+            self._server.refuse()
+
+    async def _listen(self) -> None:
+        """Listen where the settings or the cluster say, and publish that."""
+        assert self._server is not None
+        await self.peers.settle(SETTLING)
+        host, _, port = self._settings.peer_listen.rpartition(":")
+        host = host.strip("[]") or self.peers.host or ""
+        if not host:
+            raise OSError("the address of this member is not known yet; set GATEWAY_PEER_LISTEN to have one")
+        told = False
+        while True:
+            try:
+                found, number = await self._server.listen(host, int(port))
+                break
+            except OSError as error:
+                if not told:
+                    log.info("cannot listen for peers yet: %s", error.strerror)
+                told = True
+                await asyncio.sleep(_BINDING)
+        self.peers.publish(f"[{found}]:{number}" if ":" in found else f"{found}:{number}")
+
+    # --- where a tenant is --------------------------------------------------------------------------
+
+    async def place(self, tenant: str, member: str) -> str:
+        """Return the member that is to get a new tenant: the one that is wanted, or chosen already."""
+        return member
+
+    async def find(self, **what: str) -> Peer | None:
+        """Ask all peers that are there who has a tenant, or a deployment; None if none of them does."""
+        found, _ = await self.peers.ask_all(f"/peer/ask/{_FIND}", what)
+        names = [name for name, answer in found.items() if answer is not None]
+        return self.peers.all.get(names[0]) if names else None
+
+
+@contextlib.asynccontextmanager
+async def joined(own: str, members: Members, settings: Settings) -> AsyncIterator[Cluster]:
+    """Follow the peers of a member of this name."""
+    identity = await asyncio.to_thread(Identity, settings.state_dir)
+    async with Peers(own, members, identity) as peers:
+        yield Cluster(own, peers, settings)

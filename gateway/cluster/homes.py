@@ -1,0 +1,93 @@
+"""Which member is a tenant's home: as the peers tell, and as it was last told of those that are away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import orjson
+
+from gateway.cluster.known import Known, apply
+from gateway.cluster.peers import Peer, Peers
+from gateway.storage.store import Store, StoreFailed
+
+log = logging.getLogger(__name__)
+
+_TOGETHER: Final = 1.0  # seconds in which changes are written together
+
+
+class Homes:
+    """The tenants of all peers. What was known survives this process: a member that is away stays known."""
+
+    def __init__(self, peers: Peers, store: Store) -> None:
+        self.peers = peers
+        self._store = store
+        self._dirty: set[str] = set()
+        self._changed = asyncio.Event()
+
+    async def recall(self) -> None:
+        """Begin with what an earlier process knew of those that have not told it to this one."""
+        for member, tenants in await self._store.read(_all):
+            peer = self.peers.all.setdefault(member, Peer(member))
+            if peer.told.is_set():
+                continue
+            try:
+                apply(orjson.loads(tenants), peer.tenants)
+            except ValueError:
+                log.warning("what was known of %s cannot be read", member)
+        self.peers.changed = self.changed
+
+    def changed(self, peer: Peer) -> None:
+        """Take notice that a peer's tenants are others now."""
+        self._dirty.add(peer.name)
+        self._changed.set()
+
+    async def write(self) -> None:
+        """Write what is to survive this process, forever."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await asyncio.sleep(_TOGETHER)
+            for member in list(self._dirty):
+                self._dirty.discard(member)
+                peer = self.peers.all.get(member)
+                tenants = {} if peer is None else peer.tenants
+                told = orjson.dumps({"tenants": [known.to_dict() for known in tenants.values()]})
+                try:
+                    await self._store.write(lambda database: _put(database, member, told))  # noqa: B023
+                except StoreFailed as error:
+                    log.warning("the tenants of %s are not recorded: %s", member, error.message)
+                    self._dirty.add(member)
+
+    def home(self, tenant: str) -> Peer | None:
+        """Return the peer that has a tenant; None if none is known to. One that is there comes first."""
+        found = [peer for peer in self.peers.all.values() if tenant in peer.tenants]
+        return max(found, key=lambda peer: peer.alive, default=None)
+
+    def at(self, domain: str) -> tuple[Peer, Known] | None:
+        """Return the tenant that serves a domain at a peer, and that peer."""
+        found = ((p, known) for p in self.peers.all.values() for known in p.tenants.values())
+        return next(((peer, known) for peer, known in found if known.domain == domain), None)
+
+    def away(self) -> Iterator[tuple[Peer, Known]]:
+        """Yield the tenants of the peers that are away, unless another peer has them by now."""
+        for peer in self.peers.all.values():
+            if not peer.alive:
+                for known in peer.tenants.values():
+                    if self.home(known.name) is peer:
+                        yield peer, known
+
+    def all(self) -> Mapping[str, str]:
+        """Return the member of each tenant that a peer has."""
+        return {name: peer.name for peer in self.peers.all.values() for name in peer.tenants}
+
+
+def _all(database: sqlite3.Connection) -> list[tuple[str, bytes]]:
+    return database.execute("SELECT member, tenants FROM peers").fetchall()
+
+
+def _put(database: sqlite3.Connection, member: str, tenants: bytes) -> None:
+    database.execute("INSERT OR REPLACE INTO peers VALUES (?, ?)", (member, tenants))

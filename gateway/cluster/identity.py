@@ -1,0 +1,117 @@
+"""The certificate by which a gateway's peers know it, and TLS that trusts no other.
+
+Each gateway makes its own; its peers read it where only Incus's root may write. No authority signs anything:
+a certificate is trusted because it is the very one that was published.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import secrets
+import ssl
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+_FILE: Final = "peer.pem"
+_SLACK: Final = datetime.timedelta(days=7)  # that the clocks of two members may differ
+_LIFE: Final = datetime.timedelta(days=36500)  # it is trusted by being published, and as long as it is
+
+
+class Identity:
+    """A gateway's own certificate: `certificate` as PEM, `fingerprint` as hexadecimal SHA-256.
+
+    Making one blocks: do it in a thread.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read it from a state dir, or make it there. Raises `OSError`."""
+        self._file = folder / _FILE
+        try:
+            self.certificate = _certificate(self._file.read_text())
+        except (FileNotFoundError, ValueError):
+            _write(self._file, *_made())
+            self.certificate = _certificate(self._file.read_text())
+        self.fingerprint = fingerprint(self.certificate)
+
+    def accepting(self) -> ssl.SSLContext:
+        """Return a context for connections of peers, which must show a certificate.
+
+        `trust` adds theirs. Which peer came must still be looked up, by its fingerprint.
+        """
+        return self._context(ssl.PROTOCOL_TLS_SERVER)
+
+    def calling(self, certificate: str) -> ssl.SSLContext:
+        """Return a context for connections to the peer that has this certificate. Raises `ValueError`."""
+        context = self._context(ssl.PROTOCOL_TLS_CLIENT)
+        trust(context, certificate)
+        return context
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False  # an address is no name: the certificate itself is compared
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(self._file)
+        return context
+
+
+def trust(context: ssl.SSLContext, certificate: str) -> None:
+    """Have a context accept a certificate, too. Raises `ValueError` for what is none."""
+    try:
+        context.load_verify_locations(cadata=certificate)
+    except ssl.SSLError as error:
+        raise ValueError(f"not a certificate: {error.reason}") from None
+
+
+def fingerprint(certificate: str | bytes) -> str:
+    """Return the hexadecimal SHA-256 of a certificate, PEM or DER. Raises `ValueError` for what is no PEM."""
+    der = ssl.PEM_cert_to_DER_cert(certificate) if isinstance(certificate, str) else certificate
+    return hashlib.sha256(der).hexdigest()
+
+
+def _made() -> tuple[bytes, bytes]:
+    """Return a new private key and its self-signed certificate, for both ends of a connection."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    # of its own: where several in a store have one name, OpenSSL may compare with the wrong one
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"incus-gateway {secrets.token_hex(8)}")])
+    now = datetime.datetime.now(datetime.UTC)
+    usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SLACK)
+        .not_valid_after(now + _LIFE)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usages, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return private, certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _certificate(text: str) -> str:
+    return text[text.index("-----BEGIN CERTIFICATE-----") :]
+
+
+def _write(file: Path, *parts: bytes) -> None:
+    """Put a file in place whole, for its owner alone."""
+    made = file.with_suffix(".new")
+    made.unlink(missing_ok=True)
+    descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(b"".join(parts))
+        stream.flush()
+        os.fsync(stream.fileno())
+    made.rename(file)

@@ -1,0 +1,80 @@
+"""The tenants of this member, as they are told to the peers that follow them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from typing import Any, Final
+
+from gateway.cluster.known import Known, first, lines
+from gateway.errors import GatewayError
+
+log = logging.getLogger(__name__)
+
+BEAT: Final = 1.0
+"""Seconds after which something is told in any case, so that silence means something."""
+_TOGETHER: Final = 0.02  # seconds in which changes are taken together
+_RESYNC: Final = 10.0  # seconds after which is looked without being asked to
+
+
+class Own:
+    """The tenants of this member. `list` returns them and is asked when `changed` was called.
+
+    `facts` is told with each first line: what peers want to know of this gateway itself.
+    """
+
+    def __init__(self, list: Callable[[], Awaitable[Iterable[Known]]], facts: Mapping[str, Any]) -> None:
+        self.tenants: dict[str, Known] = {}
+        self._list = list
+        self._facts = facts
+        self._asked = asyncio.Event()
+        self._followers: set[asyncio.Event] = set()
+
+    def changed(self) -> None:
+        """Look again, soon: something happened to a tenant."""
+        self._asked.set()
+
+    async def look(self) -> None:
+        """Keep `tenants` as they are, forever."""
+        while True:
+            self._asked.clear()
+            try:
+                found = first(await self._list())
+            except GatewayError as error:
+                log.info("this member's tenants cannot be told now: %s", error.message)
+            else:
+                if found != self.tenants:
+                    self.tenants = found
+                    for wake in self._followers:
+                        wake.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RESYNC):
+                    await self._asked.wait()
+            await asyncio.sleep(_TOGETHER)
+
+    async def follow(self, wake: asyncio.Event) -> AsyncGenerator[dict[str, Any]]:
+        """Yield all tenants, then `{"whole": true}`, then each change; an empty line where nothing happens.
+
+        Who is slow gets the difference to what it was told last, however many changes there were. To set
+        `wake` has the next line come at once.
+        """
+        told: Mapping[str, Known] = {}
+        yield {**self._facts, "v": 1}
+        self._followers.add(wake)
+        try:
+            last: dict[str, Any] = {"whole": True}
+            while True:
+                wake.clear()
+                now = self.tenants
+                for line in lines(told, now):
+                    yield line
+                told = now
+                yield last
+                last = {}
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(BEAT):
+                        await wake.wait()
+        finally:
+            self._followers.discard(wake)

@@ -1,0 +1,323 @@
+"""The gateways of the other members: where each is, whether it is there, and which tenants it has.
+
+```
+membership ──► Peers ──► Peer: one standing request to each, `/peer/watch`, of which a line comes each second
+                          ├ alive, until nothing came for `AWAY` seconds
+                          └ tenants, as its gateway tells them
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+import aiohttp
+import orjson
+
+from gateway.cluster.identity import Identity, fingerprint, trust
+from gateway.cluster.known import Known, apply
+from gateway.cluster.member import PREFIX, Member
+from gateway.errors import GatewayError, Unavailable
+from gateway.tasks import begin
+
+log = logging.getLogger(__name__)
+
+KEY: Final = f"{PREFIX}peer"
+"""Under which a member publishes where its gateway is, and its certificate."""
+AWAY: Final = 3.0
+"""Seconds without a word after which a gateway counts as away."""
+ASKING: Final = 1.0
+"""Seconds that a peer has for an answer that others wait for."""
+
+_CONNECT: Final = 1.0  # seconds
+_PAUSES: Final = (0.1, 1.0)  # seconds, the first and the longest, until a peer is called again
+_LOOK: Final = 10.0  # seconds after which the members are looked at again
+_SOON: Final = 1.0  # seconds after which they are, where a peer does not answer
+_LOOKING: Final = 5.0  # seconds that such a look may take: without a quorum it does not end
+_LINE: Final = 256 << 10  # bytes
+_ANSWER: Final = 1 << 20  # bytes
+_KEEP: Final = 60.0  # seconds that an unused connection to a peer is kept; it keeps ours longer
+
+_FAILED: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
+
+
+class Members(Protocol):
+    """What tells the members and what they publish: `Membership`, or a folder in tests."""
+
+    async def members(self) -> Sequence[Member]: ...
+
+    async def publish(self, config: Mapping[str, str]) -> None: ...
+
+
+class MemberAway(Unavailable):
+    """The tenant's home does not answer."""
+
+    def __init__(self, member: str) -> None:
+        super().__init__(
+            f"the server {member} does not answer; its tenants are back when it is",
+            reason="member_away",
+            location=member,
+        )
+
+
+class Peer:
+    """The gateway of one other member. `tenants` are those that it told, also when it is away."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.address = ""
+        self.fingerprint = ""
+        self.tenants: dict[str, Known] = {}
+        self.told = asyncio.Event()  # all its tenants, by the connection that is open now
+        self.facts: Mapping[str, Any] = {}  # of its gateway
+        self.tls: ssl.SSLContext | None = None
+        self.cut: set[Callable[[], None]] = set()
+        """Called once it is away: what depends on it ends then."""
+        self._heard: float | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether something came of it in the last `AWAY` seconds."""
+        return self._heard is not None
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.address}"
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Return its host and port."""
+        host, _, port = self.address.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def hear(self) -> None:
+        """Count the time of its silence from now on."""
+        loop = asyncio.get_running_loop()
+        self._heard = loop.time()
+        if self._leaving is None:
+            self._leaving = loop.call_later(AWAY, self._look)
+
+    def _look(self) -> None:
+        loop, self._leaving = asyncio.get_running_loop(), None
+        assert self._heard is not None
+        if (until := self._heard + AWAY) > loop.time():
+            self._leaving = loop.call_at(until, self._look)
+            return
+        self.leave()
+
+    def leave(self) -> None:
+        """Take it for away, until something comes of it."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self._heard = self._leaving = None
+        self.told.clear()
+        for end in list(self.cut):
+            end()
+
+
+class Peers:
+    """All peers. Use as an async context manager: they are followed as long as it is open.
+
+    `changed` is called with a peer whose tenants are others now.
+    """
+
+    def __init__(self, own: str, members: Members, identity: Identity) -> None:
+        self.own = own
+        self.host: str | None = None
+        """Where our own member is reached, once that is known."""
+        self.all: dict[str, Peer] = {}
+        self.accepting = identity.accepting()
+        self.changed: Callable[[Peer], None] = lambda _: None
+        self._members = members
+        self._identity = identity
+        self._following: dict[str, asyncio.Task[None]] = {}
+        self._look = asyncio.Event()
+        self._published: str | None = None
+        self._known = asyncio.Event()  # the members were read
+        self._looking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP, use_dns_cache=False),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            read_bufsize=_LINE,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        )
+        self._looking = begin(self._look_on())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [*self._following.values(), *([self._looking] if self._looking else ())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.session.close()
+
+    def publish(self, address: str) -> None:
+        """Have our member publish where this gateway listens for peers, HOST:PORT."""
+        said = {"address": address, "certificate": self._identity.certificate}
+        self._published = orjson.dumps(said).decode()
+        self._look.set()
+
+    async def settle(self, seconds: float) -> None:
+        """Return once each peer has told its tenants; after `seconds` in any case."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._known.wait()
+                for peer in list(self.all.values()):
+                    await peer.told.wait()
+
+    def of(self, certificate: bytes) -> Peer | None:
+        """Return the peer that has this certificate, as DER; None if none has."""
+        shown = fingerprint(certificate)
+        return next((peer for peer in self.all.values() if peer.fingerprint == shown), None)
+
+    # --- who there is -------------------------------------------------------------------------------
+
+    async def _look_on(self) -> None:
+        while True:
+            self._look.clear()
+            try:
+                async with asyncio.timeout(_LOOKING):
+                    if self._published is not None:
+                        await self._members.publish({KEY: self._published})
+                        self._published = None
+                    self._take(await self._members.members())
+            except (GatewayError, TimeoutError, OSError) as error:
+                log.info("the members of the cluster cannot be read now: %s", error or "no answer")
+            except Exception:  # incusd's own errors; what is known stays
+                log.warning("the members of the cluster cannot be read now", exc_info=True)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK):
+                    await self._look.wait()
+            await asyncio.sleep(_SOON)
+
+    def _take(self, members: Sequence[Member]) -> None:
+        """Follow the members that there are now, where they are now."""
+        found = {member.name: member for member in members if member.name != self.own}
+        self.host = next((member.host for member in members if member.name == self.own), None)
+        for name in self.all.keys() - found.keys():
+            log.info("%s is no member any more", name)
+            if name in self._following:
+                self._following.pop(name).cancel()
+            peer = self.all.pop(name)
+            peer.leave()
+            peer.tenants = {}
+            self.changed(peer)
+        for name, member in found.items():
+            peer = self.all.get(name) or self.all.setdefault(name, Peer(name))
+            try:
+                address, certificate = _published(member.config.get(KEY, ""))
+                shown = fingerprint(certificate)
+                if (address, shown) != (peer.address, peer.fingerprint):
+                    trust(self.accepting, certificate)
+                    peer.tls = self._identity.calling(certificate)
+                    peer.address, peer.fingerprint = address, shown
+            except ValueError:
+                continue  # its gateway has not come up yet
+        for name in self.all.keys() - self._following.keys():
+            self._following[name] = begin(self._follow(self.all[name]))
+        self._known.set()
+
+    # --- what they tell -----------------------------------------------------------------------------
+
+    async def _follow(self, peer: Peer) -> None:
+        pause, longest = _PAUSES
+        while True:
+            try:
+                if peer.address:
+                    await self._listen(peer)
+            except _FAILED as error:
+                log.debug("%s is not heard: %r", peer.name, error)
+            if peer.told.is_set():
+                pause = _PAUSES[0]
+                log.info("the connection to %s broke off", peer.name)
+            peer.told.clear()
+            self._look.set()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
+
+    async def _listen(self, peer: Peer) -> None:
+        """Take in what a peer tells until the connection ends. Raises one of `_FAILED`."""
+        assert peer.tls is not None
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=AWAY)
+        tenants: dict[str, Known] = {}
+        async with self.session.get(f"{peer.url}/peer/watch", ssl=peer.tls, timeout=patience) as answer:
+            if answer.status != 200:
+                raise ValueError(f"{peer.name} answered {answer.status}")
+            async for text in answer.content:
+                line = orjson.loads(text)
+                if not isinstance(line, dict):
+                    raise ValueError("not a line of a peer")
+                peer.hear()
+                if "v" in line:
+                    peer.facts = line
+                changed = apply(line, tenants)
+                if line.get("whole"):
+                    peer.told.set()
+                    changed = True
+                if changed and peer.told.is_set():
+                    peer.tenants = dict(tenants)
+                    self.changed(peer)
+
+    # --- what they are asked ------------------------------------------------------------------------
+
+    async def ask(self, peer: Peer, path: str, body: Any = None, patience: float = ASKING) -> Any:
+        """Return what a peer answers as JSON, None where it has none of it.
+
+        With a body it is a POST. Raises `MemberAway` where no answer comes in time.
+        """
+        if not peer.alive or peer.tls is None:
+            raise MemberAway(peer.name)
+        method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
+        try:
+            async with asyncio.timeout(patience):
+                async with self.session.request(method, peer.url + path, ssl=peer.tls, data=data) as answer:
+                    if answer.status == 404:
+                        return None
+                    if answer.status != 200:
+                        raise ValueError(f"{peer.name} answered {answer.status}")
+                    text = await answer.content.read(_ANSWER)
+                    while len(text) < _ANSWER and (more := await answer.content.read(_ANSWER - len(text))):
+                        text += more
+                    return orjson.loads(text)
+        except _FAILED as error:
+            log.info("%s did not answer %s: %r", peer.name, path.partition("?")[0], error)
+            raise MemberAway(peer.name) from error
+
+    async def ask_all(
+        self, path: str, body: Any = None, patience: float = ASKING
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Ask all peers at once; return what each answered, and the names of those that did not."""
+        found: dict[str, Any] = {}
+        silent: list[str] = []
+
+        async def one(peer: Peer) -> None:
+            try:
+                found[peer.name] = await self.ask(peer, path, body, patience)
+            except MemberAway:
+                silent.append(peer.name)
+
+        await asyncio.gather(*map(one, list(self.all.values())))
+        return found, sorted(silent)
+
+
+def _published(text: str) -> tuple[str, str]:
+    """Return the address and the certificate that a member publishes. Raises `ValueError`."""
+    match orjson.loads(text):
+        case {"address": str(address), "certificate": str(certificate)}:
+            host, _, port = address.rpartition(":")
+            if host and port.isdecimal():
+                return address, certificate
+    raise ValueError("not the address of a gateway")

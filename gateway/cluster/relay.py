@@ -1,0 +1,293 @@
+"""Passes one HTTP request on to the gateway of another member, and its answer back.
+
+Both bodies are streamed at the slower end's pace. What goes wrong on the way looks to the client as if it had
+asked the tenant's home itself: a connection that breaks there breaks here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
+from urllib.parse import quote
+
+import aiohttp
+import orjson
+from multidict import CIMultiDict
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+from yarl import URL
+
+from gateway.bounds import Flood, first
+from gateway.cluster.peers import ASKING, MemberAway, Peer, Peers
+from gateway.tasks import begin
+from gateway.transport.http1 import ABORT
+from gateway.transport.tunnel import CLOSED, tcp_state
+
+log = logging.getLogger(__name__)
+
+RELAYED: Final = "x-gateway-relayed"
+"""Header of a request that a peer passes on: what its client's connection was. Nobody else may send it."""
+NOT_HOME: Final = "x-gateway-not-home"
+"""Header of the answer 421 of a peer that does not have the tenant either."""
+
+_OF_A_HOP: Final = frozenset(
+    (
+        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("expect", "x-forwarded-for", RELAYED),
+    )
+)
+_PATIENCE: Final = 3.0  # seconds in which a peer that lives accepts a connection, also across its restart
+_PAUSE: Final = 0.05
+_LOOK: Final = 1.0
+_MERGED: Final = 8 << 20  # bytes of one peer's part of a list
+_KEPT: Final = 64 << 10  # bytes of a body that can be sent once more, to another peer
+
+
+class NotHome(Exception):
+    """The peer does not have the tenant. Nothing was done, and the request can be made elsewhere."""
+
+
+class Body:
+    """A request's body. It can be sent again, to another peer, as long as no more than its beginning was."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        headers = Headers(scope=scope)
+        self.empty = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        self.lost = False  # more came than is kept
+        self._receive = receive
+        self._kept: list[bytes] = []
+        self._size = 0  # parts that came
+        self._turn = asyncio.Lock()
+        self._over = asyncio.Event()
+        if self.empty:
+            self._over.set()
+
+    def parts(self) -> AsyncIterator[bytes] | None:
+        """Return the body from its beginning, None if there is none; of `lost` nothing comes twice."""
+        return None if self.empty else self._parts()
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        place = 0
+        while True:
+            async with self._turn:  # one that was given up may still wait for the next part
+                if place < len(self._kept):
+                    part = self._kept[place]
+                elif place < self._size:
+                    raise ConnectionResetError("the beginning of the body is gone")
+                elif self._over.is_set():
+                    return
+                else:
+                    part = await self._next()
+                place += 1
+            if part:
+                yield part
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionResetError("the client went away")
+        part: bytes = message.get("body", b"")
+        self._size += 1
+        self.lost = self.lost or sum(map(len, self._kept)) + len(part) > _KEPT
+        if not self.lost:
+            self._kept.append(part)
+        if not message.get("more_body", False):
+            self._over.set()
+        return part
+
+    async def left(self) -> None:
+        """Return when the client has gone. While its body comes, whoever sends that finds out."""
+        await self._over.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+async def relay(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    peers: Peers,
+    peer: Peer,
+    *,
+    body: Body,
+    client: str,
+    patience: float,
+) -> None:
+    """Have a peer answer a request. `client` is what `client_of` returns.
+
+    A client that takes nothing of the answer for `patience` seconds is cut off. Raises `MemberAway` and
+    `NotHome` where nothing has happened yet.
+    """
+    working = begin(_relay(scope, send, peers, peer, body, client, patience))
+    leaving = begin(body.left())
+    ended = asyncio.get_running_loop().create_future()
+
+    def cut() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    peer.cut.add(cut)
+    try:
+        waiting: list[asyncio.Future[Any]] = [working, leaving, ended]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            if ended.done():
+                await _break(scope, receive)
+            return
+        if not await working:
+            await _break(scope, receive)
+    finally:
+        peer.cut.discard(cut)
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _relay(
+    scope: Scope, send: Send, peers: Peers, peer: Peer, body: Body, client: str, patience: float
+) -> bool:
+    """Return whether the answer was passed on whole."""
+    answer = await _answer(scope, peers, peer, body, client)
+    if answer is None:
+        return False
+    try:
+        if answer.status == 421 and NOT_HOME in answer.headers:
+            raise NotHome
+        kept = [(name.lower(), value) for name, value in answer.raw_headers]
+        headers = [pair for pair in kept if pair[0].decode("latin-1") not in _OF_A_HOP]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        async for part in answer.content.iter_any():
+            await _pass(send, part, answer, patience)
+        await _pass(send, b"", answer, patience)
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        log.info("an answer of %s broke off: %r", peer.name, error)
+        return False
+    finally:
+        answer.release()
+    return True
+
+
+async def _pass(send: Send, part: bytes, answer: aiohttp.ClientResponse, patience: float) -> None:
+    """Hand the client a part of the answer, empty for its end. Raises `TimeoutError` if it takes nothing.
+
+    Meanwhile nothing is read of the peer, which may have cut off a client that takes nothing sooner.
+    """
+    message: Message = {"type": "http.response.body", "body": part, "more_body": bool(part)}
+    loop = asyncio.get_running_loop()
+    until = loop.time() + patience
+    while True:
+        try:
+            async with asyncio.timeout(_LOOK):
+                await send(message)  # which writes all of it, once there is room for any
+        except TimeoutError:
+            connection = answer.connection
+            if loop.time() > until or (connection and tcp_state(connection.transport) == CLOSED):
+                raise
+        else:
+            return
+
+
+async def _answer(
+    scope: Scope, peers: Peers, peer: Peer, body: Body, client: str
+) -> aiohttp.ClientResponse | None:
+    """Return the peer's answer, None where it hung up instead. Raises `MemberAway`."""
+    expects = Headers(scope=scope).get("expect", "").lower() == "100-continue"
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _PATIENCE
+    while True:
+        if not peer.alive or peer.tls is None:
+            raise MemberAway(peer.name)
+        try:
+            return await peers.session.request(
+                scope["method"],
+                _url(scope, peer),
+                headers=CIMultiDict(passed_on(scope, client)),
+                data=body.parts(),
+                ssl=peer.tls,
+                expect100=expects and not body.empty,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            # nothing was sent: it may be about to start again
+            if loop.time() > until:
+                raise MemberAway(peer.name) from error
+            await asyncio.sleep(_PAUSE)
+        except (aiohttp.ClientError, OSError) as error:
+            log.info("%s did not answer a request: %r", peer.name, error)
+            return None
+
+
+async def _break(scope: Scope, receive: Receive) -> None:
+    """Cut the client off, as the home would have been."""
+    scope.get("state", {}).get(ABORT, lambda: None)()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+
+async def ask_same(scope: Scope, peers: Peers, client: str) -> tuple[list[Any], list[str]]:
+    """Ask all peers what a client asks, a GET; return their answers as JSON, and who gave none in time.
+
+    A refusal is no answer.
+    """
+    found: list[Any] = []
+    silent: list[str] = []
+
+    async def one(peer: Peer) -> None:
+        try:
+            async with asyncio.timeout(ASKING):
+                if not peer.alive or peer.tls is None:
+                    raise MemberAway(peer.name)
+                url, headers = _url(scope, peer), CIMultiDict(passed_on(scope, client))
+                async with peers.session.get(url, headers=headers, ssl=peer.tls) as answer:
+                    text = await first(answer.content.readany, _MERGED, most=_MERGED)
+                    if answer.status != 200:
+                        raise ValueError(f"it answered {answer.status}")
+                found.append(orjson.loads(text))
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, MemberAway, Flood) as error:
+            log.info("%s did not answer %s: %r", peer.name, scope["path"], error)
+            silent.append(peer.name)
+
+    await asyncio.gather(*map(one, list(peers.all.values())))
+    return found, sorted(silent)
+
+
+# --- the head -----------------------------------------------------------------------------------------
+
+
+def _url(scope: Scope, peer: Peer) -> URL:
+    query = scope["query_string"].decode("latin-1")
+    path = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
+    return URL(peer.url + path, encoded=True)
+
+
+def passed_on(scope: Scope, client: str) -> Iterable[tuple[str, str]]:
+    """Yield the headers of a request as its peer gets them, with the word about its client."""
+    for name, value in scope["headers"]:
+        text = name.decode("latin-1").lower()
+        if text not in _OF_A_HOP:
+            yield text, value.decode("utf-8", "surrogateescape")
+    yield RELAYED, client
+
+
+def client_of(scope: Scope, address: str) -> str:
+    """Return what a peer is to know of a request's client: the scheme that it asked by, and its address."""
+    return f"{scope['scheme']} {quote(address, safe=':./')}"
+
+
+def as_client(scope: Scope, told: str) -> Scope:
+    """Return the scope of a request that a peer passes on, as if its client had come here."""
+    scheme, _, address = told.partition(" ")
+    return {
+        **scope,
+        "scheme": scheme if scheme in ("http", "https", "ws", "wss") else scope["scheme"],
+        "client": (address, 0) if address else None,
+        "server": None,
+        "headers": [(name, value) for name, value in scope["headers"] if name != RELAYED.encode()],
+    }
