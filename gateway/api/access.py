@@ -147,8 +147,13 @@ async def raw_body(request: Request, token: Token) -> bytes:
 async def optional_json(request: Request, token: Token) -> Any:
     """Return the JSON body, `{}` if there is none. Raises `InvalidParams`."""
     text = await raw_body(request, token)
+    return parsed(text) if text else {}
+
+
+def parsed(text: bytes) -> Any:
+    """Return JSON that was weighed. Raises `InvalidParams`."""
     try:
-        return orjson.loads(text) if text else {}
+        return orjson.loads(text)
     except ValueError:
         raise InvalidParams("the body is not JSON") from None
 

@@ -63,9 +63,10 @@ class HistoryQuery(Query):
 
 
 class AuditQuery(Query):
-    """`before` is the id of an entry; older ones are returned."""
+    """`before` is the id of an entry; older ones are returned. In a cluster it is one of `member`."""
 
     tenant: str | None = None
+    member: str | None = None
     limit: Annotated[int, Field(ge=1, le=1000), BeforeValidator(_number)] = 100
     before: Number | None = None
 
@@ -196,6 +197,7 @@ class Tenant(TypedDict):
     created: str | None
     limits: dict[str, Any]
     location: str | None
+    reason: NotRequired[Literal["member_away"]]
 
 
 class TenantShown(Tenant):
@@ -203,10 +205,14 @@ class TenantShown(Tenant):
 
 
 class Tenants(TypedDict):
-    """If there are more tenants, send `next` as `after` to get them."""
+    """If there are more tenants, send `next` as `after` to get them.
+
+    `unanswered` are the members of a cluster that gave no answer.
+    """
 
     tenants: list[Tenant]
     next: NotRequired[str]
+    unanswered: NotRequired[list[str]]
 
 
 class Site(TypedDict):
@@ -300,7 +306,10 @@ class Deployment(DeploymentBegun):
 
 
 class Deployments(TypedDict):
+    """`unanswered` are the members of a cluster that said nothing."""
+
     deployments: list[Deployment]
+    unanswered: NotRequired[list[str]]
 
 
 class Kept(TypedDict):
@@ -342,7 +351,11 @@ class AuditEntry(TypedDict):
     action: str
     tenant: str | None
     facts: dict[str, Any]
+    member: NotRequired[str]
 
 
 class Audit(TypedDict):
+    """`unanswered` are the members of a cluster that said nothing."""
+
     entries: list[AuditEntry]
+    unanswered: NotRequired[list[str]]

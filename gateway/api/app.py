@@ -13,10 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway import __version__
-from gateway.api import background
+from gateway.api import background, clustered
 from gateway.api.http import RETRY_AFTER_MS, for_own_hosts, problem_handler, with_request_id
 from gateway.api.routes import ROUTES
 from gateway.api.services import Prepared, Services, opened, prepared
+from gateway.cluster.cluster import SETTLING
 from gateway.errors import GatewayError, Unavailable
 from gateway.protocol import CloseCode
 from gateway.settings import Settings
@@ -54,7 +55,9 @@ class Gateway:
                 Exception: problem_handler,
             },
         )
-        self.app = with_request_id(for_own_hosts(app, settings), settings.body_timeout)
+        relaying = clustered.relaying(app, lambda: self._services)
+        self.app = with_request_id(for_own_hosts(relaying, settings), settings.body_timeout)
+        self._relayed = with_request_id(relaying, settings.body_timeout)  # by peers, who asked for the host
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -63,6 +66,7 @@ class Gateway:
         async with (
             opened(self._settings, self.store, self._ready) as services,
             background.running(services) as self._background,
+            clustered.opened(services, self.store, self._relayed),
         ):
             app.state.services = self._services = services
             facts = {"version": __version__, "runtime": self._settings.runtime}
@@ -84,6 +88,8 @@ class Gateway:
         async with prepared(self._settings) as ready:
             await ready.runtime.prepare(tenants)
             await ready.workers.broker.prepare()
+            if ready.cluster is not None:
+                await ready.cluster.peers.settle(SETTLING)
             self._ready = ready
             yield
 
@@ -163,6 +169,7 @@ async def _drain(services: Services, *, leaving: bool) -> None:
     services.site_logs.end()
     for connection in list(services.connections):
         connection.close(CloseCode.DRAINING, "draining")
+    clustered.leave(services, RETRY_AFTER_MS, "draining")
     services.bus.close()
 
 
@@ -182,6 +189,7 @@ async def _hand_over(services: Services, background: background.Background, stor
     services.site_logs.end()
     for connection in list(services.connections):
         connection.close(CloseCode.DRAINING, "another process takes over")
+    clustered.leave(services, _NEXT_MS, "another process takes over")
     background.cancel()
     await asyncio.sleep(0)  # announcements go out first, and the background stops
     services.bus.close()

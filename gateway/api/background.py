@@ -102,6 +102,7 @@ class Background:
         ]
         if services.pressure is not None:
             notices.append(services.pressure.noticed)
+        cluster = services.cluster
         swept = False
         async for event in services.names.watch(services.runtime):
             self._seen.set()
@@ -115,6 +116,8 @@ class Background:
                 self._unbound.add(event.tenant)
                 self._started.set()
             facts = services.idle.explained(services.lifecycle.explained(event))
+            if cluster is not None:
+                cluster.changed()
             for notice in notices:
                 with apart(f"taking notice of {event.type} of {event.tenant}"):
                     notice(event)

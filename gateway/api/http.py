@@ -48,10 +48,12 @@ RETRY_AFTER_MS: Final = 2000
 USES: Final = "gateway.uses"
 # likewise: the client's share, once it is known
 SHARE: Final = "gateway.share"
+# likewise: the request's id
+REQUEST_ID: Final = "gateway.request_id"
 _SLICE: Final = 256 << 10  # bytes of an answer sent at a time
 _WEIGHING: Final = 30.0  # seconds to check the contents of a large body; the largest takes a moment
 _BY_CADDY: Final = ("/v1/wake", "/v1/preview")
-_REQUEST_ID: Final = "x-request-id"
+_ID_HEADER: Final = "x-request-id"
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
@@ -328,12 +330,13 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get(_REQUEST_ID, "")
+        asked = Headers(scope=scope).get(_ID_HEADER, "")
         request_id = asked if 0 < len(asked) <= 128 and asked.isprintable() else secrets.token_hex(8)
+        scope[REQUEST_ID] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+                MutableHeaders(scope=message)[_ID_HEADER] = request_id
             elif len(message.get("body", b"")) > _SLICE and not message.get("more_body"):
                 await send_parts(scope, message, send)
                 return

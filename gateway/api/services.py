@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import HTTPConnection
 
@@ -19,17 +21,23 @@ from gateway.auth import tokens
 from gateway.auth.grants import Grants
 from gateway.auth.revocations import Revocations
 from gateway.caddy import Caddy
+from gateway.cluster.cluster import Cluster, joined
 from gateway.cluster.common_secret import common_secret
+from gateway.cluster.folder import FolderMembers
+from gateway.cluster.member import Membership
+from gateway.cluster.peers import MemberAway, Members
 from gateway.cluster.revoking import Revoking
 from gateway.cluster.sharing import Sharing, sharing
 from gateway.deployments import Deployments, Hangs, Health
 from gateway.deployments.publishing import Sources
+from gateway.errors import Unavailable
 from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
 from gateway.history import History
 from gateway.holder.holder import Holder
 from gateway.idempotency import Idempotency
+from gateway.incus import IncusError
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
@@ -50,6 +58,11 @@ from gateway.shells import Shells
 from gateway.storage.store import Store
 from gateway.tools.folders import Folders
 from gateway.tools.toolbox import Toolbox
+from gateway.transport.tunnel import Near
+
+log = logging.getLogger(__name__)
+
+_LOOK: Final = 5.0  # seconds until it is known whether incusd is in a cluster
 
 
 @dataclass(kw_only=True)
@@ -57,7 +70,7 @@ class Services(Hub):
     """Everything that lives as long as the gateway. Websockets see the part in `Hub`.
 
     `secret` signs tokens. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
-    `shared` and `revoking` are if there is no cluster.
+    `shared`, `revoking` and `cluster` are if there is no cluster.
     """
 
     secret: str = field(repr=False)
@@ -81,7 +94,16 @@ class Services(Hub):
     leave_ready: Callable[[], None]  # leaves what is ready for new tenants to the next process
     sites: Sites
     previews: Previews
+    cluster: Cluster | None
+    tunnels: set[Near] = field(default_factory=set)  # websockets of other members' tenants
     draining: bool = False
+
+    def elsewhere(self, tenant: str) -> None:
+        peer = None if self.cluster is None else self.cluster.homes.home(tenant)
+        if peer is not None and not peer.alive:
+            raise MemberAway(peer.name)
+        if peer is not None:
+            raise Unavailable(f"tenant {tenant} is another member's; connect again", reason="elsewhere")
 
 
 def services(asked: HTTPConnection) -> Services:
@@ -97,6 +119,7 @@ class Prepared:
     runtime: IncusRuntime | LocalRuntime
     workers: Workers
     removals: _Removals
+    cluster: Cluster | None
 
 
 @contextlib.asynccontextmanager
@@ -111,7 +134,9 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
             else LocalRuntime(settings, removals.note)
         )
         workers = await enter(Workers(settings, tenants=runtime.tenants))
-        yield Prepared(runtime=runtime, workers=workers, removals=removals)
+        own, members = await _membership(settings, runtime)
+        cluster = await enter(joined(own, members, settings)) if own else None
+        yield Prepared(runtime=runtime, workers=workers, removals=removals, cluster=cluster)
 
 
 @contextlib.asynccontextmanager
@@ -241,6 +266,8 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             leave_ready=sites.copies.leave,
             sites=sites,
             previews=Previews(caddy, secret, settings.max_previews),
+            cluster=ready.cluster,
+            home=None if (here := ready.cluster) is None else {"member": here.own, "url": settings.advertise},
         )
 
 
@@ -254,6 +281,20 @@ async def _secret(settings: Settings, shared: Sharing | None) -> str:
 
 async def _nobody() -> None:
     """Ask no other gateway for the secret."""
+
+
+async def _membership(settings: Settings, runtime: IncusRuntime | LocalRuntime) -> tuple[str, Members]:
+    """Return the name of this gateway's member, empty without a cluster, and what tells the members."""
+    if isinstance(runtime, LocalRuntime):
+        file = settings.local_member
+        return ("" if file is None else file.name), FolderMembers(file or settings.state_dir)
+    own = ""
+    try:
+        async with asyncio.timeout(_LOOK):
+            own = await runtime.incus.member()
+    except (IncusError, TimeoutError):
+        log.warning("incusd does not answer: this gateway serves without a cluster until it is restarted")
+    return own, Membership(runtime.incus)
 
 
 class _Removals:

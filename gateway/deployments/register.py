@@ -26,7 +26,7 @@ from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
-_LISTED: Final = 100
+LISTED: Final = 100
 
 
 @dataclass(slots=True)
@@ -103,7 +103,7 @@ class Register:
 
     async def recent(self, coverage: Iterable[str] | None) -> list[Record]:
         """Return the newest deployments of these tenants, None for all."""
-        found = await self._store.read(lambda connection: records.recent(connection, coverage, _LISTED))
+        found = await self._store.read(lambda connection: records.recent(connection, coverage, LISTED))
         newer = self._unwritten | {identity: running.record for identity, running in self.running.items()}
         return [newer.get(record.id, record) for record in found]
 

@@ -35,8 +35,18 @@ class Limits(TypedDict):
     maxArgument: int
 
 
+class Home(TypedDict):
+    """The member of a cluster that has the tenant; `url` is null where it has no address for clients."""
+
+    member: str
+    url: str | None
+
+
 class Initialized(TypedDict):
-    """What the gateway is, and what the token allows; `expires` in seconds since the epoch."""
+    """What the gateway is, and what the token allows; `expires` in seconds since the epoch.
+
+    `home` is there in a cluster alone.
+    """
 
     server: Server
     protocol: int
@@ -45,6 +55,7 @@ class Initialized(TypedDict):
     user: str
     scopes: list[str]
     expires: float
+    home: NotRequired[Home]
     limits: Limits
 
 

@@ -47,7 +47,8 @@ class LocalRuntime:
         self._settings = settings
         self.removed = removed
         self._home = settings.state_dir / "tenants"
-        self._tenants = LocalTenants(self._home)
+        member = "local" if settings.local_member is None else settings.local_member.name
+        self._tenants = LocalTenants(self._home, member)
         self._real_home = os.path.realpath(self._home)  # as commands see it
         self.tenants: Mapping[str, Any] = Folders(self._real_home, "root").to_dict()
         self._running: dict[str, set[LocalProcess]] = {}

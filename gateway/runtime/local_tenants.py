@@ -25,8 +25,10 @@ from gateway.runtime import Snapshot, Tenant
 class LocalTenants:
     """The tenants in one folder. Unknown names raise `NotFound`."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, member: str) -> None:
+        """`member` is the server that they are on."""
         self.home = home
+        self._member = member
 
     def list(self) -> list[Tenant]:
         return [
@@ -44,7 +46,7 @@ class LocalTenants:
             port=record.get("port"),
             created=record.get("created"),
             instance=record.get("instance"),
-            location="local",
+            location=self._member,
             asleep=record.get("asleep", False),
             idle_stop=record.get("idle_stop"),
         )

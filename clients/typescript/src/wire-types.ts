@@ -287,6 +287,12 @@ export type HistoryTurn = {
   readonly turn: string;
 };
 
+/** The member of a cluster that has the tenant; `url` is null where it has no address for clients. */
+export type Home = {
+  readonly member: string;
+  readonly url: string | null;
+};
+
 /** `data` is base64. */
 export type Image = {
   readonly type: "image";
@@ -301,7 +307,7 @@ export type Initialize = {
   readonly readBeforeWrite?: boolean | undefined;
 };
 
-/** What the gateway is, and what the token allows; `expires` in seconds since the epoch. */
+/** What the gateway is, and what the token allows; `expires` in seconds since the epoch. `home` is there in a cluster alone. */
 export type Initialized = {
   readonly server: Server;
   readonly protocol: number;
@@ -310,6 +316,7 @@ export type Initialized = {
   readonly user: string;
   readonly scopes: readonly string[];
   readonly expires: number;
+  readonly home?: Home | undefined;
   readonly limits: Limits;
 };
 

@@ -12,6 +12,6 @@ names in this module.
 """
 
 from gateway.api.connection.connection import Connection
-from gateway.api.connection.peer import CLOSE_CODES, Hub, Peer
+from gateway.api.connection.peer import Hub, Peer, close_code
 
-__all__ = ["CLOSE_CODES", "Connection", "Hub", "Peer"]
+__all__ = ["Connection", "Hub", "Peer", "close_code"]

@@ -36,7 +36,7 @@ from gateway.tools.toolbox import Toolbox, ToolSession
 
 log = logging.getLogger(__name__)
 
-CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
+_CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
     Unauthorized: CloseCode.UNAUTHORIZED,
     Forbidden: CloseCode.FORBIDDEN,
     NotFound: CloseCode.UNKNOWN_TENANT,
@@ -63,6 +63,16 @@ class Hub:
     verify: Callable[[str | None], Token]
     grants: Grants
     connections: set[Peer] = field(default_factory=set)
+    home: Mapping[str, Any] | None = None
+    """Of a cluster's member: what `initialize` tells of it."""
+
+    def elsewhere(self, tenant: str) -> None:
+        """Raise `Unavailable` if another member of the cluster has a tenant that this one does not have."""
+
+
+def close_code(error: GatewayError) -> int:
+    """Return the code with which an error closes a websocket."""
+    return next((code for kind, code in _CLOSE_CODES.items() if isinstance(error, kind)), 1011)
 
 
 class Peer:

@@ -10,7 +10,7 @@ from typing import Any
 from gateway import protocol
 from gateway.api.connection.client_socket import ClientSocket
 from gateway.api.connection.family import Method
-from gateway.api.connection.peer import CLOSE_CODES, Peer
+from gateway.api.connection.peer import Peer, close_code
 from gateway.errors import Cancelled, GatewayError, RateLimited
 from gateway.limits.budget import REQUEST, RETRY_AFTER, Lease, Turns
 from gateway.protocol import RequestId, ServerWire
@@ -103,7 +103,7 @@ class Requests:
                 await self._socket.send_answer(reply)
             self._wire.sent(request_id)
             if decided is not None:
-                self._socket.close(CLOSE_CODES.get(type(decided), 1011), decided.message)
+                self._socket.close(close_code(decided), decided.message)
         finally:
             lease.end()
             self._turns.leave(turn)

@@ -41,7 +41,11 @@ class SessionMethods(Family):
         peer.go_by(token)  # it may end during a wait below
         if not token.covers(self._tenant):
             raise NotFound(f"no tenant {self._tenant}")
-        await hub.runtime.get(self._tenant)
+        try:
+            await hub.runtime.get(self._tenant)
+        except NotFound:
+            hub.elsewhere(self._tenant)
+            raise
         self._using.enter_context(hub.idle.using(self._tenant))
         await hub.idle.awake(self._tenant)
         peer.become(token)
@@ -60,6 +64,7 @@ class SessionMethods(Family):
                 "user": settings.workspace_user,
                 "scopes": sorted(token.scopes),
                 "expires": token.expires,
+                **({} if hub.home is None else {"home": hub.home}),
                 "limits": {
                     "maxFrame": settings.max_frame,
                     "maxRequests": settings.max_requests,

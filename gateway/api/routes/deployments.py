@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from operator import itemgetter
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.api.access import (
+    as_declared,
     check_serving,
     for_tenant,
     idempotency_key,
+    parsed,
     queried,
+    raw_body,
     using_tenant,
     validated,
     with_token,
@@ -27,11 +31,14 @@ from gateway.api.answers import (
     TenantDeployments,
 )
 from gateway.api.http import as_json
+from gateway.api.merging import elsewhere
 from gateway.api.operation import Operation
+from gateway.api.placing import Passed, placed
 from gateway.api.services import services
 from gateway.auth.tokens import Token
 from gateway.deployments import Record
 from gateway.deployments import http as deploying
+from gateway.deployments.register import LISTED
 from gateway.deployments.request import Change, Rollback, Variables
 from gateway.errors import InvalidParams, NotFound
 from gateway.hostnames import normalized, tenant_name
@@ -51,8 +58,12 @@ async def deploy(request: Request) -> Response:
     """
     token = with_token(request, "deploy")
     check_serving(request)
-    body = await validated(request, token, deploying.DeployBody)
+    text = await raw_body(request, token)
+    body = as_declared(request, deploying.DeployBody, parsed(text))
     key = idempotency_key(request)
+    tenant = body.tenant or tenant_name(normalized(body.domain))
+    if token.covers(tenant) and (peer := await placed(request, tenant)) is not None:
+        return Passed(request, peer, text)
     wanted = await asyncio.to_thread(body.request)
     record, new = await services(request).deployments.begin(wanted, token, key=key)
     return _begun(record, new=new)
@@ -141,10 +152,12 @@ async def history(request: Request) -> Response:
 async def index(request: Request) -> Response:
     """Return the newest deployments of the tenants that the token covers."""
     gateway, token = services(request), with_token(request, "deploy")
-    found = await gateway.deployments.recent(token.coverage)
+    found, others = await asyncio.gather(gateway.deployments.recent(token.coverage), elsewhere(request))
     if token.coverage is not None:
         found = [one for one in found if gateway.names.is_present(one.tenant, one.created)]
-    return as_json({"deployments": [record.to_dict() for record in found]})
+    merged = [*(record.to_dict() for record in found), *others.entries("deployments")]
+    merged.sort(key=itemgetter("created"), reverse=True)
+    return as_json({"deployments": merged[:LISTED], **others.told})
 
 
 async def show(request: Request) -> Response:

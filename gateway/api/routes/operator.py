@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
+from operator import itemgetter
 from typing import Annotated, Any, Final
 
 from pydantic import Field
@@ -13,8 +15,10 @@ from gateway import protocol
 from gateway.api.access import as_operator, queried, validated
 from gateway.api.answers import Audit, AuditQuery, Revoked
 from gateway.api.http import as_json
+from gateway.api.merging import elsewhere
 from gateway.api.operation import Operation
 from gateway.api.services import services
+from gateway.errors import InvalidParams
 
 
 class RevokeBody(protocol.Params):
@@ -43,10 +47,20 @@ async def revoke(request: Request) -> Response:
 async def audit(request: Request) -> Response:
     """Return who did what, newest first."""
     as_operator(request)
-    query = queried(request, AuditQuery)
+    query, gateway = queried(request, AuditQuery), services(request)
     last = None if query.before is None else min(query.before, 1 << 62)
-    found = await services(request).audit.entries(query.limit, query.tenant, last)
-    return as_json({"entries": found})
+    if gateway.cluster is None:
+        return as_json({"entries": await gateway.audit.entries(query.limit, query.tenant, last)})
+    own = gateway.cluster.own
+    if last is not None and query.member is None:
+        raise InvalidParams("each member has ids of its own; name the member of this entry", field="member")
+    others = await elsewhere(request)
+    found = others.entries("entries")
+    if query.member in (None, own):
+        mine = await gateway.audit.entries(query.limit, query.tenant, last)
+        found = chain(({**entry, "member": own} for entry in mine), found)
+    newest = sorted(found, key=itemgetter("time"), reverse=True)
+    return as_json({"entries": newest[: query.limit], **others.told})
 
 
 ROUTES: Final = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+import asyncio
+from itertools import chain
 from typing import Final
 
 from starlette.requests import Request
@@ -12,6 +13,7 @@ from gateway.api import preview
 from gateway.api.access import for_tenant, queried, with_token
 from gateway.api.answers import Ports, PreviewKey, Site, Tenants, TenantShown, TenantsQuery, Usage, WakeQuery
 from gateway.api.http import RETRY_AFTER_MS, as_json
+from gateway.api.merging import away, elsewhere
 from gateway.api.operation import ANY, OPEN, Media, Operation
 from gateway.api.services import services
 from gateway.errors import GatewayError
@@ -24,13 +26,15 @@ async def index(request: Request) -> Response:
     """Return the tenants that the token covers, sorted by name."""
     gateway, token = services(request), with_token(request, None)
     query = queried(request, TenantsQuery)
-    tenants = sorted(
-        (t for t in await gateway.runtime.list() if token.covers(t.name) and t.name > query.after),
-        key=attrgetter("name"),
-    )
+    here, others = await asyncio.gather(gateway.runtime.list(), elsewhere(request))
+    own = (described(tenant, gateway.settings) for tenant in here if token.covers(tenant.name))
+    # where two have one name it is about to move: the last word has whoever serves it, the first who is away
+    found = {entry["name"]: entry for entry in chain(away(request, token), others.entries("tenants"), own)}
+    tenants = [found[name] for name in sorted(found) if name > query.after]
     shown = tenants if query.limit is None else tenants[: query.limit]
-    more = {"next": shown[-1].name} if len(shown) < len(tenants) else {}
-    return as_json({"tenants": [described(tenant, gateway.settings) for tenant in shown], **more})
+    partly = any("next" in answer for answer in others.answers)
+    more = {"next": shown[-1]["name"]} if shown and (partly or len(shown) < len(tenants)) else {}
+    return as_json({"tenants": shown, **more, **others.told})
 
 
 async def show(request: Request) -> Response:

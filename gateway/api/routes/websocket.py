@@ -9,7 +9,7 @@ from starlette.websockets import WebSocket
 
 from gateway import protocol
 from gateway.api.access import check_covered, check_origin, raw_token
-from gateway.api.connection import CLOSE_CODES, Connection
+from gateway.api.connection import Connection, close_code
 from gateway.api.http import address
 from gateway.api.services import services
 from gateway.errors import Forbidden, GatewayError, RateLimited
@@ -27,22 +27,23 @@ async def connect(websocket: WebSocket) -> None:
     try:
         raw = raw_token(websocket)
         if gateway.draining:
-            await _refuse(websocket, CloseCode.DRAINING, "draining")
+            await refuse(websocket, CloseCode.DRAINING, "draining")
             return
         token = None if raw is None else gateway.verify(raw)
         check_covered(token, name)
         if token is not None:
             await gateway.runtime.get(name)
     except GatewayError as error:
-        await _refuse(websocket, CLOSE_CODES.get(type(error), 1011), error.message)
+        await refuse(websocket, close_code(error), error.message)
         return
     try:
         await Connection(websocket, name, token, gateway, address(websocket)).run()
     except RateLimited as full:
-        await _refuse(websocket, CloseCode.TOO_MANY, full.message)
+        await refuse(websocket, CloseCode.TOO_MANY, full.message)
 
 
-async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
+async def refuse(websocket: WebSocket, code: int, reason: str) -> None:
+    """Close a websocket that is not to be served, with this code."""
     # browsers see the close code of accepted connections only
     offered = websocket.scope.get("subprotocols") or []
     await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)

@@ -1,0 +1,344 @@
+"""Passes a request on to the tenant's home, before any route sees it.
+
+Whatever is not passed on is answered as it would be without a cluster: a request without a valid token that
+covers the tenant never gets to the look-up, so that its answer tells nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+import orjson
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
+from websockets.frames import DATA_OPCODES, Frame
+from websockets.protocol import Protocol, Side, State
+
+from gateway import __version__, protocol
+from gateway.api.access import check_covered, check_origin, raw_token
+from gateway.api.http import REQUEST_ID, address, ask, hold, problem
+from gateway.api.routes.websocket import refuse
+from gateway.api.services import Services
+from gateway.auth.tokens import Token
+from gateway.cluster.cluster import SETTLING
+from gateway.cluster.dialing import dial
+from gateway.cluster.known import Known
+from gateway.cluster.listener import FROM
+from gateway.cluster.peers import MemberAway, Peer
+from gateway.cluster.relay import NOT_HOME, Body, NotHome, client_of, relay
+from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
+from gateway.hostnames import Misdirected
+from gateway.protocol import CloseCode
+from gateway.runtime import TENANT_NAME, OnAnotherServer, Tenant
+from gateway.storage.store import Store
+from gateway.transport.tunnel import Near, Refused, close_frame, text_frame
+from gateway.transport.websocket import LARGE, TAKE
+
+log = logging.getLogger(__name__)
+
+_WINDOW: Final = 512 << 10  # bytes that are on their way through here, of one request and its answer
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request is about: a tenant, or a deployment, of which its home knows the tenant."""
+
+    kind: str
+    name: str
+
+    @classmethod
+    def of(cls, scope: Scope) -> Asked | None:
+        """Return it, None for a request that any gateway answers."""
+        match scope["path"].split("/", 4):
+            case ["", "v1", "tenants", name, *_] if name:
+                return cls("tenant", name)
+            case ["", "v1", "deployments", name] if name:
+                return cls("deployment", name)
+            case ["", "v1", "events"]:
+                names = parse_qs(scope["query_string"].decode("latin-1")).get("tenant", [""])
+                return cls("tenant" if TENANT_NAME.fullmatch(names[-1]) else "events", names[-1])
+        return None
+
+    def by(self, token: Token) -> Asked:
+        """Return it for this token: all events of one that covers one tenant are about that."""
+        only = token.coverage
+        if self.kind == "events" and not self.name and only is not None and len(only) == 1:
+            return Asked("tenant", next(iter(only)))
+        return self
+
+
+def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
+    """Return `app` with a layer that passes on what is about another member's tenants."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        found = services()
+        if found is None or found.cluster is None or scope["type"] not in ("http", "websocket"):
+            await app(scope, receive, send)
+            return
+        asked = Asked.of(scope)
+        if asked is None:
+            await app(scope, receive, send)
+        elif FROM in scope:
+            if asked.kind != "events" and not await has(found, {asked.kind: asked.name}):
+                await _not_home(scope, receive, send)
+            else:
+                await app(scope, receive, send)
+        elif scope["type"] == "http":
+            await _Relayed(app, found, scope, receive, send).http(asked)
+        else:
+            await _Relayed(app, found, scope, receive, send).websocket(asked.name)
+
+    return wrapped
+
+
+@contextlib.asynccontextmanager
+async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterator[None]:
+    """Serve peers by `app`, if there is a cluster, and return once they have told their tenants."""
+    cluster = services.cluster
+    if cluster is None:
+        yield
+        return
+
+    async def tenants() -> list[Known]:
+        return [_known(tenant) for tenant in await services.runtime.list()]
+
+    async with cluster.open(app, store, tenants, partial(has, services), {"version": __version__}):
+        await cluster.peers.settle(SETTLING)
+        yield
+
+
+def _known(tenant: Tenant) -> Known:
+    asleep = tenant.asleep and tenant.status != "running"
+    return Known(tenant.name, tenant.domain, tenant.status, asleep, tenant.instance, tenant.created)
+
+
+def leave(services: Services, retry_after_ms: int, why: str) -> None:
+    """Tell clients of other members' tenants that this gateway ends, and their peers to come anew."""
+    told = protocol.notification("server/draining", {"retryAfterMs": retry_after_ms})
+    for tunnel in list(services.tunnels):
+        tunnel.end(text_frame(told), close_frame(CloseCode.DRAINING, why))
+    if services.cluster is not None:
+        services.cluster.refuse()
+
+
+async def has(services: Services, what: Mapping[str, Any]) -> bool:
+    """Say whether this gateway is the home of a tenant, or has the record of a deployment."""
+    try:
+        if "deployment" in what:
+            await services.deployments.get(str(what["deployment"]))
+        elif not services.names.holder(str(what["tenant"])):
+            check_covered(None, str(what["tenant"]))
+            await services.runtime.get(str(what["tenant"]))
+    except (NotFound, OnAnotherServer):
+        return False
+    return True
+
+
+async def _not_home(scope: Scope, receive: Receive, send: Send) -> None:
+    answer = problem(Misdirected("this gateway does not have it; ask its home"))
+    answer.headers[NOT_HOME] = "1"
+    if scope["type"] == "http":
+        await answer(scope, receive, send)
+    else:
+        await WebSocket(scope, receive, send).send_denial_response(answer)
+
+
+class _Relayed:
+    """One request that may be another member's."""
+
+    def __init__(self, app: ASGIApp, services: Services, scope: Scope, receive: Receive, send: Send) -> None:
+        assert services.cluster is not None
+        self._services = services
+        self._cluster = services.cluster
+        self._scope, self._receive, self._send = scope, receive, send
+        self._here = partial(app, scope, receive, send)
+        self._asked = HTTPConnection({**scope, "app": app})
+        self._client = client_of(scope, address(self._asked))
+
+    def _token(self) -> Token | None:
+        """Return the token, None without one. Raises `Forbidden` and `Unauthorized`."""
+        check_origin(self._asked)
+        raw = raw_token(self._asked)
+        return None if raw is None else self._services.verify(raw)
+
+    async def _home(self, asked: Asked) -> Peer | None:
+        """Return the peer that has what is asked for; None where that is here, or nowhere."""
+        if asked.kind == "tenant":
+            if self._services.names.holder(asked.name):
+                return None
+            if (peer := self._cluster.homes.home(asked.name)) is not None:
+                return peer
+        elif await has(self._services, {asked.kind: asked.name}):
+            return None
+        return await self._cluster.find(**{asked.kind: asked.name})
+
+    # --- HTTP ---------------------------------------------------------------------------------------
+
+    async def http(self, asked: Asked) -> None:
+        """Answer, or have it answered by the tenant's home."""
+        try:
+            token = self._token()
+            if token is None:
+                raise Unauthorized("no token")
+            asked = asked.by(token)
+            if asked.kind == "tenant":
+                check_covered(token, asked.name)
+        except GatewayError:
+            await self._here()  # which says what is wrong
+            return
+        peer = None if asked.kind == "events" else await self._home(asked)
+        if peer is None:
+            await self._here()
+            return
+        try:
+            await self._http(asked, token, peer)
+        except GatewayError as error:
+            await problem(error)(self._scope, self._receive, self._send)
+
+    async def _http(self, asked: Asked, token: Token, peer: Peer) -> None:
+        services, scope = self._services, self._scope
+        if services.draining:
+            raise Unavailable("the gateway is shutting down; try again soon")
+        share = asked.name if asked.kind == "tenant" else f"sub {token.subject}"
+        ask(scope, services.budget.tenant(share))
+        hold(scope, _WINDOW)
+        body = Body(scope, self._receive)
+        settings = services.settings
+        patience = max(settings.body_timeout, settings.transfer_stall)
+        scope = {**scope, "headers": [*_without_id(scope), (b"x-request-id", scope[REQUEST_ID].encode())]}
+        for left in (1, 0):
+            try:
+                await relay(
+                    *(scope, self._receive, self._send, self._cluster.peers, peer),
+                    body=body,
+                    client=self._client,
+                    patience=patience,
+                )
+            except NotHome:
+                again = await self._cluster.find(**{asked.kind: asked.name}) if left else None
+                if again is None:
+                    raise NotFound(f"no {asked.kind} {asked.name[:63]}") from None
+                if body.lost:
+                    raise Unavailable("the tenant has just moved; ask again", reason="moved") from None
+                peer = again
+            else:
+                return
+
+    # --- websockets ---------------------------------------------------------------------------------
+
+    async def websocket(self, tenant: str) -> None:
+        """Answer a tenant's websocket, or join it to the tenant's home.
+
+        One whose token comes only with `initialize` goes there too, if the home is known: like here it is
+        accepted for any name, and told nothing before its token was seen.
+        """
+        try:
+            token = self._token()
+            check_covered(token, tenant)
+        except GatewayError:
+            await self._here()
+            return
+        asked, known = Asked("tenant", tenant), self._cluster.homes.home(tenant)
+        mine = self._services.names.holder(tenant) or self._services.draining
+        peer = None if mine else known if token is None else await self._home(asked)
+        if peer is None or TAKE not in self._scope["extensions"] or (token is None and not peer.alive):
+            await self._here()  # without its home `initialize` says why
+            return
+        websocket = WebSocket(self._scope, self._receive, self._send)
+        try:
+            await self._join(tenant, token, peer)
+        except RateLimited as full:
+            await refuse(websocket, CloseCode.TOO_MANY, full.message)
+        except MemberAway as away:
+            await refuse(websocket, CloseCode.TRY_LATER, away.message)
+        except NotFound as error:
+            await refuse(websocket, CloseCode.UNKNOWN_TENANT, error.message)
+
+    async def _join(self, tenant: str, token: Token | None, peer: Peer) -> None:
+        """Join the client to its home. Raises `MemberAway`, `NotFound` and `RateLimited` before that."""
+        services, near = self._services, None
+        places = services.places
+
+        def displaced() -> None:
+            if near is not None:
+                near.end(close_frame(CloseCode.TOO_MANY, "too many connections without a token"))
+
+        with contextlib.ExitStack() as stack:
+            if token is not None:
+                stack.callback(places.customer(tenant))
+            else:
+                stack.callback(places.stranger(address(self._asked), displaced))
+            protocol = self._scope["extensions"][TAKE]["protocol"]
+            protocol.hold()
+            try:
+                far, head = await self._dialed(tenant, peer)
+            except Refused as refused:
+                protocol.give_up()
+                protocol.transport.write(refused.answer)
+                return
+            finally:
+                protocol.let_go()
+
+            def sent(params: Mapping[str, Any]) -> None:
+                """Count the client as its tenant's once it has shown a token."""
+                assert near is not None
+                with contextlib.suppress(GatewayError):
+                    shown = services.verify(params.get("token"))
+                    if shown.covers(tenant):
+                        place = places.customer(tenant)
+                        stack.close()  # which is the stranger's place
+                        stack.callback(place)
+
+            near = Near(protocol, far, head, None if token is not None else _First(sent))
+            peer.cut.add(cut := partial(near.end, close_frame(CloseCode.TRY_LATER, "its server is away")))
+            services.tunnels.add(near)
+            try:
+                await near.over
+            finally:
+                services.tunnels.discard(near)
+                peer.cut.discard(cut)
+
+    async def _dialed(self, tenant: str, peer: Peer) -> Any:
+        for left in (1, 0):
+            try:
+                return await dial(self._scope, peer, self._client)
+            except NotHome:
+                again = await self._cluster.find(tenant=tenant) if left else None
+                if again is None:
+                    raise NotFound(f"no tenant {tenant[:63]}") from None
+                peer = again
+        raise AssertionError
+
+
+def _without_id(scope: Scope) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+
+
+class _First:
+    """Looks at what a client sends up to the end of its first message, and tells that one's `params`."""
+
+    def __init__(self, told: Callable[[Mapping[str, Any]], None]) -> None:
+        self._told = told
+        self._wire = Protocol(Side.SERVER, state=State.OPEN, max_size=LARGE)
+        self._text = b""
+
+    def __call__(self, data: bytes) -> bool:
+        """Take in what came; return whether more is to be looked at."""
+        self._wire.receive_data(data)
+        for frame in self._wire.events_received():
+            assert isinstance(frame, Frame)
+            if frame.opcode not in DATA_OPCODES:
+                continue
+            self._text += bytes(frame.data)
+            if frame.fin:
+                with contextlib.suppress(ValueError, AttributeError, TypeError):
+                    self._told(orjson.loads(self._text).get("params") or {})
+                return False
+        return self._wire.parser_exc is None and len(self._text) <= LARGE

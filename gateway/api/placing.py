@@ -1,0 +1,77 @@
+"""Chooses the member that gets a new tenant, and has the request answered there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway.api.http import REQUEST_ID, address
+from gateway.api.services import services
+from gateway.cluster.cluster import Cluster
+from gateway.cluster.listener import FROM
+from gateway.cluster.peers import Peer
+from gateway.cluster.relay import Body, client_of, relay
+from gateway.runtime import TENANT_NAME
+
+
+async def placed(request: Request, tenant: str) -> Peer | None:
+    """Return the peer that is a tenant's home, or is to be; None where that is this gateway.
+
+    The token must cover the tenant. Raises `Unavailable` where it cannot be decided.
+    """
+    gateway = services(request)
+    cluster = gateway.cluster
+    if cluster is None or FROM in request.scope or not TENANT_NAME.fullmatch(tenant):
+        return None
+    if gateway.names.holder(tenant):
+        return None
+    peer = cluster.homes.home(tenant) or await cluster.find(tenant=tenant)
+    if peer is not None:
+        return peer
+    running = sum(one.status == "running" for one in await gateway.runtime.list())
+    wanted = cluster.own if gateway.settings.placement == "local" else _emptiest(cluster, running)
+    chosen = await cluster.place(tenant, wanted)
+    return None if chosen == cluster.own else cluster.peers.all[chosen]
+
+
+def _emptiest(cluster: Cluster, running: int) -> str:
+    """Return the member with the fewest tenants that run; with as few this one, then by name."""
+    found = [(running, 0, cluster.own)]
+    for peer in cluster.peers.all.values():
+        if peer.alive and peer.told.is_set():
+            count = sum(known.status == "running" for known in peer.tenants.values())
+            found.append((count, 1, peer.name))
+    return min(found)[2]
+
+
+class Passed(Response):
+    """The answer of a peer to a request whose body was read here."""
+
+    def __init__(self, request: Request, peer: Peer, body: bytes) -> None:
+        self._request, self._peer, self._body = request, peer, body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = services(self._request)
+        assert gateway.cluster is not None
+        messages: list[Message] = [{"type": "http.request", "body": self._body, "more_body": False}]
+
+        async def again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        kept: Sequence[tuple[bytes, bytes]] = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name not in (b"content-length", b"transfer-encoding", b"x-request-id")
+        ]
+        length = str(len(self._body)).encode()
+        headers = [*kept, (b"content-length", length), (b"x-request-id", scope[REQUEST_ID].encode())]
+        scope = {**scope, "headers": headers}
+        await relay(
+            *(scope, again, send, gateway.cluster.peers, self._peer),
+            body=Body(scope, again),
+            client=client_of(scope, address(self._request)),
+            patience=gateway.settings.body_timeout,
+        )
