@@ -9,7 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.live import DEADLINE, LiveGateway, local_gateway
+from tests.live import DEADLINE, LiveGateway, free_ports, local_gateway
 from tests.waits import until
 
 
@@ -51,7 +51,7 @@ async def member_gateway(folder: Path, member: str, *tenants: str, **environment
     (folder / member).mkdir()
     given = {
         "GATEWAY_LOCAL_MEMBER": str(folder / "members" / member),
-        "GATEWAY_PEER_LISTEN": "127.0.0.1:0",
+        "GATEWAY_PEER_LISTEN": f"127.0.0.1:{free_ports(1)[0]}",
         **environment,
     }
     return await local_gateway(folder / member, *tenants, **given)

@@ -85,7 +85,9 @@ class Cluster:
             self._tenants.changed()
 
     def refuse(self) -> None:
-        """Take no more connections of peers, whose next ones are another process's."""
+        """Take no more connections nor requests of peers, whose next ones are another process's."""
+        if self._tenants is not None:
+            self._tenants.end()
         if self._server is not None:
             self._server.refuse()
 

@@ -31,10 +31,17 @@ class Own:
         self._facts = facts
         self._asked = asyncio.Event()
         self._followers: set[asyncio.Event] = set()
+        self._ended = False
 
     def changed(self) -> None:
         """Look again, soon: something happened to a tenant."""
         self._asked.set()
+
+    def end(self) -> None:
+        """Tell nobody any more: who follows asks again, and finds the next process."""
+        self._ended = True
+        for wake in self._followers:
+            wake.set()
 
     async def look(self) -> None:
         """Keep `tenants` as they are, forever."""
@@ -65,7 +72,7 @@ class Own:
         self._followers.add(wake)
         try:
             last: dict[str, Any] = {"whole": True}
-            while True:
+            while not self._ended:
                 wake.clear()
                 now = self.tenants
                 for line in lines(told, now):

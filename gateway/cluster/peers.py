@@ -35,6 +35,8 @@ AWAY: Final = 3.0
 ASKING: Final = 1.0
 """Seconds that a peer has for an answer that others wait for."""
 
+_CUT: Final = 3.0  # seconds more until what is under way is given up, as one that is only slow may finish it
+_LATE: Final = 0.25  # seconds by which a timer is late where this process itself has no CPU
 _CONNECT: Final = 1.0  # seconds
 _PAUSES: Final = (0.1, 1.0)  # seconds, the first and the longest, until a peer is called again
 _LOOK: Final = 10.0  # seconds after which the members are looked at again
@@ -78,9 +80,9 @@ class Peer:
         self.facts: Mapping[str, Any] = {}  # of its gateway
         self.tls: ssl.SSLContext | None = None
         self.cut: set[Callable[[], None]] = set()
-        """Called once it is away: what depends on it ends then."""
+        """Called once it has been away for a while: what depends on it ends then."""
         self._heard: float | None = None
-        self._leaving: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of the end of its silence, or then of the cut
 
     @property
     def alive(self) -> bool:
@@ -100,23 +102,31 @@ class Peer:
     def hear(self) -> None:
         """Count the time of its silence from now on."""
         loop = asyncio.get_running_loop()
+        if self._heard is None and self._timer is not None:
+            self._timer.cancel()  # that of the cut
+            self._timer = None
         self._heard = loop.time()
-        if self._leaving is None:
-            self._leaving = loop.call_later(AWAY, self._look)
+        if self._timer is None:
+            self._timer = loop.call_at(self._heard + AWAY, self._look, self._heard + AWAY)
 
-    def _look(self) -> None:
-        loop, self._leaving = asyncio.get_running_loop(), None
+    def _look(self, at: float) -> None:
+        loop = asyncio.get_running_loop()
         assert self._heard is not None
-        if (until := self._heard + AWAY) > loop.time():
-            self._leaving = loop.call_at(until, self._look)
+        if loop.time() > at + _LATE:
+            again = loop.time() + _LATE  # this process was busy: what came meanwhile is read first
+        elif (again := self._heard + AWAY) <= loop.time():
+            log.warning("%s says nothing: it is away", self.name)
+            self._heard = None
+            self.told.clear()
+            self._timer = loop.call_later(_CUT, self.end)
             return
-        self.leave()
+        self._timer = loop.call_at(again, self._look, again)
 
-    def leave(self) -> None:
-        """Take it for away, until something comes of it."""
-        if self._leaving is not None:
-            self._leaving.cancel()
-        self._heard = self._leaving = None
+    def end(self) -> None:
+        """End what depends on it."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._heard = self._timer = None
         self.told.clear()
         for end in list(self.cut):
             end()
@@ -212,7 +222,7 @@ class Peers:
             if name in self._following:
                 self._following.pop(name).cancel()
             peer = self.all.pop(name)
-            peer.leave()
+            peer.end()
             peer.tenants = {}
             self.changed(peer)
         for name, member in found.items():
@@ -284,6 +294,7 @@ class Peers:
         try:
             async with asyncio.timeout(patience):
                 async with self.session.request(method, peer.url + path, ssl=peer.tls, data=data) as answer:
+                    peer.hear()
                     if answer.status == 404:
                         return None
                     if answer.status != 200:

@@ -155,6 +155,7 @@ async def _relay(
     answer = await _answer(scope, peers, peer, body, client)
     if answer is None:
         return False
+    peer.hear()
     try:
         if answer.status == 421 and NOT_HOME in answer.headers:
             raise NotHome

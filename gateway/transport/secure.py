@@ -68,9 +68,12 @@ class SecureServer:
         return made
 
     def refuse(self) -> None:
-        """Accept nothing more."""
+        """Accept nothing more, neither connections nor requests on those there are."""
         if self._server is not None:
             self._server.close()
+        for connection in list(self._state.connections):
+            if isinstance(connection, _Connection):
+                connection.shutdown()  # one that is being answered ends after its answer
 
     async def close(self) -> None:
         """Accept nothing more, and end what is open."""

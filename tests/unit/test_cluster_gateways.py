@@ -254,3 +254,34 @@ async def test_a_gateway_that_ends_tells_the_clients_of_others_tenants(
     async with mortal["m2"].wire("two") as wire:
         (kept,) = (await wire.call("exec/list"))["execs"]
         assert (kept["exec"], kept["state"], started["exec"]) == ("kept", "running", "kept")
+
+
+async def test_an_upgrade_of_the_home_is_noticed_by_no_request(mortal: dict[str, LiveGateway]) -> None:
+    """The next process takes its port over, too; a websocket is told to come again, and finds that one."""
+    one, two = mortal["m1"], mortal["m2"]
+    successor = LiveGateway(two.environment, two.log)
+    successor.port, successor.url, successor.serve = two.port, two.url, ("serve", "--take-over")
+    async with one.http("two") as http, one.wire("two") as wire:
+        answers: list[Any] = []
+
+        async def ask() -> None:
+            while True:
+                answers.append(await answer(http, "/v1/tenants/two"))
+
+        asking = asyncio.create_task(ask())
+        await until(lambda: answers, 10)
+        assert two.process is not None
+        await successor.start()
+        try:
+            assert await asyncio.wait_for(two.process.wait(), 30) == 0
+            seen = len(answers)
+            await until(lambda: len(answers) > seen + 5, 20)
+            assert await wire.closed() == 1012 and wire.notified("server/draining") is not None
+            async with one.wire("two") as again:
+                assert await again.call("ping") == {}
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert [said for status, said in answers if status != 200] == []
+        finally:
+            asking.cancel()
+            assert await successor.stop() == 0
