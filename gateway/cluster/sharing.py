@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from typing import Final
 
-from gateway.cluster.choices import Choices
 from gateway.cluster.member import Membership
+from gateway.cluster.placements import Placements
 from gateway.cluster.reservations import Reservations
 from gateway.cluster.shared_keys import NO_QUORUM, IncusKeys, SharedKeys
 from gateway.errors import Unavailable
@@ -31,7 +31,7 @@ class Sharing:
     own: str
     keys: SharedKeys
     domains: Reservations
-    choices: Choices
+    placements: Placements
 
 
 @contextlib.asynccontextmanager
@@ -58,7 +58,7 @@ async def sharing(settings: Settings) -> AsyncIterator[Sharing | None]:
                 own=own,
                 keys=keys,
                 domains=Reservations(keys, "domain", own, members),
-                choices=Choices(keys, members, settings.cluster_home_kept),
+                placements=Placements(keys, members, settings.cluster_home_kept),
             )
 
 

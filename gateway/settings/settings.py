@@ -13,7 +13,7 @@ from pydantic_settings import (
 
 from gateway.settings.agents import AgentSettings
 from gateway.settings.client import config_file
-from gateway.settings.cluster import ClusterSettings
+from gateway.settings.clustering import ClusterSettings
 from gateway.settings.commands import CommandSettings
 from gateway.settings.connections import ConnectionSettings
 from gateway.settings.deployments import DeploymentSettings

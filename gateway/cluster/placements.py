@@ -22,7 +22,7 @@ _TRIES: Final = 10
 _RETRY_AFTER: Final = 60
 
 
-class Choices:
+class Placements:
     """The choices that were made lately. `members` returns the names of the cluster's members, or raises.
 
     A choice stands for `kept` seconds, and as long as that is a member. A request that is repeated with its

@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import pytest
 
-from gateway.cluster import choices
-from gateway.cluster.choices import Choices
+from gateway.cluster import placements
+from gateway.cluster.placements import Placements
 from gateway.errors import RateLimited, Unavailable
 from tests.shared_memory import MemoryKeys
 
@@ -16,13 +16,13 @@ from tests.shared_memory import MemoryKeys
 class Cluster:
     def __init__(self) -> None:
         self.keys, self.members = MemoryKeys(), {"m1", "m2", "m3"}
-        self.choices = self.kept(3600)
+        self.placements = self.kept(3600)
 
-    def kept(self, seconds: float) -> Choices:
+    def kept(self, seconds: float) -> Placements:
         async def members() -> Collection[str]:
             return self.members
 
-        return Choices(self.keys, members, seconds)
+        return Placements(self.keys, members, seconds)
 
 
 @pytest.fixture
@@ -33,26 +33,26 @@ async def cluster() -> Cluster:
 async def test_of_two_hundred_requests_at_once_all_have_one_home(cluster: Cluster) -> None:
     members = sorted(cluster.members)
     for number in range(5):
-        asked = (cluster.choices.choose(f"t{number}", members[turn % 3]) for turn in range(200))
+        asked = (cluster.placements.choose(f"t{number}", members[turn % 3]) for turn in range(200))
         assert len(set(await asyncio.gather(*asked))) == 1
 
 
 async def test_a_choice_stands_for_its_time_and_for_its_member(cluster: Cluster) -> None:
-    assert await cluster.choices.choose("shop", "m1") == "m1"
-    assert await cluster.choices.choose("shop", "m2") == "m1"
+    assert await cluster.placements.choose("shop", "m1") == "m1"
+    assert await cluster.placements.choose("shop", "m2") == "m1"
     cluster.members.discard("m1")
-    assert await cluster.choices.choose("shop", "m2") == "m2"
+    assert await cluster.placements.choose("shop", "m2") == "m2"
     brief = cluster.kept(-1)
     assert await brief.choose("other", "m2") == "m2"
     assert await brief.choose("other", "m3") == "m3"
 
 
 async def test_only_who_was_chosen_takes_it_back(cluster: Cluster) -> None:
-    await cluster.choices.choose("shop", "m1")
-    await cluster.choices.forget("shop", "m2")
-    assert await cluster.choices.choose("shop", "m2") == "m1"
-    await cluster.choices.forget("shop", "m1")
-    assert await cluster.choices.choose("shop", "m2") == "m2"
+    await cluster.placements.choose("shop", "m1")
+    await cluster.placements.forget("shop", "m2")
+    assert await cluster.placements.choose("shop", "m2") == "m1"
+    await cluster.placements.forget("shop", "m1")
+    assert await cluster.placements.choose("shop", "m2") == "m2"
 
 
 async def test_expired_choices_leave_no_keys(cluster: Cluster) -> None:
@@ -63,15 +63,15 @@ async def test_expired_choices_leave_no_keys(cluster: Cluster) -> None:
 
 
 async def test_there_are_not_more_than_so_many(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "_MOST", 3)
+    monkeypatch.setattr(placements, "_MOST", 3)
     for number in range(3):
-        await cluster.choices.choose(f"t{number}", "m1")
+        await cluster.placements.choose(f"t{number}", "m1")
     with pytest.raises(RateLimited):
-        await cluster.choices.choose("t3", "m1")
-    assert await cluster.choices.choose("t0", "m2") == "m1"
+        await cluster.placements.choose("t3", "m1")
+    assert await cluster.placements.choose("t0", "m2") == "m1"
 
 
 async def test_without_a_quorum_none_is_chosen(cluster: Cluster) -> None:
     cluster.keys.quorum = False
     with pytest.raises(Unavailable):
-        await cluster.choices.choose("shop", "m1")
+        await cluster.placements.choose("shop", "m1")
