@@ -132,10 +132,8 @@ class Caddy(Routes):
         started from those. It is JSON because Caddy 2.6 answers 200 to a Caddyfile with a warning, even if it
         then refuses it.
         """
-        main, site = configuration.FILES
         for streams in ("",) if self._streams_can_stay is False else (_STREAMS_STAY, ""):
-            files = self.rendered(streams)
-            text = files[main].replace(f"import {self.folder / site}\n", files[site])
+            text = configuration.joined(self.folder, self.rendered(streams))
             try:
                 adapted = (await self._admin.ask("POST", "/adapt", text))["result"]
             except CaddyFailed as error:

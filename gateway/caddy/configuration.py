@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from gateway.caddy.admin import socket_of
+from gateway.caddy.peers import NAME, Peers, peers
 from gateway.caddy.routes import Routes
 from gateway.settings import Settings
 
-FILES: Final = ("Caddyfile", "site.caddy")
+MAIN: Final = "Caddyfile"
+_SITE: Final = "site.caddy"
+_PEERS: Final = "peers.caddy"
 
 
 def shipped(name: str) -> Path:
@@ -28,8 +32,55 @@ def site_url(domain: str, settings: Settings) -> str:
 
 
 def rendered(settings: Settings, routes: Routes, streams: str = "") -> dict[str, str]:
-    """Return the files of the configuration with this gateway's values in them."""
-    values = {
+    """Return the files of the configuration with this gateway's values in them, the main one first."""
+    members = peers(routes.folder)
+    values = _values(settings, routes, streams) | _of_peers(routes.folder, members)
+    site = _text_of(_SITE)
+    files = {MAIN: _text_of(MAIN), _SITE: site}
+    if members is not None:
+        files[_SITE] += "\n" + _text_of("elsewhere.caddy")
+        # peers are asked by visitors, and say which
+        trusting = site.replace("{$GATEWAY_CADDY_TRUSTED}", "trusted_proxies 0.0.0.0/0 ::/0")
+        files[_PEERS] = re.sub(r"(\(|import )(site)", r"\1peer_\2", trusting) + "\n" + _text_of(_PEERS)
+        values["ELSEWHERE"] = "import site_elsewhere"
+        files[_PEERS] = files[_PEERS].replace("{$GATEWAY_CADDY_ELSEWHERE}", "import peer_site_elsewhere")
+    return {name: _filled(text, values) for name, text in files.items()}
+
+
+def joined(folder: Path, files: Mapping[str, str]) -> str:
+    """Return the files of a configuration as one text."""
+    text = files[MAIN]
+    for name, more in files.items():
+        text = text.replace(f"import {folder / name}\n", more)
+    return text
+
+
+def _text_of(name: str) -> str:
+    return shipped("caddy").joinpath(name).read_text()
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    for key, value in values.items():
+        text = text.replace("{$GATEWAY_CADDY_" + key + "}", value)
+    return text
+
+
+def _of_peers(folder: Path, members: Peers | None) -> dict[str, str]:
+    if members is None:
+        return {"PEERS": "", "TRUSTED": "", "ELSEWHERE": ""}
+    return {
+        "PEERS": f"import {folder / _PEERS}",
+        "PEER_HOST": members.host.strip("[]"),
+        "PEER_PORT": str(members.port),
+        "PEER_CERTIFICATE": str(members.certificate),
+        "PEER_KEY": str(members.key),
+        "PEER_NAME": NAME,
+        "TRUSTED": "",
+    }
+
+
+def _values(settings: Settings, routes: Routes, streams: str) -> dict[str, str]:
+    return {
         "ADMIN": _caddy_address(settings.caddy_admin),
         "DATA": str(routes.folder / "data"),
         "HTTP": str(settings.caddy_http),
@@ -46,18 +97,15 @@ def rendered(settings: Settings, routes: Routes, streams: str = "") -> dict[str,
         "SITE": str(routes.folder / "site.caddy"),
         "STREAMS": streams,
     }
-    files = {}
-    for name in FILES:
-        text = shipped("caddy").joinpath(name).read_text()
-        for key, value in values.items():
-            text = text.replace("{$GATEWAY_CADDY_" + key + "}", value)
-        files[name] = text
-    return files
 
 
 def written(folder: Path) -> dict[str, str | None]:
-    """Return the files of the configuration as they are on disk, None for one that cannot be read."""
-    return {name: _text(folder / name) for name in FILES}
+    """Return the files of the configuration as they are on disk, None for one that cannot be read.
+
+    That of peers is there in a cluster only.
+    """
+    found = {name: _text(folder / name) for name in (MAIN, _SITE, _PEERS)}
+    return {name: text for name, text in found.items() if name != _PEERS or text is not None}
 
 
 def write(folder: Path, files: Mapping[str, str]) -> Path:
@@ -66,7 +114,9 @@ def write(folder: Path, files: Mapping[str, str]) -> Path:
         new = folder / f".{name}.new"
         new.write_text(text)
         new.replace(folder / name)
-    return folder / "Caddyfile"
+    if _PEERS not in files:
+        (folder / _PEERS).unlink(missing_ok=True)
+    return folder / MAIN
 
 
 def ours(folder: Path, running: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from gateway.caddy.errors import CaddyFailed
+from gateway.caddy.peers import is_address, lay_peers, remove_peers
 from gateway.errors import GatewayError
 from gateway.hostnames import PROBE, DomainReserved, normalized, own_names, plain, reserved
 from gateway.settings import Settings
@@ -28,11 +29,17 @@ log = logging.getLogger(__name__)
 
 TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
 _ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
+_ELSEWHERE: Final = "peer_"
 
 
 def asleep(target: str) -> str:
     """Return the target of a site that is reached at `target` once the gateway has woken it."""
     return _ASLEEP + target.removeprefix(_ASLEEP)
+
+
+def elsewhere(address: str) -> str:
+    """Return the target of a site that another member's Caddy serves at HOST:PORT."""
+    return _ELSEWHERE + address
 
 
 class Routes:
@@ -71,6 +78,25 @@ class Routes:
                     reason="caddy_denied",
                 ) from None
 
+    def join(self, address: str, secret: str) -> None:
+        """Answer the Caddys of the cluster's other members at HOST:PORT, from the next `ensure` on.
+
+        Raises `CaddyFailed` if this user may not write the files for that.
+        """
+        try:
+            lay_peers(self.folder, address, secret)
+        except OSError as error:
+            raise CaddyFailed(
+                f"the gateway's user cannot write {self.folder / 'peers'}: {error.strerror}; "
+                "`incus-gateway setup` as root gives it to that user",
+                reason="caddy_denied",
+            ) from error
+
+    def leave(self) -> None:
+        """Answer no other member's Caddy, and lead to none, from the next `ensure` on. Idempotent."""
+        with contextlib.suppress(OSError):
+            remove_peers(self.folder)
+
     def _home(self) -> str:
         """Return the gateway's own domain as Caddy looks it up, "" for none."""
         domain = self._settings.domain or ""
@@ -97,7 +123,8 @@ class Routes:
         return self._lead(domain, target)
 
     def _lead(self, domain: str, target: str) -> str | None:
-        if not TARGET.fullmatch(target):
+        peer = target.startswith(_ELSEWHERE) and is_address(target.removeprefix(_ELSEWHERE))
+        if not peer and not TARGET.fullmatch(target):
             raise ValueError(f"{target!r} is no target of a route")
         with self._setting:
             place = self._targets / target
@@ -143,6 +170,10 @@ class Routes:
     def sleeps(self, domain: str) -> bool:
         """Say whether Caddy asks the gateway before it hands on a request for this domain."""
         return (self.get(domain) or "").startswith(_ASLEEP)
+
+    def elsewhere(self) -> frozenset[str]:
+        """Return the domains that lead to other members of the cluster."""
+        return frozenset(domain for domain, target in self.listed().items() if target.startswith(_ELSEWHERE))
 
     def listed(self) -> dict[str, str]:
         """Return the target of each domain."""

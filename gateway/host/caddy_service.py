@@ -113,14 +113,17 @@ def hand_over(settings: Settings) -> str | None:
     if folder.stat().st_uid == user.pw_uid:
         return None
     changed = False
-    for name in ("routes", "targets", "sockets", "away"):
+    for name in ("routes", "targets", "sockets", "away", "peers"):
         place = folder / name
         if place.exists() and place.stat().st_uid == user.pw_uid:
             continue
         if name != "sockets":  # sockets in use cannot be created again
             shutil.rmtree(place, ignore_errors=True)
         place.mkdir(mode=0o755, exist_ok=True)
-        os.chown(place, user.pw_uid, user.pw_gid)
+        reader = _user() if name == "peers" else None
+        os.chown(place, user.pw_uid, user.pw_gid if reader is None else pwd.getpwnam(reader).pw_gid)
+        if reader is not None:
+            place.chmod(0o2755)  # the key in it gets Caddy's group
         changed = True
     return f"given to {user.pw_name}" if changed else None
 
