@@ -59,7 +59,7 @@ def disk(tenant: str) -> int:
     return int(environment.incus(*words).stdout.split()[0])
 
 
-async def measure(base: Settings, name: str, files: Made, folder: Path) -> dict[str, Any]:
+async def measure(base: Settings, name: str, files: Made, folder: Path, *, publish: bool) -> dict[str, Any]:
     place = folder / "templates" / name
     place.mkdir(parents=True)
     with tarfile.open(fileobj=io.BytesIO(files.archive)) as tar:
@@ -71,7 +71,7 @@ async def measure(base: Settings, name: str, files: Made, folder: Path) -> dict[
         record, meter = await deployed(host, name, "image")
         found |= {"first_s": seconds(record), "peak": mib(meter.peak), "rest": mib(meter.rest)}
         found["disk"] = disk(record["tenant"])
-        if STARTERS[name].published:
+        if publish and STARTERS[name].published:
             domain = f"{name}-built.example.com"
             with Meter(f"{name}-built").running() as meter:
                 body = {"domain": domain, "tenant": f"{name}-built", "size": SIZE}
@@ -115,7 +115,7 @@ async def run(words: argparse.Namespace) -> int:
             began = time.monotonic()
             try:
                 files = await made(name, STARTERS[name], base)
-                found = await measure(base, name, files, Path(folder) / name)
+                found = await measure(base, name, files, Path(folder) / name, publish=not words.copies)
                 found["ours"] = bool(files.ours)
             except (Wrong, AssertionError, TimeoutError) as error:
                 found, failed = {"starter": name, "wrong": str(error)[:1000]}, failed + 1
@@ -127,6 +127,7 @@ async def run(words: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure deployments of each framework's starter.")
     parser.add_argument("starters", nargs="*", default=list(STARTERS), choices=list(STARTERS), metavar="NAME")
+    parser.add_argument("--copies", action="store_true", help="publish none of them")
     try:
         return asyncio.run(run(parser.parse_args()))
     except HostError as error:
