@@ -8,7 +8,7 @@ from typing import Final
 from gateway.runtime.sites import Life, Service, Side, Sites
 
 SMALL: Final = "give it a larger `size`, or reduce what it needs"
-_BUSY: Final = 0.3  # share of a CPU above which a service is still at work, as a compiler beside its server
+_BUSY: Final = 0.3  # share of time above which a service is still at work, as a compiler beside its server
 _SPAN: Final = 0.5  # seconds over which that share is taken at least
 _KILLED: Final = f"the kernel killed one of its processes because memory ran out: {SMALL}"
 
@@ -24,7 +24,7 @@ class Steadiness:
         self._life: Life | None = None
         self._before: Service | None = None
         self._ended = False
-        self._used: tuple[float, float] | None = None  # CPU seconds, and when
+        self._worked: tuple[float, float] | None = None  # seconds, and when
         self._busy = False
 
     @property
@@ -42,7 +42,7 @@ class Steadiness:
         found = await self._sites.life(*self._of)
         if found is not None and found.started <= self._answered:
             self._life = found
-            self._measure(found.cpu)
+            self._measure(found.worked)
         else:
             self._before = await self._sites.service(*self._of)
 
@@ -51,7 +51,7 @@ class Steadiness:
         now = await self._sites.life(*self._of)
         if self._life is not None and now is not None and now.first == self._life.first:
             self._ended = False
-            self._measure(now.cpu)
+            self._measure(now.worked)
             return _KILLED if now.oom_kills > self._life.oom_kills else ""
         service = await self._sites.service(*self._of)
         why = unsteady(self._before, service, self._answered)
@@ -59,13 +59,14 @@ class Steadiness:
         had, self._ended = self._ended, service is not None and service.state == "ended"
         return why or ("its service ended" if had and self._ended else "")
 
-    def _measure(self, cpu: float) -> None:
+    def _measure(self, worked: float) -> None:
         now = time.monotonic()
-        if self._used is not None:
-            if (span := now - self._used[1]) < _SPAN:
+        if self._worked is not None:
+            before, at = self._worked
+            if now - at < _SPAN:
                 return
-            self._busy = cpu - self._used[0] > _BUSY * span
-        self._used = cpu, now
+            self._busy = worked - before > _BUSY * (now - at)
+        self._worked = worked, now
 
 
 def unsteady(before: Service | None, now: Service | None, answered: float) -> str:

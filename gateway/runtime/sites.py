@@ -127,13 +127,13 @@ class Life:
     """One run of a service as seen from the host: each start has a different `first` process.
 
     `started` is that process's start by `time.monotonic()`. `oom_kills` counts processes the kernel has
-    killed since then for lack of memory. `cpu` is in seconds.
+    killed since then for lack of memory. `worked` is the seconds for which it computed or waited for a CPU.
     """
 
     first: str
     started: float = field(compare=False)
     oom_kills: int = 0
-    cpu: float = field(default=0.0, compare=False)
+    worked: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import pytest
 
 from gateway.settings import Settings
 from tests.archives import Member, archive
+from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 
 pytestmark = pytest.mark.timeout(300)
@@ -68,6 +69,18 @@ async def test_a_site_that_dies_right_after_its_first_answer_is_no_success(host:
         assert (error["code"], error["reason"], error["phase"]) == ("exec_failed", "unsteady", "verify")
         assert said in error["message"]
     assert host.leavings() == before
+
+
+async def test_a_site_that_compiles_and_then_restarts_its_server_has_done_so(host: Hosting) -> None:
+    """As with `tsc --watch` beside a server: no visitor comes before it has."""
+    compiles = "const end = Date.now() + 3000; while (Date.now() < end);"
+    script = f"bun serve.ts & bun -e '{compiles}'; kill $!; wait; touch compiled; exec bun serve.ts"
+    record = await host.deploy("compiled.test", upload(*site("", json.dumps(["sh", "-c", script]))))
+    assert record["state"] == "succeeded", record["error"]
+    assert (await host.visit("compiled.test"))[0] == 200
+    there = environment.incus("exec", record["tenant"], "--", "ls", "/srv/site/compiled")
+    assert there.returncode == 0
+    await host.call("DELETE", f"/v1/tenants/{record['tenant']}")
 
 
 async def test_an_update_that_does_not_settle_leaves_the_old_site(host: Hosting) -> None:

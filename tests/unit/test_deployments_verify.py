@@ -350,7 +350,7 @@ async def test_a_site_that_is_still_at_work_is_watched_until_it_rests(
     async def life(tenant: str, side: Side) -> Life | None:
         nonlocal looks
         looks += 1
-        return Life("1 7", 0.0, cpu=1.0 * min(looks, 20))
+        return Life("1 7", 0.0, worked=1.0 * min(looks, 20))
 
     async with rig.opened() as (verifier, site):
         verifier._sites.life = life  # type: ignore[method-assign] # a rig's, and to be counted
