@@ -93,6 +93,7 @@ def _values(settings: Settings, routes: Routes, streams: str) -> dict[str, str]:
         "AWAY": str(routes.away),
         "GATEWAY": routes.gateway(),
         "KEEPALIVE": f"{settings.caddy_keepalive:g}s",
+        "RETRY": f"{settings.caddy_retry:g}s",
         "WAKE_TIMEOUT": f"{settings.wake_timeout:g}s",
         "SITE": str(routes.folder / "site.caddy"),
         "STREAMS": streams,

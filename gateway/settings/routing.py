@@ -36,6 +36,12 @@ class RouteSettings(BaseModel):
         description="seconds that Caddy keeps an unused connection to a site; must be fewer than the site "
         "keeps it",
     )
+    caddy_retry: float = Field(
+        2.0,
+        ge=0,
+        description="seconds that visitors wait for a site that takes no connection, as while its server is "
+        "started again; 0: not at all",
+    )
     domain: str | None = Field(
         None, description="domain of the gateway itself, behind Caddy; needs GATEWAY_LISTEN to be HOST:PORT"
     )

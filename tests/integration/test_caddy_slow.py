@@ -19,7 +19,7 @@ from gateway.caddy import Caddy
 from gateway.rootfs import tcp
 from tests.integration import environment
 from tests.integration.sites import RealCaddy, settings_for
-from tests.live import LiveGateway, local_gateway
+from tests.live import LiveGateway, free_ports, local_gateway
 from tests.waits import pause, until
 
 SITE, GATEWAY = "site.localhost", "gateway.localhost"
@@ -164,6 +164,36 @@ async def test_whom_the_gateway_cuts_off_from_a_site_that_hangs_is_told_to_come_
                 await loop.sock_recv(taken, 1)
                 taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             assert await visiting == (502, "5")
+
+
+async def test_who_comes_while_a_server_is_started_again_waits_for_it(caddy: RealCaddy) -> None:
+    """Who sends something is told at once, and the wait for a server that stays away has an end."""
+    port, domain = caddy.settings.caddy_http, "restarting.localhost"
+
+    async def visit(client: aiohttp.ClientSession, method: str) -> tuple[int, float]:
+        began = time.monotonic()
+        async with client.request(method, "/", headers={"Host": f"{domain}:{port}"}) as answer:
+            await answer.read()
+            return answer.status, time.monotonic() - began
+
+    async def back(request: web.Request) -> web.Response:
+        return web.Response(text="back")
+
+    app = web.Application()
+    app.add_routes([web.get("/", back)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    (there,) = free_ports(1)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client, Caddy(caddy.settings) as routes:
+        routes.set(domain, f"127.0.0.1:{there}")
+        status, seconds = await visit(client, "GET")
+        assert status == 502 and caddy.settings.caddy_retry <= seconds < 10
+        visiting = asyncio.ensure_future(visit(client, "GET"))
+        status, seconds = await visit(client, "POST")
+        assert status == 502 and seconds < caddy.settings.caddy_retry
+        await web.TCPSite(runner, "127.0.0.1", there).start()
+        assert (await visiting)[0] == 200
+    await runner.cleanup()
 
 
 async def test_strangers_are_told_apart_behind_caddy(caddy: RealCaddy, tmp_path: Path) -> None:
