@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from playwright.async_api import (
@@ -26,6 +27,22 @@ _WATCH = """
 document.addEventListener("securitypolicyviolation", ({violatedDirective, blockedURI, sample, sourceFile}) =>
   console.error("CSP", violatedDirective, blockedURI, sample, sourceFile));
 """
+
+_AXE = Path(__file__).parents[2] / "clients" / "web" / "node_modules" / "axe-core" / "axe.min.js"
+# A tab has its close button in it; the key Delete on the tab does the same.
+_FOUND = """async (exclude) => (await axe.run({exclude},
+  {iframes: false, runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"],
+   rules: {"nested-interactive": {enabled: false}}})).violations.map(({id, nodes}) =>
+  id + ": " + nodes.map(({html, any}) => html.slice(0, 120) + " " + (any[0]?.message ?? "")).join("\\n  "))
+"""
+
+
+async def violations(page: Page, *but: str) -> list[str]:
+    """Return what axe-core finds in a page, but for parts of it."""
+    if not await page.evaluate("'axe' in window"):
+        await page.evaluate(_AXE.read_text())
+    found: list[str] = await page.evaluate(_FOUND, ["iframe", ".xterm", *but])
+    return found
 
 
 @dataclass

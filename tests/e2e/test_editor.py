@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import Any, cast
 
 from playwright.async_api import expect
 
 from tests.e2e.conftest import OpenEditor
-from tests.e2e.editor import DEADLINE, Editor
+from tests.e2e.editor import DEADLINE, Editor, violations
 from tests.integration import environment
 from tests.integration.sites import Hosting
 from tests.waits import until
@@ -233,9 +234,19 @@ async def test_files_are_dropped_moved_found_and_replaced_in(editor: OpenEditor,
     await window.row("public").evaluate(f"(row) => ({_DROP})([row, 'dropped.txt', 'first words'])")
     await expect(page.get_by_text("Uploaded dropped.txt to public")).to_be_visible()
     await window.row("public").evaluate(f"(row) => ({_DROP})([row, 'dropped.txt', 'two words, more words'])")
-    await page.get_by_role("dialog", name="Replace files").get_by_role("button", name="Replace").click()
+    asked = page.get_by_role("dialog", name="Replace files")
+    await expect(asked).to_be_visible()
+    assert not await violations(page)
+    await asked.get_by_role("button", name="Replace").click()
     await window.row("public").click()
     await until(lambda: run(site, "cat public/dropped.txt") == "two words, more words")
+    await window.row_menu("in")
+    async with page.expect_file_chooser() as chosen:
+        await page.get_by_role("menuitem", name="Upload files").press("Enter")
+    files = [{"name": f"{name}.txt", "mimeType": "", "buffer": name.encode()} for name in ("a", "b")]
+    await (await chosen.value).set_files(cast(Any, files))
+    await expect(page.get_by_text("Uploaded 2 files to public/in.")).to_be_visible()
+    assert run(site, "cd public/in && cat a.txt b.txt && rm a.txt b.txt") == "ab"
     await window.row("dropped.txt").drag_to(window.row("in"))
     await until(lambda: run(site, "ls public/in") == "dropped.txt\n")
 
@@ -484,9 +495,19 @@ async def test_a_deployment_is_watched_to_its_end_and_its_site_opened(
         re.compile("Live.*Rollback"), timeout=2 * DEADLINE
     )
     await deploy.locator("summary", has_text="Clone or destroy").click()
+    await deploy.get_by_label("Clone to a new tenant").fill("news-copy")
+    await deploy.get_by_role("button", name="Clone", exact=True).click()
+    await expect(window.page.get_by_text("news-copy is there.")).to_be_visible(timeout=2 * DEADLINE)
+    await window.page.locator(".tenant-switch").click()
+    await expect(window.page.get_by_role("option").filter(has_text="news-copy")).to_be_visible()
+    assert not await violations(window.page)
+    await window.page.keyboard.press("Escape")
+    assert run("news-copy", "ls go-on") == "go-on\n"
+    assert (await host.call("DELETE", "/v1/tenants/news-copy"))[0] == 204
     await deploy.get_by_role("button", name="Destroy news-localhost").click()
     asked = window.page.get_by_role("dialog", name="Destroy news-localhost?")
     await expect(asked.get_by_role("button", name="Destroy")).to_be_disabled()
+    assert not await violations(window.page)
     await asked.get_by_role("textbox").fill("news-localhost")
     await asked.get_by_role("button", name="Destroy").click()
     await expect(window.page.locator(".tenant-switch", has_text="shop")).to_be_visible()

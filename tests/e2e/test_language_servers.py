@@ -9,9 +9,8 @@ import pytest
 from playwright.async_api import Browser, Locator, expect
 
 from tests.e2e.conftest import ADDRESS
-from tests.e2e.editor import Editor, Watched
+from tests.e2e.editor import Editor, Watched, violations
 from tests.e2e.test_editor import run
-from tests.e2e.test_pictures import violations
 from tests.integration.sites import Hosting
 
 GREET = """\

@@ -8,29 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import expect
 
-from tests.e2e.conftest import CHECKOUT, OpenEditor
-from tests.e2e.editor import DEADLINE, Editor
+from tests.e2e.conftest import OpenEditor
+from tests.e2e.editor import DEADLINE, Editor, violations
 from tests.e2e.test_editor import run, tool
 from tests.e2e.test_sessions import token
 from tests.integration.sites import Hosting
-
-AXE = CHECKOUT / "clients" / "web" / "node_modules" / "axe-core" / "axe.min.js"
-# A tab has its close button in it; the key Delete on the tab does the same.
-_FOUND = """async (exclude) => (await axe.run({exclude},
-  {iframes: false, runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"],
-   rules: {"nested-interactive": {enabled: false}}})).violations.map(({id, nodes}) =>
-  id + ": " + nodes.map(({html, any}) => html.slice(0, 120) + " " + (any[0]?.message ?? "")).join("\\n  "))
-"""
-
-
-async def violations(page: Page, *but: str) -> list[str]:
-    """Return what axe-core finds in a page, but for parts of it."""
-    if not await page.evaluate("'axe' in window"):
-        await page.evaluate(AXE.read_text())
-    found: list[str] = await page.evaluate(_FOUND, ["iframe", ".xterm", *but])
-    return found
 
 
 async def picture(window: Editor, folder: Path, name: str) -> None:
@@ -140,6 +124,38 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await picture(window, pictures, "menu")
 
 
+@pytest.mark.thorough
+async def test_each_view_in_light_colours(editor: OpenEditor, site: str) -> None:
+    """And what opens in them: all parts of a site, the question before a file is deleted, finding."""
+    window = await editor(color_scheme="light")
+    await at_work(window, site)
+    page = window.page
+    views = page.get_by_role("navigation", name="Views").locator("[aria-pressed]")
+    names = [await view.get_attribute("aria-label") for view in await views.all()]
+    assert {"Agent", "Files", "Search", "Activity", "History", "Deploy", "Metrics and logs"} <= {*names}
+    for name in names:
+        if name == "Terminals":
+            continue
+        side = await window.view(str(name))
+        if name == "Deploy":
+            await expect(side.get_by_label("This site").get_by_role("listitem").first).to_contain_text("Live")
+            for part in await side.locator("details:not([open]) > summary").all():
+                await part.click()
+        assert not await violations(page), name
+    await window.row_menu("package.json")
+    await page.get_by_role("menuitem", name="Delete").click()
+    await expect(page.get_by_role("dialog", name="Delete package.json")).to_be_visible()
+    assert not await violations(page), "before a file is deleted"
+    await page.get_by_role("button", name="Keep it").click()
+    await window.text.click()
+    await page.keyboard.press("Control+f")
+    await expect(page.get_by_role("search")).to_be_visible()
+    assert not await violations(page), "finding in a file"
+    await page.keyboard.press("Control+p")
+    await expect(page.get_by_role("option").first).to_be_visible()
+    assert not await violations(page), "finding a file"
+
+
 async def test_on_a_phone(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
     size: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
     window = await editor(**size, has_touch=True, is_mobile=True)
@@ -152,8 +168,20 @@ async def test_on_a_phone(editor: OpenEditor, host: Hosting, site: str, pictures
     await window.prompt()
     await window.page.get_by_role("toolbar", name="Keys").get_by_role("button", name="Ctrl").click()
     await picture(window, pictures, "phone-terminal")
-    wide = await window.page.evaluate("document.documentElement.scrollWidth")
-    assert wide <= 390, "nothing sticks out at the side"
+    places = window.page.get_by_role("navigation", name="Views").get_by_role("button")
+    names = await places.all_inner_texts()
+    assert {"Agent", "Files", "Editor", "Preview", "Metrics"} <= {*names}
+    for name in names:
+        await places.filter(has_text=name).click()
+        if name == "Files":
+            await window.row("package.json").click()  # which shows it in the editor
+            await expect(window.text).to_contain_text("dependencies")
+            await places.filter(has_text=name).click()
+        if name == "Preview":
+            await window.site_shows("Your site is live.")
+        assert not await violations(window.page), name
+        wide = await window.page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= 390, f"nothing sticks out at the side of {name}"
 
 
 async def test_at_1024_pixels(editor: OpenEditor, site: str, pictures: Path) -> None:

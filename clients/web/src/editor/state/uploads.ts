@@ -1,4 +1,4 @@
-/** Files that are dropped into the page: what they are, and their way into the tenant. */
+/** Files that are dropped into the page or chosen for it: what they are, and their way into the tenant. */
 
 import { GatewayError, type Tenant } from "@incus-gateway/client";
 import { join } from "./paths.js";

@@ -36,13 +36,8 @@ export function Explorer({ current }: { current: Workspace }) {
       area.value = "editor";
     }
   };
-  const folder = () => {
-    const row = rows[at];
-    if (row === undefined) return ".";
-    return row.entry.type === "directory" ? row.path : parent(row.path);
-  };
   const begin = (kind: "file" | "directory") => {
-    const where = folder();
+    const where = folderOf(rows[at]);
     if (where !== ".") tree.toggle(where, true);
     tree.draft.value = { folder: where, kind };
   };
@@ -148,6 +143,12 @@ export function Explorer({ current }: { current: Workspace }) {
   );
 }
 
+/** Returns the folder that a row stands for: itself, or the one that it is in. */
+function folderOf(row: Row | undefined): string {
+  if (row === undefined) return ".";
+  return row.entry.type === "directory" ? row.path : parent(row.path);
+}
+
 type Shown = Row | { readonly draft: Draft; readonly depth: number };
 
 function withDraft(rows: readonly Row[], draft: Draft | null): readonly Shown[] {
@@ -173,6 +174,8 @@ function treeMenu(
   if (writes) {
     items.push({ label: "New file", icon: "file-plus", run: () => begin("file") });
     items.push({ label: "New folder", icon: "folder-plus", run: () => begin("directory") });
+    const where = folderOf(row);
+    items.push({ label: "Upload files", icon: "upload", run: () => choose(current, where) });
   }
   if (row === undefined) return items;
   if (writes) {
@@ -190,6 +193,18 @@ function treeMenu(
     items.push({ label: "Delete", icon: "trash", danger: true, run: remove });
   }
   return items;
+}
+
+/** Has the browser ask which files to upload into a folder. */
+function choose(current: Workspace, folder: string): void {
+  const input = document.createElement("input");
+  input.type = "file";
+  input.multiple = true;
+  input.onchange = () => {
+    const files = [...(input.files ?? [])].map((file) => ({ path: file.name, file }));
+    void bring(current, folder, Promise.resolve(files));
+  };
+  input.click();
 }
 
 function download(current: Workspace, path: string): void {
@@ -337,7 +352,7 @@ function TreeRow(props: {
       title={item.entry.target === undefined ? item.path : `${item.path} → ${item.entry.target ?? "outside"}`}
       draggable={allows("files:write")}
       onDragStart={(event) => event.dataTransfer?.setData(PATH, item.path)}
-      {...(allows("files:write") ? dropping(current, () => (folder ? item.path : parent(item.path))) : {})}
+      {...(allows("files:write") ? dropping(current, () => folderOf(item)) : {})}
       onContextMenu={(event) => {
         event.stopPropagation();
         props.onMenu(event, item);

@@ -49,9 +49,10 @@ export function Palette({ current }: { current: Workspace | null }) {
   const close = () => {
     palette.value = null;
   };
+  const known = tenants.value; // asked for anew as this opens
   const choices = useMemo<readonly Choice[]>(() => {
     if (mode === "tenants") {
-      return tenants.value
+      return known
         .filter((tenant) => score(tenant.name, wanted) > 0)
         .map((tenant) => ({
           id: tenant.name,
@@ -85,7 +86,7 @@ export function Palette({ current }: { current: Workspace | null }) {
         area.value = "editor";
       },
     }));
-  }, [mode, wanted, name, line, files, current]);
+  }, [mode, wanted, name, line, files, current, known]);
   const chosen = Math.min(at, Math.max(0, choices.length - 1));
   useEffect(() => {
     list.current?.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" });
