@@ -17,8 +17,9 @@ from playwright.async_api import Locator, expect
 
 from tests.contracts.processes import Tree
 from tests.e2e.conftest import ADDRESS, OpenEditor
-from tests.e2e.editor import Editor
+from tests.e2e.editor import Editor, violations
 from tests.e2e.test_editor import run
+from tests.e2e.test_pictures import at_work, picture
 from tests.e2e.test_sessions import led_to, token
 from tests.integration.sites import Hosting
 from tests.messages import MODEL, Model, claude_program, model, say, use
@@ -125,12 +126,14 @@ async def test_an_agent_is_asked_works_and_is_asked_again_after_a_reload(
 
     await talk.locator(".call", has_text="Bash").locator("summary").click()
     await expect(talk.locator(".call pre", has_text="from the container").last).to_be_visible()
+    assert not await violations(page)
     await talk.get_by_role("button", name="Show its output").click()
     await expect(window.screen).to_contain_text("from the container")
     await talk.get_by_role("button", name="See what it changed").click()
     turn = page.get_by_role("dialog", name="Turn: Write a file,")
     await expect(turn).to_contain_text("by the agent")
     await expect(turn).to_contain_text("test (agent)")
+    assert not await violations(page)
     await page.keyboard.press("Escape")
     await expect((await window.view("Activity")).get_by_text("test (agent)").first).to_be_visible()
 
@@ -150,6 +153,24 @@ async def test_an_agent_is_asked_works_and_is_asked_again_after_a_reload(
     await expect(page.get_by_label("Access token")).to_be_visible()
     assert "Write a file" not in await page.evaluate("JSON.stringify(sessionStorage)")
     run(site, "rm public/agent.txt")
+
+
+@pytest.mark.thorough
+async def test_an_agent_at_work_in_a_picture(
+    editor: OpenEditor, site: str, server: Server, scripted: Model, pictures: Path
+) -> None:
+    write = use("Write", file_path="public/robots.txt", content="User-agent: *\nAllow: /\n")
+    answer = "Search engines may now read every page: `public/robots.txt` says so. Shall I add a **sitemap**?"
+    scripted.turns[:] = [[write], [use("Bash", command="ls public")], [say(answer)]]
+    window = await editor()
+    await at_work(window, site)
+    view = await agent(window)
+    await view.get_by_label("Ask the agent").fill("May search engines find us?")
+    await view.get_by_role("button", name="Send").click()
+    await expect(view.locator("strong", has_text="sitemap")).to_be_visible()
+    await expect(view.get_by_role("button", name="See what it changed")).to_be_visible()
+    await picture(window, pictures, "agent")
+    run(site, "rm public/robots.txt")
 
 
 async def test_an_agent_is_stopped_with_all_that_it_runs(
@@ -183,6 +204,7 @@ async def test_what_is_typed_stays_where_the_agent_cannot_be_asked(
     await box.fill("Hello")
     await page.keyboard.press("Enter")
     await expect(view.get_by_role("alert")).to_contain_text("cannot be reached")
+    assert not await violations(page)
     await server.start()
     scripted.turns[:] = [[say("Hello too.")]]
     await box.fill("Hello again")

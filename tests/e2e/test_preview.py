@@ -13,7 +13,7 @@ from playwright.async_api import Frame, Locator, Route, expect
 
 from gateway.api import preview
 from tests.e2e.conftest import ADDRESS, OpenEditor
-from tests.e2e.editor import Editor
+from tests.e2e.editor import Editor, violations
 from tests.e2e.test_editor import run
 from tests.integration.sites import Hosting
 from tests.live import SECRET
@@ -70,6 +70,7 @@ async def test_a_page_is_gone_back_from_and_its_errors_are_shown_only_where_one_
     await view.get_by_role("button", name="Show the page's errors").click()
     for text in ('it is {"bad":1}', "careful", "nothing is not defined", "not loaded: http"):
         await expect(errors).to_contain_text(text)
+    assert not await violations(window.page)
     shown = await frame(window).evaluate("[location.href, document.head.innerHTML, document.cookie]")
     assert preview.PARAMETER not in "".join(shown) and "eyJ" not in "".join(shown)
     assert await frame(window).evaluate("document.compatMode") == "CSS1Compat"
@@ -175,6 +176,7 @@ async def test_what_listens_in_the_tenant_is_listed_and_shown(
     await view.get_by_role("button", name="Ports that listen").click()
     await expect(menu.get_by_role("menuitem", name="the site")).to_be_visible()
     await expect(menu.get_by_role("menuitem", name="8124, only inside the tenant")).to_be_visible()
+    assert not await violations(window.page)
     await menu.get_by_role("menuitem", name="8123").click()
     await expect(window.site.get_by_role("link", name="second.html")).to_be_visible()
     await view.get_by_role("button", name="Back").click()

@@ -82,6 +82,55 @@ async def kept(window: Editor, text: str) -> None:
     await window.until(there)
 
 
+async def test_two_tabs_edit_one_file_and_neither_loses_a_word(editor: OpenEditor, site: str) -> None:
+    """What one saves arrives in the other; of lines that both changed the later one chooses."""
+    run(site, f"printf '{TEXT}' >public/both.txt")
+    first = await editor()
+    second = Editor(await first.watched.page(), first.watched, site)
+    for tab in (first, second):
+        await tab.load_connected(f"{site}/public/both.txt")
+        await expect(tab.text).to_contain_text("four")
+
+    async def types(tab: Editor, words: str, *keys: str) -> None:
+        await tab.page.bring_to_front()
+        await tab.text.click()
+        for key in keys:
+            await tab.page.keyboard.press(key)
+        await tab.page.keyboard.type(words)
+
+    async def holds(text: str) -> None:
+        async def saved() -> None:
+            assert run(site, "cat public/both.txt") == text
+
+        await first.until(saved)
+
+    await types(second, "below ", "Control+End", "ArrowUp")
+    await types(first, "above ", "Control+Home")
+    await first.save()
+    await holds("above one\ntwo\nthree\nfour\n")
+    await expect(second.text).to_contain_text("above one")
+    await expect(second.text).to_contain_text("below four")
+    await second.save()
+    await holds("above one\ntwo\nthree\nbelow four\n")
+    await expect(first.text).to_contain_text("below four")
+
+    await types(second, "of the second ", "Control+Home")
+    await types(first, "of the first ", "Control+Home")
+    await first.save()
+    await holds("of the first above one\ntwo\nthree\nbelow four\n")
+    await expect(second.page.get_by_role("button", name="Compare and choose")).to_be_visible()
+    await second.page.bring_to_front()
+    await second.save()
+    dialog = second.page.get_by_role("dialog", name="Conflict in both.txt")
+    await expect(dialog.get_by_label("Theirs, as the file is now")).to_contain_text("of the first above one")
+    await expect(dialog.get_by_label("Mine, to be saved")).to_contain_text("of the second above one")
+    assert run(site, "head -1 public/both.txt").startswith("of the first"), "nothing is overwritten unasked"
+    await dialog.get_by_role("button", name="Save mine").click()
+    await holds("of the second above one\ntwo\nthree\nbelow four\n")
+    await expect(first.text).to_contain_text("of the second above one")
+    run(site, "rm public/both.txt")
+
+
 async def test_a_stopped_tenant_offers_to_start_and_its_terminals_come_back(
     editor: OpenEditor, site: str
 ) -> None:
