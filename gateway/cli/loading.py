@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.abc import InspectLoader
+from types import CodeType
 from typing import Any, Final
 
 import typer
@@ -97,12 +98,16 @@ def _named(function: str) -> Any:
 
 
 def summary(function: str) -> str:
-    """Return the first sentence of the docstring of a `module:function` without importing it."""
+    """Return the first sentence of the docstring of a `module:function` without running the module."""
     module, _, name = function.partition(":")
     found = importlib.util.find_spec(module)
-    assert found is not None and found.origin is not None
-    for node in ast.parse(Path(found.origin).read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            first = (ast.get_docstring(node) or "").partition("\n")[0]
+    assert found is not None and isinstance(found.loader, InspectLoader)
+    # from the cached bytecode; parsing all modules took 40 ms, and fails now and then before Python 3.11.8
+    # beside other threads (python/cpython#106905)
+    code = found.loader.get_code(module)
+    assert code is not None
+    for part in code.co_consts:
+        if isinstance(part, CodeType) and part.co_name == name:
+            first = inspect.cleandoc(part.co_consts[0]).partition("\n")[0]
             return first.partition(". ")[0].removesuffix(".")
     raise LookupError(function)
