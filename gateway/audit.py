@@ -24,7 +24,7 @@ from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
-# the events that become entries, and the data of them that is kept
+# the events that become entries, and which of their data is kept
 _TAKEN: Final[Mapping[str, Sequence[str]]] = {
     "exec.started": ("exec",),
     "exec.cancelled": ("exec", "killed"),
@@ -36,12 +36,12 @@ _TAKEN: Final[Mapping[str, Sequence[str]]] = {
     "deployment.rolledback": ("deployment",),
 }
 _RETRY: Final = 1.0
-_FACT: Final = 500  # characters of one that are kept: a path may have thousands
+_FACT: Final = 500  # characters kept of one fact; a path may have thousands
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry. `event` is the id of its event, 0 for none; `operator` says that an operator did it."""
+    """One entry. `event` is the id of its event, 0 for none. `operator`: an operator did it."""
 
     time: float
     who: str
@@ -63,7 +63,7 @@ class Audit:
         self._store = store
         self._bus = bus
         self._kept = settings.audit_kept
-        self._fresh = settings.audit_kept  # since the last look for what is too much
+        self._fresh = settings.audit_kept  # entries since the last check of the limit
         self._following: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Audit:
@@ -79,7 +79,7 @@ class Audit:
         await self.close()
 
     async def close(self) -> None:
-        """Follow the events no longer: the next process goes on where this one stopped. Idempotent."""
+        """Stop following events; the next process continues from here. Idempotent."""
         assert self._following is not None
         self._following.cancel()
         await asyncio.gather(self._following, return_exceptions=True)
@@ -87,14 +87,14 @@ class Audit:
     async def note(
         self, who: str, action: str, tenant: str | None = None, *, operator: bool = False, **facts: Any
     ) -> None:
-        """Record what was done. If it cannot be recorded, the log says so; what was done stays."""
+        """Record an action. A failure to record it is logged, and the action stays."""
         try:
             await self._write([Entry(time.time(), who, action, tenant, facts, operator=operator)])
         except StoreFailed as failed:
             log.error("%s of %s by %s is not in the audit: %s", action, tenant, who, failed.message)
 
     async def entries(self, limit: int, tenant: str | None = None, before: int | None = None) -> list[Any]:
-        """Return the latest deeds, newest first; `before` is the id of the last one that was seen."""
+        """Return the latest entries, newest first; `before` is the id of the last one already seen."""
         return await self._store.read(lambda connection: _entries(connection, limit, tenant, before))
 
     async def _follow(self, subscription: Subscription) -> None:
@@ -104,14 +104,14 @@ class Audit:
                     await self._write([_taken(event) for event in events])
                     break
                 except StoreFailed:
-                    await asyncio.sleep(_RETRY)  # a pause between two tries; the journal tells of the cause
-                except Exception:  # what follows is recorded all the same
+                    await asyncio.sleep(_RETRY)  # before the next try; the journal has logged the cause
+                except Exception:  # later events must still be recorded
                     log.exception("events from %d on are not in the audit", events[0].id)
                     break
 
     async def _write(self, entries: Sequence[Entry]) -> None:
         self._fresh += len(entries)
-        full = self._fresh > self._kept // 100  # not at each: it is a look at all of them
+        full = self._fresh > self._kept // 100  # not each time, since it looks at all entries
         await self._store.write(lambda connection: _insert(connection, entries, self._kept if full else None))
         if full:
             self._fresh = 0
@@ -169,7 +169,7 @@ _TRIM: Final = (
 
 
 def _level(counts: Collection[int], kept: int) -> int:
-    """Return how many each tenant may have, one at least, so that all have no more than `kept`."""
+    """Return how many entries each tenant may have, at least 1, so that together they have at most `kept`."""
     room, left = kept, len(counts)
     for count in sorted(counts):
         if count > room // left:

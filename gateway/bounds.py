@@ -1,4 +1,4 @@
-"""Reads what others can make large or slow: only a part of it, within a time, off the event loop.
+"""Bounded reads of what others can make large or slow: a part of it, within a time, off the event loop.
 
 `first` and `Lines` are for streams: they keep a part and drop the rest. `part` is for files of the kernel
 whose length a tenant controls. `aside` is for work that takes more than a moment, or waits for the kernel: it
@@ -18,15 +18,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _THREADS: Final = 16
-_SHARE: Final = 2  # of these threads, for one tenant
+_SHARE: Final = 2  # threads for one tenant
 
-# beside asyncio's own: one that waits for the kernel longer than its deadline keeps its thread until then
+# separate from asyncio's: work that waits for the kernel beyond its deadline still occupies its thread
 _threads: Final = ThreadPoolExecutor(_THREADS, thread_name_prefix="aside")
 _shares: Final[WeakValueDictionary[object, asyncio.Semaphore]] = WeakValueDictionary()
 
 
 class Flood(Exception):
-    """More came than is read."""
+    """More data came than may be read."""
 
 
 async def first(read: Callable[[], Awaitable[bytes]], limit: int, *, most: int | None = None) -> bytes:
@@ -42,9 +42,9 @@ async def first(read: Callable[[], Awaitable[bytes]], limit: int, *, most: int |
 
 
 class Lines:
-    """Takes a stream apart into lines: `most` of them, each cut to `length` bytes, and keeps its end.
+    """Splits a stream into lines, at most `most`, each cut to `length` bytes; also keeps its end.
 
-    Each piece costs what its kept part does, however many line ends there are in it.
+    The cost of a piece depends on the part that is kept, not on how many lines it has.
     """
 
     def __init__(self, most: int, *, length: int, tail: int) -> None:
@@ -55,7 +55,7 @@ class Lines:
         self._rest = b""
 
     def feed(self, piece: bytes) -> list[str]:
-        """Return the lines that have ended."""
+        """Return the lines completed by this data."""
         self._tail = (self._tail + piece[-self._size :])[-self._size :]
         if not self._left:
             return []
@@ -65,13 +65,13 @@ class Lines:
         return [self._text(line) for line in whole]
 
     def end(self) -> list[str]:
-        """Return the last line, where it has no end."""
+        """Return the last line if it is incomplete."""
         rest, self._rest = self._rest, b""
         return [self._text(rest)] if rest else []
 
     @property
     def tail(self) -> str:
-        """The end of all that came."""
+        """The last bytes of the stream."""
         return self._tail.decode("utf-8", "replace")
 
     def _text(self, line: bytes) -> str:
@@ -91,8 +91,8 @@ def part(path: str | Path, limit: int) -> bytes:
 async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
     """Return what `work` returns in a separate thread. Raises `TimeoutError` after `seconds`.
 
-    `of` names the tenant that the work is for: each has a share of the threads, and its work waits in turn.
-    Work that has not ended in time goes on until it does, so it must be bounded and change nothing.
+    `of` names the tenant that the work is for. Each has a share of the threads, and its work waits in turn.
+    Work that is late keeps running to its end, so it must be bounded and change nothing.
     """
     share = _shares.get(of)
     if share is None:
@@ -103,7 +103,7 @@ async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args
         working = loop.run_in_executor(_threads, lambda: work(*given, **more))
 
         def over(ended: asyncio.Future[T]) -> None:
-            share.release()  # not sooner, whatever becomes of us: the thread is taken until then
+            share.release()  # only now, even if the caller is gone: the thread was busy until here
             if not ended.cancelled():
                 ended.exception()  # retrieved, or asyncio would log it
 

@@ -1,4 +1,4 @@
-"""Host names: which are valid, which are reserved, which a pattern allows.
+"""Host names: which are valid, reserved, or allowed by a pattern.
 
 Two spellings of one name compare equal only once both are `normalized`.
 """
@@ -27,14 +27,14 @@ _NAME_MAX: Final = 63
 
 
 class DomainReserved(Conflict):
-    """The domain leads to the gateway itself, or is kept for its own use; `reason` is `domain_owned`."""
+    """The domain is the gateway's own or reserved for it; `reason` is `domain_owned`."""
 
     def __init__(self, domain: str) -> None:
         super().__init__(f"{domain} is the gateway's own; choose another", reason="domain_owned")
 
 
 def normalized(text: str) -> str:
-    """Return a domain in lower case and, where it is not ASCII, in IDNA. Raises `InvalidParams`."""
+    """Return a domain in lower case and, if it is not ASCII, in IDNA. Raises `InvalidParams`."""
     domain = text.strip().lower().removesuffix(".")
     try:
         domain = domain.encode("ascii" if domain.isascii() else "idna").decode("ascii").lower()
@@ -49,7 +49,7 @@ def normalized(text: str) -> str:
 
 
 def plain(text: str | None) -> str | None:
-    """Return a domain as `normalized` does, or None if it is none."""
+    """Return a domain as `normalized` does, or None if it is not valid."""
     try:
         return None if text is None else normalized(text)
     except InvalidParams:
@@ -57,7 +57,7 @@ def plain(text: str | None) -> str | None:
 
 
 def tenant_name(domain: str) -> str:
-    """Return the name of a domain's tenant: dots become dashes; what is too long is cut and hashed."""
+    """Return the tenant name for a domain: dots become dashes, long names are cut and hashed."""
     name = domain.replace(".", "-")
     if not name[0].isalpha():
         name = f"s-{name}"
@@ -71,14 +71,14 @@ def tenant_name(domain: str) -> str:
 
 
 def pattern(text: str) -> str:
-    """Return an entry of a token's `domains` as it is compared: a domain, or `*.` and a suffix.
+    """Return an entry of a token's `domains` in normal form: a domain, or `*.` and a suffix.
 
     Raises `InvalidParams`.
     """
     head, star, suffix = text.strip().partition("*.")
     if not star or head:
         return normalized(text)
-    # a suffix may have one label, as `localhost` has; a whole domain may not
+    # a suffix may have a single label, such as `localhost`; a whole domain may not
     try:
         return f"*.{normalized(f'x.{suffix}').removeprefix('x.')}"
     except InvalidParams:
@@ -88,7 +88,7 @@ def pattern(text: str) -> str:
 
 
 def matches(domain: str, patterns: Iterable[str]) -> bool:
-    """Say whether a domain is one of the patterns; `*.suffix` takes names of any depth below the suffix."""
+    """Return whether a domain matches one of the patterns; `*.suffix` matches names at any depth."""
     return any(
         domain.endswith(entry[1:]) if entry.startswith("*.") else domain == entry for entry in patterns
     )
@@ -104,7 +104,7 @@ class Misdirected(Forbidden):
 
 
 def own_hosts(settings: Settings) -> frozenset[str]:
-    """Return the names by which the gateway may be asked, beside addresses and `localhost`; `*` is any."""
+    """Return the gateway's names in requests, besides addresses and `localhost`; `*` is any."""
     by_socket = "/" in settings.listen
     origins = (urlsplit(origin).hostname for origin in settings.origins)
     given = ("*" if by_socket else settings.listen, settings.domain, *origins, *settings.hosts)
@@ -112,11 +112,11 @@ def own_hosts(settings: Settings) -> frozenset[str]:
 
 
 def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
-    """Say whether a request with this `Host` is for us; DNS rebinding is refused by this.
+    """Return whether a request with this `Host` is for us; this prevents DNS rebinding.
 
-    `own` is the result of `own_hosts`. A page whose name resolves to the gateway's address sends that name.
-    An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`). A client
-    that sends no `Host` is not a browser.
+    `own` is the result of `own_hosts`. A foreign page whose name resolves to the gateway's address sends that
+    name. An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`). A
+    client without a `Host` is not a browser.
     """
     name = _host(host)
     if not host or "*" in own or name in own:
@@ -131,17 +131,17 @@ def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
 
 
 def own_names(settings: Settings) -> frozenset[str]:
-    """Return the names by which the gateway is reached, and its probe's: no tenant's to have."""
+    """Return the gateway's own names and its probe's, which no tenant may have."""
     return (own_hosts(settings) | {PROBE, "localhost"}) - {"*"}
 
 
 def reserved(domain: str, own: Collection[str]) -> bool:
-    """Say whether a name, in whatever spelling, is one of `own_names`."""
+    """Return whether a name, in any spelling, is one of `own_names`."""
     return matches(_lowered(domain), own)
 
 
 def _host(text: str | None) -> str:
-    """Return the host of `HOST:PORT` as names are compared, or the text where it is none."""
+    """Return the normalized host of `HOST:PORT`, or the text itself if it is invalid."""
     match = _HOST.fullmatch(text or "")
     return _lowered(match[1].strip("[]")) if match else text or ""
 

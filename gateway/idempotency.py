@@ -1,8 +1,8 @@
-"""Calls and commands by their caller's id, with their results, so that none is made twice.
+"""Calls and commands by their callers' ids, with their results, so that none is made twice.
 
-A call that may change something is noted in the store before it begins and again with its result, before
-that is told: what a killed gateway had begun and not finished is known as such to the next one. What only
-reads is kept in memory: made again, it does no harm.
+A call that may change something is stored before it begins, and again with its result before that is
+returned. So the next gateway knows what a killed one had begun and not finished. Calls that only read are
+kept in memory, since repeating them does no harm.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from gateway.storage.store import Statement, Store
 Kind = Literal["call", "exec"]
 Key = tuple[str, Kind, str]  # tenant, kind, the caller's id
 
-# what one record costs beside its result, in memory and on disk
+# bytes of one record besides its result, in memory and on disk
 _OVERHEAD: Final = 500
 
 
 @dataclass(slots=True)
 class IdempotencyRecord:
-    """What is known of one id. `result` is None if it lies in the store, or is none.
+    """What is known of one id. `result` is None if it is only in the store, or if there is none.
 
-    Of what is begun it is what `note` kept.
+    For a call that has begun, it is what `note` stored.
     """
 
     digest: bytes
@@ -42,7 +42,7 @@ class IdempotencyRecord:
 
 
 class _Shelf:
-    """Records in the order in which they were put, bounded; the oldest fall out."""
+    """Records in the order of insertion, bounded; the oldest are dropped."""
 
     def __init__(self, kept: int, kept_bytes: int, age: float) -> None:
         self.records: OrderedDict[Key, IdempotencyRecord] = OrderedDict()
@@ -65,7 +65,7 @@ class _Shelf:
         self.take(next(iter(self.records)))
 
     def trim(self) -> list[Key]:
-        """Drop what is too much or too old, and return it."""
+        """Drop records above the limits or too old, and return them."""
         born, gone = time.time() - self._age, list[Key]()
         while self.records:
             key, record = next(iter(self.records.items()))
@@ -81,20 +81,20 @@ class Idempotency:
     """The latest records of each tenant. Make it by `opened`; used from the event loop only.
 
     The store keeps `receipts_kept` of one tenant, of at most `receipts_bytes`, for `receipts_age` seconds.
-    Memory keeps the latest of calls that only read, of all tenants, in `receipts_memory` bytes: if there are
-    more, the tenant with most loses its oldest.
+    Memory keeps the latest reading calls of all tenants in `receipts_memory` bytes; above that, the tenant
+    with the most loses its oldest.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._settings = settings
-        self._stored: dict[str, _Shelf] = {}  # of each tenant: none can push out another's
+        self._stored: dict[str, _Shelf] = {}  # by tenant, so that none can push out another's
         self._reads: dict[str, _Shelf] = {}
         self._reads_bytes = 0
 
     @classmethod
     async def opened(cls, store: Store, settings: Settings) -> Idempotency:
-        """Take over the records of earlier processes; calls that they had not finished are still `begun`."""
+        """Load the records of earlier processes; calls that these did not finish are still `begun`."""
         self = cls(store, settings)
         await store.settled()
         for key, record in await store.read(_all):
@@ -104,10 +104,10 @@ class Idempotency:
         return self
 
     async def result(self, key: Key, digest: bytes) -> bytes | None:
-        """Return the result under that id, None if the call is to be made.
+        """Return the result stored under an id, or None if the call has to be made.
 
-        Raises `Conflict` if the id was used with another input, `Cancelled` if it was cancelled, `Gone` if it
-        was begun and it is not known how it ended.
+        Raises `Conflict` if the id was used with another input, `Cancelled` if the call was cancelled, `Gone`
+        if it was begun and its outcome is unknown.
         """
         record = self._find(key)
         if record is None:
@@ -128,12 +128,12 @@ class Idempotency:
         return await self._store.read(lambda connection: _result(connection, key))
 
     def begun(self, key: Key, digest: bytes) -> bool:
-        """Return whether a call under that id was begun, and it is not known how it ended."""
+        """Return whether a call with this id was begun and its outcome is unknown."""
         record = self._find(key)
         return record is not None and record.state == "begun" and record.digest == digest
 
     async def begin(self, key: Key, digest: bytes) -> None:
-        """Note that a call which may change something begins. Raises `StoreFailed`: then it must not."""
+        """Record that a call begins. Raises `StoreFailed`; the call must not be made then."""
         record = IdempotencyRecord(digest, time.time(), "begun")
         self._shelf(key).put(key, record)
         try:
@@ -143,27 +143,27 @@ class Idempotency:
             raise
 
     async def note(self, key: Key, digest: bytes, facts: bytes) -> None:
-        """Keep facts of a call that has begun, for `earlier` of the next process. Raises `StoreFailed`."""
+        """Store facts of a begun call for the next process's `earlier`. Raises `StoreFailed`."""
         record = IdempotencyRecord(digest, time.time(), "begun", len(facts), facts)
         noted = _insert(key, record)
-        record.result = None  # of no use to this process
+        record.result = None  # this process does not need it
         self._shelf(key).put(key, record)
         await self._store.note(noted)
 
     async def finish(self, key: Key, digest: bytes, result: bytes) -> None:
-        """Keep the result of a call that began.
+        """Store the result of a begun call.
 
-        Raises `StoreFailed` if it can only be kept in memory, for this process.
+        Raises `StoreFailed` if it can only be kept in this process's memory.
         """
         record = IdempotencyRecord(digest, time.time(), "done", len(result), result)
 
         def written() -> None:
-            record.result = None  # asked for so seldom that the store may hold it alone
+            record.result = None  # rarely requested, so it need not be in memory too
 
         await self._put(key, record, written)
 
     def keep(self, key: Key, digest: bytes, result: bytes) -> None:
-        """Keep the result of a call that only read, for a while, in memory."""
+        """Keep the result of a reading call in memory for a while."""
         settings = self._settings
         shelf = self._reads.get(key[0])
         if shelf is None:
@@ -177,7 +177,7 @@ class Idempotency:
             self._lighten(settings.receipts_memory // 10 * 9)
 
     def _lighten(self, most: int) -> None:
-        """Drop results of reading calls, of the tenant with most of them, down to `most` bytes."""
+        """Drop results of reading calls, from the tenant with the most, down to `most` bytes."""
         heap = [(-shelf.bytes, tenant) for tenant, shelf in self._reads.items()]
         heapq.heapify(heap)
         while heap and self._reads_bytes > most:
@@ -192,26 +192,26 @@ class Idempotency:
                 del self._reads[tenant]
 
     async def forget(self, key: Key) -> None:
-        """Take back what `begin` noted: the call did not happen, and may be made again."""
+        """Undo `begin`: the call did not happen and may be made again."""
         if self._shelf(key).take(key) is not None:
             await self._store.note(_delete(key))
 
     async def fence(self, key: Key) -> None:
-        """See to it that nothing is made under this id any more, be it unheard of or begun."""
+        """Bar this id from any call from now on, whether it is unused or begun."""
         known = self._find(key)
         if known is not None and known.state == "done":
             return
         await self._put(key, IdempotencyRecord(b"", time.time(), "fenced"))
 
     async def forget_tenant(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: the next one of its name has no records."""
+        """Forget a destroyed tenant, so that the next one of its name has no records."""
         self._stored.pop(tenant, None)
         if (reads := self._reads.pop(tenant, None)) is not None:
             self._reads_bytes -= reads.bytes
         await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
 
     async def earlier(self, kind: Kind) -> list[tuple[Key, IdempotencyRecord]]:
-        """Return the records of one kind that earlier processes left, with their results; for the start."""
+        """Return the records of one kind of earlier processes, with their results. For the start."""
         await self._store.settled()
         found = [
             (key, record)
@@ -240,7 +240,7 @@ class Idempotency:
     async def _put(
         self, key: Key, record: IdempotencyRecord, written: Callable[[], None] | None = None
     ) -> None:
-        """Keep a record, and drop in the same breath what is too much."""
+        """Store a record, and in the same transaction drop those above the limits."""
         shelf = self._shelf(key)
         shelf.put(key, record)
         await self._store.note(_insert(key, record), *map(_delete, shelf.trim()), written=written)

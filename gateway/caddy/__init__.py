@@ -1,6 +1,6 @@
 """The Caddy in front of all sites: the routes that it looks up, its configuration, its admin API.
 
-From outside use `Caddy`, its `CaddyFailed`, and the names below.
+Other packages use `Caddy`, `CaddyFailed`, and the names below.
 """
 
 from gateway.caddy.admin import socket_of

@@ -1,8 +1,8 @@
 """Keeps Caddy on the gateway's configuration, and asks sites through it.
 
 The configuration is loaded through the admin API, only if it differs, and never over one that is not ours. A
-gateway that may not use that API, as one without root, asks Caddy for a route of its own instead, and leaves
-the configuration to whoever started Caddy.
+gateway that may not use that API, such as one without root, requests one of its own routes through Caddy
+instead, and leaves the configuration to whoever started Caddy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_CONNECT: Final = 5.0  # seconds until Caddy takes a connection
+_CONNECT: Final = 5.0  # seconds for Caddy to accept a connection
 _STREAMS: Final = "stream_close_delay"  # of reverse_proxy, since Caddy 2.7
 _STREAMS_STAY: Final = f"{_STREAMS} 24h"
 
@@ -36,11 +36,11 @@ class Caddy(Routes):
     """The Caddy of one gateway, with its routes. Use as an async context manager."""
 
     def __init__(self, settings: Settings, admin: str | None = None) -> None:
-        """`admin` is the address of the running Caddy's API, if the settings name another for the future."""
+        """`admin` is the running Caddy's API address, if the settings already name a later one."""
         super().__init__(settings)
         self._admin = Admin(admin or settings.caddy_admin)
         self._loading = asyncio.Lock()
-        self._streams_can_stay: bool | None = None  # not known yet
+        self._streams_can_stay: bool | None = None  # None: not known yet
 
     async def __aenter__(self) -> Caddy:
         await asyncio.to_thread(self.lay)
@@ -55,11 +55,11 @@ class Caddy(Routes):
     # --- the configuration --------------------------------------------------------------------------
 
     def write(self) -> Path:
-        """Write the configuration for a Caddy that is to be started with it; return its main file."""
+        """Write the configuration to start a Caddy with; return its main file."""
         return configuration.write(self.folder, self.rendered())
 
     def serves(self, running: Mapping[str, Any]) -> bool:
-        """Say whether a Caddy's configuration is ours, or an operator's own that looks our routes up."""
+        """Return whether a Caddy's configuration is ours, or an operator's that uses our routes."""
         return self._ours(running) or str(self.routes) in orjson.dumps(running).decode()
 
     def rendered(self, streams: str = "") -> dict[str, str]:
@@ -70,10 +70,9 @@ class Caddy(Routes):
         return configuration.ours(self.folder, running)
 
     async def ensure(self) -> bool:
-        """Have Caddy run our configuration; return whether it had to be loaded. Raises `CaddyFailed`.
+        """Make Caddy run our configuration; return whether it had to be loaded. Raises `CaddyFailed`.
 
-        Never replaces a configuration that is not ours. If Caddy refuses ours, the old one stays, and its
-        files too.
+        Never replaces a foreign configuration. If Caddy refuses ours, the old one and its files stay.
         """
         async with self._loading:
             try:
@@ -112,7 +111,7 @@ class Caddy(Routes):
             return True
 
     async def _look(self) -> None:
-        """Check by a route of our own that Caddy finds our routes. Raises `CaddyFailed`."""
+        """Check with a test route that Caddy finds our routes. Raises `CaddyFailed`."""
         self._lead(PROBE, "127.0.0.1:9")  # nothing listens there (RFC 863)
         status = await self._site(self._settings.caddy_ask, "127.0.0.1", f"/?domain={PROBE}", 10.0)
         if status != 200:
@@ -128,9 +127,9 @@ class Caddy(Routes):
     async def _adapted(self) -> Any:
         """Return the configuration as Caddy's own JSON.
 
-        Directives that not every Caddy knows are only in this and never in the files: an older Caddy may be
-        started from those. It is JSON because Caddy 2.6 answers 200 to a Caddyfile with a warning, even if it
-        then refuses it.
+        Directives that older Caddys do not know are only in here and not in the files, from which an older
+        Caddy may be started. It is JSON because Caddy 2.6 answers 200 to a Caddyfile with a warning even if
+        it then refuses the file.
         """
         for streams in ("",) if self._streams_can_stay is False else (_STREAMS_STAY, ""):
             text = configuration.joined(self.folder, self.rendered(streams))
@@ -144,20 +143,20 @@ class Caddy(Routes):
                 return adapted
         raise AssertionError("one of the two was returned or raised")
 
-    # --- sites as the world sees them ---------------------------------------------------------------
+    # --- sites as visitors see them -----------------------------------------------------------------
 
     def url(self, domain: str) -> str:
         return configuration.site_url(domain, self._settings)
 
     async def ask(self, domain: str, path: str, timeout: float) -> int:
-        """Ask a site through Caddy, at the listener that needs no certificate; return the status.
+        """Request a site through Caddy's listener without certificates; return the status.
 
         Raises `CaddyFailed`.
         """
         return await self._site(self._settings.caddy_ask, domain, path, timeout)
 
     async def certify(self, domain: str, timeout: float) -> str | None:
-        """Ask a site by HTTPS, which has Caddy get a certificate; return what went wrong, or None."""
+        """Request a site by HTTPS, which makes Caddy get a certificate; return what went wrong, or None."""
         try:
             await self._site(self._settings.caddy_https, domain, "/", timeout, _any_certificate())
         except CaddyFailed as error:
@@ -168,7 +167,7 @@ class Caddy(Routes):
     async def _site(
         port: int, domain: str, path: str, timeout: float, tls: ssl.SSLContext | None = None
     ) -> int:
-        # it is this machine's Caddy that is asked, but a tenant's site that answers
+        # the request goes to this machine's Caddy, but a tenant's site answers
         try:
             return await ask("127.0.0.1", port, path, _CONNECT, timeout, host=domain, tls=tls)
         except (OSError, ValueError) as error:
@@ -177,7 +176,7 @@ class Caddy(Routes):
 
 
 def _any_certificate() -> ssl.SSLContext:
-    # visitors check who signed it; we ask this machine whether there is one
+    # visitors check who signed it; here it only matters that there is one
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

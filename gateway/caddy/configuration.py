@@ -1,4 +1,4 @@
-"""Fills in Caddy's configuration files, and says whether a running configuration is ours."""
+"""Fills in Caddy's configuration files, and recognises our own running configuration."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PEERS: Final = "peers.caddy"
 
 
 def shipped(name: str) -> Path:
-    """Return a file or folder that comes with the gateway, from its package or its checkout."""
+    """Return a file or folder that is part of the gateway, in its package or its checkout."""
     package = Path(__file__).parent.parent
     inside = package / "shipped" / name
     return inside if inside.exists() else package.parent / name
 
 
 def site_url(domain: str, settings: Settings) -> str:
-    """Return the URL of a site that people open."""
+    """Return a site's URL for people."""
     if domain.endswith(".localhost"):
         return f"http://{domain}" + ("" if settings.caddy_http == 80 else f":{settings.caddy_http}")
     return f"https://{domain}" + ("" if settings.caddy_https == 443 else f":{settings.caddy_https}")
@@ -101,9 +101,9 @@ def _values(settings: Settings, routes: Routes, streams: str) -> dict[str, str]:
 
 
 def written(folder: Path) -> dict[str, str | None]:
-    """Return the files of the configuration as they are on disk, None for one that cannot be read.
+    """Return the configuration's files as they are on disk; None for one that cannot be read.
 
-    That of peers is there in a cluster only.
+    The one for peers exists in a cluster only.
     """
     found = {name: _text(folder / name) for name in (MAIN, _SITE, _PEERS)}
     return {name: text for name, text in found.items() if name != _PEERS or text is not None}
@@ -121,11 +121,11 @@ def write(folder: Path, files: Mapping[str, str]) -> Path:
 
 
 def ours(folder: Path, running: Mapping[str, Any]) -> bool:
-    """Say whether a Caddy that runs this configuration is the one of the gateway with this folder."""
+    """Return whether a running configuration belongs to the gateway with this folder."""
     root = running.get("storage", {}).get("root")
     if "apps" not in running or root is None:
         return False
-    # it may name the same folder by where that was before
+    # it may name the same folder by its former path
     return Path(root).resolve() == (folder / "data").resolve()
 
 

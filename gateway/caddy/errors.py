@@ -1,4 +1,4 @@
-"""What Caddy refuses or cannot do."""
+"""The error for what Caddy refuses or cannot do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gateway.errors import Unavailable
 
 
 class CaddyFailed(Unavailable):
-    """Caddy does not do its part.
+    """Caddy is down, refuses, or is not ours.
 
     `facts["reason"]` is `caddy_down`, `caddy_denied`, `caddy_foreign` or `caddy_refused`.
     """

@@ -1,9 +1,9 @@
-"""Sets the routes that Caddy looks up: which domain leads where, as links in a folder.
+"""The routes that Caddy looks up: where each domain leads, as links in a folder.
 
 A route is a link, `routes/DOMAIN`, to a folder with one file that is named after the site's address. Caddy
 looks for it at each request, so changing a route is a rename. Nothing is reloaded, which would cut every
-websocket at once (Caddy before 2.7 has no `stream_close_delay`). The route of a sleeping site says so, and
-Caddy asks the gateway before it hands a request on.
+websocket at once (Caddy before 2.7 has no `stream_close_delay`). The route of a sleeping site is marked, and
+Caddy then asks the gateway before it passes a request on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ELSEWHERE: Final = "peer_"
 
 
 def asleep(target: str) -> str:
-    """Return the target of a site that is reached at `target` once the gateway has woken it."""
+    """Return the target that stands for a sleeping site, which is at `target` once it is awake."""
     return _ASLEEP + target.removeprefix(_ASLEEP)
 
 
@@ -51,11 +51,11 @@ class Routes:
         self.folder = settings.caddy_folder
         self.routes = self.folder / "routes"
         self.sockets = self.folder / "sockets"
-        self.away = self.folder / "away"  # a file for each domain whose site hangs
+        self.away = self.folder / "away"  # has a file for each domain whose site hangs
         self._targets = self.folder / "targets"
-        # a target is made before its route: in between nobody may find it unused and remove it
+        # a target is created before its route: nobody may remove it as unused in between
         self._setting = threading.Lock()
-        # held by whoever decides what routes should be and then sets them
+        # held while deciding what routes should be and setting them
         self.changing = asyncio.Lock()
 
     def lead_home(self) -> None:
@@ -98,7 +98,7 @@ class Routes:
             remove_peers(self.folder)
 
     def _home(self) -> str:
-        """Return the gateway's own domain as Caddy looks it up, "" for none."""
+        """Return the gateway's own domain as Caddy looks it up, "" if there is none."""
         domain = self._settings.domain or ""
         return plain(domain) or domain.lower()
 
@@ -129,7 +129,7 @@ class Routes:
         with self._setting:
             place = self._targets / target
             place.mkdir(mode=0o755, exist_ok=True)
-            if not (place / target).exists():  # root may own it, from before the gateway had its own user
+            if not (place / target).exists():  # root may own it, if the gateway had no user of its own before
                 (place / target).touch(mode=0o644)
             before = self.get(domain)
             if before != target:
@@ -151,11 +151,11 @@ class Routes:
             (self.routes / domain).unlink()
 
     def excuse(self, domain: str, away: bool) -> None:
-        """Answer new requests for a domain with a page instead of its site, or stop to do so. Idempotent.
+        """Answer new requests for a domain with a page instead of its site, or no longer. Idempotent.
 
-        Requests that have begun go on.
+        Requests in progress are not affected.
         """
-        if plain(domain) != domain:  # somebody wrote it into Incus by hand
+        if plain(domain) != domain:  # written into Incus by hand
             return
         if away:
             (self.away / domain).touch(mode=0o644)
@@ -163,12 +163,12 @@ class Routes:
             (self.away / domain).unlink(missing_ok=True)
 
     def excuse_nobody(self) -> None:
-        """Remove all pages. A gateway that starts does so: it has seen no site hang yet."""
+        """Remove all such pages. For the gateway's start, when it has seen no site hang yet."""
         for place in list(self.away.iterdir()):
             place.unlink(missing_ok=True)
 
     def sleeps(self, domain: str) -> bool:
-        """Say whether Caddy asks the gateway before it hands on a request for this domain."""
+        """Return whether Caddy asks the gateway before it passes on a request for this domain."""
         return (self.get(domain) or "").startswith(_ASLEEP)
 
     def elsewhere(self) -> frozenset[str]:
@@ -183,7 +183,7 @@ class Routes:
     def reconcile(
         self, wanted: Mapping[str, str], leave: Collection[str], sockets: Collection[str]
     ) -> list[str]:
-        """Make the routes as wanted, except for the domains in `leave`; return the domains that changed.
+        """Set the routes as wanted, except for the domains in `leave`; return the domains that changed.
 
         Removes all sockets that are not in `sockets`: Incus leaves the file of one that it no longer needs.
         """
@@ -208,7 +208,7 @@ class Routes:
         with self._setting:
             used = {*self.listed().values(), self.get(PROBE)}
             for place in list(self._targets.iterdir()):
-                if place.is_symlink():  # left by a gateway that was killed before it became a route
+                if place.is_symlink():  # left by a gateway that was killed before it was a route
                     place.unlink()
                 elif place.name not in used:
                     shutil.rmtree(place, ignore_errors=True)

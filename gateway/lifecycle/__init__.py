@@ -1,1 +1,1 @@
-"""Changes tenants as clients ask, and puts unused ones to sleep."""
+"""Changes tenants on request, and puts unused ones to sleep."""

@@ -38,7 +38,7 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# seconds in which a request that Caddy had looked the route up for has become a connection
+# seconds for a request whose route Caddy has looked up to become a connection
 _ON_THE_WAY: Final = 0.5
 
 _RETRY_AFTER: Final = 5
@@ -48,7 +48,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 class Idle:
     """The sleep of one gateway's tenants. Use as an async context manager, from the event loop only.
 
-    `running` says how many commands run in a tenant.
+    `running` returns how many commands run in a tenant.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Idle:
         self._running, self._settings = running, settings
         self._uses: Counter[str] = Counter()
         self._last: dict[str, float] = {}  # when each running tenant was last used, by the monotonic clock
-        self._asleep: set[str] | None = None  # or about to be; None until Incus has been asked
+        self._asleep: set[str] | None = None  # or about to sleep; None until Incus has been asked
         self._stops: set[str] = set()  # tenants whose last stop was ours
         self._starts: set[str] = set()  # tenants whose next start is ours
         self._waking: dict[str, _Waking] = {}
-        self._visitors: Counter[str] = Counter()  # those that wait, by domain
+        self._visitors: Counter[str] = Counter()  # waiting visitors, by domain
         self._slots = asyncio.Semaphore(settings.wakes_at_once)
         self._dozing: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -103,25 +103,25 @@ class Idle:
             self._last[tenant] = time.monotonic()
 
     async def awake(self, tenant: str) -> None:
-        """Return once a tenant that was asleep runs, at once for every other. Raises what a start raises."""
+        """Wait until a sleeping tenant runs; return at once for any other. Raises what a start raises."""
         if tenant in self._asleep if self._asleep is not None else (await self._runtime.get(tenant)).asleep:
             await self._within(asyncio.shield(self._wake(tenant).started))
 
     @contextlib.asynccontextmanager
     async def use(self, tenant: str) -> AsyncIterator[None]:
-        """Keep a tenant awake while the context is open; one that there is not yet, too."""
+        """Keep a tenant awake while the context is open, even one that does not exist yet."""
         with self.using(tenant):
             with contextlib.suppress(NotFound):
                 await self.awake(tenant)
             yield
 
     async def visit(self, domain: str) -> None:
-        """Return once the site at a domain answers, for a visitor that waits in Caddy.
+        """Wait until the site at a domain answers, for a visitor that waits in Caddy.
 
         Raises `NotFound`, and what a start raises.
         """
         domain = domain.lower().removesuffix(".")
-        # before Incus is asked for every made-up name
+        # so that Incus is not asked for every made-up name
         if not _HOST.fullmatch(domain) or self._caddy.get(domain) is None:
             raise NotFound("there is no site at this address")
         if not self._caddy.sleeps(domain):
@@ -164,7 +164,7 @@ class Idle:
         return waking
 
     async def _woken(self, tenant: str, started: asyncio.Future[None]) -> None:
-        """Start a tenant that is asleep, see its site answer, and lead its domain there again."""
+        """Start a sleeping tenant, wait until its site answers, and route its domain there again."""
         began = time.monotonic()
         try:
             async with self._slots, self._lifecycle.alone(tenant):
@@ -180,7 +180,7 @@ class Idle:
                 started.exception()  # retrieved, or asyncio would log it
             raise
         started.set_result(None)
-        if not found.asleep:  # it was stopped meanwhile, to stay so, or started
+        if not found.asleep:  # it was stopped for good meanwhile, or started
             self._asleep = (self._asleep or set()) - {tenant}
             return
         site = await self._site(tenant)
@@ -192,7 +192,7 @@ class Idle:
             except HostRefused:
                 log.warning("the site of %s refuses its domain since it was woken", tenant)
             except TimeoutError:
-                # what comes to it finds out itself
+                # requests for it find out by themselves
                 log.warning("the site of %s does not answer since it was woken", tenant)
         await self._unmark(tenant)
         log.info("woke %s in %d ms", tenant, (time.monotonic() - began) * 1000)
@@ -210,7 +210,7 @@ class Idle:
         return next((site for site in await self._sites.listed() if site.tenant == tenant), None)
 
     async def _served(self, tenant: str) -> Site | None:
-        """Return a tenant's site where the domain that it carries is its own."""
+        """Return a tenant's site if the domain that it carries is its own."""
         site = await self._site(tenant)
         return site if site is not None and self._domains.serves(site.domain, tenant) else None
 
@@ -229,7 +229,7 @@ class Idle:
     async def _look(self) -> None:
         moving = self._dozing.keys() | self._waking.keys()
         tenants = await self._runtime.list()
-        # those under way, then or now, are known better here than there
+        # for uses in progress, then or now, our own counts are more accurate
         moving |= self._dozing.keys() | self._waking.keys()
         known = self._asleep or set()
         self._asleep = {t.name for t in tenants if t.asleep and t.name not in moving} | (known & moving)
@@ -263,7 +263,7 @@ class Idle:
         return bool(self._uses[tenant] or self._running(tenant))
 
     async def sleep(self, name: str) -> None:
-        """Put a tenant to sleep now. Raises `Conflict` if it is used, `TenantNotRunning` if it is stopped."""
+        """Put a tenant to sleep now. Raises `Conflict` if it is in use, `TenantNotRunning` if stopped."""
         found = await self._runtime.get(name)
         if found.status != "running":
             if found.asleep:
@@ -289,18 +289,18 @@ class Idle:
             if self._in_use(name) or (await self._runtime.get(name)).status != "running":
                 return
             assert self._asleep is not None
-            self._asleep.add(name)  # from now on each request for it waits, and wakes it
+            self._asleep.add(name)  # from now on, requests for it wait and wake it
             await self._doze(name, limit)
 
     async def _doze(self, name: str, limit: float) -> None:
-        """Mark a tenant, look once more, stop it. A mark left on one that runs is undone by a wake."""
+        """Mark a tenant, check once more, stop it. A wake removes a mark left on a running one."""
         async with self._caddy.changing:
             await self._runtime.mark_asleep(name, True)
             site = await self._served(name)
             target = None if site is None else self._caddy.get(site.domain)
             if site is not None and target is not None:
                 self._caddy.set(site.domain, asleep(target))
-        await asyncio.sleep(_ON_THE_WAY)  # what Caddy does in between is nothing that could be waited on
+        await asyncio.sleep(_ON_THE_WAY)  # what Caddy does in between cannot be awaited
         tenant = await self._runtime.get(name)
         visited = (await self._runtime.visited([tenant])).get(name)
         if name in self._waking or self._in_use(name) or (visited is not None and visited < limit):
@@ -316,12 +316,12 @@ class Idle:
             raise
         log.info("%s is asleep", name)
 
-    # --- what others do and see ---------------------------------------------------------------------
+    # --- changes by others --------------------------------------------------------------------------
 
     def explained(self, event: TenantEvent) -> Mapping[str, Any]:
-        """Return an event's facts, with the `reason` of a stop or a start that is ours."""
+        """Return an event's facts, with the `reason` if the stop or start is ours."""
         if event.type == "tenant.stopped" and event.tenant in self._stops:
-            if "resync" not in event.data:  # else Incus's own word may still come
+            if "resync" not in event.data:  # else Incus's own event may still come
                 self._stops.discard(event.tenant)
             return {**event.data, "reason": "idle"}
         if event.type == "tenant.started" and event.tenant in self._starts:
@@ -329,7 +329,7 @@ class Idle:
         return event.data
 
     def noticed(self, event: TenantEvent) -> None:
-        """Take note of a change to a tenant, by anyone."""
+        """Handle a change to a tenant, made by anyone."""
         name = event.tenant
         if name is None:
             return
@@ -337,7 +337,7 @@ class Idle:
             self._last[name] = time.monotonic()
             self._starts.discard(name)
             if self._asleep is not None and name in self._asleep:
-                self._wake(name)  # others started it
+                self._wake(name)  # somebody else started it
         elif event.type == "tenant.destroyed":
             self._stops.discard(name)
             if self._asleep is not None:
@@ -345,7 +345,7 @@ class Idle:
 
 
 class _Waking:
-    """A tenant that is being woken: `started` once it runs, `task` ends once its site answers."""
+    """A tenant being woken. `started` is set once it runs, `task` ends once its site answers."""
 
     def __init__(self, started: asyncio.Future[None], task: asyncio.Task[None]) -> None:
         self.started, self.task = started, task

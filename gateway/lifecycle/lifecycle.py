@@ -1,7 +1,7 @@
-"""A tenant's lifecycle as clients ask for it: start to destroy, snapshots, clones, domain and size.
+"""A tenant's lifecycle on request: start to destroy, snapshots, clones, domain and size.
 
-Requests come as values and are answered with values; `api.access` checks the caller before. A change of a
-tenant waits for the one before it.
+Requests and answers are values; `api.access` has checked the caller. Changes of one tenant run one after
+another.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_REFUSES: Final = 2.0  # seconds in which a site says whether it refuses its new domain
-_RETURNS: Final = 5.0  # seconds that are waited for a site that was started again
-_ADDRESSED: Final = 10.0  # seconds in which a started container gets its address
-# changes whose events are still to come; of more the oldest are told as the gateway's own
+_REFUSES: Final = 2.0  # seconds to find out whether a site refuses its new domain
+_RETURNS: Final = 5.0  # seconds to wait for a restarted site
+_ADDRESSED: Final = 10.0  # seconds for a started container to get its address
+# changes whose events have not arrived; above that, the oldest are reported as the gateway's own
 _ASKED: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request about a tenant that its token covers."""
+    """One request about a tenant; the token covers it."""
 
     tenant: str
     path: Mapping[str, str]
@@ -81,7 +81,7 @@ class CloneBody(protocol.Params):
 
 
 class Lifecycle:
-    """The lives of all tenants. Used from the event loop only."""
+    """The lifecycle of all tenants. Used from the event loop only."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Lifecycle:
         self._workers = workers
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # callers of changes of snapshots whose events are still to come
+        # callers of snapshot changes whose events have not arrived
         self._asked: OrderedDict[tuple[str, str, str], str] = OrderedDict()
 
     # --- start to destroy ---------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Lifecycle:
         return await self._change(ask.tenant, self._runtime.restart)
 
     async def destroy(self, ask: Ask) -> None:
-        """Remove a tenant; what comes under its name after this was answered is another's."""
+        """Remove a tenant. Once this returns, its name may belong to another."""
         async with self.alone(ask.tenant):
             await self.let_go(ask.tenant)
             instance = self._names.holder(ask.tenant)
@@ -129,7 +129,7 @@ class Lifecycle:
             await self._names.over(ask.tenant, instance)
 
     async def clone(self, ask: Ask) -> Mapping[str, Any]:
-        """Copy a tenant under a new name; it has no domain until it is given one."""
+        """Copy a tenant under a new name, without a domain."""
         body = protocol.validate(CloneBody, ask.body)
         if not TENANT_NAME.fullmatch(body.tenant) or not ask.token.covers(body.tenant):
             raise InvalidParams(
@@ -142,12 +142,12 @@ class Lifecycle:
         return described(made, self._settings)
 
     async def rename(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the tenant another domain, or none; its name stays. Its route is there when this returns."""
+        """Give the tenant another domain, or none. Its name stays, and its route is set when this returns."""
         body = protocol.validate(RenameBody, ask.body)
         domain = None if body.domain is None else normalized(body.domain)
         if domain is not None:
             await self._domains.permit(ask.token, domain)
-        async with self.alone(ask.tenant):  # a restore would write the old domain back
+        async with self.alone(ask.tenant):  # a concurrent restore would bring the old domain back
             async with self._domains.moving(ask.tenant, domain) as before, self._caddy.changing:
                 await self._runtime.rename(ask.tenant, domain)
                 site = await self._lead(ask.tenant, domain)
@@ -163,13 +163,13 @@ class Lifecycle:
         return described(await self._runtime.get(ask.tenant), self._settings)
 
     async def resize(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the tenant the limits of another size, while it runs: all of them, or none."""
+        """Apply another size's limits to the tenant while it runs: all or none of them."""
         size = sizes.known(protocol.validate(ResizeBody, ask.body).size)
         async with self.alone(ask.tenant):
             before = await self._runtime.get(ask.tenant)
             self._domains.undisturbed(ask.tenant)
             memory = sizes.SIZES[size].get("memory", self._settings.tenant_memory)
-            # one that does not run is promised nothing yet
+            # nothing is promised to a stopped one yet
             running = before.status != "stopped"
             async with self.capacity.promise(ask.tenant, memory) if running else contextlib.nullcontext():
                 await self._runtime.resize(ask.tenant, size)
@@ -179,7 +179,7 @@ class Lifecycle:
         return described(now, self._settings)
 
     async def _lead(self, tenant: str, domain: str | None) -> Site | None:
-        """Route a tenant's domain to its site, if that is known yet; return the site."""
+        """Route a tenant's domain to its site if that is known; return the site."""
         site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
         if domain is not None and site is not None and site.domain == domain and site.exposure is not None:
             target = site.exposure.target
@@ -187,21 +187,21 @@ class Lifecycle:
         return site
 
     async def _reached(self, tenant: str, domain: str | None, site: Site | None) -> None:
-        """Wait until a site that was just started has an address to lead its domain to; a while at most."""
+        """Wait, up to a limit, until a just started site has an address for its domain's route."""
         port = (await self._runtime.get(tenant)).port
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ADDRESSED):
                 while site is not None and site.running and site.exposure is None and port is not None:
                     if site.shares_address or domain is None or not self._domains.serves(domain, tenant):
                         return
-                    await asyncio.sleep(0.1)  # DHCP sends no notice here
+                    await asyncio.sleep(0.1)  # DHCP notifies nobody here
                     async with self._caddy.changing:
                         site = await self._lead(tenant, domain)
 
     async def _have_allowed(self, tenant: str, domain: str) -> None:
-        """Restart a running site that refuses its tenant's new domain, with the setting that allows it.
+        """If a running site refuses its tenant's new domain, restart it with the setting that allows it.
 
-        Waits a while for it, so that the next visitor finds it. The health checks report whether that helped.
+        Waits a while for the site, so that the next visitor finds it. Health checks report whether it helped.
         """
         site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
         if site is None or not site.running or site.exposure is None or site.deployment is not None:
@@ -215,7 +215,7 @@ class Lifecycle:
             await self._sites.restart(tenant)
             await answer(where.address, where.port, site.health, _RETURNS, host=domain)
         except (OSError, ValueError):  # TimeoutError among them
-            return  # it says nothing of any domain
+            return  # so it does not refuse the domain
         except GatewayError as error:
             log.warning("the site of %s is not told its new domain: %s", tenant, error.message)
 
@@ -235,7 +235,7 @@ class Lifecycle:
 
     @contextlib.asynccontextmanager
     async def alone(self, tenant: str) -> AsyncIterator[None]:
-        """Keep other changes of this gateway out; those of others Incus refuses itself."""
+        """Keep out this gateway's other changes; Incus itself refuses those made by others."""
         lock = self._changing.setdefault(tenant, asyncio.Lock())
         try:
             async with asyncio.timeout(self._settings.lifecycle_timeout):
@@ -248,8 +248,8 @@ class Lifecycle:
             lock.release()
 
     async def let_go(self, tenant: str) -> None:
-        """End the tenant's file workers: they would hold its disk."""
-        await self._runtime.get(tenant)  # an unknown one has none
+        """End the tenant's file workers, which would keep its disk busy."""
+        await self._runtime.get(tenant)  # raises if it does not exist
         await self._workers.forget(tenant)
 
     # --- snapshots ----------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def _asking(self, ask: Ask, kind: str, snapshot: str) -> Iterator[None]:
-        """Have the event of this change name the caller."""
+        """Let the event of this change name the caller."""
         key = (ask.tenant, kind, snapshot)
         self._asked[key] = ask.token.subject
         while len(self._asked) > _ASKED:
@@ -306,11 +306,11 @@ class Lifecycle:
             raise
 
     async def forget(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: the next one of its name starts from nothing."""
+        """Forget a destroyed tenant, so that the next one of its name starts from nothing."""
         await self._room.forget(tenant)
 
     def explained(self, event: TenantEvent) -> TenantEvent:
-        """Return an event with its caller, if that was a client: Incus only sees the gateway."""
+        """Return an event with its caller if a client made the change; Incus only sees the gateway."""
         if event.tenant is None or "snapshot" not in event.data:
             return event
         by = self._asked.pop((event.tenant, event.type, event.data["snapshot"]), None)
@@ -338,6 +338,6 @@ def _to_dict(kept: Snapshot) -> dict[str, Any]:
 
 
 def _named(ask: Ask) -> str:
-    """Return the snapshot of the path; one that no snapshot can be called does not exist."""
+    """Return the snapshot named in the path. Raises `NotFound` for an impossible name."""
     name = ask.path["snapshot"]
     return name if SNAPSHOT_NAME.fullmatch(name) else "-"

@@ -19,16 +19,16 @@ log = logging.getLogger(__name__)
 
 
 class SiteLogs:
-    """The logs that are being read, `max_followers` of one tenant at a time."""
+    """The logs being read. At most `max_followers` are followed for one tenant at a time."""
 
     def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
         self._runtime, self._settings = runtime, settings
         self._following: dict[Following, str] = {}  # the tenant of each
 
     async def open(self, tenant: str, lines: int, *, follow: bool) -> Following:
-        """Return the response that prints the last `lines`, and with `follow` what comes until it is left.
+        """Return a response with the last `lines`, and with `follow` new ones until the client leaves.
 
-        Raises `InvalidParams` and `RateLimited`.
+        Raises `InvalidParams` or `RateLimited`.
         """
         if lines > self._settings.logs_max:
             raise InvalidParams(f"lines must be a number up to {self._settings.logs_max}", field="lines")
@@ -41,13 +41,13 @@ class SiteLogs:
         return following
 
     def end(self) -> None:
-        """End the logs that are being followed."""
+        """End all followed logs."""
         for following in list(self._following):
             following.end()
 
 
 class Following(Response):
-    """Sends what a command prints until it ends or the client leaves; nothing of it runs on after that."""
+    """Sends a command's output until it ends or the client leaves, which ends the command."""
 
     media_type = "text/plain"
 
