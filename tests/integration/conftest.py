@@ -1,6 +1,6 @@
-"""Fixtures over a real incusd: settings, the daemon itself (to kill it), tenants made without our code.
+"""Fixtures on a real incusd: settings, the daemon itself (to kill it), tenants created without our code.
 
-Nothing here skips: where Incus is absent, the tests fail and say why.
+Nothing here skips: without Incus the tests fail and say why.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Container:
         stdin: bytes = b"",
         timeout: float = 60,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command inside, as root unless `user` says else; `check` fails on a non-zero exit."""
+        """Run a command inside, as root or `user`; with `check`, a non-zero exit raises."""
         words = ("exec", self.name, f"--user={user}", f"--group={user}", "-T", "--", *command)
         return environment.incus(*words, check=check, timeout=timeout, stdin=stdin)
 
@@ -83,7 +83,7 @@ MakeTenant = Callable[..., Awaitable[Container]]
 
 @dataclass(frozen=True, slots=True)
 class Incusd:
-    """The tests' daemon, for tests of what happens when it dies."""
+    """The tests' daemon, for tests in which it dies."""
 
     daemon: Daemon
 
@@ -92,11 +92,11 @@ class Incusd:
         return self.daemon.pid()
 
     async def kill(self) -> None:
-        """End it by SIGKILL; containers and their commands live on."""
+        """Kill it with SIGKILL; containers and their commands keep running."""
         await asyncio.to_thread(self.daemon.kill)
 
     async def restart(self) -> None:
-        """Start it again, if it does not run, and return once it is ready, with network and disk quotas."""
+        """Start it if it is not running; return once it is ready, with network and disk quotas."""
         await asyncio.to_thread(self.daemon.ensure, lambda line: None)
         # it may have mounted the pool anew, which is counted by the kernel's own rules until then: where a
         # large disk goes in the meantime, the kernel stops counting
@@ -104,7 +104,7 @@ class Incusd:
         # where an interface went away just then, incusd has no network, and tries again only after a minute
         network = f"/1.0/networks/{environment.settings().network}"
 
-        async def up() -> bool:  # incusd tells nobody
+        async def up() -> bool:  # incusd has no event for this
             shown = await asyncio.to_thread(environment.incus, "query", network)
             return bool(json.loads(shown.stdout)["status"] == "Created")
 
@@ -115,7 +115,7 @@ class Incusd:
 
 @pytest.fixture(scope="session")
 def incus_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a gateway on the tests' daemon, which runs and is prepared once this returns."""
+    """Settings of a gateway on the tests' daemon, which is running and set up."""
     said: list[str] = []
     try:
         environment.up(said.append)
@@ -126,7 +126,7 @@ def incus_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture
 async def incusd(incus_settings: Settings) -> AsyncIterator[Incusd]:
-    """The daemon; runs again after the test, whatever the test did to it."""
+    """The daemon. It runs again after the test, whatever the test did to it."""
     handle = Incusd(Daemon.at(incus_settings.incus_socket))
     yield handle
     await handle.restart()
@@ -158,13 +158,13 @@ async def _destroy(made: list[Container]) -> None:
     words = ("delete", "--force")
     ended = (asyncio.to_thread(environment.incus, *words, one.name, check=False) for one in made)
     for done in await asyncio.gather(*ended):
-        # A test may have destroyed it itself.
+        # the test may have destroyed it
         assert done.returncode == 0 or b"not found" in done.stderr.lower(), done.stderr
 
 
 @contextlib.asynccontextmanager
 async def make_containers(prefix: str, settings: Settings, number: int) -> AsyncIterator[list[Container]]:
-    """Give some running tenants, made at the same time; for what one alone would take too long to do."""
+    """Create several running tenants at the same time, for work that is too much for one."""
     made: list[Container] = []
     try:
         async with asyncio.TaskGroup() as group:
@@ -177,9 +177,9 @@ async def make_containers(prefix: str, settings: Settings, number: int) -> Async
 
 @pytest.fixture
 async def make_tenant(incus_settings: Settings) -> AsyncIterator[MakeTenant]:
-    """A function that makes tenants, `await make_tenant(start=True, ready=False)`; they end with the test.
+    """A function that creates tenants, `await make_tenant(start=True, ready=False)`, for this test.
 
-    `ready` waits for the container's systemd and for its address, a second more; `pool` is one beside theirs.
+    `ready` waits for the container's systemd and address, a second more. `pool` is another storage pool.
     """
     made: list[Container] = []
 
@@ -192,13 +192,13 @@ async def make_tenant(incus_settings: Settings) -> AsyncIterator[MakeTenant]:
 
 @pytest.fixture
 async def tenant(make_tenant: MakeTenant) -> Container:
-    """A fresh running tenant of this test alone."""
+    """A new running tenant for this test only."""
     return await make_tenant()
 
 
 @pytest.fixture(scope="session")
 async def shared_tenant(incus_settings: Settings) -> AsyncIterator[Container]:
-    """One running tenant for all tests that leave no trace in it."""
+    """A running tenant shared by tests that leave no trace in it."""
     made: list[Container] = []
     yield await _make(made, "shared", incus_settings, start=True, ready=True)
     await _destroy(made)
@@ -206,5 +206,5 @@ async def shared_tenant(incus_settings: Settings) -> AsyncIterator[Container]:
 
 @pytest.fixture
 def workspace(tenant: Container, incus_settings: Settings) -> Path:
-    """The host's path of a fresh tenant's workspace, through its init's root."""
+    """The host's path of a new tenant's workspace, through its init's root."""
     return Path(f"/proc/{tenant.pid}/root{incus_settings.workspace}")

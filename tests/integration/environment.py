@@ -1,8 +1,8 @@
-"""Runs the tests' own incusd, beside an operator's: other folder, bridge, subnet and pool.
+"""The tests' own incusd, separate from an operator's: it has its own folder, bridge, subnet and pool.
 
-`up` and `down` are what `tests/run` calls around pytest; the fixtures call `up` too, so that pytest alone
-works. GATEWAY_TEST_HOST=N names another such host, for a second run at the same time; where pytest runs with
-several workers, each has its own.
+`tests/run` calls `up` before pytest and `down` after it; the fixtures call `up` too, so that pytest alone
+works. GATEWAY_TEST_HOST=N selects another such daemon, for a second run at the same time. Each of pytest's
+workers has its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gateway.host.setup import setup
 from gateway.rootfs import process_tree
 from gateway.settings import Settings
 
-_HOSTS = 100  # of the first workers; the second worker's are those above
+_HOSTS = 100  # for first workers; those of second workers follow
 HOST = int(os.environ.get("GATEWAY_TEST_HOST", "0")) + _HOSTS * int(
     os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
 )
@@ -38,14 +38,14 @@ OWNER = "user.gateway.test-owner"
 
 
 def settings(**changes: Any) -> Settings:
-    """Return the settings of the tests' Incus; `changes` override fields."""
+    """Return settings for the tests' Incus; `changes` override fields."""
     fields: dict[str, Any] = {
         "incus_socket": INCUS_DIR / "unix.socket",
         "network": f"gwtestbr{HOST}",
         "network_ipv4": f"10.83.{HOST}.1/24",
         "pool": "gwtest",
         "tenant_disk": "2GiB",
-        "tenant_memory": "512MiB",  # enough for what the tests run, on a machine of any size
+        "tenant_memory": "512MiB",  # enough for the tests, on a machine of any size
         "state_dir": INCUS_DIR / "gateway",
         "listen": "127.0.0.1:0",
     }
@@ -53,7 +53,7 @@ def settings(**changes: Any) -> Settings:
 
 
 def variables(of: Settings) -> dict[str, str]:
-    """Return the environment that gives another process these settings."""
+    """Return environment variables that give another process these settings."""
     changed = of.model_dump(mode="json", include=of.model_fields_set)
     return {f"GATEWAY_{name.upper()}": str(value) for name, value in changed.items()}
 
@@ -65,9 +65,9 @@ def daemon() -> Daemon:
 def incus(
     *words: str, check: bool = True, stdin: bytes = b"", timeout: float = 60
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run the `incus` command against the tests' daemon; independent of the code under test.
+    """Run the `incus` command on the tests' daemon, independently of the code under test.
 
-    What is asked often, `exec` and a `query` of a path, asks the daemon without starting the command.
+    The frequent ones, `exec` and `query PATH`, call the daemon's API without starting the command.
     """
     if (words[0] == "exec" and not stdin) or (words[0] == "query" and len(words) == 2):
         done = (_executed if words[0] == "exec" else _queried)(*words[1:], timeout=timeout)
@@ -91,10 +91,10 @@ def incus(
 
 
 def _executed(name: str, *words: str, timeout: float) -> subprocess.CompletedProcess[bytes]:
-    """Do as `incus exec` does, whose output of a short command is lost now and then on a busy machine.
+    """Do what `incus exec` does, which on a busy machine sometimes loses a short command's output.
 
-    Incus records it in files here, which are read once the command has ended. They lie on the instance's own
-    disk: where that is full, give some `stdin`, and it is `incus exec` itself.
+    Here Incus records the output in files, which are read once the command has ended. They are on the
+    instance's disk; if that is full, pass some `stdin`, which runs `incus exec` itself.
     """
     at = words.index("--") if "--" in words else 0
     options = dict(word.removeprefix("--").split("=", 1) for word in words[:at] if "=" in word)
@@ -110,7 +110,7 @@ def _executed(name: str, *words: str, timeout: float) -> subprocess.CompletedPro
         if begun["type"] == "error":
             return subprocess.CompletedProcess(words, 1, b"", begun["error"].encode())
         ended = json.loads(ask("GET", f"{begun['operation']}/wait?timeout={timeout:.0f}"))
-        if ended["type"] == "error":  # as for what is not found, 127, and what cannot be run, 126
+        if ended["type"] == "error":  # as for a command that is not found (127) or cannot be run (126)
             missing = "not found" in ended["error"]
             return subprocess.CompletedProcess(words, 127 if missing else 126, b"", ended["error"].encode())
         if ended["metadata"]["status"] == "Running":
@@ -135,7 +135,7 @@ def _queried(path: str, *, timeout: float) -> subprocess.CompletedProcess[bytes]
 
 @contextlib.contextmanager
 def _asking(timeout: float) -> Iterator[Callable[..., bytes]]:
-    """Give a way to ask the daemon, `ask(method, path, body)`, over one connection."""
+    """Yield a function that sends requests to the daemon, `ask(method, path, body)`, over one connection."""
     connection = http.client.HTTPConnection("incus", timeout=timeout)
     with contextlib.closing(connection):
         connection.sock = socket.socket(socket.AF_UNIX)
@@ -150,9 +150,9 @@ def _asking(timeout: float) -> Iterator[Callable[..., bytes]]:
 
 
 def configure(name: str, key: str, value: str) -> None:
-    """Set one key of an instance as an operator, whatever the gateway is changing of it at the same time.
+    """Set one key of an instance as an operator, even if the gateway is changing it at the same time.
 
-    `incus config set` writes back all that it read, and is refused where anything changed in between.
+    `incus config set` writes back everything that it read, and is refused if anything has changed meanwhile.
     """
     change = json.dumps({"config": {key: value}})
     incus("query", "--wait", "--request", "PATCH", "--data", change, f"/1.0/instances/{name}")
@@ -166,7 +166,7 @@ def init_pid(name: str) -> int:
 def cgroup(name: str) -> Path:
     """Return a running instance's cgroup in the v2 tree.
 
-    It is asked of its first process: where one of that name is left by an earlier run, LXC adds a number.
+    Read from its first process, since LXC adds a number if an earlier run has left a cgroup of that name.
     """
     found = process_tree.of_init(init_pid(name))
     assert found is not None, f"{name} has no cgroup in the v2 tree"
@@ -174,12 +174,12 @@ def cgroup(name: str) -> Path:
 
 
 def rootfs(name: str, pool: str = "gwtest") -> Path:
-    """Return where the host has a container's `/`."""
+    """Return the host's path of a container's `/`."""
     return INCUS_DIR / "storage-pools" / pool / "containers" / name / "rootfs"
 
 
 def owner(pid: int) -> str | None:
-    """Return `PID:START` of a living process, or None; one that only waits to be reaped does not live."""
+    """Return `PID:START` of a living process, or None. A zombie does not live."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -188,19 +188,20 @@ def owner(pid: int) -> str | None:
 
 
 def instances(*, snapshots: bool = False) -> list[dict[str, Any]]:
-    """Return all instances as Incus has them; with their snapshots it also looks into each that runs."""
+    """Return all instances as Incus reports them; with snapshots it also looks into each running one."""
     listed: list[dict[str, Any]] = json.loads(
         incus("query", f"/1.0/instances?recursion={2 if snapshots else 1}").stdout
     )
-    # Incus shows one without anything that is just being made or removed
+    # Incus returns an incomplete one while it is being created or removed
     return [entry for entry in listed if entry["config"] is not None]
 
 
 def up(report: Report) -> bool:
-    """Have daemon, network, pool, profile and image; return whether the daemon is this run's to stop.
+    """Set up daemon, network, pool, profile and image; return whether this run has to stop the daemon.
 
-    It is where it had to be started, and where a killed `tests/run` left it. Then all containers in it are
-    leavings and are removed; in another's daemon, only those whose test process is gone. Raises `HostError`.
+    It has to if it started the daemon, or if a killed `tests/run` left it running. In these cases all
+    containers are left-overs and are removed; otherwise only those whose test process is gone. Raises
+    `HostError`.
     """
     if reason := cannot_run():
         raise HostError(reason)
@@ -215,7 +216,7 @@ def up(report: Report) -> bool:
     if ours:
         _end_gateways(report)
     for instance in instances():
-        mark = (instance["config"] or {}).get(OWNER)  # none while another run is making it
+        mark = (instance["config"] or {}).get(OWNER)  # None while another run is creating it
         if ours or (mark and not _lives(mark)):
             report(f"removing {instance['name']}, left by an earlier run")
             incus("delete", "--force", instance["name"], check=False)
@@ -225,7 +226,7 @@ def up(report: Report) -> bool:
 
 
 def _end_gateways(report: Report) -> None:
-    """End the gateways that an interrupted run left: they would go on working on what is in this Incus."""
+    """End the gateways that an interrupted run left, which would keep working on this Incus."""
     used = f"GATEWAY_INCUS_SOCKET={INCUS_DIR / 'unix.socket'}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -241,7 +242,7 @@ def _lives(mark: str) -> bool:
 
 
 def down(report: Report) -> None:
-    """Remove the tests' containers and stop the daemon; pool and image stay for the next run."""
+    """Remove the tests' containers and stop the daemon. Pool and image stay for the next run."""
     if daemon().answers():
         for instance in instances():
             incus("delete", "--force", instance["name"], check=False)
@@ -251,7 +252,7 @@ def down(report: Report) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Do one of the words in `usage`. `up` exits 3 where the daemon is this run's to stop, else 0."""
+    """Run one of the commands in `usage`. `up` exits with 3 if this run has to stop the daemon, else 0."""
     try:
         match words:
             case ["up"]:

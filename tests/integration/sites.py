@@ -1,4 +1,4 @@
-"""A gateway with a Caddy of its own, and deployments as a client sees them."""
+"""A gateway with its own Caddy, and deployments from a client's view."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _ADMIN = "gw-caddy-"
 
 @contextlib.contextmanager
 def filled(folder: Path, room: int = 0) -> Iterator[None]:
-    """Leave so many bytes of a file system; a test that is killed gives all back: its file has no name."""
+    """Fill a file system, leaving so many bytes. The file has no name, so that a killed test frees it."""
     size, at = 1 << 34, 0
     with tempfile.TemporaryFile(dir=folder) as file:
-        # to give some back takes a little room, too
+        # freeing some takes a little room, too
         while size >= (1 << 16 if room else 4096):
             try:
                 os.posix_fallocate(file.fileno(), at, size)
@@ -56,10 +56,10 @@ class RealCaddy:
         return self.settings.state_dir / "caddy"
 
     async def start(self, instead: str | None = None, head: int | None = None) -> None:
-        """Start it and return once it answers.
+        """Start it; return once it answers.
 
-        `instead` is another configuration; `head` is how many seconds a head may take, where the shipped 10
-        are too long to wait for.
+        `instead` is another configuration. `head` is how many seconds a request's head may take, if the
+        shipped 10 are too long for a test.
         """
         async with Caddy(self.settings) as caddy:
             main = caddy.write()
@@ -75,7 +75,7 @@ class RealCaddy:
                 *("caddy", "run", "--config", str(main), "--adapter", "caddyfile"), stdout=log, stderr=log
             )
 
-        async def up() -> bool:  # nothing to wait on but the socket itself
+        async def up() -> bool:  # there is nothing to wait for but the socket
             assert self.process is not None and self.process.returncode is None, self.log
             return await self._answers(serves=instead is None)
 
@@ -102,13 +102,13 @@ class RealCaddy:
 
 
 class Hosting:
-    """One gateway with its Caddy, and what a client asks of them."""
+    """One gateway with its Caddy, and a client's requests to them."""
 
     def __init__(self, settings: Settings, log: Path) -> None:
         variables = environment.variables(settings)
         del variables["GATEWAY_LISTEN"]
         self.gateway = LiveGateway(variables, log)
-        # as the gateway's, so that both write the same configuration
+        # the gateway's, so that both write the same configuration
         self.settings = settings.model_copy(update={"listen": f"127.0.0.1:{self.gateway.port}"})
         self.caddy = RealCaddy(self.settings)
 
@@ -119,7 +119,7 @@ class Hosting:
     async def call(
         self, method: str, path: str, body: Any = None, *, tenants: tuple[str, ...] = ("*",), **headers: str
     ) -> tuple[int, Any, Mapping[str, str]]:
-        """Ask the gateway; return status, JSON and headers."""
+        """Send a request to the gateway; return status, JSON and headers."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         async with (
             self.gateway.http(*tenants) as session,
@@ -129,7 +129,7 @@ class Hosting:
             return answer.status, json.loads(text) if text else None, dict(answer.headers)
 
     async def deploy(self, domain: str, template: Any = "static", **more: Any) -> dict[str, Any]:
-        """Deploy and return the record once it has ended."""
+        """Deploy; return the record once the deployment has ended."""
         status, begun, _ = await self.call(
             "POST", "/v1/deployments", {"domain": domain, "template": template, **more}
         )
@@ -138,7 +138,7 @@ class Hosting:
 
     @contextlib.asynccontextmanager
     async def following(self, deployment: str) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
-        """Give a way to look at a deployment often: only the last answer is held against its schema."""
+        """Yield a function to poll a deployment. Only its last answer is checked against the schema."""
         headers = {"Authorization": f"Bearer {self.gateway.token('*')}"}
         async with aiohttp.ClientSession(self.url, headers=headers) as session:
 
@@ -161,7 +161,7 @@ class Hosting:
         return record
 
     async def reached(self, deployment: str, phase: str, state: str = "running") -> None:
-        """Return once a phase of a deployment is in a state, past it, or will never be."""
+        """Wait until a phase of a deployment has reached or passed a state, or never will."""
         order = ("waiting", "running", "done")
         async with self.following(deployment) as look:
 
@@ -173,7 +173,7 @@ class Hosting:
             await until(there, 60, every=0.01)
 
     async def answers(self, domain: str, *answer: object, deadline: float = 60) -> None:
-        """Return once a site answers so, 200 by default: its route comes when the gateway looks."""
+        """Wait until a site answers with a status, 200 by default; its route is set a little later."""
         wanted = answer or (200,)
 
         async def so() -> bool:
@@ -184,7 +184,7 @@ class Hosting:
         await until(so, deadline, every=0.05)
 
     async def visit(self, domain: str, path: str = "/", *, https: bool = False) -> tuple[int, str]:
-        """Ask a site through Caddy, as a browser would."""
+        """Request a site through Caddy, as a browser would."""
         port = self.settings.caddy_https if https else self.settings.caddy_ask
         scheme = "https" if https else "http"
         async with (
@@ -199,7 +199,7 @@ class Hosting:
             return answer.status, await answer.text()
 
     def leavings(self) -> dict[str, Any]:
-        """Return everything that a deployment may have made, but for what is kept ready for the next."""
+        """Return everything that a deployment may have left, except what is kept ready for the next."""
         listed = environment.instances()
         caddy = self.settings.state_dir / "caddy"
         return {
@@ -220,9 +220,9 @@ def _without_volatile(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:
-    """Return settings of a gateway with a Caddy on free ports."""
+    """Return settings for a gateway with a Caddy on free ports."""
     http, https, ask = free_ports(3)
-    # a unix socket's path has 107 bytes at most
+    # a unix socket's path may have 107 bytes
     admin = Path(tempfile.mkdtemp(prefix=_ADMIN)) / "admin.sock"
     fields: dict[str, Any] = {
         "state_dir": state,
@@ -244,7 +244,7 @@ def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:
 async def hosting(
     base: Settings, state: Path, *, caddy: bool = True, start: bool = True, **changes: Any
 ) -> AsyncIterator[Hosting]:
-    """Give a running gateway with its Caddy; what it left of tenants is destroyed at the end."""
+    """Yield a running gateway with its Caddy; destroy the tenants that it leaves at the end."""
     host = Hosting(settings_for(base, state, **changes), state.with_suffix(".log"))
     state.mkdir(exist_ok=True)
     before = {entry["name"] for entry in environment.instances()}

@@ -28,9 +28,9 @@ from tests.live import LiveGateway, RpcFailure, Wire
 
 SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1"))
 SECRET = "host-secret-9d1f"
-DEADLINE = 5.0  # seconds in which every call must answer
+DEADLINE = 5.0  # seconds for every call to answer
 
-# Perl is in every Debian. The arguments are the attack and the machine's number of renameat2.
+# Perl is part of every Debian. Its arguments: the attack, and the number of the system call renameat2.
 ATTACKER = r"""
 my ($what, $renameat2) = @ARGV;
 chdir "/srv/site" or die;
@@ -48,7 +48,7 @@ while (1) {
 }
 """
 
-# The attack, and the user that runs it: some need root, which a tenant is in its container.
+# The attack, and the user that runs it. Some need root, which a tenant has in its container.
 RACES = [
     ("file", 1000),
     ("folder", 1000),
@@ -65,7 +65,7 @@ RACES = [
 
 @dataclass
 class Arena:
-    """A tenant whose workspace is laid with bait, the files outside, and a count of what was answered."""
+    """A tenant whose workspace contains bait, the files outside, and counts of the answers."""
 
     container: Container
     wire: Wire
@@ -76,7 +76,7 @@ class Arena:
     refused: dict[str, int] = field(default_factory=dict)
 
     async def call(self, tool: str, **given: object) -> str | None:
-        """Run a tool and return its error's code; what it answers comes in time and without the secret."""
+        """Run a tool; return its error's code. Fails if the answer is late or contains the secret."""
         started = time.monotonic()
         try:
             async with asyncio.timeout(DEADLINE):
@@ -94,7 +94,7 @@ class Arena:
         return code
 
     async def round(self) -> None:
-        """Use every tool once or more on what is being swapped."""
+        """Use every tool at least once on what is being swapped."""
         for path in ("prey.txt", "folder/secret.txt", "in/deep/back", "bait", "way-out/secret.txt"):
             await self.call("Read", file_path=path)
         await self.call("Grep", pattern="host-secret", output_mode="content")
@@ -105,7 +105,7 @@ class Arena:
 
     @contextmanager
     def attacked(self, what: str, user: int) -> Iterator[None]:
-        """Run the attacker inside the container, as many of it as the tests have cores to spare: one."""
+        """Run the attacker inside the container: one process, as the tests have one core to spare."""
         command = ["incus", "exec", self.container.name, f"--user={user}", "-T", "--", "perl", "-e", ATTACKER]
         number = {"x86_64": 316, "aarch64": 276}[os.uname().machine]
         process = subprocess.Popen(
@@ -133,7 +133,7 @@ async def gateway(
 
 @pytest.fixture
 def pool(request: pytest.FixtureRequest, incus_settings: Settings) -> Iterator[str]:
-    """The tenants' own pool, or with the parameter "dir" one of plain folders beside it."""
+    """The tenants' own pool, or with the parameter "dir" another one of plain folders."""
     if getattr(request, "param", "own") == "own":
         yield incus_settings.pool
         return
@@ -175,7 +175,7 @@ async def arena(
 @pytest.mark.parametrize("pool", ["own", "dir"], indirect=True)
 @pytest.mark.timeout(300)
 async def test_races(arena: Arena) -> None:
-    """Nothing leaks, hangs or lands outside, and no unfinished file is left, over all attacks."""
+    """No attack leaks anything, hangs a call, writes outside, or leaves an unfinished file."""
     before = sorted(arena.secret.parent.rglob("*")), arena.secret.stat().st_mtime_ns
     for what, user in RACES:
         with arena.attacked(what, user):
@@ -191,7 +191,7 @@ async def test_races(arena: Arena) -> None:
 
 
 async def test_naive_check_leaks(arena: Arena) -> None:
-    """The usual check (resolve, compare the beginning, open) leaks under the same attack: the races bite."""
+    """The usual check (resolve, compare the prefix, open) does leak under the same attack."""
     site = arena.rootfs / "srv/site"
 
     def naive(name: str) -> str:
@@ -215,7 +215,7 @@ async def test_naive_check_leaks(arena: Arena) -> None:
 
 
 async def test_tenant_mounts(arena: Arena) -> None:
-    """What a tenant mounts over its workspace is not entered: the tools serve what is on disk."""
+    """The tools do not enter what a tenant mounts over its workspace: they serve what is on disk."""
     arena.container.sh(f"mount -t tmpfs none /srv/site/folder && echo {SECRET} > /srv/site/folder/secret.txt")
     arena.container.sh("mount --bind /etc /srv/site/in")
     for path in ("folder/secret.txt", "in/marker", "in/passwd"):
@@ -231,7 +231,7 @@ async def test_workers_do_not_see_each_other(arena: Arena) -> None:
     assert seen.strip() == ""
 
 
-# What a tenant lays by hand, as its user; %s is the host's folder with the secret.
+# What a tenant creates by hand, as its user. %s is the host's folder with the secret.
 LAY = r"""
 cd /srv/site; mkdir t; cd t; echo harmless > file; mkdir dir
 ln -s %s/secret.txt host; ln -s %s host-dir; ln -s ../../../etc/marker tenant; ln -s ../../way twin-dir
@@ -249,7 +249,7 @@ perl -e 'for (1..300) { mkdir "d" x 40; chdir "d" x 40 or die }'
 """
 
 OUT, NOT, DIR, BAD, LARGE = "outside_workspace", "not_a_file", "is_a_directory", "invalid_params", "too_large"
-# The path, and the codes that reading and writing it answer with; None where it works.
+# The path, and the codes with which reading and writing it answer; None if it works.
 TABLE: list[tuple[str, set[str | None], set[str | None]]] = [
     ("../../etc/passwd", {OUT}, {OUT}),
     ("/etc/passwd", {OUT}, {OUT}),
@@ -287,7 +287,7 @@ TABLE: list[tuple[str, set[str | None], set[str | None]]] = [
 
 @pytest.mark.timeout(120)
 async def test_table(arena: Arena) -> None:
-    """Every row of what can be laid is answered with its code while paths are swapped beside it."""
+    """Every path of the table is answered with its code, while paths next to it are being swapped."""
     folder = str(arena.secret.parent)
     arena.container.sh(LAY.replace("%s", folder), user=1000)
     before = arena.secret.stat().st_mtime_ns, sorted(arena.secret.parent.iterdir())
@@ -332,7 +332,7 @@ async def test_crowded_folder(arena: Arena) -> None:
         assert await arena.call("Read", file_path="prey.txt") is None
     assert arena.slowest < 1.0
     for search in searching:
-        if error := search.exception():  # a busy machine: it was ended, and says so
+        if error := search.exception():  # on a busy machine it was ended, and says so
             assert isinstance(error, RpcFailure) and error.code == "timeout"
             continue
         answer = search.result()

@@ -1,4 +1,4 @@
-"""A gateway without root, beside the broker that has it: files, cancelled trees, bound ports."""
+"""A gateway without root and a broker with it: files, cancelled trees, bound ports."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from tests.waits import until
 
 NOBODY = 65534
 CHECKOUT = Path(__file__).parents[2]
-# One capability, or it could not read a Python that lies in root's home; it lets nobody write or signal.
+# Only one capability, to read a Python in root's home. It allows neither writing nor signals.
 HELD = "-all,+dac_read_search"
 
 
 def as_nobody() -> tuple[str, ...]:
-    """Return what starts a program as nobody, whose one privilege is that it may speak to incusd."""
+    """Return a command that starts a program as nobody, whose only privilege is access to incusd."""
     group = environment.settings().incus_socket.stat().st_gid
     user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", f"--groups={group}")
     return ("setpriv", *user, f"--inh-caps={HELD}", f"--ambient-caps={HELD}", "--no-new-privs")
@@ -49,7 +49,7 @@ def as_nobody() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder that others may enter, and the settings of a gateway whose broker runs in it."""
+    """A folder that other users may enter, and settings of a gateway whose broker runs in it."""
 
     folder: Path
     settings: Settings
@@ -117,7 +117,7 @@ async def test_files_and_trees(gateway: LiveGateway, tenant: Container) -> None:
 
 
 async def test_ports(gateway: LiveGateway, make_tenant: MakeTenant) -> None:
-    """A tenant that starts has its hardware address bound to its port, which takes root."""
+    """A starting tenant's hardware address is bound to its port, which needs root."""
     container = await make_tenant()
     told = environment.incus("query", f"/1.0/instances/{container.name}")
     address = json.loads(told.stdout)["config"]["volatile.eth0.hwaddr"]
@@ -133,7 +133,7 @@ async def test_ports(gateway: LiveGateway, make_tenant: MakeTenant) -> None:
 
 
 async def test_deploys_by_a_caddy_that_root_started(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`setup` gives it the folders of the routes; Caddy's admin API stays closed to it."""
+    """`setup` gives it the routes' folders; it has no access to Caddy's admin API."""
     monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
     http, https, ask = free_ports(3)
     folder = place.folder / "caddy"
@@ -194,7 +194,7 @@ async def test_deploys_by_a_caddy_that_root_started(place: Place, monkeypatch: p
 async def test_ends_trees_by_the_broker(
     place: Place, tenant: Container, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a broker no step on a cgroup is this process', and none is left to a command in the tenant."""
+    """With a broker, neither this process nor a command in the tenant works on a cgroup."""
 
     def never(*_: object) -> None:
         raise AssertionError("not by this process")
@@ -216,7 +216,7 @@ async def test_ends_trees_by_the_broker(
 
 @pytest.fixture
 async def foreign(incus_settings: Settings) -> AsyncIterator[Container]:
-    """A running container on the same pool that is none of ours, with a command's cgroup as ours have."""
+    """A running foreign container on the same pool, with a command's cgroup like ours."""
     container = Container(f"t-foreign-{os.getpid()}")
     mark = f"{environment.OWNER}={environment.owner(os.getpid())}"
     words = ("--no-profiles", "--storage", incus_settings.pool, "--config", mark)
@@ -236,9 +236,9 @@ mkdir -p $g/gateway/own/x && echo $$ > $g/gateway/own/x/cgroup.procs && exec sle
 
 
 async def test_a_gateway_that_was_taken_over(place: Place, tenant: Container, foreign: Container) -> None:
-    """It gets no worker on a foreign container and ends nothing there, nor anything of a tenant but commands.
+    """It gets no worker on a foreign container and ends nothing there; of a tenant it ends only commands.
 
-    incusd decides, not the request: taking the mark off a tenant ends its being served.
+    incusd decides, not the request: a tenant without its mark is no longer served.
     """
     processes = [
         await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""The file tools on real containers: who owns what, running and stopped, deleted and restored."""
+"""The file tools on real containers: ownership, stopped, deleted and restored tenants."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Files:
         return await self.tools.call(self.root, self.session, tool, given)
 
     async def text(self, tool: str, **given: object) -> str:
-        """Return the answer's text; it must be none of an error."""
+        """Return the answer's text. Fails if it is an error."""
         result = await self.call(tool, **given)
         assert not result.is_error, result.data()
         return str(result.data()["content"][0]["text"])
@@ -63,7 +63,7 @@ async def files_of(container: Container, workers: Workers, settings: Settings) -
 
 
 async def test_ownership(tenant: Container, workers: Workers, incus_settings: Settings) -> None:
-    """What the tools write belongs to the workspace's user inside, like what that user writes itself."""
+    """Files written by the tools belong to the workspace's user, like those that the user writes."""
     files = await files_of(tenant, workers, incus_settings)
     tenant.sh("echo one > /srv/site/mine.txt; chmod 640 /srv/site/mine.txt", user=1000)
     assert await files.text("Read", file_path="mine.txt") == "1\tone\n2\t"
@@ -87,7 +87,7 @@ async def test_ownership(tenant: Container, workers: Workers, incus_settings: Se
 
 
 async def test_permissions_hold(tenant: Container, workers: Workers, incus_settings: Settings) -> None:
-    """The tools may what the user may: a file of root's with mode 0600 stays closed to them."""
+    """The tools have the user's permissions: they cannot read root's file of mode 0600."""
     files = await files_of(tenant, workers, incus_settings)
     tenant.sh(
         "echo secret > /srv/site/root.txt; chmod 600 /srv/site/root.txt; mkdir -m 700 /srv/site/private"
@@ -99,7 +99,7 @@ async def test_permissions_hold(tenant: Container, workers: Workers, incus_setti
 
 
 async def test_stopped_tenant(make_tenant: MakeTenant, workers: Workers, incus_settings: Settings) -> None:
-    """Files of a tenant that never ran are read and written; the tenant then finds them as its own."""
+    """Files of a tenant that never ran can be read and written; the tenant then owns them."""
     container = await make_tenant(start=False)
     files = await files_of(container, workers, incus_settings)
     await files.text("Write", file_path="before.txt", content="start\n")
@@ -113,7 +113,7 @@ async def test_stopped_tenant(make_tenant: MakeTenant, workers: Workers, incus_s
 
 
 def aged(workers: Workers) -> None:
-    """Have each worker's next call look whether its workspace is the same, as a second later."""
+    """Make each worker's next call check its workspace again, as it would a second later."""
     for slot in workers._slots.values():
         if slot.worker is not None:
             slot.worker.checked -= 1.0
@@ -151,7 +151,7 @@ async def test_restored_snapshot(tenant: Container, workers: Workers, incus_sett
 
 @pytest.mark.parametrize("driver", ["dir"])
 async def test_other_pools(driver: str, workers: Workers, incus_settings: Settings, tmp_path: Path) -> None:
-    """A pool of folders, on which files may carry other ids on disk, works the same."""
+    """A pool of folders, where files may have other ids on disk, works the same."""
     name = f"t-files-{driver}-{os.getpid()}"
     environment.incus("storage", "create", name, driver, check=False)
     words = ("--profile", incus_settings.profile, "--storage", name)
@@ -190,7 +190,7 @@ async def test_workspace_on_a_disk_device(
     incus_settings: Settings,
     tmp_path: Path,
 ) -> None:
-    """Where the workspace is a disk of its own, as after a migration, the tools open that disk."""
+    """If the workspace is a separate disk, as after a migration, the tools open that disk."""
     container = await make_tenant(start=False)
     files = await files_of(container, workers, incus_settings)
     await files.text("Write", file_path="below.txt", content="hidden by the device\n")
@@ -221,7 +221,7 @@ async def test_workspace_on_a_disk_device(
 async def test_a_disk_that_the_broker_cannot_open(
     volume: str, make_tenant: MakeTenant, workers: Workers, incus_settings: Settings, tmp_path: Path
 ) -> None:
-    """A workspace on a disk that cannot be opened is an error that says so; no empty folder is shown."""
+    """If the workspace's disk cannot be opened, an error says so; no empty folder is shown."""
     pool = incus_settings.pool
     container = await make_tenant(start=False)
     environment.incus("storage", "volume", "set", pool, volume, "security.unmapped=true")
@@ -244,7 +244,7 @@ async def test_a_disk_that_the_broker_cannot_open(
 async def test_a_disk_below_the_workspace(
     tenant: Container, workers: Workers, incus_settings: Settings, tmp_path: Path
 ) -> None:
-    """What is another disk below the workspace is refused: nothing is written under it by mistake."""
+    """Another disk below the workspace is refused: nothing is written under its mount by mistake."""
     tenant.sh("mkdir -p /srv/site/public/up /srv/site/public/other", user=1000)
     devices(tenant, "add", "data", "disk", "path=/srv/site/public/up", f"source={tmp_path}", "shift=true")
     files = await files_of(tenant, workers, incus_settings)
@@ -265,7 +265,7 @@ async def test_a_disk_below_the_workspace(
 async def test_a_killed_gateway_leaves_no_unfinished_file(
     tenant: Container, incus_settings: Settings, tmp_path: Path
 ) -> None:
-    """What a SIGKILL in the middle of an upload and of writes leaves, the next gateway removes."""
+    """The next gateway removes what a SIGKILL during an upload and writes has left."""
     begun = asyncio.Event()
 
     async def endless() -> AsyncIterator[bytes]:
@@ -315,7 +315,7 @@ def workers_of(gateway: LiveGateway) -> set[int]:
 
 
 async def test_workers_end(make_tenant: MakeTenant, incus_settings: Settings, tmp_path: Path) -> None:
-    """A tenant's workers end when it is stopped, restored or deleted, or its workspace is another folder."""
+    """A tenant's workers end when it is stopped, restored or deleted, or its workspace changes."""
     tenant, other = await make_tenant(), await make_tenant()
     name = tenant.name
     async with live(incus_settings, tmp_path / "gateway.log") as gateway:
@@ -327,7 +327,7 @@ async def test_workers_end(make_tenant: MakeTenant, incus_settings: Settings, tm
             replaced = 201  # also the answer to an upload
 
             async def used() -> set[int]:
-                """Have a worker of each kind: for files, transfers and watches; return them."""
+                """Use a worker of each kind (files, transfers, watches); return them."""
                 async with gateway.wire(name) as used:
                     await used.call("tools/call", name="Glob", arguments={"pattern": "*"})
                     await used.call("files/list", path=".", depth=3)
@@ -371,7 +371,7 @@ async def test_workers_end(make_tenant: MakeTenant, incus_settings: Settings, tm
 
 
 async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tmp_path: Path) -> None:
-    """At its quota a tenant keeps its files; what fails says why, and leaves nothing beside them."""
+    """At its quota a tenant keeps its files; failed writes say why and leave nothing behind."""
     tenant = await make_tenant(start=False)
     # what the image takes counts
     environment.incus("config", "device", "override", tenant.name, "root", "size=730MiB")
@@ -417,7 +417,7 @@ async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tm
 
 
 async def test_idle_workers_end(tenant: Container, incus_settings: Settings, tmp_path: Path) -> None:
-    """A worker that nobody asks anything ends; the next call has a new one."""
+    """An unused worker ends; the next call gets a new one."""
     async with live(incus_settings, tmp_path / "gateway.log", GATEWAY_WORKER_IDLE="0.5") as gateway:
         async with gateway.wire(tenant.name) as wire:
             await wire.call("files/stat", path=".")
@@ -435,7 +435,7 @@ async def test_shifted_rootfs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where Incus shifts the ids on disk, as without idmapped mounts, the tools write with those ids."""
+    """If Incus shifts the ids on disk, as without idmapped mounts, the tools write with those ids."""
     program = tmp_path / "incusd"
     program.write_text(f'#!/bin/sh\nexec env INCUS_IDMAPPED_MOUNTS_DISABLE=1 {daemon.INCUSD} "$@"\n')
     program.chmod(0o755)

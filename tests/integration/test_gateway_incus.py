@@ -1,4 +1,4 @@
-"""The public contract over real containers, and what happens when incusd or a tenant goes away."""
+"""The public contract on real containers, and what happens when incusd or a tenant goes away."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INPUT = int(os.environ.get("GATEWAY_TEST_INPUT", "256"))  # MiB that a command i
 
 @contextlib.asynccontextmanager
 async def live(settings: Settings, log: Path, **more: str) -> AsyncIterator[LiveGateway]:
-    # a state of its own: a gateway ends what an earlier one of the same state left running
+    # a separate state dir: a gateway ends what an earlier one with the same state dir left running
     state = log.with_suffix("")
     state.mkdir(exist_ok=True)
     gateway = LiveGateway(
@@ -125,7 +125,7 @@ class TestIncusInput(InputContract):
         return shared_tenant.name
 
     async def test_a_flood_of_input_arrives_whole(self, gateway: LiveGateway, tenant: str) -> None:
-        """From a client that knows of no window and sends as fast as it can."""
+        """From a client that ignores the window and sends as fast as it can."""
         piece, digest = os.urandom(1 << 20), hashlib.sha256()
         async with gateway.wire(tenant) as wire:
             started = await wire.call("exec/start", argv=["sha256sum"], stdin=True)
@@ -155,7 +155,7 @@ class TestIncusMcp(McpContract):
 
 class TestIncusLife(LifeContract):
     async def test_what_two_snapshots_share_counts(self, tight: LiveGateway, fresh: str) -> None:
-        """Incus tells of neither that it holds it; what one leaves to the next is counted there."""
+        """Incus attributes it to neither of them; it is counted with the one that remains."""
         url = f"/v1/tenants/{fresh}"
         async with tight.http(fresh) as http:
 
@@ -208,7 +208,7 @@ class TestIncusLife(LifeContract):
         return int(await asyncio.to_thread(Container(tenant).sh, "pgrep -c journalctl || :"))
 
     async def test_what_others_do_is_seen_within_a_second(self, gateway: LiveGateway, fresh: str) -> None:
-        """A state is Incus's, never remembered: what another `incus` user did is there, and told."""
+        """States come from Incus, not from a cache: what another `incus` user did is seen and published."""
         url = f"/v1/tenants/{fresh}"
         async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:
             await wire.call("events/subscribe", types=["tenant.*"])
@@ -226,7 +226,7 @@ class TestIncusLife(LifeContract):
     async def test_a_process_that_takes_too_much_memory_is_told(
         self, gateway: LiveGateway, fresh: str, tenant: Container
     ) -> None:
-        """To who may see its tenant, and to nobody else."""
+        """Only to those who may see its tenant."""
         await asyncio.to_thread(environment.incus, "config", "set", fresh, "limits.memory=96MiB")
         async with gateway.wire(fresh) as wire, gateway.wire(tenant.name) as other:
             for one in (wire, other):
@@ -331,7 +331,7 @@ async def test_what_others_do_is_told(gateway: LiveGateway, tenant: Container) -
 async def test_a_killed_incusd_is_told_and_its_return_found(
     gateway: LiveGateway, incusd: Incusd, tenant: Container
 ) -> None:
-    """A running command ends as lost, readiness says why, and all recovers by itself."""
+    """A running command ends as lost, readiness says why, and everything recovers by itself."""
     name = tenant.name
     async with gateway.wire(name) as wire, aiohttp.ClientSession(gateway.url) as http:
         started = await wire.call("exec/start", command="echo r; sleep 600")
@@ -363,7 +363,7 @@ async def test_a_killed_incusd_is_told_and_its_return_found(
 async def test_a_killed_gateways_commands_end_with_the_next_one(
     incus_settings: Settings, folder: Path, tenant: Container
 ) -> None:
-    """Its trees are found by their cgroups; what others run in the tenant is left alone."""
+    """The trees are found by their cgroups; other processes in the tenant are left alone."""
     other = mark()
     await asyncio.to_thread(tenant.sh, f"setsid sleep {other} </dev/null >/dev/null 2>&1 &")
     tree = Tree()
@@ -386,7 +386,7 @@ async def test_a_killed_gateways_commands_end_with_the_next_one(
 async def test_a_destroy_whose_end_is_not_known_is_in_the_audit(
     gateway: LiveGateway, incusd: Incusd, tenant: Container
 ) -> None:
-    """It may have been done all the same; one of a tenant that is not there was none."""
+    """It may still have been done; a destroy of a tenant that does not exist is not recorded."""
     async with gateway.http(tenant.name, "t-none") as http, gateway.http("*", scopes=("admin",)) as admin:
         await ask(http, "DELETE", "/v1/tenants/t-none", status=404)
         await incusd.kill()

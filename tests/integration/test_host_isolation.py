@@ -1,4 +1,4 @@
-"""What a hostile tenant tries, from inside a container."""
+"""What a hostile tenant tries from inside its container."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def host_service() -> Iterator[int]:
-    """A service of the host on all its addresses; yields its port."""
+    """A service of the host on all its addresses; its port."""
     server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), _Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -75,7 +75,7 @@ async def neighbours(incus_settings: Settings) -> AsyncIterator[tuple[Container,
 
 
 def serve(tenant: Container, port: int = 8000) -> None:
-    """Let a tenant answer on a port of all its addresses, and prove that it does."""
+    """Make a tenant answer on a port of all its addresses, and check that it does."""
     tenant.sh(
         f"systemctl is-active --quiet probe-{port} || systemd-run --quiet --unit=probe-{port} bun -e "
         f'\'Bun.serve({{port: {port}, hostname: "0.0.0.0", fetch: () => new Response("hi")}})\''
@@ -99,7 +99,7 @@ def test_a_tenant_cannot_reach_its_neighbour(neighbours: tuple[Container, Contai
 async def test_a_tenant_cannot_reach_the_host(
     neighbours: tuple[Container, Container], host_service: int, incus_settings: Settings
 ) -> None:
-    """Nothing that listens on the host answers: not on the bridge, not on any other of its addresses."""
+    """No service of the host answers, neither on the bridge nor on any other address."""
     one, _ = neighbours
     bridge = str(IPv4Interface(incus_settings.network_ipv4).ip)
     addresses = host_addresses()
@@ -111,7 +111,7 @@ async def test_a_tenant_cannot_reach_the_host(
 
 
 async def test_private_networks_are_dropped(shared_tenant: Container) -> None:
-    """A connection into a private range dies without an answer: dropped at the bridge, not routed on."""
+    """A connection into a private range gets no answer: it is dropped at the bridge."""
     networks = ["10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254"]
     assert await connect_all(shared_tenant, networks, 80) == dict.fromkeys(networks, 124)
 
@@ -128,7 +128,7 @@ def test_private_packets_never_leave_the_host(shared_tenant: Container, incus_se
 
 
 def test_names_resolve_but_not_those_of_neighbours(neighbours: tuple[Container, Container]) -> None:
-    """DNS works for the outside; the bridge's server tells no tenant's name."""
+    """DNS works for the outside; the bridge's server reveals no tenant's name."""
     one, other = neighbours
     # Whatever the outside answers, the bridge's resolver does: an answer or "no such name", no timeout.
     asks = ("timeout", "10", "getent", "ahostsv4", "example.org")
@@ -138,7 +138,7 @@ def test_names_resolve_but_not_those_of_neighbours(neighbours: tuple[Container, 
 
 
 def test_a_stolen_address_leads_nowhere(neighbours: tuple[Container, Container]) -> None:
-    """Under its neighbour's address a tenant gets no packet out, and the neighbour keeps its traffic."""
+    """With its neighbour's address a tenant gets no packet out, and the neighbour keeps its traffic."""
     one, other = neighbours
     serve(other)
     address = other.address()
@@ -151,7 +151,7 @@ def test_a_stolen_address_leads_nowhere(neighbours: tuple[Container, Container])
 
 
 def test_no_ipv6_passes(neighbours: tuple[Container, Container]) -> None:
-    """A tenant that gives itself IPv6 link-local addresses still reaches nobody by them."""
+    """A tenant that gives itself IPv6 link-local addresses still reaches nobody with them."""
     one, other = neighbours
     for tenant, number in ((one, 1), (other, 2)):
         tenant.sh(
@@ -182,7 +182,7 @@ def test_a_foreign_mac_gets_no_packet_out(neighbours: tuple[Container, Container
 def test_a_stolen_mac_draws_no_traffic(
     neighbours: tuple[Container, Container], incus_settings: Settings
 ) -> None:
-    """Under its neighbour's hardware address a tenant does not get the neighbour's traffic either."""
+    """With its neighbour's hardware address a tenant does not get the neighbour's traffic either."""
     one, other = neighbours
     serve(other)
     address = other.address()
@@ -228,7 +228,7 @@ async def test_processes_are_limited(make_tenant: MakeTenant, incus_settings: Se
 
 
 async def test_disk_is_limited(make_tenant: MakeTenant, incus_settings: Settings) -> None:
-    """Writing past the quota fails with its error, and the tenant can make room again."""
+    """Writing past the quota fails with the quota's error, and the tenant can make room again."""
     tenant = await make_tenant()
     tenant.sh("fallocate -l 1270M /srv/site/most", user=1000)
     fill = "dd if=/dev/zero of=/srv/site/big bs=1M count=1000 conv=fsync 2>&1"
