@@ -75,9 +75,9 @@ async def serving(
             assert await server.wait() == 0, (folder / "log").read_text()
 
 
-@pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[Client]:
-    async with serving(tmp_path) as (client, _):
+@pytest.fixture(scope="module")
+async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Client]:
+    async with serving(tmp_path_factory.mktemp("client")) as (client, _):
         yield client
 
 
