@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import Workers, kernel
+from gateway.rootfs.operation import Limits
 from gateway.rootfs.root import Root
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolResult, ToolSession
@@ -32,6 +33,7 @@ from tests.unit.test_tools_conformance import HereWorkers
 
 SECRET = "host-secret-9d1f"
 OUTSIDE = "outside-name.txt"  # of a file on the host
+PATIENCE = 60.0  # seconds of a call, on a machine that an attack keeps busy
 RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1"))
 
 
@@ -68,7 +70,7 @@ class Target:
                 for path in (folder, *(os.path.join(folder, name) for name in names + files)):
                     os.chown(path, USER, USER, follow_symlinks=False)
 
-    async def call(self, tool: str, within: float = 16.0, **given: Any) -> ToolResult:
+    async def call(self, tool: str, within: float = PATIENCE + 1, **given: Any) -> ToolResult:
         async with asyncio.timeout(within):
             result = await self.tools.call(self.root, ToolSession(), tool, given)
         json.loads(result.encoded.decode("utf-8"))
@@ -86,7 +88,7 @@ class Target:
 @pytest.fixture(scope="module")
 async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Workers]:
     places = folders(tmp_path_factory.getbasetemp(), "tenant")
-    async with Workers(Settings(tool_timeout=15), places) as workers:
+    async with Workers(Settings(tool_timeout=PATIENCE), places) as workers:
         yield workers
 
 
@@ -102,7 +104,8 @@ async def target(
     else:
         if request.param == "portable":
             monkeypatch.setattr(kernel, "HAS_OPENAT2", False)
-        here = HereWorkers(root.path / "srv" / "site")
+        limits = Limits(tool_timeout=PATIENCE)
+        here = HereWorkers(root.path / "srv" / "site", limits=limits)
         target = Target(tmp_path, root, FileTools(here, Settings()))  # type: ignore[arg-type]  # stand-in
         yield target
         here.close()

@@ -56,11 +56,11 @@ class HereWorkers:
     With `large` every Grep is taken for one of a large tree, which is looked through in shares.
     """
 
-    def __init__(self, folder: Path, *, large: bool = False) -> None:
+    def __init__(self, folder: Path, *, large: bool = False, limits: Limits | None = None) -> None:
         self._large = large
         self.scanned: bytes | None = None  # what the last look through a large tree named
         self._tree = Root(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), WORKSPACE)
-        self._workspace = Workspace(self._tree, Limits())
+        self._workspace = Workspace(self._tree, limits or Limits())
 
     def close(self) -> None:
         self._tree.close()
