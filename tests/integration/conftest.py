@@ -12,8 +12,9 @@ import json
 import os
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -173,6 +174,54 @@ async def make_containers(prefix: str, settings: Settings, number: int) -> Async
         yield made
     finally:
         await _destroy(made)
+
+
+@dataclass(slots=True)
+class Lasting:
+    """A tenant that is as a new one for each test: the same one again, unless the last test left traces.
+
+    Its workspace is emptied, its snapshots and what its user runs end. Where its state or configuration is
+    another than at first another tenant is made. What a test changes inside as root, it puts right itself.
+    """
+
+    _prefix: str
+    _settings: Settings
+    _made: list[Container] = field(default_factory=list)
+    _first: Any = None
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def made(cls, prefix: str, settings: Settings) -> AsyncIterator[Lasting]:
+        lasting = cls(prefix, settings)
+        yield lasting
+        await _destroy(lasting._made)
+
+    async def as_new(self, *, other: bool = False) -> Container:
+        """Return the tenant; another one in any case where `other` is set."""
+        if other or not self._made or not await asyncio.to_thread(self._cleaned, self._made[-1]):
+            await _destroy(self._made)
+            self._made.clear()
+            await _make(self._made, self._prefix, self._settings, start=True, ready=True)
+            self._first = self._shown(self._made[0])
+        return self._made[0]
+
+    def _cleaned(self, container: Container) -> bool:
+        if self._shown(container) != self._first:
+            return False
+        url = f"/1.0/instances/{container.name}/snapshots"
+        for snapshot in json.loads(environment.incus("query", url).stdout):
+            environment.incus("snapshot", "delete", container.name, snapshot.rpartition("/")[2])
+        script = f"pkill -KILL -u 1000; find {self._settings.workspace} -mindepth 1 -delete"
+        container.sh(script)
+        return True
+
+    def _shown(self, container: Container) -> Any:
+        done = environment.incus("query", f"/1.0/instances/{container.name}", check=False)
+        if done.returncode != 0:
+            return None
+        shown = json.loads(done.stdout)
+        config = {key: value for key, value in shown["config"].items() if not key.startswith("volatile.")}
+        return shown["status"], config, shown["devices"]
 
 
 @pytest.fixture
