@@ -1,4 +1,4 @@
-"""A tenant's client that reads a file every 10 ms and says how long each Read took, in a process of its own.
+"""A tenant's client that reads a file again and again, in a process of its own, and says how long each took.
 
 What a test does to the gateway meanwhile must not slow down the clock that it is measured by.
 """
@@ -16,8 +16,6 @@ from websockets.sync.client import connect
 
 from gateway import protocol
 from tests.live import LiveGateway
-
-_EVERY = 0.01  # seconds
 
 
 class Beside:
@@ -39,11 +37,13 @@ class Beside:
 
 
 @contextlib.asynccontextmanager
-async def reading(gateway: LiveGateway, tenant: str, path: str) -> AsyncIterator[Beside]:
-    """Have a neighbour read while the context is open; what it saw is there afterwards."""
+async def reading(
+    gateway: LiveGateway, tenant: str, path: str, *, every: float = 0.01
+) -> AsyncIterator[Beside]:
+    """Have a neighbour read every few seconds while the context is open; what it saw is there afterwards."""
     url = f"ws://127.0.0.1:{gateway.port}/v1/tenants/{tenant}/ws"
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.neighbour", url, gateway.token(tenant), path),
+        *(sys.executable, "-m", "tests.neighbour", url, gateway.token(tenant), path, str(every)),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=16 << 20,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
@@ -62,7 +62,7 @@ async def reading(gateway: LiveGateway, tenant: str, path: str) -> AsyncIterator
             await process.wait()
 
 
-def main(url: str, token: str, path: str) -> None:
+def main(url: str, token: str, path: str, every: str) -> None:
     import select
 
     with connect(url, subprotocols=[protocol.SUBPROTOCOL], proxy=None, max_size=None) as socket:  # type: ignore[list-item]
@@ -86,7 +86,7 @@ def main(url: str, token: str, path: str) -> None:
             began = time.monotonic()
             call(number, "tools/call", name="Read", arguments={"file_path": path})
             seconds.append(time.monotonic() - began)
-            due = max(due + _EVERY, time.monotonic())
+            due = max(due + float(every), time.monotonic())
         print(json.dumps(seconds), flush=True)
 
 

@@ -1,6 +1,6 @@
 """What a hostile tenant makes large does not hold up its neighbours, nor stay in the gateway's memory.
 
-While each attack runs another tenant's client reads a file every 10 ms (`tests.neighbour`). The goal on a
+While each attack runs another tenant's client reads a file every 20 ms (`tests.neighbour`). The goal on a
 calm machine is a p99 under 25 ms and no call over 100 ms; here both are held against what it saw without an
 attack in the same run. The numbers are printed (`pytest -s`).
 """
@@ -22,6 +22,7 @@ import pytest
 
 from gateway.settings import Settings
 from tests.archives import archive, header
+from tests.contracts.processes import mark
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant, make_containers, settle
 from tests.integration.test_gateway_incus import live
@@ -31,6 +32,7 @@ from tests.waits import pause, until
 
 KEPT = 32 << 20  # bytes by which the gateway may be larger after an attack
 DEADLINE = 90
+EVERY = 0.02  # seconds between a neighbour's reads
 
 # `execve` with an environment of empty strings, which no shell can make
 EMPTY_STRINGS = """
@@ -71,7 +73,7 @@ async def gateway(
 async def baseline(gateway: LiveGateway, shared_tenant: Container) -> Beside:
     """What the neighbour sees while nothing else happens."""
     shared_tenant.sh("echo hello >/srv/site/read", user=1000)
-    async with reading(gateway, shared_tenant.name, "/srv/site/read") as beside:
+    async with reading(gateway, shared_tenant.name, "/srv/site/read", every=EVERY) as beside:
         await pause(3)  # so long is measured
     return beside
 
@@ -91,7 +93,7 @@ async def held(
     for left in reversed(range(3)):
         before, lag = gateway.memory("VmRSS"), await lags(gateway)
         gateway.reset_peak()
-        async with reading(gateway, neighbour.name, "/srv/site/read") as beside:
+        async with reading(gateway, neighbour.name, "/srv/site/read", every=EVERY) as beside:
             async with asyncio.timeout(DEADLINE):
                 (failure,) = await asyncio.gather(attack(), return_exceptions=True)
             await pause(0.5)  # what comes after it counts too
@@ -109,7 +111,7 @@ async def held(
         assert grown <= KEPT
         worst, p99 = max(0.25, 5 * baseline.worst), max(0.1, 5 * baseline.p99)
         # of a short attack's few reads the p99 is the worst
-        if beside.worst <= worst and (beside.p99 <= p99 or len(beside.seconds) < 300):
+        if beside.worst <= worst and (beside.p99 <= p99 or len(beside.seconds) < 150):
             return
         assert left, f"{beside}, which is over {worst:.3f} or {p99:.3f} s"
 
@@ -214,45 +216,42 @@ async def test_a_shell_that_never_ends_to_speak(
     await held(gateway, shared_tenant, baseline, "an endless shell", attack)
 
 
-@pytest.mark.parametrize("pid", ["9223372036854775808", "99999999999999999999", "0", "4194305"])
 async def test_a_process_number_that_no_kernel_gives(
-    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside, pid: str
+    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside
 ) -> None:
-    said = f"printf '\\001R {pid} cgroup \\n\\001K\\n' >&2; exec sleep 600"
-    replace_shell(hostile, start=said)
-
     async def attack() -> None:
-        async with gateway.wire(hostile.name) as wire:
-            before = await listed(wire)
-            failure = await refused(wire.call("exec/start", command="true", execId=f"phantom-{pid}"))
-            assert failure.code in ("exec_failed", "timeout")
-            assert await listed(wire) == before
-            async with gateway.http(hostile.name) as http, http.get("/metrics") as response:
-                assert "\ngateway_execs 0.0\n" in await response.text()
+        for pid in ("9223372036854775808", "99999999999999999999", "0", "4194305"):
+            said = f"printf '\\001R {pid} cgroup \\n\\001K\\n' >&2; exec sleep 600"
+            await asyncio.to_thread(replace_shell, hostile, start=said)
+            async with gateway.wire(hostile.name) as wire:
+                before = await listed(wire)
+                failure = await refused(wire.call("exec/start", command="true", execId=f"phantom-{mark()}"))
+                assert failure.code in ("exec_failed", "timeout"), pid
+                assert await listed(wire) == before
+                async with gateway.http(hostile.name) as http, http.get("/metrics") as response:
+                    assert "\ngateway_execs 0.0\n" in await response.text()
 
-    await held(gateway, shared_tenant, baseline, f"pid {pid}", attack)
+    await held(gateway, shared_tenant, baseline, "odd process numbers", attack)
 
 
-@pytest.mark.parametrize(
-    "kill",
-    ["exec head -c 250000000 /dev/zero", "exec yes", "echo 0 1 2; exit", "echo 1 0 -4 cgroup; exit"],
-    ids=["zeros", "endless", "odd", "negative"],
-)
 async def test_a_kill_script_that_floods_its_answer(
-    gateway: LiveGateway, shared_tenant: Container, crowded: Container, baseline: Beside, kill: str
+    gateway: LiveGateway, shared_tenant: Container, crowded: Container, baseline: Beside
 ) -> None:
     said = "printf '\\001R 7 scan \\n\\001K\\n' >&2; exec sleep 600"
-    replace_shell(crowded, start=said, kill=kill)
+    zeros, endless = "exec head -c 250000000 /dev/zero", "exec yes"
+    odd, negative = "echo 0 1 2; exit", "echo 1 0 -4 cgroup; exit"
 
     async def attack() -> None:
-        async with gateway.wire(crowded.name) as wire:
-            started = await wire.call("exec/start", command="true")
-            failure = await refused(wire.call("exec/cancel", exec=started["exec"], graceMs=0))
-            assert failure.code in ("unavailable", "timeout")
-            assert "its log" not in str(failure)
-            assert (await wire.exited(started["exec"]))["reason"] == "cancelled"  # by its leader's end
+        for kill in (zeros, endless, odd, negative):
+            await asyncio.to_thread(replace_shell, crowded, start=said, kill=kill)
+            async with gateway.wire(crowded.name) as wire:
+                started = await wire.call("exec/start", command="true")
+                failure = await refused(wire.call("exec/cancel", exec=started["exec"], graceMs=0))
+                assert failure.code in ("unavailable", "timeout"), kill
+                assert "its log" not in str(failure)
+                assert (await wire.exited(started["exec"]))["reason"] == "cancelled"  # by its leader's end
 
-    await held(gateway, shared_tenant, baseline, f"kill script {kill[:20]}", attack)
+    await held(gateway, shared_tenant, baseline, "kill scripts", attack)
 
 
 def sparse_map() -> bytes:
