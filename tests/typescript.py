@@ -5,11 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "clients" / "typescript"
+
+
+_built: tempfile.TemporaryDirectory[str] | None = None
+
+
+async def built() -> Path:
+    """Return the folder with the client as JavaScript, which is made once in this process."""
+    global _built
+    if _built is None:
+        made = tempfile.TemporaryDirectory(prefix="gateway-typescript-")
+        words = ("node_modules/typescript/bin/tsc", "-p", "tsconfig.build.json", "--outDir", made.name)
+        compiling = await asyncio.create_subprocess_exec("node", *words, cwd=PACKAGE)
+        assert await compiling.wait() == 0
+        _built = made
+    return Path(_built.name)
 
 
 async def installed(folder: Path, program: str) -> Path:
@@ -21,16 +37,7 @@ async def installed(folder: Path, program: str) -> Path:
     client = folder / "node_modules" / "@incus-gateway" / "client"
     client.mkdir(parents=True)
     shutil.copy(PACKAGE / "package.json", client)
-    words: list[str | Path] = [
-        "node",
-        modules / "typescript/bin/tsc",
-        "-p",
-        "tsconfig.build.json",
-        "--outDir",
-        client / "dist",
-    ]
-    built = await asyncio.create_subprocess_exec(*words, cwd=PACKAGE)
-    assert await built.wait() == 0
+    shutil.copytree(await built(), client / "dist")
     for entry in modules.iterdir():
         (folder / "node_modules" / entry.name).symlink_to(entry)
     (folder / "package.json").write_text('{"type": "module"}')

@@ -170,7 +170,7 @@ class Hosting:
                 found = next(entry for entry in phases if entry["name"] == phase)["state"]
                 return found not in order or order.index(found) >= order.index(state)
 
-            await until(there, 60, every=0.01)
+            await until(there, 60)
 
     async def answers(self, domain: str, *answer: object, deadline: float = 60) -> None:
         """Wait until a site answers with a status, 200 by default; its route is set a little later."""

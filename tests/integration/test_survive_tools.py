@@ -24,11 +24,10 @@ from gateway_client import Client, Retry
 from tests.integration.conftest import Container
 from tests.integration.test_survive import KILLS, Host, host
 from tests.live import RpcFailure
+from tests.typescript import PACKAGE, built
 from tests.waits import pause, until
 
 __all__ = ["host"]
-
-PACKAGE = Path(__file__).parents[2] / "clients" / "typescript"
 
 
 class Caller:
@@ -77,20 +76,17 @@ def numbers(upto: int) -> str:
     return "".join(f"{number}\n" for number in range(1, upto + 1))
 
 
-async def kills(host: Host, stop: asyncio.Event, least: int = KILLS) -> int:
-    """Kill the gateway at random moments until told to stop, so often at least."""
-    done = 0
-    while not stop.is_set() or done < least:
+async def kills(host: Host) -> None:
+    """Kill the gateway `KILLS` times, at random moments."""
+    for _ in range(KILLS):
         await pause(random.uniform(0.02, 0.6))
         await host.kill()
-        done += 1
-    return done
 
 
 @pytest.mark.timeout(120 + 20 * KILLS)
 async def test_calls_in_front_are_answered_once(host: Host, shared_tenant: Container) -> None:
     """Short ones, slow ones, and ones that print more than is kept, with every byte of it in their file."""
-    tenant, stop = shared_tenant, asyncio.Event()
+    tenant = shared_tenant
     tenant.sh("mkdir -p /srv/site/front && chown site: /srv/site/front")
 
     async def one(number: int) -> None:
@@ -129,28 +125,25 @@ async def test_calls_in_front_are_answered_once(host: Host, shared_tenant: Conta
             assert text == expected
 
     gone = list[int]()
-    killing = asyncio.create_task(kills(host, stop))
+    killing = asyncio.create_task(kills(host))
     number = 0
-    while not killing.done() and not (number >= 8 and stop.is_set()):
+    while not killing.done() or number < 8:
         await asyncio.gather(*(one(number + beside) for beside in range(4)))
         number += 4
-        if number >= 4 * KILLS:
-            stop.set()
-    stop.set()
-    done = await killing
-    print(f"{done} kills: {number} calls, each ran and was answered once, {len(gone)} gone")
+    await killing
+    print(f"{KILLS} kills: {number} calls, each ran and was answered once, {len(gone)} gone")
     # those that a kill met between the holder and their shell; if none were adopted it would be more
-    assert len(gone) <= done // 2 + 1
+    assert len(gone) <= KILLS // 2 + 1
     await until(lambda: processes(tenant, "seq 1") == 0)
 
 
 @pytest.mark.timeout(120 + 20 * KILLS)
 async def test_background_shells_go_on_where_they_stood(host: Host, shared_tenant: Container) -> None:
     """Of each output BashOutput returns every line once, in order, and KillShell ends the tree."""
-    tenant, stop = shared_tenant, asyncio.Event()
+    tenant = shared_tenant
     caller = Caller(host, tenant.name, "behind")
     command = (
-        "i=0; while [ ! -e /srv/site/enough ]; do i=$((i+1)); echo $i; echo e$i >&2; sleep 0.003; done; "
+        "i=0; while [ ! -e /srv/site/enough ]; do i=$((i+1)); echo $i; echo e$i >&2; sleep 0.02; done; "
         "echo last $i; exit 4"
     )
     tenant.sh("rm -f /srv/site/enough")
@@ -171,13 +164,11 @@ async def test_background_shells_go_on_where_they_stood(host: Host, shared_tenan
         lost += sum(facts["lost"].values())
         return parts
 
-    killing = asyncio.create_task(kills(host, stop))
+    killing = asyncio.create_task(kills(host))
     while not killing.done():
         await poll()
         await pause(random.uniform(0, 0.1))
-        if caller.breaks >= KILLS:
-            stop.set()
-    done = await killing
+    await killing
     tenant.sh("touch /srv/site/enough")
 
     parts: dict[str, str] = {}
@@ -202,7 +193,7 @@ async def test_background_shells_go_on_where_they_stood(host: Host, shared_tenan
     said = await caller.call("KillShell", {"shell_id": lasting["shellId"]})
     assert not said["isError"] and said["structuredContent"]["killed"] >= 2, said
     assert processes(tenant, "sleep 1001") == 0
-    print(f"{done} kills, {caller.breaks} breaks: {last} lines of each output, each returned once")
+    print(f"{KILLS} kills, {caller.breaks} breaks: {last} lines of each output, each returned once")
 
 
 async def test_what_ends_while_nobody_is_there(host: Host, shared_tenant: Container) -> None:
@@ -331,10 +322,7 @@ async def test_our_clients_call_again(host: Host, shared_tenant: Container, tmp_
     """The Python and the TypeScript client, amid a call that is answered after a kill: it ran once."""
     tenant, gateway = shared_tenant, host.gateway
     assert shutil.which("node") is not None, "there is no Node"
-    tsc = PACKAGE / "node_modules" / "typescript" / "bin" / "tsc"
-    words = [tsc, "-p", "tsconfig.build.json", "--outDir", tmp_path / "dist"]
-    built = await asyncio.create_subprocess_exec("node", *map(str, words), cwd=PACKAGE)
-    assert await built.wait() == 0
+    shutil.copytree(await built(), tmp_path / "dist")
     (tmp_path / "package.json").write_text('{"type": "module"}')
     program = tmp_path / "call.js"
     program.write_text(TYPESCRIPT.replace("PACKAGE", str(PACKAGE)))
