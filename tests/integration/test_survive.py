@@ -85,11 +85,11 @@ class Host:
         await self.end_holder()
 
 
-@pytest.fixture
-async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Host]:
-    folder = tmp_path_factory.mktemp("survive") / "state"
+@contextlib.asynccontextmanager
+async def held(settings: Settings, folder: Path) -> AsyncIterator[Host]:
+    """Run a gateway and its holder, which log no traceback."""
     folder.mkdir()
-    host = Host(incus_settings, folder)
+    host = Host(settings, folder)
     await host.hold()
     await host.gateway.start()
     try:
@@ -98,6 +98,12 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
         await host.close()
     said = host.gateway.log.read_text()
     assert "Traceback" not in said, said
+
+
+@pytest.fixture
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Host]:
+    async with held(incus_settings, tmp_path_factory.mktemp("survive") / "state") as host:
+        yield host
 
 
 class Resuming:
