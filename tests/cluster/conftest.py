@@ -6,10 +6,12 @@ Nothing here skips: where a cluster cannot be made, the tests fail and say why.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import itertools
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,18 @@ class Served(LiveGateway):
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Rig:
+def cluster() -> Iterator[Rig]:
     """The cluster, with everything on and each member's gateway running this checkout's code."""
     rig, said = Rig(), list[str]()
+    with contextlib.ExitStack() as stack:
+        rig.folder.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((rig.folder / "lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one run at a time
+        _prepare(rig, said)
+        yield rig
+
+
+def _prepare(rig: Rig, said: list[str]) -> None:
     try:
         rig.up(said.append)
         for member in rig.members:
@@ -91,8 +102,8 @@ def cluster() -> Rig:
             member.ours("ungateway")
             member.ours("gateway")
     except HostError as error:
-        pytest.fail(f"the tests' cluster cannot be prepared: {error.message}\n" + "\n".join(said))
-    return rig
+        said.append(error.message)
+        pytest.fail("the tests' cluster cannot be prepared:\n" + "\n".join(said), pytrace=False)
 
 
 @pytest.fixture
