@@ -30,6 +30,16 @@ COMMANDS: Final[Table] = {
     "setup": "gateway.cli.host:setup",
     "doctor": "gateway.cli.host:doctor",
     "capacity": "gateway.cli.host:capacity",
+    "cluster": Group(
+        "The members of a cluster, each a server with a gateway.",
+        {
+            "enable": "gateway.cli.cluster:enable",
+            "add": "gateway.cli.cluster:add",
+            "list": "gateway.cli.cluster:list_members",
+            "remove": "gateway.cli.cluster:remove",
+            "recover": "gateway.cli.cluster:recover",
+        },
+    ),
     "image": Group("The tenants' base image.", {"build": "gateway.cli.host:image_build"}),
     "token": "gateway.cli.operator:token",
     "audit": "gateway.cli.operator:audit",

@@ -74,12 +74,13 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 600.0,
     holding: tuple[int, ...] = (),
+    given: str = "",
 ) -> str:
     """Run a program of the host and return its output.
 
     Raises `HostError` with the end of the program's output and `fix`, which tells the reader what to do.
-    `timeout` is in seconds. `holding` are descriptors of locks: if this process is killed, the program
-    keeps them until it ends.
+    `timeout` is in seconds. `holding` are descriptors of locks: if this process is killed, the program keeps
+    them until it ends. `given` is its input.
     """
     words = [str(word) for word in command]
     try:
@@ -90,7 +91,7 @@ def run(
             timeout=timeout,
             pass_fds=holding,
             check=False,
-            stdin=subprocess.DEVNULL,
+            input=given,
             capture_output=True,
             text=True,
             errors="replace",

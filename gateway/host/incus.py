@@ -107,10 +107,10 @@ class Incus:
         with _mapped(f"changing {'/'.join(path)}"):
             self._wait(self._node(*path).patch(**request))
 
-    def delete(self, *path: str) -> None:
+    def delete(self, *path: str, **request: Any) -> None:
         """Delete an object. Raises `Missing` if it does not exist."""
         with _mapped(f"removing {'/'.join(path)}"):
-            self._wait(self._node(*path).delete())
+            self._wait(self._node(*path).delete(**request))
 
     def _wait(self, response: Any) -> dict[str, Any]:
         # Request /wait directly: a plain GET of an operation that is just ending, with which pylxd's

@@ -28,10 +28,13 @@ from gateway.caddy import shipped, site_url
 from gateway.host import HostError, caddy_service, image, run
 from gateway.host.caddy_service import CaddyService
 from gateway.host.daemon import Daemon
+from gateway.host.forming import join
 from gateway.host.gateway_process import POLL, GatewayProcess
+from gateway.host.incus import Incus
 from gateway.host.local_gateway import ask, base_url, expires
 from gateway.host.place import Place, format_environment, parse_environment, write_private
 from gateway.host.setup import pin, setup
+from gateway.incus import member_of
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from gateway.terminal import clean, out
@@ -50,8 +53,12 @@ say = out.say
 class Quickstart:
     """One run of `deploy/quickstart`."""
 
-    def __init__(self, settings: Settings, checkout: Path, stamp: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, settings: Settings, checkout: Path, stamp: str, environment: dict[str, str], joining: str = ""
+    ) -> None:
+        """`joining` is the token of a cluster of which this server is to become a member."""
         self.settings = settings
+        self._joining = joining
         self.checkout = checkout
         self.place = Place(settings.state_dir)
         self.environment = environment
@@ -73,6 +80,8 @@ class Quickstart:
         """Do everything that is missing until the demo runs. Raises `HostError` with what to do."""
         if self.settings.runtime == "incus":
             self._step("Incus", self._incus)
+            if self._joining:
+                self._step("cluster", self._join)
             self._step("host", lambda: self._report(setup(self.settings, _indented)))
             self._step("base image", lambda: self._report(image.build(self.settings, _indented)))
         self._settle_ports()
@@ -89,6 +98,8 @@ class Quickstart:
             if before is not None and self.gateway.pid() is not None:
                 write_private(self.place.environment, before)  # of the one that goes on
             raise
+        if self.member and not self._has_demo():
+            return  # it is one tenant of the whole cluster
         if served:
             self._step(f"site {DOMAIN}", self._site)
         else:
@@ -130,6 +141,21 @@ class Quickstart:
             # before the start, in case this run is killed in between
             self.place.incus_is_ours.touch()
         return "started" if daemon.ensure(_indented) else "already running"
+
+    def _join(self) -> str:
+        said: list[str] = []
+        join(self.settings, self._joining, said.append)
+        return "; ".join(said)
+
+    @property
+    def member(self) -> str:
+        """The name of this server in its cluster, empty if it is in none."""
+        incus = self.settings.runtime == "incus"
+        return member_of(Incus(self.settings.incus_socket).get()) if incus else ""
+
+    def _has_demo(self) -> bool:
+        found = Incus(self.settings.incus_socket, self.settings.incus_project).instances()
+        return any(one["name"] == TENANT for one in found)
 
     def _cli(self, *words: str, timeout: float = 120.0) -> str:
         return run(
@@ -269,8 +295,12 @@ def command_word(place: Place) -> str:
     return "incus-gateway" if ours else str(place.command)
 
 
-def farewell(state: dict[str, Any], command: str, script: Path) -> str:
-    """Return the closing message: addresses, token, commands to try."""
+def farewell(state: dict[str, Any], command: str, script: Path, member: str = "") -> str:
+    """Return the closing message: addresses, token, commands; less on a cluster's `member` without a demo."""
+    if member and state["token"] is None:
+        return f"""
+The gateway runs at {state["url"]}, on the member {member} of the cluster; see {command} cluster list.
+Stop it with {script} stop."""
     look = "whoami; uname -a; bun --version" if state["runtime"] == "incus" else "whoami; pwd; ls"
     return f"""
 The gateway runs at {state["url"]} ({state["runtime"]} runtime), with the tenant {state["tenant"]}.
@@ -286,7 +316,7 @@ Stop it with {script} stop."""
 
 
 def main(words: list[str]) -> int:
-    """Run `start|status|status --json|token|stop CHECKOUT STAMP` and return the exit code.
+    """Run `start [--join TOKEN]|status|status --json|token|stop CHECKOUT STAMP`; return the exit code.
 
     0: done, 1: failed, 2: wrong usage. `status` returns 1 if the gateway is not running.
     """
@@ -325,14 +355,16 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
     # Settings of an earlier run stay in force, so that `stop` and a second run address the same gateway.
     environment = {**saved, **given, "GATEWAY_STATE_DIR": str(state_dir)}
     os.environ.update(environment)
-    quickstart = Quickstart(settings_module.load(), checkout, stamp, environment)
+    joining = options[1] if options[:1] == ["--join"] else ""
+    quickstart = Quickstart(settings_module.load(), checkout, stamp, environment, joining)
     script = checkout / "deploy" / "quickstart"
     match action:
         case "start":
             begun = time.monotonic()
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             quickstart.start()
-            say(farewell(quickstart.status(), command_word(quickstart.place), script))
+            command = command_word(quickstart.place)
+            say(farewell(quickstart.status(), command, script, quickstart.member))
             say(f"Ready after {time.monotonic() - begun:.1f} s.")
             return 0
         case "status":

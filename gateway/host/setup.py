@@ -259,22 +259,25 @@ def _pool(incus: Incus, settings: Settings) -> str | None:
     found = incus.find("storage-pools", settings.pool)
     if not cluster.is_pending(found):
         return None
+    config, said = new_pool(settings)
+    # Left by a run that was interrupted before Incus recorded the pool.
+    (settings.incus_socket.parent / "disks" / f"{settings.pool}.img").unlink(missing_ok=True)
+    body = {"name": settings.pool, "driver": "btrfs" if config else "dir", "config": config}
+    cluster.create(incus, "storage-pools", body, own=config)
+    return said
+
+
+def new_pool(settings: Settings) -> tuple[dict[str, str], str]:
+    """Return what a new pool is configured with on this host, nothing for plain folders, and words for it."""
     if not _has_btrfs():
-        cluster.create(incus, "storage-pools", {"name": settings.pool, "driver": "dir", "config": {}})
-        return "created as plain folders: this kernel lacks btrfs, so disk quotas are NOT enforced"
+        return {}, "created as plain folders: this kernel lacks btrfs, so disk quotas are NOT enforced"
     if settings.pool_source:
         source = Path(settings.pool_source)
         if not source.is_block_device():
             raise HostError(f"GATEWAY_POOL_SOURCE is {source}, which is not a block device")
-        config, said = {"source": str(source)}, f"created on {source}"
-    else:
-        size = pool_size(shutil.disk_usage(settings.incus_socket.parent).free)
-        config, said = {"size": f"{size // GiB}GiB"}, f"created in a sparse file of {size // GiB} GiB"
-        # Left by a run that was interrupted before Incus recorded the pool.
-        (settings.incus_socket.parent / "disks" / f"{settings.pool}.img").unlink(missing_ok=True)
-    body = {"name": settings.pool, "driver": "btrfs", "config": config}
-    cluster.create(incus, "storage-pools", body, own=config)
-    return said
+        return {"source": str(source)}, f"created on {source}"
+    size = pool_size(shutil.disk_usage(settings.incus_socket.parent).free)
+    return {"size": f"{size // GiB}GiB"}, f"created in a sparse file of {size // GiB} GiB"
 
 
 def _has_btrfs() -> bool:

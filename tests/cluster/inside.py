@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Final
 
-from gateway.host import HostError, caddy_service, image
+from gateway.host import HostError, caddy_service, forming, image
 from gateway.host.caddy_service import CaddyService
 from gateway.host.daemon import Daemon
 from gateway.host.doctor import doctor
@@ -52,6 +53,14 @@ def main(words: list[str]) -> int:
             case ["found"]:
                 setup(settings(), print)
                 image.build(settings(), print)
+            case ["enable"]:
+                forming.enable(settings(), os.environ["TEST_NAME"], "", print)
+            case ["add"]:
+                print(forming.add(settings(), os.environ["TEST_NAME"]))
+            case ["join"]:
+                forming.join(settings(), os.environ["TEST_TOKEN"], print)
+            case ["recover"]:
+                forming.recover(settings(), print)
             case ["setup"]:
                 setup(settings(), print)
             case ["doctor"]:

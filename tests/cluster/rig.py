@@ -32,7 +32,6 @@ CHECKOUT: Final = HERE.parents[1]
 PORT: Final = 8080
 """Where each member's gateway listens."""
 
-_POOL: Final = "8GiB"
 _NAMESPACES: Final = ("mount", "net", "pid", "ipc", "uts", "cgroup")
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _INSTALLED: Final = ("incus", "caddy", "unshare", "nsenter", "ip", "losetup")
@@ -205,29 +204,13 @@ class Rig:
         if not self.first.query("/1.0")["environment"]["server_clustered"]:
             report(f"{self.first.name}: set up as a single server")
             self.first.ours("found")
-            self.first.incus("config", "set", f"core.https_address={self.first.address}:8443")
-            self.first.incus("cluster", "enable", self.first.name)
+            self.first.ours("enable", TEST_NAME=self.first.name)
         joined = {entry["server_name"] for entry in self.first.query("/1.0/cluster/members?recursion=1")}
         for member in self.members:
             if member.name not in joined:
                 report(f"{member.name}: joins")
-                self._join(member)
+                member.ours("join", TEST_TOKEN=self.first.ours("add", TEST_NAME=member.name).split()[-1])
         return ours
-
-    def _join(self, member: Member) -> None:
-        token = self.first.incus("cluster", "add", member.name, "--quiet").split()[-1]
-        own = [{"entity": "storage-pool", "name": "gateway", "key": "size", "value": _POOL}]
-        preseed = {
-            "cluster": {
-                "enabled": True,
-                "server_address": f"{member.address}:8443",
-                "cluster_token": token,
-                "member_config": own,
-            }
-        }
-        # JSON is YAML
-        words = ("sh", "-c", 'printf %s "$1" | incus admin init --preseed', "sh", json.dumps(preseed))
-        member.run(*words)
 
     def down(self, report: Report) -> None:
         """End and remove all of it."""

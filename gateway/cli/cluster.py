@@ -1,0 +1,79 @@
+"""Commands for the members of a cluster."""
+
+from __future__ import annotations
+
+import socket
+from typing import Annotated
+
+import typer
+
+from gateway.cli.confirming import confirm
+from gateway.cli.options import Json, Yes
+from gateway.settings import load
+from gateway.terminal import err, out
+
+Name = Annotated[str, typer.Argument(help="The member's name")]
+
+
+def enable(
+    name: Annotated[str, typer.Argument(help="This server's name in the cluster; default: the host's")] = "",
+    address: Annotated[str, typer.Option(help="This host's address for the other members")] = "",
+) -> None:
+    """Make this server the first member of a cluster. Its tenants run on."""
+    from gateway.host.forming import enable as run
+
+    run(load(), name or socket.gethostname().partition(".")[0], address, out.say)
+    err.say("restart the gateway: incus-gateway upgrade")
+
+
+def add(name: Name) -> None:
+    """Print a token with which one empty server can join: deploy/quickstart --join TOKEN."""
+    from gateway.host.forming import add as run
+
+    out.say(run(load(), name))
+
+
+def list_members(as_json: Json = False) -> None:
+    """List the members."""
+    from gateway.host.forming import rows
+
+    found = rows(load())
+    if as_json:
+        out.json(found, indent=True)
+        return
+    if not found:
+        err.say("this server is in no cluster")
+    for row in found:
+        mark = "*" if row["own"] else " "
+        out.say(f"{mark} {row['name']:<16} {row['address']:<24} {row['status']:<10} {row['message']}")
+
+
+def remove(
+    name: Name,
+    force: Annotated[
+        bool, typer.Option("--force", help="One that is lost for good, with all its tenants")
+    ] = False,
+    yes: Yes = False,
+) -> None:
+    """Remove another member, which has no instances left."""
+    from gateway.host.forming import remove as run
+
+    if force and not yes:
+        confirm(
+            f"Remove {name} and forget all its tenants? It must never be started again as it is.",
+            "nothing was removed",
+        )
+    run(load(), name, force=force)
+
+
+def recover(yes: Yes = False) -> None:
+    """Have this server go on alone, after most members were lost for good. Its tenants run on."""
+    from gateway.host.forming import recover as run
+
+    if not yes:
+        confirm(
+            "Are the other members lost for good? One that is started again would be a second cluster, with "
+            "the same tenants.",
+            "nothing was changed",
+        )
+    run(load(), out.say)

@@ -1,0 +1,196 @@
+"""Form a cluster of servers: enable, add and join members, remove a lost one, go on without a quorum."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import re
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gateway.host import HostError, Report, cluster, run
+from gateway.host.caddy_service import in_use
+from gateway.host.daemon import INCUSD, Daemon
+from gateway.host.incus import Incus
+from gateway.host.setup import host_addresses, new_pool
+from gateway.incus import member_of
+from gateway.runtime.incus.clusters import clustered
+from gateway.settings import Settings
+
+PORT: Final = 8443
+"""Where a member's incusd serves the others."""
+
+_NAME: Final = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
+_JOIN: Final = 300.0  # seconds; 28 were seen while another member was dead
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What lets one server join: `name` is its name in the cluster, `addresses` are members' HOST:PORT."""
+
+    text: str
+    name: str
+    addresses: Sequence[str]
+
+    @classmethod
+    def parse(cls, text: str) -> Token:
+        """Raise `HostError` if it is no token of `incus cluster add`."""
+        try:
+            found = json.loads(base64.b64decode(text, validate=True))
+            token = cls(text, str(found["server_name"]), [str(address) for address in found["addresses"]])
+        except (binascii.Error, ValueError, KeyError, TypeError):
+            token = None
+        if token is None or not token.addresses or not _NAME.fullmatch(token.name):
+            raise HostError("this is no token; make one on a member: incus-gateway cluster add NAME")
+        return token
+
+
+def enable(settings: Settings, name: str, address: str, report: Report) -> None:
+    """Make this server the first member of a cluster; its tenants run on. Idempotent.
+
+    `address` is this host's for the other members, found out if it is empty. Raises `HostError`.
+    """
+    incus = Incus(settings.incus_socket)
+    _served(settings)
+    if member := member_of(incus.get()):
+        report(f"this server is the member {member} already")
+        return
+    if not _NAME.fullmatch(name):
+        raise HostError(f"{name} is no name of a member: letters, digits and dashes")
+    address = address or own_address()
+    if reason := in_use(PORT, address):
+        raise HostError(f"incusd cannot listen on {address}:{PORT}: {reason}; free it or give --address")
+    incus.patch(json={"config": {"core.https_address": f"{_bracketed(address)}:{PORT}"}})
+    incus.put("cluster", json={"server_name": name, "enabled": True})
+    cluster.publish(settings, incus, host_addresses())
+    report(
+        f"this server is the member {name}, at {address}:{PORT}; let only the other members reach that port"
+    )
+
+
+def add(settings: Settings, name: str) -> str:
+    """Return a token with which one server can join under that name, within three hours."""
+    if not member_of(Incus(settings.incus_socket).get()):
+        raise HostError("this server is in no cluster; begin one: incus-gateway cluster enable")
+    if not _NAME.fullmatch(name):
+        raise HostError(f"{name} is no name of a member: letters, digits and dashes")
+    command = ["incus", "cluster", "add", name, "--quiet"]
+    said = run(command, env=Daemon.at(settings.incus_socket).environment, fix="see: incus cluster list")
+    return said.split()[-1]
+
+
+def join(settings: Settings, text: str, report: Report) -> None:
+    """Make this server, whose Incus must be empty, the member that a token names. Idempotent.
+
+    Raises `HostError`.
+    """
+    token = Token.parse(text)
+    incus = Incus(settings.incus_socket, timeout=_JOIN)
+    _served(settings)
+    if member := member_of(incus.get()):
+        if member != token.name:
+            raise HostError(f"this server is the member {member} already, not {token.name}")
+        report(f"this server is the member {member} already")
+        return
+    for what in ("instances", "storage-pools", "networks"):
+        there = [one for one in incus.list(what) if one.get("managed", True)]
+        if there:
+            raise HostError(
+                f"this server's Incus has {what} of its own, {there[0]['name']} among them, and a join would "
+                "lose them: only an empty one can join; begin a cluster with the server that has them"
+            )
+    config, _ = new_pool(settings)
+    own = [{"entity": "storage-pool", "name": settings.pool, "key": k, "value": v} for k, v in config.items()]
+    preseed = {
+        "cluster": {
+            "enabled": True,
+            "server_address": f"{_bracketed(own_address(token.addresses[0]))}:{PORT}",
+            "cluster_token": token.text,
+            "member_config": own,
+        }
+    }
+    run(
+        ["incus", "admin", "init", "--preseed"],
+        env=Daemon.at(settings.incus_socket).environment,
+        fix="see incusd's log; a token is used up by each try: make another one",
+        timeout=_JOIN,
+        given=json.dumps(preseed),  # which is YAML too
+    )
+    report(f"joined as the member {token.name}")
+
+
+def rows(settings: Settings) -> list[Mapping[str, Any]]:
+    """Return the members as `{name, address, status, message, roles, own}`; none without a cluster."""
+    incus = Incus(settings.incus_socket)
+    own = member_of(incus.get())
+    return [
+        {
+            "name": member["server_name"],
+            "address": member["url"].rpartition("/")[2],
+            "status": member["status"],
+            "message": member.get("message", ""),
+            "roles": member.get("roles") or [],
+            "own": member["server_name"] == own,
+        }
+        for member in cluster.members(incus)
+    ]
+
+
+def remove(settings: Settings, name: str, *, force: bool) -> None:
+    """Remove another member; with `force` one that is dead for good, and its tenants with it.
+
+    Raises `HostError`, without `force` if it has any instance left or does not answer.
+    """
+    incus = Incus(settings.incus_socket, timeout=_JOIN)
+    own = member_of(incus.get())
+    if name == own:
+        raise HostError(f"this is {name} itself; remove it on another member")
+    incus.delete("cluster", "members", name, **({"params": {"force": "1"}} if force else {}))
+
+
+def recover(settings: Settings, report: Report) -> None:
+    """Have this server go on alone after most members were lost for good, with its own tenants.
+
+    Its incusd is restarted, its tenants run on. No other voter may ever be started again: it would be a
+    second cluster with the same tenants. Raises `HostError`.
+    """
+    daemon = Daemon.at(settings.incus_socket)
+    daemon.stop(instances=False)
+    try:
+        run(
+            [INCUSD, "cluster", "recover-from-quorum-loss", "--quiet"],
+            env=daemon.environment,
+            fix="see incusd's log",
+        )
+    finally:
+        daemon.ensure(report)
+    report("this server decides alone; remove the others: incus-gateway cluster remove NAME --force")
+
+
+def own_address(peer: str = "192.0.2.1:9") -> str:
+    """Return this host's address on its way to another, HOST:PORT; nothing is sent. Raises `HostError`."""
+    host, _, port = peer.rpartition(":")
+    host = host.strip("[]")
+    with contextlib.suppress(OSError, ValueError):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))
+            return str(probe.getsockname()[0])
+    raise HostError(f"this host has no address on its way to {host}; give it: --address")
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _served(settings: Settings) -> None:
+    """Raise `HostError` where a gateway would refuse the cluster that is about to be."""
+    if clustered({"environment": {"server_clustered": True, "server_name": "any"}}, settings):
+        raise HostError("this version of the gateway does not serve a cluster's sites yet, so it forms none")
+    if shutil.which("incus") is None:
+        raise HostError("incus is not installed; install it: apt-get install incus-client")

@@ -1,0 +1,168 @@
+"""Forming a cluster; `tests/cluster` forms a real one by the same functions."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.host import HostError, cluster, forming
+from gateway.host.forming import Token
+from gateway.settings import Settings
+
+FACTS = {"server_name": "m2", "fingerprint": "ab", "addresses": ["127.0.0.1:8443"], "secret": "s"}
+
+
+def token(**changes: Any) -> str:
+    return base64.b64encode(json.dumps(FACTS | changes).encode()).decode()
+
+
+class Server:
+    """The incusd of one server, which is `member` of a cluster or in none."""
+
+    def __init__(self, member: str = "", **there: list[dict[str, Any]]) -> None:
+        self.member, self.there = member, there
+        self.changed: list[tuple[str, Any]] = []
+
+    def get(self, *path: str) -> dict[str, Any]:
+        return {"environment": {"server_clustered": bool(self.member), "server_name": self.member or "host"}}
+
+    def list(self, *path: str) -> Any:
+        return self.there.get(path[-1].replace("-", "_"), [])
+
+    def put(self, *path: str, json: Mapping[str, Any]) -> None:
+        self.changed.append(("/".join(path), json))
+
+    def patch(self, *path: str, json: Mapping[str, Any]) -> None:
+        self.changed.append(("/".join(path), json))
+
+    def delete(self, *path: str, **request: Any) -> None:
+        self.changed.append(("/".join(path), request))
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that has `forming` speak to a server."""
+
+    def use(server: Server) -> Server:
+        monkeypatch.setattr(forming, "Incus", lambda *_, **__: server)
+        return server
+
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("GATEWAY_TEST_CLUSTER", "1")
+    return use
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_a_token_names_its_server_and_where_the_others_are() -> None:
+    found = Token.parse(token())
+    assert (found.name, found.addresses) == ("m2", ["127.0.0.1:8443"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "m2", "{}", token(addresses=[]), token(addresses=None), token(server_name="../m2"), "bm8="],
+)
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(HostError, match="no token"):
+        Token.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("there", "what"),
+    [
+        ({"instances": [{"name": "shop"}]}, "instances of its own, shop"),
+        ({"storage_pools": [{"name": "gateway"}]}, "storage-pools of its own, gateway"),
+        ({"networks": [{"name": "gatewaybr0", "managed": True}]}, "networks of its own, gatewaybr0"),
+    ],
+)
+def test_a_server_that_would_lose_anything_does_not_join(on: Any, there: Any, what: str) -> None:
+    server = on(Server(**there))
+    with pytest.raises(HostError, match=what):
+        forming.join(Settings(), token(), silent)
+    assert server.changed == []
+
+
+def test_an_empty_server_joins_by_its_own_address_and_with_a_pool_of_its_own(
+    on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interfaces of the host that Incus lists do not count as its networks."""
+    on(Server(networks=[{"name": "eth0", "managed": False}]))
+    ran: list[Any] = []
+    monkeypatch.setattr(forming, "new_pool", lambda settings: ({"size": "9GiB"}, ""))
+
+    def run(command: Any, *, given: str, **_: Any) -> str:
+        ran.append((command, given))
+        return ""
+
+    monkeypatch.setattr(forming, "run", run)
+    forming.join(Settings(), token(), silent)
+    ((command, given),) = ran
+    assert command == ["incus", "admin", "init", "--preseed"]
+    assert json.loads(given)["cluster"] == {
+        "enabled": True,
+        "server_address": "127.0.0.1:8443",  # of the interface that leads to the others
+        "cluster_token": token(),
+        "member_config": [{"entity": "storage-pool", "name": "gateway", "key": "size", "value": "9GiB"}],
+    }
+
+
+def test_joining_again_is_done_and_joining_as_another_is_refused(on: Any) -> None:
+    on(Server("m2"))
+    said: list[str] = []
+    forming.join(Settings(), token(), said.append)
+    assert "already" in said[0]
+    with pytest.raises(HostError, match="the member m2 already, not m3"):
+        forming.join(Settings(), token(server_name="m3"), said.append)
+
+
+def test_a_cluster_begins_with_an_address_of_its_own(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = on(Server())
+    monkeypatch.setattr(forming, "in_use", lambda port, host: None)
+    monkeypatch.setattr(cluster, "publish", lambda settings, incus, own: None)
+    monkeypatch.setattr(forming, "host_addresses", list)
+    forming.enable(Settings(), "m1", "fd00::1", silent)
+    assert server.changed == [
+        ("", {"config": {"core.https_address": "[fd00::1]:8443"}}),
+        ("cluster", {"server_name": "m1", "enabled": True}),
+    ]
+    again = on(Server("m1"))
+    forming.enable(Settings(), "m1", "", silent)
+    assert again.changed == []
+
+
+def test_while_gateways_refuse_clusters_none_is_formed(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GATEWAY_TEST_CLUSTER")
+    server = on(Server())
+    with pytest.raises(HostError, match="does not serve a cluster's sites yet"):
+        forming.enable(Settings(), "m1", "127.0.0.1", silent)
+    with pytest.raises(HostError, match="does not serve a cluster's sites yet"):
+        forming.join(Settings(), token(), silent)
+    assert server.changed == []
+
+
+def test_a_member_is_removed_by_another_one(on: Any) -> None:
+    server = on(Server("m1"))
+    with pytest.raises(HostError, match="itself"):
+        forming.remove(Settings(), "m1", force=True)
+    assert server.changed == []
+    forming.remove(Settings(), "m2", force=False)
+    forming.remove(Settings(), "m3", force=True)
+    assert server.changed == [
+        ("cluster/members/m2", {}),
+        ("cluster/members/m3", {"params": {"force": "1"}}),
+    ]
+
+
+def test_without_a_cluster_nobody_is_added(on: Any, tmp_path: Path) -> None:
+    on(Server())
+    with pytest.raises(HostError, match="cluster enable"):
+        forming.add(Settings(incus_socket=tmp_path / "unix.socket"), "m2")
