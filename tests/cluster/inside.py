@@ -38,6 +38,7 @@ def gateway(of: Settings) -> GatewayProcess:
         **environment.variables(of),
         "GATEWAY_STATE_DIR": str(of.state_dir),
         "GATEWAY_SECRET": SECRET,
+        "GATEWAY_DOMAIN_SUFFIXES": ",".join(of.domain_suffixes),
         "GATEWAY_TEST_CLUSTER": "1",
     }
     command = Path(sys.executable).with_name("incus-gateway")

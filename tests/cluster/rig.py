@@ -115,6 +115,20 @@ class Member:
         until_true(lambda: self.pid is None, 30)
         subprocess.run(["ip", "link", "del", self._port], check=False, capture_output=True)
 
+    def remove(self) -> None:
+        """End and remove all of it."""
+        self.cut_power()
+        for at in _hierarchies():
+            folder = at / self._rig.bridge / self.name
+            # what its processes leave is gone when the kernel has reaped them
+            with contextlib.suppress(AssertionError):
+                until_true(functools.partial(_remove, folder), 20, every=0.1)
+        listed = run(["losetup", "--json", "--list", "--output", "NAME,BACK-FILE"], fix="") or "{}"
+        for device in json.loads(listed).get("loopdevices", []):
+            if str(device["back-file"]).startswith(f"{self.state}/"):
+                subprocess.run(["losetup", "--detach", device["name"]], check=False, capture_output=True)
+        shutil.rmtree(self.state, ignore_errors=True)
+
     def unplug(self) -> None:
         """Pull its cable; all in it goes on."""
         _ip("link", "set", self._port, "down")
@@ -214,18 +228,12 @@ class Rig:
 
     def down(self, report: Report) -> None:
         """End and remove all of it."""
-        for member in self.members:
-            member.cut_power()
+        # also such as a test added and left
+        for folder in self.folder.glob("m[0-9]"):
+            Member(self, int(folder.name[1:])).remove()
         subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
         for at in _hierarchies():
-            folder = at / self.bridge
-            # what a member's processes leave is gone when the kernel has reaped them
-            with contextlib.suppress(AssertionError):
-                until_true(functools.partial(_remove, folder), 20, every=0.1)
-        listed = run(["losetup", "--json", "--list", "--output", "NAME,BACK-FILE"], fix="") or "{}"
-        for device in json.loads(listed).get("loopdevices", []):
-            if str(device["back-file"]).startswith(f"{self.folder}/"):
-                subprocess.run(["losetup", "--detach", device["name"]], check=False, capture_output=True)
+            _remove(at / self.bridge)
         shutil.rmtree(self.folder, ignore_errors=True)
         report(f"removed {self.folder}")
 
