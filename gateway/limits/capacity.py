@@ -231,7 +231,7 @@ async def _instances_left(runtime: IncusRuntime, settings: Settings) -> int | No
         limits = [config.get("limits.instances"), config.get("limits.containers")]
         known = [int(limit) for limit in limits if str(limit).isdigit()]
         if known:
-            return min(known) - len(await runtime.incus.instances())
+            return min(known) - len(await runtime.incus.names())  # of all members of a cluster
     return None
 
 

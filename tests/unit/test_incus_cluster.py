@@ -14,6 +14,7 @@ import pytest
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Elsewhere, Incus, IncusError
 from gateway.incus.client import concerns
+from gateway.limits.capacity import _instances_left
 from gateway.rootfs.locations import Instances
 from gateway.runtime import OnAnotherServer
 from gateway.runtime.incus import IncusRuntime
@@ -64,6 +65,8 @@ class Cluster(Incus):
                 if name not in self.there:
                     raise IncusError("Instance not found", 404)
                 metadata = self.entry(name)
+            case "GET", ["projects", _]:
+                metadata = {"config": {"limits.instances": "5"}}
             case "GET", ["networks", _, "leases"] | ["operations"]:
                 metadata = {}
             case _:
@@ -135,6 +138,12 @@ async def test_without_a_cluster_nothing_is_asked_differently() -> None:
         "POST /1.0/instances",
         "GET /1.0/networks/gw/leases",
     ]
+
+
+async def test_a_projects_limit_counts_the_instances_of_all_members(tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path)
+    runtime = IncusRuntime(settings, incus=Cluster({"shop": "m1", "cafe": "m2"}))
+    assert await _instances_left(runtime, settings) == 3
 
 
 @pytest.mark.parametrize(
