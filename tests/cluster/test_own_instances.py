@@ -132,7 +132,7 @@ async def test_a_tenant_that_is_moved_is_not_destroyed(
 
 
 @pytest.mark.thorough
-async def test_a_dead_member_delays_no_list_and_its_tenants_are_not_destroyed(
+async def test_a_dead_member_delays_no_list_and_its_tenants_come_back_with_their_records(
     members: tuple[Member, ...], client: Client, make_tenant: MakeTenant
 ) -> None:
     """Of one that does not lead, since a leader's death stops all of them for half a minute."""
@@ -147,6 +147,7 @@ async def test_a_dead_member_delays_no_list_and_its_tenants_are_not_destroyed(
     away, stays = homes
     await until(lambda: there(client(dead), away), 20)
     await until(lambda: there(client(living), stays), 20)
+    await until(lambda: counted(client(dead), away), 30)  # its workspace is there once it has booted
     try:
         dead.cut_power()
         for _ in range(5):
@@ -158,12 +159,24 @@ async def test_a_dead_member_delays_no_list_and_its_tenants_are_not_destroyed(
     finally:
         await asyncio.to_thread(heal, dead)
     await until(lambda: there(client(dead), away), 60)
+    await until(lambda: counted(client(dead), away), 30)
+    read = {"file_path": "/srv/app/count"}
+    status, said = await client(dead).ask("POST", f"/v1/tenants/{away}/tools/Read", read)
+    assert (status, json.dumps(said).count("once")) == (200, 1), said
     for member in (dead, living):
         told = await events(client(member))
         assert not {event for event in told if event[0] == "tenant.destroyed"} & {
             ("tenant.destroyed", away),
             ("tenant.destroyed", stays),
         }
+
+
+async def counted(gateway: Served, name: str) -> bool:
+    """Make a call that has an effect, always the same one; return whether it is made."""
+    body = {"command": "echo once >>/srv/app/count"}
+    path = f"/v1/tenants/{name}/tools/Bash"
+    status, _ = await gateway.ask("POST", path, body, Idempotency_Key=f"of-{name}")
+    return status == 200
 
 
 async def there(gateway: Served, name: str) -> bool:
