@@ -29,6 +29,10 @@ def settings() -> Settings:
         caddy_issuer="internal",
         domain_suffixes=("localhost", "test", "example.com"),
         settle_time=0.2,
+        # chosen each time, they would be others while Caddy has them
+        caddy_http=80,
+        caddy_https=443,
+        caddy_ask=2020,
     )
     return given.model_copy(update=caddy_service.chosen(given))
 
