@@ -34,12 +34,11 @@ def _unset(value: object) -> object:
 class AgentSettings(BaseModel):
     agent_url: Annotated[str | None, BeforeValidator(_unset), AfterValidator(_url)] = Field(
         None,
-        description="URL of a server that runs an agent for the browser editor; unset: the editor has no "
-        "prompt box",
+        description="URL of a server that runs an agent for the browser editor; unset: no prompt box",
     )
     agent_token_ttl: float = Field(
         3600.0,
         ge=10,
-        description="seconds that a token for that server is valid; it ends with the person's own if that is "
-        "sooner",
+        description="seconds that a token for that server is valid, unless the person's own token "
+        "ends sooner",
     )

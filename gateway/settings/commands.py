@@ -33,7 +33,7 @@ class CommandSettings(BaseModel):
         description="seconds that a viewer which does not read holds up a command that others read",
     )
     exec_lag: int = Field(
-        8 * MiB, ge=0, description="bytes of each output stream kept for a reader that stands still"
+        8 * MiB, ge=0, description="bytes of each output stream kept for a reader that has stalled"
     )
     exec_unacked: int = Field(
         8 * MiB,
@@ -41,7 +41,9 @@ class CommandSettings(BaseModel):
         description="bytes of each output stream kept for a reader that acknowledges, until it does",
     )
     exec_hold: float = Field(
-        10.0, ge=0, description="seconds that a command waits for such a reader after its connection broke"
+        10.0,
+        ge=0,
+        description="seconds that a command waits for a reader that acknowledges after its connection broke",
     )
     exec_stdin_buffer: int = Field(
         4 * MiB,
@@ -66,7 +68,11 @@ class CommandSettings(BaseModel):
     exec_keep_exits: int = Field(
         1000, ge=0, description="maximum number of ended commands kept for one tenant"
     )
-    exec_keep_count: int = Field(64, ge=0, description="maximum number of those whose output is kept too")
+    exec_keep_count: int = Field(
+        64,
+        ge=0,
+        description="maximum number of ended commands whose output is kept too, for one tenant",
+    )
     exec_keep_bytes: int = Field(
         128 * MiB,
         ge=0,
@@ -78,7 +84,8 @@ class CommandSettings(BaseModel):
     exec_tenant_bytes: int = Field(
         128 * MiB,
         gt=0,
-        description="maximum size of those of one tenant in bytes; beyond it each stream keeps 64 KiB",
+        description="maximum size of one tenant's commands' output and input in memory in bytes; "
+        "beyond it each stream keeps 64 KiB",
     )
     exec_left: Literal["keep", "kill"] = Field(
         "keep", description="what happens to processes that a command leaves behind when it ends"
@@ -97,7 +104,7 @@ class CommandSettings(BaseModel):
         "client",
     )
     standby_terminals: int = Field(
-        1, ge=0, description="number of warm shells for terminals, in such a tenant"
+        1, ge=0, description="number of warm shells for terminals, in a tenant with a connected client"
     )
     standby_delay: float = Field(
         0.1, ge=0, description="seconds after a command's start until the shell that it took is replaced"

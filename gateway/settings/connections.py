@@ -17,13 +17,22 @@ class ConnectionSettings(BaseModel):
     max_connections: int = Field(
         2000, gt=0, description="maximum number of websockets and event streams that have shown a token"
     )
-    max_tenant_connections: int = Field(256, gt=0, description="maximum number of those for one tenant")
+    max_tenant_connections: int = Field(
+        256,
+        gt=0,
+        description="maximum number of websockets and event streams of one tenant",
+    )
     max_anonymous: int = Field(
         64,
         gt=0,
-        description="maximum number of websockets that have not shown a token yet; not counted among those",
+        description="maximum number of websockets that have not shown a token yet; they are counted "
+        "separately",
     )
-    max_anonymous_per_address: int = Field(16, gt=0, description="maximum number of those from one address")
+    max_anonymous_per_address: int = Field(
+        16,
+        gt=0,
+        description="maximum number of websockets without a token from one address",
+    )
     max_silent: int = Field(
         1024,
         gt=0,
@@ -37,12 +46,16 @@ class ConnectionSettings(BaseModel):
     bytes_in_flight: int = Field(
         512 * MiB, gt=0, description="maximum size of all requests and answers in flight in bytes"
     )
-    tenant_bytes: int = Field(128 * MiB, gt=0, description="maximum size of those of one tenant in bytes")
+    tenant_bytes: int = Field(
+        128 * MiB,
+        gt=0,
+        description="maximum size of one tenant's requests and answers in flight in bytes",
+    )
     socket_bytes: int = Field(
         32 * MiB,
         gt=0,
-        description="maximum size of those of one websocket in bytes; beyond it the gateway stops reading "
-        "that websocket",
+        description="maximum size of one websocket's requests and answers in flight in bytes; "
+        "beyond it the gateway stops reading that websocket",
     )
     max_subscriptions: int = Field(
         16, gt=0, description="maximum number of event subscriptions of one websocket"

@@ -24,9 +24,15 @@ class RecordSettings(BaseModel):
         1000, gt=0, description="number of calls and commands kept under their callers' ids, for one tenant"
     )
     receipts_bytes: int = Field(
-        16 * MiB, gt=0, description="maximum size of those of one tenant in the store in bytes"
+        16 * MiB,
+        gt=0,
+        description="maximum size of one tenant's records of calls and commands in the store in bytes",
     )
-    receipts_age: float = Field(86_400.0, gt=0, description="seconds that they are kept")
+    receipts_age: float = Field(
+        86_400.0,
+        gt=0,
+        description="seconds that records of calls and commands are kept",
+    )
     receipts_memory: int = Field(
         32 * MiB,
         gt=0,
