@@ -52,7 +52,7 @@ class Bus:
 
     @property
     def subscribers(self) -> int:
-        """Number of open subscriptions, for metrics."""
+        """Number of open subscriptions."""
         return len(self._subscriptions)
 
     def publish(

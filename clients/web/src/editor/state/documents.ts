@@ -4,7 +4,7 @@ import type { EditorState, TransactionSpec } from "@codemirror/state";
 import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
 import { Doc, type Left, type Place, type Theirs } from "./doc.js";
-import type { Draft, Unsaved } from "./drafts.js";
+import type { Draft, Keeping } from "./drafts.js";
 import { within } from "./paths.js";
 import { Tabs } from "./tabs.js";
 import { complain, say } from "./toasts.js";
@@ -12,13 +12,6 @@ import { complain, say } from "./toasts.js";
 type Code = typeof import("../code/editor.js");
 
 const IMAGE = /\.(png|jpe?g|gif|webp|avif|ico)$/i;
-
-/** Keeps unsaved texts elsewhere than in this page. */
-export interface Keeping {
-  touch(path: string, look: () => Unsaved): void;
-  drop(path: string): void;
-  flush(): Promise<void>;
-}
 
 /** The view that shows a document's state, if one does. */
 export interface Stage {

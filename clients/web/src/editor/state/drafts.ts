@@ -55,6 +55,13 @@ async function store(mode: IDBTransactionMode): Promise<IDBObjectStore> {
 /** What is unsaved in one document, or null where nothing is. */
 export type Unsaved = { readonly text: string; readonly base: string } | null;
 
+/** Keeps unsaved texts elsewhere than in this page. */
+export interface Keeping {
+  touch(path: string, look: () => Unsaved): void;
+  drop(path: string): void;
+  flush(): Promise<void>;
+}
+
 export class Drafts {
   readonly #due = new Map<string, { readonly look: () => Unsaved; readonly since: number }>();
   readonly #unkept = new Set<string>();

@@ -5,19 +5,15 @@ import { useLayoutEffect, useRef } from "preact/hooks";
 import { area } from "../state/layout.js";
 import { basename, join, parent, within } from "../state/paths.js";
 import { allows, gateway } from "../state/session.js";
-import { complain, say } from "../state/toasts.js";
+import { complain } from "../state/toasts.js";
 import type { Draft, Row } from "../state/tree.js";
-import { type Dropped, dropped, taken, upload } from "../state/uploads.js";
 import type { Workspace } from "../state/workspace.js";
+import { choose, dropping, over, PATH, Replacing, replacing } from "./incoming.js";
 import { type MenuItem, showMenu } from "./menu.js";
 import { copy, Dialog, Empty, FileIcon, Icon, IconButton, Spinner } from "./parts.js";
 import { Rows } from "./virtual.js";
 
 const removing = signal<string | null>(null);
-/** The folder over which something is dragged. */
-const over = signal<string | null>(null);
-/** The kind of what is dragged: a file or folder of this tree. */
-const PATH = "application/x-gateway-path";
 const FRESH = 20_000;
 
 export function Explorer({ current }: { current: Workspace }) {
@@ -195,18 +191,6 @@ function treeMenu(
   return items;
 }
 
-/** Has the browser ask which files to upload into a folder. */
-function choose(current: Workspace, folder: string): void {
-  const input = document.createElement("input");
-  input.type = "file";
-  input.multiple = true;
-  input.onchange = () => {
-    const files = [...(input.files ?? [])].map((file) => ({ path: file.name, file }));
-    void bring(current, folder, Promise.resolve(files));
-  };
-  input.click();
-}
-
 function download(current: Workspace, path: string): void {
   const link = document.createElement("a");
   const slot = gateway.slot === null ? "" : `?slot=${gateway.slot}`;
@@ -214,106 +198,6 @@ function download(current: Workspace, path: string): void {
   link.href = `/v1/tenants/${encodeURIComponent(current.name)}/files/${encoded}${slot}`;
   link.download = basename(path);
   link.click();
-}
-
-/** Takes files from outside, and those of the tree, into a folder. */
-function dropping(current: Workspace, folder: () => string) {
-  const takes = (event: DragEvent) =>
-    event.dataTransfer?.types.includes("Files") || event.dataTransfer?.types.includes(PATH);
-  return {
-    onDragOver: (event: DragEvent) => {
-      if (!takes(event)) return;
-      event.preventDefault();
-      event.stopPropagation();
-      over.value = folder();
-    },
-    onDragLeave: () => {
-      over.value = null;
-    },
-    onDrop: (event: DragEvent) => {
-      if (!takes(event) || event.dataTransfer === null) return;
-      event.preventDefault();
-      event.stopPropagation();
-      over.value = null;
-      const to = folder();
-      const from = event.dataTransfer.getData(PATH);
-      if (from === "") void bring(current, to, dropped(event.dataTransfer));
-      else void moveTo(current, from, to);
-    },
-  };
-}
-
-async function moveTo(current: Workspace, from: string, folder: string): Promise<void> {
-  const to = join(folder, basename(from));
-  if (to === from || within(folder, from)) return;
-  try {
-    await current.documents.move(from, to, current.tree.move(from, to));
-  } catch (error) {
-    complain(error, `Moving ${basename(from)}`);
-  }
-}
-
-interface Bringing {
-  readonly folder: string;
-  readonly files: readonly Dropped[];
-  readonly there: ReadonlyMap<string, string>;
-}
-
-/** What would be replaced by a drop, which is asked about. */
-const replacing = signal<Bringing | null>(null);
-
-async function bring(current: Workspace, folder: string, found: Promise<readonly Dropped[]>): Promise<void> {
-  try {
-    const files = await found;
-    const there = await taken(current.tenant, folder, files);
-    if (there.size > 0) replacing.value = { folder, files, there };
-    else await send(current, { folder, files, there });
-  } catch (error) {
-    complain(error, "Uploading");
-  }
-}
-
-async function send(current: Workspace, { folder, files, there }: Bringing): Promise<void> {
-  const name = files.length === 1 ? (files[0]?.path ?? "") : `${files.length} files`;
-  try {
-    await upload(current.tenant, folder, files, there, () => {});
-    say(`Uploaded ${name}${folder === "." ? "" : ` to ${folder}`}.`);
-  } catch (error) {
-    complain(error, `Uploading ${name}`);
-  }
-}
-
-function Replacing({ asked, current }: { asked: Bringing; current: Workspace }) {
-  const close = () => {
-    replacing.value = null;
-  };
-  const names = [...asked.there.keys()];
-  const go = (files: readonly Dropped[]) => {
-    close();
-    void send(current, { ...asked, files });
-  };
-  return (
-    <Dialog label="Replace files" class="small" onClose={close}>
-      <h2>
-        Replace {names.length === 1 ? names[0] : `${names.length} files`}
-        {asked.folder === "." ? "" : ` in ${asked.folder}`}?
-      </h2>
-      <p>{names.slice(0, 8).join(", ")}: the present text is lost.</p>
-      <footer>
-        <button type="button" onClick={close}>
-          Upload nothing
-        </button>
-        {asked.files.length > names.length && (
-          <button type="button" onClick={() => go(asked.files.filter(({ path }) => !asked.there.has(path)))}>
-            Only new ones
-          </button>
-        )}
-        <button type="button" class="danger" onClick={() => go(asked.files)}>
-          Replace
-        </button>
-      </footer>
-    </Dialog>
-  );
 }
 
 function TreeRow(props: {
