@@ -157,7 +157,8 @@ async def test_a_full_pool(desk: Desk) -> None:
     install = 'install = ["sh", "-c", "head -c 400M /dev/zero >large"]'
 
     def settle() -> None:  # what was deleted gives its room back only when the kernel comes to it
-        subprocess.run(["btrfs", "subvolume", "sync", pool], check=True, capture_output=True)
+        for what in ("filesystem", "subvolume"):  # it looks each 30 s, and at a sync
+            subprocess.run(["btrfs", what, "sync", pool], check=True, capture_output=True)
 
     settle()
     with filled(pool, room=100 << 20):

@@ -24,8 +24,8 @@ from tests.waits import until
 
 pytestmark = pytest.mark.timeout(200)
 TENANT, DOMAIN = "hangs-test", "hangs.test"
-SLOW = 10  # seconds of silence before the first byte
 PAGE = 5  # seconds in which a visitor of a site that hangs is answered
+SLOW = 7  # seconds of silence before the first byte: no visitor of a site that hangs waits so long
 
 SITE = (
     b"""\
@@ -33,7 +33,7 @@ Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", idleTimeout: 60, fetch:
   const path = new URL(request.url).pathname;
   if (path !== "/") await Bun.write("/home/site/taken" + path.replace("/", "-"), "");
   if (path === "/slow") await Bun.sleep(%d000);
-  if (path === "/spin") for (const end = Date.now() + 15_000; Date.now() < end; );
+  if (path === "/spin") for (const end = Date.now() + 9_000; Date.now() < end; );
   return new Response("here");
 } });
 """
