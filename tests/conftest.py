@@ -18,7 +18,7 @@ LONGEST: Final = (
     E2E,
     *(
         f"tests/integration/test_{name}.py"
-        for name in ("gateway_incus", "domains", "stalls", "survive", "survive_tools", "upgrade", "claude")
+        for name in ("gateway_incus", "upgrade", "domains", "rollback", "stalls", "claude", "runtime_incus")
     ),
 )
 
