@@ -245,7 +245,8 @@ class Resuming:
                 had = self.offsets
                 await wire.notify("exec/ack", exec=self.exec, stdout=had[1], stderr=had[2])
                 if acked - began > BURST:  # what an endless command prints is all counted again at the end
-                    await pause(new / PACE)
+                    with contextlib.suppress(TimeoutError):
+                        await wire.closed(new / PACE)
             await wire.until(
                 lambda: (
                     wire.notified("exec/exited", exec=self.exec)
