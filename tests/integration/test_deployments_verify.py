@@ -18,6 +18,7 @@ from gateway.settings import Settings
 from tests.archives import Member, archive
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
+from tests.waits import pause
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -95,6 +96,7 @@ async def test_an_update_that_does_not_settle_leaves_the_old_site(host: Hosting)
     async def visit() -> None:
         while True:
             answers.add((await host.visit("steady.test"))[0])
+            await pause(0.01)
 
     visiting = asyncio.create_task(visit())
     error = await refused(host, "steady.test", *site('console.error("out of luck"); process.exit(3)'))

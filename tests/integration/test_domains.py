@@ -575,8 +575,7 @@ async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> N
     rests_soon(both, "race-3")
     domains = [f"prize-{number}.test" for number in range(3)] + [f"race-{number}.test" for number in range(4)]
     visitors = [
-        asyncio.create_task(race.visit(domain, 3.0 if domain == "race-3.test" else 0.05))
-        for domain in domains
+        asyncio.create_task(race.visit(domain, 3.0 if domain == "race-3.test" else 0.1)) for domain in domains
     ]
     try:
         for number in range(ROUNDS):
