@@ -78,19 +78,15 @@ class Incus:
     def list(self, *path: str) -> builtins.list[dict[str, Any]]:
         """Return a collection's objects."""
         with _mapped(f"listing {'/'.join(path)}"):
-            objects: builtins.list[dict[str, Any]] = (
-                self._node(*path).get(params={"recursion": 1}).json()["metadata"]
-            )
-            return objects
+            objects = self._node(*path).get(params={"recursion": 1}).json()["metadata"]
+            return [*(objects or ())]  # Incus answers null where there is none
 
     def instances(self) -> builtins.list[dict[str, Any]]:
         """Return this server's instances; in a cluster the other members are not asked for theirs."""
         alone = {"headers": {"User-Agent": NOTIFIER}} if member_of(self.get()) else {}
         with _mapped("listing instances"):
-            found: builtins.list[dict[str, Any]] = (
-                self._node("instances").get(params={"recursion": 1}, **alone).json()["metadata"]
-            )
-            return found
+            found = self._node("instances").get(params={"recursion": 1}, **alone).json()["metadata"]
+            return [*(found or ())]
 
     def post(self, *path: str, **request: Any) -> dict[str, Any]:
         """Create an object. Returns the finished operation if there is one, else {}."""
