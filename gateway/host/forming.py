@@ -62,15 +62,16 @@ def enable(settings: Settings, name: str, address: str, report: Report) -> None:
         return
     if not _NAME.fullmatch(name):
         raise HostError(f"{name} is no name of a member: letters, digits and dashes")
-    address = address or own_address()
-    if reason := in_use(PORT, address):
-        raise HostError(f"incusd cannot listen on {address}:{PORT}: {reason}; free it or give --address")
-    incus.patch(json={"config": {"core.https_address": f"{_bracketed(address)}:{PORT}"}})
+    listens = str((incus.get().get("config") or {}).get("core.https_address") or "")
+    if address or _is_wildcard(listens):  # which a cluster refuses: others must reach it there
+        address = address or own_address()
+        if not listens and (reason := in_use(PORT, address)):
+            raise HostError(f"incusd cannot listen on {address}:{PORT}: {reason}; free it or give --address")
+        listens = f"{_bracketed(address)}:{PORT}"
+        incus.patch(json={"config": {"core.https_address": listens}})
     incus.put("cluster", json={"server_name": name, "enabled": True})
     cluster.publish(settings, incus, host_addresses())
-    report(
-        f"this server is the member {name}, at {address}:{PORT}; let only the other members reach that port"
-    )
+    report(f"this server is the member {name}, at {listens}; let only the other members reach that port")
 
 
 def add(settings: Settings, name: str) -> str:
@@ -182,6 +183,11 @@ def own_address(peer: str = "192.0.2.1:9") -> str:
             probe.connect((host, int(port)))
             return str(probe.getsockname()[0])
     raise HostError(f"this host has no address on its way to {host}; give it: --address")
+
+
+def _is_wildcard(listens: str) -> bool:
+    """Return whether incusd listens on no address or on all of them."""
+    return listens.rpartition(":")[0].strip("[]") in ("", "0.0.0.0", "::")  # noqa: S104 - nobody binds it
 
 
 def _bracketed(address: str) -> str:

@@ -28,9 +28,11 @@ class Server:
     def __init__(self, member: str = "", **there: list[dict[str, Any]]) -> None:
         self.member, self.there = member, there
         self.changed: list[tuple[str, Any]] = []
+        self.config: dict[str, str] = {}
 
     def get(self, *path: str) -> dict[str, Any]:
-        return {"environment": {"server_clustered": bool(self.member), "server_name": self.member or "host"}}
+        environment = {"server_clustered": bool(self.member), "server_name": self.member or "host"}
+        return {"environment": environment, "config": self.config}
 
     def list(self, *path: str) -> Any:
         return self.there.get(path[-1].replace("-", "_"), [])
@@ -137,6 +139,33 @@ def test_a_cluster_begins_with_an_address_of_its_own(on: Any, monkeypatch: pytes
     again = on(Server("m1"))
     forming.enable(Settings(), "m1", "", silent)
     assert again.changed == []
+
+
+@pytest.mark.parametrize(
+    ("listens", "address", "changed"),
+    [
+        ("10.0.0.1:8443", "", None),
+        ("10.0.0.1:9443", "", None),
+        ("10.0.0.1:8443", "10.0.0.2", "10.0.0.2:8443"),
+        (":8443", "", "10.0.0.9:8443"),
+        ("[::]:8443", "", "10.0.0.9:8443"),
+        ("", "", "10.0.0.9:8443"),
+    ],
+)
+def test_where_incusd_listens_already_is_fine_if_others_reach_it_there(
+    on: Any, monkeypatch: pytest.MonkeyPatch, listens: str, address: str, changed: str | None
+) -> None:
+    """Its own port is in use by itself."""
+    server = on(Server())
+    server.config["core.https_address"] = listens
+    monkeypatch.setattr(forming, "in_use", lambda port, host: "in use" if listens else None)
+    monkeypatch.setattr(forming, "own_address", lambda: "10.0.0.9")
+    monkeypatch.setattr(cluster, "publish", lambda settings, incus, own: None)
+    monkeypatch.setattr(forming, "host_addresses", list)
+    forming.enable(Settings(), "m1", address, silent)
+    patched = [change for path, change in server.changed if not path]
+    assert patched == ([{"config": {"core.https_address": changed}}] if changed else [])
+    assert server.changed[-1] == ("cluster", {"server_name": "m1", "enabled": True})
 
 
 def test_while_gateways_refuse_clusters_none_is_formed(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
