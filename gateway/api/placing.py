@@ -17,23 +17,26 @@ from gateway.cluster.relay import Body, client_of, relay
 from gateway.runtime import TENANT_NAME
 
 
-async def placed(request: Request, tenant: str) -> Peer | None:
+async def placed(request: Request, tenant: str, *, here: bool = False) -> Peer | None:
     """Return the peer that is a tenant's home, or is to be; None where that is this gateway.
 
-    The token must cover the tenant. Raises `Unavailable` where it cannot be decided.
+    A request that a peer has placed here stays. With `here` it is about another tenant, too, which is here:
+    then so is a new one. The token must cover the tenant. Raises `Unavailable` where it cannot be decided.
     """
     gateway = services(request)
     cluster = gateway.cluster
-    if cluster is None or FROM in request.scope or not TENANT_NAME.fullmatch(tenant):
+    if cluster is None or (FROM in request.scope and not here) or not TENANT_NAME.fullmatch(tenant):
         return None
     if gateway.names.holder(tenant):
         return None
     peer = cluster.homes.home(tenant) or await cluster.find(tenant=tenant)
     if peer is not None:
         return peer
-    running = sum(one.status == "running" for one in await gateway.runtime.list())
-    wanted = cluster.own if gateway.settings.placement == "local" else _emptiest(cluster, running)
-    chosen = await cluster.place(tenant, wanted)
+    wish = cluster.own
+    if not here and gateway.settings.placement == "spread":
+        running = sum(one.status == "running" for one in await gateway.runtime.list())
+        wish = _emptiest(cluster, running)
+    chosen = await cluster.place(tenant, wish)
     return None if chosen == cluster.own else cluster.peers.all[chosen]
 
 
@@ -48,10 +51,10 @@ def _emptiest(cluster: Cluster, running: int) -> str:
 
 
 class Passed(Response):
-    """The answer of a peer to a request whose body was read here."""
+    """The answer of a peer to a request whose body was read here; it may be another one, by `path`."""
 
-    def __init__(self, request: Request, peer: Peer, body: bytes) -> None:
-        self._request, self._peer, self._body = request, peer, body
+    def __init__(self, request: Request, peer: Peer, body: bytes, path: str | None = None) -> None:
+        self._request, self._peer, self._body, self._path = request, peer, body, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = services(self._request)
@@ -69,6 +72,8 @@ class Passed(Response):
         length = str(len(self._body)).encode()
         headers = [*kept, (b"content-length", length), (b"x-request-id", scope[REQUEST_ID].encode())]
         scope = {**scope, "headers": headers}
+        if self._path is not None:
+            scope |= {"path": self._path, "raw_path": self._path.encode(), "query_string": b""}
         await relay(
             *(scope, again, send, gateway.cluster.peers, self._peer),
             body=Body(scope, again),

@@ -136,6 +136,49 @@ async def test_the_audit_is_of_all_members(members: dict[str, LiveGateway]) -> N
         assert (status, problem["field"]) == (400, "member")
 
 
+# --- where something new is made ------------------------------------------------------------------------
+
+
+async def holders(members: dict[str, LiveGateway], **what: str) -> list[str]:
+    """Return the members that say to a peer that they have something."""
+    found = []
+    async with aiohttp.ClientSession() as http:
+        for name, gateway in members.items():
+            url, certificate = peer_of(gateway)
+            peer = members["m2" if name == "m1" else "m1"]
+            ours = Identity(Path(peer.environment["GATEWAY_STATE_DIR"])).calling(certificate)
+            async with http.get(f"{url}/peer/ask/find", params=what, ssl=ours) as said:
+                found += [name] if said.status == 200 else []
+    return found
+
+
+async def test_a_new_tenant_goes_to_the_member_with_the_fewest_that_run(
+    members: dict[str, LiveGateway],
+) -> None:
+    for number, gateway in enumerate(members.values()):
+        async with gateway.http("*") as http:
+            body = {"domain": f"new{number}.test", "template": "static", "tenant": f"new{number}"}
+            status, begun = await answer(http, "/v1/deployments", "POST", json=body)
+            assert status == 202, begun
+            assert await holders(members, deployment=begun["id"]) == ["m3"]
+            assert (await answer(http, f"/v1/deployments/{begun['id']}"))[1]["id"] == begun["id"]
+            _, ended = await answer(http, f"/v1/deployments/{begun['id']}", "DELETE")
+            assert ended["state"] == "rolledback"
+
+
+async def test_what_is_deployed_to_a_tenant_goes_to_its_home(members: dict[str, LiveGateway]) -> None:
+    """Also what another tenant's site is published to."""
+    async with members["m3"].http("*") as http:
+        for path, body in (
+            ("/v1/deployments", {"domain": "one.test", "template": "static", "tenant": "one"}),
+            ("/v1/tenants/two/publish", {"domain": "published.test", "tenant": "one"}),
+        ):
+            status, begun = await answer(http, path, "POST", json=body)
+            assert status == 202, begun
+            assert await holders(members, deployment=begun["id"]) == ["m1"]
+            await answer(http, f"/v1/deployments/{begun['id']}", "DELETE")
+
+
 # --- peers ----------------------------------------------------------------------------------------------
 
 
