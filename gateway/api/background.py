@@ -83,8 +83,13 @@ class Background:
             "the watch of tokens": services.grants.watch,
             "the history of deployments": services.history.follow,
         }
-        if services.revoking is not None:
+        if services.cluster is not None and services.shared is not None:
+            services.cluster.peers.moved = services.deployments.look_soon
+        if services.shared is not None and services.revoking is not None:
             jobs["the revocations of the cluster"] = services.revoking.follow
+            jobs["the keys of the cluster"] = partial(
+                services.shared.follow, services.revoking.look_soon, services.deployments.look_soon
+            )
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._bind_ports
             jobs["the watch of disk quotas"] = self._enforce_quotas

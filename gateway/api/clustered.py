@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +28,10 @@ from gateway.api.http import REQUEST_ID, address, ask, hold, problem
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
 from gateway.auth.tokens import Token
-from gateway.cluster.cluster import SETTLING
+from gateway.cluster.cluster import ASK_SECRET, SETTLING, TELL_REVOKED
 from gateway.cluster.dialing import dial
 from gateway.cluster.known import Known
-from gateway.cluster.listener import FROM
+from gateway.cluster.listener import FROM, Question
 from gateway.cluster.peers import MemberAway, Peer
 from gateway.cluster.relay import NOT_HOME, Body, NotHome, client_of, relay
 from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
@@ -109,9 +110,25 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
     async def tenants() -> list[Known]:
         return [_known(tenant) for tenant in await services.runtime.list()]
 
-    async with cluster.open(app, store, tenants, partial(has, services), {"version": __version__}):
+    facts, questions = {"version": __version__}, _questions(services)
+    async with cluster.open(app, store, tenants, partial(has, services), facts, questions):
         await cluster.peers.settle(SETTLING)
         yield
+
+
+def _questions(services: Services) -> Mapping[str, Question]:
+    """Return what peers may ask, besides for tenants: they are gateways of the same cluster."""
+
+    async def secret(_: Peer, what: Any) -> Any:
+        return {"secret": services.secret}
+
+    async def revoked(peer: Peer, what: Mapping[str, Any]) -> Any:
+        token, expires = str(what["id"]), what["expires"]
+        assert services.revoking is not None
+        await services.revoking.heard(token, math.inf if expires is None else float(expires), peer.name)
+        return {}
+
+    return {} if services.revoking is None else {ASK_SECRET: secret, TELL_REVOKED: revoked}
 
 
 def _known(tenant: Tenant) -> Known:

@@ -27,7 +27,7 @@ from gateway.cluster.folder import FolderMembers
 from gateway.cluster.member import Membership
 from gateway.cluster.peers import MemberAway, Members
 from gateway.cluster.revoking import Revoking
-from gateway.cluster.sharing import Sharing, sharing
+from gateway.cluster.sharing import Sharing, own_member, sharing
 from gateway.deployments import Deployments, Hangs, Health
 from gateway.deployments.publishing import Sources
 from gateway.errors import Unavailable
@@ -37,7 +37,6 @@ from gateway.files.files import Files
 from gateway.history import History
 from gateway.holder.holder import Holder
 from gateway.idempotency import Idempotency
-from gateway.incus import IncusError
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
@@ -149,8 +148,11 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         enter = stack.enter_async_context
         ready = await enter(prepared(settings)) if ready is None else ready
         runtime, workers = ready.runtime, ready.workers
-        shared = await enter(sharing(settings)) if settings.runtime == "incus" else None
-        secret = await _secret(settings, shared)
+        cluster, shared = ready.cluster, None
+        if cluster is not None and isinstance(runtime, IncusRuntime):
+            shared = await enter(sharing(cluster.own, cluster.alive, settings))
+            cluster.placements = shared.placements
+        secret = await _secret(settings, shared, cluster)
         journal = await enter(
             StoredJournal(
                 store,
@@ -164,7 +166,9 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         idempotency = await Idempotency.opened(store, settings)
         revocations = await Revocations.opened(store)
         grants = Grants(revocations.__contains__)
-        revoking = None if shared is None else Revoking(revocations, shared.keys, grants.revoke)
+        revoking = None
+        if shared is not None and cluster is not None:
+            revoking = Revoking(revocations, shared.keys, grants.revoke, cluster.tell_revoked)
         names = await Names.opened(store, bus, settings)
         audit = await enter(Audit(store, bus, settings))
         ready.removals.audit = audit
@@ -183,6 +187,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         )
         files = await enter(Files(runtime, workers, bus, settings, spare))
         caddy = await enter(Caddy(settings))
+        await _meet_peers(caddy, secret, shared)
         caddy.lead_home()
         caddy.excuse_nobody()
         domains = await Domains.opened(
@@ -207,6 +212,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
                 workers=workers,
                 unwell=health.unwell,
                 pressed=None if pressure is None else pressure.seconds,
+                remote=None if shared is None else shared.sites,
             )
         )
         if isinstance(runtime, IncusRuntime):
@@ -271,16 +277,22 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         )
 
 
-async def _secret(settings: Settings, shared: Sharing | None) -> str:
+async def _secret(settings: Settings, shared: Sharing | None, cluster: Cluster | None) -> str:
     """Return the secret that signs tokens, in a cluster the one of all its gateways."""
-    if shared is None:
+    if shared is None or cluster is None:
         return tokens.load_secret(settings)
     configured = None if settings.secret is None else settings.secret.get_secret_value()
-    return await common_secret(shared.keys, configured, settings.state_dir, _nobody)
+    return await common_secret(shared.keys, configured, settings.state_dir, cluster.fetch_secret)
 
 
-async def _nobody() -> None:
-    """Ask no other gateway for the secret."""
+async def _meet_peers(caddy: Caddy, secret: str, shared: Sharing | None) -> None:
+    """Have Caddy answer those of the cluster's other members, if there are any."""
+    if shared is None:
+        caddy.leave()
+        return
+    await shared.sites.look()
+    if shared.sites.own is not None:  # else it is as the last process left it
+        await asyncio.to_thread(caddy.join, shared.sites.own, secret)
 
 
 async def _membership(settings: Settings, runtime: IncusRuntime | LocalRuntime) -> tuple[str, Members]:
@@ -288,12 +300,7 @@ async def _membership(settings: Settings, runtime: IncusRuntime | LocalRuntime) 
     if isinstance(runtime, LocalRuntime):
         file = settings.local_member
         return ("" if file is None else file.name), FolderMembers(file or settings.state_dir)
-    own = ""
-    try:
-        async with asyncio.timeout(_LOOK):
-            own = await runtime.incus.member()
-    except (IncusError, TimeoutError):
-        log.warning("incusd does not answer: this gateway serves without a cluster until it is restarted")
+    own = await own_member(runtime.incus, settings.state_dir)
     return own, Membership(runtime.incus)
 
 

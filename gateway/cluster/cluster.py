@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from starlette.types import ASGIApp
@@ -13,9 +14,10 @@ from starlette.types import ASGIApp
 from gateway.cluster.homes import Homes
 from gateway.cluster.identity import Identity
 from gateway.cluster.known import Known
-from gateway.cluster.listener import Listener
+from gateway.cluster.listener import Listener, Question
 from gateway.cluster.own import Own
-from gateway.cluster.peers import Members, Peer, Peers
+from gateway.cluster.peers import MemberAway, Members, Peer, Peers
+from gateway.cluster.placements import Placements
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from gateway.tasks import begin, lasting
@@ -23,10 +25,16 @@ from gateway.transport.secure import SecureServer
 
 log = logging.getLogger(__name__)
 
+ASK_SECRET: Final = "secret"  # noqa: S105 - the question's name
+"""What a peer is asked for its secret by."""
+TELL_REVOKED: Final = "revoked"
+"""What a peer is told of a revoked token by."""
 SETTLING: Final = 3.0
 """Seconds in which peers tell their tenants at the start; longer than a peer may be silent."""
 _BINDING: Final = 0.05  # seconds between two attempts, where the process before still has the port
 _FIND: Final = "find"
+_FETCHING: Final = 30.0  # seconds in which peers learn our certificate and give their secret
+_FETCH: Final = 0.5  # seconds between two attempts
 
 
 class Cluster:
@@ -39,6 +47,8 @@ class Cluster:
         self._tenants: Own | None = None
         self._settings = settings
         self._server: SecureServer | None = None
+        self.placements: Placements | None = None
+        """Chooses a new tenant's home among all gateways; without it each chooses by itself."""
 
     @contextlib.asynccontextmanager
     async def open(
@@ -48,10 +58,12 @@ class Cluster:
         tenants: Callable[[], Awaitable[Iterable[Known]]],
         has: Callable[[Mapping[str, Any]], Awaitable[bool]],
         facts: Mapping[str, Any],
+        questions: Mapping[str, Question],
     ) -> AsyncIterator[None]:
         """Tell peers our tenants, and answer the requests that they pass on to `app`.
 
-        `has` says whether we have what a peer looks for. `facts` are told with the tenants.
+        `has` says whether we have what a peer looks for. `facts` are told with the tenants. `questions` are
+        what peers may ask besides, by name.
         """
         self.homes = Homes(self.peers, store)
         await self.homes.recall()
@@ -61,7 +73,7 @@ class Cluster:
         async def find(_: Peer, what: Mapping[str, Any]) -> Any:
             return {} if await has(what) else None
 
-        listener.questions[_FIND] = find
+        listener.questions |= {**questions, _FIND: find}
         self._server = SecureServer(
             listener, self._settings, self.peers.accepting, lambda shown: self.peers.of(shown) is not None
         )
@@ -95,27 +107,65 @@ class Cluster:
         """Listen where the settings or the cluster say, and publish that."""
         assert self._server is not None
         await self.peers.settle(SETTLING)
-        host, _, port = self._settings.peer_listen.rpartition(":")
-        host = host.strip("[]") or self.peers.host or ""
+        host, port = self._place()
         if not host:
             raise OSError("the address of this member is not known yet; set GATEWAY_PEER_LISTEN to have one")
         told = False
         while True:
             try:
-                found, number = await self._server.listen(host, int(port))
+                found, number = await self._server.listen(host, port)
                 break
             except OSError as error:
                 if not told:
                     log.info("cannot listen for peers yet: %s", error.strerror)
                 told = True
                 await asyncio.sleep(_BINDING)
-        self.peers.publish(f"[{found}]:{number}" if ":" in found else f"{found}:{number}")
+        self.peers.publish(_address(found, number))
+
+    def _place(self) -> tuple[str, int]:
+        """Return host and port at which peers reach us; the host is "" while it is not known."""
+        host, _, port = self._settings.peer_listen.rpartition(":")
+        return host.strip("[]") or self.peers.host or "", int(port)
+
+    # --- what all gateways have in common -----------------------------------------------------------
+
+    async def fetch_secret(self) -> str | None:
+        """Ask peers for the secret that signs tokens, before we listen ourselves; None if none gives it."""
+        await self.peers.settle(SETTLING)
+        host, port = self._place()
+        if host:
+            self.peers.publish(_address(host, port))  # so that peers know our certificate
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _FETCHING
+        while loop.time() < until:
+            found, _ = await self.peers.ask_all(f"/peer/ask/{ASK_SECRET}", {})
+            for answer in found.values():
+                if isinstance(answer, dict) and isinstance(answer.get("secret"), str):
+                    return str(answer["secret"])
+            await asyncio.sleep(_FETCH)
+        return None
+
+    async def tell_revoked(self, token: str, expires: float) -> Sequence[str]:
+        """Tell all peers of a revoked token by its id and `exp`; return those that did not hear it."""
+        until = None if expires == math.inf else expires
+        _, silent = await self.peers.ask_all(f"/peer/ask/{TELL_REVOKED}", {"id": token, "expires": until})
+        return silent
+
+    def alive(self, member: str) -> bool:
+        """Return whether a member's gateway is there."""
+        return member == self.own or (member in self.peers.all and self.peers.all[member].alive)
 
     # --- where a tenant is --------------------------------------------------------------------------
 
     async def place(self, tenant: str, member: str) -> str:
-        """Return the member that is to get a new tenant: the one that is wanted, or chosen already."""
-        return member
+        """Return the member that is to get a new tenant: the one that is wanted, or chosen already.
+
+        Raises `Unavailable` if the cluster cannot decide, and `MemberAway`.
+        """
+        chosen = member if self.placements is None else await self.placements.choose(tenant, member)
+        if chosen != self.own and chosen not in self.peers.all:
+            raise MemberAway(chosen)
+        return chosen
 
     async def find(self, **what: str) -> Peer | None:
         """Ask all peers that are there who has a tenant, or a deployment; None if none of them does."""
@@ -130,3 +180,7 @@ async def joined(own: str, members: Members, settings: Settings) -> AsyncIterato
     identity = await asyncio.to_thread(Identity, settings.state_dir)
     async with Peers(own, members, identity) as peers:
         yield Cluster(own, peers, settings)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -145,6 +145,8 @@ class Peers:
         self.all: dict[str, Peer] = {}
         self.accepting = identity.accepting()
         self.changed: Callable[[Peer], None] = lambda _: None
+        self.moved: Callable[[], None] = lambda: None
+        """Called when a peer has come or gone."""
         self._members = members
         self._identity = identity
         self._following: dict[str, asyncio.Task[None]] = {}
@@ -227,6 +229,7 @@ class Peers:
             self.changed(peer)
         for name, member in found.items():
             peer = self.all.get(name) or self.all.setdefault(name, Peer(name))
+            peer.cut.add(self._gone)
             try:
                 address, certificate = _published(member.config.get(KEY, ""))
                 shown = fingerprint(certificate)
@@ -239,6 +242,9 @@ class Peers:
         for name in self.all.keys() - self._following.keys():
             self._following[name] = begin(self._follow(self.all[name]))
         self._known.set()
+
+    def _gone(self) -> None:
+        self.moved()
 
     # --- what they tell -----------------------------------------------------------------------------
 
@@ -276,6 +282,7 @@ class Peers:
                 changed = apply(line, tenants)
                 if line.get("whole"):
                     peer.told.set()
+                    self.moved()
                     changed = True
                 if changed and peer.told.is_set():
                     peer.tenants = dict(tenants)

@@ -59,6 +59,10 @@ class Revoking:
         self._local, self._keys, self._end, self._tell = local, keys, end, tell
         self._look = asyncio.Event()
 
+    def look_soon(self) -> None:
+        """Look at the keys: they may be others now."""
+        self._look.set()
+
     async def spread(self, token: str) -> Spread:
         """Bring a revocation that is kept here to all; what cannot be done now is done later."""
         expires = self._local.standing().get(token, math.inf)
@@ -72,27 +76,17 @@ class Revoking:
             self._end(token)
 
     async def follow(self) -> None:
-        """Keep keys and revocations the same until the connection to Incus breaks.
+        """Keep keys and revocations the same, until the cluster cannot be asked.
 
         Then it raises `Unavailable`.
         """
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._look_again())
-                async with contextlib.aclosing(self._keys.changes()) as changes:  # type: ignore[type-var]
-                    async for _ in changes:
-                        self._look.set()
-        except* GatewayError as errors:
-            raise errors.exceptions[0] from None
-
-    async def _look_again(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_SWEEP):
-                    await self._look.wait()
             self._look.clear()
             await self.agree()
             await asyncio.sleep(_REST)  # a burst of changes is looked at together
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SWEEP):
+                    await self._look.wait()
 
     async def agree(self) -> None:
         """Take what others have written, write what they lack, and remove what has expired."""

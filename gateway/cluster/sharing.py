@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from gateway.cluster.member import Membership
+from gateway.cluster.member import Member, Membership
 from gateway.cluster.placements import Placements
+from gateway.cluster.remote_sites import RemoteSites
 from gateway.cluster.reservations import Reservations
 from gateway.cluster.shared_keys import NO_QUORUM, IncusKeys, SharedKeys
 from gateway.errors import Unavailable
@@ -32,49 +34,70 @@ class Sharing:
     keys: SharedKeys
     domains: Reservations
     placements: Placements
+    sites: RemoteSites
+
+    async def follow(self, *look_soon: Callable[[], None]) -> None:
+        """Call these once and after each change of the keys, until the connection to Incus breaks.
+
+        Then it raises `Unavailable`.
+        """
+        async with contextlib.aclosing(self.keys.changes()) as changes:  # type: ignore[type-var]
+            async for _ in changes:
+                for look in look_soon:
+                    look()
 
 
 @contextlib.asynccontextmanager
-async def sharing(settings: Settings) -> AsyncIterator[Sharing | None]:
-    """Open what this gateway shares with those of other members; None if incusd is in no cluster."""
+async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) -> AsyncIterator[Sharing]:
+    """Open what the gateway of the member `own` shares with those of others, which may be `alive` or not."""
     async with Incus(settings.incus_socket, settings.cluster_project, settings.cluster_patience) as incus:
         membership = Membership(incus)
 
-        async def members() -> Collection[str]:
+        async def members() -> Sequence[Member]:
             try:
                 async with asyncio.timeout(settings.cluster_patience):
-                    return {member.name for member in await membership.members()}
+                    return await membership.members()
             except (IncusError, TimeoutError) as error:
                 raise Unavailable(
                     "which members the cluster has cannot be known now; ask again soon", reason=NO_QUORUM
                 ) from error
 
-        own = await _own(membership, settings)
-        if not own:
-            yield None
-            return
+        async def names() -> Collection[str]:
+            return {member.name for member in await members()}
+
         async with IncusKeys(incus, settings.cluster_patience) as keys:
             yield Sharing(
                 own=own,
                 keys=keys,
-                domains=Reservations(keys, "domain", own, members),
-                placements=Placements(keys, members, settings.cluster_home_kept),
+                domains=Reservations(keys, "domain", own, names),
+                placements=Placements(keys, names, settings.cluster_home_kept),
+                sites=RemoteSites(own, members, settings.caddy_peers, alive),
             )
 
 
-async def _own(membership: Membership, settings: Settings) -> str:
+async def own_member(incus: Incus, state_dir: Path) -> str:
     """Return the name of this server's member, "" without a cluster; the last one known if incusd is down."""
-    noted = settings.state_dir / _MEMBER
+    noted = state_dir / _MEMBER
     try:
         async with asyncio.timeout(_LOOK):
-            own = await membership.own()
+            own = await incus.member()
     except (IncusError, TimeoutError):
-        try:
-            return noted.read_text().strip()
-        except OSError:
-            return ""
-    if own:
-        noted.write_text(f"{own}\n")
-    else:
-        noted.unlink(missing_ok=True)
+        log.warning("incusd does not answer: whether it is in a cluster is taken from the last start")
+        return await asyncio.to_thread(_noted, noted)
+    await asyncio.to_thread(_note, noted, own)
     return own
+
+
+def _noted(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _note(path: Path, own: str) -> None:
+    if own:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_text(f"{own}\n")
+    else:
+        path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from gateway.caddy import Caddy
 from gateway.deployments.record import Record
 from gateway.deployments.register import Register
+from gateway.deployments.remote_routes import RemoteRoutes
 from gateway.deployments.verify import Verifier
 from gateway.errors import NotFound
 from gateway.ownership.domains import Domains
@@ -38,6 +39,7 @@ class Context:
     promise: Promise
     unwell: Callable[[str, int, str, str], None]
     pressed: Callable[[str], float]
+    remote: RemoteRoutes | None
 
     def exchanging(self, tenant: str) -> contextlib.AbstractContextManager[None]:
         """End the file tools that still work in the former workspace folder."""

@@ -13,6 +13,7 @@ from typing import Final
 
 from gateway.auth.tokens import Token
 from gateway.caddy import Caddy
+from gateway.cluster.remote_sites import RemoteSites
 from gateway.deployments.changes import changed, chosen
 from gateway.deployments.context import Context, Promise
 from gateway.deployments.progress import Progress
@@ -21,6 +22,7 @@ from gateway.deployments.reconciler import Reconciler
 from gateway.deployments.record import Record
 from gateway.deployments.recovery import Recovery
 from gateway.deployments.register import Register, Running
+from gateway.deployments.remote_routes import RemoteRoutes
 from gateway.deployments.request import Change, Request, Rollback, Variables, check_env
 from gateway.deployments.runner import Runner
 from gateway.deployments.template import named, names
@@ -64,13 +66,15 @@ class Deployments:
         workers: Workers | None = None,
         unwell: Callable[[str, int, str, str], None] | None = None,
         pressed: Callable[[str], float] | None = None,
+        remote: RemoteSites | None = None,
     ) -> None:
         """`use` keeps a tenant awake while its context is open; `ended` returns when a name was last freed.
 
         `unwell` is called with tenant, port, path and reason if a site does not stay up after its deployment.
         `admit` refuses if there is no room for another tenant, `spacious` if room would have to be made
         first, `promise` if this host lacks the memory. `pressed` returns for how many seconds a tenant has
-        been short of memory. Without `workers` updates remove no files.
+        been short of memory. Without `workers` updates remove no files. In a cluster `remote` tells
+        where other members' sites are.
         """
         self._ended = ended or (lambda tenant: 0.0)
         self._caddy, self._domains, self._sites, self._runtime = caddy, domains, sites, runtime
@@ -95,6 +99,7 @@ class Deployments:
             promise=promise or (lambda tenant, memory: contextlib.nullcontext()),
             unwell=unwell or (lambda tenant, port, path, why: None),
             pressed=pressed or (lambda tenant: 0.0),
+            remote=None if remote is None else RemoteRoutes(caddy, domains, remote),
         )
         self._runner = Runner(context, self._turns, self._warming, self._recovered, bus)
         self._recovery = Recovery(context, bus)
@@ -292,6 +297,10 @@ class Deployments:
     async def _follow(self) -> None:
         await self._recovered.wait()
         await self._reconciler.follow()
+
+    def look_soon(self) -> None:
+        """Check the routes soon: something happened to the sites of other members."""
+        self._reconciler.look_soon()
 
     def noticed(self, event: TenantEvent) -> None:
         """Handle an event of a tenant."""

@@ -33,6 +33,7 @@ class Reconciler:
         self._context, self._recovery = context, recovery
         self._domains, self._caddy, self._sites = context.domains, context.caddy, context.sites
         self._register = context.register
+        self._remote = context.remote
         self._moved = asyncio.Event()
         self._unplaced: frozenset[str] = frozenset()  # tenants whose sites have no address yet
         self._looks = 0  # one after another
@@ -64,6 +65,7 @@ class Reconciler:
         await self._anchor()
         with apart("what this member has of the cluster's domains"):
             await self._domains.agree()  # not while others wait for us to decide
+        wanted = {} if self._remote is None else dict(await self._remote.wanted())
         left = await self._register.unfinished()
         async with self._domains.deciding(), self._caddy.changing:
             found = await self._sites.listed()
@@ -77,7 +79,7 @@ class Reconciler:
             busy = self._domains.held()
             sockets = {f"{site.tenant}.sock" for site in found}
             sockets |= {f"{record.tenant}{side}.sock" for record in deploying for side in ("", ".next")}
-            wanted = {
+            wanted |= {
                 site.domain: asleep(site.exposure.target) if site.asleep else site.exposure.target
                 for site in found
                 if site.exposure is not None
@@ -92,7 +94,7 @@ class Reconciler:
             await self._remove_left(site)
         with apart("the removal of copies that nobody needs"):
             await self._sites.copies.tidy()
-        if wanted or busy:
+        if wanted or busy or self._remote is not None:
             await self._caddy.ensure()
 
     def _target(self, domain: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -48,6 +48,8 @@ class Claims:
         self._store, self._shared = store, shared
         self._claims: dict[str, Claim] = {}
         self._unwritten: set[str] = set()  # domains whose claim could not be stored
+        self.elsewhere: Mapping[str, str] | None = None
+        """The members that have the other domains of the cluster, as `agree` last found; None before."""
         # of each domain one reservation is changed at a time
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -126,6 +128,9 @@ class Claims:
         if shared is None:
             return
         held, few = await shared.held(), asyncio.Semaphore(_AT_ONCE)
+        self.elsewhere = {
+            domain: holder.member for domain, holder in held.items() if holder.member != shared.own
+        }
 
         async def put_right(domain: str) -> None:
             async with few, self._turn(domain):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -255,6 +255,11 @@ class Domains:
                     name, carriers_of(await self._runtime.list()).get(name, ())
                 )
         return claim.tenant
+
+    @property
+    def elsewhere(self) -> Mapping[str, str] | None:
+        """The members of the cluster that have the other domains; None if that is not known yet."""
+        return self._claims.elsewhere
 
     async def agree(self) -> None:
         """Put right what this member has of the cluster's domains. Raises `Unavailable`."""

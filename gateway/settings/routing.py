@@ -24,6 +24,13 @@ class RouteSettings(BaseModel):
         lt=65536,
         description="loopback port of Caddy where it and the gateway look sites up",
     )
+    caddy_peers: int = Field(
+        8445,
+        gt=0,
+        lt=65536,
+        description="port at a cluster member's address where the others' Caddys ask for its sites; the same "
+        "on all members",
+    )
     caddy_issuer: Literal["acme", "internal"] = Field(
         "acme",
         description="issuer of the sites' certificates: a public authority (`acme`) or Caddy itself "

@@ -21,7 +21,8 @@ class Looks(Reconciler):
 
     def __init__(self) -> None:
         settings = SimpleNamespace(reconcile_interval=60.0)
-        context: Any = SimpleNamespace(domains=None, caddy=None, sites=None, register=None, settings=settings)
+        parts = dict.fromkeys(("domains", "caddy", "sites", "register", "remote"))
+        context: Any = SimpleNamespace(**parts, settings=settings)
         super().__init__(cast(Context, context), cast(Recovery, None))
         self.began: list[float] = []
         self.looked = asyncio.Event()

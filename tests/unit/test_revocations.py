@@ -88,6 +88,7 @@ class Cluster:
     async def following(self) -> AsyncIterator[None]:
         """Have all follow the keys; what breaks off does not begin again."""
         tasks = [asyncio.create_task(one.revoking.follow()) for one in self.gateways]
+        tasks += [asyncio.create_task(self._tell(one.revoking)) for one in self.gateways]
         await settled()
         try:
             yield
@@ -95,6 +96,10 @@ class Cluster:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tell(self, revoking: Revoking) -> None:
+        async for _ in self.keys.changes():
+            revoking.look_soon()
 
 
 @pytest.fixture

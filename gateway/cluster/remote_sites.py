@@ -1,0 +1,79 @@
+"""Where the Caddys of other members answer for the sites of their tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final
+
+from gateway.cluster.member import Member
+from gateway.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+_CONNECT: Final = 1.0  # seconds that a Caddy has to take a connection
+
+
+class RemoteSites:
+    """The addresses of the members' Caddys, as they were last known. `port` is the same on all members.
+
+    `alive` says whether a member's gateway is there. A site is served without it, so that of a member whose
+    gateway is not, its Caddy is asked for a connection.
+    """
+
+    def __init__(
+        self,
+        own: str,
+        members: Callable[[], Awaitable[Sequence[Member]]],
+        port: int,
+        alive: Callable[[str], bool],
+    ) -> None:
+        self._own, self._members, self._port, self._alive = own, members, port, alive
+        self._addresses: Mapping[str, str] = {}
+        self._away: frozenset[str] = frozenset()
+
+    async def look(self) -> None:
+        """Look where the members are; what is known stays if the cluster cannot say."""
+        try:
+            members = await self._members()
+        except Unavailable as error:
+            log.info("where other members serve sites is not looked up: %s", error.message)
+        else:
+            self._addresses = {one.name: self._address(one.host) for one in members if one.host}
+        silent = [name for name in self._addresses if not self._alive(name)]
+        answers = await asyncio.gather(*(_answers(self._addresses[name]) for name in silent))
+        away = {name for name, answered in zip(silent, answers, strict=True) if not answered}
+        for name in away - self._away:
+            log.warning("the sites of %s are not served: its Caddy does not answer", name)
+        self._away = frozenset(away)
+
+    def address(self, member: str) -> str | None:
+        """Return HOST:PORT of a member's Caddy, None if it is not known."""
+        return self._addresses.get(member)
+
+    def away(self, member: str) -> bool:
+        """Return whether a member was not there to serve its sites at the last look."""
+        return member in self._away
+
+    @property
+    def own(self) -> str | None:
+        """HOST:PORT at which this member's Caddy answers the others, None if it is not known."""
+        return self.address(self._own)
+
+    def _address(self, host: str) -> str:
+        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+
+
+async def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(_CONNECT):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True

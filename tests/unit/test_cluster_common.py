@@ -1,0 +1,110 @@
+"""What gateways ask and tell one another: the secret that they have in common, and revoked tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.cluster import cluster as clusters
+from gateway.cluster.cluster import ASK_SECRET, TELL_REVOKED, Cluster, joined
+from gateway.cluster.folder import FolderMembers
+from gateway.cluster.listener import Question
+from gateway.cluster.peers import MemberAway, Peer
+from gateway.cluster.placements import Placements
+from gateway.settings import Settings
+from gateway.storage.store import Store
+from tests.live import free_ports
+from tests.shared_memory import MemoryKeys
+from tests.waits import until
+
+
+@contextlib.asynccontextmanager
+async def members(folder: Path, *names: str) -> AsyncIterator[list[Cluster]]:
+    """Run the parts of these members that are for their peers; none listens yet."""
+    (folder / "members").mkdir()
+    for name in names:
+        (folder / "members" / name).write_text("{}")
+    async with contextlib.AsyncExitStack() as stack:
+        found = []
+        for name in names:
+            file = folder / "members" / name
+            (folder / name).mkdir()
+            settings = Settings(state_dir=folder / name, peer_listen=f"127.0.0.1:{free_ports(1)[0]}")
+            found.append(await stack.enter_async_context(joined(name, FolderMembers(file), settings)))
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def listening(cluster: Cluster, folder: Path, questions: Mapping[str, Question]) -> AsyncIterator[None]:
+    async def app(*_: Any) -> None:
+        raise AssertionError("nothing is passed on")
+
+    async def nothing(*_: Any) -> Any:
+        return ()
+
+    async with Store(folder / cluster.own) as store:
+        async with cluster.open(app, store, nothing, nothing, {}, questions):
+            yield
+
+
+async def test_a_gateway_gets_the_secret_before_it_listens_itself(tmp_path: Path) -> None:
+    """The others learn its certificate meanwhile, which it publishes."""
+
+    async def secret(peer: Peer, what: Any) -> Any:
+        assert peer.name == "m2"
+        return {"secret": "s" * 40}
+
+    async with (
+        members(tmp_path, "m1", "m2") as (m1, m2),
+        listening(m1, tmp_path, {ASK_SECRET: secret}),
+    ):
+        assert await m2.fetch_secret() == "s" * 40
+
+
+async def test_where_nobody_gives_the_secret_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clusters, "_FETCHING", 0.2)
+    monkeypatch.setattr(clusters, "SETTLING", 0.2)
+    async with members(tmp_path, "m1", "m2") as (_, m2):
+        assert await m2.fetch_secret() is None
+
+
+async def test_peers_are_told_of_a_revoked_token_and_who_is_away_is_named(tmp_path: Path) -> None:
+    heard = list[Any]()
+
+    async def revoked(peer: Peer, what: Any) -> Any:
+        heard.append((peer.name, what))
+        return {}
+
+    async with (
+        members(tmp_path, "m1", "m2", "m3") as (m1, m2, _),
+        listening(m1, tmp_path, {TELL_REVOKED: revoked}),
+        listening(m2, tmp_path, {}),
+    ):
+        await until(lambda: m2.alive("m1"))
+        assert await m2.tell_revoked("t", 5.0) == ["m3"]
+        assert await m2.tell_revoked("u", math.inf) == ["m3"]
+    assert heard == [("m2", {"id": "t", "expires": 5.0}), ("m2", {"id": "u", "expires": None})]
+
+
+async def test_a_new_tenants_home_is_what_the_cluster_chose(tmp_path: Path) -> None:
+    async def names() -> set[str]:
+        return {"m1", "m2", "m3"}
+
+    keys = MemoryKeys()
+    async with members(tmp_path, "m1", "m2") as (m1, m2):
+        await until(lambda: "m1" in m2.peers.all)
+        assert await m2.place("alone", "m2") == "m2"
+        for cluster in (m1, m2):
+            cluster.placements = Placements(keys, names, 60)
+        assert await m1.place("shop", "m1") == "m1"
+        assert await m2.place("shop", "m2") == "m1"
+        await Placements(keys, names, 60).choose("new", "m3")
+        with pytest.raises(MemberAway):
+            await m2.place("new", "m2")
