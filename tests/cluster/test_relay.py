@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ async def test_each_gateway_serves_the_tenants_of_each_member(
             async with http.get(f"/v1/tenants/{name}/files/note.txt") as file:
                 assert (file.status, await file.text()) == (200, f"by {member.name}")
             big = bytes(3 << 20)
-            async with http.put(f"/v1/tenants/{name}/files/big-{member.name}", data=big) as put:
+            async with http.put(f"/v1/tenants/{name}/files/big-{member.name}", data=io.BytesIO(big)) as put:
                 assert put.status == 201
             async with http.get(f"/v1/tenants/{name}/files/big-{member.name}") as got:
                 assert await got.read() == big
