@@ -35,7 +35,7 @@ async def clustered(
 
 
 async def known(gateway: LiveGateway, *tenants: Sequence[str]) -> None:
-    """Wait until a gateway answers for all these tenants."""
+    """Wait until a gateway answers for all these tenants, and hears all other members."""
     async with gateway.http("*") as http:
         for tenant in itertools.chain(*tenants):
 
@@ -44,6 +44,12 @@ async def known(gateway: LiveGateway, *tenants: Sequence[str]) -> None:
                     return answer.status == 200
 
             await until(there, 10)
+
+        async def answered() -> bool:
+            async with http.get("/v1/tenants") as answer:
+                return not (await answer.json())["unanswered"]
+
+        await until(answered, 10)
 
 
 async def member_gateway(folder: Path, member: str, *tenants: str, **environment: str) -> LiveGateway:

@@ -10,10 +10,8 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
-from urllib.parse import parse_qs
 
 import orjson
 from starlette.requests import HTTPConnection
@@ -24,6 +22,7 @@ from websockets.protocol import Protocol, Side, State
 
 from gateway import __version__, protocol
 from gateway.api.access import check_covered, check_origin, raw_token
+from gateway.api.asked import Asked
 from gateway.api.http import REQUEST_ID, address, ask, hold, problem
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
@@ -37,7 +36,7 @@ from gateway.cluster.relay import NOT_HOME, Body, NotHome, client_of, relay
 from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
 from gateway.hostnames import Misdirected
 from gateway.protocol import CloseCode
-from gateway.runtime import TENANT_NAME, OnAnotherServer, Tenant
+from gateway.runtime import OnAnotherServer, Tenant
 from gateway.storage.store import Store
 from gateway.transport.tunnel import Near, Refused, close_frame, text_frame
 from gateway.transport.websocket import LARGE, TAKE
@@ -45,34 +44,6 @@ from gateway.transport.websocket import LARGE, TAKE
 log = logging.getLogger(__name__)
 
 _WINDOW: Final = 512 << 10  # bytes that are on their way through here, of one request and its answer
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request is about: a tenant, or a deployment, of which its home knows the tenant."""
-
-    kind: str
-    name: str
-
-    @classmethod
-    def of(cls, scope: Scope) -> Asked | None:
-        """Return it, None for a request that any gateway answers."""
-        match scope["path"].split("/", 4):
-            case ["", "v1", "tenants", name, *_] if name:
-                return cls("tenant", name)
-            case ["", "v1", "deployments", name] if name:
-                return cls("deployment", name)
-            case ["", "v1", "events"]:
-                names = parse_qs(scope["query_string"].decode("latin-1")).get("tenant", [""])
-                return cls("tenant" if TENANT_NAME.fullmatch(names[-1]) else "events", names[-1])
-        return None
-
-    def by(self, token: Token) -> Asked:
-        """Return it for this token: all events of one that covers one tenant are about that."""
-        only = token.coverage
-        if self.kind == "events" and not self.name and only is not None and len(only) == 1:
-            return Asked("tenant", next(iter(only)))
-        return self
 
 
 def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:

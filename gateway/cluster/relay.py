@@ -206,7 +206,7 @@ async def _answer(
         try:
             return await peers.session.request(
                 scope["method"],
-                _url(scope, peer),
+                url_at(scope, peer),
                 headers=CIMultiDict(passed_on(scope, client)),
                 data=body.parts(),
                 ssl=peer.tls,
@@ -245,7 +245,7 @@ async def ask_same(scope: Scope, peers: Peers, client: str) -> tuple[list[Any], 
             async with asyncio.timeout(ASKING):
                 if not peer.alive or peer.tls is None:
                     raise MemberAway(peer.name)
-                url, headers = _url(scope, peer), CIMultiDict(passed_on(scope, client))
+                url, headers = url_at(scope, peer), CIMultiDict(passed_on(scope, client))
                 async with peers.session.get(url, headers=headers, ssl=peer.tls) as answer:
                     text = await first(answer.content.readany, _MERGED, most=_MERGED)
                     if answer.status != 200:
@@ -262,7 +262,8 @@ async def ask_same(scope: Scope, peers: Peers, client: str) -> tuple[list[Any], 
 # --- the head -----------------------------------------------------------------------------------------
 
 
-def _url(scope: Scope, peer: Peer) -> URL:
+def url_at(scope: Scope, peer: Peer) -> URL:
+    """Return where a peer answers the same request."""
     query = scope["query_string"].decode("latin-1")
     path = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
     return URL(peer.url + path, encoded=True)

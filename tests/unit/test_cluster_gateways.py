@@ -99,6 +99,45 @@ async def test_events_of_one_tenant_come_from_its_home(members: dict[str, LiveGa
         assert [one["event"] for one in found] == ["exec.started", "exec.exited"]
 
 
+async def test_events_of_all_members_come_in_one_stream_that_resumes_anywhere(
+    members: dict[str, LiveGateway],
+) -> None:
+    async def run_in_each() -> set[str]:
+        found = set()
+        for tenant in ("one", "two"):
+            async with members["m2"].wire(tenant) as wire:
+                exit_, _, _ = await wire.run(command="true")
+                found.add(str(exit_["exec"]))
+        return found
+
+    def told(events: list[dict[str, Any]]) -> set[str]:
+        return {one["data"]["data"]["exec"] for one in events}
+
+    url = "/v1/events?type=exec.exited"
+    async with members["m1"].http("one", "two") as http, http.get(url) as events:
+        assert {part.partition(":")[0] for part in events.headers["Last-Event-ID"].split(",")} == set(HOMES)
+        ran = await run_in_each()
+        found = await sse(events, 2)
+        assert told(found) == ran
+        assert {one["data"]["source"] for one in found} == {"/gateway/m1", "/gateway/m2"}
+    missed = await run_in_each()
+    for gateway in members.values():
+        async with gateway.http("one", "two") as http:
+            async with http.get(url, headers={"Last-Event-ID": found[-1]["id"]}) as events:
+                again = await sse(events, len(missed))
+                assert told(again) == missed
+                latest = await run_in_each()
+                assert told(await sse(events, 2)) == latest
+                missed |= latest
+            # from between two members' events
+            async with http.get(url, headers={"Last-Event-ID": again[0]["id"]}) as events:
+                rest = await sse(events, len(missed) - 1)
+                assert told(rest) == missed - told(again[:1])
+    async with members["m3"].http("*") as http:
+        async with http.get("/v1/events", headers={"Last-Event-ID": "17"}) as events:
+            assert (await sse(events, 1))[0]["event"] == "gap"
+
+
 async def test_a_call_with_one_key_runs_once_whoever_is_asked(
     members: dict[str, LiveGateway], tmp_path: Path
 ) -> None:

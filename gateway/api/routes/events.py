@@ -10,9 +10,13 @@ from starlette.responses import Response
 
 from gateway.api.access import end_with, queried, sharer, with_token
 from gateway.api.answers import EventsQuery
+from gateway.api.asked import Asked
 from gateway.api.http import USES
+from gateway.api.merged_events import MergedEvents, parse_vector
 from gateway.api.operation import Media, Operation
 from gateway.api.services import services
+from gateway.auth.tokens import Token
+from gateway.cluster.listener import FROM
 from gateway.events import Filter, sse
 
 
@@ -24,9 +28,21 @@ async def stream(request: Request) -> Response:
     filter = replace(filter, since=token.issued)
     last = request.headers.get("last-event-id") or query.lastEventId
     request.scope[USES].callback(gateway.places.customer(sharer(token)))
+    if gateway.cluster is not None and FROM not in request.scope and _of_several(request, token):
+        vector = parse_vector(last)
+        after = vector.get(gateway.cluster.own, 0) if vector else None
+        merged = MergedEvents(request, gateway, gateway.bus.subscribe(filter, after), vector)
+        end_with(request, token, merged.subscription.close)
+        return merged
     answer = sse.response(gateway.bus, filter, last, gateway.settings)
     end_with(request, token, answer.subscription.close)
     return answer
+
+
+def _of_several(request: Request, token: Token) -> bool:
+    """Say whether the events may be of several members; those of one tenant are its home's."""
+    asked = Asked.of(request.scope)
+    return asked is not None and asked.by(token).kind == "events"
 
 
 ROUTES: Final = (
