@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
@@ -13,6 +15,7 @@ from gateway.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
+_KEPT: Final = 10.0  # seconds until the members are read again
 _CONNECT: Final = 1.0  # seconds that a Caddy has to take a connection
 
 
@@ -33,15 +36,18 @@ class RemoteSites:
         self._own, self._members, self._port, self._alive = own, members, port, alive
         self._addresses: Mapping[str, str] = {}
         self._away: frozenset[str] = frozenset()
+        self._read = -math.inf  # when the members were read, by the monotonic clock
 
     async def look(self) -> None:
         """Look where the members are; what is known stays if the cluster cannot say."""
-        try:
-            members = await self._members()
-        except Unavailable as error:
-            log.info("where other members serve sites is not looked up: %s", error.message)
-        else:
-            self._addresses = {one.name: self._address(one.host) for one in members if one.host}
+        if time.monotonic() - self._read >= _KEPT:
+            try:
+                members = await self._members()
+            except Unavailable as error:
+                log.info("where other members serve sites is not looked up: %s", error.message)
+            else:
+                self._addresses = {one.name: self._address(one.host) for one in members if one.host}
+                self._read = time.monotonic()
         silent = [name for name in self._addresses if not self._alive(name)]
         answers = await asyncio.gather(*(_answers(self._addresses[name]) for name in silent))
         away = {name for name, answered in zip(silent, answers, strict=True) if not answered}

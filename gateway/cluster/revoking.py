@@ -21,7 +21,7 @@ import orjson
 from gateway.auth.issuing import MAX_TTL
 from gateway.auth.revocations import KEPT, Revocations
 from gateway.cluster.shared_keys import SharedKeys
-from gateway.errors import GatewayError, Unavailable
+from gateway.errors import GatewayError, RateLimited, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,11 @@ class Revoking:
                     log.warning("a token that was revoked elsewhere is not refused here: %s", error.message)
         for token, expires in self._local.standing().items():
             if expires >= now and _key(token) not in there:
-                await self._write(token, expires)
+                try:
+                    await self._write(token, expires)
+                except RateLimited as error:
+                    log.warning("not every revoked token is known to the cluster: %s", error.message)
+                    break
 
     async def _record(self, token: str, expires: float) -> bool:
         try:

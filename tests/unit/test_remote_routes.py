@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from gateway.caddy import Caddy, elsewhere
+from gateway.cluster import remote_sites
 from gateway.cluster.member import Member
 from gateway.cluster.remote_sites import RemoteSites
 from gateway.cluster.shared_keys import NO_QUORUM
@@ -54,7 +55,8 @@ class Cluster:
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
+    monkeypatch.setattr(remote_sites, "_KEPT", 0.0)
     async with Caddy(Settings(state_dir=tmp_path)) as caddy:
         yield Cluster(caddy)
 

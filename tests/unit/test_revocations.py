@@ -187,3 +187,16 @@ async def test_any_id_can_be_revoked_and_a_spoilt_key_breaks_nothing(cluster: Cl
     await m2.revoking.agree()
     assert "../x y/ü" in m2.local and "A" * 200 in m2.local
     assert cluster.keys.values["revoked.spoilt"] == "scribble"
+
+
+async def test_more_than_the_cluster_takes_are_refused_here_all_the_same(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object) -> bool:
+        raise RateLimited("too many keys")
+
+    m1, m2, _ = cluster.gateways
+    monkeypatch.setattr(cluster.keys, "swap", full)
+    assert await m1.revoke("a", time.time() + 60) == Spread(False, [])
+    await m1.revoking.agree()
+    assert "a" in m1.local and "a" in m2.local
