@@ -81,6 +81,8 @@ class Peer:
         self.tls: ssl.SSLContext | None = None
         self.cut: set[Callable[[], None]] = set()
         """Called once it has been away for a while: what depends on it ends then."""
+        self.gone: Callable[[], None] = lambda: None
+        """Called as soon as it is away."""
         self._heard: float | None = None
         self._timer: asyncio.TimerHandle | None = None  # of the end of its silence, or then of the cut
 
@@ -119,6 +121,7 @@ class Peer:
             self._heard = None
             self.told.clear()
             self._timer = loop.call_later(_CUT, self.end)
+            self.gone()
             return
         self._timer = loop.call_at(again, self._look, again)
 
@@ -126,7 +129,10 @@ class Peer:
         """End what depends on it."""
         if self._timer is not None:
             self._timer.cancel()
-        self._heard = self._timer = None
+        if self.alive:
+            self._heard = None
+            self.gone()
+        self._timer = None
         self.told.clear()
         for end in list(self.cut):
             end()
@@ -229,7 +235,7 @@ class Peers:
             self.changed(peer)
         for name, member in found.items():
             peer = self.all.get(name) or self.all.setdefault(name, Peer(name))
-            peer.cut.add(self._gone)
+            peer.gone = self._gone
             try:
                 address, certificate = _published(member.config.get(KEY, ""))
                 shown = fingerprint(certificate)

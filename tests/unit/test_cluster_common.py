@@ -108,3 +108,14 @@ async def test_a_new_tenants_home_is_what_the_cluster_chose(tmp_path: Path) -> N
         await Placements(keys, names, 60).choose("new", "m3")
         with pytest.raises(MemberAway):
             await m2.place("new", "m2")
+
+
+async def test_a_peer_that_comes_or_goes_is_noticed(tmp_path: Path) -> None:
+    moved = list[bool]()
+    async with members(tmp_path, "m1", "m2") as (m1, m2):
+        m2.peers.moved = lambda: moved.append(m2.alive("m1"))
+        async with listening(m1, tmp_path, {}), listening(m2, tmp_path, {}):
+            await until(lambda: moved == [True])
+            m2.peers.all["m1"].end()
+            assert moved == [True, False]
+    assert not m2.alive("m3") and m2.alive("m2")
