@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,20 @@ def cluster() -> Iterator[Rig]:
 def _prepare(rig: Rig, said: list[str]) -> None:
     try:
         rig.up(said.append)
-        for member in rig.members:
-            for instance in json.loads(member.incus("list", "--format=json", f"location={member.name}")):
-                if instance["name"].startswith("t-"):  # of a run that was killed
-                    member.incus("delete", "--force", instance["name"])
-            member.ours("ungateway")
-            member.ours("gateway")
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(_serve_anew, rig.members):
+                pass
     except HostError as error:
         said.append(error.message)
         pytest.fail("the tests' cluster cannot be prepared:\n" + "\n".join(said), pytrace=False)
+
+
+def _serve_anew(member: Member) -> None:
+    for instance in json.loads(member.incus("list", "--format=json", f"location={member.name}")):
+        if instance["name"].startswith("t-"):  # of a run that was killed
+            member.incus("delete", "--force", instance["name"])
+    member.ours("ungateway")
+    member.ours("gateway")
 
 
 @pytest.fixture
