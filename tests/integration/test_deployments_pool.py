@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import shutil
@@ -48,7 +49,13 @@ def having(role: str) -> list[dict[str, Any]]:
 def ready() -> bool:
     """Say whether a golden copy and one of the pool are whole."""
     golden = [e for e in having("golden") if e["status"] == "Stopped" and e["snapshots"]]
-    return len(golden) == 1 and [e["config"][KEY] for e in having("pool")] == [golden[0]["config"][KEY]]
+    pool = [e["config"][KEY] for e in having("pool")]
+    return len(golden) == 1 and pool == [golden[0]["config"][KEY]] and not copying()
+
+
+def copying() -> bool:
+    """Say whether Incus is at work: it lists an instance before all of it is copied."""
+    return bool(json.loads(environment.incus("query", "/1.0/operations").stdout).get("running"))
 
 
 async def counted(session: aiohttp.ClientSession, line: bytes) -> bool:
@@ -175,4 +182,5 @@ async def test_a_cancelled_deployment_is_rolled_back_once_nothing_carries_its_do
 
 
 def ready_pool() -> bool:
-    return len([entry for entry in having("pool") if entry["status"] == "Stopped"]) == CANCELS
+    there = [entry for entry in having("pool") if entry["status"] == "Stopped"]
+    return len(there) == CANCELS and not copying()
