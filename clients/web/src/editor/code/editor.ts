@@ -188,8 +188,9 @@ function indentation(text: string): string {
   return found?.[1] ?? "  ";
 }
 
+/** Says what a text is called; its place in the order of Tab is told for what can only be read, too. */
 function named(path: string): Extension {
-  return EditorView.contentAttributes.of({ "aria-label": path });
+  return EditorView.contentAttributes.of({ "aria-label": path, tabindex: "0" });
 }
 
 async function support(path: string, length: number): Promise<Extension> {

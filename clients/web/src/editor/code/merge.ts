@@ -38,7 +38,7 @@ export async function compare(
         ...common,
         EditorState.readOnly.of(true),
         EditorView.editable.of(false),
-        EditorView.contentAttributes.of({ "aria-label": "Theirs, as the file is now" }),
+        EditorView.contentAttributes.of({ "aria-label": "Theirs, as the file is now", tabindex: "0" }),
       ],
     },
     b: {
@@ -47,7 +47,7 @@ export async function compare(
         ...common,
         history(),
         keymap.of([...defaultKeymap, ...historyKeymap]),
-        EditorView.contentAttributes.of({ "aria-label": "Mine, to be saved" }),
+        EditorView.contentAttributes.of({ "aria-label": "Mine, to be saved", tabindex: "0" }),
       ],
     },
     revertControls: "a-to-b",

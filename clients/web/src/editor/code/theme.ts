@@ -68,6 +68,8 @@ const look = EditorView.theme({
   ".cm-arrived": { animation: "arrived 2.4s ease-out" },
   ".cm-changedLine": { backgroundColor: "var(--diff-line) !important" },
   ".cm-changedText": { background: "var(--diff-text) !important" },
+  // faint colours, such as that of comments, cannot be read on that
+  ".cm-changedText, .cm-changedText *": { color: "var(--text)" },
   ".cm-deletedChunk": { backgroundColor: "var(--diff-gone)" },
   ".cm-collapsedLines": {
     background: "var(--raised) !important",

@@ -163,7 +163,8 @@ function Card({ deploy, current }: { deploy: Deploy; current: Workspace }) {
         </p>
       )}
       {deploy.log.length > 0 && (
-        <pre class="log" ref={log} role="log" aria-label="Log of the deployment">
+        // biome-ignore lint/a11y/noNoninteractiveTabindex: what scrolls must be reached by keys
+        <pre class="log" ref={log} role="log" tabIndex={0} aria-label="Log of the deployment">
           {deploy.log.join("\n")}
         </pre>
       )}
