@@ -28,18 +28,20 @@ SOURCE: Final = Path(__file__).parents[2] / "deploy/templates/vite-react/src/app
 CHROMIUM: Final = "/usr/bin/chromium"
 LETTER: Final = "ÿ"  # stands nowhere in the file
 
-# Notes when the text is there and when the letter is, each at the picture after it.
+PATIENCE: Final = 120  # seconds
+
+# Promises of the times at which the text is there and the letter is, each at the picture after it. The page's
+# policy lets nobody wait for an expression.
 _WATCH: Final = """
 ([text, letter]) => {
-  window.seen = {};
-  const look = () => {
-    const shown = document.querySelector(".editor .cm-content")?.textContent ?? "";
-    for (const [name, wanted] of [["text", text], ["typed", letter]])
-      if (!(name in window.seen) && shown.includes(wanted))
-        requestAnimationFrame(() => { window.seen[name] ??= performance.now(); });
-    requestAnimationFrame(look);
-  };
-  look();
+  const shown = (wanted) => new Promise((resolve) => {
+    const look = () => {
+      const content = document.querySelector(".editor .cm-content")?.textContent ?? "";
+      requestAnimationFrame(content.includes(wanted) ? () => resolve(performance.now()) : look);
+    };
+    look();
+  });
+  window.seen = { text: shown(text), typed: shown(letter) };
 }
 """
 _PAINT: Final = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
@@ -57,13 +59,13 @@ async def opened(browser: Browser, gateway: LiveGateway, rate: float) -> dict[st
         await devtools.send("Emulation.setCPUThrottlingRate", {"rate": rate})
         words = json.dumps(["lucide-react", LETTER])
         await page.add_init_script(f"({_WATCH.strip()})({words})")
-        await page.goto(f"{gateway.url}/#{TENANT}/app.tsx")
-        await page.wait_for_function("window.seen.text", timeout=120_000)
-        await page.locator(".editor .cm-content").click()
-        await page.keyboard.insert_text(LETTER)
-        await page.wait_for_function("window.seen.typed", timeout=120_000)
-        seen: dict[str, float] = await page.evaluate("window.seen")
-        return {"paint": float(await page.evaluate(_PAINT)), **seen}
+        async with asyncio.timeout(PATIENCE):
+            await page.goto(f"{gateway.url}/#{TENANT}/app.tsx")
+            text = float(await page.evaluate("window.seen.text"))
+            await page.locator(".editor .cm-content").click()
+            await page.keyboard.insert_text(LETTER)
+            typed = float(await page.evaluate("window.seen.typed"))
+            return {"paint": float(await page.evaluate(_PAINT)), "text": text, "typed": typed}
     finally:
         await context.close()
 
