@@ -208,6 +208,11 @@ class Exec:
             self.purpose.leave()
         return self.left
 
+    def note_unattached(self) -> None:
+        """Record it, unless a reader has come and did."""
+        if not self.readers:
+            self.note()
+
     def note(self, *, ending: bool = False) -> None:
         """Record what the next process needs to continue the command, if it can be held."""
         if self._holding is not None and not self.left and not self._finished:

@@ -22,7 +22,7 @@ from gateway.execs.kept import Kept
 from gateway.execs.notes import SHORT, Notes
 from gateway.execs.starting import Starting
 from gateway.execs.streams import Pace
-from gateway.idempotency import Idempotency
+from gateway.idempotency import Idempotency, Key
 from gateway.limits.budget import Budget
 from gateway.runtime import Adopted, ExecSpec, Killed, Process, Pty, TenantRuntime
 from gateway.settings import Settings
@@ -62,8 +62,11 @@ class Execs:
                 log.warning("cannot continue a command of an earlier process: %r", error)
                 await _let_go(found)
         for earlier in earlier_ones:
+            key: Key = (earlier.tenant, "exec", earlier.exec_id)
             if earlier.exec_id in self._execs.get(earlier.tenant, {}):
                 continue
+            if earlier.lost and not self._idempotency.begun(key, earlier.asked):
+                continue  # it never began, and may be started under that id
             exec_ = self._made(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
             exec_.ended_before(earlier.asked, earlier.ended)
             if earlier.lost or earlier.age < self._settings.exec_keep:
@@ -85,6 +88,10 @@ class Execs:
         `begun` tells of each recorded command whether its end is missing.
         """
         facts = found.facts
+        if not found.begun:
+            await self._forget_begin(facts)
+            found.holding.drop()
+            return
         exec_id, tenant = str(facts["id"]), str(facts["tenant"])
         pty = None if facts["pty"] is None else Pty(*facts["pty"])
         spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"])
@@ -101,6 +108,16 @@ class Execs:
         if begun.get((tenant, exec_id)):  # it ended without an event
             self._bus.publish("exec.exited", tenant, exec_.over.on_wire(exec_id))
             await (self._notes.end(exec_) if exec_.once else self._notes.forget(exec_))
+
+    async def _forget_begin(self, facts: Mapping[str, Any]) -> None:
+        """Forget that a command, or the call that it is for, was recorded as begun: it may be made again."""
+        tenant, asked = str(facts["tenant"]), bytes.fromhex(facts["asked"])
+        begun: list[tuple[Key, bytes]] = [((tenant, "exec", str(facts["id"])), asked)]
+        if (call := facts["purpose"].get("call")) is not None:
+            begun.append(((tenant, "call", str(call["id"])), bytes.fromhex(call["digest"])))
+        for key, digest in begun:
+            if self._idempotency.begun(key, digest):
+                await self._idempotency.forget(key)
 
     @property
     def held(self) -> int:
@@ -226,7 +243,8 @@ class Execs:
         exec_ = self._made(asked.exec_id, asked.tenant, asked.spec, process, asked.linger)
         self._execs.setdefault(asked.tenant, {})[exec_.id] = exec_
         exec_.once, exec_.deadline = asked.once, asked.deadline
-        exec_.note()
+        # most callers attach at once, which records it; until then `Starting`'s facts are enough
+        asyncio.get_running_loop().call_soon(exec_.note_unattached)
         self._run(exec_)
         try:
             self._publish_start(exec_, asked.by)

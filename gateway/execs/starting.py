@@ -25,11 +25,17 @@ class Starting:
     before: Callable[[], Awaitable[None]] | None
 
     async def note(self, holding: Holding | None) -> None:
-        """Note it; called when nothing of it has happened."""
+        """Note it; called when nothing of it has happened.
+
+        What is held comes first, so that of whatever `before` recorded the next process can tell whether it
+        has begun.
+        """
+        if holding is not None:
+            self._note(holding)
         if self.before is not None:
             await self.before()
-        if holding is None:
-            return
+
+    def _note(self, holding: Holding) -> None:
         if self.purpose is not None:
             holding.note_purpose(self.purpose)
         holding.note(

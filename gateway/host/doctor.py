@@ -295,7 +295,7 @@ def _broker(settings: Settings) -> str:
 def _holder(settings: Settings) -> str:
     path = settings.holder_socket
     try:
-        return f"holds {held_at(path)} commands at {path}"
+        return f"holds {held_at(path)} commands and waiting shells at {path}"
     except OSError as error:
         raise Hint(
             f"no holder listens on {path} ({error.strerror or error}): a restart of the gateway ends all "

@@ -209,10 +209,13 @@ class ExecSockets:
         if self._inlet is not None:
             await self._inlet.flush()
 
-    async def write(self, data: bytes) -> None:
-        """Write to the command's stdin, waiting while it does not read. Dropped if it has ended."""
+    async def write(self, data: bytes, *, end: bool = False) -> None:
+        """Write to the command's stdin, waiting while it does not read; `end` closes it after that.
+
+        Dropped if the command has ended.
+        """
         if into := self._inlet or self._sockets.get("0"):
-            await into.write(data)
+            await into.write(data, end=end)
 
     @property
     def unsent(self) -> int:

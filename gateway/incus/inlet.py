@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import termios
+from collections.abc import Sequence
 from typing import Final
 
 from gateway.incus.frames import BINARY, TEXT, frame
@@ -36,7 +37,8 @@ class Inlet:
         self._turn = asyncio.Lock()
         self._closed = False
         self.position, after = _PLACE.unpack_from(self._record.read())
-        if after and self._in_pipe:
+        self._waiting = _in_pipe(pipe[0])  # bytes
+        if after and self._waiting:
             self.position = after - 1
         self._commit()
 
@@ -50,16 +52,21 @@ class Inlet:
         if self._closed:
             return 0
         kept = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
-        return self._in_pipe + int(struct.unpack("i", kept)[0])
+        return self._waiting + int(struct.unpack("i", kept)[0])
 
-    async def write(self, data: bytes) -> None:
-        """Send bytes, waiting while incusd does not read them. Dropped if it has hung up."""
+    async def write(self, data: bytes, *, end: bool = False) -> None:
+        """Send bytes, waiting while incusd does not read them; `end` signals the end of the input too.
+
+        Dropped if incusd has hung up.
+        """
         for start in range(0, len(data), _PIECE):
-            await self._give(BINARY, data[start : start + _PIECE])
+            piece = data[start : start + _PIECE]
+            last = end and start + _PIECE >= len(data)
+            await self._give(len(piece), [*frame(BINARY, piece), *(frame(TEXT, b"") if last else ())])
 
     async def write_end(self) -> None:
         """Signal the end of the input."""
-        await self._give(TEXT, b"")
+        await self._give(0, frame(TEXT, b""))
 
     async def flush(self) -> None:
         """Send the bytes an earlier process left in the pipe."""
@@ -73,23 +80,25 @@ class Inlet:
             for descriptor in self.pipe:
                 os.close(descriptor)
 
-    async def _give(self, kind: int, data: bytes) -> None:
+    async def _give(self, size: int, frames: Sequence[bytes]) -> None:
+        """Send frames with `size` bytes of input."""
         async with self._turn:
             await self._move()
             if self._closed:
                 return
-            self._commit(self.position + len(data))
-            os.write(self.pipe[1], b"".join(frame(kind, data)))
-            self.position += len(data)
+            self._commit(self.position + size)
+            self._waiting = os.write(self.pipe[1], b"".join(frames))
+            self.position += size
             self._commit()
             await self._move()
 
     async def _move(self) -> None:
         """Move everything in the pipe to the socket."""
         loop = asyncio.get_running_loop()
-        while not self._closed and (waiting := self._in_pipe):
+        while not self._closed and self._waiting:
             try:
-                os.splice(self.pipe[0], self._socket.fileno(), waiting, flags=_NONBLOCK)
+                moved = os.splice(self.pipe[0], self._socket.fileno(), self._waiting, flags=_NONBLOCK)
+                self._waiting -= moved
             except BlockingIOError:
                 free = asyncio.Event()
                 loop.add_writer(self._socket, free.set)
@@ -99,11 +108,12 @@ class Inlet:
                     with contextlib.suppress(ValueError):  # closed meanwhile
                         loop.remove_writer(self._socket)
             except OSError:  # incusd hung up
-                os.read(self.pipe[0], waiting)
-
-    @property
-    def _in_pipe(self) -> int:
-        return int(struct.unpack("i", fcntl.ioctl(self.pipe[0], termios.FIONREAD, bytes(4)))[0])
+                os.read(self.pipe[0], self._waiting)
+                self._waiting = 0
 
     def _commit(self, after: int | None = None) -> None:
         self._record.write(_PLACE.pack(self.position, 0 if after is None else after + 1))
+
+
+def _in_pipe(descriptor: int) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0])

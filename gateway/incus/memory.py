@@ -116,6 +116,16 @@ class Memory:
         """Memory for the first bytes of an output, for use when the log no longer has them."""
         return self.segment(SEGMENTS - 1)
 
+    def prepare(self) -> None:
+        """Have the kernel give the pages of the records now, since a command's start is delayed by each."""
+        for area in ("place", "accounts", "facts"):
+            self.record(area).touch()
+
+    @property
+    def noted(self) -> bool:
+        """Whether facts were ever written."""
+        return self.record("facts").written
+
     def read_facts(self, area: Facts = "facts") -> dict[str, object]:
         """Return what `write_facts` last wrote. Raises `ValueError`."""
         data = self.record(area).read()
@@ -161,6 +171,14 @@ class Record:
     def read(self) -> bytes:
         at = self._at(self._word)
         return bytes(self._view[at : at + self._size])
+
+    def touch(self) -> None:
+        for word in (0, 1):
+            self._view[self._at(word)] |= 0
+
+    @property
+    def written(self) -> bool:
+        return self._word > 0
 
     def write(self, state: bytes) -> None:
         word = self._word

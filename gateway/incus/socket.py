@@ -19,6 +19,7 @@ import socket
 import struct
 import termios
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, cast
 
@@ -171,9 +172,12 @@ class StreamSocket(asyncio.BufferedProtocol):
             self._transport.resume_reading()
         return data
 
-    async def write(self, data: bytes) -> None:
-        """Send bytes, waiting while incusd does not read them. Dropped if it has hung up."""
-        await self._send(BINARY, data)
+    async def write(self, data: bytes, *, end: bool = False) -> None:
+        """Send bytes, waiting while incusd does not read them; `end` signals the end of the stream too.
+
+        Dropped if incusd has hung up.
+        """
+        await self._send([*frame(BINARY, data), *(frame(TEXT, b"") if end else ())])
 
     @property
     def unsent(self) -> int:
@@ -185,7 +189,7 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     async def write_end(self) -> None:
         """Signal the end of the stream."""
-        await self._send(TEXT, b"")
+        await self._send(frame(TEXT, b""))
 
     def close(self) -> None:
         """Hang up, with a close frame unless unsent bytes are in the way. Idempotent."""
@@ -222,12 +226,12 @@ class StreamSocket(asyncio.BufferedProtocol):
             self.own.shutdown(socket.SHUT_RDWR)
         self._gone = True
 
-    async def _send(self, kind: int, data: bytes) -> None:
+    async def _send(self, frames: Sequence[bytes]) -> None:
         await self._writable.wait()
         # On a lost connection, `writelines` of CPython 3.13.5 leaves the descriptor registered with the loop
         # forever, even after it is reused.
         if not self._gone and not self._transport.is_closing():
-            self._transport.writelines(frame(kind, data))
+            self._transport.writelines(frames)
             await self._writable.wait()
 
     # --- asyncio protocol callbacks -----------------------------------------------------------------

@@ -178,7 +178,8 @@ class Process(Protocol):
 class Adopted:
     """A command of an earlier process: its recorded facts, and its kept outputs with their start offsets.
 
-    `process` continues after these outputs; it is None if the command has ended, whose `report` is here.
+    `process` continues after these outputs; it is None if the command has ended, whose `report` is here, or
+    if it has not `begun`: then nothing of it has happened or will, and it stays held until it is dropped.
     """
 
     facts: Mapping[str, Any]
@@ -188,6 +189,7 @@ class Adopted:
     outputs: Mapping[StreamName, tuple[int, bytes]]
     process: Process | None
     report: bytes = b""
+    begun: bool = True
 
 
 @dataclass(frozen=True, slots=True)

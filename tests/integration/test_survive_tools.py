@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ import pytest
 
 from gateway.server import LEAVE
 from gateway_client import Client, Retry
+from tests.dying import POINTS
 from tests.integration.conftest import Container
 from tests.integration.test_survive import KILLS, Host, host
-from tests.live import RpcFailure
+from tests.live import DEADLINE, RpcFailure
 from tests.typescript import PACKAGE, built
 from tests.waits import pause, until
 
 __all__ = ["host"]
+
+DYING = Path(__file__).parents[1] / "dying.py"
 
 
 class Caller:
@@ -132,9 +136,28 @@ async def test_calls_in_front_are_answered_once(host: Host, shared_tenant: Conta
         number += 4
     await killing
     print(f"{KILLS} kills: {number} calls, each ran and was answered once, {len(gone)} gone")
-    # those that a kill met between the holder and their shell; if none were adopted it would be more
-    assert len(gone) <= KILLS // 2 + 1
+    # a start that takes longer than GATEWAY_EXEC_START_TIMEOUT, on a busy machine, is recorded and given up
+    assert len(gone) <= 1 + KILLS // 10
     await until(lambda: processes(tenant, "seq 1") == 0)
+
+
+async def test_a_call_that_a_kill_met_at_its_start_runs_once(host: Host, shared_tenant: Container) -> None:
+    """Whether its command had begun or not, and whether its shell had waited for it."""
+    serving = host.gateway.program
+    shared_tenant.sh("mkdir -p /srv/site/met && chown site: /srv/site/met")
+    for point in POINTS:
+        await host.gateway.stop(signal.SIGKILL)
+        host.gateway.program = (sys.executable, str(DYING), point)
+        await host.gateway.start()
+        assert host.gateway.process is not None
+        caller = Caller(host, shared_tenant.name)
+        calling = asyncio.create_task(caller.bash(f"echo x >> met/{point}; seq 1 3"))
+        assert await asyncio.wait_for(host.gateway.process.wait(), DEADLINE) == -signal.SIGKILL
+        host.gateway.program = serving
+        await host.gateway.start()
+        assert (await calling)[1] == "1\n2\n3"
+        assert shared_tenant.sh(f"cat /srv/site/met/{point}") == "x\n"
+    await until(lambda: host.held == 0)
 
 
 @pytest.mark.timeout(120 + 20 * KILLS)

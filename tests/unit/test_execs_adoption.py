@@ -7,6 +7,8 @@ import contextlib
 import copy
 import os
 import random
+import socket
+import struct
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from gateway.events import Bus, MemoryJournal
 from gateway.execs import Execs, Reading
 from gateway.holder.holder import Holder, held_at
 from gateway.host import holder_process
-from gateway.idempotency import Idempotency
+from gateway.idempotency import Idempotency, Key
 from gateway.incus import Incus, Memory
 from gateway.incus.frames import BINARY, Frames
-from gateway.incus.memory import Log
+from gateway.incus.memory import Log, Odometer
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Adopted
 from gateway.runtime.incus.commands import Commands
@@ -226,6 +228,114 @@ def done() -> asyncio.Future[None]:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     future.set_result(None)
     return future
+
+
+class Waiting:
+    """A shell that is connected and held; what `noted` says of its command was written, and so much sent."""
+
+    def __init__(self, noted: Any, purpose: Any, position: int) -> None:
+        self.memory = Memory.made()
+        if noted is not None:
+            self.memory.write_facts(purpose, "purpose")
+            self.memory.write_facts(noted)
+        self.memory.record("place").write(struct.pack("<QQ", position, 0))
+        self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # the answer, control, input and the two outputs
+        self.pairs = [socket.socketpair() for _ in range(5)]
+        for _, ours in self.pairs[3:]:
+            Odometer(ours).reset()
+        self.pairs[0][0].send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(KILLED) + KILLED)
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [self.memory.descriptor, *self.pipe, *(ours.fileno() for _, ours in self.pairs)]
+
+    def let_go(self) -> None:
+        """Close it, as the kernel does after a kill."""
+        self.memory.close()
+        for descriptor in self.pipe:
+            os.close(descriptor)
+        for _, ours in self.pairs:
+            ours.close()
+
+    def hung_up(self) -> bool:
+        """Return whether nobody has our end of its control any more."""
+        with contextlib.suppress(BlockingIOError):
+            while self.pairs[1][0].recv(1 << 16, socket.MSG_DONTWAIT):
+                pass
+            return True
+        return False
+
+
+KILLED = b'{"type":"sync","metadata":{"status_code":200,"metadata":{"return":137}}}'
+STARTING: dict[str, Any] = {**OWN, "pid": 0, "started": 0.0, "cgroup": None, "skip": 0, "starting": 20}
+
+
+@contextlib.asynccontextmanager
+async def left_waiting(settings: Settings, noted: Any, position: int) -> AsyncIterator[Waiting]:
+    """Have a holder keep a shell whose gateway was killed."""
+    shell = Waiting(noted, PURPOSE, position)
+    async with Holder(settings.holder_socket) as holder:
+        await holder.taken_over()
+        holder.put("command/waiting", shell.descriptors)
+        await until(lambda: held_at(settings.holder_socket) == 1)
+    shell.let_go()
+    try:
+        yield shell
+    finally:
+        for theirs, _ in shell.pairs:
+            theirs.close()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+async def test_a_call_whose_command_had_not_begun_is_made_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """Under its own ids, wherever the kill came before the line was sent; its shell ends."""
+    noted = {"format": 1, "own": STARTING, "facts": {**FACTS, "over": None, "starting": {"by": "me"}}}
+    keys: list[Key] = [("demo", "exec", "mine"), ("demo", "call", "call-1")]
+    asked = bytes.fromhex("00ff")
+    async with Store(settings.state_dir / "records") as store:
+        receipts = await Idempotency.opened(store, settings)
+        for key in keys if recorded else []:
+            await receipts.begin(key, asked)
+    async with (
+        left_waiting(settings, noted, STARTING["starting"] - 1) as shell,
+        Holder(settings.holder_socket) as holder,
+        Adopting(settings, holder) as runtime,
+        Store(settings.state_dir / "records") as store,
+    ):
+        receipts, bus = await Idempotency.opened(store, settings), Bus(MemoryJournal(100))
+        told, forget = bus.last, receipts.forget
+
+        async def held(key: Key) -> None:  # another kill may come before
+            assert held_at(settings.holder_socket) == 1
+            await forget(key)
+
+        monkeypatch.setattr(receipts, "forget", held)
+        async with Execs(runtime, bus, receipts, settings) as execs:
+            assert execs.list("demo") == []
+            for key in keys:
+                assert await receipts.result(key, asked) is None
+            await until(lambda: held_at(settings.holder_socket) == 0)
+            await until(shell.hung_up)
+        assert bus.last == told  # nobody was told that it began
+
+
+async def test_a_shell_that_waited_for_its_command_ends_without_a_word(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        left_waiting(settings, None, 0) as shell,
+        Holder(settings.holder_socket) as holder,
+        Adopting(settings, holder) as runtime,
+    ):
+        before = len(os.listdir("/proc/self/fd"))
+        assert await runtime.adopt() == []
+        await until(lambda: held_at(settings.holder_socket) == 0)
+        await until(shell.hung_up)
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert not caplog.records
 
 
 async def test_a_background_shell_returns_what_it_has_not_returned(settings: Settings) -> None:

@@ -169,6 +169,7 @@ class Commands:
             with in_time(name, "shell"):
                 async with asyncio.timeout(self.settings.exec_start_timeout):
                     await process.ready()
+            process.put()
         except BaseException:
             await asyncio.shield(process.abandon())
             raise
@@ -232,13 +233,15 @@ class Commands:
         found = list[Adopted]()
         for name, descriptors in (await self._holder.taken_over()).items():
             try:
-                found.append(await self._adopt(self._holder, name, descriptors))
+                if (adopted := await self._adopt(self._holder, name, descriptors)) is not None:
+                    found.append(adopted)
             except Exception as error:  # one broken record must not affect the others
                 log.warning("cannot continue %s of an earlier process: %r", name, error)
                 self._holder.drop(name)
         return found
 
-    async def _adopt(self, holder: Holder, name: str, descriptors: list[int]) -> Adopted:
+    async def _adopt(self, holder: Holder, name: str, descriptors: list[int]) -> Adopted | None:
+        """Continue one command; None for a shell that waited for its command, which ends."""
         if len(descriptors) == 1:
             memory, sockets = Memory(descriptors[0]), None
         elif len(descriptors) in _DESCRIPTORS:
@@ -249,6 +252,11 @@ class Commands:
             close(descriptors)
             raise ValueError("these are not the descriptors of a command")
         try:
+            if sockets is not None and not memory.noted:
+                await sockets.aclose()
+                memory.close()
+                holder.drop(name)
+                return None
             noted: Any = memory.read_facts()
             if noted["format"] != FORMAT:
                 raise ValueError(f"unsupported format {noted['format']}")
@@ -268,11 +276,15 @@ class Commands:
             process = IncusProcess.adopted(self.inside, limit, own, sockets, cgroup)
             process.hold(holding)
             self._processes.add(process)
+            outputs: dict[StreamName, tuple[int, bytes]] = {}
+            if "starting" in own and not process.was_told(int(own["starting"])):
+                purpose = holding.purpose()
+                await process.end_shell()
+                return Adopted({**facts, "purpose": purpose}, 0, 0.0, holding, {}, None, begun=False)
             if "starting" in own:
-                outputs: dict[StreamName, tuple[int, bytes]] = {}
                 try:
                     async with asyncio.timeout(self.settings.exec_start_timeout):
-                        await process.go_on(int(own["starting"]), stdin=bool(facts["stdin"]))
+                        await process.go_on(stdin=bool(facts["stdin"]))
                 except BaseException:
                     await process.aclose()
                     raise

@@ -17,7 +17,8 @@ FORMAT: Final = 1  # version of the facts; other versions are not adopted
 class Held:
     """Implements `gateway.runtime.Holding`. `own` are the runtime's facts; the registry adds its own.
 
-    `sockets` is None once the command has ended. One output starts with bytes that are not the command's own.
+    A shell that waits for its command has none yet. `sockets` is None once the command has ended. One output
+    starts with bytes that are not the command's own.
     """
 
     def __init__(
@@ -54,16 +55,30 @@ class Held:
         return self._holder.there
 
     def runs(self, own: Mapping[str, Any]) -> None:
-        """Have these facts in the place of those that it began with, from the next `note` on."""
+        """Have these facts in the place of those before, from the next `note` on."""
         self._own = own
+
+    def prepare(self) -> None:
+        """Do ahead what would delay a start."""
+        self._memory.prepare()
+        self._put_descriptors()
+
+    def _put_descriptors(self) -> None:
+        """Give the descriptors to the holder, unless it has them."""
+        if not self._put and self._sockets is not None:
+            self._put = True
+            self._holder.put(self._name, self._sockets.descriptors)
+
+    def withdraw(self) -> None:
+        """Take the descriptors back: what they belong to is not to outlive this process."""
+        if self._put and not self._over:
+            self._holder.drop(self._name, soon=True)
 
     def note(self, facts: Mapping[str, Any]) -> None:
         if self._over:
             return
         self._memory.write_facts({"format": FORMAT, "own": dict(self._own), "facts": dict(facts)})
-        if not self._put and self._sockets is not None:
-            self._put = True
-            self._holder.put(self._name, self._sockets.descriptors)
+        self._put_descriptors()
 
     def end(self, facts: Mapping[str, Any]) -> None:
         if self._over:
@@ -72,7 +87,7 @@ class Held:
             self._sockets.ended()
         self._sockets = None
         self.note(facts)
-        self._holder.put(self._name, [self._memory.descriptor])
+        self._holder.put(self._name, [self._memory.descriptor], soon=True)
 
     def keep(self, stream: StreamName, offset: int) -> int:
         if self._sockets is None or self._left:

@@ -62,7 +62,7 @@ class IncusProcess:
         self.pid = 0
         self.started_at = 0.0
         self.holding: Holding | None = None
-        self._held: Held | None = None  # the same, as its own class
+        self._held: Held | None = None  # the same, and there while a shell waits
         self._holder = holder
         self._fed = 0  # bytes fed to the preamble
         self._sending: asyncio.Task[None] | None = None  # sends the input an earlier process accepted last
@@ -85,6 +85,11 @@ class IncusProcess:
         """Wait until the shell is ready for its line."""
         await self._feed(until_ready=True)
 
+    def put(self) -> None:
+        """Give a shell that waits to the holder, so that this does not delay its command."""
+        if (held := self._holdable()) is not None:
+            held.prepare()
+
     async def begin(self, order: Assignment) -> None:
         """Send the command and return once it runs. Raises `ExecFailed`."""
         preamble, spec = self._preamble, order.spec
@@ -95,15 +100,15 @@ class IncusProcess:
         if spec.pty is not None:  # a terminal that is not ready yet would echo the line
             await self.ready()
             await self.resize(spec.pty.cols, spec.pty.rows)
-        line, memory = order.line(), self._sockets.memory
-        if memory is not None and self._holder is not None and spec.outlive:
-            name, own = f"command/{self._exec_id}", {**self._facts(0), "starting": len(line)}
-            self.hold(Held(self._holder, name, memory, self._sockets, own))
+        line = order.line()
+        if spec.outlive and (held := self._holdable()) is not None:
+            held.runs({**self._facts(0), "starting": len(line)})
+            self.hold(held)
+        else:
+            self._withdraw()
         if spec.before is not None:
             await spec.before(self.holding)
-        await self._sockets.write(line)
-        if not spec.stdin and spec.pty is None:
-            await self._sockets.close_stdin()
+        await self._sockets.write(line, end=not spec.stdin and spec.pty is None)
         await self._feed(until_ready=False)
         self._begun()
         if self.holding is None:
@@ -112,6 +117,17 @@ class IncusProcess:
     def hold(self, held: Held) -> None:
         """Have it outlive this process."""
         self.holding = self._held = held
+
+    def _withdraw(self) -> None:
+        if self._held is not None:
+            self._held.withdraw()
+            self._held = None
+
+    def _holdable(self) -> Held | None:
+        memory = self._sockets.memory
+        if self._held is None and memory is not None and self._holder is not None:
+            self._held = Held(self._holder, f"command/{self._exec_id}", memory, self._sockets, {})
+        return self._held
 
     def _begun(self) -> None:
         preamble = self._preamble
@@ -152,13 +168,12 @@ class IncusProcess:
             self._preamble.went(self.pid, own["method"], str(own["path"]))
         return self
 
-    async def go_on(self, starting: int, *, stdin: bool) -> None:
-        """Return once a command runs whose line, of so many bytes, an earlier process sent last.
+    def was_told(self, starting: int) -> bool:
+        """Return whether an earlier process has sent the whole line, of so many bytes, of what to run."""
+        return self._sockets.position >= starting
 
-        Raises `ValueError` where that had not sent all of it, and what `begin` raises.
-        """
-        if self._sockets.position < starting:
-            raise ValueError("it was not told what to run")
+    async def go_on(self, *, stdin: bool) -> None:
+        """Return once a command runs that an earlier process sent to a shell. Raises what `begin` raises."""
         if not stdin and not self._sockets.terminal:  # once more does no harm
             await self._sockets.close_stdin()
         await self._feed(until_ready=False)
@@ -291,10 +306,18 @@ class IncusProcess:
             await asyncio.gather(self._sending, return_exceptions=True)
         await self._sockets.aclose()
         if self.holding is None:
+            self._withdraw()
             self._sockets.forgo()
 
     async def abandon(self) -> None:
-        """Kill a command that did not start properly, leaving nothing behind.
+        """Kill a command that did not start properly, leaving nothing behind."""
+        await self.end_shell()
+        if self.holding is not None:
+            self.holding.drop()
+            self.holding = self._held = None
+
+    async def end_shell(self) -> None:
+        """Kill a command that did not start properly, but leave what is known of it to its holder.
 
         First the shell, so that it goes no further, then whatever it has started meanwhile.
         """
@@ -308,9 +331,6 @@ class IncusProcess:
                 if cgroup is not None:
                     await cgroup.kill(0, self._limit)
         await self.aclose()
-        if self.holding is not None:
-            self.holding.drop()
-            self.holding = self._held = None
 
     def _cgroup(self) -> CommandCgroup | None:
         if self._preamble.ready and self._preamble.method != "cgroup":
