@@ -26,7 +26,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-# The smallest size that does not slow a fast stream; up to three per output exceed what is kept of it.
+# The smallest size that does not slow a fast stream; up to five per output exceed what is kept of it.
 SEGMENT: Final = 128 << 10
 SEGMENTS: Final = 1600  # per command: more than its kept output needs with any sensible settings
 
@@ -46,6 +46,7 @@ SO_PEEK_OFF: Final = 42
 _ODOMETER: Final = 0x7FFF_0000
 _TURN: Final = 0x3FFF_0000  # bytes after which the odometer is reset
 _SPARE: Final = 8  # most free segments that keep their pages
+_AHEAD: Final = 2  # segments that a long output takes, and gives back, at a time
 _STEP: Final = 64 << 10  # least bytes between two remembered frame positions of a log
 
 Facts = Literal["facts", "purpose"]
@@ -82,9 +83,9 @@ class Memory:
         return cls(descriptor)
 
     def take(self) -> int:
-        """Return the number of a free segment. Raises `Full`."""
+        """Return the number of a free segment: of used ones the one that was freed first. Raises `Full`."""
         if used := self._free or self._bare:
-            return used.pop()
+            return used.pop(0)
         while self._fresh in self._claimed:
             self._fresh += 1
         if self._fresh == SEGMENTS - 1:  # the last is `beginning`
@@ -108,8 +109,11 @@ class Memory:
         return len(self._free)
 
     def segment(self, number: int) -> memoryview:
-        start = _HEAD + number * SEGMENT
-        return self.view[start : start + SEGMENT]
+        return self.part(number * SEGMENT, (number + 1) * SEGMENT)
+
+    def part(self, start: int, end: int) -> memoryview:
+        """Return a part of all segments, by offsets from the first one's start."""
+        return self.view[_HEAD + start : _HEAD + end]
 
     @property
     def beginning(self) -> memoryview:
@@ -241,20 +245,37 @@ class Log:
         return self._points[0][1]
 
     def room(self) -> memoryview:
-        """Return the memory for the next bytes to receive. Raises `Full`."""
-        number, at = divmod(self.raw - self._first, SEGMENT)
-        if number == len(self._segments):
-            self._segments.append(self._memory.take())
-            self._commit()
-        return self._memory.segment(self._segments[number])[at:]
+        """Return the memory for the next bytes to receive. Raises `Full`.
+
+        A long output is given several segments that lie together, if there are any: a socket has more for us
+        than the rest of one.
+        """
+        index, at = divmod(self.raw - self._first, SEGMENT)
+        if index >= len(self._segments) - (self.raw >= SEGMENT):
+            self._extend(index)
+        number, end = self._segments[index], index + 1
+        while end < len(self._segments) and self._segments[end] == number + end - index:
+            end += 1
+        return self._memory.part(number * SEGMENT + at, (number + end - index) * SEGMENT)
+
+    def _extend(self, index: int) -> None:
+        """Take segments behind the one at `index`, and that itself if it is not there. Raises `Full`."""
+        try:
+            for _ in range(_AHEAD if self.raw >= SEGMENT else 1):
+                self._segments.append(self._memory.take())
+        except Full:
+            if index >= len(self._segments):
+                raise
+        self._commit()
 
     def landed(self, size: int) -> memoryview:
         """Record that `size` bytes were received into `room`, and return them."""
-        number, at = divmod(self.raw - self._first, SEGMENT)
+        index, at = divmod(self.raw - self._first, SEGMENT)
         self.raw += size
         if self._odometer is not None and self.raw - self._zero >= _TURN:
             self._turn(self._odometer)
-        return self._memory.segment(self._segments[number])[at : at + size]
+        start = self._segments[index] * SEGMENT + at
+        return self._memory.part(start, start + size)
 
     def begin(self, raw: int) -> None:
         """Record where the first frame begins."""
@@ -273,7 +294,7 @@ class Log:
             points.popleft()
         gone = (points[0][0] - self._first) // SEGMENT
         numbers: Sequence[int] = ()
-        if gone > 0:
+        if gone >= _AHEAD:
             numbers, self._segments = self._segments[:gone], self._segments[gone:]
             self._first += gone * SEGMENT
             self._commit()
