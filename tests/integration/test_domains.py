@@ -1,6 +1,6 @@
-"""A domain has one owner, whatever happens at once, by real sites behind a real Caddy.
+"""A domain has one owner whatever happens at once: real sites behind a real Caddy.
 
-GATEWAY_TEST_DOMAIN_ROUNDS says how many rounds of everything at once are raced.
+GATEWAY_TEST_DOMAIN_ROUNDS is the number of rounds with everything at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(1800)
 ROUNDS = int(os.environ.get("GATEWAY_TEST_DOMAIN_ROUNDS", "6"))
 HOME = "gw.test"  # the gateway's own
 
-# each answers with its tenant's name: a container is called as its tenant, a folder lies below it
+# each answers with its tenant's name: a container has that name, and a folder is below one that has it
 BUN = """
 const who = require("os").hostname();
 Bun.serve({port: process.env.PORT, hostname: "0.0.0.0", fetch: () => new Response(who)});
@@ -52,17 +52,17 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Site).se
 
 @dataclass
 class World:
-    """A gateway of one runtime, with what its Incus or its folder says, read without our code."""
+    """A gateway of one runtime, and the state of its Incus or its folder, read without our code."""
 
     host: Hosting
     runtime: str
 
     def tenants(self) -> dict[str, dict[str, Any]]:
-        """Return each tenant's domain, and where it answers as a route says it."""
+        """Return each tenant's domain and its address in the form of routes."""
         if self.runtime == "incus":
             listed: list[dict[str, Any]] = []
 
-            def whole() -> bool:  # of one that stops Incus tells the name alone
+            def whole() -> bool:  # for an instance that is stopping Incus reports only the name
                 listed[:] = json.loads(environment.incus("query", "/1.0/instances?recursion=1").stdout)
                 return all(entry["config"] is not None for entry in listed)
 
@@ -88,7 +88,7 @@ class World:
         return found
 
     def owners(self) -> dict[str, list[str]]:
-        """Return who carries each domain."""
+        """Return the tenants that carry each domain."""
         owners: dict[str, list[str]] = {}
         for name, facts in self.tenants().items():
             if facts["domain"] is not None:
@@ -96,7 +96,7 @@ class World:
         return owners
 
     def leads(self) -> dict[str, str]:
-        """Return where each domain leads: to a tenant's name, or to what no tenant has."""
+        """Return where each domain leads: to a tenant's name, or to an address that no tenant has."""
         names = {facts["target"]: name for name, facts in self.tenants().items()}
         found = {}
         for entry in (self.host.settings.state_dir / "caddy" / "routes").iterdir():
@@ -156,13 +156,13 @@ async def both(
 
 @pytest.fixture(scope="module")
 async def real(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """A gateway on Incus, for what an operator does there."""
+    """A gateway on Incus, for tests of an operator's actions."""
     async with world(incus_settings, tmp_path_factory.mktemp("domains-real"), "incus") as made:
         yield made
 
 
 async def seen(what: Any) -> None:
-    """Wait for what comes by Incus's events."""
+    """Wait for the effects of Incus's events."""
     await until(lambda: asyncio.to_thread(what), every=0.05)
 
 
@@ -195,7 +195,7 @@ async def test_a_clone_is_led_to_when_its_patch_answers(real: World) -> None:
     assert status == 201
     await real.given("second", "second.test")
     status, text = await real.host.visit("second.test")
-    assert status in (200, 502), text  # its site may only just be starting
+    assert status in (200, 502), text  # its site may still be starting
     assert real.leads() == {"first.test": "first", "second.test": "second"}
     await real.host.answers("second.test", 200, "second")
     await real.gone("first", "second")
@@ -211,18 +211,18 @@ async def test_a_sleeping_tenants_new_domain_wakes_it(both: World) -> None:
 
 
 def rests_soon(of: World, tenant: str) -> None:
-    """Have a tenant fall asleep after a second without visitors."""
+    """Let a tenant fall asleep after a second without visitors."""
     if of.runtime == "incus":
         environment.configure(tenant, "user.gateway.idle_stop", "1")
         return
     record = of.host.settings.state_dir / "tenants" / tenant / "tenant.json"
     fresh = record.with_suffix(".test")
     fresh.write_text(json.dumps({**json.loads(record.read_text()), "idle_stop": 1.0}))
-    fresh.replace(record)  # at no moment may the gateway read half of it
+    fresh.replace(record)  # the gateway must never read half of it
 
 
 async def sleeping(of: World, tenant: str, events: aiohttp.ClientResponse) -> None:
-    """Make a tenant, and return once it sleeps."""
+    """Create a tenant; return once it sleeps."""
     await of.site(tenant)
     rests_soon(of, tenant)
     while (await sse(events, 1, 40.0))[0]["data"]["data"].get("reason") != "idle":
@@ -235,7 +235,7 @@ async def sleeping(of: World, tenant: str, events: aiohttp.ClientResponse) -> No
 
 
 async def test_the_gateways_own_names_are_nobodys_even_after_a_sleep_and_a_wake(both: World) -> None:
-    """By PATCH, by a deployment, and by a key written by hand; the gateway is reached all the while."""
+    """Neither by PATCH, nor by a deployment, nor by a key written by hand; the gateway stays reachable."""
     async with told(both.host.gateway, "thief", "tenant.*") as events:
         await sleeping(both, "thief", events)
         for name in (HOME, HOME.upper() + ".", "probe.invalid"):
@@ -274,7 +274,7 @@ async def test_a_patch_into_anothers_first_deployment_takes_nothing(both: World)
             status, said = await both.patch("greedy", domain)
             if status == 200 and deploying.done():
                 break
-            if status == 200:  # it was first
+            if status == 200:  # it came first
                 record = await deploying
                 assert (record["state"], record["error"]["reason"]) == ("rolledback", "domain_owned")
                 break
@@ -312,7 +312,7 @@ async def test_whose_domains(both: World) -> None:
     async with both.host.gateway.http("*", scopes=("admin",)) as http:
         async with http.patch("/v1/tenants/mine", json={"domain": "google.com"}) as answer:
             assert answer.status == 200
-    # what it has already it may have
+    # a tenant may be given the domain that it has
     record = await both.host.ended(
         (
             await both.host.call(
@@ -328,7 +328,7 @@ async def test_whose_domains(both: World) -> None:
 
 
 async def test_a_copy_by_incus_shares_nothing_silently(real: World) -> None:
-    """The original keeps domain and address, also when both sleep or it is renamed; each side is told."""
+    """The original keeps domain and address, even if both sleep or it is renamed; both get events."""
     host = real.host
     await real.site("origin")
     async with (
@@ -361,12 +361,12 @@ async def test_a_copy_by_incus_shares_nothing_silently(real: World) -> None:
     await real.given("copied", "copied.test")
     assert (await host.visit("copied.test"))[0] == 404
     assert await host.visit("origin.test") == (200, "origin")
-    # an instance that is renamed keeps what it has, whatever carries it besides
+    # a renamed instance keeps its domain, whatever else carries it
     environment.configure("copied", "user.gateway.domain", "origin.test")
     environment.incus("stop", "--force", "origin")
     environment.incus("rename", "origin", "moved")
     await seen(lambda: real.leads() == {"origin.test": "moved"})
-    # when the owner goes the remaining one has both
+    # when the owner is gone, the remaining one gets both
     await real.gone("moved")
     await seen(lambda: real.leads() == {"origin.test": "copied"})
     status, _, _ = await host.call("POST", "/v1/tenants/copied/start")
@@ -386,7 +386,7 @@ async def test_a_key_written_by_hand_takes_nothing(real: World) -> None:
                 assert (await sse(events, 1))[0]["data"]["data"] == facts
             for _ in range(5):
                 assert await real.host.visit("owner.test") == (200, "owner")
-    # the owner goes on as if nothing was: an update, a restart of the gateway
+    # nothing changes for the owner: an update, a restart of the gateway
     await real.site("owner")
     assert await real.host.gateway.stop() == 0
     await real.host.gateway.start()
@@ -426,12 +426,12 @@ async def test_a_deployment_holds_its_domain_after_a_restart_until_it_is_undone(
 
 @dataclass
 class Race:
-    """Everything at once for one domain after another, and who may have answered for it when."""
+    """Everything at once for one domain after another, with a record of who may have answered when."""
 
     world: World
     chance: random.Random
     names: list[str] = field(default_factory=lambda: [f"race-{n}" for n in range(4)])
-    # who had a domain, from when its asking began until the answer that took it away
+    # who had a domain: from the start of the request for it until the answer that took it away
     had: list[list[Any]] = field(default_factory=list)
     unsure: list[list[Any]] = field(default_factory=list)
     visits: list[tuple[str, str, float, float]] = field(default_factory=list)
@@ -440,7 +440,7 @@ class Race:
 
     @staticmethod
     def who(name: str) -> str:
-        """Return what stays of a tenant's name when an operator renames it."""
+        """Return the part of a tenant's name that an operator's rename keeps."""
         return name[:6]
 
     def begins(self, tenant: str, domain: str, since: float) -> None:
@@ -452,13 +452,13 @@ class Race:
                 entry[3] = at
 
     async def give(self, tenant: str, domain: str) -> None:
-        """PATCH at some moment; where it is given it must be served at once."""
+        """PATCH at some moment; if the domain is given, it must be served at once."""
         await pause(self.chance.uniform(0, 0.09))
         since = time.monotonic()
         entry = [self.who(tenant), domain, since, None]
-        self.had.append(entry)  # it may answer before we hear so
+        self.had.append(entry)  # it may serve before we get the answer
         status, said = await self.world.patch(tenant, domain)
-        if status in (404, 503):  # an operator stops or renames it at this moment: it may have it, or not
+        if status in (404, 503):  # an operator is stopping or renaming it: it may or may not have the domain
             self.unsure.append(entry)
             return
         if status != 200:
@@ -492,7 +492,7 @@ class Race:
         await self.give("race-c", domain)
 
     async def rename(self, number: int) -> None:
-        """As an operator does: stop, rename, start."""
+        """Do what an operator does: stop, rename, start."""
         old = self.names[number]
         new = f"race-{number}" if old != f"race-{number}" else f"race-{number}-b"
         for words in (("stop", "--force", old), ("rename", old, new), ("start", new)):
@@ -531,7 +531,7 @@ class Race:
         now = {name: facts["domain"] for name, facts in self.world.tenants().items()}
         works = []
         for name in self.names:
-            if now.get(name) == prize:  # lets go of it, while others want it
+            if now.get(name) == prize:  # give it up while others want it
                 works.append(self.give(name, f"{self.who(name)}.test"))
             elif self.chance.random() < 0.7:
                 works.append(self.give(name, prize))
@@ -567,7 +567,7 @@ class Race:
 
 
 async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> None:
-    """Deployments, PATCH, clones, renames, sleeps and wakes: none has two, no other site answers."""
+    """Deployments, PATCH, clones, renames, sleeps, wakes: one owner each, and no other site answers."""
     race = Race(both, random.Random(13))
     for name in race.names:
         race.begins(name, f"{name}.test", time.monotonic())

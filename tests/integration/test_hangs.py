@@ -1,4 +1,4 @@
-"""Sites that take no request: their visitors get a page in time, and none is cut off that is just slow."""
+"""Sites that hang: visitors get a page in time, and slow answers are not cut off."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.waits import until
 
 pytestmark = pytest.mark.timeout(200)
 TENANT, DOMAIN = "hangs-test", "hangs.test"
-PAGE = 5  # seconds in which a visitor of a site that hangs is answered
-SLOW = 7  # seconds of silence before the first byte: no visitor of a site that hangs waits so long
+PAGE = 5  # seconds within which a visitor of a hanging site gets a page
+SLOW = 7  # seconds of silence before the first byte: no visitor of a hanging site waits so long
 
 SITE = (
     b"""\
@@ -59,7 +59,7 @@ async def browser() -> AsyncIterator[aiohttp.ClientSession]:
 async def visit(
     host: Hosting, browser: aiohttp.ClientSession, path: str = "/", method: str = "GET"
 ) -> tuple[int, str, Mapping[str, str], float]:
-    """Ask the site through Caddy; return status, text, headers and the seconds it took."""
+    """Request the site through Caddy; return status, text, headers and the seconds it took."""
     began = time.monotonic()
     url = f"http://127.0.0.1:{host.settings.caddy_ask}{path}"
     async with browser.request(method, url, headers={"Host": DOMAIN, "Accept": "text/html"}) as answer:
@@ -71,7 +71,7 @@ def processes() -> list[int]:
 
 
 async def taken(host: Hosting, browser: aiohttp.ClientSession, path: str) -> asyncio.Future[Any]:
-    """Visit, and return once the site has the request in hand; the visit goes on."""
+    """Start a visit; return once the site has read the request."""
     mark = environment.rootfs(TENANT) / f"home/site/taken{path.replace('/', '-')}"
     mark.unlink(missing_ok=True)
     visiting = asyncio.ensure_future(visit(host, browser, path))
@@ -81,7 +81,7 @@ async def taken(host: Hosting, browser: aiohttp.ClientSession, path: str) -> asy
 
 @contextlib.contextmanager
 def stopped() -> Any:
-    """Have no process of the site run while the context is open."""
+    """Stop all processes of the site while the context is open."""
     pids = processes()
     assert pids
     for pid in pids:
@@ -95,7 +95,7 @@ def stopped() -> Any:
 
 @contextlib.asynccontextmanager
 async def told_health(host: Hosting) -> AsyncIterator[AsyncGenerator[tuple[str, Any]]]:
-    """Give what is told of the site's health from now on."""
+    """Yield the site's health events from now on."""
     async with (
         host.gateway.http("*") as session,
         session.get("/v1/events", params={"tenant": TENANT, "type": "tenant.*"}) as stream,
@@ -112,7 +112,7 @@ async def told_health(host: Hosting) -> AsyncIterator[AsyncGenerator[tuple[str, 
 
 
 async def answers(host: Hosting, browser: aiohttp.ClientSession) -> None:
-    """Return once the site answers again."""
+    """Wait until the site answers again."""
 
     async def so() -> bool:
         return (await visit(host, browser))[0] == 200
@@ -129,7 +129,7 @@ def is_page(seen: tuple[int, str, Mapping[str, str], float]) -> None:
 async def test_who_comes_right_after_a_site_froze_gets_the_page_in_time(
     host: Hosting, browser: aiohttp.ClientSession
 ) -> None:
-    """On a new connection as on a kept one, whatever the method; the site comes back by itself."""
+    """On new and on kept connections, with any method; the site comes back by itself."""
     await answers(host, browser)
     async with asyncio.timeout(60), told_health(host) as told:
         await visit(host, browser)  # so that Caddy keeps a connection
@@ -152,7 +152,7 @@ async def test_who_comes_right_after_a_site_froze_gets_the_page_in_time(
 
 
 async def test_a_tenant_that_is_paused_is_answered_for(host: Hosting, browser: aiohttp.ClientSession) -> None:
-    """By Incus: each process of the container stands still then."""
+    """Paused by Incus, so that all processes of the container are frozen."""
     await answers(host, browser)
     environment.incus("pause", TENANT)
     try:
@@ -165,7 +165,7 @@ async def test_a_tenant_that_is_paused_is_answered_for(host: Hosting, browser: a
 
 
 async def test_who_waits_for_a_slow_answer_gets_it(host: Hosting, browser: aiohttp.ClientSession) -> None:
-    """The site answers others meanwhile; and where it has frozen for a while, what it had read goes on."""
+    """The site answers others meanwhile; if it froze for a while, requests it had read continue."""
     await answers(host, browser)
     status, _, _, seconds = await visit(host, browser, "/slow")
     assert status == 200 and seconds >= SLOW
@@ -179,7 +179,7 @@ async def test_who_waits_for_a_slow_answer_gets_it(host: Hosting, browser: aioht
 async def test_a_site_that_only_computes_is_answered_for(
     host: Hosting, browser: aiohttp.ClientSession
 ) -> None:
-    """Who came first gets the answer, late; who comes meanwhile gets the page in time."""
+    """The first visitor gets the answer late; those who come meanwhile get the page in time."""
     await answers(host, browser)
     first = await taken(host, browser, "/spin")
     second = await visit(host, browser)

@@ -1,6 +1,6 @@
-"""Sites that nobody visits sleep in real containers, and the first visitor through real Caddy wakes them.
+"""Unvisited sites in real containers fall asleep, and the first visitor through a real Caddy wakes them.
 
-GATEWAY_TEST_WAKES says how often a site is visited at any moment of its falling asleep.
+GATEWAY_TEST_WAKES is how often a site is visited while it falls asleep, at random moments.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tests.waits import pause, until
 WAKES = int(os.environ.get("GATEWAY_TEST_WAKES", "2"))
 DOMAIN, TENANT = "sleepy.example.com", "sleepy-example-com"
 LIMIT = 1.0
-KEPT = 1.0  # Caddy's connection to the site lives for so long, and only then the limit runs
+KEPT = 1.0  # seconds that Caddy keeps a connection to the site; only then the limit begins
 
-# a server that answers /slow only when it is told to by a second request, and POST with the length it got
+# a server that answers /slow only after a second request tells it to, and POST with the length received
 SITE = """
 let release = [];
 Bun.serve({
@@ -64,17 +64,17 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
     async with hosting(incus_settings, folder / "state", **changes) as host:
         record = await host.deploy(DOMAIN, "sleepy")
         assert record["state"] == "succeeded", record["error"]
-        # only this one: other tests' tenants are in the same Incus
+        # only this one, since other tests' tenants are in the same Incus
         environment.configure(TENANT, "user.gateway.idle_stop", str(LIMIT))
         yield host
         await no_traceback(host.gateway)
 
 
 async def asleep(host: Hosting, events: aiohttp.ClientResponse) -> None:
-    """Return once the tenant sleeps; `events` were asked for before its last use."""
+    """Wait until the tenant sleeps; `events` must have been subscribed to before its last use."""
     async with host.gateway.http(TENANT) as http:
         found = await get(http, TENANT)
-        if found["asleep"] and found["status"] == "stopped":  # the mark comes first
+        if found["asleep"] and found["status"] == "stopped":  # the mark is set before the stop
             return
     while (event := (await sse(events, 1))[0])["event"] != "tenant.stopped":
         pass
@@ -82,7 +82,7 @@ async def asleep(host: Hosting, events: aiohttp.ClientResponse) -> None:
 
 
 async def stays_awake(host: Hosting) -> None:
-    """Look for longer than Caddy keeps a connection that nobody uses, and the limit after it."""
+    """Watch for longer than Caddy keeps an idle connection plus the limit."""
     deadline = time.monotonic() + KEPT + LIMIT + 1
     async with host.gateway.http(TENANT) as http:
         while time.monotonic() < deadline:
@@ -96,7 +96,7 @@ def visitor(host: Hosting) -> aiohttp.ClientSession:
 
 
 async def test_a_sleeping_site_is_woken_by_its_first_visitors(host: Hosting) -> None:
-    """All who come meanwhile are served, with what they sent; a tool call wakes it as well."""
+    """All who come meanwhile are served, with their bodies; a tool call wakes it too."""
     routes = host.settings.state_dir / "caddy" / "routes"
     async with host.gateway.http(TENANT) as http, told(host.gateway, TENANT, "tenant.*") as events:
         await host.visit(DOMAIN)
@@ -122,7 +122,7 @@ async def test_a_sleeping_site_is_woken_by_its_first_visitors(host: Hosting) -> 
 
 
 async def test_a_websocket_and_a_request_without_an_answer_keep_a_site_awake(host: Hosting) -> None:
-    """The gateway's own probes, each second, do not."""
+    """The gateway's own probes every second do not."""
     async with told(host.gateway, TENANT, "tenant.*") as events:
         async with visitor(host) as session, session.ws_connect("/ws") as websocket:
             await stays_awake(host)
@@ -136,7 +136,7 @@ async def test_a_websocket_and_a_request_without_an_answer_keep_a_site_awake(hos
 
 
 async def test_a_site_is_put_to_sleep_on_request_but_not_while_it_is_visited(host: Hosting) -> None:
-    """Without any limit of its own; its next visitor wakes it."""
+    """Even without a limit of its own; the next visitor wakes it."""
     environment.configure(TENANT, "user.gateway.idle_stop", "0")
     try:
         async with host.gateway.http(TENANT) as http, visitor(host) as session:
@@ -148,7 +148,7 @@ async def test_a_site_is_put_to_sleep_on_request_but_not_while_it_is_visited(hos
                     assert (response.status, refused["reason"]) == (409, "in_use")
                 assert "a visitor is connected" in refused["detail"]
             found: dict[str, Any] = {"code": "conflict"}
-            while found.get("code") == "conflict":  # until Caddy has given up its connection
+            while found.get("code") == "conflict":  # until Caddy has closed its connection
                 async with http.post(f"/v1/tenants/{TENANT}/sleep") as response:
                     found = await response.json()
             assert (found["status"], found["asleep"]) == ("stopped", True)
@@ -196,7 +196,7 @@ async def test_a_site_sleeps_on_while_the_gateway_is_started_again(host: Hosting
 
 @pytest.mark.parametrize("old", [False, True])
 async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hosting, old: bool) -> None:
-    """Also one that has no address which it keeps, as clones of earlier versions."""
+    """Even one without a fixed address, like clones of earlier versions."""
     name, domain = f"copy-{old}".lower(), f"copy-{old}.example.com".lower()
     status, made, _ = await host.call("POST", f"/v1/tenants/{TENANT}/clone", {"tenant": name})
     assert status == 201, made
@@ -208,7 +208,7 @@ async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hostin
     routes = Caddy(host.settings)
     for number in range(2):
         await sleeps(host, name)
-        # a look at all routes leaves that of one that sleeps; one that is nobody's goes with it
+        # reconciling routes keeps those of sleeping tenants and removes those that belong to nobody
         routes.set("nobodys.example.com", "127.0.0.1:9")
         environment.configure(TENANT, "user.looked", f"at {number}")
         await until(lambda: routes.get("nobodys.example.com") is None)
@@ -235,7 +235,7 @@ async def test_a_clone_that_sleeps_since_an_earlier_version_is_woken(host: Hosti
 
 
 def loosen(name: str) -> None:
-    """Take an instance's fixed address away, as if it had been made without."""
+    """Remove an instance's fixed address, as if it had been created without one."""
     running = environment.incus("list", name, "--format=csv", "--columns=s").stdout == b"RUNNING\n"
     if running:
         environment.incus("stop", "--force", name)
@@ -248,14 +248,14 @@ def loosen(name: str) -> None:
 async def sleeps(host: Hosting, name: str) -> None:
     async with host.gateway.http(name) as http:
 
-        async def stopped() -> bool:  # it may sleep already, and then no event comes
+        async def stopped() -> bool:  # it may sleep already, and then there is no event
             return bool((await get(http, name))["status"] == "stopped")
 
         await until(stopped, 60, every=0.2)
 
 
 async def test_a_route_that_changes_is_never_no_route(incus_settings: Settings, tmp_path: Path) -> None:
-    """Caddy looks a route up while it is exchanged, hundreds of times in a second."""
+    """Caddy looks up a route while it is being exchanged, hundreds of times a second."""
     settings = settings_for(incus_settings, tmp_path, listen="127.0.0.1:9")
     process = RealCaddy(settings)
     await process.start()
@@ -283,4 +283,4 @@ async def test_a_route_that_changes_is_never_no_route(incus_settings: Settings, 
             await asyncio.gather(*asking)
     finally:
         await process.stop()
-    assert statuses.keys() == {502}  # there is a route, but nothing at its end
+    assert statuses.keys() == {502}  # there is a route, but nothing answers

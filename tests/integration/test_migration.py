@@ -1,7 +1,7 @@
-"""A site that lives in a folder of the host, with a real Node server, moves into a tenant while visitors ask.
+"""A site in a folder of the host, with a real Node server, moves into a tenant while visitors use it.
 
-Its unit is a real one where systemd is PID 1. Elsewhere the test starts and stops a process in its place, and
-what is read of systemd itself is tried with the real one of a container.
+Its unit is real if systemd is PID 1. Otherwise the test starts and stops a process instead, and reading from
+systemd is tested with a container's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.integration.sites import Hosting, hosting
 from tests.live import free_ports
 from tests.waits import pause, until, until_true
 
-OWNER = 4242  # of the old site; nobody of this host
+OWNER = 4242  # the old site's; no user of this host
 SERVER = """
 const http = require("node:http"), fs = require("node:fs"), path = require("node:path");
 const at = (name) => process.argv[process.argv.indexOf(name) + 1];
@@ -54,7 +54,7 @@ http.createServer((request, response) => {
 
 
 class OldService:
-    """The unit of an old site: a process of the site's user, in the place of systemd."""
+    """The unit of an old site, without systemd: a process of the site's user."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.enabled, self.refuses = folder, True, False
@@ -74,7 +74,7 @@ class OldService:
 
     @property
     def words(self) -> tuple[str, ...]:
-        text = f"{self.folder}/text.txt"  # by its full name: it must be found in the tenant, too
+        text = f"{self.folder}/text.txt"  # an absolute path, which must work in the tenant too
         return ("/usr/bin/node", "server.js", "--host", "127.0.0.1", "--port", str(self.port), "--text", text)
 
     def unit(self, name: str) -> Unit:
@@ -90,7 +90,7 @@ class OldService:
             self.wait()
 
     def wait(self) -> None:
-        """Return once something listens at its port."""
+        """Wait until something listens on its port."""
         look = ["ss", "-Hltn", f"sport = :{self.port}"]
         until_true(lambda: subprocess.run(look, capture_output=True).stdout != b"")
 
@@ -207,7 +207,7 @@ async def migrating(
 
 
 class Visitors:
-    """Some who write all the while: `failed` what was refused, `noted` what they were told is kept."""
+    """Visitors who keep writing. `failed` are the refused writes, `noted` the acknowledged ones."""
 
     def __init__(self, host: Hosting, domain: str) -> None:
         self._host, self._domain = host, domain
@@ -229,7 +229,7 @@ class Visitors:
     _stopped = False
 
     async def more(self, number: int) -> None:
-        """Return once so many more were answered, or refused."""
+        """Wait until so many more were answered or refused."""
         wanted = len(self.noted) + len(self.failed) + number
         await until(lambda: len(self.noted) + len(self.failed) >= wanted)
 
@@ -270,7 +270,7 @@ def inside(tenant: str, script: str, user: int = 0) -> str:
 
 
 def seen(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Return what a folder holds, with owners, modes, times and contents."""
+    """Return a folder's contents with owners, modes and times."""
     found = {}
     for path in sorted(folder.rglob("*")):
         facts = path.lstat()
@@ -282,7 +282,7 @@ def seen(folder: Path) -> dict[str, tuple[Any, ...]]:
 async def test_a_site_moves_in_and_back_while_visitors_ask(
     host: Hosting, old: OldService, domain: str
 ) -> None:
-    """Nobody is refused, and nothing that was written is lost; tools work in every state."""
+    """No visitor is refused, no write is lost, and tools work in every state."""
     tenant, said = domain.replace(".", "-"), list[str]()
     wanted = Wanted(old.folder, unit=old.name)
     async with migrating(host, domain, old, said) as migration:
@@ -340,7 +340,7 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
 
 
 def container_root_has_no_power(tenant: str, folder: Path) -> None:
-    """Root in the container gets what the folder's owner may, and nothing of root's on the host."""
+    """Root in the container has the folder owner's rights, and none of root's on the host."""
     (folder / "roots").write_text("secret")
     (folder / "roots").chmod(0o600)
     try:
@@ -360,7 +360,7 @@ def container_root_has_no_power(tenant: str, folder: Path) -> None:
 
 
 def the_real_systemd(tenant: str) -> None:
-    """What is read of a unit, and done with it, by the commands of systemd; its words exact."""
+    """Reading and changing a unit with systemd's commands; the words of its command are exact."""
     unit = "[Service]\nExecStart=/bin/sleep \"1 2\" 'a;b' infinity\n[Install]\nWantedBy=multi-user.target\n"
     words = ("file", "push", "-", f"{tenant}/etc/systemd/system/old@1.service")
     environment.incus(*words, stdin=unit.replace("\"1 2\" 'a;b' ", "").encode())
@@ -382,7 +382,7 @@ def the_real_systemd(tenant: str) -> None:
 
 
 async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, domain: str) -> None:
-    """By the command line, without a unit, in a folder of root: killed while visitors wait, and run again.
+    """By the command line, without a unit, in root's folder: killed while visitors wait, and run again.
 
     A shell's line starts the old service, and its words name loopback; the tenant starts the server itself.
     """
@@ -407,7 +407,7 @@ async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, doma
         code, text = await migrate("--from", str(old.folder), "--until", "attach")
         assert code == 0, text
         code, answer = await tool(host, tenant, "Write", file_path="text.txt", content="third")
-        assert answer["structuredContent"]["code"] == "forbidden"  # root runs it: what is in there may be run
+        assert answer["structuredContent"]["code"] == "forbidden"  # as root: its files could be executed
         killed = await asyncio.create_subprocess_exec(*words, env=config, stdout=asyncio.subprocess.DEVNULL)
 
         def stopped() -> bool:
@@ -421,9 +421,9 @@ async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, doma
         code, text = await migrate()
         assert code == 0 and "taken back first" in text, text
         assert (await told(host, domain))["where"] == "/srv/site"
-        # who came while nobody went on with it was told to come again, or waited long enough
+        # visitors during the interruption were told to come again, or waited long enough
         await asyncio.gather(visitor, return_exceptions=True)
-        assert process.poll() is None  # it goes on: there is no unit to stop
+        assert process.poll() is None  # still running: there is no unit to stop
         code, text = await migrate("--finish", "--json")
         assert (code, json.loads(text)["state"]) == (0, None)
     finally:

@@ -1,4 +1,4 @@
-"""How visitors reach sites: every way from Caddy to a container, and what is left of one that breaks.
+"""How visitors reach sites: every way from Caddy to a container, and what happens if one breaks.
 
 Two gateways share one Incus here, each with a Caddy of its own.
 """
@@ -36,7 +36,7 @@ PORTS = 4
 DEADLINE = 60
 COUNT = "i=0; until [ -e enough ]; do echo $((i += 1)); sleep 0.01; done"
 
-# says which Host it was asked for, also by websocket, as a dev server does that reloads pages
+# answers with the requested Host, also by websocket, like a dev server that reloads pages
 SITE = """
 Bun.serve({
   port: process.env.PORT, hostname: process.env.HOST,
@@ -55,7 +55,7 @@ Bun.serve({
 async def pair(
     incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Hosting, Hosting]]:
-    """Two gateways that give their sites ports of the same few."""
+    """Two gateways that share a small range of ports for their sites."""
     folder = tmp_path_factory.mktemp("network")
     template = folder / "templates" / "talk"
     template.mkdir(parents=True)
@@ -81,7 +81,7 @@ async def pair(
 
 
 def some_ports() -> int:
-    """Return the first of a few ports in a row that nobody has, nor may be given for a connection."""
+    """Return the first of several consecutive free ports outside the range for connections."""
     below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for first in range(below - PORTS - 50 * environment.HOST, 1024, -PORTS):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ def ports(host: Hosting) -> set[int]:
 
 
 def open_ports(host: Hosting) -> set[int]:
-    """Return those of the ports for sites at which somebody listens."""
+    """Return the ports for sites on which something listens."""
     found = set()
     for port in ports(host):
         with socket.socket() as probe:
@@ -107,7 +107,7 @@ def open_ports(host: Hosting) -> set[int]:
 
 
 def proxies() -> dict[str, int]:
-    """Return of each instance with a proxy device on a port which one."""
+    """Return the ports of all instances' proxy devices."""
     return {
         entry["name"]: int(device["listen"].rpartition(":")[2])
         for entry in environment.instances()
@@ -118,7 +118,7 @@ def proxies() -> dict[str, int]:
 
 @contextlib.asynccontextmanager
 async def hot(host: Hosting, domain: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
-    """Give a websocket to a site through Caddy; it speaks the protocol of a dev server."""
+    """Yield a websocket to a site through Caddy, in a dev server's protocol."""
     url = f"http://127.0.0.1:{host.settings.caddy_http}/"
     headers = {"Host": f"{domain}:{host.settings.caddy_http}"}
     async with (
@@ -130,7 +130,7 @@ async def hot(host: Hosting, domain: str) -> AsyncIterator[aiohttp.ClientWebSock
 
 
 async def echoes(websocket: aiohttp.ClientWebSocketResponse) -> bool:
-    """Say whether a site still answers by a websocket."""
+    """Return whether a site still answers on a websocket."""
     with contextlib.suppress(ConnectionError):
         await websocket.send_str("hot")
     said = await websocket.receive(timeout=DEADLINE)
@@ -138,7 +138,7 @@ async def echoes(websocket: aiohttp.ClientWebSocketResponse) -> bool:
 
 
 async def asked_by_websocket(host: Hosting, domain: str) -> str:
-    """Return which Host a site was asked for by a websocket."""
+    """Return the Host that a site received from a websocket."""
     async with hot(host, domain) as websocket:
         said = await websocket.receive_str(timeout=DEADLINE)
         assert await echoes(websocket)
@@ -150,13 +150,13 @@ async def destroy(host: Hosting, domain: str) -> None:
 
 
 async def answers(host: Hosting, domain: str) -> None:
-    """Return once a site answers through Caddy."""
+    """Wait until a site answers through Caddy."""
     await host.answers(domain, 200, domain)
 
 
 @pytest.fixture(scope="module")
 async def site(pair: tuple[Hosting, Hosting]) -> str:
-    """The domain of a site of the first gateway, which stays."""
+    """The domain of a permanent site of the first gateway."""
     record = await pair[0].deploy("stays.localhost", "talk")
     assert record["state"] == "succeeded", record["error"]
     return "stays.localhost"
@@ -165,7 +165,7 @@ async def site(pair: tuple[Hosting, Hosting]) -> str:
 async def test_gateways_that_deploy_at_once_give_their_sites_different_ports(
     pair: tuple[Hosting, Hosting], site: str
 ) -> None:
-    """Those that are free are just enough, for one is a stranger's; nothing of a destroyed site holds one."""
+    """The free ports are just enough, since a stranger has one; destroyed sites leave none in use."""
     one, two = pair
     hosts = {"a.localhost": one, "b.localhost": two}
     before = open_ports(one)
@@ -201,7 +201,7 @@ async def test_a_site_by_its_socket_is_there_after_its_restart_and_leaves_none(
 
 
 async def test_a_caddy_that_lost_everything_serves_again(pair: tuple[Hosting, Hosting], site: str) -> None:
-    """It is killed and started without a configuration; then a route's file is lost."""
+    """It is killed and started without a configuration; then a route's file is removed."""
     host = pair[0]
     await host.caddy.stop()
     await host.caddy.start(instead="")
@@ -232,7 +232,7 @@ http://:{ask} {{
 async def test_an_operators_own_caddy_serves_the_sites_beside_its_own(
     pair: tuple[Hosting, Hosting], site: str
 ) -> None:
-    """As docs/operations.md has it; a deployment goes there as well, and what is not ours stays."""
+    """As in docs/operations.md; a deployment works there too, and what is not ours stays."""
     host = pair[0]
     folder = host.settings.state_dir / "caddy"
     where = {"folder": folder, "ask": host.settings.caddy_ask, "http": host.settings.caddy_http}
@@ -262,7 +262,7 @@ async def test_an_operators_own_caddy_serves_the_sites_beside_its_own(
 async def test_a_configuration_that_caddy_refuses_changes_nothing(
     pair: tuple[Hosting, Hosting], site: str
 ) -> None:
-    """A deployment says so and is undone, the other sites are served on, and the old files are there."""
+    """A deployment says so and is undone, other sites are still served, and the old files stay."""
     host = pair[0]
     folder = host.settings.state_dir / "caddy"
     before = host.leavings(), (folder / "Caddyfile").read_text()
@@ -288,7 +288,7 @@ async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
     host, tenant = pair[0], site.replace(".", "-")
     port = host.settings.caddy_http
     async with Caddy(host.settings) as caddy:
-        await caddy.ensure()  # the gateway, which has just been started, may not have come to that
+        await caddy.ensure()  # the gateway has just started and may not have done this yet
     headers = {"Host": f"{GATEWAY}:{port}", "Authorization": f"Bearer {host.gateway.token('*')}"}
     async with (
         aiohttp.ClientSession(f"http://127.0.0.1:{port}", headers=headers) as session,
@@ -330,13 +330,13 @@ async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
 async def test_what_a_new_configuration_cuts_goes_on_without_loss(
     pair: tuple[Hosting, Hosting], site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Caddy is given another configuration, and by the gateway the right one again, under a client's command.
+    """Caddy gets another configuration, and the right one again from the gateway, during a client's command.
 
-    Before 2.7 Caddy cuts websockets at once, from then on it does not; event streams it never cuts.
+    Caddy before 2.7 cuts websockets at once, later versions do not; none cuts event streams.
     """
     host, tenant, port = pair[0], site.replace(".", "-"), pair[0].settings.caddy_http
     look_up = socket.getaddrinfo
-    monkeypatch.setattr(  # as browsers do with *.localhost
+    monkeypatch.setattr(  # like browsers for *.localhost
         socket, "getaddrinfo", lambda name, *rest, **more: look_up("127.0.0.1", *rest, **more)
     )
     url, token = f"http://{GATEWAY}:{port}", host.gateway.token("*")
@@ -373,7 +373,7 @@ async def test_what_a_new_configuration_cuts_goes_on_without_loss(
 
 
 async def hears(events: aiohttp.ClientResponse, kind: str, *facts: str) -> dict[str, Any]:
-    """Return what the next event of that kind with these facts says."""
+    """Return the data of the next event of that type with these facts."""
     while True:
         (said,) = await sse(events, 1)
         data: dict[str, Any] = said["data"]["data"]
@@ -384,8 +384,8 @@ async def hears(events: aiohttp.ClientResponse, kind: str, *facts: str) -> dict[
 async def test_who_watches_hears_when_a_site_stops_answering_and_when_it_does_again(
     pair: tuple[Hosting, Hosting], site: str
 ) -> None:
-    """Its server ends and comes back, and hangs and goes on; then its tenant is restarted, and the port is
-    open again soon.
+    """Its server ends and comes back, hangs and continues; then its tenant is restarted, and the port is soon
+    open again.
     """
     host, tenant = pair[0], site.replace(".", "-")
     async with host.gateway.http("*") as session, told(host.gateway, tenant, "tenant.*") as events:
