@@ -1,4 +1,4 @@
-/** Completions by a language server, each with its documentation once it is looked at, and what it lacks. */
+/** Completions by a language server, completed by the editor's own. Documentation is loaded when one is selected. */
 
 import {
   autocompletion,
@@ -18,7 +18,7 @@ import type * as lsp from "vscode-languageserver-protocol";
 import { documentation } from "./documentation.js";
 import { changing, lines, offset } from "./edits.js";
 
-/** More are not shown: nobody reads that far, and the next letter asks again. */
+/** Completions shown at most: nobody reads further, and the next letter asks again. */
 const MOST = 1000;
 
 const TYPES: readonly string[] = (
@@ -30,7 +30,7 @@ export function completions(): Extension {
   return autocompletion({ override: [source] });
 }
 
-/** Asks the server and what the editor itself knows of the language, such as snippets. */
+/** Asks the server, and adds what the editor itself knows of the language, such as snippets. */
 async function source(context: CompletionContext): Promise<CompletionResult | null> {
   const own = context.state.languageDataAt<CompletionSource | Completion[]>("autocomplete", context.pos);
   const found = await Promise.all([
@@ -40,7 +40,7 @@ async function source(context: CompletionContext): Promise<CompletionResult | nu
   return joined(found.filter((one) => one !== null));
 }
 
-/** Returns the first list with what the others have beside it: what several name is told by the first alone. */
+/** Merges lists. If several contain the same completion, the first one's is taken. */
 export function joined(results: readonly CompletionResult[]): CompletionResult | null {
   const [first, ...others] = results;
   if (first === undefined) return null;
@@ -86,7 +86,7 @@ function fits(item: lsp.CompletionItem, typed: string): boolean {
   return (item.filterText ?? item.label).toLowerCase().includes(typed);
 }
 
-/** Returns what a completion replaces. */
+/** Returns the range that a completion replaces. */
 function range({ state, pos }: CompletionContext, list: lsp.CompletionList): { from: number; to: number } {
   const wide = list.itemDefaults?.editRange;
   const edit = list.items[0]?.textEdit;
@@ -116,7 +116,7 @@ function option(
       view.dispatch(insertCompletionText(view.state, text, from, to), {
         annotations: pickedCompletion.of(completion),
       });
-    // what stands before the cursor is where it was
+    // the text before the cursor has not moved
     const first = edits.filter(({ range }) => offset(state.doc, range.end) <= from);
     if (first.length > 0) view.dispatch(changing(state, first, "input.complete"));
   };
@@ -132,12 +132,12 @@ function option(
   };
 }
 
-/** Returns CodeMirror's template of a snippet of the protocol. */
+/** Turns a snippet of the protocol into CodeMirror's template. */
 function fields(text: string): string {
   return text.replace(/\\([$}\\])|\$(\d+)/g, (_all, escaped, field) => escaped ?? `\${${field}}`);
 }
 
-/** Asks for what was too much to send for every completion. */
+/** Asks for details that are too large to send with every completion. */
 async function told(plugin: LSPPlugin, item: lsp.CompletionItem): Promise<Node | null> {
   let { detail, documentation: text } = item;
   if (plugin.client.serverCapabilities?.completionProvider?.resolveProvider)

@@ -1,4 +1,4 @@
-/** Marks in the text what a server finds wrong with it. */
+/** Marks the problems that a server finds in the text. */
 
 import { type Diagnostic, setDiagnostics } from "@codemirror/lint";
 import type { LSPClient } from "@codemirror/lsp-client";
@@ -7,11 +7,11 @@ import type { Documents } from "../state/documents.js";
 import { offset } from "./edits.js";
 import { change, type OpenFile, type OpenFiles } from "./open-files.js";
 
-/** Milliseconds after the last key until the server is asked. */
+/** Milliseconds after the last key before the server is asked. */
 const REST = 250;
-/** Milliseconds in which the documents have read what somebody else wrote. */
+/** Milliseconds for the documents to read what somebody else wrote. */
 const READ = 1500;
-/** So many are marked in one file. */
+/** Problems marked in one file, at most. */
 const MOST = 500;
 const MESSAGE_MAX = 2000;
 
@@ -30,7 +30,7 @@ export class Diagnostics {
     this.#files = files;
   }
 
-  /** Looks at the files that are shown once nobody types. */
+  /** Checks the shown files once nobody types. */
   soon(): void {
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => {
@@ -39,7 +39,7 @@ export class Diagnostics {
     }, REST);
   }
 
-  /** Looks once more when open files that somebody else has changed have been read. */
+  /** Checks again once open files that somebody else changed have been read. */
   later(): void {
     clearTimeout(this.#later);
     this.#later = setTimeout(() => this.soon(), READ);
@@ -53,14 +53,14 @@ export class Diagnostics {
         "textDocument/diagnostic",
         { textDocument: { uri: file.uri } },
       );
-      // a text that has changed since is looked at again
+      // a text that has changed since is checked again
       if (report?.kind === "full" && file.doc === doc) this.#mark(file, report.items);
     } catch {
-      // it has ended, or is too slow: the next change asks again
+      // the server has ended or is too slow; the next change asks again
     }
   }
 
-  /** Takes what a server finds without being asked. */
+  /** Handles diagnostics that a server sends by itself. */
   published({ uri, version, diagnostics }: lsp.PublishDiagnosticsParams): void {
     const file = this.#files.getFile(uri);
     if (file !== null && (version === undefined || version === file.version)) this.#mark(file, diagnostics);

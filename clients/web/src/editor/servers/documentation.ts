@@ -1,10 +1,10 @@
-/** What a server tells of code, as a part of the page: Markdown, of which HTML is not shown. */
+/** Renders a server's documentation: Markdown, without HTML. */
 
 import { h, render } from "preact";
 import type * as lsp from "vscode-languageserver-protocol";
 import { rendered } from "../code/markdown.js";
 
-/** Characters that are shown; more would hold up who reads. */
+/** Characters shown at most; more would slow down the page. */
 const LENGTH_MAX = 20_000;
 
 export function documentation(text: string): HTMLElement {
@@ -14,7 +14,7 @@ export function documentation(text: string): HTMLElement {
   return element;
 }
 
-/** Returns the Markdown of a hover's contents, of all their forms. */
+/** Returns a hover's contents, in any of their forms, as Markdown. */
 export function markdownOf(contents: lsp.Hover["contents"]): string {
   if (Array.isArray(contents)) return contents.map(markdownOf).join("\n\n");
   if (typeof contents === "string") return contents;
@@ -28,14 +28,14 @@ interface Policy {
 
 declare const trustedTypes: { createPolicy(name: string, rules: Policy): Policy } | undefined;
 
-/** Leaves text alone of HTML: what is returned has no tag in it, whatever came. */
+/** Reduces HTML to its text. The result contains no tags, whatever the input. */
 const rules: Policy = {
   createHTML: (html) => html.replace(/<[^>]*>/g, "").replaceAll("<", "&lt;"),
 };
 const policy =
   typeof trustedTypes === "undefined" ? rules : trustedTypes.createPolicy("language-server", rules);
 
-/** Makes text of the HTML that lsp-client makes of a signature's documentation. */
+/** Reduces the HTML that lsp-client makes of a signature's documentation to text. */
 export function plain(html: string): string {
   return policy.createHTML(html);
 }

@@ -1,4 +1,4 @@
-/** Takes what a server would change into the documents: for renaming and formatting. */
+/** Applies a server's edits to the documents, for renaming and formatting. */
 
 import type { EditorState, Text, TransactionSpec } from "@codemirror/state";
 import type * as lsp from "vscode-languageserver-protocol";
@@ -6,11 +6,11 @@ import type { Doc } from "../state/doc.js";
 import type { Documents } from "../state/documents.js";
 import { change, type OpenFiles } from "./open-files.js";
 
-/** So many files are changed at once at most: each is opened. */
+/** Files changed at once, at most: each is opened. */
 const FILES_MAX = 200;
 const EDITS_MAX = 100_000;
 
-/** Returns where a position of the protocol is, within the text whatever a server says. */
+/** Returns the offset of a position of the protocol, always within the text. */
 export function offset(text: Text, { line, character }: lsp.Position): number {
   if (!(line >= 0) || line >= text.lines) return line >= text.lines ? text.length : 0;
   const found = text.line(Math.floor(line) + 1);
@@ -22,7 +22,7 @@ export function position(text: Text, at: number): lsp.Position {
   return { line: line.number - 1, character: at - line.from };
 }
 
-/** Returns the changes that edits of the protocol are to a state. */
+/** Turns edits of the protocol into changes of a state. */
 export function changing(
   state: EditorState,
   edits: readonly lsp.TextEdit[],
@@ -36,12 +36,12 @@ export function changing(
   return { changes, userEvent };
 }
 
-/** Returns a text of a server with the line breaks of a state: others would make one line of several. */
+/** Gives a server's text the line breaks of a state; with others, several lines would become one. */
 export function lines(text: string, state: EditorState): string {
   return text.replace(/\r?\n/g, state.lineBreak);
 }
 
-/** Returns what a server would change, by file. */
+/** Returns a server's edits by file. */
 export function byFile(edit: lsp.WorkspaceEdit): ReadonlyMap<string, readonly lsp.TextEdit[]> {
   const files = new Map<string, lsp.TextEdit[]>();
   const add = (uri: string, edits: readonly lsp.TextEdit[]) =>
@@ -53,8 +53,8 @@ export function byFile(edit: lsp.WorkspaceEdit): ReadonlyMap<string, readonly ls
 }
 
 /**
- * Changes all files of an edit, those that are not open too, and saves those that had no unsaved changes. Returns how
- * many were changed. Throws, and changes nothing, where it is not about files of the workspace alone.
+ * Changes all files of an edit, including closed ones, and saves those that had no unsaved changes. Returns the number
+ * of changed files. Throws, and changes nothing, if the edit concerns anything but files of the workspace.
  */
 export async function applyEdit(
   documents: Documents,
@@ -83,7 +83,7 @@ export async function applyEdit(
   return docs.length;
 }
 
-/** Formats a document by the edits of a server. */
+/** Formats a document with a server's edits. */
 export function format(documents: Documents, doc: Doc, edits: readonly lsp.TextEdit[]): void {
   if (doc.state !== null && edits.length > 0) change(documents, doc, changing(doc.state, edits, "format"));
 }

@@ -1,4 +1,4 @@
-/** What a server adds to the text of a file: completions, hover, going to a definition, renaming, signatures. */
+/** What a server adds to a file's view: completions, hover, going to a definition, renaming, signatures. */
 
 import { nextDiagnostic, previousDiagnostic } from "@codemirror/lint";
 import { type LSPClient, LSPPlugin, signatureHelp } from "@codemirror/lsp-client";
@@ -16,9 +16,9 @@ export interface Around {
   readonly documents: Documents;
   readonly client: LSPClient;
   readonly files: OpenFiles;
-  /** Takes note that somebody works with it. */
+  /** Called when a person uses it. */
   used(): void;
-  /** Takes note that a text has changed. */
+  /** Called when a text has changed. */
   changed(): void;
 }
 
@@ -51,7 +51,7 @@ export function features(around: Around): Extension {
   ];
 }
 
-/** Whether a person did it: what agents write into a file does not keep its server running. */
+/** Whether a person made the change; an agent's changes do not keep the server running. */
 export function byHand(update: ViewUpdate): boolean {
   if (update.focusChanged) return update.view.hasFocus;
   if (!update.docChanged && !update.selectionSet) return false;
@@ -84,7 +84,7 @@ function hover({ client, used }: Around): Extension {
   );
 }
 
-/** Goes to where what is at the cursor is defined. */
+/** Goes to the definition of the symbol at the cursor. */
 function define({ client, documents, files, used }: Around, view: EditorView): boolean {
   if (!client.serverCapabilities?.definitionProvider) return false;
   used();
@@ -108,7 +108,7 @@ function define({ client, documents, files, used }: Around, view: EditorView): b
   return true;
 }
 
-/** Asks for another name for what is at the cursor, and renames it in all files. */
+/** Asks for a new name for the symbol at the cursor, and renames it in all files. */
 function rename(around: Around, view: EditorView): boolean {
   const { state } = view;
   const word = state.wordAt(state.selection.main.head);

@@ -1,6 +1,6 @@
 /** The language server protocol's frames: a header with the length of the JSON text after it, in bytes. */
 
-/** A larger message, or longer header, is no server's. */
+/** Limits of a message and a header; no server sends larger ones. */
 const MESSAGE_MAX = 32 << 20;
 const HEADER_MAX = 4096;
 
@@ -16,16 +16,16 @@ export function frame(message: string): Uint8Array {
   return framed;
 }
 
-/** Makes messages of bytes as they come. */
+/** Parses messages from bytes as they arrive. */
 export class Frames {
   #parts: Uint8Array[] = [];
   #size = 0;
-  /** Bytes that the next step needs. */
+  /** Bytes needed for the next step. */
   #wanted = 1;
   /** The length of the message whose header has been read. */
   #length: number | null = null;
 
-  /** Takes bytes, and returns the messages that are complete. Throws where these are not frames. */
+  /** Adds bytes; returns the messages that are complete. Throws if the bytes are not frames. */
   push(data: Uint8Array): readonly string[] {
     this.#parts.push(data);
     this.#size += data.length;

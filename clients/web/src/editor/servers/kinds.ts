@@ -1,4 +1,4 @@
-/** What has to be installed for each language server, and what it is told of the editor. */
+/** What each language server needs installed, and the settings that it gets. */
 
 import type { Kind } from "./served.js";
 import typescript from "./typescript/package.json?raw";
@@ -6,9 +6,9 @@ import lockOfTypescript from "./typescript/package-lock.json?raw";
 import vscode from "./vscode/package.json?raw";
 import lockOfVscode from "./vscode/package-lock.json?raw";
 
-/** What has to be installed for a server that the site does not have. */
+/** What to install for a server that the site does not have. */
 export interface Packages {
-  /** Where, below the home folder; another version goes elsewhere. */
+  /** The folder below the home; each version has its own. */
   readonly folder: string;
   readonly manifest: string;
   readonly lock: string;
@@ -32,15 +32,15 @@ export const PACKAGES: Readonly<Record<Kind, Packages>> = {
 };
 
 /**
- * What a server is answered if it asks for settings. Completions of what is not imported yet are off: to know them
- * TypeScript reads all installed packages, which takes it from 140 to 400 MB on a template's site.
+ * The settings that a server gets if it asks. Completions of names that are not imported yet are off: for them
+ * TypeScript reads all installed packages, which takes 400 instead of 140 MB on a template's site.
  */
 const SCRIPTS = {
   suggest: { autoImports: false },
   preferences: { includeCompletionsForModuleExports: false },
   format: { semicolons: "ignore" },
 };
-// Tailwind's own rules are no mistakes
+// do not report Tailwind's own rules
 const SHEETS = { validate: true, lint: { unknownAtRules: "ignore" } };
 export const SETTINGS: Readonly<Record<string, object>> = {
   "js/ts": SCRIPTS,

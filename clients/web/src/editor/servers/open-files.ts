@@ -1,4 +1,4 @@
-/** The open documents as a language server knows them, whether they are shown or not. */
+/** The open documents, shown or not, as a language server sees them. */
 
 import { type LSPClient, LSPPlugin, Workspace, type WorkspaceFile } from "@codemirror/lsp-client";
 import { ChangeSet, type Extension, type Text, type TransactionSpec } from "@codemirror/state";
@@ -7,7 +7,7 @@ import type { Doc } from "../state/doc.js";
 import type { Documents } from "../state/documents.js";
 import { relative } from "../state/paths.js";
 
-/** Changes a document, in the view that shows it if one does. */
+/** Changes a document, in its view if it is shown. */
 export function change(documents: Documents, doc: Doc, spec: TransactionSpec): void {
   const stage = [...documents.stages].find((one) => one.doc === doc);
   if (stage !== undefined) stage.dispatch(spec);
@@ -16,11 +16,11 @@ export function change(documents: Documents, doc: Doc, spec: TransactionSpec): v
 
 export class OpenFile implements WorkspaceFile {
   version = 0;
-  /** The view that shows it. */
+  /** The view that shows the file, if any. */
   view: EditorView | null = null;
   /** The text that the server has. */
   doc: Text;
-  /** What its state has of the server. */
+  /** The server's extension of the file's state. */
   extension: Extension = [];
 
   constructor(
@@ -35,7 +35,7 @@ export class OpenFile implements WorkspaceFile {
     return this.view;
   }
 
-  /** The text as it is here, which the server may not have yet. */
+  /** The current text, which the server may not have yet. */
   get present(): Text {
     return this.of.state?.doc ?? this.doc;
   }
@@ -62,7 +62,7 @@ export class OpenFiles extends Workspace {
     return `file://${`${this.#folder}/${path}`.split("/").map(encodeURIComponent).join("/")}`;
   }
 
-  /** Returns the path of a file of the workspace; null where it is none. */
+  /** Returns the path of a file in the workspace, null for any other URI. */
   path(uri: string): string | null {
     try {
       const url = new URL(uri);

@@ -1,16 +1,16 @@
-/** Formats a document as the site's own Prettier does, where the site has one and says how. */
+/** Formats a document with the site's own Prettier, if the site has and configures one. */
 
 import { type Tenant, unique } from "@incus-gateway/client";
 import type { Doc } from "../state/doc.js";
 import script from "./prettier.sh?raw";
 import { LANGUAGE_SERVER } from "./served.js";
 
-/** Milliseconds that a save waits for it at most. */
+/** Milliseconds that a save waits for Prettier. */
 const PATIENCE = 8000;
-/** It does not hold for this file. */
+/** The exit code if there is no Prettier for this file. */
 const NONE = 69;
 
-/** Returns the formatted text; null where Prettier is not to be asked. Throws what Prettier says, as of an error. */
+/** Returns the formatted text, or null if Prettier does not apply. Throws Prettier's message, such as a syntax error. */
 export async function prettier(tenant: Tenant, doc: Doc): Promise<string | null> {
   const argv = ["/bin/sh", "-c", 'eval "$SCRIPT"', "prettier", doc.path];
   const exec = await tenant.exec(argv, {
@@ -20,12 +20,12 @@ export async function prettier(tenant: Tenant, doc: Doc): Promise<string | null>
     timeoutMs: PATIENCE,
     lingerMs: 0,
   });
-  // a program that is not there reads no input
+  // a missing program reads no input
   await exec.write(doc.text).catch(() => {});
   await exec.closeStdin().catch(() => {});
   const texts = { stdout: "", stderr: "" };
   const decoders = { stdout: new TextDecoder(), stderr: new TextDecoder() };
-  // no larger than a few times the text; more is no formatting of it
+  // a formatted text is at most a few times as long
   const most = 10_000 + doc.text.length * 8;
   for await (const { stream, data } of exec.output()) {
     texts[stream] += decoders[stream].decode(data, { stream: true });

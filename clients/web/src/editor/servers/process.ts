@@ -7,26 +7,26 @@ import { PACKAGES } from "./kinds.js";
 import { type Kind, LANGUAGE_SERVER } from "./served.js";
 import startScript from "./start.sh?raw";
 
-/** Milliseconds for which it outlives the connection; a page that is closed ends it so. */
+/** Milliseconds that it outlives the connection, so that it ends after the page is closed. */
 const LINGER = 10_000;
-/** Bytes that wait for the connection to come back; a server that misses some is of no use. */
+/** Bytes that wait for the connection to come back. A server that misses some cannot be used any more. */
 const WAITING_MAX = 4 << 20;
 const INSTALL_MS = 300_000;
 const MISSING = 69;
-/** Characters of what it says that are kept, for who asks why it ended. */
+/** Characters kept of its errors, to show why it ended. */
 const SAID_MAX = 2000;
 
-/** There is none in the tenant; it has to be installed. */
+/** The tenant has no such server: it has to be installed. */
 export class Missing extends Error {}
 
 export interface Listener {
   message(text: string): void;
   memory(bytes: number): void;
-  /** It has ended, or cannot be used any more. */
+  /** It has ended or cannot be used any more. */
   ended(error: Error): void;
 }
 
-// short, since commands are shown by their words
+// short, since lists of commands show its words
 function command(script: string, ...words: readonly string[]) {
   return { argv: ["/bin/sh", "-c", 'eval "$SCRIPT"', ...words], script };
 }
@@ -39,7 +39,7 @@ export class ServerProcess {
   #waits = 0;
   #said = "";
   #over = false;
-  /** It has sent something, so there is one. */
+  /** It has sent something, so it exists. */
   #answered = false;
 
   private constructor(exec: Exec, listener: Listener) {
@@ -96,7 +96,7 @@ export class ServerProcess {
   }
 
   send(message: string): void {
-    if (this.#over) return; // whoever waits for an answer is told by the end
+    if (this.#over) return; // the end rejects all pending answers
     const bytes = frame(message);
     this.#waiting.push(bytes);
     this.#waits += bytes.length;
@@ -104,7 +104,7 @@ export class ServerProcess {
     else this.#flush();
   }
 
-  /** Sends what waits. What is under way when the connection breaks is the client's to send again. */
+  /** Sends what waits. If the connection breaks meanwhile, the client sends it again. */
   #flush(): void {
     while (this.#exec.attached && this.#waiting.length > 0) {
       const bytes = this.#waiting.shift()!;
@@ -119,7 +119,7 @@ export class ServerProcess {
     this.#listener.ended(error);
   }
 
-  /** Ends it, without a word to the listener. */
+  /** Ends it without calling the listener. */
   stop(): void {
     if (this.#over) return;
     this.#over = true;
@@ -129,7 +129,7 @@ export class ServerProcess {
 
 const installing = new Map<string, Promise<void>>();
 
-/** Installs a server in the tenant, for the site's user; several that want the same wait for one. Throws what npm says. */
+/** Installs a server in the tenant for the site's user; concurrent calls share one install. Throws npm's message. */
 export function installed(tenant: Tenant, kind: Kind): Promise<void> {
   const key = `${tenant.name} ${PACKAGES[kind].folder}`;
   const work = installing.get(key) ?? install(tenant, kind).finally(() => installing.delete(key));

@@ -1,21 +1,21 @@
-/** Which language server a file has, and how a server is seen. */
+/** Which language server a file has, and what the editor shows of a server. */
 
 import type { ReadonlySignal } from "@preact/signals";
 import type { Doc } from "../state/doc.js";
 
 export type Kind = "typescript" | "css" | "html" | "json";
 
-/** Begins the ids of their commands: they are no agent's work. */
+/** Prefix of their commands' ids, by which they are not taken for an agent's work. */
 export const LANGUAGE_SERVER = "language-server-";
 
 export type ServerState = "installing" | "starting" | "running" | "resting" | "again" | "failed";
 
-/** A language server as a person sees it. */
+/** A language server as shown to a person. */
 export interface ServerView {
   readonly kind: Kind;
   readonly title: string;
   readonly state: ReadonlySignal<ServerState>;
-  /** Bytes; null until it is known. */
+  /** Bytes; null while unknown. */
   readonly memory: ReadonlySignal<number | null>;
   /** Why it failed. */
   readonly failure: ReadonlySignal<string>;
@@ -33,10 +33,10 @@ const SCRIPTS: Readonly<Record<string, string>> = {
   jsx: "javascriptreact",
 };
 const SHEETS = /^(css|scss|less)$/;
-/** A longer text is a bundle, or data: a server would be busy with it for long. */
+/** Longest text that is served. A longer one is a bundle or data, and would keep a server busy for long. */
 const LENGTH_MAX = 1_000_000;
 
-/** Returns the server of a file, and its language's id in the protocol; null where it has none. */
+/** Returns a file's server and its language's id in the protocol, or null. */
 export function servedBy(path: string): { readonly kind: Kind; readonly language: string } | null {
   const extension = path.slice(path.lastIndexOf(".") + 1).toLowerCase();
   const script = SCRIPTS[extension];
@@ -50,7 +50,7 @@ export function servedBy(path: string): { readonly kind: Kind; readonly language
   return null;
 }
 
-/** Whether a file is one that a server may look at. */
+/** Whether a server may read a file. */
 export function served(doc: Doc, kind: Kind | null = null): boolean {
   if (doc.phase.value !== "ready" || (doc.state?.doc.length ?? 0) > LENGTH_MAX) return false;
   const found = servedBy(doc.path);

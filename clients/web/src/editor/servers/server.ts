@@ -1,4 +1,4 @@
-/** One language server of the open tenant: it starts when it is needed, and ends when it rests. */
+/** One language server of the open tenant. It starts when needed and ends when unused. */
 
 import { indentUnit } from "@codemirror/language";
 import { LSPClient } from "@codemirror/lsp-client";
@@ -19,24 +19,24 @@ import { change, OpenFiles } from "./open-files.js";
 import { installed, Missing, ServerProcess } from "./process.js";
 import { type Kind, type ServerState, type ServerView, served, servedBy } from "./served.js";
 
-/** Milliseconds without use until it is ended. */
+/** Milliseconds without use before it is ended. */
 const REST = 5 * 60_000;
-/** Milliseconds for an answer; the first has to read the whole site. */
+/** Milliseconds for an answer; for the first one the server reads the whole site. */
 const ANSWER = 60_000;
 const FORMAT = 5000;
-/** Characters of what a server asks of the editor. */
+/** Characters of a server's request, at most. */
 const ASKED_MAX = 65_536;
-/** So often it is started again within so many milliseconds; then a person has to ask for it. */
+/** Restarts within so many milliseconds; after that a person has to start it. */
 const AGAIN = 3;
 const AGAIN_WITHIN = 3 * 60_000;
 const AGAIN_AFTER = [500, 2000, 5000];
 
-/** What a package manager writes at its end. */
+/** Files that package managers write at their end. */
 const PACKAGES_CHANGED = /(^|\/)(package(-lock)?\.json|bun\.lockb?|pnpm-lock\.yaml|yarn\.lock)$/;
-/** Milliseconds of quiet after that until the server is started anew. */
+/** Milliseconds without changes after that before the server is restarted. */
 const ANEW = 3000;
 
-/** What the editor can do beyond what lsp-client says of itself. */
+/** The editor's capabilities beyond those of lsp-client. */
 const CAPABILITIES = {
   workspace: {
     configuration: true,
@@ -57,7 +57,7 @@ const TITLES: Readonly<Record<Kind, string>> = {
   json: "JSON",
 };
 
-/** A running server, as it is until its process ends. */
+/** A running server, until its process ends. */
 interface Session {
   readonly client: LSPClient;
   readonly process: ServerProcess;
@@ -73,7 +73,7 @@ export class Server implements ServerView {
   readonly memory = signal<number | null>(null);
   readonly failure = signal("");
   #session: Session | null = null;
-  /** Which start is the last one: what an earlier one brings does not count. */
+  /** The number of the latest start; results of earlier ones are ignored. */
   #turn = 0;
   #ends: number[] = [];
   #timer: ReturnType<typeof setTimeout> | undefined;
@@ -89,13 +89,13 @@ export class Server implements ServerView {
     this.title = TITLES[kind];
   }
 
-  /** Starts it where it rests, and has it go on. */
+  /** Starts it if it rests, and keeps it running. */
   want(): void {
     this.#used();
     if (this.state.peek() === "resting") void this.#start();
   }
 
-  /** Starts it anew, because a person wants it. */
+  /** Restarts it at a person's request. */
   restart(): void {
     this.#ends = [];
     this.#end("resting");
@@ -185,7 +185,7 @@ export class Server implements ServerView {
       stop: () => {
         following();
         diagnostics.dispose();
-        // another start may have served it by now
+        // another start may have served it meanwhile
         for (const { of, extension } of files.files)
           if (of.state !== null && serving(of.state) === extension)
             change(this.documents, of, serve(this.#waking()));
@@ -215,7 +215,7 @@ export class Server implements ServerView {
     return session;
   }
 
-  /** Has the server know the open documents, and these the server. */
+  /** Connects the server and the open documents. */
   #reconcile({ client, files, extension, diagnostics }: Session, docs: readonly Doc[]): void {
     for (const file of files.files) {
       if (docs.includes(file.of) && file.uri === files.uri(file.of.path)) continue;
@@ -226,23 +226,23 @@ export class Server implements ServerView {
       const known = files.of(doc);
       const file = known ?? files.add(doc, servedBy(doc.path)!.language);
       if (known === null) file.extension = [client.plugin(file.uri, file.languageId), extension];
-      // a file that was read anew has a new state
+      // a file that was read again has a new state
       if (doc.state !== null && serving(doc.state) !== file.extension)
         change(this.documents, doc, serve(file.extension));
     }
     diagnostics.soon();
   }
 
-  /** Has the next key in a file of it start it again. */
+  /** Makes the next key in one of its files start it again. */
   #waking(): Extension {
     return EditorView.updateListener.of((update) => {
       if (byHand(update)) this.want();
     });
   }
 
-  /** Answers what the server asks of an editor; returns whether that is all there is to it. */
+  /** Answers a server's request to the editor; returns whether the message needs nothing more. */
   #answer(text: string, process: ServerProcess, session: Session): boolean {
-    if (text.length > ASKED_MAX) return false; // a long one is an answer
+    if (text.length > ASKED_MAX) return false; // a long message is an answer
     const { id, method, params } = JSON.parse(text) as { id?: unknown; method?: string; params?: unknown };
     if (id === undefined || method === undefined) return false;
     const reply = (result: unknown) => process.send(JSON.stringify({ jsonrpc: "2.0", id, result }));
@@ -260,7 +260,7 @@ export class Server implements ServerView {
     return true;
   }
 
-  /** Tells the server of files that anybody has changed. */
+  /** Tells the server about files changed by anybody. */
   changed({ changes, overflow }: FileChanges): void {
     const session = this.#session;
     if (session === null) return;
@@ -269,7 +269,7 @@ export class Server implements ServerView {
     session.client.notification("workspace/didChangeWatchedFiles", { changes: told });
     session.diagnostics.soon();
     session.diagnostics.later();
-    // installed packages are not watched, and what was missed may be anything: only a new start reads all again
+    // installed packages are not watched, and anything may have been missed: only a restart reads everything
     if (!overflow && !changes.some(({ path }) => PACKAGES_CHANGED.test(path))) return;
     clearTimeout(this.#anew);
     this.#anew = setTimeout(() => this.#session !== null && this.restart(), ANEW);
@@ -301,7 +301,7 @@ export class Server implements ServerView {
     else this.#end("resting");
   }
 
-  /** It has ended by itself. */
+  /** Handles a server that has ended by itself. */
   #broken(error: Error): void {
     const now = Date.now();
     this.#ends = [...this.#ends.filter((end) => now - end < AGAIN_WITHIN), now];

@@ -1,11 +1,11 @@
-# Runs a language server of a site, unless it has to be installed first.
-# Usage: start.sh NAME FOLDER; NAME is typescript, css, html or json, FOLDER where it is installed, below the home
-# Input: the server's. Output: the server's; its errors with lines `language-server: memory KIB` where that changed.
+# Runs a site's language server, if it is installed.
+# Usage: start.sh NAME FOLDER; NAME is typescript, css, html or json, FOLDER is where it is installed, below the home
+# Input: the server's. Output: the server's; its errors, with lines `language-server: memory KIB` when that changes.
 # Exit: the server's, or 69 if there is none.
 set -u
 name=$1 folder=$HOME/$2
 
-# Where memory is short it ends before the site does, and where processors are short it waits.
+# If memory is short it is killed before the site, and if processors are busy it waits.
 echo 900 2>/dev/null >/proc/self/oom_score_adj || :
 renice -n 5 -p $$ >/dev/null 2>&1 || :
 
@@ -14,7 +14,7 @@ case $(uname -m) in
   *) machine=x64 ;;
 esac
 if [ "$name" = typescript ]; then
-  # the site's own TypeScript, whose rules it is checked by; before version 7 it had no language server
+  # the site's own TypeScript, by whose rules it is checked, if it is version 7 or later and has a language server
   program=
   for place in node_modules "$folder/node_modules"; do
     found=$(readlink -f "$place/typescript") || continue
@@ -37,7 +37,7 @@ fi
 (
   told=0
   while sleep 2 && now=$(awk '/^VmRSS:/ { print $2 }' /proc/$$/status 2>/dev/null) && [ -n "$now" ]; do
-    # each line costs the reader something: only what changed by a tenth
+    # only changes by a tenth, since each line costs the reader something
     [ $((now - told)) -gt $((told / 10)) ] || [ $((told - now)) -gt $((told / 10)) ] || continue
     told=$now
     echo "language-server: memory $now" >&2

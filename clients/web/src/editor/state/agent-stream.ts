@@ -1,12 +1,12 @@
-/** Reads the answer of an agent's server: messages of the Agent SDK as SSE, or as a line of JSON each. */
+/** Reads an agent server's answer: messages of the Agent SDK as SSE, or as lines of JSON. */
 
-/** Characters of one message: the largest has a file in it. */
+/** Characters of one message, at most: the largest contain a file. */
 const LONGEST = 32 << 20;
 const FOREIGN = "The agent's server sent something that is no message of the Agent SDK.";
 
 export class BrokenStream extends Error {}
 
-/** Yields each message as it arrives. Throws `BrokenStream` for what is no such stream. */
+/** Yields each message as it arrives. Throws `BrokenStream` for any other stream. */
 export async function* messages(body: ReadableStream<BufferSource>): AsyncGenerator<object> {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   const lines = new Lines();
@@ -21,11 +21,11 @@ export async function* messages(body: ReadableStream<BufferSource>): AsyncGenera
   }
 }
 
-/** Takes text in any pieces, and gives what each message holds. */
+/** Parses text that arrives in pieces, and yields the messages. */
 class Lines {
-  /** The begin of a line, in the pieces in which it came: joined once, however many they are. */
+  /** The beginning of a line in pieces, which are joined once. */
   #begin: string[] = [];
-  /** The fields `data` of an SSE event. */
+  /** The `data` fields of an SSE event. */
   #data: string[] = [];
   #size = 0;
 

@@ -1,4 +1,4 @@
-/** The operator's agent: it is asked, works for the person, can be stopped, and is asked again after a reload. */
+/** The operator's agent: sends prompts, follows its work, stops it, and continues after a reload. */
 
 import { GatewayError, type GatewayEvent, type Tenant, type Turn } from "@incus-gateway/client";
 import { effect, signal } from "@preact/signals";
@@ -6,16 +6,16 @@ import { BrokenStream, messages } from "./agent-stream.js";
 import { Conversation, type Said } from "./conversation.js";
 import { look, who } from "./session.js";
 
-/** Where the agent's server is, by the gateway's operator; null without one. */
+/** The URL of the agent's server, set by the operator; null without one. */
 export const agentUrl =
   document.querySelector<HTMLMetaElement>('meta[name="agent-url"]')?.content.trim() || null;
 
 const KEPT = "gateway.agent.";
-/** Characters of what is kept for a reload, and of a prompt. */
+/** Characters kept for a reload, and of a prompt, at most. */
 const [ROOM, LONGEST] = [400_000, 200_000];
-/** Milliseconds without a change until it is kept. */
+/** Milliseconds without a change before the conversation is stored. */
 const REST = 400;
-/** Milliseconds after its end in which an agent's turn may still be told. */
+/** Milliseconds after an agent's end for its turn to be reported. */
 const LATE = 15_000;
 
 interface Kept {
@@ -26,7 +26,7 @@ interface Kept {
   readonly running: boolean;
 }
 
-// who signs out leaves nothing behind
+// signing out leaves nothing behind
 let before = "";
 effect(() => {
   const out = who() === "" && before !== "";
@@ -42,7 +42,7 @@ export class Agent {
   readonly said = signal<readonly Said[]>([]);
   readonly thinking = signal(false);
   readonly running = signal(false);
-  /** What is typed and not sent yet. */
+  /** The text typed but not sent yet. */
   readonly draft = signal("");
   #ending: AbortController | null = null;
   #subject: string | null = null;
@@ -74,7 +74,7 @@ export class Agent {
     );
   }
 
-  /** What is in storage is not trusted; another person's is not shown. */
+  /** Restores the conversation. Storage is not trusted, and another person's conversation is not shown. */
   #kept(): Kept | null {
     try {
       const kept = JSON.parse(sessionStorage.getItem(KEPT + this.#name) ?? "null") as Kept | null;
@@ -109,7 +109,7 @@ export class Agent {
     try {
       sessionStorage.setItem(KEPT + this.#name, text);
     } catch {
-      // storage is full or forbidden: the conversation ends with the page
+      // storage is full or not allowed: the conversation ends with the page
     }
   }
 
@@ -124,7 +124,7 @@ export class Agent {
     this.#ending?.abort();
   }
 
-  /** Asks the agent, which works until it has answered; what is typed stays where it cannot be asked. */
+  /** Sends the prompt and follows the agent to its answer. If that fails, the text stays. */
   async ask(): Promise<void> {
     const prompt = this.draft.value.trim();
     if (agentUrl === null || prompt === "" || this.running.value) return;
@@ -173,7 +173,7 @@ export class Agent {
         Accept: "application/x-ndjson, text/event-stream",
       },
       body: JSON.stringify({ tenant: this.#name, prompt, ...(session === null ? {} : { session }) }),
-      // the token is for this address alone
+      // the token is for this address only
       redirect: "error",
       credentials: "omit",
       referrerPolicy: "no-referrer",
@@ -200,7 +200,7 @@ export class Agent {
       throw new BrokenStream("The connection to the agent broke, which stopped it. Ask it to go on.");
   }
 
-  /** Hears which command runs for a call, and what the agent changed. */
+  /** Handles events: the command of a call, and the agent's turn. */
   take({ type, data }: GatewayEvent): void {
     if (type === "tool.started" && typeof data.exec === "string" && typeof data.callId === "string") {
       this.#conversation.runs(data.callId, data.exec);
@@ -223,7 +223,7 @@ export class Agent {
     clearTimeout(this.#keeping);
   }
 
-  /** Words come faster than pictures. */
+  /** Text arrives faster than the page can be drawn. */
   #drawSoon(): void {
     this.#drawing ||= requestAnimationFrame(() => this.#draw());
   }
@@ -236,13 +236,13 @@ export class Agent {
   }
 }
 
-/** Says whether a turn is of that name, of which a commit keeps no brackets. */
+/** Whether a turn has this title; a commit's title has no brackets. */
 function alike(kept: string, name: string): boolean {
   const letters = (text: string) => text.replace(/[^\p{L}\p{N}]/gu, "");
   return letters(kept) === letters(name);
 }
 
-/** Returns why a server refuses, in its own words where it has some. */
+/** Returns why a server refuses, in its own words if it gives any. */
 async function refusal(response: Response): Promise<string> {
   if (response.status === 401 || response.status === 403)
     return "The agent's server does not accept your token. Whoever runs the gateway can say why.";
@@ -252,7 +252,7 @@ async function refusal(response: Response): Promise<string> {
     const words = told?.detail ?? told?.message ?? told?.error;
     if (typeof words === "string") said = words.slice(0, 1000);
   } catch {
-    // its status has to do
+    // the status must do
   }
   return said || `The agent's server answered with the error ${response.status}.`;
 }

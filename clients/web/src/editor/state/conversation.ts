@@ -1,19 +1,19 @@
-/** What was said with an agent, made of the SDK's messages. What they hold was made by a model: nothing is trusted. */
+/** A conversation with an agent, from the SDK's messages. A model wrote their contents: nothing is trusted. */
 
 export interface Call {
   readonly kind: "call";
   readonly id: string;
   readonly name: string;
-  /** What it is called with, in a few words. */
+  /** Its input in a few words. */
   readonly what: string;
-  /** The file that it is about. */
+  /** The file concerned. */
   readonly path: string | null;
   readonly state: "running" | "done" | "failed" | "stopped";
-  /** The beginning of what came back. */
+  /** The beginning of the result. */
   readonly said: string;
-  /** The command whose output can be looked at. */
+  /** The command whose output can be shown. */
   readonly exec: string | null;
-  /** It was made by a sub-agent. */
+  /** Whether a sub-agent made it. */
   readonly nested: boolean;
 }
 
@@ -54,12 +54,12 @@ function blocks(message: unknown): readonly Facts[] {
   return Array.isArray(content) ? content.map(facts) : [];
 }
 
-/** A list of what was said; `take` returns whether a message ended the agent's work. */
+/** The conversation so far. `take` returns whether a message ended the agent's work. */
 export class Conversation {
   #said: Said[];
-  /** By which the server knows the conversation. */
+  /** The server's id of the conversation. */
   session: string | null;
-  /** What the model did last that is not in the list. */
+  /** The model's latest activity that is not in the list. */
   thinking = false;
 
   constructor(said: readonly Said[] = [], session: string | null = null) {
@@ -79,7 +79,7 @@ export class Conversation {
     this.#add({ kind: "note", text: text(words, RESULT), bad });
   }
 
-  /** Ends what is under way. */
+  /** Ends everything in progress. */
   rest(): void {
     this.thinking = false;
     this.#said = this.#said.map((one) => {
@@ -88,7 +88,7 @@ export class Conversation {
     });
   }
 
-  /** Links a call to the command that runs for it. */
+  /** Links a call to its command. */
   runs(call: string, exec: string): void {
     this.#change(call, { exec });
   }
@@ -135,7 +135,7 @@ export class Conversation {
       const whole = text(block.text, TEXT);
       const at = this.#said.findLastIndex((one) => one.kind === "text" && one.live);
       if (whole === "" || typeof error === "string") {
-        // what failed is told in our words
+        // failures are described in our words
         if (at >= 0) this.#said.splice(at, 1);
       } else if (at >= 0) this.#said[at] = { kind: "text", text: whole, live: false };
       else this.#add({ kind: "text", text: whole, live: false });

@@ -1,4 +1,4 @@
-/** Which open files need a language server; what talks to servers is loaded when the first does. */
+/** Which open files need a language server. The code for servers is loaded when the first one does. */
 
 import type { FileChanges, Tenant } from "@incus-gateway/client";
 import { computed, effect, signal } from "@preact/signals";
@@ -15,7 +15,7 @@ export class LanguageServers {
   readonly #stop: () => void;
   #servers: Promise<Servers> | null = null;
 
-  /** `workspace` is where the tenant's files are, once commands can be run there; null until then. */
+  /** `workspace` is the folder of the tenant's files; null until commands can run there. */
   constructor(tenant: () => Tenant, documents: Documents, workspace: () => string | null) {
     this.#documents = documents;
     const where = computed(workspace);
@@ -40,12 +40,12 @@ export class LanguageServers {
     }
   }
 
-  /** Takes what the watcher saw. */
+  /** Handles changes seen by the watcher. */
   changed(changes: FileChanges): void {
     void this.#servers?.then((servers) => servers.changed(changes));
   }
 
-  /** Formats a document, if its server runs and can. */
+  /** Formats a document if its server is running and supports it. */
   async format(doc: Doc): Promise<void> {
     await (await this.#servers)?.format(doc);
   }

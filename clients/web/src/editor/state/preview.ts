@@ -1,6 +1,6 @@
-/** What the preview shows: the addresses that it was at, and what its page reports. The page is the tenant's: hostile. */
+/** The preview's history, and what its page reports. The page is the tenant's: hostile. */
 
-/** Addresses, and which of them is shown. */
+/** Addresses, and the index of the shown one. */
 export interface Visited {
   readonly entries: readonly string[];
   readonly at: number;
@@ -14,14 +14,14 @@ export function here({ entries, at }: Visited): string | null {
   return entries[at] ?? null;
 }
 
-/** Adds an address after the one that is shown, as a browser does. */
+/** Adds an address after the shown one, as a browser does. */
 export function visit(visited: Visited, url: string): Visited {
   if (here(visited) === url) return visited;
   const entries = [...visited.entries.slice(0, visited.at + 1), url].slice(-ENTRIES);
   return { entries, at: entries.length - 1 };
 }
 
-/** Goes back or forward, as far as there is something. */
+/** Goes back or forward, if possible. */
 export function step({ entries, at }: Visited, by: number): Visited {
   return { entries, at: Math.max(0, Math.min(entries.length - 1, at + by)) };
 }
@@ -34,7 +34,7 @@ export interface Report {
   readonly url: string;
 }
 
-/** Returns what the script in a page of `site`, an origin, reports; null for anything else. */
+/** Returns a report of the script in a page of the origin `site`; null for anything else. */
 export function reported(data: unknown, site: string): Report | null {
   if (typeof data !== "object" || data === null) return null;
   const { gatewayPreview, text, url } = data as Readonly<Record<string, unknown>>;
@@ -48,12 +48,12 @@ function within(url: string, site: string): boolean {
   return url.length <= WORDS && URL.canParse(url) && new URL(url).origin === site;
 }
 
-/** An address without what the gateway put there. */
+/** Returns an address without the gateway's parameter. */
 function plain(url: string): string {
   return url.replace(/([?&])__gateway_preview=[^&#]*(&?)/, (_, before, after) => (after ? before : ""));
 }
 
-/** Text without what turns or hides other text. */
+/** Returns text without characters that reorder or hide other text. */
 function printable(text: string): string {
   return text.replace(/(?!\n)[\p{Cc}\p{Bidi_Control}]/gu, " ");
 }
@@ -64,7 +64,7 @@ export interface Line {
   readonly times: number;
 }
 
-/** Adds a line; the same again only counts. */
+/** Adds a line; a repeated one is only counted. */
 export function told(lines: readonly Line[], kind: Line["kind"], text: string): readonly Line[] {
   const last = lines.at(-1);
   if (last?.kind === kind && last.text === text)

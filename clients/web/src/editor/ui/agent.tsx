@@ -13,13 +13,13 @@ import { looking } from "./turn.js";
 const box = createRef<HTMLTextAreaElement>();
 
 export function focusAgent(): void {
-  // after the view is there
+  // once the view exists
   requestAnimationFrame(() => box.current?.focus());
 }
 
 type Render = (text: string) => ComponentChild;
 
-/** Markdown is drawn by a module that most pages never need. */
+/** Markdown is rendered by a module that is loaded when needed. */
 function useMarkdown(): Render | null {
   const [render, setRender] = useState<Render | null>(null);
   useEffect(() => {
@@ -168,7 +168,7 @@ function Part({ said, current, render }: { said: Said; current: Workspace; rende
   }
 }
 
-/** Text that grows is not read out word by word, but once it is whole. */
+/** Growing text is read out once it is complete, not word by word. */
 function Answer({ text, live, render }: { text: string; live: boolean; render: Render | null }) {
   const shown = useMemo(() => render?.(text) ?? <p class="plain">{text}</p>, [text, render]);
   return (
@@ -229,7 +229,7 @@ function CallRow({ call, current }: { call: Call; current: Workspace }) {
 
 async function show(current: Workspace, turn: string): Promise<void> {
   try {
-    await current.history.look(); // which is the first can be told only then
+    await current.history.look(); // only then it is known which turn is the first
     looking.value = await current.tenant.history.turn(turn);
   } catch (error) {
     complain(error, "What the agent changed");

@@ -1,4 +1,4 @@
-/** What the page in the preview complains of, beneath it. */
+/** The console below the preview: what its page reports. */
 
 import type { Line } from "../state/preview.js";
 import { IconButton } from "./parts.js";

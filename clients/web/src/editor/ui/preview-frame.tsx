@@ -1,4 +1,4 @@
-/** The frame of the preview: it waits for the site, and hears what a page with the script reports. */
+/** The frame of the preview: waits for the site, and receives the reports of a page with the script. */
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import { remembered } from "../state/layout.js";
@@ -7,7 +7,7 @@ import { allows, session } from "../state/session.js";
 import type { Workspace } from "../state/workspace.js";
 import { Empty, Spinner } from "./parts.js";
 
-/** Sizes at which a site is looked at: a device's, in its own pixels. */
+/** Sizes for the frame: those of devices, in CSS pixels. */
 export const DEVICES: Readonly<Record<string, { readonly width: number; readonly height: number } | null>> = {
   Fitting: null,
   Phone: { width: 390, height: 844 },
@@ -16,9 +16,9 @@ export const DEVICES: Readonly<Record<string, { readonly width: number; readonly
 };
 export const device = remembered<string>("device", "Fitting");
 
-/** Milliseconds between two looks at a site that does not answer. */
+/** Milliseconds between two checks of a site that does not answer. */
 const PERIOD = 1000;
-/** After so many milliseconds a page is shown although it still loads. */
+/** Milliseconds after which a page is shown although it is still loading. */
 const PATIENCE = 10_000;
 
 type Shown =
@@ -26,8 +26,8 @@ type Shown =
   | { readonly is: "loading" | "there"; readonly round: number; readonly src: string };
 
 /**
- * Shows the site once it answers. What a frame of another origin has in it nobody here can see, so that the
- * gateway is asked: before the frame is made, and after each page that it loaded, which may be a proxy's error.
+ * Shows the site once it answers. The contents of a frame of another origin cannot be read, so the gateway is asked:
+ * before the frame is created, and after each page that it has loaded, which may be a proxy's error.
  */
 export function Frame(props: {
   current: Workspace;
@@ -128,14 +128,14 @@ function withKey(url: string, { parameter, key }: { parameter: string; key: stri
   return address.href;
 }
 
-/** Milliseconds after a page was loaded in which it must have reported that it is there. */
+/** Milliseconds after a page has loaded for its script to report. */
 const SILENCE = 700;
-/** Messages that are looked at of one page: whatever it sends beyond that is not read. */
+/** Messages read from one page; any more are ignored. */
 const HEARD = 500;
 
 /**
- * Hears what the page in a frame reports. Returns a function that is called when a page was loaded, and tells which
- * one to load again with the script, where a link has led to it and it came without: null for none.
+ * Receives the reports of a frame's page. Returns a function to call when a page has loaded: it returns the page to load
+ * again with the script, if a link has led to it and it came without, or null.
  */
 function useHearing(
   frame: { readonly current: HTMLIFrameElement | null },
@@ -170,14 +170,14 @@ function useHearing(
   };
 }
 
-/** Says whether there is something to show: a page, be it the site's own error, or one that has to be woken. */
+/** Whether there is something to show: a page, even the site's own error, or a site to wake. */
 async function answers(current: Workspace, signal?: AbortSignal): Promise<boolean> {
   if (!session.value) return false;
   try {
     const said = await current.tenant.site(signal);
     return said.answers !== false || said.status !== null;
   } catch {
-    return false; // the state of the connection says why
+    return false; // the connection's state says why
   }
 }
 

@@ -13,7 +13,7 @@ import { Empty, Icon, IconButton } from "./parts.js";
 import { PreviewConsole } from "./preview-console.js";
 import { DEVICES, device, Frame } from "./preview-frame.js";
 
-/** Grows whenever the site is to be loaded again. */
+/** Increased to load the site again. */
 export const reloads = signal(0);
 
 export function siteOf(current: Workspace): string | null {
@@ -23,7 +23,7 @@ export function siteOf(current: Workspace): string | null {
   return info.address !== null && info.port !== null ? `http://${info.address}:${info.port}` : null;
 }
 
-/** What has the site's pages come with the script that reports their errors. */
+/** The parameter that adds the script, which reports errors, to the site's pages. */
 interface Key {
   readonly parameter: string;
   readonly key: string;
@@ -35,21 +35,21 @@ export function Preview({ current }: { current: Workspace }) {
   const [chosen, setChosen] = useState<string | null>(() => localStorage.getItem(kept));
   const base = chosen ?? site;
   const [visited, setVisited] = useState<Visited>(NOWHERE);
-  /** What the frame was told to load: the page in it may have gone on since. */
+  /** The address that the frame was told to load; its page may have moved on since. */
   const [load, setLoad] = useState<string | null>(null);
-  /** What a person types in the place of the address; null for nothing. */
+  /** The text typed into the address field, or null. */
   const [typed, setTyped] = useState<string | null>(null);
   const field = useRef<HTMLInputElement>(null);
   const [key, setKey] = useState<Key | null>(null);
   const [lines, setLines] = useState<readonly Line[]>([]);
   const url = here(visited) ?? (base === null ? null : new URL("/", base).href);
   const own = url !== null && site !== null && new URL(url).origin === new URL(site).origin;
-  // an address that becomes known, or a page that goes on, is no reason to lose what is being typed
+  // do not lose what is being typed if an address becomes known or the page moves on
   useEffect(() => {
     if (document.activeElement !== field.current) setTyped(null);
   }, [url]);
   const count = reloads.value;
-  // a reload is of the page that is shown, wherever its links have led
+  // reload the shown page, wherever its links have led
   useEffect(() => setLoad(here(visited)), [count]);
   const choose = (origin: string | null) => {
     if (origin === null || origin === (site === null ? null : new URL(site).origin))
@@ -74,7 +74,7 @@ export function Preview({ current }: { current: Workspace }) {
       setLoad(null);
       return;
     }
-    if (text.startsWith("/") && url === null) return; // of which site is not known yet
+    if (text.startsWith("/") && url === null) return; // the site is not known yet
     const whole = text.startsWith("/") ? new URL(text, url ?? undefined).href : text;
     const wanted = /^https?:\/\//.test(whole) ? whole : `http://${whole}`;
     setTyped(null);
@@ -227,7 +227,7 @@ export function Preview({ current }: { current: Workspace }) {
 
 const INSIDE = ["127.", "::1"];
 
-/** Lists what listens in the tenant, and shows what is chosen. */
+/** Lists the listening ports of the tenant, and shows the chosen one. */
 async function listening(
   button: HTMLElement,
   current: Workspace,

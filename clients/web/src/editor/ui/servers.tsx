@@ -1,4 +1,4 @@
-/** The language servers in the status bar: what each does, what it takes, and how to start it again. */
+/** The language servers in the status bar: state, memory, and restart. */
 
 import type { ServerState, ServerView } from "../servers/served.js";
 import type { Workspace } from "../state/workspace.js";
