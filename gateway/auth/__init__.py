@@ -1,1 +1,1 @@
-"""Tokens: what each allows, what is open under it, and which were revoked."""
+"""Tokens: what each one allows, what is open under it, and which are revoked."""

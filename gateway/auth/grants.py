@@ -1,7 +1,7 @@
 """Ends what is open under a token when the token ends: at its `exp`, or when it is revoked.
 
-What outlasts its request holds a `Grant` for as long: a websocket, an event stream, a followed log. A request
-that is only answered needs none; see docs/protocol.md.
+Whatever outlasts its request holds a `Grant` meanwhile: a websocket, an event stream, a followed log. Other
+requests need none; see docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 EXPIRED: Final = "this token has expired; ask for a new one"
 REVOKED: Final = "this token was revoked"
 
-# `exp` is of the wall clock, which may be set: it is looked at so often while anything is open, in seconds
+# seconds between checks while anything is open: `exp` is wall-clock time, and that clock may be set
 _LOOK: Final = 0.5
 
 End = Callable[[str], None]
 
 
 class Grant:
-    """One open thing and the token by which it is. Use it in a `with`, or end it by `close`."""
+    """One open thing and its token. Use it in a `with`, or end it with `close`."""
 
     def __init__(self, grants: Grants, token: Token, end: End) -> None:
         self.token = token
@@ -42,17 +42,17 @@ class Grant:
         self.close()
 
     def renew(self, token: Token) -> None:
-        """Go by another token from now on: the end of the one before means nothing to it any more."""
+        """Use another token from now on; the end of the previous one has no effect any more."""
         self.token = token
         self._grants._look_at(self)
 
     def close(self) -> None:
-        """Forget it: it is no longer open. Idempotent."""
+        """Forget it, since it is no longer open. Idempotent."""
         self._grants._open.discard(self)
 
 
 class Grants:
-    """All that is open. `revoked` says whether the token of an id was taken back."""
+    """Everything that is open. `revoked` returns whether the token with an id is revoked."""
 
     def __init__(self, revoked: Callable[[str], bool]) -> None:
         self._revoked = revoked
@@ -60,9 +60,9 @@ class Grants:
         self._changed = asyncio.Event()
 
     def hold(self, token: Token, end: End) -> Grant:
-        """Have `end` called once, with the reason in words, when the token ends; at once if it has by now.
+        """Call `end` once, with the reason in words, when the token ends; at once if it has ended already.
 
-        So nothing falls between the look at a token and this, whatever was waited for there.
+        So no end is missed between the check of a token and this call.
         """
         grant = Grant(self, token, end)
         self._open.add(grant)
@@ -70,12 +70,12 @@ class Grants:
         return grant
 
     def revoke(self, token: str) -> None:
-        """End what is open under the token of this id."""
+        """End everything open under the token with this id."""
         for grant in [grant for grant in self._open if grant.token.id == token]:
             _end(grant, REVOKED)
 
     async def watch(self) -> None:
-        """End what is open under tokens that expire, forever."""
+        """End everything whose token expires. Runs forever."""
         while True:
             self._changed.clear()
             now = time.time()
@@ -90,7 +90,7 @@ class Grants:
                 pass
 
     def ended(self, token: Token) -> str | None:
-        """Return in words why a token that was good has ended, None for one that has not."""
+        """Return in words why a token has ended since it was verified, or None."""
         if self._revoked(token.id):
             return REVOKED
         return EXPIRED if token.expires <= time.time() else None
@@ -99,12 +99,12 @@ class Grants:
         if ended := self.ended(grant.token):
             _end(grant, ended)
         elif len(self._open) == 1 or grant.token.expires <= time.time() + _LOOK:
-            self._changed.set()  # else the next look comes soon enough
+            self._changed.set()  # otherwise the next check is soon enough
 
 
 def _end(grant: Grant, why: str) -> None:
     grant.close()
     try:
         grant._end(why)
-    except Exception:  # the others end all the same
+    except Exception:  # the others must still end
         log.exception("what was open under a token could not be ended")

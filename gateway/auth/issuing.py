@@ -1,7 +1,7 @@
-"""Issuing tokens: the secret that signs them, and what a token may say.
+"""Issues tokens: the secret that signs them, and what a token may contain.
 
-Needs nothing but the standard library: a command makes itself a token each time, and ends sooner than PyJWT,
-which verifies them, is imported.
+Needs only the standard library, since each command issues itself a token: importing PyJWT, which verifies
+them, would take longer than most commands.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from gateway.errors import InvalidParams, Unavailable
 
 SCOPES: Final = frozenset({"files:read", "files:write", "exec", "deploy", "events", "admin"})
 EVERY_TENANT: Final = "*"
-# RFC 7518 §3.2: the key of HS256 has at least the hash's 256 bits
+# RFC 7518 §3.2: a key of HS256 has at least as many bits as the hash, 256
 MIN_SECRET: Final = 32
 MAX_TTL: Final = 10 * 366 * 86400
 
-# the label of the contract; RFC 1035 §2.3.1 in lower case
+# a tenant's name as in the contract: a label of RFC 1035 §2.3.1 in lower case
 _TENANT = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _TTL = re.compile(r"([0-9]{1,12})([smhdw]?)")
 _TTL_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -46,9 +46,8 @@ def issue(
 ) -> str:
     """Return a signed token that is valid for `ttl` seconds, with its own `jti` unless `id` gives one.
 
-    The tenants need not exist. Raises `InvalidParams` for an unknown scope, something that is no tenant
-    name or no domain, or an empty or impossible value: a token that opens nothing would only be found out
-    in use.
+    The tenants need not exist. Raises `InvalidParams` for an unknown scope, an invalid tenant name or domain,
+    or an empty or impossible value: otherwise a useless token would be noticed only in use.
     """
     names, granted = sorted(set(tenants)), sorted(set(scopes))
     if not subject or len(subject) > 200:
@@ -82,7 +81,7 @@ def issue(
 
 
 def _signed(claims: dict[str, Any], secret: str) -> str:
-    """Return the JWT of these claims, signed with HS256 (RFC 7515 §3.1)."""
+    """Return a JWT with these claims, signed with HS256 (RFC 7515 §3.1)."""
     parts = (b'{"alg":"HS256","typ":"JWT"}', orjson.dumps(claims))
     text = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
     signature = base64.urlsafe_b64encode(hmac.digest(secret.encode(), text, "sha256")).rstrip(b"=")
@@ -90,13 +89,13 @@ def _signed(claims: dict[str, Any], secret: str) -> str:
 
 
 def caller() -> str:
-    """Return the name of whoever runs this process: also by sudo, and `operator` where none is known."""
+    """Return the name of the person who runs this process, even by sudo; `operator` if it is unknown."""
     for name in (os.environ.get("SUDO_USER"), os.environ.get("USER"), os.environ.get("LOGNAME")):
         if name:
             return name[:100]
     try:
         return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # as in a container without such a user
+    except KeyError:  # such as in a container without that user
         return "operator"
 
 
@@ -113,12 +112,12 @@ def parse_ttl(text: str) -> int:
 
 
 def load_secret(configured: str | None, state_dir: Path) -> str:
-    """Return the secret that signs tokens: the configured one, or the one kept in the state dir.
+    """Return the secret that signs tokens: the configured one, or else that in the state dir.
 
-    The kept one is made on first use, of 256 random bits, mode 0600. Two processes that start together
-    agree: each writes a whole file of its own and links it to the name, which only one can. Raises
-    `InvalidParams` for a secret that is too short or that others can read, `Unavailable` where the
-    state dir does not let us.
+    The latter is created on first use with 256 random bits and mode 0600. Two processes that start at once
+    agree on it: each writes a file of its own and links it to the name, which only one can do. Raises
+    `InvalidParams` for a secret that is too short or that others can read, and `Unavailable` if the state
+    dir cannot be used.
     """
     if configured is not None:
         return checked(configured)
@@ -171,7 +170,7 @@ def _write_secret(path: Path, secret: str, *, replace: bool = False) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if os.geteuid() == 0:
-                # root may ask for a token before the gateway's own user ever ran
+                # root may ask for a token before the gateway has ever run as its own user
                 owner = path.parent.stat()
                 os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
             file.write(secret + "\n")
@@ -180,14 +179,14 @@ def _write_secret(path: Path, secret: str, *, replace: bool = False) -> None:
         if replace:
             own.replace(path)
             return
-        with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
+        with contextlib.suppress(FileExistsError):  # another process was first, so its secret is used
             os.link(own, path)
     finally:
         own.unlink(missing_ok=True)
 
 
 def checked(secret: str) -> str:
-    """Return a secret that is long enough. Raises `InvalidParams`."""
+    """Return a secret if it is long enough. Raises `InvalidParams`."""
     if len(secret.encode()) < MIN_SECRET:
         raise InvalidParams(f"the secret has at least {MIN_SECRET} bytes; `openssl rand -hex 32` makes one")
     return secret

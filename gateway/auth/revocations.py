@@ -1,4 +1,4 @@
-"""Tokens that were revoked before their `exp`."""
+"""Tokens that are revoked before their `exp`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Final
 from gateway.errors import RateLimited
 from gateway.storage.store import Store
 
-# only ids, some hundred bytes each; to revoke more, change the secret
+# ids of about a hundred bytes each; to revoke more, change the secret
 MOST: Final = 100_000
 # seconds that an id is kept after its token's `exp`: clocks differ
 KEPT: Final = 3600.0
 
 
 class Revocations:
-    """The ids of revoked tokens, in memory and in the store. Make it by `opened`.
+    """The ids of revoked tokens, in memory and in the store. Create it with `opened`.
 
     Those whose tokens have expired by themselves are forgotten, where that is known.
     """
@@ -43,7 +43,7 @@ class Revocations:
         return dict(self._revoked)
 
     async def add(self, token: str, by: str, expires: float = math.inf) -> None:
-        """Take back the token with this `jti`. It is refused from now on, also after a power cut.
+        """Revoke the token with this `jti`. It is refused from now on, even after a power cut.
 
         `expires` is when it expires by itself. Raises `RateLimited` if there are too many, and `StoreFailed`:
         then it is not revoked.

@@ -1,7 +1,7 @@
-"""Authentication: tokens, where they come from, browser sessions, allowed origins.
+"""Authentication: tokens and where requests carry them, browser sessions, allowed origins.
 
-A token is a JWT signed with HS256; `issuing` makes it. Everything here is plain functions over values; only
-`load_secret` touches the disk, once at the start.
+A token is a JWT signed with HS256, made by `issuing`. Everything here is functions over values; only
+`load_secret` reads the disk, once at the start.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from gateway.errors import Forbidden, Unauthorized
 from gateway.settings import Settings
 
 COOKIE: Final = "gateway_session"
-# of a session slot, by which several tokens of one browser live side by side: no secret, only a name
+# a session slot's name, not a secret: with slots, one browser can have several tokens
 SLOT: Final = r"[a-z0-9]{1,32}"
-# cookies of slots in one browser; a header that grows forever would be refused one day
+# slots' cookies in one browser; an ever-growing header would be refused one day
 MOST_SLOTS: Final = 8
 
 _AGENT: Final = " (agent)"
 _OF_AGENTS: Final = ("files:read", "files:write", "exec", "events")  # neither `deploy` nor `admin`
 _HOST_ONLY: Final = "__Host-"
 _ALGORITHM: Final = "HS256"
-# what `initialize` accepts too; a longer one is refused before anything parses it
+# the same for `initialize`; a longer token is refused before it is parsed
 MAX_TOKEN: Final = 16384
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -40,11 +40,11 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What a verified token says: the caller, and what it may touch.
+    """A verified token's contents: the caller, and what it allows.
 
     `tenants` are names, or `*` for all. `expires` and `issued` are in seconds since the epoch; `issued` is 0
     if the token has none. `id` is the `jti` by which the token is revoked. `domains` are those that its
-    tenants may be given, with `*.suffix` for patterns; None if the token does not limit them.
+    tenants may be given, with `*.suffix` as a pattern; None if the token does not limit them.
     """
 
     subject: str
@@ -57,24 +57,24 @@ class Token:
 
     @property
     def coverage(self) -> frozenset[str] | None:
-        """The names this token covers, None for every tenant: what an event filter takes."""
+        """The names this token covers, None for every tenant; as an event filter takes it."""
         return None if EVERY_TENANT in self.tenants else self.tenants
 
     @property
     def operates(self) -> bool:
-        """Whether it is an operator's: for every tenant, with the scope `admin`."""
+        """Whether this is an operator's token: for every tenant, with the scope `admin`."""
         return self.coverage is None and "admin" in self.scopes
 
     def covers(self, tenant: str) -> bool:
-        """Say whether the token may know of `tenant`. Compares whole names, never prefixes."""
+        """Return whether the token covers `tenant`. Compares whole names, never prefixes."""
         return EVERY_TENANT in self.tenants or tenant in self.tenants
 
     def allows(self, scope: str) -> bool:
-        """Say whether the token carries `scope`; `admin` implies every scope."""
+        """Return whether the token has `scope`; `admin` implies every scope."""
         return scope in self.scopes or "admin" in self.scopes
 
     def require(self, scope: str) -> None:
-        """Return if the token carries `scope`. Raises `Forbidden` else."""
+        """Raise `Forbidden` unless the token has `scope`."""
         if not self.allows(scope):
             raise Forbidden(f"this token lacks the scope {scope}", scope=scope)
 
@@ -82,9 +82,8 @@ class Token:
 def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None = None) -> Token:
     """Return what the token `raw` grants. Raises `Unauthorized`.
 
-    `revoked` is asked with the `jti` of a token that is otherwise good. The message says only whether
-    a token is missing, expired or invalid: the reason would help to forge one. Unknown scopes grant
-    nothing.
+    `revoked` is called with the `jti` of an otherwise valid token. The message only says whether a token is
+    missing, expired or invalid, since the reason would help to forge one. Unknown scopes grant nothing.
     """
     if not raw:
         raise Unauthorized("a token is required: send Authorization: Bearer TOKEN")
@@ -94,12 +93,12 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
         claims = jwt.decode(
             raw,
             secret,
-            # the list is the defence against alg=none and against a public key used as HMAC secret
+            # this list prevents alg=none, and a public key used as HMAC secret
             algorithms=[_ALGORITHM],
             options={"require": ["sub", "exp", "jti", "tenants", "scope"]},
         )
     except jwt.ExpiredSignatureError:
-        # only said after the signature was found good
+        # only reported for a valid signature
         raise Unauthorized("this token has expired; ask for a new one") from None
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
         raise Unauthorized("this token is not valid") from None
@@ -131,9 +130,9 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
 def for_agent(secret: str, token: Token, tenant: str, ttl: float) -> tuple[str, Token]:
     """Return a token for an agent that works for whoever has `token`, and what it grants.
 
-    It opens one tenant, has no scope but those of an agent, and ends with `token`: at its end at the latest,
-    and when that is revoked, whose id it has. It says by its subject that it is an agent. Raises `Forbidden`
-    where no scope is left, `Unauthorized` where no time is.
+    It is for one tenant, has only an agent's scopes, and ends with `token` at the latest, also when that is
+    revoked, since it has the same id. Its subject says that it is an agent. Raises `Forbidden` if no scope
+    is left, `Unauthorized` if no time is.
     """
     scopes = [scope for scope in _OF_AGENTS if token.allows(scope)]
     if not scopes:
@@ -162,7 +161,7 @@ def token_id(text: str) -> str:
 
 
 def load_secret(settings: Settings) -> str:
-    """Return the secret that signs tokens, as `issuing.load_secret` does."""
+    """Return the secret that signs tokens; see `issuing.load_secret`."""
     configured = None if settings.secret is None else settings.secret.get_secret_value()
     return issuing.load_secret(configured, settings.state_dir)
 
@@ -175,7 +174,7 @@ def raw_token(
 ) -> str | None:
     """Return the token of a request's `Authorization` and `Cookie` headers; the former wins.
 
-    `slot` and `secure` as for `cookie_token`.
+    `slot` and `secure` are as for `cookie_token`.
     """
     return bearer_token(authorization) or cookie_token(cookie, slot, secure=secure)
 
@@ -189,7 +188,7 @@ def bearer_token(authorization: str | None) -> str | None:
 def cookie_name(slot: str | None = None, *, secure: bool = False) -> str:
     """Return the name of a slot's session cookie.
 
-    By https it is one that no other host can set: `__Host-` (RFC 6265bis §4.1.3.2).
+    With https it is one that no other host can set: `__Host-` (RFC 6265bis §4.1.3.2).
     """
     return (_HOST_ONLY if secure else "") + (COOKIE if slot is None else f"{COOKIE}_{slot}")
 
@@ -197,9 +196,9 @@ def cookie_name(slot: str | None = None, *, secure: bool = False) -> str:
 def cookie_token(cookie: str | None, slot: str | None = None, *, secure: bool = False) -> str | None:
     """Return the token of the session cookie of a slot, or of the one without a slot.
 
-    There is no fall-back from one slot to another. By https only the name that no other host can set is
-    taken; by http, where browsers keep that one for this machine alone, it wins. Raises `Unauthorized` for
-    two of one name: another site has set one, and which is ours cannot be told.
+    Slots do not fall back to each other. With https, only the name that no other host can set is accepted;
+    with http, where browsers keep that name for this machine only, it is preferred. Raises `Unauthorized`
+    for two cookies of one name: another site has set one, and they cannot be told apart.
     """
     cookies = _cookies(cookie)
     for name in (cookie_name(slot, secure=True), *(() if secure else (cookie_name(slot),))):
@@ -215,7 +214,7 @@ def cookie_token(cookie: str | None, slot: str | None = None, *, secure: bool = 
 
 
 def slots(cookie: str | None) -> list[str]:
-    """Return the names of the cookies of slots, as they came: browsers send older ones first."""
+    """Return the names of the slots' cookies in the order received: browsers send older ones first."""
     found = dict.fromkeys(name for name, _ in _cookies(cookie))
     return [name for name in found if name.removeprefix(_HOST_ONLY).startswith(f"{COOKIE}_")]
 
@@ -235,12 +234,12 @@ def origin_allowed(
     allowed: Iterable[str] = (),
     forwarded_proto: str | None = None,
 ) -> bool:
-    """Say whether a request with this `Origin` may be served: none at all, same-origin, or listed.
+    """Return whether a request with this `Origin` may be served: none, same-origin, or listed.
 
     `scheme` is the connection's (`http`, `https`, `ws` or `wss`) and `forwarded_proto` the proxy's
-    `X-Forwarded-Proto`, which wins. A page of another site cannot set that header, and other
-    clients than browsers need no permission. `null` (sandboxed frames, files) is never allowed. `*` is no
-    entry.
+    `X-Forwarded-Proto`, which takes precedence. A page of another site cannot set that header, and
+    clients other than browsers need no permission. `null` (sandboxed frames, files) is never allowed, and
+    `*` has no special meaning.
     """
     if origin is None:
         return True
@@ -254,7 +253,7 @@ def origin_allowed(
 
 
 def _origin(text: str) -> tuple[str, str, int] | None:
-    """Return (scheme, host, port) of an origin, None where `text` is none (RFC 6454 §4)."""
+    """Return (scheme, host, port) of an origin, or None if `text` is not one (RFC 6454 §4)."""
     try:
         parts = urlsplit(text)
         port = parts.port

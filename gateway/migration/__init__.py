@@ -1,6 +1,6 @@
-"""Move a site from a folder of the host into a tenant, step by step, each with a way back.
+"""Moves a site from a folder of the host into a tenant, in steps that can be undone.
 
-Run by the operator, as root, on the host. From outside `run` and `plan` are used, with their values.
+Run by the operator as root on the host. Other packages use `run` and `plan` and their values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["STEPS", "Migration", "Plan", "Wanted", "opened"]
 async def opened(
     settings: Settings, domain: str, say: Report, units: Units | None = None
 ) -> AsyncIterator[Migration]:
-    """Open the migration of a domain; no other process runs it while the context is open.
+    """Open the migration of a domain, and keep other processes from running it meanwhile.
 
     Raises `HostError` without root or Incus, `Conflict` if another run of it is under way.
     """
@@ -43,6 +43,6 @@ async def opened(
         except OSError:
             raise Conflict(f"another migrate of {domain} runs; wait for it") from None
         async with IncusRuntime(settings) as runtime, Caddy(settings) as caddy:
-            # not as a context: it would remove what the gateway keeps ready
+            # not entered as a context, which would remove what the gateway keeps ready
             sites = IncusSites(settings, runtime)
             yield Migration(settings, runtime, sites, caddy, units or Systemctl(), say)

@@ -1,4 +1,4 @@
-"""The tenants that sites move into: their keys in Incus, their workspaces, and scripts in them."""
+"""The tenants that sites move into: keys in Incus, workspaces, scripts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gateway.runtime.incus.migrations import STATE
 from gateway.settings import Settings
 
 _DEVICE: Final = "migrate"
-_SCRIPT: Final = 60.0  # seconds of a script that copies nothing
+_SCRIPT: Final = 60.0  # seconds for a script that copies nothing
 
 
 class Destination:
-    """What the steps of a migration do in a tenant. It decides nothing."""
+    """Carries out a migration's steps in a tenant, without deciding anything."""
 
     def __init__(self, settings: Settings, runtime: IncusRuntime) -> None:
         self._settings, self._runtime = settings, runtime
@@ -33,27 +33,27 @@ class Destination:
     # --- keys ---------------------------------------------------------------------------------------
 
     async def instance(self, tenant: str) -> Mapping[str, Any] | None:
-        """Return a tenant's instance; None if there is none."""
+        """Return a tenant's instance, or None."""
         with contextlib.suppress(NotFound):
             return await self._runtime.making.instance(tenant)
         return None
 
     async def moving(self, tenant: str) -> Moving:
-        """Return the migration into a tenant. Raises `NotFound`."""
+        """Return the state of the migration into a tenant. Raises `NotFound`."""
         found = await self.instance(tenant)
         if found is None or not found["config"].get(STATE):
             raise NotFound(f"no migration into {tenant} is under way")
         return Moving.of(tenant, found["config"])
 
     async def change(self, tenant: str, config: Mapping[str, str]) -> None:
-        """Change keys of a tenant's instance; an empty value removes one."""
+        """Change keys of a tenant's instance. An empty value removes a key."""
         with translated(tenant):
             await self._runtime.making.operate("PATCH", instance_path(tenant), {"config": config})
 
     # --- the host's folder as the workspace ---------------------------------------------------------
 
     async def show_folder(self, moving: Moving) -> None:
-        """Mount the host's folder as the workspace, and start the tenant. It cannot run meanwhile."""
+        """Mount the host's folder as the workspace while the tenant is stopped, and start it."""
         tenant, making = moving.tenant, self._runtime.making
         instance = await making.instance(tenant)
         there = _DEVICE in instance["devices"]
@@ -78,25 +78,25 @@ class Destination:
     # --- the tenant's own copy ----------------------------------------------------------------------
 
     async def mirror(self, moving: Moving) -> None:
-        """Copy what has changed in the folder to the copy beside the workspace."""
+        """Update the copy beside the workspace with the changes in the folder."""
         left = [f"--exclude=/{_literal(path)}" for path in moving.leave]
-        if moving.recipe.install:  # installed again inside
+        if moving.recipe.install:  # packages are installed again inside
             left.append("--exclude=node_modules/")
         words = (self._settings.workspace, self._next, str(self._settings.workspace_uid), *left)
         await self.run(moving.tenant, "mirror", *words, seconds=self._settings.install_timeout)
 
     async def move_in(self, tenant: str) -> None:
-        """Make the copy the workspace, in place of the folder."""
+        """Replace the folder by the copy as the workspace."""
         await self._runtime.making.remove_device(tenant, _DEVICE)
         await self.run(tenant, "move_in", self._settings.workspace, self._next)
 
     async def move_out(self, tenant: str) -> str:
-        """Free the workspace for the folder; return where the tenant's own files are kept, "" for none."""
+        """Free the workspace for the folder; return where the tenant's own files are kept, or ""."""
         uid = str(self._settings.workspace_uid)
         return await self.run(tenant, "move_out", self._settings.workspace, self._next, self._kept, uid)
 
     async def kept(self, tenant: str) -> str:
-        """Return what `move_out` has kept; "" for nothing."""
+        """Return where `move_out` has kept files, or ""."""
         return await self.run(tenant, "kept", self._kept)
 
     async def run(

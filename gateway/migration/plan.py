@@ -1,4 +1,4 @@
-"""Decide what a migration is to do, and what stands in its way, from values alone."""
+"""Decides, from values alone, what a migration has to do and what prevents it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gateway.runtime.sites import Recipe
 from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
 
-_IMAGE: Final = 700 << 20  # bytes of a tenant's disk that its system and a copy's growth take
+_IMAGE: Final = 700 << 20  # bytes of a tenant's disk for its system and a copy's growth
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the operator asks for. Paths in `leave` are relative to the folder."""
+    """The operator's request. Paths in `leave` are relative to the folder."""
 
     folder: Path
     unit: str | None = None
@@ -34,7 +34,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was found, and what would be done. `stops` say why it cannot be, `notes` what to know before."""
+    """What was found and would be done. `stops` say what prevents it, `notes` what to know before."""
 
     tenant: str
     domain: str
@@ -50,7 +50,7 @@ class Plan:
     stops: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON; of variables only the names."""
+        """Return it as JSON, with only the names of variables."""
         return {
             "tenant": self.tenant,
             "domain": self.domain,
@@ -74,7 +74,7 @@ class Plan:
         }
 
     def lines(self) -> Iterator[str]:
-        """Yield it for a person."""
+        """Yield it as lines for a person."""
         old, found = self.old, self.found
         yield f"{self.domain} moves from {self.wanted.folder} into tenant {self.tenant}"
         unit = self.wanted.unit or "no unit"
@@ -101,8 +101,8 @@ def decided(
     own_block: bool,
     driver: str = "btrfs",
 ) -> Plan:
-    """Make a plan of what was found."""
-    # The tenant gets in the folder what its old service had, and nothing that another runs there.
+    """Make a plan from what was found."""
+    # The tenant gets what its old service had in the folder, but not what another service runs there.
     read_only = owner.uid == 0 or old.uid != owner.uid
     words = wanted.start or in_tenant(old.words, old.folder, wanted.folder, settings.workspace)
     recipe = Recipe(b"", words, old.port, wanted.health, wanted.install, alone=True)

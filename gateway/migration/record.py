@@ -1,4 +1,4 @@
-"""Read from an instance's keys how far a migration is. Incus is the database."""
+"""Reads a migration's state from an instance's keys. Incus is the database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDED: Final[Mapping[str, str]] = dict.fromkeys((STATE, OLD, FOLDER, UNIT, FACTS
 
 @dataclass(frozen=True, slots=True)
 class Moving:
-    """`old` is where the old service listens, ADDRESS:PORT."""
+    """A migration. `old` is where the old service listens, ADDRESS:PORT."""
 
     tenant: str
     domain: str
@@ -41,7 +41,7 @@ class Moving:
 
     @classmethod
     def of(cls, tenant: str, config: Mapping[str, str]) -> Moving:
-        """Read the keys of an instance that has a `STATE`."""
+        """Parse the keys of an instance that has a `STATE`."""
         facts = orjson.loads(config[FACTS])
         start, install, health = tuple(facts["start"]), tuple(facts["install"]), config.get(HEALTH) or "/"
         return cls(
@@ -66,7 +66,7 @@ class Moving:
 
 
 def keys(plan: Plan) -> dict[str, str]:
-    """Return the keys of a new instance with which a migration begins."""
+    """Return the keys for the new instance of a migration that begins."""
     wanted, old, size = plan.wanted, plan.old, SIZES[plan.wanted.size]
     facts = {
         "start": plan.recipe.start,

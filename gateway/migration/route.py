@@ -1,4 +1,4 @@
-"""Find out which way visitors come to a domain, and whether some are still being answered."""
+"""Finds out where a domain leads its visitors, and whether some are still being answered."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import orjson
 from gateway.caddy import Caddy
 from gateway.host import HostError, run
 
-_LED: Final = 20.0  # seconds in which the gateway follows a change in Incus; it takes a tenth of one
+_LED: Final = 20.0  # seconds for the gateway to follow a change in Incus; it usually takes 0.1
 _LOOK: Final = 0.02
-_ON_THE_WAY: Final = 0.3  # seconds in which a request whose route was looked up becomes a connection
-_DRAIN: Final = 5.0  # seconds that visitors of the old service have for their answers
+_ON_THE_WAY: Final = 0.3  # seconds for a request whose route was looked up to become a connection
+_DRAIN: Final = 5.0  # seconds for the old service's visitors to get their answers
 _TIMES: Final = re.compile(r"\b(lastsnd|lastrcv):(\d+)")
 
 
 async def led(caddy: Caddy, domain: str, target: str | None) -> None:
-    """Return once the gateway leads a domain there, or nowhere. Raises `HostError`."""
+    """Wait until the gateway routes a domain there, or nowhere. Raises `HostError`."""
     until = time.monotonic() + _LED
     while caddy.get(domain) != target:
         if time.monotonic() > until:
@@ -29,13 +29,13 @@ async def led(caddy: Caddy, domain: str, target: str | None) -> None:
                 f"the gateway has not routed {domain} to {target}: it must run, and the domain must be this "
                 "tenant's (incus-gateway doctor says what is wrong); run the command again then"
             )
-        await asyncio.sleep(_LOOK)  # another process does it, without a notice
+        await asyncio.sleep(_LOOK)  # another process does it and notifies nobody
 
 
 def own_block(running: Mapping[str, Any] | None, domain: str, ours: str) -> bool:
-    """Say whether a Caddy's configuration serves a domain by a block that goes before the gateway's routes.
+    """Return whether a Caddy's configuration has a block for a domain that precedes the gateway's routes.
 
-    `ours` is the folder of the gateway's routes, which its own blocks name.
+    `ours` is the folder of the gateway's routes, which is named in its own blocks.
     """
     servers = ((running or {}).get("apps") or {}).get("http", {}).get("servers", {})
     names = {domain, f"*.{domain.partition('.')[2]}"}
@@ -48,9 +48,9 @@ def own_block(running: Mapping[str, Any] | None, domain: str, ours: str) -> bool
 
 
 async def drained(address: str, port: int, listing: Callable[[str, int], str] | None = None) -> bool:
-    """Return once no client waits for an answer of the old service; False if some still do after a while.
+    """Wait until no client waits for the old service's answer; return False if some still do.
 
-    A connection kept without a request, as by Caddy, waits for nothing; a websocket looks the same.
+    An idle connection, such as Caddy keeps, is not waiting; an idle websocket looks the same.
     """
     listing = listing or _connections
     until, quiet_since = time.monotonic() + _DRAIN, time.monotonic()
@@ -64,7 +64,7 @@ async def drained(address: str, port: int, listing: Callable[[str, int], str] | 
 
 
 def waits(line: str) -> bool:
-    """Say whether the client sent something after what it last received, by a line of `ss -i`."""
+    """Return whether the client has sent something since it last received, by a line of `ss -i`."""
     times = {key: int(value) for key, value in _TIMES.findall(line)}
     sent, received = times.get("lastsnd"), times.get("lastrcv")
     return sent is not None and (received is None or sent < received)

@@ -1,6 +1,6 @@
-"""Look through a folder of the host before it moves: its size, and what of it needs a decision.
+"""Inspects a folder of the host before it moves: its size, and what needs a decision.
 
-Nothing is followed, opened or changed; of files only names and `lstat` are read, never contents.
+Follows no links, and reads only names and `lstat` of files, never contents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from gateway.rootfs.paths import show
 
-_NAMED: Final = 10  # paths of each kind that are named
+_NAMED: Final = 10  # paths of each kind that are listed
 _SECRETS: Final = re.compile(
     r"\.env(\..+)?|.*\.(pem|key|p12|pfx|keystore)|id_(rsa|dsa|ecdsa|ed25519)|\.(npmrc|netrc|pgpass|git-credentials)"
     r"|(secrets?|credentials|service-account.*)\.(json|toml|ya?ml)",
@@ -25,7 +25,7 @@ _HARMLESS: Final = re.compile(r"\.env\.(example|sample|template|dist)", re.IGNOR
 
 @dataclass(slots=True)
 class Paths:
-    """Paths of one kind: how many, and the first few."""
+    """Paths of one kind: their number, and the first few."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -42,16 +42,16 @@ class Paths:
 
 @dataclass(slots=True)
 class Found:
-    """What is in a folder. Paths are relative to it; `size` is in bytes on disk."""
+    """The contents of a folder. Paths are relative to it; `size` is in bytes on disk."""
 
     files: int = 0
     size: int = 0
     out: Paths = field(default_factory=Paths)  # links that lead out of the folder
     special: Paths = field(default_factory=Paths)  # sockets, pipes and devices
-    foreign: Paths = field(default_factory=Paths)  # of other owners than the folder's
-    unreadable: Paths = field(default_factory=Paths)  # for the folder's owner
-    native: Paths = field(default_factory=Paths)  # modules of machine code
-    secret: Paths = field(default_factory=Paths)  # by their names
+    foreign: Paths = field(default_factory=Paths)  # with other owners than the folder's
+    unreadable: Paths = field(default_factory=Paths)  # unreadable for the folder's owner
+    native: Paths = field(default_factory=Paths)  # modules with machine code
+    secret: Paths = field(default_factory=Paths)  # judged by their names
     mounts: Paths = field(default_factory=Paths)  # other file systems, below it
     setuid: Paths = field(default_factory=Paths)
 
@@ -63,7 +63,7 @@ class Found:
 
 
 def scan(folder: Path, leave: frozenset[str] = frozenset()) -> Found:
-    """Look through a folder but for the paths in `leave`. Raises `OSError` if it cannot be read."""
+    """Inspect a folder except the paths in `leave`. Raises `OSError` if it cannot be read."""
     found, top = Found(), folder.lstat()
     links: set[tuple[int, int]] = set()
     pending = [""]
@@ -116,16 +116,16 @@ def _one(
 
 
 def _readable(facts: os.stat_result, owner: os.stat_result) -> bool:
-    """Say whether the folder's owner can read a file, or list and enter a folder."""
+    """Return whether the folder's owner can read a file, or list and enter a folder."""
     shift = 6 if facts.st_uid == owner.st_uid else 3 if facts.st_gid == owner.st_gid else 0
     wanted = 5 if stat.S_ISDIR(facts.st_mode) else 4
     return (facts.st_mode >> shift) & wanted == wanted
 
 
 def _leads_out(path: str, target: str, folder: Path) -> bool:
-    """Say whether a link leads elsewhere than into the folder, by text alone.
+    """Return whether a link leads out of the folder, judged by its text alone.
 
-    Its own path by its full name is fine: that path leads to the workspace in the tenant, too.
+    The folder's absolute path is fine: in the tenant it leads to the workspace, too.
     """
     absolute = os.path.normpath((folder / path).parent / target)
     return absolute != str(folder) and not absolute.startswith(f"{folder}/")

@@ -9,14 +9,14 @@ from gateway.errors import ExecFailed, Unavailable
 from gateway.runtime import TenantRuntime, scripts
 from gateway.runtime.sites import disk_was_full
 
-_PRINTED: Final = 1 << 20  # bytes that a script of ours may print
+_PRINTED: Final = 1 << 20  # bytes that one of our scripts may print
 _HERE: Final = Path(__file__).parent
 
 
 async def inside(
     runtime: TenantRuntime, tenant: str, script: str, *words: str, seconds: float, given: bytes = b""
 ) -> str:
-    """Run the script of that name as the container's root; return the end of what it printed.
+    """Run a script of this package as the container's root; return the end of its output.
 
     Raises `ExecFailed`, `Unavailable` if the disk is full, `TimeoutError` after `seconds`.
     """

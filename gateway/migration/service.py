@@ -1,4 +1,4 @@
-"""Inspect, stop and start the old service of a site, by systemd and the kernel."""
+"""Inspects, stops and starts a site's old service, using systemd and the kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROC: Final = Path("/proc")
 _LISTENS: Final = "0A"  # state of a socket in /proc/net/tcp
 _LOOPBACK: Final = "127.0.0.1"
 _EVERY: Final = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-# what systemd itself gives a service (systemd.exec(5)), and what the tenant says otherwise
+# variables that systemd sets for services (systemd.exec(5)), and those that the tenant sets itself
 _SYSTEMDS: Final = re.compile(
     r"PATH|HOME|LOGNAME|USER|SHELL|LANG|TERM|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*"
     r"|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|(RUNTIME|STATE|CACHE|LOGS|CONFIGURATION|CREDENTIALS)_DIRECTORY|MAINPID"
@@ -35,10 +35,10 @@ _HOSTS: Final = re.compile(r"(?P<before>(?:--?[A-Za-z-]+=)?)(?:127\.0\.0\.1|loca
 
 @dataclass(frozen=True, slots=True)
 class Old:
-    """An old service that runs. `environment` has secrets: it is printed nowhere but its names."""
+    """A running old service. `environment` contains secrets: only its names are ever printed."""
 
     words: tuple[str, ...]
-    folder: Path  # where it was started
+    folder: Path  # its working folder at the start
     uid: int
     pids: tuple[int, ...]
     address: str
@@ -48,7 +48,7 @@ class Old:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What the manager of units says of one."""
+    """A unit's state according to the service manager."""
 
     pid: int
     words: tuple[str, ...]
@@ -56,7 +56,7 @@ class Unit:
 
 
 class Units(Protocol):
-    """The host's manager of services. Raises `HostError`."""
+    """The host's service manager. Raises `HostError`."""
 
     def unit(self, name: str) -> Unit: ...
 
@@ -68,20 +68,20 @@ class Units(Protocol):
 
 
 class Systemctl:
-    """systemd, by its own commands; `before` goes before each, to reach one in a container."""
+    """systemd, through its commands. `before` is put before each, to reach a systemd in a container."""
 
     def __init__(self, before: Sequence[str] = ()) -> None:
         self._before = tuple(before)
 
     def unit(self, name: str) -> Unit:
-        """Return what systemd says of a unit that is there."""
+        """Return the state of a loaded unit."""
         wanted = "LoadState,MainPID,UnitFileState"
         said = self._run("systemctl", "show", f"--property={wanted}", "--", name)
         facts = dict(line.partition("=")[::2] for line in said.splitlines())
         if facts.get("LoadState") != "loaded":
             raise HostError(f"systemd knows no unit {name} that it could load; see: systemctl status {name}")
         words: tuple[str, ...] = ()
-        # exact words, which `systemctl show` joins with spaces
+        # the exact words; `systemctl show` joins them with spaces
         with contextlib.suppress(HostError, ValueError, LookupError, TypeError):
             bus, manager = "org.freedesktop.systemd1", "org.freedesktop.systemd1.Service"
             path = f"/org/freedesktop/systemd1/unit/{bus_label(name)}"
@@ -103,23 +103,23 @@ class Systemctl:
 
 
 class OldServices:
-    """The old services of sites: each by its unit or, without one, by what runs in its folder."""
+    """The sites' old services, found by their unit or, without one, by what runs in their folder."""
 
     def __init__(self, units: Units) -> None:
         self._units = units
 
     def find(self, folder: Path, unit: str | None, port: int | None, names: Sequence[str]) -> Old:
-        """Return a running one; without a unit with the variables `names`. Raises `HostError`."""
+        """Return a running one; if it has no unit, with the variables `names`. Raises `HostError`."""
         if unit is None:
             return of_folder(folder, port, names)
         return of_unit(self._units.unit(unit), unit, port)
 
     def pause(self, folder: Path, unit: str | None, port: int) -> None:
-        """Stop its unit, or its processes by a signal, so that it writes nothing more."""
+        """Stop its unit, or its processes with a signal, so that it writes nothing more."""
         if unit is not None:
             self._units.stop(unit)
         else:
-            # found again: the numbers of its processes may belong to others by now
+            # looked up again, since its pids may have been reused
             signalled(of_folder(folder, port).pids, signal.SIGSTOP)
 
     def resume(self, folder: Path, unit: str | None) -> None:
@@ -141,7 +141,7 @@ class OldServices:
 
 
 def bus_label(name: str) -> str:
-    """Return a unit's name as systemd's bus paths have it (sd_bus_path_encode(3))."""
+    """Return a unit's name in the form of systemd's bus paths (sd_bus_path_encode(3))."""
     return "".join(
         letter
         if letter.isascii() and (letter.isalpha() or (letter.isdigit() and at))
@@ -151,7 +151,7 @@ def bus_label(name: str) -> str:
 
 
 def of_unit(unit: Unit, name: str, port: int | None) -> Old:
-    """Return the old service that a unit runs. Raises `HostError` if it does not run."""
+    """Return the old service of a unit. Raises `HostError` if it is not running."""
     if not unit.pid:
         raise HostError(f"{name} does not run; start it: what it listens on is read from its processes")
     found = _old(unit.pid, tuple(below(unit.pid)), port, unit.words)
@@ -164,7 +164,7 @@ def of_unit(unit: Unit, name: str, port: int | None) -> Old:
 
 
 def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
-    """Return what listens and was started in a folder, with the variables `names`. Raises `HostError`."""
+    """Return the service that listens and was started in a folder; see `find`. Raises `HostError`."""
     inside = started_in(folder)
     listening = {pid for pid in inside for _ in listens((pid,))}
     ours = set(_above(os.getpid()))
@@ -185,7 +185,7 @@ def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
 
 
 def started_in(folder: Path) -> list[int]:
-    """Return the processes whose working folder is that one or below it."""
+    """Return the processes whose working folder is this one or one below it."""
     return [pid for pid in _pids() if _within(_cwd(pid), folder)]
 
 
@@ -200,7 +200,7 @@ def _old(pid: int, pids: tuple[int, ...], port: int | None, words: tuple[str, ..
         folder = (process / "cwd").readlink()
     except OSError as error:
         raise HostError(f"process {pid} of the old service cannot be looked at: {error.strerror}") from error
-    # npm and others write over their arguments, with spaces
+    # npm and others overwrite their arguments, with spaces
     words = words or (tuple(shlex.split(said[0])) if len(said) == 1 else said)
     environment = {os.fsdecode(key): os.fsdecode(value) for key, value in pairs}
     places = sorted(set(listens(pids)), key=lambda found: found[1])
@@ -222,7 +222,7 @@ def _number(text: str | None) -> str:
 
 
 def below(pid: int) -> Iterator[int]:
-    """Yield a process and all that it started and that still run."""
+    """Yield a process and all its running descendants."""
     children: dict[int, list[int]] = {}
     for other in _pids():
         children.setdefault(_parent_and_group(other)[0], []).append(other)
@@ -233,7 +233,7 @@ def below(pid: int) -> Iterator[int]:
 
 
 def listens(pids: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """Yield where processes listen for TCP, as address and port."""
+    """Yield the TCP addresses and ports on which processes listen."""
     for pid in pids:
         inodes = set()
         with contextlib.suppress(OSError):
@@ -252,17 +252,17 @@ def listens(pids: Sequence[int]) -> Iterator[tuple[str, int]]:
 
 
 def signalled(pids: Sequence[int], number: signal.Signals) -> None:
-    """Send a signal to processes; those that ended are none."""
+    """Send a signal to processes, ignoring those that have ended."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def in_tenant(words: Sequence[str], started: Path, folder: Path, workspace: str) -> tuple[str, ...]:
-    """Return a start command as the tenant runs it in its workspace.
+    """Return a start command for the tenant's workspace.
 
-    A program of the host's is the tenant's of that name, and loopback is every address. Paths below the
-    folder stay: they lead to the workspace there.
+    A program of the host is replaced by the tenant's of that name, and loopback by all addresses. Paths below
+    the folder stay, since they lead to the workspace there.
     """
     first, *rest = words
     if first.startswith("/") and not _within(Path(first), folder):
@@ -279,9 +279,9 @@ def _within(path: Path, folder: Path) -> bool:
 
 
 def _head(pid: int, among: set[int]) -> int:
-    """Return the outermost process of a process group that is among those.
+    """Return the outermost of these processes that is in their process group.
 
-    A terminal's shell starts each of its commands in a separate group, so that it is none of them.
+    A terminal's shell starts each command in a separate group, so the shell itself is not included.
     """
     parent, group = _parent_and_group(pid)
     while parent in among and _parent_and_group(parent)[1] == group:
@@ -290,16 +290,16 @@ def _head(pid: int, among: set[int]) -> int:
 
 
 def _above(pid: int) -> Iterator[int]:
-    """Yield a process and all that it comes from."""
+    """Yield a process and all its ancestors."""
     while pid:
         yield pid
         pid = _parent_and_group(pid)[0]
 
 
 def _unwrapped(pid: int) -> int:
-    """Return the process that a shell's line, or a change of users, does nothing but start.
+    """Return the process that was started through a mere shell line or change of user.
 
-    The tenant has another user, and other addresses to listen on than such a line says.
+    The tenant has another user and listens on other addresses than such a line says.
     """
     while True:
         with contextlib.suppress(OSError):
