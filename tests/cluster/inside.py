@@ -29,7 +29,6 @@ def settings() -> Settings:
         caddy_issuer="internal",
         domain_suffixes=("localhost", "test", "example.com"),
         settle_time=0.2,
-        placement="local",  # what is asked for at a member is made there
         # chosen each time, they would be others while Caddy has them
         caddy_http=80,
         caddy_https=443,
