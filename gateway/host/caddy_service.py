@@ -45,9 +45,11 @@ _PORTS: Final = {"caddy_http": (80, 8081), "caddy_https": (443, 8443), "caddy_as
 def chosen(settings: Settings) -> dict[str, Any]:
     """Return values for the unset settings of Caddy's addresses, at which it can listen now."""
     found: dict[str, Any] = {}
+    peers = int(settings.peer_listen.rpartition(":")[2])  # where a gateway of a cluster will listen
     for name, (usual, more) in _PORTS.items():
         if name not in settings.model_fields_set:
-            taken = {*found.values(), *(getattr(settings, other) for other in _PORTS if other != name)}
+            others = (getattr(settings, other) for other in _PORTS if other != name)
+            taken = {*found.values(), *others, peers}
             first = () if usual < _ROOT and os.geteuid() != 0 else (usual,)
             for port in (*first, *range(more, more + 200)):
                 if port not in taken - {usual} and not in_use(port):

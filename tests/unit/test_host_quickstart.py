@@ -235,6 +235,16 @@ def test_caddy_gets_ports_that_are_free_unless_they_were_said(tmp_path: Path) ->
             caddy_service.CaddyService(settings)._check_ports()
 
 
+def test_caddy_leaves_the_gateways_of_other_members_their_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a member incusd has 8443, the first port instead of 443."""
+    busy = {80: None, 443: "in use", 8443: "in use"}
+    monkeypatch.setattr(caddy_service, "in_use", busy.get)
+    assert caddy_service.chosen(Settings(state_dir=tmp_path))["caddy_https"] == 8445
+    assert caddy_service.chosen(Settings(state_dir=tmp_path, peer_listen=":9444"))["caddy_https"] == 8444
+
+
 @pytest.mark.parametrize(("user", "folder"), [(None, "/run/gw/caddy"), ("caddy", "/run/gw-caddy")])
 def test_caddy_is_reached_by_a_socket_in_its_folder_if_the_path_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str | None, folder: str
