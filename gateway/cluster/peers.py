@@ -83,6 +83,8 @@ class Peer:
         """Called once it has been away for a while: what depends on it ends then."""
         self.gone: Callable[[], None] = lambda: None
         """Called as soon as it is away."""
+        self.doubts: set[Callable[[], None]] = set()
+        """Called as soon as it is away: what may as well be asked again."""
         self._heard: float | None = None
         self._timer: asyncio.TimerHandle | None = None  # of the end of its silence, or then of the cut
 
@@ -122,6 +124,8 @@ class Peer:
             self.told.clear()
             self._timer = loop.call_later(_CUT, self.end)
             self.gone()
+            for doubt in list(self.doubts):
+                doubt()
             return
         self._timer = loop.call_at(again, self._look, again)
 

@@ -41,6 +41,7 @@ _OF_A_HOP: Final = frozenset(
 )
 _PATIENCE: Final = 3.0  # seconds in which a peer that lives accepts a connection, also across its restart
 _PAUSE: Final = 0.05
+_REPEATABLE: Final = ("GET", "HEAD")
 _LOOK: Final = 1.0
 _MERGED: Final = 8 << 20  # bytes of one peer's part of a list
 _KEPT: Final = 64 << 10  # bytes of a body that can be sent once more, to another peer
@@ -119,37 +120,50 @@ async def relay(
     """Have a peer answer a request. `client` is what `client_of` returns.
 
     A client that takes nothing of the answer for `patience` seconds is cut off. Raises `MemberAway` and
-    `NotHome` where nothing has happened yet.
+    `NotHome` where nothing has happened yet, or only something was read.
     """
-    working = begin(_relay(scope, send, peers, peer, body, client, patience))
-    leaving = begin(body.left())
+    repeatable = scope["method"] in _REPEATABLE
+    begun = False
     ended = asyncio.get_running_loop().create_future()
 
     def cut() -> None:
         if not ended.done():
             ended.set_result(None)
 
+    async def start(message: Message) -> None:
+        nonlocal begun
+        begun = True
+        peer.doubts.discard(cut)
+        await send(message)
+
+    working = begin(_relay(scope, start, send, peers, peer, body, client, patience))
+    leaving = begin(body.left())
     peer.cut.add(cut)
+    if repeatable:
+        peer.doubts.add(cut)
     try:
         waiting: list[asyncio.Future[Any]] = [working, leaving, ended]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        if working.done():
+            whole = await working
+        else:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
-            if ended.done():
-                await _break(scope, receive)
-            return
-        if not await working:
+            whole = not ended.done()  # else the client has left
+        if not whole and repeatable and not begun:
+            raise MemberAway(peer.name)
+        if not whole:
             await _break(scope, receive)
     finally:
         peer.cut.discard(cut)
+        peer.doubts.discard(cut)
         leaving.cancel()
         working.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _relay(
-    scope: Scope, send: Send, peers: Peers, peer: Peer, body: Body, client: str, patience: float
+    scope: Scope, start: Send, send: Send, peers: Peers, peer: Peer, body: Body, client: str, patience: float
 ) -> bool:
     """Return whether the answer was passed on whole."""
     answer = await _answer(scope, peers, peer, body, client)
@@ -161,7 +175,7 @@ async def _relay(
             raise NotHome
         kept = [(name.lower(), value) for name, value in answer.raw_headers]
         headers = [pair for pair in kept if pair[0].decode("latin-1") not in _OF_A_HOP]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await start({"type": "http.response.start", "status": answer.status, "headers": headers})
         async for part in answer.content.iter_any():
             await _pass(send, part, answer, patience)
         await _pass(send, b"", answer, patience)

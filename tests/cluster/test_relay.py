@@ -52,7 +52,10 @@ async def test_each_gateway_serves_the_tenants_of_each_member(
             return (await gateway.ask("POST", path, body, tenants=(name,)))[0] == 200  # noqa: B023
 
         await until(written, 30, every=0.2)
-        async with gateway.http(name) as http, http.get(f"/v1/events?tenant={name}") as events:
+        async with (
+            gateway.http(name) as http,
+            http.get(f"/v1/events?tenant={name}&type=file.written,exec.*") as events,
+        ):
             async with http.get(f"/v1/tenants/{name}/files/note.txt") as file:
                 assert (file.status, await file.text()) == (200, f"by {member.name}")
             big = bytes(3 << 20)
