@@ -1,14 +1,20 @@
-"""What a request is about, by its head alone: so its home is known before its body is read."""
+"""What a request is about, by its head alone, and where that is: so its body need not be read here."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.types import Scope
 
+from gateway.api.access import check_covered
+from gateway.api.services import Services
 from gateway.auth.tokens import Token
-from gateway.runtime import TENANT_NAME
+from gateway.cluster.peers import Peer
+from gateway.errors import NotFound
+from gateway.runtime import TENANT_NAME, OnAnotherServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +43,35 @@ class Asked:
         if self.kind == "events" and not self.name and only is not None and len(only) == 1:
             return Asked("tenant", next(iter(only)))
         return self
+
+
+async def home_of(services: Services, asked: Asked) -> Peer | None:
+    """Return the peer that has what is asked for; None if that is here or nowhere, or there is no cluster."""
+    cluster = services.cluster
+    if cluster is None:
+        return None
+    if asked.kind == "tenant":
+        peer, mine = cluster.homes.home(asked.name), services.names.holder(asked.name)
+        if mine and (peer is None or await has(services, {"tenant": asked.name})):
+            return None  # of two that say they have it, one has not noticed yet that it moved
+        if peer is not None:
+            return peer
+    elif await has(services, {asked.kind: asked.name}):
+        return None
+    return await cluster.find(**{asked.kind: asked.name})
+
+
+async def has(services: Services, what: Mapping[str, Any]) -> bool:
+    """Say whether this gateway is the home of a tenant, or has the record of a deployment."""
+    try:
+        if "deployment" in what:
+            await services.deployments.get(str(what["deployment"]))
+        else:
+            name, cluster = str(what["tenant"]), services.cluster
+            moved = cluster is not None and cluster.homes.home(name) is not None
+            if moved or not services.names.holder(name):
+                check_covered(None, name)
+                await services.runtime.get(name)
+    except (NotFound, OnAnotherServer):
+        return False
+    return True

@@ -22,7 +22,7 @@ from websockets.protocol import Protocol, Side, State
 
 from gateway import __version__, protocol
 from gateway.api.access import check_covered, check_origin, raw_token
-from gateway.api.asked import Asked
+from gateway.api.asked import Asked, has, home_of
 from gateway.api.http import REQUEST_ID, address, ask, hold, problem
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
@@ -36,7 +36,7 @@ from gateway.cluster.relay import NOT_HOME, Body, NotHome, client_of, relay
 from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
 from gateway.hostnames import Misdirected
 from gateway.protocol import CloseCode
-from gateway.runtime import OnAnotherServer, Tenant
+from gateway.runtime import Tenant
 from gateway.storage.store import Store
 from gateway.transport.tunnel import Near, Refused, close_frame, text_frame
 from gateway.transport.websocket import LARGE, TAKE
@@ -116,19 +116,6 @@ def leave(services: Services, retry_after_ms: int, why: str) -> None:
         services.cluster.refuse()
 
 
-async def has(services: Services, what: Mapping[str, Any]) -> bool:
-    """Say whether this gateway is the home of a tenant, or has the record of a deployment."""
-    try:
-        if "deployment" in what:
-            await services.deployments.get(str(what["deployment"]))
-        elif not services.names.holder(str(what["tenant"])):
-            check_covered(None, str(what["tenant"]))
-            await services.runtime.get(str(what["tenant"]))
-    except (NotFound, OnAnotherServer):
-        return False
-    return True
-
-
 async def _not_home(scope: Scope, receive: Receive, send: Send) -> None:
     answer = problem(Misdirected("this gateway does not have it; ask its home"))
     answer.headers[NOT_HOME] = "1"
@@ -156,17 +143,6 @@ class _Relayed:
         raw = raw_token(self._asked)
         return None if raw is None else self._services.verify(raw)
 
-    async def _home(self, asked: Asked) -> Peer | None:
-        """Return the peer that has what is asked for; None where that is here, or nowhere."""
-        if asked.kind == "tenant":
-            if self._services.names.holder(asked.name):
-                return None
-            if (peer := self._cluster.homes.home(asked.name)) is not None:
-                return peer
-        elif await has(self._services, {asked.kind: asked.name}):
-            return None
-        return await self._cluster.find(**{asked.kind: asked.name})
-
     # --- HTTP ---------------------------------------------------------------------------------------
 
     async def http(self, asked: Asked) -> None:
@@ -181,7 +157,7 @@ class _Relayed:
         except GatewayError:
             await self._here()  # which says what is wrong
             return
-        peer = None if asked.kind == "events" else await self._home(asked)
+        peer = None if asked.kind == "events" else await home_of(self._services, asked)
         if peer is None:
             await self._here()
             return
@@ -233,9 +209,13 @@ class _Relayed:
         except GatewayError:
             await self._here()
             return
-        asked, known = Asked("tenant", tenant), self._cluster.homes.home(tenant)
-        mine = self._services.names.holder(tenant) or self._services.draining
-        peer = None if mine else known if token is None else await self._home(asked)
+        services = self._services
+        if services.draining:
+            peer = None
+        elif token is not None:
+            peer = await home_of(services, Asked("tenant", tenant))
+        else:
+            peer = None if services.names.holder(tenant) else self._cluster.homes.home(tenant)
         if peer is None or TAKE not in self._scope["extensions"] or (token is None and not peer.alive):
             await self._here()  # without its home `initialize` says why
             return

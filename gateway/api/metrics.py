@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Final
 
 from prometheus_client import (
@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 from prometheus_client.process_collector import ProcessCollector
 
+from gateway.cluster.peers import Peers
 from gateway.events import Bus, Filter
 from gateway.limits.budget import Budget, Places
 from gateway.limits.pressure import Counts
@@ -43,6 +44,7 @@ class Metrics:
         places: Places,
     ) -> None:
         self._registry = registry = CollectorRegistry()
+        self._peers: Peers | None = None
         ProcessCollector(registry=registry)
         Gauge("gateway_connections", "Open websockets.", registry=registry).set_function(connections)
         Gauge("gateway_execs", "Running commands.", registry=registry).set_function(execs)
@@ -85,6 +87,17 @@ class Metrics:
             registry=registry,
         )
 
+    def show_peers(self, peers: Peers, tunnels: Sized) -> None:
+        """Show which gateways of other members are there, and the websockets that are joined to them."""
+        registry = self._registry
+        up = "1 for a member whose gateway answers, 0 for one whose does not."
+        self._up = Gauge("gateway_peer_up", up, ["member"], registry=registry)
+        self._peers = peers
+        joined = Gauge(
+            "gateway_connections_relayed", "Open websockets of other members' tenants.", registry=registry
+        )
+        joined.set_function(lambda: len(tunnels))
+
     def show_pressure(self, counts: Counts) -> None:
         """Show the counts of the watch over the tenants' memory."""
         pressed = Gauge(
@@ -112,4 +125,8 @@ class Metrics:
             self._lag.observe(max(0.0, loop.time() - due))
 
     def render(self) -> bytes:
+        if self._peers is not None:
+            self._up.clear()
+            for peer in self._peers.all.values():
+                self._up.labels(peer.name).set(int(peer.alive))
         return generate_latest(self._registry)

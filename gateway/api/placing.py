@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.api.asked import Asked, has, home_of
 from gateway.api.http import REQUEST_ID, address
 from gateway.api.services import services
 from gateway.cluster.cluster import Cluster
@@ -27,10 +28,8 @@ async def placed(request: Request, tenant: str, *, here: bool = False) -> Peer |
     cluster = gateway.cluster
     if cluster is None or (FROM in request.scope and not here) or not TENANT_NAME.fullmatch(tenant):
         return None
-    if gateway.names.holder(tenant):
-        return None
-    peer = cluster.homes.home(tenant) or await cluster.find(tenant=tenant)
-    if peer is not None:
+    peer = await home_of(gateway, Asked("tenant", tenant))
+    if peer is not None or await has(gateway, {"tenant": tenant}):
         return peer
     wish = cluster.own
     if not here and gateway.settings.placement == "spread":

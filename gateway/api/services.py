@@ -94,7 +94,7 @@ class Services(Hub):
     sites: Sites
     previews: Previews
     cluster: Cluster | None
-    tunnels: set[Near] = field(default_factory=set)  # websockets of other members' tenants
+    tunnels: set[Near]  # websockets of other members' tenants
     draining: bool = False
 
     def elsewhere(self, tenant: str) -> None:
@@ -237,6 +237,9 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         )
         if pressure is not None:
             metrics.show_pressure(pressure.counts)
+        tunnels = set[Near]()
+        if cluster is not None:
+            metrics.show_peers(cluster.peers, tunnels)
         yield Services(
             runtime=runtime,
             execs=execs,
@@ -272,7 +275,8 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             leave_ready=sites.copies.leave,
             sites=sites,
             previews=Previews(caddy, secret, settings.max_previews),
-            cluster=ready.cluster,
+            cluster=cluster,
+            tunnels=tunnels,
             home=None if (here := ready.cluster) is None else {"member": here.own, "url": settings.advertise},
         )
 

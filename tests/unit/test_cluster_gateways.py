@@ -284,6 +284,8 @@ async def test_a_member_that_is_away_is_told_at_once(mortal: dict[str, LiveGatew
         assert (status, said["reason"], said["location"]) == (503, "member_away", "m2")
         _, said = await answer(http, "/v1/tenants")
         assert said["unanswered"] == ["m2"]
+        async with http.get("/metrics") as metrics:
+            assert 'gateway_peer_up{member="m2"} 0.0' in await metrics.text()
         found = {entry["name"]: (entry["status"], entry.get("reason")) for entry in said["tenants"]}
         assert found == {"one": ("running", None), "two": ("error", "member_away")}
         assert time.monotonic() - began < 1
