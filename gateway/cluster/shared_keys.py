@@ -137,6 +137,7 @@ class IncusKeys:
                     action = (event.get("metadata") or {}).get("action")
                     if event["type"] == "connected" or action == "project-updated":
                         yield
+            raise IncusError("incusd ended the stream of events", 0)
         except IncusError as error:
             raise _unavailable(error) from error
 

@@ -161,3 +161,21 @@ async def test_the_number_of_keys_has_an_end(
     assert await keys.swap("a", "1", "2")
     assert await keys.swap("a", "2", None)
     assert await keys.swap("b", None, "1")
+
+
+async def test_a_stream_of_changes_that_ends_is_no_peace(
+    incus: Scripted, keys: IncusKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Incusd closes it without an error, too; whoever follows begins again."""
+
+    async def events(*_: str) -> AsyncIterator[dict[str, Any]]:
+        yield {"type": "connected"}
+        yield {"type": "lifecycle", "metadata": {"action": "project-updated"}}
+        yield {"type": "lifecycle", "metadata": {"action": "profile-updated"}}
+
+    monkeypatch.setattr(incus, "events", events)
+    changes = keys.changes()
+    await anext(changes)
+    await anext(changes)
+    with pytest.raises(Unavailable):
+        await anext(changes)
