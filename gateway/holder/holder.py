@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 _PATIENCE: Final = 5.0  # seconds for an answer
 _FULL: Final = 0.01  # seconds before sending again to a holder whose queue is full
-_AGAIN: Final = 0.2  # seconds between attempts to reconnect
+_AGAIN: Final = 0.2  # seconds until the second attempt to reconnect; then ever more
+_RARELY: Final = 1.0  # seconds between attempts in the end
 _SOON: Final = 0.05  # seconds after which the holder is told what can wait
 
 
@@ -145,11 +146,14 @@ class Holder:
             log.warning("the holder at %s is gone: until it is back, a restart ends all commands", self._path)
 
     async def _found(self) -> None:
+        pause = _AGAIN
         while True:
             try:
-                connection, stale = await asyncio.to_thread(_welcomed, self._path)
+                connection = _connected(self._path, patience=0)  # a thread for each attempt would cost more
+                stale = await asyncio.to_thread(_welcomed, connection)
             except (OSError, ValueError):
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.2, _RARELY)
                 continue
             self._socket = connection
             self._waiting = OrderedDict.fromkeys([*self._held, *stale])
@@ -193,11 +197,12 @@ def held_at(path: Path) -> int:
     return int(received[0]["held"])
 
 
-def _connected(path: Path) -> socket.socket:
+def _connected(path: Path, patience: float = _PATIENCE) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.settimeout(_PATIENCE)
+        connection.settimeout(patience)
         connection.connect(str(path))
+        connection.settimeout(_PATIENCE)
     except BaseException:
         connection.close()
         raise
@@ -215,9 +220,8 @@ def _listed(connection: socket.socket) -> dict[str, list[int]]:
     raise ConnectionResetError("it hung up")
 
 
-def _welcomed(path: Path) -> tuple[socket.socket, list[str]]:
-    """Connect to a holder; return the connection and the names it already holds."""
-    connection = _connected(path)
+def _welcomed(connection: socket.socket) -> list[str]:
+    """Return the names that a holder already holds."""
     try:
         found = _listed(connection)
         connection.setblocking(False)
@@ -226,4 +230,4 @@ def _welcomed(path: Path) -> tuple[socket.socket, list[str]]:
         raise
     for descriptors in found.values():
         close(descriptors)
-    return connection, list(found)
+    return list(found)

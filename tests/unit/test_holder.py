@@ -8,11 +8,14 @@ import os
 import signal
 import socket
 import stat
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gateway.holder import holder as holder_client
 from gateway.holder.holder import Holder, held_at
 from gateway.holder.messages import receive, send
 from gateway.host import HostError, holder_process
@@ -138,6 +141,30 @@ async def test_without_a_holder_nothing_is_held_and_nothing_fails(tmp_path: Path
         assert not holder.there
         holder.put("one", [0])
         holder.drop("one")
+
+
+async def test_no_thread_is_used_to_look_for_a_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway without one looks all the time: by threads it took more CPU than all else of it at rest."""
+    looks, threads = Counter[str](), list[object]()
+    connected, to_thread = holder_client._connected, asyncio.to_thread
+
+    def look(*given: Any, **more: Any) -> socket.socket:
+        looks["all"] += 1
+        return connected(*given, **more)
+
+    async def aside(*given: Any) -> Any:
+        threads.append(given)
+        return await to_thread(*given)
+
+    monkeypatch.setattr(holder_client, "_connected", look)
+    monkeypatch.setattr(holder_client, "_AGAIN", 0.001)
+    monkeypatch.setattr(asyncio, "to_thread", aside)
+    async with Holder(tmp_path / "holder.sock") as holder:
+        await holder.taken_over()
+        await until(lambda: looks["all"] > 5)
+    assert not threads
 
 
 @pytest.mark.parametrize(
