@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tests.integration.test_survive import Host
 from tests.live import Wire
 
 MiB = 1 << 20
+_EACH = 200  # commands of one tenant, which may have 400 processes
 
 
 async def first_byte(wire: Wire) -> float:
@@ -40,26 +41,26 @@ async def first_byte(wire: Wire) -> float:
     return took
 
 
+def cpu(host: Host) -> float:
+    """Return the seconds of CPU that the gateway has taken."""
+    assert host.gateway.process is not None
+    fields = Path(f"/proc/{host.gateway.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
 async def stream(host: Host, name: str, size: int) -> tuple[float, float]:
     """Return MB/s of a command that prints `size` bytes, and the gateway's CPU seconds meanwhile."""
-    assert host.gateway.process is not None
-    stat = Path(f"/proc/{host.gateway.process.pid}/stat")
-
-    def cpu() -> float:
-        fields = stat.read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / 100
-
     async with host.gateway.raw(name, Counting) as wire:
         await wire.call(
             "initialize", client={"name": "bench", "version": "1"}, token=host.gateway.token(name)
         )
-        before, began = cpu(), time.perf_counter()
+        before, began = cpu(host), time.perf_counter()
         started = await wire.call("exec/start", argv=["head", "-c", str(size), "/dev/zero"])
         await wire.exited(started["exec"])
         took = time.perf_counter() - began
         counted = getattr(wire, "counted", 0)
         assert counted == size, f"{counted} bytes of {size}"
-        return size / took / 1e6, cpu() - before
+        return size / took / 1e6, cpu(host) - before
 
 
 class Counting(Wire):
@@ -81,24 +82,33 @@ def running(listed: Mapping[str, Any]) -> list[int]:
     return sorted(one["pid"] for one in listed["execs"] if one["state"] == "running")
 
 
-async def adopt(host: Host, name: str, count: int) -> tuple[float, float]:
-    """Return milliseconds until a killed gateway is up again, and answers with all of `count` commands."""
-    async with host.gateway.wire(name) as wire:
-        for _ in range(count):
-            await wire.call("exec/start", argv=["sleep", "1000"], lingerMs=-1)
-        pids = running(await wire.call("exec/list"))
-        assert len(pids) >= count
+async def adopt(host: Host, names: Sequence[str], count: int) -> tuple[float, float, float]:
+    """Have `count` commands, kill the gateway, and start another.
+
+    Return milliseconds until that is up and until it answers with all of them, and its CPU seconds.
+    """
+    pids, names = dict[str, list[int]](), names[: -(-count // _EACH)]
+    for place, name in enumerate(names):
+        some = min(_EACH, count - place * _EACH)
+        async with host.gateway.wire(name) as wire:
+            for _ in range(some):
+                await wire.call("exec/start", argv=["sleep", "1000"], lingerMs=-1)
+            pids[name] = running(await wire.call("exec/list"))
+            assert len(pids[name]) >= some
     await host.gateway.stop(signal.SIGKILL)
     began = time.perf_counter()
     await host.gateway.start()
-    up = (time.perf_counter() - began) * 1000
-    async with host.gateway.wire(name) as wire:
-        found = await wire.call("exec/list")
+    up, spent = (time.perf_counter() - began) * 1000, cpu(host)
+    took = 0.0
+    async with contextlib.AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(host.gateway.wire(name)) for name in names]
+        found = [await wire.call("exec/list") for wire in wires]
         took = (time.perf_counter() - began) * 1000
-        assert running(found) == pids, "some were lost"
-        for one in found["execs"]:
-            await wire.call("exec/cancel", exec=one["exec"], graceMs=0)
-    return up, took
+        for name, wire, listed in zip(names, wires, found, strict=True):
+            assert running(listed) == pids[name], "some were lost"
+            for one in listed["execs"]:
+                await wire.call("exec/cancel", exec=one["exec"], graceMs=0)
+    return up, took, spent
 
 
 async def run(rounds: int, size: int, counts: list[int]) -> None:
@@ -106,7 +116,9 @@ async def run(rounds: int, size: int, counts: list[int]) -> None:
     environment.up(lambda line: None)
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (tenant,) = await stack.enter_async_context(make_containers("bench", settings, 1))
+        number = max(1, *(-(-count // _EACH) for count in counts))
+        tenants = await stack.enter_async_context(make_containers("bench", settings, number))
+        names = [one.name for one in tenants]
         hosts: dict[str, Host] = {}
         for kind in ("without", "with"):
             (folder / kind).mkdir()
@@ -120,8 +132,8 @@ async def run(rounds: int, size: int, counts: list[int]) -> None:
         first = {kind: list[float]() for kind in hosts}
         rate = {kind: list[tuple[float, float]]() for kind in hosts}
         async with (
-            hosts["without"].gateway.wire(tenant.name) as one,
-            hosts["with"].gateway.wire(tenant.name) as other,
+            hosts["without"].gateway.wire(names[0]) as one,
+            hosts["with"].gateway.wire(names[0]) as other,
         ):
             wires = {"without": one, "with": other}
             for wire in wires.values():
@@ -134,7 +146,7 @@ async def run(rounds: int, size: int, counts: list[int]) -> None:
                         await asyncio.sleep(0.2)  # as an agent does: the shell that was taken is replaced
         for _ in range(max(2, rounds // 2)):
             for kind, host in hosts.items():
-                rate[kind].append(await stream(host, tenant.name, size))
+                rate[kind].append(await stream(host, names[0], size))
         for kind, times in first.items():
             tenth, half = statistics.quantiles(times, n=10)[0], statistics.median(times)
             print(f"first byte {kind:>8} a holder: p10 {tenth:.2f}, p50 {half:.2f} ms of {len(times)}")
@@ -144,9 +156,10 @@ async def run(rounds: int, size: int, counts: list[int]) -> None:
             spent = f"CPU {min(cpus):.2f} s at best, median {statistics.median(cpus):.2f} s"
             print(f"{size >> 20} MiB {kind:>8} a holder: best {fast:.0f}, median {half:.0f} MB/s; {spent}")
         for count in counts:
-            up, took = await adopt(hosts["with"], tenant.name, count)
+            up, told, seconds = await adopt(hosts["with"], names, count)
             print(
-                f"killed beside {count} commands: up after {up:.0f} ms, all of them told after {took:.0f} ms"
+                f"killed beside {count} commands: up after {up:.0f} ms, all told after {told:.0f} ms, "
+                f"CPU {seconds:.2f} s"
             )
 
 
@@ -154,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--megabytes", type=int, default=1024)
-    parser.add_argument("--commands", type=int, nargs="*", default=[1, 100])
+    parser.add_argument("--commands", type=int, nargs="*", default=[1, 100, 500])
     options = parser.parse_args()
     try:
         asyncio.run(run(options.rounds, options.megabytes * MiB, options.commands))
