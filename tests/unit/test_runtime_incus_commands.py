@@ -1,4 +1,4 @@
-"""A command whose warm shell hangs because its tenant was paused, or for another reason."""
+"""A command whose warm shell hangs because its tenant was paused, or whose cgroup stays for a reason."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import GatewayError, TenantNotRunning, Timeout
-from gateway.incus import Incus
+from gateway.errors import GatewayError, TenantNotRunning, Timeout, Unavailable
+from gateway.incus import ExecSockets, Incus, Operation
+from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.inside import Inside
 from gateway.runtime.incus.process import Assignment, IncusProcess
 from gateway.settings import Settings
 
@@ -63,3 +65,33 @@ async def test_a_command_for_a_tenant_that_was_just_paused_says_so(
         await commands.exec("shop", ExecSpec(("true",)))
     assert caught.value.facts.get("status") == (None if raised is Timeout else status.lower())
     assert shell.abandoned
+
+
+class Ended(ExecSockets):
+    """The sockets of a command that exited with 3."""
+
+    def __init__(self) -> None:
+        self.terminal = False
+
+    async def result(self) -> Operation:
+        return Operation(ok=True, error="", metadata={"return": 3})
+
+
+class Staying(CommandCgroup):
+    """A cgroup that cannot be removed now."""
+
+    def __init__(self, why: GatewayError) -> None:
+        super().__init__(Path("/none"))
+        self.why = why
+
+    async def remove(self) -> bool:
+        raise self.why
+
+
+@pytest.mark.parametrize("why", [Timeout("too slow"), Unavailable("the broker is away")])
+async def test_an_exit_is_known_even_if_the_cgroup_is_not_removed_in_time(why: GatewayError) -> None:
+    """It was told as lost on a host under load."""
+    settings = Settings()
+    inside = Inside(settings, Incusd("Running"))
+    process = IncusProcess(inside, 1.0, "shop", "own/abc", Ended(), Staying(why))
+    assert (await process.wait()).code == 3

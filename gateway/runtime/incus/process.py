@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway.errors import GatewayError, Unavailable
+from gateway.errors import GatewayError, Timeout, Unavailable
 from gateway.holder.holder import Holder
 from gateway.incus import RELIEF, ExecSockets, IncusError, Lost, Operation
 from gateway.rootfs.command_cgroup import CommandCgroup
@@ -340,5 +340,6 @@ class IncusProcess:
     async def _tidy(self) -> None:
         cgroup = self._cgroup()
         if cgroup is not None:
-            with contextlib.suppress(Unavailable):  # the broker is away; the next start removes the cgroup
+            # the broker is away, or the host is slow: the exit is known all the same
+            with contextlib.suppress(Unavailable, Timeout):
                 await cgroup.remove()
