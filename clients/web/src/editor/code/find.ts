@@ -137,10 +137,8 @@ function field(label: string, placeholder: string): HTMLInputElement {
 }
 
 function button(label: string, shown: string, act: () => void): HTMLButtonElement {
-  const made = element("button", { type: "button", "aria-label": label, title: label });
-  const glyph = element("span", { "aria-hidden": "true" });
-  glyph.textContent = shown;
-  made.append(glyph);
+  // drawn by the style sheet: no part of what the button is called
+  const made = element("button", { type: "button", "aria-label": label, title: label, "data-glyph": shown });
   made.addEventListener("click", act);
   return made;
 }
