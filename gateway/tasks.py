@@ -1,4 +1,4 @@
-"""Tasks: begin one at once, carry one through a cancel, keep one running."""
+"""Tasks: start one at once, complete one despite a cancel, keep one running."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PAUSES: Final = (1.0, 60.0)  # seconds, the first and the longest, until what broke is begun again
+_PAUSES: Final = (1.0, 60.0)  # seconds before a failed job is restarted: the first and the longest pause
 
 
 def begin(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Return a task that has run up to its first wait, so that what waits for a turn is one thing less.
+    """Return a task that has already run up to its first wait, which saves a turn of the loop.
 
-    Before Python 3.12 it has not begun.
+    Before Python 3.12 it has not started yet.
     """
     if sys.version_info >= (3, 12):
         return asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
@@ -29,7 +29,7 @@ def begin(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 async def whole(work: Coroutine[Any, Any, T]) -> T:
-    """Carry `work`, which bounds itself, through; a cancel of this task meanwhile is told after its end."""
+    """Complete `work`, which must be bounded; a cancel of this task takes effect after its end."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -45,7 +45,7 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def lasting(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do what is to go on as long as the process; where an error ends it, begin again."""
+    """Run a job for as long as the process, restarting it after an error."""
     pause, longest = _PAUSES
     while True:
         try:
@@ -60,7 +60,7 @@ async def lasting(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> N
 
 @contextlib.contextmanager
 def apart(what: str) -> Iterator[None]:
-    """Let one thing of many fail: the log has why, the others go on."""
+    """Let one of many fail: its error is logged, and the others continue."""
     try:
         yield
     except GatewayError as error:

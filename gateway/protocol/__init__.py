@@ -1,8 +1,8 @@
-"""The wire of `gateway.v1`, both ends of it, without IO.
+"""The protocol `gateway.v1`, both ends of it, without IO.
 
-Frames and messages, which clients need too, are those of `gateway_client.wire`. The server feeds what comes
-to a `ServerWire` and gets events, with their parameters checked (`params`). Nothing here waits, so every case
-is a test by values. Import from this package, not from its modules; of these only `results` is for others.
+Frames and messages, which clients need too, are in `gateway_client.wire`. The server feeds what it receives
+to a `ServerWire` and gets events with checked parameters (`params`). Nothing here waits, so every case can be
+tested with values. Import from this package, not from its modules, except `results`.
 """
 
 from typing import TYPE_CHECKING
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        # the server's half brings pydantic, which a client does without
+        # the server's half imports pydantic, which clients do not need
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from gateway.protocol import params, schema, server_wire, weight

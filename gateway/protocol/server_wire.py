@@ -1,7 +1,7 @@
 """The server's end of one connection, without IO: frames in, events out.
 
-It decides by values which channels and requests are open, and what becomes of a frame: whatever bytes a
-client sends end in an event, never in an exception.
+It decides which channels and requests are open, and what a frame means. Any bytes from a client result in an
+event, never in an exception.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class CancelPending:
-    """The client wants request `id`, which is pending, ended. It comes once for each."""
+    """The client cancels the pending request `id`. Returned once for each request."""
 
     id: RequestId
 
@@ -47,36 +47,36 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A message that is answered at once with this text."""
+    """A message to answer at once with this text."""
 
     reply: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """Nothing to do: a frame for an ended channel, an unknown notification, a cancel of what is over."""
+    """Nothing to do: a frame for an ended channel, an unknown notification, a cancel that is too late."""
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The connection cannot go on; `reply`, if any, is sent before."""
+    """The connection must be closed, after sending `reply` if there is one."""
 
     code: CloseCode
     reason: str
     reply: str | None = None
 
 
-_RETRY_AFTER: Final = 1  # seconds: one answer makes room
+_RETRY_AFTER: Final = 1  # seconds; a single answer makes room
 
 ServerEvent: TypeAlias = Request | CancelPending | Input | Refused | Ignored | Close
 
 
 class ServerWire:
-    """The server's end of one connection: what was agreed, which channels and requests are open.
+    """The server's end of one connection: what was agreed, and which channels and requests are open.
 
-    `initialize` comes first and once. Channels are numbers that only grow, so that a frame for one that
-    ended can be told from one that never was. A request is in flight from the event that brings it until its
-    answer has been sent; at most `max_requests` are at a time.
+    `initialize` must come first, and only once. Channel numbers only grow, so that a frame for an ended
+    channel can be told from one for a channel that never existed. A request is in flight from its event until
+    its answer has been sent; at most `max_requests` are at a time.
     """
 
     def __init__(self, max_requests: int) -> None:
@@ -85,7 +85,7 @@ class ServerWire:
         self._last_channel = 0
         self._open: set[int] = set()
         self._in_flight = 0
-        self._pending: set[RequestId] = set()  # without an answer yet; their ids are taken
+        self._pending: set[RequestId] = set()  # not answered yet; their ids are in use
         self._cancelled: set[RequestId] = set()  # of these
 
     @property
@@ -93,7 +93,7 @@ class ServerWire:
         return self._initialized
 
     def initialize(self) -> None:
-        """Serve every method from now on: `initialize` was granted."""
+        """Serve every method from now on, since `initialize` has succeeded."""
         self._initialized = True
 
     def open_channel(self) -> int:
@@ -105,11 +105,11 @@ class ServerWire:
         self._open.discard(channel)
 
     def cancelled(self, request_id: RequestId | None) -> bool:
-        """Whether the client wants this request ended, which has no answer yet."""
+        """Whether the client has cancelled this unanswered request."""
         return request_id in self._cancelled
 
     def settle(self, request_id: RequestId | None) -> None:
-        """A request has its answer, which is to be sent: no cancel reaches it, its id may be used again."""
+        """Note that a request's answer is about to be sent: it cannot be cancelled, and its id is free."""
         if request_id is None:
             self._in_flight -= 1  # nothing is sent
         else:
@@ -117,7 +117,7 @@ class ServerWire:
             self._cancelled.discard(request_id)
 
     def sent(self, request_id: RequestId | None) -> None:
-        """The answer of a settled request has been sent."""
+        """Note that a settled request's answer has been sent."""
         if request_id is not None:
             self._in_flight -= 1
 
@@ -195,14 +195,14 @@ class ServerWire:
         return CancelPending(request_id)
 
     def refuse_heavy(self, text: str, error: GatewayError) -> ServerEvent:
-        """Return what becomes of a message that `weigh` does not let pass; its beginning may tell its id."""
+        """Return the event for a message that `weigh` has refused; its id may be found at its beginning."""
         if not self._initialized:
             return Close(CloseCode.PROTOCOL_ERROR, error.message, failure(None, error))
         return Refused(failure(_first_id(text), error))
 
     def _refuse(self, request_id: RequestId | None, code: int, message: str) -> ServerEvent:
         reply = error_reply(request_id, code, message, "invalid_params")
-        if not self._initialized:  # the other end does not speak this protocol: do not stay open for it
+        if not self._initialized:  # the client does not speak this protocol, so do not stay open
             return Close(CloseCode.PROTOCOL_ERROR, message, reply)
         return Refused(reply)
 
@@ -210,20 +210,20 @@ class ServerWire:
 _ID: Final = re.compile(
     r'\s*\{(?:\s*"jsonrpc"\s*:\s*"2\.0"\s*,)?\s*"id"\s*:\s*("[^"\\\x00-\x1f]{0,256}"|\d{1,15})\s*,'
 )
-_ID_WITHIN: Final = 512  # characters of a message
+_ID_WITHIN: Final = 512  # characters of a message in which its id is looked for
 
 
 def _first_id(text: str) -> RequestId | None:
-    """Return the id that a message begins with, where it does, without looking at the rest."""
+    """Return the id at the beginning of a message, if there is one, without reading the rest."""
     found = _ID.match(text, 0, _ID_WITHIN)
     return None if found is None else orjson.loads(found[1])
 
 
 def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
-    """Return the id, code and words for a message that orjson does not take.
+    """Return id, code and text of the error for a message that orjson does not accept.
 
-    Half a surrogate pair, which JSON can write and no UTF-8 can hold, is what JavaScript makes of half an
-    emoji, and Python of a file's name that is not UTF-8. Without its id the caller would wait forever.
+    One cause is a lone surrogate, which JSON can express and UTF-8 cannot: JavaScript makes it of half an
+    emoji, Python of a file name that is not UTF-8. Without the id the caller would wait forever.
     """
     if len(text) > LIGHT:
         return _first_id(text), -32700, "the message is not JSON"
@@ -231,7 +231,7 @@ def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             message = json.loads(text)
             request_id = message.get("id") if isinstance(message, dict) else None
-            whole = orjson.loads(orjson.dumps(request_id))  # not an id that no answer could have
+            whole = orjson.loads(orjson.dumps(request_id))  # refuses an id that no answer could contain
             if isinstance(whole, str | int) and not isinstance(whole, bool) and len(str(whole)) <= 256:
                 return whole, -32700, "the message is not JSON that is text: half of a surrogate pair, or NaN"
     return None, -32700, "the message is not JSON"

@@ -1,4 +1,4 @@
-"""A bound on what parsing a JSON message costs, found before it is parsed."""
+"""Bounds the cost of parsing a JSON message, before it is parsed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Final
 from gateway.errors import TooLarge
 
 VALUES_MAX: Final = 200_000  # values and names in one message; the largest argv has 65 536
-LIGHT: Final = 256 << 10  # characters of a message that cannot have so many that it matters
+LIGHT: Final = 256 << 10  # characters of a message too short to be checked
 _SLICE: Final = 128 << 10
 _STRUCTURE: Final = (",", ":", "[", "{")
 
 
 def weigh(text: str | bytes) -> None:
-    """Raise `TooLarge` for JSON of more values than a message needs, before they are made.
+    """Raise `TooLarge` for JSON with more values than any message needs.
 
-    16 MiB of `{},` take a second and half a gigabyte to parse, and nothing else runs meanwhile. This takes as
-    long as it reads, but a millisecond at a time: it is for a thread. What is no JSON passes.
+    16 MiB of `{},` take a second and half a gigabyte to parse, and block everything else. This check may take
+    as long, but releases the interpreter every millisecond: run it in a thread. Invalid JSON passes.
     """
     values, inside, escaped = 0, False, False
     for start in range(0, len(text), _SLICE):

@@ -1,9 +1,9 @@
-"""What the operator sees: the only way to print, and the form of the log.
+"""Output for the operator: the only way to print, and the log's format.
 
 Tenants write names, log lines, file names and error texts. To a terminal some characters are commands: ESC
-moves the cursor, rewrites what was printed and types answers; others reverse the reading order. Here they all
-become visible escapes. Nothing else of the gateway writes to standard output, standard error or the log,
-except the bytes of `exec`, which belong to a command, as with ssh; `drawing` cleans what it draws alike.
+moves the cursor, overwrites earlier output and types answers; others reverse the reading order. Here they all
+become visible escapes. Nothing else in the gateway writes to standard output, standard error or the log,
+except the bytes of `exec`, which belong to a command, as with ssh. `drawing` cleans its output likewise.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any, Final, NoReturn, TextIO
 
 import orjson
 
-# C0 but tab and line end, DEL, C1; soft hyphen, marks and orders of direction, invisible joins and fillers,
-# line and paragraph separators, lone surrogates, tags. Of Unicode's format characters the two joiners stay,
-# which emoji and scripts need, and those that can be seen.
+# C0 except tab and line feed, DEL, C1; soft hyphen, directional marks, invisible joiners and fillers,
+# line and paragraph separators, lone surrogates, tags. Of Unicode's format characters the visible ones stay,
+# and the two joiners, which emoji and some scripts need.
 _CONTROL: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
 )
 _COLOUR: Final = re.compile("\x1b\\[[0-9;:]{0,64}m")
-# what may be the begin of a colour or of a line's end, whose rest is yet to come
+# what may be the beginning of a colour or line end that continues in the next piece
 _HALF: Final = re.compile("(?:\r|\x1b(?:\\[[0-9;:]{0,64})?)\\Z")
 
 
 def clean(text: str) -> str:
-    """Return `text` with what would steer a terminal as visible escapes; colours are left out."""
+    """Return `text` with terminal control characters as visible escapes, and without colours."""
     if text.isascii() and text.isprintable():
         return text
     return _CONTROL.sub(_visible, _COLOUR.sub("", text).replace("\r\n", "\n"))
@@ -46,14 +46,14 @@ def line(text: str) -> str:
 
 
 def encoded(value: Any, *, indent: bool = False) -> str:
-    """Return JSON that means `value`, in which nothing steers a terminal."""
+    """Return `value` as JSON without terminal control characters."""
     text = orjson.dumps(value, option=orjson.OPT_INDENT_2 if indent else None).decode()
-    # such a character can only stand in a string, where JSON has another way to write it
+    # such a character can only be inside a string, where JSON can escape it
     return _CONTROL.sub(_in_json, text)
 
 
 def set_in(text: str) -> str:
-    """Return `text` as `clean` does, all lines but the first set in: none passes for a new one."""
+    """Return `text` as `clean` does, with all lines but the first indented: none looks like a new entry."""
     return clean(text).replace("\n", "\n    ")
 
 
@@ -68,18 +68,18 @@ def _in_json(found: re.Match[str]) -> str:
 
 
 class OutputClosed(Exception):
-    """Nobody reads what we print any more: `head` has seen enough."""
+    """Nobody reads our output any more, as when piped to `head`."""
 
 
 class Output:
-    """One of the two outputs. What is said is cleaned; nothing is cut or folded, wherever it goes."""
+    """Standard output or error. Texts are cleaned, but never cut or wrapped, wherever they go."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         self._name = "stderr" if stderr else "stdout"
 
     @property
     def file(self) -> TextIO:
-        """Where it goes now. Raises `OutputClosed` where it was closed before we began."""
+        """The current file. Raises `OutputClosed` if it was closed before we started."""
         file: TextIO | None = getattr(sys, self._name)
         if file is None:
             raise OutputClosed
@@ -90,7 +90,7 @@ class Output:
         return self.file.isatty()
 
     def say(self, text: str, end: str = "\n") -> None:
-        """Print lines at once and as they are, however long: tokens, JSON, what programs read."""
+        """Print lines at once, however long: tokens, JSON, output for programs."""
         with _closing():
             self.file.write(clean(text) + end)
             self.file.flush()
@@ -99,7 +99,7 @@ class Output:
         self.say(encoded(value, indent=indent))
 
     def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Print rows below their titles, each column as wide as what is in it."""
+        """Print rows below their titles, each column as wide as its contents."""
         cells = [titles, *([line(cell) for cell in row] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         padded = (map(str.ljust, row, widths) for row in cells)
@@ -115,14 +115,14 @@ def _closing() -> Iterator[None]:
 
 
 class Lines:
-    """A log that comes in pieces, cleaned for a terminal."""
+    """A log that arrives in pieces, cleaned for a terminal."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._held = ""
 
     def cleaned(self, piece: bytes, *, last: bool = False) -> bytes:
-        """Return what can be shown of all pieces by now. What may be cut in two waits for the next piece."""
+        """Return what can be shown so far. What may continue in the next piece waits for it."""
         text = self._held + self._decoder.decode(piece, last)
         half = None if last else _HALF.search(text, max(0, len(text) - 80))
         self._held = half[0] if half else ""
@@ -134,7 +134,7 @@ err: Final = Output(stderr=True)
 
 
 def copy(piece: bytes, *, to_stderr: bool = False) -> None:
-    """Hand on bytes as they are: what a command prints, or a log that was asked for raw."""
+    """Write bytes unchanged: a command's output, or a log requested raw."""
     target = (err if to_stderr else out).file.buffer
     with _closing():
         target.write(piece)
@@ -142,9 +142,9 @@ def copy(piece: bytes, *, to_stderr: bool = False) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. What is registered for its end is run, and what is printed is written out.
+    """End the process, after running its exit handlers and flushing its output.
 
-    The interpreter does not take itself apart then, module by module: that takes a fifth of a short command.
+    This skips the interpreter's finalization, which takes a fifth of a short command's time.
     """
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
@@ -157,7 +157,7 @@ def leave(code: int) -> NoReturn:
 
 
 class Records(logging.Formatter):
-    """A record is one line, its traceback is set in: no text can pass for another record."""
+    """Formats a record as one line with its traceback indented, so that no text looks like another record."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -176,7 +176,7 @@ class Records(logging.Formatter):
 
 
 def log_to_stderr(level: str) -> None:
-    """Have every record of `level` and above, warnings of Python among them, written to standard error."""
+    """Log every record of `level` and above, including Python's warnings, to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(Records())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

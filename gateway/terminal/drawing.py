@@ -1,4 +1,4 @@
-"""What changes while it is shown: rich's console on standard output, for a terminal alone."""
+"""Live displays: rich's console on standard output, for terminals only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.terminal import clean
 
 
 class Console(rich.console.Console):
-    """Whatever is rendered is cleaned, the styles that are ours come after that."""
+    """A console that cleans all text before it applies our styles."""
 
     def __init__(self) -> None:
         super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False)
