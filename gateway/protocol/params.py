@@ -1,4 +1,4 @@
-"""The parameters of every method, as models that check what a client sends."""
+"""The parameters of every method, as models that validate what clients send."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gateway.errors import InvalidParams
 
 
 class Params(BaseModel):
-    """Base of all parameters: camelCase on the wire, no coercion, unknown names refused."""
+    """Base of all parameters: camelCase on the wire, no coercion, unknown names are refused."""
 
     model_config = ConfigDict(alias_generator=to_camel, extra="forbid", strict=True, frozen=True)
 
@@ -35,7 +35,7 @@ class NoParams(Params):
 
 
 class ClientInfo(Params):
-    # other facts that a client tells of itself are its own business
+    # clients may send other facts about themselves
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     name: Annotated[str, Field(max_length=200)] = "unknown"
@@ -84,7 +84,7 @@ Encoding = Literal["binary", "utf-8"]
 
 
 class Reader(Params):
-    """How a reader wants the output. `window` says that it acknowledges, and how far it may be behind."""
+    """How a reader wants the output. With a `window` it acknowledges, and is sent no more than that ahead."""
 
     acks: bool = False
     window: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
@@ -92,7 +92,7 @@ class Reader(Params):
 
 
 class ExecStart(Reader):
-    """`argv` runs a program, `command` a line by bash: one of the two."""
+    """Exactly one of `argv`, a program, and `command`, a line for bash."""
 
     argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
     command: Annotated[str, Field(min_length=1)] | None = None
@@ -137,7 +137,7 @@ class ExecResize(ExecRef):
 
 
 def _signal_number(named: object) -> int:
-    """Return the number of `INT`, `SIGINT` or 2."""
+    """Return the number of a signal given as `INT`, `SIGINT` or 2."""
     if isinstance(named, str) and (name := "SIG" + named.upper().removeprefix("SIG")) in Signals.__members__:
         return Signals[name].value
     if isinstance(named, int) and not isinstance(named, bool) and 1 <= named <= 64:
@@ -180,7 +180,7 @@ class FilesList(Params):
 
 
 class FilesWrite(Params):
-    """`text` is written as UTF-8, `data` is base64: one of the two."""
+    """Exactly one of `text`, written as UTF-8, and `data`, in base64."""
 
     path: _Path
     text: str | None = None
@@ -210,7 +210,7 @@ class FilesRemove(Params):
 
 
 class FilesWatch(Params):
-    """`ignore` are names, at any depth; None stands for the gateway's own list."""
+    """`ignore` has names, ignored at any depth; None selects the gateway's own list."""
 
     paths: Annotated[list[_Path], Field(min_length=1, max_length=64)]
     ignore: Annotated[list[_Name], Field(max_length=64)] | None = None
@@ -229,7 +229,7 @@ _TurnId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
 class TurnBegin(Params):
-    """`title` is what the agent was asked, `agent` its name; without one it is the token's subject."""
+    """`title` is the agent's prompt, `agent` its name, by default the token's subject."""
 
     title: Annotated[str, Field(max_length=4000)] = ""
     agent: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -245,7 +245,7 @@ class HistoryTurn(Params):
 
 
 class HistoryRestore(HistoryTurn):
-    """`to` says which state: right `after` the turn, or as it was `before` it."""
+    """`to` selects the state: right `after` the turn, or `before` it."""
 
     to: Literal["after", "before"] = "after"
 
@@ -297,7 +297,7 @@ def validate(model: type[P], params: object) -> P:
         return model.model_validate(params)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        # in a union pydantic names the type that it tried last
+        # for a union pydantic appends the type that it tried last
         where = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "model_type":
@@ -306,9 +306,9 @@ def validate(model: type[P], params: object) -> P:
 
 
 def switch(given: Mapping[str, str], name: str) -> bool:
-    """Say whether a header, or a member of the query, turns something on; off if it is missing.
+    """Return whether a header or query member turns something on; a missing one means off.
 
-    Raises `InvalidParams` for any other word: a client that asks for a rule must not silently go without it.
+    Raises `InvalidParams` for other words: a client that asks for a check must not silently go without.
     """
     match given.get(name, "").strip().lower():
         case "1" | "true":

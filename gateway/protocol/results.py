@@ -1,7 +1,7 @@
 """The results of every method and the parameters of every notification, as clients may rely on them.
 
-They say what the server sends. `protocol.wire_schema` makes JSON Schema of them, and the tests hold every
-answer of a live gateway against that. A later version may add members.
+They describe what the server sends. `protocol.wire_schema` turns them into JSON Schema, and the tests check
+every answer of a live gateway against that. A later version may add members.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TurnKind: TypeAlias = Literal["turn", "restored", "outside", "deployed", "first"
 
 
 class Empty(TypedDict):
-    """Nothing: the call succeeded."""
+    """No result, except that the call succeeded."""
 
 
 class Server(TypedDict):
@@ -26,7 +26,7 @@ class Server(TypedDict):
 
 
 class Limits(TypedDict):
-    """Numbers that a client should stay below; `maxFrame`, `execTail` and `maxArgument` are bytes."""
+    """Limits for clients; `maxFrame`, `execTail` and `maxArgument` are in bytes."""
 
     maxFrame: int
     maxRequests: int
@@ -36,16 +36,16 @@ class Limits(TypedDict):
 
 
 class Home(TypedDict):
-    """The member of a cluster that has the tenant; `url` is null where it has no address for clients."""
+    """The member of a cluster that has the tenant; `url` is null if it has no address for clients."""
 
     member: str
     url: str | None
 
 
 class Initialized(TypedDict):
-    """What the gateway is, and what the token allows; `expires` in seconds since the epoch.
+    """What the gateway is, and what the token allows; `expires` is in seconds since the epoch.
 
-    `home` is there in a cluster alone.
+    `home` exists only in a cluster.
     """
 
     server: Server
@@ -60,7 +60,7 @@ class Initialized(TypedDict):
 
 
 class Renewed(TypedDict):
-    """What a newer token brought to an open connection; `expires` in seconds since the epoch."""
+    """What a new token allows on an open connection; `expires` is in seconds since the epoch."""
 
     expires: float
     scopes: list[str]
@@ -103,7 +103,7 @@ class Resource(TypedDict):
 
 
 class ToolResult(TypedDict):
-    """`content` is for the model; `structuredContent` has the same facts as data, and `code` of a failure."""
+    """`content` is for the model; `structuredContent` has the same facts as data, and a failure's `code`."""
 
     content: list[Text | Image | Resource]
     isError: bool
@@ -111,14 +111,14 @@ class ToolResult(TypedDict):
 
 
 class Counts(TypedDict):
-    """Bytes of each stream since the command began."""
+    """Bytes of each stream since the command's start."""
 
     stdout: int
     stderr: int
 
 
 class ExecStarted(TypedDict):
-    """`attachment` names this reader, to be given as `resume` after a break."""
+    """`attachment` identifies this reader; send it as `resume` after a lost connection."""
 
     exec: str
     channel: int
@@ -151,7 +151,7 @@ class Killed(TypedDict):
 
 
 class ExecExited(TypedDict):
-    """`exitCode` is null where it was not seen; `left` counts what of the command's tree runs on."""
+    """`exitCode` is null if it is unknown; `left` counts processes of the command that still run."""
 
     exec: str
     exitCode: int | None
@@ -168,7 +168,7 @@ class LeftProcess(TypedDict):
 
 
 class ExecInfo(TypedDict):
-    """One command. Of `argv` the first 4096 characters are told."""
+    """One command, with the first 4096 characters of `argv`."""
 
     exec: str
     argv: list[str]
@@ -187,7 +187,7 @@ class ExecList(TypedDict):
 
 
 class Entry(TypedDict):
-    """`mode` are the permission bits, `mtime` seconds since the epoch; `target` is where a link points to."""
+    """`mode` has the permission bits, `mtime` is in seconds since the epoch, `target` is a link's target."""
 
     path: str
     type: EntryType
@@ -200,7 +200,7 @@ class Entry(TypedDict):
 
 
 class Listing(TypedDict):
-    """`truncated` where there are more; `skipped` counts the folders that could not be read."""
+    """`truncated` if there are more; `skipped` counts folders that could not be read."""
 
     path: str
     entries: list[Entry]
@@ -230,7 +230,7 @@ class Removed(TypedDict):
 
 
 class Watching(TypedDict):
-    """`unwatched` counts the folders that cannot be watched."""
+    """`unwatched` counts folders that cannot be watched."""
 
     watch: int
     unwatched: int
@@ -242,7 +242,7 @@ class FileChange(TypedDict):
 
 
 class FilesChanged(TypedDict):
-    """`overflow` says that changes were missed; `ended` why the watch is over."""
+    """`overflow` means that changes were missed; `ended` says why the watch has ended."""
 
     watch: int
     changes: list[FileChange]
@@ -251,7 +251,7 @@ class FilesChanged(TypedDict):
 
 
 class Turn(TypedDict):
-    """One commit of a tenant's history. `title` is what the agent was asked, `at` seconds since the epoch."""
+    """One commit of a tenant's history. `title` is the agent's prompt, `at` is in seconds since the epoch."""
 
     turn: str
     kind: TurnKind
@@ -286,7 +286,7 @@ class ChangedFile(TypedDict):
 
 
 class TurnChanges(Turn):
-    """`diff` is a patch, cut off where it is `truncated`."""
+    """`diff` is a patch, cut off if `truncated`."""
 
     changed: list[ChangedFile]
     diff: str
@@ -299,7 +299,7 @@ class Subscribed(TypedDict):
 
 
 class CloudEvent(TypedDict):
-    """CloudEvents 1.0. `subject` is the tenant; a `gap` says that events before `data.oldest` are gone."""
+    """CloudEvents 1.0. `subject` is the tenant. A `gap` means that events before `data.oldest` are gone."""
 
     specversion: Literal["1.0"]
     id: str
@@ -311,7 +311,7 @@ class CloudEvent(TypedDict):
 
 
 class ExecInput(TypedDict):
-    """The command has taken so many bytes of this attachment's input."""
+    """The number of bytes of this attachment's input that the command has taken."""
 
     exec: str
     channel: int
@@ -319,7 +319,7 @@ class ExecInput(TypedDict):
 
 
 class ExecLost(TypedDict):
-    """So many bytes in front of what comes next are not sent."""
+    """The number of bytes that are skipped before the next output."""
 
     exec: str
     channel: int

@@ -1,4 +1,4 @@
-"""The wire as JSON Schema: parameters and results of every method, and what the server says by itself."""
+"""The protocol as JSON Schema: parameters and results of every method, and the server's notifications."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 def wire_schema() -> dict[str, Any]:
     """Return the schema of `gateway.v1`.
 
-    `methods` has `params` and `result` of each request, `notifications` of the server's and `cancel` of the
-    client's the parameters; `$defs` what they refer to.
+    `methods` has `params` and `result` of each request, `notifications` the parameters of the server's, and
+    `cancel` those of the client's cancel. `$defs` has the types that they refer to.
     """
     wanted: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = []
     for method, model in METHODS.items():

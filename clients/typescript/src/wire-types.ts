@@ -24,7 +24,7 @@ export type ClientInfo = {
   readonly version?: string | undefined;
 };
 
-/** CloudEvents 1.0. `subject` is the tenant; a `gap` says that events before `data.oldest` are gone. */
+/** CloudEvents 1.0. `subject` is the tenant. A `gap` means that events before `data.oldest` are gone. */
 export type CloudEvent = {
   readonly specversion: "1.0";
   readonly id: string;
@@ -35,7 +35,7 @@ export type CloudEvent = {
   readonly data: Readonly<Record<string, unknown>>;
 };
 
-/** Bytes of each stream since the command began. */
+/** Bytes of each stream since the command's start. */
 export type Counts = {
   readonly stdout: number;
   readonly stderr: number;
@@ -45,10 +45,10 @@ export type Draining = {
   readonly retryAfterMs: number;
 };
 
-/** Nothing: the call succeeded. */
+/** No result, except that the call succeeded. */
 export type Empty = Readonly<Record<string, never>>;
 
-/** `mode` are the permission bits, `mtime` seconds since the epoch; `target` is where a link points to. */
+/** `mode` has the permission bits, `mtime` is in seconds since the epoch, `target` is a link's target. */
 export type Entry = {
   readonly path: string;
   readonly type: "file" | "directory" | "symlink" | "other";
@@ -110,7 +110,7 @@ export type ExecDetached = {
   readonly reason: string;
 };
 
-/** `exitCode` is null where it was not seen; `left` counts what of the command's tree runs on. */
+/** `exitCode` is null if it is unknown; `left` counts processes of the command that still run. */
 export type ExecExited = {
   readonly exec: string;
   readonly exitCode: number | null;
@@ -121,7 +121,7 @@ export type ExecExited = {
   readonly left: number | null;
 };
 
-/** One command. Of `argv` the first 4096 characters are told. */
+/** One command, with the first 4096 characters of `argv`. */
 export type ExecInfo = {
   readonly exec: string;
   readonly argv: readonly string[];
@@ -135,7 +135,7 @@ export type ExecInfo = {
   readonly left?: readonly LeftProcess[] | undefined;
 };
 
-/** The command has taken so many bytes of this attachment's input. */
+/** The number of bytes of this attachment's input that the command has taken. */
 export type ExecInput = {
   readonly exec: string;
   readonly channel: number;
@@ -146,7 +146,7 @@ export type ExecList = {
   readonly execs: readonly ExecInfo[];
 };
 
-/** So many bytes in front of what comes next are not sent. */
+/** The number of bytes that are skipped before the next output. */
 export type ExecLost = {
   readonly exec: string;
   readonly channel: number;
@@ -169,7 +169,7 @@ export type ExecSignal = {
   readonly signal: string | number;
 };
 
-/** `argv` runs a program, `command` a line by bash: one of the two. */
+/** Exactly one of `argv`, a program, and `command`, a line for bash. */
 export type ExecStart = {
   readonly acks?: boolean | undefined;
   readonly window?: number | null | undefined;
@@ -186,7 +186,7 @@ export type ExecStart = {
   readonly execId?: string | null | undefined;
 };
 
-/** `attachment` names this reader, to be given as `resume` after a break. */
+/** `attachment` identifies this reader; send it as `resume` after a lost connection. */
 export type ExecStarted = {
   readonly exec: string;
   readonly channel: number;
@@ -217,7 +217,7 @@ export type FileWritten = {
   readonly created: boolean;
 };
 
-/** `overflow` says that changes were missed; `ended` why the watch is over. */
+/** `overflow` means that changes were missed; `ended` says why the watch has ended. */
 export type FilesChanged = {
   readonly watch: number;
   readonly changes: readonly FileChange[];
@@ -256,13 +256,13 @@ export type FilesUnwatch = {
   readonly watch: number;
 };
 
-/** `ignore` are names, at any depth; None stands for the gateway's own list. */
+/** `ignore` has names, ignored at any depth; None selects the gateway's own list. */
 export type FilesWatch = {
   readonly paths: readonly string[];
   readonly ignore?: readonly string[] | null | undefined;
 };
 
-/** `text` is written as UTF-8, `data` is base64: one of the two. */
+/** Exactly one of `text`, written as UTF-8, and `data`, in base64. */
 export type FilesWrite = {
   readonly path: string;
   readonly text?: string | null | undefined;
@@ -277,7 +277,7 @@ export type HistoryList = {
   readonly before?: string | null | undefined;
 };
 
-/** `to` says which state: right `after` the turn, or as it was `before` it. */
+/** `to` selects the state: right `after` the turn, or `before` it. */
 export type HistoryRestore = {
   readonly turn: string;
   readonly to?: "after" | "before" | undefined;
@@ -287,7 +287,7 @@ export type HistoryTurn = {
   readonly turn: string;
 };
 
-/** The member of a cluster that has the tenant; `url` is null where it has no address for clients. */
+/** The member of a cluster that has the tenant; `url` is null if it has no address for clients. */
 export type Home = {
   readonly member: string;
   readonly url: string | null;
@@ -307,7 +307,7 @@ export type Initialize = {
   readonly readBeforeWrite?: boolean | undefined;
 };
 
-/** What the gateway is, and what the token allows; `expires` in seconds since the epoch. `home` is there in a cluster alone. */
+/** What the gateway is, and what the token allows; `expires` is in seconds since the epoch. `home` exists only in a cluster. */
 export type Initialized = {
   readonly server: Server;
   readonly protocol: number;
@@ -332,7 +332,7 @@ export type LeftProcess = {
   readonly name: string;
 };
 
-/** Numbers that a client should stay below; `maxFrame`, `execTail` and `maxArgument` are bytes. */
+/** Limits for clients; `maxFrame`, `execTail` and `maxArgument` are in bytes. */
 export type Limits = {
   readonly maxFrame: number;
   readonly maxRequests: number;
@@ -341,7 +341,7 @@ export type Limits = {
   readonly maxArgument: number;
 };
 
-/** `truncated` where there are more; `skipped` counts the folders that could not be read. */
+/** `truncated` if there are more; `skipped` counts folders that could not be read. */
 export type Listing = {
   readonly path: string;
   readonly entries: readonly Entry[];
@@ -365,7 +365,7 @@ export type Removed = {
   readonly removed: number;
 };
 
-/** What a newer token brought to an open connection; `expires` in seconds since the epoch. */
+/** What a new token allows on an open connection; `expires` is in seconds since the epoch. */
 export type Renewed = {
   readonly expires: number;
   readonly scopes: readonly string[];
@@ -401,7 +401,7 @@ export type Tool = {
   readonly inputSchema: Readonly<Record<string, unknown>>;
 };
 
-/** `content` is for the model; `structuredContent` has the same facts as data, and `code` of a failure. */
+/** `content` is for the model; `structuredContent` has the same facts as data, and a failure's `code`. */
 export type ToolResult = {
   readonly content: readonly (Text | Image | Resource)[];
   readonly isError: boolean;
@@ -423,7 +423,7 @@ export type ToolsCancel = {
   readonly callId: string;
 };
 
-/** One commit of a tenant's history. `title` is what the agent was asked, `at` seconds since the epoch. */
+/** One commit of a tenant's history. `title` is the agent's prompt, `at` is in seconds since the epoch. */
 export type Turn = {
   readonly turn: string;
   readonly kind: "turn" | "restored" | "outside" | "deployed" | "first";
@@ -437,7 +437,7 @@ export type Turn = {
   readonly leftOut: readonly string[];
 };
 
-/** `title` is what the agent was asked, `agent` its name; without one it is the token's subject. */
+/** `title` is the agent's prompt, `agent` its name, by default the token's subject. */
 export type TurnBegin = {
   readonly title?: string | undefined;
   readonly agent?: string | null | undefined;
@@ -447,7 +447,7 @@ export type TurnBegun = {
   readonly before: Turn | null;
 };
 
-/** `diff` is a patch, cut off where it is `truncated`. */
+/** `diff` is a patch, cut off if `truncated`. */
 export type TurnChanges = {
   readonly turn: string;
   readonly kind: "turn" | "restored" | "outside" | "deployed" | "first";
@@ -473,7 +473,7 @@ export type Turns = {
   readonly more: boolean;
 };
 
-/** `unwatched` counts the folders that cannot be watched. */
+/** `unwatched` counts folders that cannot be watched. */
 export type Watching = {
   readonly watch: number;
   readonly unwatched: number;
