@@ -1,4 +1,4 @@
-"""The gateway's own records: the state dir, its SQLite file, and the notes that are not in the file yet.
+"""The gateway's own records: the state dir, its SQLite file, and notes that are not in the file yet.
 
-From outside use `store.Store`, its `StoreFailed`, and `state_dir`.
+Other packages use `store.Store`, `StoreFailed`, and `state_dir`.
 """

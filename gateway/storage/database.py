@@ -1,4 +1,4 @@
-"""Opens the SQLite file of a state dir: locks, checks and upgrades it."""
+"""Opens a state dir's SQLite file: locks, checks and upgrades it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE: Final = "gateway.db"
 
 
 class Database:
-    """The records' file in `folder`, and the log in memory of the notes that it does not have yet."""
+    """The records' file in `folder`, and the memory log of notes that are not in it yet."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -27,10 +27,10 @@ class Database:
         self._checking: sqlite3.Connection | None = None
 
     def check(self) -> None:
-        """Check the file while another process has it, so that `open` need not. Raises `StoreFailed`.
+        """Check the file while another process has it open, so that `open` need not. Raises `StoreFailed`.
 
-        The connection stays until then. So the other one's is not the last to be closed, which would write
-        the whole log of writes into the file while clients wait.
+        The connection stays open until then. So the other process does not close the last one, which would
+        write the whole write-ahead log into the file while clients wait.
         """
         with translated():
             self._checking = _connect(self._folder / FILE)
@@ -43,17 +43,17 @@ class Database:
                 raise
 
     def open(self) -> tuple[sqlite3.Connection, sqlite3.Connection, MemoryLog]:
-        """Lock and open the file; return the connections to write and to read with, and the log in memory.
+        """Lock and open the file; return the connections for writing and reading, and the memory log.
 
-        Writes the notes that an earlier process left. Blocks on the disk. Raises `StoreFailed`; call `close`
-        in any case.
+        Writes the notes left by an earlier process. Blocks on the disk. Raises `StoreFailed`; call `close` in
+        any case.
         """
         path = self._folder / FILE
         with translated():
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._lock = _locked(self._folder / f"{FILE}.lock")
-                if self._checking is None:  # its locks would go with another descriptor
+                if self._checking is None:  # closing another descriptor would release its locks
                     _make(path)
             except OSError as error:
                 raise StoreFailed(
@@ -62,15 +62,15 @@ class Database:
                 ) from error
             with contextlib.ExitStack() as undo:
                 writing = undo.enter_context(contextlib.closing(_connect(path)))
-                # the file stays in this mode
+                # the file keeps this mode
                 writing.execute("PRAGMA journal_mode=WAL")
                 writing.execute(f"PRAGMA journal_size_limit={16 << 20}")
                 if self._checking is None:
                     _check(writing)
                 memory_log = undo.enter_context(contextlib.closing(MemoryLog.opened(self._folder)))
                 if schema.version_of(writing):
-                    replay(writing, memory_log)  # notes of an earlier process are in its schema
-                for _ in (0, 1):  # both halves: what stands there belongs to no new file
+                    replay(writing, memory_log)  # notes of an earlier process fit its schema
+                for _ in (0, 1):  # both halves, since their contents belong to no new file
                     memory_log.turn()
                     memory_log.clear()
                 schema.migrate(writing)
@@ -82,7 +82,7 @@ class Database:
         return writing, reading, memory_log
 
     def close(self) -> None:
-        """Let another process have the file. The threads close their connections."""
+        """Release the file for another process. The threads close their connections."""
         self._end_check()
         if self._memory_log is not None:
             self._memory_log.close()
@@ -98,7 +98,7 @@ class Database:
 
 
 def _locked(path: Path) -> int:
-    """Return the descriptor that locks the state dir for this gateway. Raises `StoreFailed`, `OSError`.
+    """Return a descriptor that locks the state dir for this gateway. Raises `StoreFailed` or `OSError`.
 
     The lock has a separate file: closing any descriptor of the database would drop its POSIX locks.
     """
@@ -119,7 +119,7 @@ def _locked(path: Path) -> int:
 
 
 def _make(path: Path) -> None:
-    """Create the file if it is not there; let only its owner read it. SQLite's other files take its mode."""
+    """Create the file if it does not exist, readable by its owner only. SQLite's other files get its mode."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         os.fchmod(descriptor, 0o600)
@@ -129,7 +129,7 @@ def _make(path: Path) -> None:
 
 
 def _hand_over(descriptor: int, folder: Path) -> None:
-    """Give a file that root creates to the owner of the state dir, who must be able to use it later."""
+    """Give a file created by root to the state dir's owner, who must be able to use it later."""
     if os.geteuid() == 0:
         owner = folder.stat()
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
@@ -141,7 +141,7 @@ def _check(connection: sqlite3.Connection) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # autocommit: transactions are ours. Opened by one thread and used by another, never by two at once.
+    # autocommit, since we manage transactions. Opened by one thread, used by another, never by two at once.
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
     connection.execute("PRAGMA foreign_keys=ON")
     return connection

@@ -30,12 +30,12 @@ ADVICE: Final = {
 class StoreFailed(Unavailable):
     """The records cannot be read or written; `facts["reason"]` is a key of `ADVICE`, or `newer`.
 
-    A write that was not acknowledged was not made; it may succeed once the cause is gone.
+    A write that was not acknowledged was not made. It may succeed once the cause is gone.
     """
 
 
 def failure(error: Exception) -> Exception:
-    """Return `StoreFailed` if the file is at fault for `error`, and else `error` itself."""
+    """Return `StoreFailed` if `error` is the file's fault, else `error` itself."""
     code = getattr(error, "sqlite_errorcode", None)
     if code is None or code & 0xFF in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT):
         return error
@@ -47,7 +47,7 @@ def failure(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Raise the errors of SQLite in this block as `failure` has them."""
+    """Raise SQLite's errors in this block as translated by `failure`."""
     try:
         yield
     except sqlite3.Error as error:

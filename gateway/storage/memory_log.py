@@ -1,9 +1,9 @@
-"""A log in shared memory: notes in it survive a kill of the process, until they are on the disk.
+"""A log in shared memory, where notes survive a kill of the process until they are on disk.
 
-It is a mapped file in a memory file system. What is copied into it stays, however the process ends, without
-waiting for a disk, but it does not survive the machine. It has two halves that are used in turn: while one is
-being written to the disk, new notes go into the other. A half begins with its turn and the number of bytes in
-use, which is set last, so that an incomplete note does not count.
+It is a mapped file in a memory file system. Its contents survive any end of the process without waiting for
+a disk, but not the machine's. It has two halves that are used in turn: while one is being written to disk,
+new notes go into the other. A half begins with its turn and the number of bytes in use, which is set last, so
+that an incomplete note does not count.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ MEMORY: Final = Path("/dev/shm")  # noqa: S108  what lies there is checked to be
 HALF: Final = 64 << 10  # bytes
 NOTE_MAX: Final = HALF // 4
 
-_TURN, _USED = 0, 1  # the words at the beginning of a half: its turn, and the bytes in use after them
+_TURN, _USED = 0, 1  # a half's first words: its turn, and the number of bytes in use after them
 _HEAD: Final = 16  # bytes of both
 _LENGTH: Final = struct.Struct("<I")
 
 
 class MemoryLog:
-    """The notes for one folder. Create it with `opened`; for one process and one thread at a time."""
+    """The notes of one folder. Create it with `opened`; for one process and one thread at a time."""
 
     def __init__(self, path: Path, mapped: mmap.mmap | None) -> None:
         self._path = path
         self._mapped = mapped
-        self._now, self._turn, self._used = 0, 0, HALF  # without memory there is no room
+        self._now, self._turn, self._used = 0, 0, HALF  # no room without memory
         self._heads: list[memoryview] = []
         if mapped is not None:
-            # words are stored whole; `struct` would clear them first, and a kill could come in between
+            # whole words are stored at once; `struct` clears them first, and a kill could come in between
             self._heads = [memoryview(mapped)[at : at + _HEAD].cast("Q") for at in (0, HALF)]
             self._now = 0 if self._heads[0][_TURN] >= self._heads[1][_TURN] else 1
             self._turn, self._used = self._heads[self._now]
 
     @classmethod
     def opened(cls, folder: Path) -> MemoryLog:
-        """Open the log of a folder, with the notes of an earlier process. If that fails it has no room."""
+        """Open a folder's log, with the notes of an earlier process. If that fails, the log has no room."""
         path = place(folder)
         try:
             return cls(path, _mapped(path, folder.stat()))
@@ -82,19 +82,19 @@ class MemoryLog:
         return True
 
     def turn(self) -> None:
-        """Go on in the other half; what stands there is forgotten."""
+        """Switch to the other half, forgetting its contents."""
         if self._mapped is not None:
             self._now, self._turn, self._used = 1 - self._now, self._turn + 1, 0
             self._heads[self._now][_USED] = 0
             self._heads[self._now][_TURN] = self._turn
 
     def clear(self) -> None:
-        """Forget what stood here before the last turn."""
+        """Forget the contents from before the last turn."""
         if self._mapped is not None:
             self._heads[1 - self._now][_USED] = 0
 
     def close(self) -> None:
-        """Let go of the file; where nothing stands in it, it goes."""
+        """Close the file, and remove it if it is empty."""
         if self._mapped is None:
             return
         empty = next(self.notes(), None) is None
@@ -108,16 +108,16 @@ class MemoryLog:
 
 
 def place(folder: Path) -> Path:
-    """Return where the notes of a folder stand while there are some."""
+    """Return the path of a folder's notes, which exists while there are any."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
     return MEMORY / f"incus-gateway-{name}"
 
 
 def _mapped(path: Path, folder: os.stat_result) -> mmap.mmap:
-    """Map the file, made if it is not there. Raises `OSError`, also where it is not the folder's owner's."""
+    """Map the file, creating it if needed. Raises `OSError`, also if the folder's owner does not own it."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        # with O_CREAT not even root may open another's file in a folder of everybody: fs.protected_regular
+        # with O_CREAT not even root may open another's file in a world-writable folder: fs.protected_regular
         descriptor = os.open(path, flags)
     except FileNotFoundError:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
@@ -126,9 +126,9 @@ def _mapped(path: Path, folder: os.stat_result) -> mmap.mmap:
         ours = status.st_uid in (os.geteuid(), folder.st_uid) and status.st_mode & 0o7177 == 0
         if not (ours and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
             raise PermissionError(1, f"{path} is somebody else's")
-        if os.geteuid() == 0:  # root may be making what the folder's owner must be able to use
+        if os.geteuid() == 0:  # root may be creating a file that the folder's owner must be able to use
             os.fchown(descriptor, folder.st_uid, folder.st_gid)
-        # now, not when a page is touched first: where the memory is full that would be the end of us
+        # now, not when a page is first touched: with full memory that would kill this process
         os.posix_fallocate(descriptor, 0, 2 * HALF)
         return mmap.mmap(descriptor, 2 * HALF)
     finally:

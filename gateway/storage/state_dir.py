@@ -1,6 +1,6 @@
 """Creates the state dir, and keeps other users out of it.
 
-It holds the secret, the records and the logs. What Caddy reads is next to it if Caddy is another user.
+It has the secret, the records and the logs. If Caddy runs as another user, its files are beside it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gateway.settings import Settings
 _PRIVATE: Final = 0o700
 _HERE: Final = -100  # AT_FDCWD
 _EXCHANGE: Final = 2  # RENAME_EXCHANGE of renameat2(2)
-_MAIN: Final = (Path("/"), Path("/var"))  # what lies in these belongs to more than a gateway
+_MAIN: Final = (Path("/"), Path("/var"))  # folders that belong to more than a gateway
 
 
 def close(settings: Settings) -> str | None:
-    """Create the state dir if it is not there, and let no other user in; say what was changed, or None.
+    """Create the state dir if needed, and keep other users out; return what was changed, or None.
 
-    Leaves another user's folder as it is, and the main folders of a system. Those that must pass may: a Caddy
-    of another user whose folder is in there, a gateway's own user whose program is.
+    Does not change another user's folder or a system's main folders. Users may pass through if they must: a
+    Caddy whose folder is inside, or a gateway's own user whose program is.
     """
     folder = settings.state_dir
     folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def close(settings: Settings) -> str | None:
 
 
 def has_foreign_caddy(settings: Settings) -> bool:
-    """Say whether a Caddy of another user has its folder in the state dir, and so must pass."""
+    """Return whether another user's Caddy has its folder in the state dir, and so must pass through."""
     folder = settings.caddy_folder.resolve()
     if settings.state_dir.resolve() not in folder.parents:
         return False
@@ -53,7 +53,7 @@ def has_foreign_caddy(settings: Settings) -> bool:
 
 
 def _passing_group(settings: Settings, folder: os.stat_result) -> int | None:
-    """Return the group of a gateway with its own user that runs a program of this folder."""
+    """Return the group of a gateway's own user that runs a program in this folder."""
     if os.geteuid() != 0:
         return None
     try:
@@ -64,7 +64,7 @@ def _passing_group(settings: Settings, folder: os.stat_result) -> int | None:
 
 
 def private(path: str, flags: int) -> int:
-    """Open a file that its owner alone may read, whatever it was before: an opener for `open`."""
+    """An opener for `open`: makes the file readable by its owner only, whatever its mode was before."""
     descriptor = os.open(path, flags, 0o600)
     if stat.S_ISREG((found := os.fstat(descriptor)).st_mode) and found.st_uid == os.geteuid():
         os.fchmod(descriptor, 0o600)
@@ -72,7 +72,7 @@ def private(path: str, flags: int) -> int:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Have two names in one file system change places at once. Raises `OSError` if the system cannot."""
+    """Exchange two names in one file system atomically. Raises `OSError` if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -1,13 +1,13 @@
 """The gateway's own records: events, deployments, calls, names, domains, revoked tokens, the audit log.
 
-Whatever concerns instances is Incus's to keep. Each room brings its own statements; the store reads no table.
+Incus stores everything about instances. Each package has its own statements; the store itself reads no table.
 
-The file is in WAL mode with `synchronous=NORMAL`: if the gateway ends in any way, a SIGKILL included, every
-write that it acknowledged is there. A power cut leaves a consistent file that may lack the last moments. A
+The file is in WAL mode with `synchronous=NORMAL`: however the gateway ends, even by SIGKILL, every
+acknowledged write is in the file. A power cut leaves a consistent file that may lack the last moments. A
 write that must survive that too asks for `durable`, which costs a flush of the disk.
 
-A `note` is a write that its caller does not wait for: it stands in memory that outlives the process until it
-is written together with others.
+A caller does not wait for a `note`: it stays in memory that outlives the process, until it is written
+together with others.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 class Store:
     """The records of one gateway. Use as an async context manager, and from the event loop only.
 
-    Works run in two threads, one that writes and one that reads: the loop never waits for a disk, nor a
-    reader for a writer. A work must not keep its connection, nor end the transaction it runs in.
+    Work runs in two threads, one for writing and one for reading: the loop never waits for a disk, nor a
+    reader for a writer. Work must not keep its connection, nor end the transaction that it runs in.
     """
 
-    _notes: WriteBehind  # from when the file is open
+    _notes: WriteBehind  # exists while the file is open
 
     def __init__(self, folder: Path, waiting: int = 10_000) -> None:
         self._room = asyncio.Semaphore(waiting)
@@ -45,14 +45,14 @@ class Store:
         self._closed = False
 
     async def check(self) -> None:
-        """Check the file that another process still has, so that to open it takes no time for that.
+        """Check the file while another process has it, so that opening it is quick.
 
-        Raises `StoreFailed`, also where it is of a newer gateway.
+        Raises `StoreFailed`, also if a newer gateway wrote it.
         """
         await asyncio.to_thread(self._database.check)
 
     async def __aenter__(self) -> Store:
-        """Open the file, and create or upgrade it. Raises `StoreFailed` that says what to do."""
+        """Open the file, creating or upgrading it. Raises `StoreFailed` with what to do."""
         loop = asyncio.get_running_loop()
         try:
             writing, reading, memory_log = await asyncio.to_thread(self._database.open)
@@ -67,11 +67,11 @@ class Store:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish what was asked for by now, then close."""
+        """Finish the pending work, then close."""
         await self.close()
 
     async def close(self) -> None:
-        """Do as leaving the context does, so that another process can have the records. Idempotent."""
+        """Close as when leaving the context, so that another process can open the records. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -85,26 +85,25 @@ class Store:
     async def write(self, work: Work[T], *, durable: bool = False) -> T:
         """Run `work` in a transaction; return its result once that is committed.
 
-        Works that wait at the same time share a commit. One that raises is undone alone, and its error is
-        raised here. With `durable` the commit reaches the disk before this returns. Waits while the store
-        holds as many works as it may. A caller that is cancelled does not learn whether the work was done.
-        Raises `StoreFailed`.
+        Concurrent calls share a commit. If one raises, only its work is undone, and its error is raised here.
+        With `durable` the commit is on disk before this returns. Waits while the store has its maximum of
+        pending calls. A cancelled caller does not learn whether the work was done. Raises `StoreFailed`.
         """
         return await self._writer.ask(work, durable)
 
     async def read(self, work: Work[T]) -> T:
-        """Run `work` on what is committed by now; return its result. Raises `StoreFailed`."""
+        """Run `work` on what has been committed; return its result. Raises `StoreFailed`."""
         return await self._reader.ask(work, False)
 
     async def note(self, *statements: Statement, written: Callable[[], None] | None = None) -> None:
         """Execute statements soon, in the order of all notes, even if this process is killed.
 
-        Waits only if they are too large, there is no room, or earlier notes could not be written: then until
-        they and all earlier ones are written, and raises `StoreFailed` if that fails. `written` is called
-        once they are. A caller that is cancelled does not learn whether they will be.
+        Waits only if they are too large, if there is no room, or if earlier notes could not be written: then
+        until they and all earlier ones are written, and raises `StoreFailed` if that fails. `written` is
+        called once they are. A cancelled caller does not learn whether they will be.
         """
         await self._notes.add(statements, written)
 
     async def settled(self) -> None:
-        """Return once every note is written. Raises `StoreFailed`; the notes are kept for another try."""
+        """Wait until every note is written. Raises `StoreFailed`; the notes are kept for another try."""
         await self._notes.settled()

@@ -1,4 +1,4 @@
-"""Runs works on the records in threads that own one connection each."""
+"""Runs work on the records in threads, each with its own connection."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gateway.errors import Unavailable
 from gateway.storage.errors import failure
 
 T = TypeVar("T")
-# what a thread runs: it must not keep its connection, nor end the transaction that it runs in
+# work for a thread: it must not keep its connection, nor end the transaction that it runs in
 Work = Callable[[sqlite3.Connection], T]
 
-# works that share one transaction: bounds how long the first of them waits for its commit
+# calls that share one transaction; bounds how long the first one waits for its commit
 _GROUP: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A work for a thread; `room` is released when it is done."""
+    """Work for a thread; `room` is released when it is done."""
 
     work: Work[Any]
     answer: asyncio.Future[Any]
@@ -33,7 +33,7 @@ class Asked:
 
 
 class DatabaseThread:
-    """A thread that owns one connection. `run` executes a group of works on it and returns their results."""
+    """A thread with its own connection. `run` executes a group of works on it and returns their results."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ _NOTED: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """Statements to execute. `waiting` is set if they are not in the log, so that their caller must wait."""
+    """Statements to execute. `waiting` is set if they are not in the log, so that the caller must wait."""
 
     statements: Sequence[Statement]
     written: Callable[[], None] | None = None
@@ -48,14 +48,14 @@ class WriteBehind:
         self._room = room
         self._notes: deque[_Note] = deque()
         self._settling: asyncio.Future[None] | None = None
-        self._failed = False  # whether notes could not be written the last time
+        self._failed = False  # whether the last attempt to write failed
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._notes)
 
     async def add(self, statements: tuple[Statement, ...], written: Callable[[], None] | None) -> None:
-        """Note statements, or wait until they are written if the log in memory cannot take them."""
+        """Note statements; if the memory log has no room, wait until they are written."""
         if self._noted(statements):
             self._notes.append(_Note(statements, written))
             if self._timer is None and self._settling is None:
@@ -69,7 +69,7 @@ class WriteBehind:
         await waiting
 
     def _noted(self, statements: tuple[Statement, ...]) -> bool:
-        """Put statements into the log in memory; return whether they are there."""
+        """Add statements to the memory log; return whether they fitted."""
         note = marshal.dumps(statements, 4)
         if self._failed or len(note) > NOTE_MAX:
             return False
@@ -81,18 +81,18 @@ class WriteBehind:
         return self._memory_log.add(note)
 
     async def settled(self) -> None:
-        """Return once every note is written. Raises `StoreFailed`; the notes are kept for another try."""
+        """Wait until every note is written. Raises `StoreFailed`; the notes are kept for another try."""
         while self._notes or self._settling is not None:
             await asyncio.shield(self._settling or self._settle())
 
     def _settle(self) -> asyncio.Future[None]:
-        """Begin to write the notes; return a future that is done when they are. None may be under way."""
+        """Start writing the notes; return a future for the end of that. No other write may be in progress."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         loop, memory_log = asyncio.get_running_loop(), self._memory_log
         notes, self._notes = self._notes, deque()
-        turned = not self._failed  # else the other half holds notes that could not be written
+        turned = not self._failed  # otherwise the other half has notes that could not be written
         if turned:
             memory_log.turn()
         answer: asyncio.Future[None] = loop.create_future()
@@ -104,7 +104,7 @@ class WriteBehind:
             self._failed = error is not None
             if error is None:
                 memory_log.clear()
-                if not turned:  # nothing was added to this one since
+                if not turned:  # nothing has been added to this half since
                     memory_log.turn()
                     memory_log.clear()
                 settling.set_result(None)
@@ -154,7 +154,7 @@ def _write_notes(connection: sqlite3.Connection, notes: Iterable[_Note]) -> None
         try:
             _execute(connection, note.statements)
         except Exception as error:
-            # a note that is wrong in itself must not keep back all later ones
+            # a faulty note must not hold up all later ones
             if isinstance(failure(error), StoreFailed):
                 raise
             log.exception("a note cannot be written")
