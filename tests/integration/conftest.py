@@ -180,8 +180,9 @@ async def make_containers(prefix: str, settings: Settings, number: int) -> Async
 class Lasting:
     """A tenant that is as a new one for each test: the same one again, unless the last test left traces.
 
-    Its workspace is emptied, its snapshots and what its user runs end. Where its state or configuration is
-    another than at first another tenant is made. What a test changes inside as root, it puts right itself.
+    Its workspace, history and snapshots are removed, and what its user runs is ended. Where its state or
+    configuration is another than at first, another tenant is made. What a test changes as root, it puts
+    right itself.
     """
 
     _prefix: str
@@ -193,8 +194,10 @@ class Lasting:
     @contextlib.asynccontextmanager
     async def made(cls, prefix: str, settings: Settings) -> AsyncIterator[Lasting]:
         lasting = cls(prefix, settings)
-        yield lasting
-        await _destroy(lasting._made)
+        try:
+            yield lasting
+        finally:
+            await _destroy(lasting._made)
 
     async def as_new(self, *, other: bool = False) -> Container:
         """Return the tenant; another one in any case where `other` is set."""
@@ -211,7 +214,8 @@ class Lasting:
         url = f"/1.0/instances/{container.name}/snapshots"
         for snapshot in json.loads(environment.incus("query", url).stdout):
             environment.incus("snapshot", "delete", container.name, snapshot.rpartition("/")[2])
-        script = f"pkill -KILL -u 1000; find {self._settings.workspace} -mindepth 1 -delete"
+        kept = f"{self._settings.workspace} /home/site/.local/state"
+        script = f"pkill -KILL -u 1000; find {kept} -mindepth 1 -delete 2>/dev/null || :"
         container.sh(script)
         return True
 

@@ -12,7 +12,7 @@ from tests.archives import MANIFEST, folder
 from tests.contracts.claude import call
 from tests.contracts.gateway import sse
 from tests.contracts.history import QUICK, HistoryContract, bash, text, told
-from tests.integration.conftest import MakeTenant
+from tests.integration.conftest import Lasting
 from tests.integration.sites import hosting
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway
@@ -27,9 +27,15 @@ async def gateway(
 
 
 class TestIncusHistory(HistoryContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    async def lasting(cls, incus_settings: Settings) -> AsyncIterator[Lasting]:
+        async with Lasting.made("history", incus_settings) as lasting:
+            yield lasting
+
     @pytest.fixture
-    async def tenant(self, make_tenant: MakeTenant) -> str:
-        return (await make_tenant()).name
+    async def tenant(self, lasting: Lasting) -> str:
+        return (await lasting.as_new()).name
 
 
 async def test_a_site_has_a_history_and_a_repository_from_its_deployment(
