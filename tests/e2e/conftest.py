@@ -50,6 +50,13 @@ TEMPLATES = {
 
 expect.set_options(timeout=DEADLINE)
 
+# The page of a dev server and a TypeScript server take more CPU than the editor: most tests go without both.
+LIGHT = """
+try {
+  for (const part of ["previewOpen", "languageServers"]) localStorage.setItem(`gateway.${part}`, "false");
+} catch {} // a frame that may keep nothing
+"""
+
 OpenEditor = Callable[..., Awaitable[Editor]]
 
 
@@ -91,15 +98,20 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture
 async def editor(browser: Browser, host: Hosting, site: str) -> AsyncIterator[OpenEditor]:
-    """A function that makes windows for the editor, signed in. In none may anything go wrong unseen."""
+    """A function that makes windows for the editor, signed in. In none may anything go wrong unseen.
+
+    They are without preview and language servers, unless they are to be `whole`, as who opens one has them.
+    """
     windows: list[Watched] = []
 
     async def open_editor(
-        *, signed_in: bool = True, tenants: tuple[str, ...] = ("*",), **window: object
+        *, signed_in: bool = True, tenants: tuple[str, ...] = ("*",), whole: bool = False, **window: object
     ) -> Editor:
         watched = Watched(f"http://{ADDRESS}:{host.settings.caddy_http}")
         windows.append(watched)
         await watched.open(browser, window)
+        if not whole:
+            await watched.context.add_init_script(LIGHT)
         if signed_in:
             await watched.sign_in(host.gateway.token(*tenants))
         return Editor(await watched.page(), watched, site)

@@ -75,7 +75,7 @@ async def test_a_saved_file_is_in_the_container_and_shows_in_the_preview_without
     editor: OpenEditor, site: str
 ) -> None:
     """Open, edit, save: the dev server replaces the module in the page that is there."""
-    window = await editor()
+    window = await editor(whole=True)
     await window.load_connected()
     await window.site_shows(HEADING)
     frame = window.page.frames[1]
@@ -106,7 +106,7 @@ async def test_the_preview_waits_for_a_site_that_does_not_answer_and_shows_it_by
     editor: OpenEditor, host: Hosting, site: str
 ) -> None:
     """When opened, and when loaded again: never a proxy's error, and nobody has to press reload."""
-    window = await editor()
+    window = await editor(whole=True)
     waiting = window.page.get_by_role("region", name="Preview of the site").get_by_text("Starting…")
     root(site, "systemctl stop site")
     try:
@@ -177,7 +177,7 @@ async def test_files_are_made_renamed_and_removed_by_keys_alone(editor: OpenEdit
 
 async def test_text_is_searched_and_files_and_commands_are_found_by_keys(editor: OpenEditor) -> None:
     """Ctrl-Shift-F by Grep, Ctrl-P by Glob, Ctrl-Shift-P for commands, Ctrl-` for terminals."""
-    window = await editor()
+    window = await editor(whole=True)
     await window.load_connected()
     page = window.page
     await page.keyboard.press("Control+Shift+f")
@@ -460,7 +460,7 @@ async def test_a_turn_of_an_agent_is_looked_at_and_taken_back_by_keys(
 async def test_a_deployment_is_watched_to_its_end_and_its_site_opened(
     editor: OpenEditor, host: Hosting
 ) -> None:
-    window = await editor()
+    window = await editor(whole=True)
     await window.load_connected()
     deploy = await window.view("Deploy")
     await deploy.get_by_placeholder("shop.example.com").fill("news.localhost")

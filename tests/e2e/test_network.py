@@ -96,7 +96,7 @@ async def test_the_site_of_a_tenant_may_not_ask_as_who_looks_at_it(
     editor: OpenEditor, host: Hosting, where: str
 ) -> None:
     """The site's own script, in the preview and in a tab, with the user's cookie in the same browser."""
-    window = await editor()
+    window = await editor(whole=True)
     window.watched.expected.extend([*CUT, "CORS", "Blocked a frame", "403"])
     await window.load_connected()
     answers: list[int] = []
@@ -136,7 +136,7 @@ async def transferred(window: Editor) -> list[float]:
 
 async def test_the_first_view_is_small_and_painted_at_once(editor: OpenEditor) -> None:
     """Under 500 kB compressed with editor, terminal and fonts; its first paint within a second."""
-    window = await editor()
+    window = await editor(whole=True)
     page = window.page
     sizes = await transferred(window)
     paints: list[float] = []

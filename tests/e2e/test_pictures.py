@@ -40,7 +40,7 @@ async def at_work(window: Editor, site: str) -> None:
 async def test_the_editor_with_files_terminal_and_preview(
     editor: OpenEditor, site: str, pictures: Path, scheme: str
 ) -> None:
-    window = await editor(color_scheme=scheme)
+    window = await editor(whole=True, color_scheme=scheme)
     await at_work(window, site)
     await window.site_shows("Your site is live.")
     await picture(window, pictures, f"editor-{scheme}")
@@ -48,7 +48,7 @@ async def test_the_editor_with_files_terminal_and_preview(
 
 async def test_a_conflict(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
     before = run(site, "cat server/api.ts")
-    window = await editor()
+    window = await editor(whole=True)
     await window.load_connected(f"{site}/server/api.ts")
     await expect(window.text).to_contain_text("Hono")
     lines = before.splitlines(keepends=True)
@@ -64,7 +64,7 @@ async def test_a_conflict(editor: OpenEditor, host: Hosting, site: str, pictures
 
 async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
     """Activity with an agent at work, its history, a deployment, metrics and the log, search, the palette."""
-    window = await editor()
+    window = await editor(whole=True)
     await at_work(window, site)
     side = await window.view("Activity")
     await tool(host, site, "Glob", pattern="src/**/*.tsx")
@@ -159,7 +159,7 @@ async def test_each_view_in_light_colours(editor: OpenEditor, site: str) -> None
 
 async def test_on_a_phone(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
     size: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
-    window = await editor(**size, has_touch=True, is_mobile=True)
+    window = await editor(whole=True, **size, has_touch=True, is_mobile=True)
     await window.load_connected()
     await window.page.get_by_role("button", name="Activity").click()
     await tool(host, site, "Read", file_path="/srv/site/package.json")
@@ -186,7 +186,7 @@ async def test_on_a_phone(editor: OpenEditor, host: Hosting, site: str, pictures
 
 
 async def test_at_1024_pixels(editor: OpenEditor, site: str, pictures: Path) -> None:
-    window = await editor(viewport={"width": 1024, "height": 768})
+    window = await editor(whole=True, viewport={"width": 1024, "height": 768})
     await at_work(window, site)
     await picture(window, pictures, "narrow")
 
@@ -203,7 +203,7 @@ async def test_what_is_asked_of_a_session(
     editor: OpenEditor, site: str, pictures: Path, tmp_path: Path, shape: str
 ) -> None:
     """The question of a link, that before a stop, and the end of the session."""
-    window = await editor(signed_in=False, **_SHAPES[shape])
+    window = await editor(whole=True, signed_in=False, **_SHAPES[shape])
     window.watched.expected.append("401")
     page = window.page
 
@@ -235,7 +235,7 @@ async def test_what_is_asked_of_a_session(
 
 
 async def test_signing_in(editor: OpenEditor, pictures: Path) -> None:
-    window = await editor(signed_in=False)
+    window = await editor(whole=True, signed_in=False)
     window.watched.expected.append("401")
     await window.load("")
     await expect(window.page.get_by_label("Access token")).to_be_focused()

@@ -44,7 +44,7 @@ async def pages(site: str) -> AsyncIterator[str]:
 
 
 async def opened(editor: OpenEditor) -> tuple[Editor, Locator]:
-    window = await editor()
+    window = await editor(whole=True)
     await window.load_connected()
     return window, window.page.get_by_role("region", name="Preview of the site")
 
@@ -185,7 +185,7 @@ async def test_what_listens_in_the_tenant_is_listed_and_shown(
 
 
 async def test_what_is_typed_stays_while_the_address_becomes_known(editor: OpenEditor, pages: str) -> None:
-    window = await editor()
+    window = await editor(whole=True)
     known = asyncio.Event()
 
     async def held_back(route: Route) -> None:
