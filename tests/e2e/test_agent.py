@@ -103,7 +103,7 @@ async def test_an_agent_is_asked_works_and_is_asked_again_after_a_reload(
     """By keys alone. Its work has its own name, its turn is a diff, and nothing that it says runs."""
     write = use("Write", file_path="public/agent.txt", content="by the agent\n")
     scripted.turns[:] = [[write], [use("Bash", command="echo from the container")], [say(HOSTILE)]]
-    window = await editor()
+    window = await editor(whole=True)
     await window.load_connected()
     page = window.page
     await page.keyboard.press("Control+Alt+i")
@@ -162,7 +162,7 @@ async def test_an_agent_at_work_in_a_picture(
     write = use("Write", file_path="public/robots.txt", content="User-agent: *\nAllow: /\n")
     answer = "Search engines may now read every page: `public/robots.txt` says so. Shall I add a **sitemap**?"
     scripted.turns[:] = [[write], [use("Bash", command="ls public")], [say(answer)]]
-    window = await editor()
+    window = await editor(whole=True)
     await at_work(window, site)
     view = await agent(window)
     await view.get_by_label("Ask the agent").fill("May search engines find us?")
@@ -178,7 +178,7 @@ async def test_an_agent_is_stopped_with_all_that_it_runs(
 ) -> None:
     tree = Tree()
     scripted.turns[:] = [[use("Bash", command=tree.script)]]
-    window = await editor()
+    window = await editor(whole=True)
     await window.load_connected()
     view = await agent(window)
     await view.get_by_label("Ask the agent").fill("Run it")
@@ -194,7 +194,7 @@ async def test_what_is_typed_stays_where_the_agent_cannot_be_asked(
     editor: OpenEditor, host: Hosting, site: str, server: Server, scripted: Model
 ) -> None:
     """Its server is away; the session ends; and another tab has a conversation of its own."""
-    window = await editor(signed_in=False)
+    window = await editor(signed_in=False, whole=True)
     window.watched.expected += ["ERR_CONNECTION_REFUSED", "401", "ERR_ABORTED"]
     await window.load(f"token={token(site)}&tenant={site}")
     await window.connected()
