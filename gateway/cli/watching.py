@@ -60,7 +60,9 @@ def events(
     type: Annotated[
         list[str] | None, typer.Option(help="Only these types; a * at the end matches the rest")
     ] = None,
-    last_event_id: Annotated[int | None, typer.Option(help="Start after the event with this id")] = None,
+    last_event_id: Annotated[
+        str | None, typer.Option(help="Start after the event with this `lastEventId`, as --json prints it")
+    ] = None,
     as_json: Json = False,
     url: Url = None,
     token: TokenOption = None,
@@ -75,7 +77,8 @@ def events(
             async for event in stream:
                 if as_json:
                     about = {"id": event.id, "type": event.type, "tenant": event.tenant}
-                    out.json(about | {"time": event.time, "data": event.data})
+                    about |= {"time": event.time, "source": event.source, "data": event.data}
+                    out.json(about | {"lastEventId": stream.last_event_id})
                 else:
                     who = event.tenant or "-"
                     out.say(f"{event.time}  {event.type:24} {who:20} {encoded(event.data)}")

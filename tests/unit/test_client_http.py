@@ -167,7 +167,7 @@ async def test_events_are_asked_for_with_filter_and_last_id() -> None:
     async with serving(handler) as client:
         async with client.events(tenant=["shop", "blog"], types="exec.*", last_event_id=5) as stream:
             got = [event async for event in stream]
-        assert stream.last_event_id == 6
+        assert stream.last_event_id == "6"
     time = "2026-11-25T00:00:00.000Z"
     assert got == [Event(6, "exec.started", "shop", time, "/gateway/g", {"exec": "e"})]
 
@@ -218,6 +218,28 @@ async def test_a_stream_comes_back_where_it_was_and_misses_nothing() -> None:
     assert got == [5, 6, 7]
     assert asked[:4] == [None, "4", "6", "6"]
     assert set(asked[4:]) == {"7"} and len(asked) > 6
+
+
+async def test_an_id_over_several_members_is_sent_back_as_it_came() -> None:
+    asked: list[str | None] = []
+    answers = iter([b"id: m1:17,m2:4\n\n", b"id: m1:17,m2:5\n" + _sent(5).partition(b"\n")[2], b""])
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append(request.headers.get("Last-Event-ID"))
+        response = web.StreamResponse()
+        answer = next(answers, None)
+        if answer is None:
+            return web.json_response({"code": "forbidden"}, status=403)
+        await response.prepare(request)
+        await response.write(answer)
+        return response
+
+    async with serving(handler, Retry(first=0.01, most=0.02, patience=5)) as client:
+        stream = client.events()
+        assert ((await anext(stream)).id, stream.last_event_id) == (5, "m1:17,m2:5")
+        with pytest.raises(errors.Forbidden):
+            await anext(stream)
+    assert asked == [None, "m1:17,m2:4", "m1:17,m2:5", "m1:17,m2:5"]
 
 
 async def test_a_refused_stream_is_the_typed_error() -> None:

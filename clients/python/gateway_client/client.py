@@ -235,7 +235,7 @@ class Client:
         tenant: str | Iterable[str] | None = None,
         deployment: str | Iterable[str] | None = None,
         types: str | Iterable[str] | None = None,
-        last_event_id: int | None = None,
+        last_event_id: str | int | None = None,
     ) -> EventStream:
         """Return the stream of events, filtered; `types` may end in `*`. See `EventStream`."""
         from gateway_client.events import EventStream, event_query

@@ -89,6 +89,7 @@ class Parser:
 class Event:
     """One event of the gateway. `tenant` is None for events of the gateway itself.
 
+    `id` is unique together with `source`. To resume a stream take its `last_event_id`.
     A `gap` says that events before `data["oldest"]` are no longer stored: read the state again.
     """
 
@@ -133,13 +134,13 @@ class EventStream:
     Everything after the block is entered is in the stream: enter it first, then read the state. If the
     connection breaks, falls silent or the gateway ends, the stream is opened again, as the client's `Retry`
     says, and goes on after the last event; `Disconnected` if that fails. Without a `Retry` it ends
-    when the gateway ends it. `last_event_id` resumes after the last event that was handed out; `state`
-    says whether the stream stands.
+    when the gateway ends it. `last_event_id` resumes after the last event that was handed out; it is opaque
+    text, None before the first one. `state` says whether the stream stands.
     """
 
-    def __init__(self, http: HttpClient, query: Mapping[str, str], last_event_id: int | None) -> None:
+    def __init__(self, http: HttpClient, query: Mapping[str, str], last_event_id: str | int | None) -> None:
         self._http, self._query = http, query
-        self.last_event_id = last_event_id
+        self.last_event_id = None if last_event_id is None else str(last_event_id)
         self._parser = Parser()
         self._ready: deque[ServerSent] = deque()
         self._response: aiohttp.ClientResponse | None = None
@@ -156,7 +157,7 @@ class EventStream:
         import aiohttp
 
         headers = {"Accept": "text/event-stream"}
-        last = self._parser.last_id if self.last_event_id is None else str(self.last_event_id)
+        last = self._parser.last_id if self.last_event_id is None else self.last_event_id
         if last:
             headers["Last-Event-ID"] = last
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=SILENCE)
@@ -202,8 +203,9 @@ class EventStream:
                 await self.close()
                 raise StopAsyncIteration
             await self._reopen(error or Disconnected("the gateway ended the event stream"))
-        event = Event.parse(self._ready.popleft())
-        self.last_event_id = event.id
+        sent = self._ready.popleft()
+        event = Event.parse(sent)
+        self.last_event_id = sent.id
         self._patience.restore()
         return event
 

@@ -236,7 +236,7 @@ class EventStream(_Facade[events.EventStream]):
         return _each(self._loop, self._inner)
 
     @property
-    def last_event_id(self) -> int | None:
+    def last_event_id(self) -> str | None:
         return self._inner.last_event_id
 
     @property

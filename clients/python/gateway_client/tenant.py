@@ -124,7 +124,7 @@ class Tenant(TenantSite, ToolSession):
         return RunResult(**{name: answer[name] for name in RunResult.__slots__ if name in answer})
 
     def events(
-        self, *, types: str | Iterable[str] | None = None, last_event_id: int | None = None
+        self, *, types: str | Iterable[str] | None = None, last_event_id: str | int | None = None
     ) -> EventStream:
         """Return the stream of this tenant's events; see `Client.events`."""
         from gateway_client.events import EventStream, event_query

@@ -37,6 +37,7 @@ export interface EventFilter {
   readonly deployments?: readonly string[] | undefined;
   /** May end in `*`. */
   readonly types?: readonly string[] | undefined;
+  /** Opaque text: the `id:` of a stream, which in a cluster is not the event's own `id`. */
   readonly lastEventId?: string | number | undefined;
   readonly signal?: AbortSignal | undefined;
   /** Called with false when the stream breaks, and with true when it is back. */
@@ -225,6 +226,7 @@ export class Gateway extends HttpClient {
             failures = 0;
             yield JSON.parse(sent.data) as GatewayEvent;
           }
+          last = parser.lastId || last; // also of a stream that breaks before its first event
         }
       } catch (error) {
         if (filter.signal?.aborted) return;
