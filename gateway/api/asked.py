@@ -33,8 +33,11 @@ class Asked:
             case ["", "v1", "deployments", name] if name:
                 return cls("deployment", name)
             case ["", "v1", "events"]:
-                names = parse_qs(scope["query_string"].decode("latin-1")).get("tenant", [""])
-                return cls("tenant" if TENANT_NAME.fullmatch(names[-1]) else "events", names[-1])
+                query = parse_qs(scope["query_string"].decode("latin-1"))
+                tenant, deployment = (query.get(name, [""])[-1] for name in ("tenant", "deployment"))
+                if deployment and not tenant and "," not in deployment:
+                    return cls("deployment", deployment)
+                return cls("tenant" if TENANT_NAME.fullmatch(tenant) else "events", tenant)
         return None
 
     def by(self, token: Token) -> Asked:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 import orjson
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -32,7 +33,7 @@ from gateway.cluster.dialing import dial
 from gateway.cluster.known import Known
 from gateway.cluster.listener import FROM, Question
 from gateway.cluster.peers import MemberAway, Peer
-from gateway.cluster.relay import NOT_HOME, Body, NotHome, client_of, relay
+from gateway.cluster.relay import NOT_HOME, PART, Body, NotHome, client_of, relay
 from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
 from gateway.hostnames import Misdirected
 from gateway.protocol import CloseCode
@@ -58,7 +59,8 @@ def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
         if asked is None:
             await app(scope, receive, send)
         elif FROM in scope:
-            if asked.kind != "events" and not await has(found, {asked.kind: asked.name}):
+            part = PART in Headers(scope=scope)
+            if not part and asked.kind != "events" and not await has(found, {asked.kind: asked.name}):
                 await _not_home(scope, receive, send)
             else:
                 await app(scope, receive, send)

@@ -1,193 +1,210 @@
-"""One stream of the events of all members, which a client resumes at any of them.
+"""One stream of the events of all members: this gateway's own, and those that each peer streams to it.
 
-Each member numbers its own events, so the stream's ids are vectors, `m1:17,m2:4`: up to which event of each
-member it has come. Each member's events come in their order, and each once, or after a `gap`.
+```
+journal ──► subscription ──┐
+peer ─────► its answer ────┼──► one part at a time ──► the client
+peer ─────► its answer ────┘
+```
+
+The client's pace is everybody's: each of them waits until the client has taken its last part.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Mapping
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final
+from urllib.parse import quote
 
 import aiohttp
-from multidict import CIMultiDict
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from gateway.api.http import address
-from gateway.api.services import Services
-from gateway.cluster.peers import Peer
-from gateway.cluster.relay import client_of, passed_on, url_at
-from gateway.events import Subscription
+from gateway.cluster.peers import ASKING, AWAY, Peer, Peers
+from gateway.cluster.standing import BROKEN, Standing, reading
+from gateway.errors import Unavailable
+from gateway.events import Bus, Draft, Filter, positions, sse
+from gateway.events.event import gap, numbered, source
 from gateway.tasks import begin
 
-_FIRST: Final = 1.0  # seconds for each member to say from where on it tells
-_AGAIN: Final = 0.5  # seconds until a member that broke off is asked again
-_LOOK: Final = 1.0  # seconds between two looks at who is a member
-_EVENT_MAX: Final = 4 << 20  # bytes
-_MEMBER: Final = re.compile(r"[^:,\s]+:[0-9]{1,18}")
-_ID_MAX: Final = 8192  # characters of a vector
+log = logging.getLogger(__name__)
+
+_PAUSE: Final = 0.1  # seconds until a peer is asked again whose answer has ended
+_LARGEST: Final = 16 << 20  # bytes of one event; no client takes more
+
+_Sent = Sequence[tuple[int | None, bytes]]
+"""Events with their ids, None for one that leaves its member's position where it is."""
 
 
-class MergedEvents(Response):
-    """The answer. `subscription` is to our own events; to close it ends the answer."""
+class MergedEvents:
+    """The events of all members, each once, those of one member in their order. It ends with the bus.
 
-    media_type = "text/event-stream"
+    `at` is where this stream stands: the position in each member's journal up to which the client has been
+    given everything. `last_event_id` is the client's. A member that is away is told by `away`, once, and by
+    `back`; its events then go on from its position. Where there is none, a `gap` is told first.
+    """
 
     def __init__(
-        self, request: Request, services: Services, subscription: Subscription, vector: Mapping[str, int]
+        self,
+        bus: Bus,
+        filter: Filter,
+        member: str,
+        peers: Peers,
+        standing: Standing,
+        last_event_id: str | None,
     ) -> None:
-        """`vector` is where to resume, empty for a new stream."""
-        assert services.cluster is not None
-        super().__init__()
-        self.subscription = subscription
-        self._request, self._services, self._cluster = request, services, services.cluster
-        self._resumed = dict(vector)
-        self._vector = {self._cluster.own: subscription.last_id, **vector}
-        self._turn = asyncio.Lock()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.resumed = bool(last_event_id)
+        self.at = _positions(last_event_id, [member, *peers.all])
+        self._member, self._peers, self._standing = member, peers, standing
+        self._given: asyncio.Queue[tuple[str, _Sent] | None] = asyncio.Queue(1)
+        self._following: dict[Peer, asyncio.Task[None]] = {}
+        self._passing: asyncio.Task[None] | None = None
+        self._missed = self.resumed  # whether a member without a position has events that the client misses
+        self._own = bus.subscribe(filter, self.at.get(member))
+        self._own_missed = self._missed and member not in self.at
+        self.at.setdefault(member, self._own.last_id)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._send = send
-        leaving = begin(_gone(receive))
-        leaving.add_done_callback(lambda _: self.subscription.close())
-        await self._turn.acquire()  # nobody tells anything before the stream begins
-        begun = [self._follow(peer) for peer in self._cluster.peers.all.values()]
+    async def begin(self) -> None:
+        """Follow all members, and return once each has answered; after a second in any case."""
+        self._peers.watchers.add(self._follow_all)
+        self._passing = begin(self._pass_own())
+        answered = self._follow_all()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASKING):
+                for one in answered:
+                    await one.wait()
+        self._missed = True
+
+    def close(self) -> None:
+        """End the stream once the client has taken what is under way. Idempotent."""
+        self._own.close()
+        self._leave()
+
+    def end(self) -> None:
+        """End everything at once. Idempotent."""
+        self.close()
+        if self._passing is not None:
+            self._passing.cancel()
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """Yield the events as they are sent, several at once."""
+        while (given := await self._given.get()) is not None:
+            member, events = given
+            part = bytearray()
+            for id_, body in events:
+                if id_ is not None:
+                    self.at[member] = id_
+                part += f"id: {positions.text(self.at)}\n".encode()
+                part += body
+            yield bytes(part)
+
+    async def _give(self, member: str, events: _Sent) -> None:
+        await self._given.put((member, events))
+
+    async def _give_gap(self, member: str, at: int) -> None:
+        told = gap(at + 1, source(member), time.time())
+        await self._give(member, [(at, sse.body(told))])
+
+    # --- this member --------------------------------------------------------------------------------
+
+    async def _pass_own(self) -> None:
         try:
-            await asyncio.wait([begin(event.wait()) for event in begun], timeout=_FIRST) if begun else None
-            headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
-            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-            raw.append((b"last-event-id", self._id))
-            await send({"type": "http.response.start", "status": 200, "headers": raw})
-            if not self._resumed:
-                await self._write(b"id: " + self._id + b"\n\n")
-            self._turn.release()
-            self._tasks |= {":members": begin(self._look_at_members()), ":alive": begin(self._keep_alive())}
-            await self._tell_own()
-            await self._turn.acquire()
-            await send({"type": "http.response.body", "body": b""})
-        finally:
-            self.subscription.close()
-            tasks = [leaving, *self._tasks.values()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._own_missed:
+                await self._give_gap(self._member, self.at[self._member])
+            while events := await self._own.batch():
+                await self._give(self._member, [(event.id, sse.body(event)) for event in events])
+        except Unavailable as error:
+            log.warning("a stream of events ends: %s", error.message)
+        self._leave()
+        await self._given.put(None)
 
-    @property
-    def _id(self) -> bytes:
-        return vector_text(self._vector).encode()
+    # --- the others ---------------------------------------------------------------------------------
 
-    async def _write(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+    def _follow_all(self) -> list[asyncio.Event]:
+        """Follow the peers that there are now; return what is set once each of the new ones answers."""
+        there = set(self._peers.all.values())
+        for peer in self._following.keys() - there:
+            self._following.pop(peer).cancel()
+            self.at.pop(peer.name, None)
+        answered = []
+        for peer in there - self._following.keys():
+            answered.append(begun := asyncio.Event())
+            self._following[peer] = begin(self._follow(peer, begun))
+        return answered
 
-    async def _keep_alive(self) -> None:
+    def _leave(self) -> None:
+        self._peers.watchers.discard(self._follow_all)
+        for task in self._following.values():
+            task.cancel()
+
+    async def _follow(self, peer: Peer, answered: asyncio.Event) -> None:
+        after, patience, away = self.at.get(peer.name), ASKING, False
         while True:
-            await asyncio.sleep(self._services.settings.events_keepalive)
-            async with self._turn:
-                await self._write(b": keep-alive\n\n")
+            try:
+                async with asyncio.timeout(patience):
+                    answer = await self._standing.answer(peer, after)
+            except TimeoutError:
+                away = True
+                await self._tell("away", peer)
+                answer = await self._standing.answer(peer, after)
+            try:
+                async with reading(peer, answer) as content:
+                    answered.set()
+                    if away:
+                        away = False
+                        await self._tell("back", peer)
+                    if after is None:
+                        after = await self._begin_at(peer, answer)
+                    async for events in _events(content):
+                        after = events[-1][0]
+                        await self._give(peer.name, events)
+            except (*BROKEN, ValueError) as error:
+                log.info("the events of %s broke off: %r", peer.name, error)
+            patience = AWAY
+            await asyncio.sleep(_PAUSE)
 
-    # --- our own ------------------------------------------------------------------------------------
+    async def _begin_at(self, peer: Peer, answer: aiohttp.ClientResponse) -> int:
+        """Begin with what happens on a member from now on; return the position."""
+        at = int(answer.headers.get("Last-Event-ID", ""))
+        if self._missed:
+            await self._give_gap(peer.name, at)
+        else:
+            self.at[peer.name] = at
+        return at
 
-    async def _tell_own(self) -> None:
-        while events := await self.subscription.batch():
-            found = [
-                (event.id, b"event: %s\ndata: %s" % (event.type.encode(), event.encoded)) for event in events
-            ]
-            await self._tell(self._cluster.own, found)
-
-    async def _tell(self, member: str, events: list[tuple[int, bytes]]) -> None:
-        """Send events of one member, each with the place of all members."""
-        async with self._turn:
-            parts = []
-            for number, body in events:
-                self._vector[member] = number
-                parts.append(b"id: %s\n%s\n\n" % (self._id, body))
-            await self._write(b"".join(parts))
-
-    # --- the others' --------------------------------------------------------------------------------
-
-    async def _look_at_members(self) -> None:
-        while True:
-            await asyncio.sleep(_LOOK)
-            for name, peer in list(self._cluster.peers.all.items()):
-                if name not in self._tasks:
-                    self._follow(peer)
-
-    def _follow(self, peer: Peer) -> asyncio.Event:
-        """Tell a peer's events from now on; return what is set once it is known from where on."""
-        known = asyncio.Event()
-        self._tasks[peer.name] = begin(self._tell_peers(peer, known))
-        return known
-
-    async def _tell_peers(self, peer: Peer, known: asyncio.Event) -> None:
-        while self._cluster.peers.all.get(peer.name) is peer:
-            if peer.alive and peer.tls is not None:
-                try:
-                    if not await self._tell_once(peer, known):
-                        self.subscription.close()  # the token has ended
-                        return
-                except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
-                    pass  # it is resumed where it broke off
-            else:
-                known.set()
-            await asyncio.sleep(_AGAIN)
-        self._vector.pop(peer.name, None)
-        del self._tasks[peer.name]
-
-    async def _tell_once(self, peer: Peer, known: asyncio.Event) -> bool:
-        """Tell a peer's events until that breaks off; return False if it refuses."""
-        scope = self._request.scope
-        headers = CIMultiDict(passed_on(scope, client_of(scope, address(self._request))))
-        after = self._vector.get(peer.name, 0 if self._resumed else None)
-        headers.popall("last-event-id", None)
-        if after is not None:
-            headers["last-event-id"] = str(after)
-        assert peer.tls is not None
-        async with self._cluster.peers.session.get(
-            url_at(scope, peer), headers=headers, ssl=peer.tls
-        ) as answer:
-            if answer.status != 200:
-                return answer.status not in (401, 403)
-            if after is None:
-                self._vector[peer.name] = int(answer.headers["last-event-id"])
-            known.set()
-            rest = b""
-            async for data in answer.content.iter_any():
-                *blocks, rest = (rest + data).split(b"\n\n")
-                if len(rest) > _EVENT_MAX:
-                    raise ValueError("this is no event of a gateway")
-                if found := [block for block in map(_parsed, blocks) if block is not None]:
-                    await self._tell(peer.name, found)
-        return True
+    async def _tell(self, type: str, peer: Peer) -> None:
+        """Tell something of a member that is in nobody's journal, and moves no position."""
+        now = time.time()
+        origin = f"{source(self._member)}/members/{quote(peer.name, safe='')}"
+        told = numbered(Draft(type, origin, now, data={"member": peer.name}), int(now * 1000))
+        await self._give(peer.name, [(None, sse.body(told))])
 
 
-def vector_text(vector: Mapping[str, int]) -> str:
-    return ",".join(f"{member}:{number}" for member, number in sorted(vector.items()))
+def _positions(last_event_id: str | None, members: Iterable[str]) -> dict[str, int]:
+    """Return the positions that a client's id has of these members.
 
-
-def parse_vector(text: str | None) -> dict[str, int]:
-    """Return where to resume; empty for a new stream.
-
-    What is no vector, as an id of one member alone, is before all events of each.
+    An id of one journal only, or none of ours, says nothing: then all that is kept is new to the client.
     """
-    if not text:
+    if not last_event_id:
         return {}
-    parts = text.split(",") if len(text) <= _ID_MAX else [""]
-    if not all(_MEMBER.fullmatch(part) for part in parts):
-        return {"": 0}
-    return {member: int(number) for member, _, number in (part.partition(":") for part in parts)}
+    known = positions.vector(last_event_id)
+    if known is None:
+        return dict.fromkeys(members, 0)
+    return {name: known[name] for name in members if name in known}
 
 
-def _parsed(block: bytes) -> tuple[int, bytes] | None:
-    """Return the id and the rest of an event as `sse` formats it; None for what is none."""
-    head, _, body = block.partition(b"\n")
-    name, _, number = head.partition(b": ")
-    return (int(number), body) if name == b"id" and body else None
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[_Sent]:
+    """Yield the events of a peer's answer as they come. Raises `ValueError` for what is none."""
+    rest = bytearray()
+    while chunk := await content.readany():
+        seen = max(0, len(rest) - 1)
+        rest += chunk
+        if (end := rest.rfind(b"\n\n", seen)) < 0:
+            if len(rest) > _LARGEST:
+                raise ValueError("an event is too large")
+            continue
+        whole = bytes(rest[:end])
+        del rest[: end + 2]
+        if events := [event for block in whole.split(b"\n\n") if (event := sse.parsed(block))]:
+            yield events

@@ -162,7 +162,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
                 waiting=settings.events_waiting,
             )
         )
-        bus = Bus(journal, "gateway" if cluster is None else cluster.own)
+        bus = Bus(journal, "" if cluster is None else cluster.own)
         idempotency = await Idempotency.opened(store, settings)
         revocations = await Revocations.opened(store)
         grants = Grants(revocations.__contains__)

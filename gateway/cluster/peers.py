@@ -157,6 +157,8 @@ class Peers:
         self.changed: Callable[[Peer], None] = lambda _: None
         self.moved: Callable[[], None] = lambda: None
         """Called when a peer has come or gone."""
+        self.watchers: set[Callable[[], object]] = set()
+        """Called after each look at the members, who may be others."""
         self._members = members
         self._identity = identity
         self._following: dict[str, asyncio.Task[None]] = {}
@@ -251,6 +253,8 @@ class Peers:
                 continue  # its gateway has not come up yet
         for name in self.all.keys() - self._following.keys():
             self._following[name] = begin(self._follow(self.all[name]))
+        for changed in list(self.watchers):
+            changed()
         self._known.set()
 
     def _gone(self) -> None:

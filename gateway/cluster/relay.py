@@ -32,11 +32,13 @@ RELAYED: Final = "x-gateway-relayed"
 """Header of a request that a peer passes on: what its client's connection was. Nobody else may send it."""
 NOT_HOME: Final = "x-gateway-not-home"
 """Header of the answer 421 of a peer that does not have the tenant either."""
+PART: Final = "x-gateway-part"
+"""Header of a request of a peer that wants this gateway's part of an answer, whatever it is about."""
 
 _OF_A_HOP: Final = frozenset(
     (
         *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("expect", "x-forwarded-for", RELAYED),
+        *("expect", "x-forwarded-for", RELAYED, PART),
     )
 )
 _PATIENCE: Final = 3.0  # seconds in which a peer that lives accepts a connection, also across its restart

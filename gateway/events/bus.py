@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from gateway.errors import Unavailable
-from gateway.events.event import Draft, Event, Filter, Span, gap
+from gateway.events.event import Draft, Event, Filter, Span, gap, source
 from gateway.events.journal import Journal
 
 # events a subscription reads at once, which bounds the memory of a slow subscriber
@@ -27,9 +27,10 @@ class Bus:
     nothing that the journal keeps; events that are no longer kept become a `gap`.
     """
 
-    def __init__(self, journal: Journal, name: str = "gateway") -> None:
+    def __init__(self, journal: Journal, member: str = "") -> None:
+        """`member` is the gateway's own, empty without a cluster."""
         self._journal = journal
-        self._source = f"/gateway/{name}"
+        self._source = source(member)
         self._grown = asyncio.Event()
         self._closed = False
         self._spans: Spans | None = lambda names: {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
+from urllib.parse import quote
 
 import orjson
 
@@ -65,6 +66,11 @@ def numbered(draft: Draft, number: int) -> Event:
         # copied, since what orjson returns takes 4 KiB of memory however short it is
         encoded=memoryview(orjson.dumps(_cloudevent(number, draft))).tobytes(),
     )
+
+
+def source(member: str) -> str:
+    """Return what a gateway's events have as their source; `member` is its own, empty without a cluster."""
+    return f"/gateway/{quote(member, safe='') or 'gateway'}"
 
 
 def gap(oldest: int, source: str, time: float) -> Event:

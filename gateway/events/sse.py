@@ -2,78 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
+from starlette.types import Receive, Scope, Send
 
+from gateway.events import positions
 from gateway.events.bus import Bus, Subscription
 from gateway.events.event import Event, Filter
 from gateway.settings import Settings
 
 # LF only: the simplest parsers look for "\n\n"
-_SEPARATOR = "\n"
+_SEPARATOR: Final = "\n"
+_BODY: Final = b"event: %s\ndata: %s\n\n"
+_SENT: Final = b"id: %d\n" + _BODY
 
 
 class Streaming(EventSourceResponse):
-    """A stream of events; it ends when its `subscription` does."""
+    """An endless response with `parts`, each of whole events. `close` ends them.
 
-    def __init__(self, subscription: Subscription, *given: Any, **more: Any) -> None:
-        super().__init__(*given, **more)
-        self.subscription = subscription
-
-
-def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings: Settings) -> Streaming:
-    """Return an endless response with the events that match `filter`.
-
-    `last_event_id` is the text of the header or query. A comment is sent every `settings.events_keepalive`
-    seconds. The subscription starts before the headers are sent, and ends when the client leaves or when it
-    or the bus is closed. A client that does not read costs nothing but a position in the journal.
+    `last_id` is where they begin. It is in the headers, so that a client knows it even if the body is cut off
+    before its first byte; one that resumes nothing is told in the body too. A comment is sent every
+    `settings.events_keepalive` seconds.
     """
-    after = parse_last_event_id(last_event_id)
+
+    def __init__(
+        self,
+        parts: AsyncIterator[bytes],
+        close: Callable[[], None],
+        last_id: str,
+        settings: Settings,
+        *,
+        resumed: bool,
+    ) -> None:
+        self.close = close
+        super().__init__(
+            parts if resumed else _announced(last_id, parts),
+            headers={"Last-Event-ID": last_id},
+            ping=settings.events_keepalive,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=_SEPARATOR),
+            sep=_SEPARATOR,
+            # sse-starlette ends streams as soon as uvicorn gets SIGTERM. We want to send `gateway.draining`
+            # first and then end them by `Bus.close`, so this is only the fallback.
+            shutdown_grace_period=settings.shutdown_timeout,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.close()
+
+
+def response(
+    bus: Bus, filter: Filter, last_event_id: str | int | None, settings: Settings, member: str = ""
+) -> Streaming:
+    """Return an endless response with the events of the bus that match `filter`.
+
+    `last_event_id` is the text of the header or query, `member` this gateway's own in a cluster. The
+    subscription starts before the headers are sent, and ends when the client leaves or when it or the bus is
+    closed. A client that does not read costs nothing but a position in the journal.
+    """
+    after = positions.after(last_event_id, member)
     subscription = bus.subscribe(filter, after)
-    return Streaming(
-        subscription,
-        _stream(subscription, announced=after is None),
-        # in the headers, so that it is known even if the body is cut off before its first byte
-        headers={"Last-Event-ID": str(subscription.last_id)},
-        ping=settings.events_keepalive,
-        ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=_SEPARATOR),
-        sep=_SEPARATOR,
-        # sse-starlette ends streams as soon as uvicorn gets SIGTERM. We want to send `gateway.draining`
-        # first and then end them by `Bus.close`, so this is only the fallback.
-        shutdown_grace_period=settings.shutdown_timeout,
-    )
+    last_id = str(subscription.last_id)
+    return Streaming(_stream(subscription), subscription.close, last_id, settings, resumed=after is not None)
 
 
-async def _stream(subscription: Subscription, announced: bool) -> AsyncIterator[bytes]:
-    try:
-        if announced:
-            # an id without data is not an event, but clients remember it: one that is cut off before its
-            # first event misses nothing either
-            yield b"id: %d\n\n" % subscription.last_id
-        # several at once: in a burst, separate sends would cost more than everything else
-        while events := await subscription.batch():
-            yield b"".join(map(sent, events))
-    finally:
-        subscription.close()
+async def _announced(last_id: str, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    # an id without data is not an event, but clients remember it: one that is cut off before its first event
+    # misses nothing either
+    yield f"id: {last_id}\n\n".encode()
+    async for part in parts:
+        yield part
+
+
+async def _stream(subscription: Subscription) -> AsyncIterator[bytes]:
+    # several at once: in a burst, separate sends would cost more than everything else
+    while events := await subscription.batch():
+        yield b"".join(map(sent, events))
 
 
 def sent(event: Event) -> bytes:
     """Format an event for SSE: id, type, and CloudEvents JSON on one data line."""
-    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, event.type.encode(), event.encoded)
+    return _SENT % (event.id, event.type.encode(), event.encoded)
 
 
-def parse_last_event_id(text: str | int | None) -> int | None:
-    """Parse the id to resume after, None if there is none.
+def body(event: Event) -> bytes:
+    """Format an event without its id, for a stream that has ids of its own."""
+    return _BODY % (event.type.encode(), event.encoded)
 
-    Anything that is not an id of ours counts as 0, before all events. The client then gets a `gap` and
-    everything kept, instead of silence or an error, which would end a browser's retries.
+
+def parsed(block: bytes) -> tuple[int, bytes] | None:
+    """Return the id and the `body` of what `sent` formats, without its last line end; None for other lines.
+
+    Raises `ValueError` if the id is not a number.
     """
-    if text is None or text == "":
-        return None
-    try:
-        return min(max(int(text), 0), 2**63 - 1)
-    except ValueError:
-        return 0
+    head, _, rest = block.partition(b"\n")
+    return (int(head[4:]), rest + b"\n\n") if rest and head.startswith(b"id: ") else None

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from gateway.settings.units import KiB
+
 
 class ClusterSettings(BaseModel):
     peer_listen: str = Field(
@@ -41,4 +43,10 @@ class ClusterSettings(BaseModel):
         3600.0,
         gt=0,
         description="seconds for which all requests for a new tenant go to the member that was chosen first",
+    )
+    cluster_events_ahead: int = Field(
+        64 * KiB,
+        gt=0,
+        description="bytes that are read ahead of each other member's events, for one stream of the events "
+        "of all members",
     )

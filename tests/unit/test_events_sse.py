@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from gateway.events import Bus, Filter, MemoryJournal
-from gateway.events.sse import parse_last_event_id, response
+from gateway.events import Bus, Filter, MemoryJournal, positions
+from gateway.events.sse import response
 from gateway.settings import Settings
 
 
@@ -123,7 +123,29 @@ def _body(exchange: Exchange) -> list[bytes]:
 
 @pytest.mark.parametrize(
     ("text", "after"),
-    [(None, None), ("", None), ("0", 0), ("17", 17), (17, 17), ("-3", 0), ("abc", 0), ("9" * 30, 2**63 - 1)],
+    [
+        *((None, None), ("", None), ("0", 0), ("17", 17), (17, 17), ("-3", 0), ("abc", 0)),
+        ("9" * 30, 2**63 - 1),
+        ("9" * 5000, 0),
+        *(("m1:17", 17), ("m2:4,m1:17", 17), ("m2:4", 0), ("m1:x", 0), ("m1:17,", 0), (":17", 0)),
+        (",".join(f"m{number}:{number}" for number in range(1000)), 0),
+    ],
 )
 def test_last_event_id(text: str | int | None, after: int | None) -> None:
-    assert parse_last_event_id(text) == after
+    assert positions.after(text, "m1") == after
+
+
+def test_an_id_of_several_members_is_read_as_it_was_written() -> None:
+    for at in (
+        {"m1": 17, "m2": 4},
+        {"a,b:c\n": 1, "ü": 2**53},
+        {f"member-{number}": 10**13 for number in range(500)},
+    ):
+        said = positions.text(at)
+        assert said.isprintable() and said.isascii() and positions.vector(said) == at
+    assert (
+        positions.vector("17")
+        is positions.vector("m:1," * 600)
+        is positions.vector("m:" + "1" * 40_000)
+        is None
+    )

@@ -10,14 +10,17 @@ from starlette.responses import Response
 
 from gateway.api.access import end_with, queried, sharer, with_token
 from gateway.api.answers import EventsQuery
-from gateway.api.asked import Asked
-from gateway.api.http import USES
-from gateway.api.merged_events import MergedEvents, parse_vector
+from gateway.api.asked import Asked, has
+from gateway.api.http import USES, address, hold
+from gateway.api.merged_events import MergedEvents
 from gateway.api.operation import Media, Operation
 from gateway.api.services import services
 from gateway.auth.tokens import Token
+from gateway.cluster.cluster import Cluster
 from gateway.cluster.listener import FROM
-from gateway.events import Filter, sse
+from gateway.cluster.relay import client_of
+from gateway.cluster.standing import Standing
+from gateway.events import Filter, positions, sse
 
 
 async def stream(request: Request) -> Response:
@@ -28,21 +31,36 @@ async def stream(request: Request) -> Response:
     filter = replace(filter, since=token.issued)
     last = request.headers.get("last-event-id") or query.lastEventId
     request.scope[USES].callback(gateway.places.customer(sharer(token)))
-    if gateway.cluster is not None and FROM not in request.scope and _of_several(request, token):
-        vector = parse_vector(last)
-        after = vector.get(gateway.cluster.own, 0) if vector else None
-        merged = MergedEvents(request, gateway, gateway.bus.subscribe(filter, after), vector)
-        end_with(request, token, merged.subscription.close)
-        return merged
-    answer = sse.response(gateway.bus, filter, last, gateway.settings)
-    end_with(request, token, answer.subscription.close)
+    if gateway.cluster is not None and await _of_several(request, token):
+        answer = await _merged(request, gateway.cluster, filter, last)
+    else:
+        member = "" if gateway.cluster is None else gateway.cluster.own
+        answer = sse.response(gateway.bus, filter, last, gateway.settings, member)
+    end_with(request, token, answer.close)
     return answer
 
 
-def _of_several(request: Request, token: Token) -> bool:
-    """Say whether the events may be of several members; those of one tenant are its home's."""
+async def _of_several(request: Request, token: Token) -> bool:
+    """Say whether the events may be any member's: what is asked for has no home, or none yet."""
     asked = Asked.of(request.scope)
-    return asked is not None and asked.by(token).kind == "events"
+    if asked is None or FROM in request.scope:
+        return False
+    asked = asked.by(token)
+    return asked.kind == "events" or not await has(services(request), {asked.kind: asked.name})
+
+
+async def _merged(request: Request, cluster: Cluster, filter: Filter, last: str | None) -> sse.Streaming:
+    """Return the events of all members."""
+    gateway, peers = services(request), cluster.peers
+    ahead = gateway.settings.cluster_events_ahead
+    hold(request.scope, ahead * len(peers.all))
+    standing = Standing(request.scope, client_of(request.scope, address(request)), peers, ahead)
+    merged = MergedEvents(gateway.bus, filter, cluster.own, peers, standing, last)
+    request.scope[USES].callback(merged.end)
+    await merged.begin()
+    return sse.Streaming(
+        merged.parts(), merged.close, positions.text(merged.at), gateway.settings, resumed=merged.resumed
+    )
 
 
 ROUTES: Final = (
