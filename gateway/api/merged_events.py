@@ -161,7 +161,7 @@ class MergedEvents:
                         await self._give(peer.name, events)
             except (*BROKEN, ValueError) as error:
                 log.info("the events of %s broke off: %r", peer.name, error)
-            patience = AWAY
+            patience = AWAY if peer.alive else 0.0  # that is over where its silence broke it off
             await asyncio.sleep(_PAUSE)
 
     async def _begin_at(self, peer: Peer, answer: aiohttp.ClientResponse) -> int:

@@ -51,7 +51,7 @@ class Standing:
                 async with asyncio.timeout(_ANSWERING):
                     return await self._ask(peer, after)
             except (*BROKEN, ValueError) as error:
-                log.info("%s does not answer %s: %r", peer.name, self._path, error)
+                log.debug("%s does not answer %s: %r", peer.name, self._path, error)
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 

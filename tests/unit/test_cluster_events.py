@@ -192,6 +192,27 @@ async def test_a_member_that_goes_is_told_once_and_goes_on_where_it_was(
         assert marks(found) == {"m2": ["after"]}
 
 
+async def test_a_member_that_falls_silent_is_cut_and_goes_on_where_it_was(
+    mortal: dict[str, LiveGateway],
+) -> None:
+    """As where its cable is cut, so that no connection ends by itself."""
+    process = mortal["m2"].process
+    assert process is not None
+    async with events(mortal["m1"], type="exec.started") as answer:
+        await work(mortal["m2"], "two", "before")
+        assert marks(await sse(answer, 1)) == {"m2": ["before"]}
+        process.send_signal(signal.SIGSTOP)
+        try:
+            (away,) = await sse(answer, 1)
+            assert (away["event"], away["data"]["data"]) == ("away", {"member": "m2"})
+        finally:
+            process.send_signal(signal.SIGCONT)
+        await work(mortal["m2"], "two", "after")
+        found = await until_told(answer, "exec.started")
+        assert [event["event"] for event in found] == ["back", "exec.started"]
+        assert marks(found) == {"m2": ["after"]}
+
+
 async def test_a_restart_of_a_member_loses_nothing(mortal: dict[str, LiveGateway]) -> None:
     async with events(mortal["m1"], type="exec.started") as answer:
         for number in range(3):

@@ -48,8 +48,11 @@ class Others:
         self.watchers: set[Any] = set()
         self.answers: list[Answer] = []
         self.asked: list[int | None] = []
+        self.there = asyncio.Event()
+        self.there.set()
 
     async def answer(self, peer: Peer, after: int | None) -> Answer:
+        await self.there.wait()
         self.asked.append(after)
         self.answers.append(Answer(7 if after is None else after))
         return self.answers[-1]
@@ -106,6 +109,25 @@ async def test_an_answer_that_breaks_is_asked_for_again_where_it_was() -> None:
     told += [await anext(parts) for _ in range(5)]
     begun = [part.split(b"\n")[0] for part in told]
     assert begun == [b"id: m1:0,m2:%d" % number for number in range(41, 41 + len(told))]
+    stream.end()
+
+
+async def test_a_member_whose_silence_broke_its_answer_off_is_away_at_once() -> None:
+    """It has been silent for as long as others get."""
+    others = Others()
+    _, stream = merged(others)
+    await stream.begin()
+    parts = stream.parts()
+    others.there.clear()
+    for cut in list(others.all["m2"].cut):
+        cut()
+    async with asyncio.timeout(2):
+        while b"event: away" not in await anext(parts):
+            pass
+    others.there.set()
+    async with asyncio.timeout(2):
+        told = [await anext(parts) for _ in range(2)]
+    assert b"event: back" in told[0] and b"event: t\n" in told[1]
     stream.end()
 
 
