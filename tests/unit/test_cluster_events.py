@@ -160,8 +160,27 @@ async def test_a_stream_of_one_tenant_has_its_homes_ids(members: dict[str, LiveG
 
 
 async def test_a_tenant_without_a_home_is_followed_wherever_it_comes(members: dict[str, LiveGateway]) -> None:
-    async with events(members["m1"], "nobody") as answer:
-        assert set(positions.vector(answer.headers["Last-Event-ID"]) or ()) == {"m1", "m2", "m3"}
+    """And only its home tells of it; a stream of its deployment comes from there, from the first event on."""
+    async with events(members["m1"], "fresh") as its_own, events(members["m2"]) as everything:
+        async with members["m1"].http("*") as http:
+            body = {"domain": "fresh.test", "template": "static", "tenant": "fresh"}
+            async with http.post("/v1/deployments", json=body) as answer:
+                id_ = (await answer.json())["id"]
+            (first,) = await sse(its_own, 1)
+            assert (first["event"], home(first)) == ("deployment.started", "m3")
+            async with http.delete(f"/v1/deployments/{id_}") as answer:
+                assert answer.status == 200
+        found = await until_told(everything, "deployment.rolledback")
+        about = [event for event in found if event["data"].get("subject") == "fresh"]
+        assert {home(event) for event in about} == {"m3"}
+        told = [(event["data"]["source"], event["data"]["id"]) for event in found]
+        assert len(set(told)) == len(told)
+    async with events(members["m1"], last="0", deployment=id_) as answer:
+        again = await until_told(answer, "deployment.rolledback")
+    again = again[again[0]["event"] == "gap" :]
+    assert all(event["id"] == event["data"]["id"] for event in again)
+    kept = [event["data"] for event in about if event["event"].startswith("deployment.")]
+    assert [event["data"] for event in again] == kept
 
 
 async def test_the_stream_ends_with_the_token(members: dict[str, LiveGateway]) -> None:
