@@ -171,8 +171,9 @@ async def test_a_dead_member_delays_no_list_and_its_tenants_come_back_with_their
     finally:
         await asyncio.to_thread(heal, dead)
     await until(lambda: there(client(dead), away), 60)
+    # its record is there still: it is not made again, though a power cut may take what came of it just then
     status, said = await client(dead).ask("POST", *call, Idempotency_Key=f"of-{away}")
-    assert (status, said.get("isError")) == (200, False), said
+    assert status == 200 or (status, said["reason"]) == (410, "unknown_outcome"), said
     read = {"file_path": "/srv/site/count"}
     status, said = await client(dead).ask("POST", f"/v1/tenants/{away}/tools/Read", read)
     assert (status, json.dumps(said).count("once")) == (200, 1), said
