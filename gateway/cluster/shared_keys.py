@@ -1,16 +1,15 @@
-"""Keys that all gateways of a cluster share, with compare-and-swap: `user.*` of an Incus project.
+"""Keys that all gateways of a cluster share, with compare-and-swap: profiles of an Incus project.
 
-Incus replicates them by Raft before it answers, and refuses a change whose `If-Match` is not the present
-ETag. They are for what is decided seldom, and without a quorum nothing is.
+Each value of a key is a profile, `KEY@NUMBER`, of which the highest number counts. Incus creates a profile
+only if no other has its name, whichever members are asked: so of all who would follow one value, one does. A
+value that was followed stays for a while, so that nobody who read it just before follows it again.
 
-Facts about incusd that shape this module (measured on 6.0.4):
+Facts about incusd that shape this module (measured on 6.0.4, three members):
 
-- PATCH of a project removes every key that it does not name, as PUT does. So all of them are written each
-  time: with three members on one busy machine a change takes 20 ms with few keys, 30 to 50 ms with a hundred,
-  150 to 270 ms with a thousand. To read them takes 4 to 8 ms.
-- PATCH of the server or of a profile asks every member, and takes seconds while one is down. Of a project it
-  asks none.
-- `project-updated` is told to who listens to that project, on every member.
+- `If-Match` is no compare-and-swap in a cluster: two members check one ETag before either writes. Of 75
+  increments that were all answered with success 35 were left.
+- To change a profile or the server asks every member, and takes seconds while one is down.
+- `profile-created` is told to who listens to that project, on every member.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ import asyncio
 import contextlib
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 from urllib.parse import quote
@@ -34,13 +35,16 @@ NO_QUORUM: Final = "no_quorum"
 KEYS_MAX: Final = 4000  # so that a change ends within the usual patience also on a busy machine
 VALUE_MAX: Final = 1000  # characters
 _KEY: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,299}")
-_PREFIX: Final = "user."
-_WAITING: Final = 1000  # changes that wait at once
+_VALUE: Final = "user.value"  # none for a key that was removed
+_AT: Final = "user.at"
+_FOLLOWED: Final = 60.0  # seconds that a value is kept after another one followed it
+_REMOVED: Final = 3600.0  # seconds that a removed key is remembered
+_SWEPT: Final = 10  # profiles that are deleted with one change
 _TRIES: Final = 20  # of a change that others always come before
 _PAUSE: Final = 0.02  # seconds between two tries at most, times the number of the try
 _RETRY_AFTER: Final = 5
-# shares everything with the default project: it is there for its keys alone
-_FEATURES: Final = ("images", "profiles", "storage.volumes", "storage.buckets", "networks", "networks.zones")
+# of the project, which has nothing of its own but the keys
+_FEATURES: Final = ("images", "storage.volumes", "storage.buckets", "networks", "networks.zones")
 
 
 class SharedKeys(Protocol):
@@ -73,27 +77,25 @@ class SharedKeys(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Swap:
-    key: str
-    before: str | None
-    after: str | None
-    done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """One value of a key, None for none, and when it was set, in seconds since the epoch."""
+
+    number: int
+    value: str | None
+    at: float
 
 
 class IncusKeys:
     """Implements `SharedKeys` in an Incus project, which is made with the first key.
 
-    Use as an async context manager. `patience` bounds each call, in seconds. Swaps that are asked for while
-    another is under way are made together, in one request.
+    `patience` bounds each call, in seconds.
     """
 
     def __init__(self, incus: Incus, patience: float = 2.0) -> None:
         """`incus` must be open, and of the project of the keys."""
         self._incus, self._patience = incus, patience
-        self._path = f"/1.0/projects/{quote(incus.project, safe='')}"
-        self._waiting: list[_Swap] = []
-        self._writing: asyncio.Task[None] | None = None
+        self._sweeps = set[asyncio.Task[None]]()
 
     async def __aenter__(self) -> Self:
         return self
@@ -101,32 +103,38 @@ class IncusKeys:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writing is not None:
-            self._writing.cancel()
-            await asyncio.gather(self._writing, return_exceptions=True)
+        for task in self._sweeps:
+            task.cancel()
+        await asyncio.gather(*self._sweeps, return_exceptions=True)
 
     async def get(self, key: str) -> str | None:
         check(key)
         async with self._in_time():
-            config, _ = await self._read()
-        return config.get(_PREFIX + key)
+            return _value(await self._read(), key)
 
     async def listed(self, prefix: str) -> Mapping[str, str]:
         async with self._in_time():
-            config, _ = await self._read()
-        start = _PREFIX + prefix
-        return {key.removeprefix(_PREFIX): value for key, value in config.items() if key.startswith(start)}
+            found = await self._read()
+        values = {key: _value(found, key) for key in found if key.startswith(prefix)}
+        return {key: value for key, value in values.items() if value is not None}
 
     async def swap(self, key: str, before: str | None, after: str | None) -> bool:
         check(key, after)
-        if len(self._waiting) >= _WAITING:
-            raise RateLimited("too many decisions of the cluster wait; ask again", retry_after=_RETRY_AFTER)
-        swap = _Swap(_PREFIX + key, before, after)
-        self._waiting.append(swap)
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write(), name="shared keys")
         async with self._in_time():
-            return await swap.done
+            for number in range(_TRIES):
+                found = await self._read()
+                if _value(found, key) != before:
+                    return False
+                if before == after:
+                    return True
+                if after is not None and key not in found and len(found) >= KEYS_MAX:
+                    raise RateLimited(f"the cluster shares {KEYS_MAX} keys, which is the limit")
+                last = found[key][-1].number if key in found else 0
+                if await self._follow(key, last + 1, after):
+                    self._sweep(found)
+                    return True
+                await asyncio.sleep(random.uniform(0, _PAUSE * (number + 1)))  # noqa: S311 - not a secret
+        raise Unavailable("others change what the cluster shares all the time; ask again", reason="contended")
 
     async def changes(self) -> AsyncIterator[None]:
         async with self._in_time():
@@ -135,65 +143,57 @@ class IncusKeys:
             async with contextlib.aclosing(self._incus.events("lifecycle")) as events:
                 async for event in events:
                     action = (event.get("metadata") or {}).get("action")
-                    if event["type"] == "connected" or action == "project-updated":
+                    if event["type"] == "connected" or action == "profile-created":
                         yield
             raise IncusError("incusd ended the stream of events", 0)
         except IncusError as error:
             raise _unavailable(error) from error
 
-    async def _write(self) -> None:
-        while self._waiting:
-            swaps, self._waiting = self._waiting, []
-            try:
-                await self._swap_all(swaps)
-            except (IncusError, Unavailable, RateLimited) as error:
-                for swap in swaps:
-                    if not swap.done.done():
-                        known = _unavailable(error) if isinstance(error, IncusError) else error
-                        swap.done.set_exception(known)
+    async def _follow(self, key: str, number: int, value: str | None) -> bool:
+        """Set a key's value of this number; return whether nobody else had."""
+        config = {_AT: f"{time.time():.0f}"} | ({} if value is None else {_VALUE: value})
+        body: dict[str, Any] = {"name": f"{key}@{number}", "config": config, "devices": {}}
+        try:
+            await self._incus.operate("POST", "/1.0/profiles", body, timeout=self._patience)
+        except IncusError as error:
+            if "already exists" in error.message or "UNIQUE" in error.message:
+                return False
+            raise
+        return True
 
-    async def _swap_all(self, swaps: Sequence[_Swap]) -> None:
-        for number in range(_TRIES):
-            config, tag = await self._read()
-            wanted, answers = dict(config), list[tuple[_Swap, bool]]()
-            for swap in swaps:
-                if swap.done.done():  # nobody waits for it any more
-                    continue
-                same = wanted.get(swap.key) == swap.before
-                answers.append((swap, same))
-                if same and swap.after is None:
-                    wanted.pop(swap.key, None)
-                elif same and swap.after is not None:
-                    wanted[swap.key] = swap.after
-            if len(wanted) > max(KEYS_MAX, len(config)):
-                raise RateLimited(f"the cluster shares {KEYS_MAX} keys, which is the limit")
-            try:
-                if wanted != config:
-                    await self._incus.operate(
-                        "PUT", self._path, {"config": wanted}, timeout=self._patience, if_match=tag
-                    )
-            except IncusError as error:
-                if error.status != 412:
-                    raise
-            else:
-                for swap, same in answers:
-                    if not swap.done.done():
-                        swap.done.set_result(same)
-                return
-            await asyncio.sleep(random.uniform(0, _PAUSE * (number + 1)))  # noqa: S311 - not a secret
-        raise Unavailable("others change what the cluster shares all the time; ask again", reason="contended")
+    def _sweep(self, found: Mapping[str, Sequence[_Version]]) -> None:
+        """Delete some of what no longer counts, and do not wait for it."""
+        now, old = time.time(), list[str]()
+        for key, versions in found.items():
+            old += [
+                f"{key}@{version.number}"
+                for version, next_ in pairwise(versions)
+                if next_.at < now - _FOLLOWED
+            ]
+            if len(versions) == 1 and versions[0].value is None and versions[0].at < now - _REMOVED:
+                old.append(f"{key}@{versions[0].number}")
+        if old and not self._sweeps:
+            task = asyncio.create_task(self._delete(old[:_SWEPT]), name="old shared keys")
+            self._sweeps.add(task)
+            task.add_done_callback(self._sweeps.discard)
 
-    async def _read(self) -> tuple[dict[str, str], str]:
-        """Return the project's configuration and its ETag; make the project if there is none."""
+    async def _delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            with contextlib.suppress(IncusError):  # another gateway did
+                path = f"/1.0/profiles/{quote(name, safe='')}"
+                await self._incus.operate("DELETE", path, timeout=self._patience)
+
+    async def _read(self) -> dict[str, list[_Version]]:
+        """Return the values of each key, the last one counts; make the project if there is none."""
         for _ in range(2):
             try:
-                found, tag = await self._incus.get_tagged(self._path)
+                profiles = await self._incus.get("/1.0/profiles", recursion="1")
             except IncusError as error:
                 if error.status != 404:
                     raise
             else:
-                return found["config"], tag
-            config = {f"features.{name}": "false" for name in _FEATURES}
+                return _parsed(profiles)
+            config = {f"features.{name}": "false" for name in _FEATURES} | {"features.profiles": "true"}
             body: dict[str, Any] = {
                 "name": self._incus.project,
                 "config": config,
@@ -216,6 +216,23 @@ class IncusKeys:
             raise _unavailable(error) from error
         except TimeoutError:
             raise _unavailable(IncusError("incusd did not answer in time", 0)) from None
+
+
+def _parsed(profiles: Sequence[Mapping[str, Any]]) -> dict[str, list[_Version]]:
+    found: dict[str, list[_Version]] = {}
+    for profile in profiles:
+        key, at, number = str(profile["name"]).rpartition("@")
+        config = profile["config"]
+        if at and number.isdecimal():
+            version = _Version(int(number), config.get(_VALUE), float(config.get(_AT, 0)))
+            found.setdefault(key, []).append(version)
+    for versions in found.values():
+        versions.sort(key=lambda version: version.number)
+    return found
+
+
+def _value(found: Mapping[str, Sequence[_Version]], key: str) -> str | None:
+    return found[key][-1].value if key in found else None
 
 
 def check(key: str, value: str | None = None) -> None:

@@ -31,7 +31,7 @@ class ClusterSettings(BaseModel):
         "machine find one another, as if each was a member of a cluster with the file's name",
     )
     cluster_project: str = Field(
-        "gateway-state",
+        "gateway-keys",
         description="Incus project of the keys that the gateways of a cluster share, and of nothing else",
     )
     cluster_patience: float = Field(

@@ -19,6 +19,7 @@ from gateway.errors import RateLimited, Unavailable
 from gateway.incus import Incus, IncusError
 from tests.contracts.shared_keys import SharedKeysContract
 from tests.shared_memory import MemoryKeys
+from tests.waits import until
 
 
 class TestInMemory(SharedKeysContract):
@@ -29,45 +30,50 @@ class TestInMemory(SharedKeysContract):
 
 
 class Scripted(Incus):
-    """An incusd with one project; `ahead` changes of others come before each of ours."""
+    """An incusd with the profiles of one project; `ahead` changes of others come before each of ours."""
 
     def __init__(self, *, there: bool = True, ahead: int = 0) -> None:
-        super().__init__(Path("/nonexistent"), "gateway-state")
-        self.config: dict[str, str] | None = {"limits.instances": "0"} if there else None
+        super().__init__(Path("/nonexistent"), "gateway-keys")
+        self.profiles: dict[str, dict[str, str]] | None = {"default": {}} if there else None
+        self.features: dict[str, str] = {}
         self.ahead, self.asked = ahead, list[str]()
         self.silent = False
         self.error: IncusError | None = None
 
     async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Mapping[str, Any] | None = None,
-        if_match: str | None = None,
-        **_: Any,
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, **_: Any
     ) -> dict[str, Any]:
-        self.asked.append(method)
+        self.asked.append(f"{method} {path}")
         await asyncio.sleep(3600 if self.silent else 0)
         if self.error is not None:
             raise self.error
-        if method == "POST":
-            assert body is not None and path == "/1.0/projects" and body["name"] == "gateway-state"
-            if self.config is not None:
+        metadata: Any = None
+        if path == "/1.0":
+            metadata = {"environment": {}}
+        elif path == "/1.0/projects":
+            assert body is not None and body["name"] == "gateway-keys"
+            if self.profiles is not None:
                 raise IncusError("UNIQUE constraint failed: projects.name", 500)
-            self.config = dict(body["config"])
-        elif self.config is None:
+            self.profiles, self.features = {"default": {}}, dict(body["config"])
+        elif self.profiles is None:
             raise IncusError("Project not found", 404)
-        elif method == "PUT":
+        elif method == "DELETE":
+            del self.profiles[path.rpartition("/")[2].replace("%40", "@")]
+        elif method == "POST":
             assert body is not None
             if self.ahead:
                 self.ahead -= 1
-                self.config = {**self.config, "user.other": str(self.ahead)}
-            if if_match != str(self.config):
-                raise IncusError("ETag doesn't match", 412)
-            self.config = dict(body["config"])
-        metadata = {"config": dict(self.config or {})}
-        return {"type": "sync", "metadata": metadata, "etag": str(self.config)}
+                self.profiles[body["name"]] = {"user.value": "other", "user.at": "0"}
+            if body["name"] in self.profiles:
+                raise IncusError('The "x" profile already exists', 400)
+            self.profiles[body["name"]] = dict(body["config"])
+        else:
+            metadata = [{"name": name, "config": config} for name, config in self.profiles.items()]
+        return {"type": "sync", "metadata": metadata, "etag": ""}
+
+    def versions(self) -> set[str]:
+        assert self.profiles is not None
+        return self.profiles.keys() - {"default"}
 
 
 @pytest.fixture
@@ -82,46 +88,40 @@ async def keys(incus: Scripted) -> AsyncIterator[IncusKeys]:
 
 
 async def test_the_project_is_made_once_whoever_comes_first() -> None:
-    """It has nothing of its own: images, profiles, volumes and networks stay the default project's."""
+    """It has nothing of its own but its profiles; images, volumes and networks stay the default project's."""
     incus = Scripted(there=False)
     async with IncusKeys(incus) as one, IncusKeys(incus) as other:
         assert all(await asyncio.gather(one.swap("a", None, "1"), other.swap("b", None, "2")))
-    assert incus.config is not None
-    assert {incus.config[key] for key in incus.config if key.startswith("features.")} == {"false"}
-    assert {key for key in incus.config if key.startswith("user.")} == {"user.a", "user.b"}
+    own = {feature for feature, value in incus.features.items() if value == "true"}
+    assert own == {"features.profiles"} and len(incus.features) > 4
+    assert incus.versions() == {"a@1", "b@1"}
 
 
-async def test_what_an_operator_set_stays(incus: Scripted, keys: IncusKeys) -> None:
-    assert await keys.swap("a", None, "1")
-    assert incus.config == {"limits.instances": "0", "user.a": "1"}
-    assert await keys.listed("") == {"a": "1"}
+async def test_of_two_that_follow_one_value_one_does(incus: Scripted, keys: IncusKeys) -> None:
+    incus.ahead = 1
+    assert not await keys.swap("a", None, "1")
+    assert await keys.get("a") == "other"
+    assert await keys.swap("a", "other", "1")
+    assert incus.versions() == {"a@1", "a@2"}
 
 
-async def test_changes_of_others_come_before_and_none_is_lost(incus: Scripted, keys: IncusKeys) -> None:
-    incus.ahead = 3
-    assert await keys.swap("a", None, "1")
-    assert incus.config == {"limits.instances": "0", "user.other": "0", "user.a": "1"}
-
-
-async def test_others_that_always_come_before_are_not_waited_for_forever(
-    incus: Scripted, monkeypatch: pytest.MonkeyPatch
+async def test_a_value_that_was_followed_is_kept_a_while_and_then_deleted(
+    incus: Scripted, keys: IncusKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_keys, "_PAUSE", 0)
-    incus.ahead = 1000
-    async with IncusKeys(incus) as keys:
-        with pytest.raises(Unavailable) as refused:
-            await keys.swap("a", None, "1")
-    assert refused.value.facts["reason"] == "contended"
-
-
-async def test_swaps_that_wait_are_made_in_one_request(incus: Scripted, keys: IncusKeys) -> None:
-    """In their order, each seeing what those before it made of the keys."""
-    first = asyncio.ensure_future(keys.swap("first", None, "x"))
-    await asyncio.sleep(0)
-    swaps = [keys.swap("a", None, "1"), keys.swap("a", "1", "2"), keys.swap("a", "1", "3")]
-    assert await asyncio.gather(first, *swaps) == [True, True, True, False]
-    assert incus.asked.count("PUT") <= 2
-    assert incus.config is not None and incus.config["user.a"] == "2"
+    """So is the mark of a removed key: nobody follows again what he read just before."""
+    assert await keys.swap("a", None, "1")
+    assert await keys.swap("a", "1", None)
+    assert await keys.get("a") is None and await keys.listed("") == {}
+    assert await keys.swap("b", None, "x")
+    assert incus.versions() == {"a@1", "a@2", "b@1"}
+    monkeypatch.setattr(shared_keys, "_FOLLOWED", -10.0)
+    assert await keys.swap("b", "x", "y")
+    await until(lambda: "a@1" not in incus.versions())
+    assert "a@2" in incus.versions()
+    monkeypatch.setattr(shared_keys, "_REMOVED", -10.0)
+    assert await keys.swap("b", "y", "z")
+    await until(lambda: "a@2" not in incus.versions())
+    assert await keys.get("b") == "z"
 
 
 @pytest.mark.parametrize("error", [None, IncusError("no available cowsql leader found", 500)])
@@ -140,27 +140,15 @@ async def test_without_a_quorum_the_refusal_comes_in_time(
     incus.silent, incus.error = False, None
 
 
-async def test_a_swap_that_nobody_waits_for_any_more_is_not_made(incus: Scripted) -> None:
-    async with IncusKeys(incus, 30) as keys:
-        first = asyncio.ensure_future(keys.swap("first", None, "x"))
-        given_up = asyncio.ensure_future(keys.swap("a", None, "1"))
-        await asyncio.sleep(0)
-        given_up.cancel()
-        assert await first
-        assert await keys.swap("b", None, "1")
-    assert incus.config is not None and "user.a" not in incus.config
-
-
 async def test_the_number_of_keys_has_an_end(
     incus: Scripted, keys: IncusKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_keys, "KEYS_MAX", 2)
+    monkeypatch.setattr(shared_keys, "KEYS_MAX", 1)
     assert await keys.swap("a", None, "1")
     with pytest.raises(RateLimited):
         await keys.swap("b", None, "1")
     assert await keys.swap("a", "1", "2")
     assert await keys.swap("a", "2", None)
-    assert await keys.swap("b", None, "1")
 
 
 async def test_a_stream_of_changes_that_ends_is_no_peace(
@@ -170,8 +158,8 @@ async def test_a_stream_of_changes_that_ends_is_no_peace(
 
     async def events(*_: str) -> AsyncIterator[dict[str, Any]]:
         yield {"type": "connected"}
-        yield {"type": "lifecycle", "metadata": {"action": "project-updated"}}
-        yield {"type": "lifecycle", "metadata": {"action": "profile-updated"}}
+        yield {"type": "lifecycle", "metadata": {"action": "profile-created"}}
+        yield {"type": "lifecycle", "metadata": {"action": "profile-deleted"}}
 
     monkeypatch.setattr(incus, "events", events)
     changes = keys.changes()
