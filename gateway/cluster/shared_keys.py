@@ -8,7 +8,8 @@ Facts about incusd that shape this module (measured on 6.0.4, three members):
 
 - `If-Match` is no compare-and-swap in a cluster: two members check one ETag before either writes. Of 75
   increments that were all answered with success 35 were left.
-- To change a profile or the server asks every member, and takes seconds while one is down.
+- To change a profile or the server asks every member, and takes seconds while one is down. To create one took
+  15 ms all the same. To read them takes 0.2 ms each.
 - `profile-created` is told to who listens to that project, on every member.
 """
 
@@ -32,7 +33,7 @@ from gateway.incus import Incus, IncusError
 NO_QUORUM: Final = "no_quorum"
 """The `reason` of what cannot be decided, since Incus's database has no majority or does not answer."""
 
-KEYS_MAX: Final = 4000  # so that a change ends within the usual patience also on a busy machine
+KEYS_MAX: Final = 2000  # so that a change ends within the usual patience also on a busy machine
 VALUE_MAX: Final = 1000  # characters
 _KEY: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,299}")
 _VALUE: Final = "user.value"  # none for a key that was removed

@@ -20,7 +20,7 @@ from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE: Final = 50  # reservations that are put right
+_AT_ONCE: Final = 5  # reservations that are put right
 
 
 @dataclass(frozen=True, slots=True)
