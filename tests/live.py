@@ -179,8 +179,7 @@ class LiveGateway:
     """`incus-gateway serve` as a process."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
-        (self.port,) = free_ports(1)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.at(*free_ports(1))
         self.environment = {
             "PATH": os.environ["PATH"],
             "GATEWAY_CONFIG": "/nonexistent",
@@ -196,6 +195,11 @@ class LiveGateway:
         self.serve: tuple[str, ...] = ("serve",)
         self.signatures: set[str] = set()  # of the tokens that were made for it
         self.process: asyncio.subprocess.Process | None = None
+
+    def at(self, port: int) -> None:
+        """Ask it at a port of this host from now on."""
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
 
     async def start(self, *before: str) -> None:
         """Start it, by the command `before` if there is one, and return once it is ready."""

@@ -200,6 +200,7 @@ class Resuming:
 
     async def _run(self, params: dict[str, Any], started: asyncio.Future[Any]) -> None:
         resume = {"resume": ""}
+        given_up = time.monotonic() + 2 * DEADLINE
         while not self.over.is_set():
             resume = resume and {"resume": self.attachment}
             try:
@@ -225,13 +226,14 @@ class Resuming:
                     if (missing := bytes(self.sent[answer.get("stdin", len(self.sent)) :])) or self.closed:
                         await self._give(missing)
                     self.connected.set()
+                    given_up = time.monotonic() + 2 * DEADLINE
                     await self._follow(wire)
             except RpcFailure as failure:
                 if failure.code != "not_found" or not resume:
                     raise
                 resume = {}  # the gateway knows no more than that it was lost
             except (OSError, ConnectionError, asyncio.IncompleteReadError, Exception) as error:
-                if isinstance(error, AssertionError):
+                if isinstance(error, AssertionError) or time.monotonic() > given_up:
                     raise
                 self.connected.clear()
                 self.breaks += 1
@@ -480,7 +482,7 @@ async def test_quickstarts_restart_leaves_commands_and_its_stop_ends_them(
     assert (await asyncio.to_thread(process.ensure, "one")).startswith("started")
     try:
         other = Host(settings, folder)
-        other.gateway.port = int(settings.listen.rpartition(":")[2])
+        other.gateway.at(int(settings.listen.rpartition(":")[2]))
         client = Resuming(other, shared_tenant.name)
         await client.start(command="setsid sleep 1000 & echo up; cat", stdin=True)
         await until(lambda: client.offsets[1] > 0)

@@ -46,7 +46,7 @@ async def test_the_first_hour_is_as_it_says(tmp_path: Path) -> None:
         GATEWAY_CADDY_HTTPS=str(https),
         GATEWAY_CADDY_ASK=str(ask),
     )
-    gateway.port, gateway.url = port, f"http://{settings.listen}"
+    gateway.at(port)
     command = programs / "incus-gateway"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m gateway "$@"\n')
     command.chmod(0o755)

@@ -601,7 +601,7 @@ async def test_versions_lie_side_by_side_and_the_last_one_is_kept_to_go_back(
         },
         tmp_path / "log",
     )
-    gateway.port = int(gateway.environment["GATEWAY_LISTEN"].rpartition(":")[2])
+    gateway.at(int(gateway.environment["GATEWAY_LISTEN"].rpartition(":")[2]))
     environments, place = Environments(state), Place(state)
 
     async def run(*words: str | Path, code: int = 0) -> str:
