@@ -67,9 +67,11 @@ class Listener:
         async with contextlib.aclosing(self._own.follow(wake)) as told:
             async for line in told:
                 if leaving.done():
-                    return
+                    break
                 body = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+        # for a server that ends: it would take an answer without an end for a fault
+        await send({"type": "http.response.body", "body": b""})
 
     async def _ask(
         self, peer: Peer, question: Question | None, scope: Scope, receive: Receive, send: Send

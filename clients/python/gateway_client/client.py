@@ -222,10 +222,18 @@ class Client:
         await self.http("POST", "/v1/revocations", body if expires is None else {**body, "expires": expires})
 
     async def audit(
-        self, tenant: str | None = None, *, limit: int = 100, before: int | None = None
+        self,
+        tenant: str | None = None,
+        *,
+        limit: int = 100,
+        before: int | None = None,
+        member: str | None = None,
     ) -> list[Mapping[str, Any]]:
-        """Return who did what, newest first; needs the scope `admin` for every tenant."""
-        wishes = {"tenant": tenant, "limit": limit, "before": before}
+        """Return who did what, newest first; needs the scope `admin` for every tenant.
+
+        `before` is the id of an entry, for older ones; in a cluster, also name its `member`.
+        """
+        wishes = {"tenant": tenant, "limit": limit, "before": before, "member": member}
         query = urlencode({name: wish for name, wish in wishes.items() if wish is not None})
         return list((await self.http("GET", f"/v1/audit?{query}"))["entries"])
 

@@ -150,8 +150,16 @@ export class Gateway extends HttpClient {
   // --- for operators ---------------------------------------------------------------------------------------
 
   /** Revokes the token with this `jti`; needs the scope `admin` for every tenant. */
-  async revoke(tokenId: string, signal?: AbortSignal): Promise<void> {
-    await this.json("POST", "/v1/revocations", { id: tokenId }, { signal });
+  async revoke(
+    tokenId: string,
+    options: {
+      /** The token's `exp`: until then the gateway remembers that it was revoked. Default: for good. */
+      readonly expires?: number | undefined;
+      readonly signal?: AbortSignal | undefined;
+    } = {},
+  ): Promise<void> {
+    const { expires, signal } = options;
+    await this.json("POST", "/v1/revocations", { id: tokenId, expires }, { signal });
   }
 
   /** Returns who did what, newest first; needs the scope `admin` for every tenant. */
@@ -160,16 +168,18 @@ export class Gateway extends HttpClient {
       readonly tenant?: string | undefined;
       /** Default 100, at most 1000. */
       readonly limit?: number | undefined;
-      /** Only entries before the one with this id. */
+      /** Only entries before the one with this id; in a cluster, also name its `member`. */
       readonly before?: number | undefined;
+      readonly member?: string | undefined;
       readonly signal?: AbortSignal | undefined;
     } = {},
   ): Promise<readonly AuditEntry[]> {
-    const { tenant, limit = 100, before, signal } = options;
+    const { tenant, limit = 100, before, member, signal } = options;
     const query = new URLSearchParams();
     if (tenant !== undefined) query.set("tenant", tenant);
     query.set("limit", String(limit));
     if (before !== undefined) query.set("before", String(before));
+    if (member !== undefined) query.set("member", member);
     return (await this.#get<{ entries: AuditEntry[] }>(`/v1/audit?${query}`, signal)).entries;
   }
 

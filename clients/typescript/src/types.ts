@@ -123,6 +123,8 @@ export type TenantSize = "small" | "medium" | "large";
 /** An entry of the audit log; `time` is in seconds since the epoch. */
 export interface AuditEntry {
   readonly id: number;
+  /** The member of a cluster that has the entry; its ids are its own. */
+  readonly member?: string | undefined;
   readonly time: number;
   readonly who: string;
   readonly action: string;
