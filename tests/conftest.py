@@ -64,6 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     """Count what `-m 'not thorough'` leaves out; xdist tells nobody."""
+    if not items:  # as with `--last-failed`
+        return
     output = getattr(items[0].config, "workeroutput", {})
     marked = sum(item.get_closest_marker(THOROUGH) is not None for item in items)
     output[THOROUGH] = output.get(THOROUGH, 0) + marked

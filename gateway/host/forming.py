@@ -150,7 +150,7 @@ def remove(settings: Settings, name: str, *, force: bool) -> None:
     incus = Incus(settings.incus_socket, timeout=_JOIN)
     own = member_of(incus.get())
     if name == own:
-        raise HostError(f"this is {name} itself; remove it on another member")
+        raise HostError(f"this is {name} itself; run this on another member")
     incus.delete("cluster", "members", name, **({"params": {"force": "1"}} if force else {}))
 
 
@@ -170,7 +170,7 @@ def recover(settings: Settings, report: Report) -> None:
         )
     finally:
         daemon.ensure(report)
-    report("this server decides alone; remove the others: incus-gateway cluster remove NAME --force")
+    report("this server decides alone now; docs/cluster.md says how the lost members leave")
 
 
 def own_address(peer: str = "192.0.2.1:9") -> str:

@@ -14,6 +14,7 @@ The extension `TAKE` has the protocol itself, for who takes its connection over 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -235,5 +236,6 @@ def drop(transport: asyncio.Transport) -> None:
     """Cut a connection, with what was not sent yet: the kernel would go on offering that to its peer."""
     wire = transport.get_extra_info("socket")
     if wire is not None and wire.family != AF_UNIX:
-        wire.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+        with contextlib.suppress(OSError, ValueError):  # it is closed already
+            wire.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()

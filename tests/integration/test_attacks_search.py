@@ -133,7 +133,7 @@ async def test_races(
         while time.monotonic() < until or asked < 6:
             given = {"pattern": "host-secret", "output_mode": MODES[asked % 3], "head_limit": 0}
             began = time.monotonic()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 result = await tools.call(root, ToolSession(), "Grep", given)
             slowest = max(slowest, time.monotonic() - began)
             asked += 1

@@ -235,6 +235,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "setup": [],
     "image": [],
     "capacity": [],
+    "cluster": [],
     "migrate": [],
     "token": [["token", "--revoke", EVIL]],
     "doctor": [["doctor"], ["doctor", "--json"]],
