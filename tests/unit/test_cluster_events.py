@@ -154,7 +154,10 @@ async def test_a_stream_of_one_tenant_has_its_homes_ids(members: dict[str, LiveG
         found = await sse(answer, 4)
         assert all(event["id"] == event["data"]["id"] for event in found)
     async with events(members["m3"], "two", last=begun, type="exec.*") as answer:
-        assert await sse(answer, 4) == found
+        resumed = await sse(answer, 4)
+        while resumed[-1] != found[-1]:  # the exit of an earlier test's command may come first
+            resumed += await sse(answer, 1)
+        assert resumed[-4:] == found
     async with events(members["m1"], "two", last=found[1]["id"], type="exec.*") as answer:
         assert await sse(answer, 2) == found[2:]
 
