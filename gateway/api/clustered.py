@@ -39,7 +39,7 @@ from gateway.hostnames import Misdirected
 from gateway.protocol import CloseCode
 from gateway.runtime import Tenant
 from gateway.storage.store import Store
-from gateway.transport.tunnel import Near, Refused, close_frame, text_frame
+from gateway.transport.tunnel import Far, Near, Refused, close_frame, text_frame
 from gateway.transport.websocket import LARGE, TAKE
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,11 @@ def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
         if asked is None:
             await app(scope, receive, send)
         elif FROM in scope:
-            part = PART in Headers(scope=scope)
-            if not part and asked.kind != "events" and not await has(found, {asked.kind: asked.name}):
-                await _not_home(scope, receive, send)
-            else:
+            anyway = PART in Headers(scope=scope) or asked.kind == "events"
+            if anyway or await _may_have(found, asked):
                 await app(scope, receive, send)
+            else:
+                await _not_home(scope, receive, send)
         elif scope["type"] == "http":
             await _Relayed(app, found, scope, receive, send).http(asked)
         else:
@@ -118,6 +118,14 @@ def leave(services: Services, retry_after_ms: int, why: str) -> None:
         services.cluster.refuse()
 
 
+async def _may_have(services: Services, asked: Asked) -> bool:
+    """Say whether this gateway has what is asked for, or cannot tell: then the route says why."""
+    try:
+        return await has(services, {asked.kind: asked.name})
+    except GatewayError:
+        return True
+
+
 async def _not_home(scope: Scope, receive: Receive, send: Send) -> None:
     answer = problem(Misdirected("this gateway does not have it; ask its home"))
     answer.headers[NOT_HOME] = "1"
@@ -145,6 +153,13 @@ class _Relayed:
         raw = raw_token(self._asked)
         return None if raw is None else self._services.verify(raw)
 
+    async def _home(self, asked: Asked) -> Peer | None:
+        """Return the peer that has what is asked for; None if that cannot be told: the route says why."""
+        try:
+            return await home_of(self._services, asked)
+        except GatewayError:
+            return None
+
     # --- HTTP ---------------------------------------------------------------------------------------
 
     async def http(self, asked: Asked) -> None:
@@ -159,7 +174,7 @@ class _Relayed:
         except GatewayError:
             await self._here()  # which says what is wrong
             return
-        peer = None if asked.kind == "events" else await home_of(self._services, asked)
+        peer = None if asked.kind == "events" else await self._home(asked)
         if peer is None:
             await self._here()
             return
@@ -215,7 +230,7 @@ class _Relayed:
         if services.draining:
             peer = None
         elif token is not None:
-            peer = await home_of(services, Asked("tenant", tenant))
+            peer = await self._home(Asked("tenant", tenant))
         else:
             peer = None if services.names.holder(tenant) else self._cluster.homes.home(tenant)
         if peer is None or TAKE not in self._scope["extensions"] or (token is None and not peer.alive):
@@ -248,7 +263,7 @@ class _Relayed:
             protocol = self._scope["extensions"][TAKE]["protocol"]
             protocol.hold()
             try:
-                far, head = await self._dialed(tenant, peer)
+                home, far, head = await self._dialed(tenant, peer)
             except Refused as refused:
                 protocol.give_up()
                 protocol.transport.write(refused.answer)
@@ -267,18 +282,19 @@ class _Relayed:
                         stack.callback(place)
 
             near = Near(protocol, far, head, None if token is not None else _First(sent))
-            peer.cut.add(cut := partial(near.end, close_frame(CloseCode.TRY_LATER, "its server is away")))
+            home.cut.add(cut := partial(near.end, close_frame(CloseCode.TRY_LATER, "its server is away")))
             services.tunnels.add(near)
             try:
                 await near.over
             finally:
                 services.tunnels.discard(near)
-                peer.cut.discard(cut)
+                home.cut.discard(cut)
 
-    async def _dialed(self, tenant: str, peer: Peer) -> Any:
+    async def _dialed(self, tenant: str, peer: Peer) -> tuple[Peer, Far, bytes]:
+        """Return the peer that accepts the websocket, the connection to it, and the head of its answer."""
         for left in (1, 0):
             try:
-                return await dial(self._scope, peer, self._client)
+                return peer, *await dial(self._scope, peer, self._client)
             except NotHome:
                 again = await self._cluster.find(tenant=tenant) if left else None
                 if again is None:

@@ -24,7 +24,8 @@ from gateway.cluster.identity import Identity, fingerprint, trust
 from gateway.cluster.known import Known, apply
 from gateway.cluster.member import PREFIX, Member
 from gateway.errors import GatewayError, Unavailable
-from gateway.tasks import begin
+from gateway.incus import IncusError
+from gateway.tasks import begin, lasting
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class Peers:
             read_bufsize=_LINE,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )
-        self._looking = begin(self._look_on())
+        self._looking = begin(lasting("the look at the cluster's members", self._look_on))
         return self
 
     async def __aexit__(
@@ -210,18 +211,24 @@ class Peers:
     # --- who there is -------------------------------------------------------------------------------
 
     async def _look_on(self) -> None:
+        read = True
         while True:
             self._look.clear()
             try:
                 async with asyncio.timeout(_LOOKING):
-                    if self._published is not None:
-                        await self._members.publish({KEY: self._published})
-                        self._published = None
+                    if (published := self._published) is not None:
+                        await self._members.publish({KEY: published})
+                        if self._published == published:  # nothing else is to be published by now
+                            self._published = None
                     self._take(await self._members.members())
-            except (GatewayError, TimeoutError, OSError) as error:
-                log.info("the members of the cluster cannot be read now: %s", error or "no answer")
-            except Exception:  # incusd's own errors; what is known stays
-                log.warning("the members of the cluster cannot be read now", exc_info=True)
+            except (IncusError, GatewayError, TimeoutError, OSError) as error:
+                if read:
+                    log.warning(
+                        "the members of the cluster cannot be read now: %s", str(error) or "no answer"
+                    )
+                read = False  # what is known of them stays
+            else:
+                read = True
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK):
                     await self._look.wait()
