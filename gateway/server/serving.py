@@ -29,8 +29,7 @@ from gateway.server.succession import Succession
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from gateway.terminal import log_to_stderr
-from gateway.transport import http1
-from gateway.transport.websocket import WebSocketProtocol
+from gateway.transport import http1, options
 
 # glibc's malloc.h: block size from which memory is mapped separately, free bytes kept at the top of the heap
 _MMAP_THRESHOLD: Final = (-3, 1 << 20)
@@ -159,18 +158,9 @@ def serve(settings: Settings, *, log_level: str = "info", take_over: bool = Fals
 def _serve(settings: Settings, listening: socket.socket, predecessor: Predecessor | None) -> bool:
     """Serve on a socket; return whether a successor has taken over."""
     gateway = Gateway(settings)
-    config = uvicorn.Config(
-        gateway.app,
-        http=http1.protocol(settings),
-        ws=WebSocketProtocol,
-        ws_max_size=settings.max_frame,
-        ws_ping_interval=None,
-        ws_per_message_deflate=False,
+    config = options.config(
+        *(gateway.app, settings, http1.protocol(settings)),
         lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout / 4)),
     )
 

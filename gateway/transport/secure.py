@@ -9,13 +9,11 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Final
 
-import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from gateway.settings import Settings
-from gateway.transport import http1
-from gateway.transport.websocket import WebSocketProtocol
+from gateway.transport import http1, options
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +30,8 @@ class SecureServer:
     def __init__(
         self, app: ASGIApp, settings: Settings, context: ssl.SSLContext, known: Callable[[bytes], bool]
     ) -> None:
-        self._config = uvicorn.Config(
-            app,
-            http=_protocol(settings, known),
-            ws=WebSocketProtocol,
-            ws_max_size=settings.max_frame,
-            ws_ping_interval=None,
-            ws_per_message_deflate=False,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP,
+        self._config = options.config(
+            app, settings, _protocol(settings, known), lifespan="off", timeout_keep_alive=_KEEP
         )
         self._context = context
         self._state = ServerState()
