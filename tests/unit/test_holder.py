@@ -64,6 +64,24 @@ async def hung_up(connection: socket.socket) -> None:
     assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 1), 30) == b""
 
 
+async def test_what_can_wait_is_told_a_moment_later(start: Start, tmp_path: Path) -> None:
+    """Though nothing else is told; and what was put and taken back by then is not held."""
+    await start()
+    path = tmp_path / "holder.sock"
+    read, write = os.pipe()
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        holder.put("one", [read], soon=True)
+        assert held_at(path) == 0
+        await until(lambda: held_at(path) == 1)
+        holder.put("two", [write], soon=True)
+        holder.drop("one", soon=True)
+        holder.drop("two")
+        await until(lambda: held_at(path) == 0)
+    for descriptor in (read, write):
+        os.close(descriptor)
+
+
 async def test_what_is_put_outlives_who_put_it(start: Start, tmp_path: Path) -> None:
     """The next client gets it by name and in order, and it is the same socket."""
     process = await start()
