@@ -27,6 +27,7 @@ _AT_ONCE: Final = 32
 _TOGETHER: Final = 32
 _LEISURE: Final = 0.01  # part of an interval in which nearly all have answered
 _SKIPPED: Final = 3  # intervals that a healthy site without visitors is skipped
+_SKIPPED_REPORTED: Final = 11  # if the end of its service would be reported
 _ANSWERS: Final = 12  # packets that a site sends at most for one of our checks
 _NOISE: Final = 2  # packets in an interval that cannot be an answer to a visitor, which takes four
 _STARTS: Final = ("tenant.started", "tenant.restarted")
@@ -37,8 +38,9 @@ class Health:
 
     A site that has just been started is checked until it answers, which is published as `tenant.healthy` with
     the milliseconds it took. After that each is checked by itself, so that one that hangs delays no other.
-    One that was healthy and has had no visitors since is checked every fourth time. A site that is healthy
-    when the gateway starts causes no event.
+    One that was healthy and has had no visitors since is checked every fourth time, or every twelfth if the
+    runtime reports the end of its service, after which it is checked next time. A site that is healthy when
+    the gateway starts causes no event.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Health:
         """
         self._sites, self._bus, self._settings = sites, bus, settings
         self._excuse, self._packets = excuse, packets
-        # by tenant: the packets that it has sent, and how many intervals may still be skipped
-        self._sent: dict[str, tuple[int, int]] = {}
+        # by tenant: the packets that it has sent, how many intervals may still be skipped, and whether it was
+        # checked in the last one
+        self._sent: dict[str, tuple[int, int, bool]] = {}
+        self._reported: set[str] = set()  # tenants whose site's end will be reported
         self._away: dict[str, str] = {}  # domains that are excused, by tenant
         self._failures: dict[str, int] = {}
         self._unhealthy: set[str] = set()
@@ -182,12 +186,13 @@ class Health:
         for tenant, site in watched.items():
             well = self._failures.get(tenant) == 0 and tenant not in self._unhealthy
             if (count := counts.get(site.link or "")) is not None:
-                last, left = before.get(tenant, (count + 1, 0))
-                silent = 0 <= count - last <= (_ANSWERS if left == _SKIPPED else _NOISE)
-                left = left if well and silent else 0
-                self._sent[tenant] = count, left - 1 if left else _SKIPPED
-                if left:
+                last, left, checked = before.get(tenant, (count + 1, 0, False))
+                silent = 0 <= count - last <= (_ANSWERS if checked else _NOISE)
+                if well and silent and left:
+                    self._sent[tenant] = count, left - 1, False
                     continue
+                skipped = _SKIPPED_REPORTED if tenant in self._reported else _SKIPPED
+                self._sent[tenant] = count, skipped, True
             # at the same moment of each interval
             parts[zlib.crc32(tenant.encode()) % len(parts)].append(site)
         return parts
@@ -238,6 +243,15 @@ class Health:
         if tenant in self._unhealthy:
             self._unhealthy.discard(tenant)
             self._bus.publish("tenant.healthy", tenant, {"port": where.port})
+        # asked for by a check only, since a tenant may cause as many reports as it likes
+        ended = partial(self._ended, tenant)
+        if tenant not in self._reported and await self._sites.report_end(tenant, ended):
+            self._reported.add(tenant)
+
+    def _ended(self, tenant: str) -> None:
+        """Check a site in the next interval, since its service may have ended."""
+        self._reported.discard(tenant)
+        self._sent.pop(tenant, None)
 
     def _hangs(self, tenant: str, domain: str | None) -> None:
         """Serve the page at the domain of a site that hangs, and stop once it does not."""

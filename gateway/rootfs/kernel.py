@@ -107,12 +107,13 @@ def inotify() -> int:
     return int(checked(init(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1"))
 
 
-def inotify_add(descriptor: int, mask: int) -> int:
+def inotify_add(descriptor: int, mask: int, path: bytes = b".") -> int:
     """Watch the working directory; return the watch's number, which is unique per inode.
 
-    There is no path argument, because the folder is entered by descriptor: `fchdir` follows no link.
+    A tenant's folder is entered by descriptor first, since `fchdir` follows no link. `path` is for files of
+    the kernel.
     """
-    return int(checked(_libc.inotify_add_watch(descriptor, b".", mask), "inotify_add_watch"))
+    return int(checked(_libc.inotify_add_watch(descriptor, path, mask), "inotify_add_watch"))
 
 
 def inotify_remove(descriptor: int, watch: int) -> None:

@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -253,6 +253,9 @@ class LocalSites:
 
     async def life(self, tenant: str, side: Side) -> Life | None:
         return None  # `service` costs nothing here
+
+    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
+        return False
 
     async def listening(self, tenant: str) -> Collection[Listener]:
         service = await self.service(tenant, "live")

@@ -320,6 +320,10 @@ class Sites(Protocol):
         """Return the current run of a side's service, cheaply; None if only `service` can tell."""
         ...
 
+    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
+        """Call `ended` once when the live site's service may have ended; return False if nothing tells."""
+        ...
+
     async def listening(self, tenant: str) -> Collection[Listener]:
         """Return where processes of a tenant listen; nothing if it does not run."""
         ...

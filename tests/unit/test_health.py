@@ -21,6 +21,8 @@ from gateway.settings import Settings
 
 DEADLINE = 30
 
+Ends = dict[str, Callable[[], None] | None]
+
 
 class Told:
     """A bus that hands over what is published."""
@@ -33,10 +35,16 @@ class Told:
 
 
 class Listed:
-    """Sites by their ports; the interface of each has its tenant's name."""
+    """Sites by their ports; the interface of each has its tenant's name. `ends` of some would be reported."""
 
-    def __init__(self, ports: dict[str, int]) -> None:
-        self.ports = ports
+    def __init__(self, ports: dict[str, int], ends: Ends) -> None:
+        self.ports, self.ends = ports, ends
+
+    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
+        if tenant not in self.ends or self.ends[tenant] is not None:
+            return False
+        self.ends[tenant] = ended
+        return True
 
     async def listed(self) -> Sequence[Site]:
         return [
@@ -78,10 +86,11 @@ async def watching(
     told: Told,
     ports: dict[str, int],
     packets: Callable[[], Mapping[str, int]] = dict[str, int],
+    ends: Ends | None = None,
     **changes: Any,
 ) -> AsyncIterator[Health]:
-    settings = Settings(health_interval=0.02, **changes)
-    async with Health(cast(Sites, Listed(ports)), cast(Bus, told), settings, packets=packets) as health:
+    settings, listed = Settings(health_interval=0.02, **changes), Listed(ports, {} if ends is None else ends)
+    async with Health(cast(Sites, listed), cast(Bus, told), settings, packets=packets) as health:
         yield health
 
 
@@ -147,6 +156,39 @@ async def test_a_site_that_is_well_and_answers_nobody_is_looked_at_every_fourth_
     assert 0 < asked[0] <= 0.35 * asked[2], asked
     # a single visitor is seen from the second interval on
     assert asked[1] > 1.5 * asked[0], asked
+
+
+async def test_a_site_whose_end_would_be_reported_is_looked_at_less_and_after_its_end_at_once() -> None:
+    """And no more often than each time, however often an end is reported."""
+    good = b"HTTP/1.1 200 OK\r\n\r\n"
+    ended, waits = Server(good), Server(good)
+    ends: Ends = {"ended": None, "waits": None}
+    rounds, asked, over = 0, 0, asyncio.Event()
+
+    def packets() -> dict[str, int]:
+        nonlocal rounds, asked
+        rounds += 1
+        if rounds == 37:
+            asked = ended.asked
+        if rounds >= 37:  # from here on it ends in each interval
+            report, ends["ended"] = ends["ended"], None
+            if report is not None:
+                report()
+        if rounds > 60:
+            over.set()
+        return {"ended": 5000, "waits": 5000}
+
+    async with (
+        asyncio.timeout(DEADLINE),
+        ended.serving() as one,
+        waits.serving() as two,
+        watching(Told(), {"ended": one, "waits": two}, packets, ends),
+    ):
+        await over.wait()
+    # as a new one, and then every twelfth time
+    assert 3 <= asked <= 5, asked
+    assert 4 <= waits.asked <= 7, waits.asked
+    assert 12 <= ended.asked - asked <= 26, (asked, ended.asked)
 
 
 async def test_a_silent_site_that_fails_is_looked_at_each_time() -> None:

@@ -1,20 +1,23 @@
-"""Tell one run of a service from the next by its cgroup, which the host can read.
+"""Tell one run of a service from the next, and when one ends, by its cgroup, which the host can read.
 
 Asking its systemd instead would take a command in the container, with a dozen processes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Final
 
-from gateway.rootfs import memory
+from gateway.rootfs import kernel, memory
 from gateway.rootfs.kernel import started
 from gateway.runtime.sites import Life
 
 _BYTES: Final = 64  # enough for the first line of cgroup.procs
+_READ: Final = 4096  # bytes of events: each has 16
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _USED: Final = re.compile(rb"^usage_usec (\d{1,18})$", re.MULTILINE)  # of cpu.stat
 _WAITED: Final = re.compile(rb"^some .*\btotal=(\d{1,18})$", re.MULTILINE)  # of cpu.pressure
@@ -39,3 +42,62 @@ def life(init_pid: int, unit: str) -> Life | None:
     waited = _WAITED.search(memory.text(f"{group.unified}/cpu.pressure"))
     worked = sum(int(found[1]) for found in (used, waited) if found) / 1e6
     return Life(f"{first} {began}", time.monotonic() - ago, counted.ended, worked)
+
+
+class Ends:
+    """Reports the ends of services as the kernel tells them: a service that runs costs nothing.
+
+    `cgroup.events` of a unit changes when its last process ends (cgroups(7)), which inotify(7) reports. For
+    one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = -1
+        self._reports: dict[int, Callable[[], None]] = {}  # by the kernel's number of a watch
+
+    def close(self) -> None:
+        """Report nothing more. Idempotent."""
+        if self._descriptor >= 0:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = -1
+        self._reports.clear()
+
+    def report(self, init_pid: int, unit: str, ended: Callable[[], None]) -> bool:
+        """Call `ended` once, as soon as a unit in the container of `init_pid` has no process any more.
+
+        Return False if it has none now, or the kernel cannot tell. A tenant's root may have it called while
+        processes are left, by changing their cgroup in other ways.
+        """
+        place = memory.place(init_pid)
+        if place is None:
+            return False
+        path = f"{place.below(f'system.slice/{unit}').unified}/cgroup.events"
+        try:
+            if self._descriptor < 0:
+                self._descriptor = kernel.inotify()
+                asyncio.get_running_loop().add_reader(self._descriptor, self._read)
+            number = kernel.inotify_add(self._descriptor, kernel.IN_MODIFY, os.fsencode(path))
+        except OSError:
+            return False
+        if b"populated 1" not in memory.text(path, _BYTES):
+            kernel.inotify_remove(self._descriptor, number)
+            return False
+        self._reports[number] = ended
+        return True
+
+    def _read(self) -> None:
+        try:
+            told = os.read(self._descriptor, _READ)
+        except BlockingIOError:
+            return
+        for number, mask, _, _ in kernel.inotify_events(told):
+            if mask & kernel.IN_Q_OVERFLOW:
+                for one in list(self._reports):
+                    self._over(one)
+            self._over(number)
+
+    def _over(self, number: int) -> None:
+        if (ended := self._reports.pop(number, None)) is not None:
+            kernel.inotify_remove(self._descriptor, number)
+            ended()

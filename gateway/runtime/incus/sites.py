@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -23,7 +23,7 @@ from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.former import IncusFormerSites
 from gateway.runtime.incus.golden_copies import UNMARKED, GoldenCopies
 from gateway.runtime.incus.headroom import Headroom
-from gateway.runtime.incus.lives import life
+from gateway.runtime.incus.lives import Ends, life
 from gateway.runtime.incus.marks import ROLE, Marks
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.pool import Pool
@@ -75,6 +75,7 @@ class IncusSites:
         self.former: FormerSites = IncusFormerSites(settings, self._incus, self._provisioning)
         self._headroom = Headroom(settings, self._incus, self._making)
         self._ports = Ports(settings, self._making)
+        self._ends = Ends()
         baking = Baking(settings, self._incus, self._making, self._provisioning)
         marks = Marks(settings, self._incus)
         self._pool = Pool(settings, self._making, marks)
@@ -87,6 +88,7 @@ class IncusSites:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ends.close()
         await self._golden.aclose()
         await self._commands.aclose()
 
@@ -224,6 +226,13 @@ class IncusSites:
         except GatewayError:
             return None
         return await asyncio.to_thread(life, init_pid, NAMES[side]) if init_pid else None
+
+    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
+        try:
+            init_pid = await self._init_pid(tenant)
+        except GatewayError:
+            return False
+        return bool(init_pid) and self._ends.report(init_pid, NAMES["live"], ended)
 
     async def listening(self, tenant: str) -> Collection[Listener]:
         init_pid = await self._init_pid(tenant)
