@@ -210,6 +210,16 @@ class Idempotency:
             self._reads_bytes -= reads.bytes
         await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
 
+    async def recall(self, tenant: str) -> None:
+        """Read a tenant's records again, which are others in the store now."""
+        self._stored.pop(tenant, None)
+        if (reads := self._reads.pop(tenant, None)) is not None:
+            self._reads_bytes -= reads.bytes
+        for key, record in await self._store.read(partial(_all, tenant=tenant)):
+            self._shelf(key).put(key, record)
+        if tenant in self._stored:
+            await self._store.note(*map(_delete, self._stored[tenant].trim()))
+
     async def earlier(self, kind: Kind) -> list[tuple[Key, IdempotencyRecord]]:
         """Return the records of one kind of earlier processes, with their results. For the start."""
         await self._store.settled()
@@ -249,9 +259,11 @@ class Idempotency:
 # --- statements -----------------------------------------------------------------------------------------
 
 
-def _all(connection: sqlite3.Connection) -> list[tuple[Key, IdempotencyRecord]]:
+def _all(connection: sqlite3.Connection, tenant: str | None = None) -> list[tuple[Key, IdempotencyRecord]]:
     rows = connection.execute(
-        "SELECT tenant, kind, id, digest, at, state, coalesce(length(result), 0) FROM receipts ORDER BY at"
+        "SELECT tenant, kind, id, digest, at, state, coalesce(length(result), 0) FROM receipts"
+        " WHERE ?1 IS NULL OR tenant = ?1 ORDER BY at",
+        (tenant,),
     )
     return [
         ((tenant, kind, id_), IdempotencyRecord(digest, at, state, size))

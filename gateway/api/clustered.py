@@ -28,7 +28,7 @@ from gateway.api.http import REQUEST_ID, address, ask, hold, problem
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
 from gateway.auth.tokens import Token
-from gateway.cluster.cluster import ASK_SECRET, SETTLING, TELL_REVOKED
+from gateway.cluster.cluster import ASK_SECRET, PUT_RECORDS, SETTLING, TELL_REVOKED
 from gateway.cluster.dialing import dial
 from gateway.cluster.known import Known
 from gateway.cluster.listener import FROM, Question
@@ -83,8 +83,12 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
     async def tenants() -> list[Known]:
         return [_known(tenant) for tenant in await services.runtime.list()]
 
+    async def keep(_: Peer, text: bytes) -> Any:
+        return {"id": (await services.records.keep(text)).id}
+
     facts, questions = {"version": __version__}, _questions(services)
-    async with cluster.open(app, store, tenants, partial(has, services), facts, questions):
+    uploads = {PUT_RECORDS: keep}
+    async with cluster.open(app, store, tenants, partial(has, services), facts, questions, uploads=uploads):
         await cluster.peers.settle(SETTLING)
         yield
 

@@ -26,6 +26,7 @@ from gateway.cluster.common_secret import common_secret
 from gateway.cluster.folder import FolderMembers
 from gateway.cluster.member import Membership
 from gateway.cluster.peers import MemberAway, Members
+from gateway.cluster.records import Records
 from gateway.cluster.revoking import Revoking
 from gateway.cluster.sharing import Sharing, own_member, sharing
 from gateway.deployments import Deployments, Hangs, Health
@@ -79,6 +80,7 @@ class Services(Hub):
     shared: Sharing | None
     revoking: Revoking | None
     names: Names
+    records: Records
     audit: Audit
     workers: Workers
     domains: Domains
@@ -185,6 +187,8 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         toolbox = await enter(
             Toolbox(runtime, workers, shells, history, bus, idempotency, folders, settings, spare)
         )
+        own = "" if cluster is None else cluster.own
+        records = Records(store, own, settings.records_most, (idempotency.recall, toolbox.sessions.recall))
         files = await enter(Files(runtime, workers, bus, settings, spare))
         caddy = await enter(Caddy(settings))
         await _meet_peers(caddy, secret, shared)
@@ -261,6 +265,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             shared=shared,
             revoking=revoking,
             names=names,
+            records=records,
             audit=audit,
             workers=workers,
             domains=domains,

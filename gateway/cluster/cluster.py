@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from starlette.types import ASGIApp
@@ -14,7 +15,8 @@ from starlette.types import ASGIApp
 from gateway.cluster.homes import Homes
 from gateway.cluster.identity import Identity
 from gateway.cluster.known import Known
-from gateway.cluster.listener import Listener, Question
+from gateway.cluster.listener import Listener, Order, Question
+from gateway.cluster.orders import order
 from gateway.cluster.own import Own
 from gateway.cluster.peers import MemberAway, Members, Peer, Peers
 from gateway.cluster.placements import Placements
@@ -29,6 +31,8 @@ ASK_SECRET: Final = "secret"  # noqa: S105 - the question's name
 """What a peer is asked for its secret by."""
 TELL_REVOKED: Final = "revoked"
 """What a peer is told of a revoked token by."""
+PUT_RECORDS: Final = "records"
+"""What a tenant's records are sent by to a peer, which keeps them; see `Records`."""
 SETTLING: Final = 3.0
 """Seconds in which peers tell their tenants at the start; longer than a peer may be silent."""
 _BINDING: Final = 0.05  # seconds between two attempts, where the process before still has the port
@@ -59,21 +63,25 @@ class Cluster:
         has: Callable[[Mapping[str, Any]], Awaitable[bool]],
         facts: Mapping[str, Any],
         questions: Mapping[str, Question],
+        orders: Mapping[str, Order] = MappingProxyType({}),
+        uploads: Mapping[str, Order] = MappingProxyType({}),
     ) -> AsyncIterator[None]:
         """Tell peers our tenants, and answer the requests that they pass on to `app`.
 
         `has` says whether we have what a peer looks for. `facts` are told with the tenants. `questions` are
-        what peers may ask besides, by name.
+        what peers may ask besides, `orders` and `uploads` what they may have done, by name; see `Listener`.
         """
         self.homes = Homes(self.peers, store)
         await self.homes.recall()
         self._tenants = tell = Own(tenants, {"member": self.own, **facts})
-        listener = Listener(self.peers, tell, app)
+        listener = Listener(self.peers, tell, app, self._settings.records_most)
 
         async def find(_: Peer, what: Mapping[str, Any]) -> Any:
             return {} if await has(what) else None
 
         listener.questions |= {**questions, _FIND: find}
+        listener.orders |= orders
+        listener.uploads |= uploads
         self._server = SecureServer(
             listener, self._settings, self.peers.accepting, lambda shown: self.peers.of(shown) is not None
         )
@@ -150,6 +158,10 @@ class Cluster:
         until = None if expires == math.inf else expires
         _, silent = await self.peers.ask_all(f"/peer/ask/{TELL_REVOKED}", {"id": token, "expires": until})
         return silent
+
+    async def send_records(self, peer: Peer, text: bytes, patience: float) -> None:
+        """Have a peer keep what `Records.export` returned. Raises `OrderRefused` and `MemberAway`."""
+        await order(self.peers, peer, f"/peer/put/{PUT_RECORDS}", text, patience)
 
     def alive(self, member: str) -> bool:
         """Return whether a member's gateway is there."""

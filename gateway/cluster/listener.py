@@ -25,24 +25,37 @@ log = logging.getLogger(__name__)
 FROM: Final = "gateway.from"
 """In a scope: the name of the peer that passed the request on."""
 _BODY: Final = 1 << 20  # bytes
+_LARGE_AT_ONCE: Final = 2  # uploads in memory
 
 Question = Callable[[Peer, Any], Awaitable[Any]]
 """Takes who asks and the JSON body, and returns what is answered as JSON; None for 404."""
+
+Order = Callable[[Peer, bytes], Awaitable[Any]]
+"""Takes who orders something and the body, and returns what is answered as JSON; what it raises is told."""
 
 
 class Listener:
     """The ASGI application for peers. `app` gets the requests that they pass on.
 
-    `questions` are what peers may ask, by name: `/peer/ask/NAME`.
+    `questions` are what peers may ask, by name: `/peer/ask/NAME`. `orders` are what they may have done,
+    `/peer/do/NAME`, and `uploads`, `/peer/put/NAME`, such with a body of `most` bytes.
     """
 
-    def __init__(self, peers: Peers, own: Own, app: ASGIApp) -> None:
+    def __init__(self, peers: Peers, own: Own, app: ASGIApp, most: int = _BODY) -> None:
         self.questions: dict[str, Question] = {}
+        self.orders: dict[str, Order] = {}
+        self.uploads: dict[str, Order] = {}
+        self._most = most
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._peers = peers
         self._own = own
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ConnectionResetError):
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         peer = self._peers.of(scope["state"][PEER])
         path: str = scope["path"]
         relayed = Headers(scope=scope).get(RELAYED)
@@ -55,6 +68,13 @@ class Listener:
         elif scope["type"] == "http" and path.startswith("/peer/ask/"):
             question = self.questions.get(path.removeprefix("/peer/ask/"))
             await self._ask(peer, question, scope, receive, send)
+        elif scope["type"] == "http" and path.startswith("/peer/do/"):
+            order = self.orders.get(path.removeprefix("/peer/do/"))
+            await self._do(peer, order, _BODY, scope, receive, send)
+        elif scope["type"] == "http" and path.startswith("/peer/put/"):
+            order = self.uploads.get(path.removeprefix("/peer/put/"))
+            async with self._large:
+                await self._do(peer, order, self._most, scope, receive, send)
         else:
             await _answer(scope, send, 404)
 
@@ -79,17 +99,10 @@ class Listener:
         if question is None:
             await _answer(scope, send, 404)
             return
-        body = bytearray()
-        more = scope["method"] == "POST"
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            if len(body) > _BODY:
-                await _answer(scope, send, 413)
-                return
-            more = message.get("more_body", False)
+        body = await _body(receive, _BODY) if scope["method"] == "POST" else b""
+        if body is None:
+            await _answer(scope, send, 413)
+            return
         try:
             given = orjson.loads(body) if body else dict(parse_qsl(scope["query_string"].decode("latin-1")))
             found = await question(peer, given)
@@ -98,6 +111,42 @@ class Listener:
             await _answer(scope, send, 503)
             return
         await _answer(scope, send, 404 if found is None else 200, found)
+
+    async def _do(
+        self, peer: Peer, order: Order | None, most: int, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if order is None:  # of a newer gateway
+            await _answer(scope, send, 404)
+            return
+        body = await _body(receive, most)
+        if body is None:
+            await _answer(scope, send, 413)
+            return
+        try:
+            found = await order(peer, body)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("an order of %s is not understood: %r", peer.name, error)
+            await _answer(scope, send, 400)
+        except GatewayError as error:
+            log.info("an order of %s is not done: %s", peer.name, error.message)
+            told = {"code": error.code, "message": error.message, "facts": error.facts}
+            await _answer(scope, send, 409, told)
+        else:
+            await _answer(scope, send, 200, found)
+
+
+async def _body(receive: Receive, most: int) -> bytes | None:
+    """Return a body, None if it has more than `most` bytes. Raises `ConnectionResetError`."""
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionResetError("a peer went away")
+        body += message.get("body", b"")
+        if len(body) > most:
+            return None
+        more = message.get("more_body", False)
+    return bytes(body)
 
 
 async def _gone(receive: Receive) -> None:

@@ -112,12 +112,14 @@ class Span:
     """Where the events of a name's current tenant begin: with the event of its predecessor's end.
 
     Events between `ended` and `begun` may still concern the predecessor, except those leading to the current
-    tenant. `at` is the time of that end.
+    tenant. `at` is the time of that end. `arrived` is the first event of a tenant that came from another
+    member: what happened there before is not in this journal.
     """
 
     ended: int
     begun: int
     at: float = 0.0
+    arrived: int = 0
 
     def has(self, event: Event) -> bool:
         return event.id >= self.begun or (event.id >= self.ended and event.type.startswith(_BEFORE))
@@ -162,7 +164,8 @@ class Filter:
         if self.deployments is not None:
             return -1
         wanted = [span for name, span in self.names.items() if self.tenants is None or name in self.tenants]
-        return max((span.ended - 1 for span in wanted if span.at > self.since), default=-1)
+        parted = (span.ended - 1 for span in wanted if span.at > self.since)
+        return max(*(span.arrived - 1 for span in wanted), *parted, -1, -1)
 
     @classmethod
     def parse(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -37,13 +37,16 @@ class _Holder:
     """The owner of a name: `instance`, "" for none.
 
     `ended` is the id of the event that ended the last owner, `at` its time, `begun` the id of the first event
-    of this one; each 0 if there was none.
+    of this one; each 0 if there was none. One that came from another member has `arrived`, the id of its
+    first event here; one that went to another is `gone`, and stays to tell whose its events here are.
     """
 
     instance: str = ""
     ended: int = 0
     begun: int = 0
     at: float = 0.0
+    arrived: int = 0
+    gone: bool = False
 
 
 class Names:
@@ -56,14 +59,20 @@ class Names:
         self._kept = settings.events_kept + settings.deployments_kept
         self._holders: dict[str, _Holder] = {}  # those without an instance in the order in which they ended
         self._changed = asyncio.Event()
+        self.elsewhere: Callable[[str], str | None] = lambda name: None
+        """Returns the instance that another member has under a name, None if that is not known."""
 
     @classmethod
     async def opened(cls, store: Store, bus: Bus, settings: Settings) -> Names:
         """Go on with the records of the last process; readers of names' earlier events wait for `watch`."""
         self = cls(store, bus, settings)
         next_ = bus.last + 1  # what was not written may have had an id that another event gets
-        for tenant, instance, ended, begun, at in await store.read(_all):
-            self._holders[tenant] = _Holder(instance, min(ended, next_), min(begun, next_), at)
+        for tenant, instance, ended, begun, at, arrived, gone in await store.read(_all):
+            self._holders[tenant] = _Holder(
+                *(instance, min(ended, next_), min(begun, next_), at),
+                arrived=min(arrived, next_),
+                gone=bool(gone),
+            )
         bus.part(None)
         return self
 
@@ -95,7 +104,36 @@ class Names:
 
     def holder(self, name: str) -> str:
         """Return the id of the name's present instance, "" if there is none."""
-        return self._holders.get(name, _NOBODY).instance
+        found = self._holders.get(name, _NOBODY)
+        return "" if found.gone else found.instance
+
+    async def arrive(self, name: str, instance: str, ended: float) -> None:
+        """Take a tenant that comes from another member; its name's last owner ended there at that time.
+
+        Whoever resumes its events from before that is told that some may be missing.
+        """
+        before, next_ = self._holders.get(name, _NOBODY), self._bus.last + 1
+        if before.instance == instance and not before.gone:
+            return
+        begun = before.begun if before.instance == instance else next_  # an earlier stay is the same tenant's
+        at = max(before.at, ended) if before.ended else ended
+        await self._keep(name, _Holder(instance, before.ended, begun, at, arrived=next_))
+
+    async def leave(self, name: str) -> None:
+        """Let go of a tenant that has another home now. Idempotent."""
+        before = self._holders.get(name, _NOBODY)
+        if before.instance and not before.gone:
+            await self._keep(name, replace(before, gone=True))
+
+    def position(self, name: str, after: int | None, *, here: bool) -> int | None:
+        """Return where in our journal a client goes on with a tenant's events, 0 where that is not known.
+
+        `after` is a position that it gives, and `here` whether that is certainly one of this journal: a
+        number alone may be of the tenant's former home.
+        """
+        arrived = self._holders.get(name, _NOBODY).arrived
+        lost = after is not None and arrived and (not here or after < arrived - 1)
+        return 0 if lost else after
 
     def ended(self, name: str) -> float:
         """Return when the last one of that name ended, 0 if there was none."""
@@ -117,7 +155,15 @@ class Names:
     def _spans(self, names: Iterable[str]) -> Mapping[str, Span]:
         found = {name: self._holders[name] for name in names if name in self._holders}
         after = self._bus.last + 1
-        return {name: Span(of.ended, of.begun if of.instance else after, of.at) for name, of in found.items()}
+
+        def span(name: str, of: _Holder) -> Span:
+            # of one that left, whoever has the name now may be another
+            there = of.instance if not of.gone else self.elsewhere(name)
+            return Span(
+                of.ended, of.begun if of.instance and there == of.instance else after, of.at, of.arrived
+            )
+
+        return {name: span(name, of) for name, of in found.items()}
 
     def _is_another(self, tenant: Tenant) -> bool:
         return tenant.instance not in (None, self.holder(tenant.name))
@@ -157,7 +203,7 @@ class Names:
     async def _end(self, name: str, told: Event) -> None:
         self._holders.pop(name, None)
         await self._keep(name, _Holder("", told.id, 0, told.time))
-        nobodys = [name for name, holder in self._holders.items() if not holder.instance]
+        nobodys = [name for name, holder in self._holders.items() if not holder.instance or holder.gone]
         for old in nobodys[: max(0, len(nobodys) - self._kept)]:
             del self._holders[old]
             await self._write(partial(_delete, tenant=old))
@@ -205,16 +251,20 @@ async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
 # --- statements: each is a work of the store -----------------------------------------------------------
 
 
-def _all(connection: sqlite3.Connection) -> Sequence[tuple[str, str, int, int, float]]:
+def _all(connection: sqlite3.Connection) -> Sequence[tuple[str, str, int, int, float, int, int]]:
     return connection.execute(
-        "SELECT tenant, instance, ended, begun, at FROM names ORDER BY ended"
+        "SELECT tenant, instance, ended, begun, at, arrived, gone FROM names ORDER BY ended"
     ).fetchall()
 
 
 def _insert(connection: sqlite3.Connection, tenant: str, holder: _Holder) -> None:
     connection.execute(
-        "INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?)",
-        (tenant, holder.instance, holder.ended, holder.begun, holder.at),
+        "INSERT OR REPLACE INTO names (tenant, instance, ended, begun, at, arrived, gone)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(tenant, holder.instance, holder.ended, holder.begun),
+            *(holder.at, holder.arrived, int(holder.gone)),
+        ),
     )
 
 

@@ -39,6 +39,12 @@ class RecordSettings(BaseModel):
         description="maximum size in memory of the kept results of calls that only read, for all tenants, "
         "in bytes",
     )
+    records_most: int = Field(
+        64 * MiB,
+        gt=0,
+        description="maximum size in bytes of all records of one tenant on their way to another member of a "
+        "cluster; the same on all members",
+    )
     # events
     events_kept: int = Field(10_000, gt=0, description="number of events kept for replay")
     events_bytes: int = Field(

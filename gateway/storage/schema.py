@@ -113,6 +113,15 @@ MIGRATIONS: Final = (
     """,
     "ALTER TABLE revoked ADD COLUMN expires REAL;",
     "CREATE TABLE peers (member TEXT PRIMARY KEY, tenants BLOB NOT NULL) STRICT;",
+    # what came of tenants from other members: a text until it is adopted, then what it was about
+    """
+    CREATE TABLE arrivals (tenant TEXT PRIMARY KEY, id TEXT NOT NULL, text BLOB, adopted TEXT) STRICT;
+    """,
+    # of names, where a tenant came from or went to
+    """
+    ALTER TABLE names ADD COLUMN arrived INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE names ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 

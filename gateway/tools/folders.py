@@ -26,6 +26,17 @@ class Folders:
         )
         return cls(store, {(tenant, session): folder for tenant, session, folder in rows})
 
+    async def recall(self, tenant: str) -> None:
+        """Read a tenant's folders again, which are others in the store now."""
+        rows = await self._store.read(
+            lambda connection: connection.execute(
+                "SELECT session, folder FROM folders WHERE tenant = ?", (tenant,)
+            ).fetchall()
+        )
+        for key in [key for key in self._kept if key[0] == tenant]:
+            del self._kept[key]
+        self._kept |= {(tenant, session): folder for session, folder in rows}
+
     @property
     def kept(self) -> Mapping[tuple[str, str], str]:
         """All stored folders."""

@@ -97,12 +97,26 @@ class Sessions:
 
     async def __aenter__(self) -> Sessions:
         for (tenant, name), folder in list(self._folders.kept.items()) if self._folders else ():
-            try:
-                self.open(tenant, name, False).cwd = folder
-            except GatewayError:  # no room for more
-                await self._forget(tenant, name)
+            await self._continue(tenant, name, folder)
         self._sweep()
         return self
+
+    async def recall(self, tenant: str) -> None:
+        """Continue the tenant's stored sessions, which are others now; end those that it no longer has."""
+        if self._folders is None:
+            return
+        await self._folders.recall(tenant)
+        there = {name: folder for (of, name), folder in self._folders.kept.items() if of == tenant}
+        for name in [name for name in self._of.get(tenant, ()) if name not in there]:
+            self._end(tenant, name)
+        for name, folder in there.items():
+            await self._continue(tenant, name, folder)
+
+    async def _continue(self, tenant: str, name: str, folder: str) -> None:
+        try:
+            self.open(tenant, name, False).cwd = folder
+        except GatewayError:  # no room for more
+            await self._forget(tenant, name)
 
     async def __aexit__(self, *_: object) -> None:
         if self._sweeper is not None:

@@ -353,3 +353,40 @@ async def test_an_answer_that_nobody_understands_ends_no_watch(tmp_path: Path) -
         tenants.tell("tenant.destroyed")
         await until(lambda: "shop" in life.ended)
         assert tenants.asked
+
+
+async def test_one_that_left_has_its_events_here_as_long_as_the_name_is_its_own(tmp_path: Path) -> None:
+    """Wherever it is: whoever has its name later gets nothing of them, nor does anybody who is not known."""
+    async with gateway(tmp_path, tenants := Tenants(shop="1")) as life:
+        await life.until("1")
+        life.bus.publish("file.written", "shop")
+        del tenants.instances["shop"]
+        for _ in range(2):
+            await life.names.leave("shop")
+        assert life.names.holder("shop") == ""
+    async with gateway(tmp_path, tenants) as life:
+        await life.seen()
+        assert life.ended == []  # it is no end
+        for there, seen in (("1", True), ("2", False), (None, False)):
+            life.names.elsewhere = {"shop": there}.get
+            assert ("file.written" in await life.seen()) == seen
+
+
+async def test_one_that_came_has_no_position_here_from_before(tmp_path: Path) -> None:
+    """Neither a number alone, which may be its former home's, nor one of an earlier stay."""
+    async with gateway(tmp_path, Tenants(other="o")) as life:
+        await life.until("o", "other")
+        life.bus.publish("file.written", "shop")  # of one that had the name long ago
+        before = life.bus.last
+        await life.names.arrive("shop", "1", 5.0)
+        assert (life.names.holder("shop"), life.names.ended("shop")) == ("1", 5.0)
+        since = life.bus.publish("tenant.moved", "shop").id
+        for after, here, position in (
+            (since + 1000, False, 0),
+            (before - 1, True, 0),
+            (since, True, since),
+            (None, False, None),
+        ):
+            assert life.names.position("shop", after, here=here) == position
+        assert life.names.position("other", 3, here=False) == 3
+        assert [kind for kind in await life.seen() if kind != "gateway.resynced"] == ["tenant.moved"]
