@@ -209,7 +209,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         parts: Sequence[bytes] | None = message.get("parts")
         if parts is None:
             await super().send(message)
-            if len(message.get("text") or "") > LARGE:
+            if message["type"] == "websocket.http.response.body":
+                self.handshake_complete = self.close_sent  # else uvicorn takes the denial for no answer
+            elif len(message.get("text") or "") > LARGE:
                 # until the client has taken it, it counts as in flight
                 await self.writable.wait()
             elif message["type"] == "websocket.close":

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, cast
 
 import pytest
 import uvicorn
+from starlette.responses import PlainTextResponse
+from starlette.websockets import WebSocket
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+from websockets.asyncio.client import connect
 from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN
 from websockets.uri import parse_uri
 
 from gateway.transport.websocket import _SMALL, _WAITING, TEXT, WebSocketProtocol
+from tests.waits import until
 
 
 class Transport:
@@ -80,6 +87,30 @@ async def test_large_message_is_held_back_at_once(socket: tuple[WebSocketProtoco
     assert not transport.reading
     await protocol.receive()
     assert transport.reading
+
+
+async def test_a_refused_handshake_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """uvicorn logs an error for an application that ends without one, and took a denial for none."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        refusal = PlainTextResponse("not here", status_code=421)
+        await WebSocket(scope, receive, send).send_denial_response(refusal)
+
+    config = uvicorn.Config(app, http=H11Protocol, ws=WebSocketProtocol, log_config=None)
+    config.load()
+    loop = asyncio.get_running_loop()
+    state = ServerState()
+    server = await loop.create_server(
+        lambda: config.http_protocol_class(config=config, server_state=state, app_state={}),  # type: ignore[call-arg]
+        *("127.0.0.1", 0),
+    )
+    async with server:
+        url = "ws://{}:{}/".format(*server.sockets[0].getsockname())
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(url)
+        assert refused.value.response.status_code == 421
+        await until(lambda: not state.tasks)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 @pytest.mark.parametrize("size", [5, 200, 70_000])
