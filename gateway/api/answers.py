@@ -330,10 +330,9 @@ class Environment(TypedDict):
 
 
 class Revoked(TypedDict):
-    """`closed` counts the websockets that were closed here.
+    """`closed` counts the websockets that were closed, in a cluster at all gateways that heard of it at once.
 
-    In a cluster, `recorded` says whether all its members will know it, also those that are away. `unheard`
-    names those that did not hear of it at once.
+    There `unheard` names the members that did not, and `recorded` says whether they will know it.
     """
 
     id: str

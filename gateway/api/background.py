@@ -85,8 +85,9 @@ class Background:
         }
         if services.cluster is not None and services.shared is not None:
             services.cluster.peers.moved = services.deployments.look_soon
-        if services.shared is not None and services.revoking is not None:
+        if services.revoking is not None:
             jobs["the revocations of the cluster"] = services.revoking.follow
+        if services.shared is not None and services.revoking is not None:
             jobs["the keys of the cluster"] = partial(
                 services.shared.follow, services.revoking.look_soon, services.deployments.look_soon
             )

@@ -102,10 +102,10 @@ def _questions(services: Services) -> Mapping[str, Question]:
     async def revoked(peer: Peer, what: Mapping[str, Any]) -> Any:
         token, expires = str(what["id"]), what["expires"]
         assert services.revoking is not None
-        await services.revoking.heard(token, math.inf if expires is None else float(expires), peer.name)
-        return {}
+        until = math.inf if expires is None else float(expires)
+        return {"closed": await services.revoking.heard(token, until, peer.name)}
 
-    return {} if services.revoking is None else {ASK_SECRET: secret, TELL_REVOKED: revoked}
+    return {ASK_SECRET: secret, TELL_REVOKED: revoked}
 
 
 def _known(tenant: Tenant) -> Known:

@@ -23,15 +23,17 @@ from gateway.auth.revocations import Revocations
 from gateway.caddy import Caddy
 from gateway.cluster.cluster import Cluster, joined
 from gateway.cluster.common_secret import common_secret
-from gateway.cluster.folder import FolderMembers
+from gateway.cluster.folder import FolderKeys, FolderMembers
 from gateway.cluster.member import Membership
 from gateway.cluster.peers import MemberAway, Members
+from gateway.cluster.placements import Placements
 from gateway.cluster.records import Records
 from gateway.cluster.revoking import Revoking
+from gateway.cluster.shared_keys import Keys
 from gateway.cluster.sharing import Sharing, own_member, sharing
 from gateway.deployments import Deployments, Hangs, Health
 from gateway.deployments.publishing import Sources
-from gateway.errors import Unavailable
+from gateway.errors import GatewayError, Unavailable
 from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
@@ -69,14 +71,16 @@ _LOOK: Final = 5.0  # seconds until it is known whether incusd is in a cluster
 class Services(Hub):
     """Everything that lives as long as the gateway. Websockets see the part in `Hub`.
 
-    `secret` signs tokens. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
-    `shared`, `revoking` and `cluster` are if there is no cluster.
+    `secret` signs tokens. `end_token` ends what is open under a token, by its id, and returns how many
+    websockets that closed. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
+    `revoking` and `cluster` are if there is no cluster. `shared` is if there is none of Incus.
     """
 
     secret: str = field(repr=False)
     journal: StoredJournal
     idempotency: Idempotency
     revocations: Revocations
+    end_token: Callable[[str], int]
     shared: Sharing | None
     revoking: Revoking | None
     names: Names
@@ -151,9 +155,14 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         ready = await enter(prepared(settings)) if ready is None else ready
         runtime, workers = ready.runtime, ready.workers
         cluster, shared = ready.cluster, None
+        keys: Keys | None = None
         if cluster is not None and isinstance(runtime, IncusRuntime):
             shared = await enter(sharing(cluster.own, cluster.alive, settings))
-            cluster.placements = shared.placements
+            keys, cluster.placements = shared.keys, shared.placements
+        elif cluster is not None and settings.local_member is not None:
+            keys = FolderKeys(settings.local_member.with_name("shared.keys"))
+            members = FolderMembers(settings.local_member)
+            cluster.placements = Placements(keys, members.names, settings.cluster_home_kept)
         secret = await _secret(settings, shared, cluster)
         journal = await enter(
             StoredJournal(
@@ -168,9 +177,18 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         idempotency = await Idempotency.opened(store, settings)
         revocations = await Revocations.opened(store)
         grants = Grants(revocations.__contains__)
+        connections: set[Peer] = set()
+
+        def end_token(token: str) -> int:
+            closed = sum(one.token is not None and one.token.id == token for one in connections)
+            grants.revoke(token)
+            return closed
+
         revoking = None
-        if shared is not None and cluster is not None:
-            revoking = Revoking(revocations, shared.keys, grants.revoke, cluster.tell_revoked)
+        if keys is not None and cluster is not None:
+            revoking = Revoking(revocations, keys, end_token, cluster.tell_revoked)
+            with contextlib.suppress(GatewayError):  # else it follows when the cluster can be asked
+                await revoking.agree()  # before anybody is answered
         names = await Names.opened(store, bus, settings)
         audit = await enter(Audit(store, bus, settings))
         ready.removals.audit = audit
@@ -230,7 +248,6 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         def verify(raw: str | None) -> tokens.Token:
             return tokens.verify(secret, raw, revocations.__contains__)
 
-        connections: set[Peer] = set()
         metrics = Metrics(
             lambda: len(connections),
             lambda: execs.running,
@@ -262,6 +279,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             journal=journal,
             idempotency=idempotency,
             revocations=revocations,
+            end_token=end_token,
             shared=shared,
             revoking=revoking,
             names=names,

@@ -153,11 +153,16 @@ class Cluster:
             await asyncio.sleep(_FETCH)
         return None
 
-    async def tell_revoked(self, token: str, expires: float) -> Sequence[str]:
-        """Tell all peers of a revoked token by its id and `exp`; return those that did not hear it."""
+    async def tell_revoked(self, token: str, expires: float) -> tuple[int, Sequence[str]]:
+        """Tell all peers of a revoked token by its id and `exp`.
+
+        Return how many websockets they closed, and which peers did not hear it.
+        """
         until = None if expires == math.inf else expires
-        _, silent = await self.peers.ask_all(f"/peer/ask/{TELL_REVOKED}", {"id": token, "expires": until})
-        return silent
+        what = {"id": token, "expires": until}
+        found, silent = await self.peers.ask_all(f"/peer/ask/{TELL_REVOKED}", what)
+        closed = (answer.get("closed", 0) for answer in found.values() if isinstance(answer, dict))
+        return sum(count for count in closed if isinstance(count, int)), silent
 
     async def send_records(self, peer: Peer, text: bytes, patience: float) -> None:
         """Have a peer keep what `Records.export` returned. Raises `OrderRefused` and `MemberAway`."""

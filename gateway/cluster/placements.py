@@ -12,7 +12,7 @@ from typing import Final
 
 import orjson
 
-from gateway.cluster.shared_keys import SharedKeys
+from gateway.cluster.shared_keys import Keys
 from gateway.errors import RateLimited, Unavailable
 
 _KIND: Final = "home."
@@ -29,9 +29,7 @@ class Placements:
     Idempotency-Key within that time finds the gateway that knows the key.
     """
 
-    def __init__(
-        self, keys: SharedKeys, members: Callable[[], Awaitable[Collection[str]]], kept: float
-    ) -> None:
+    def __init__(self, keys: Keys, members: Callable[[], Awaitable[Collection[str]]], kept: float) -> None:
         self._keys, self._members, self._kept = keys, members, kept
 
     async def choose(self, tenant: str, wish: str) -> str:

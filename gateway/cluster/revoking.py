@@ -20,7 +20,7 @@ import orjson
 
 from gateway.auth.issuing import MAX_TTL
 from gateway.auth.revocations import KEPT, Revocations
-from gateway.cluster.shared_keys import SharedKeys
+from gateway.cluster.shared_keys import Keys
 from gateway.errors import GatewayError, RateLimited, Unavailable
 
 log = logging.getLogger(__name__)
@@ -30,32 +30,33 @@ _ID_MAX: Final = 200  # characters, as the API takes them
 _REST: Final = 0.2  # seconds between two looks at the keys
 _SWEEP: Final = 3600.0  # seconds between two looks for keys that are no longer needed
 
-Tell = Callable[[str, float], Awaitable[Sequence[str]]]
-"""Tells the other gateways of a token by id and `exp`, within a second; returns who did not hear it."""
+Tell = Callable[[str, float], Awaitable[tuple[int, Sequence[str]]]]
+"""Tells the other gateways of a token by id and `exp`, within a second.
+
+Returns how many websockets they closed, and who did not hear it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How far a revocation came: whether the cluster has it, and which members have not heard of it yet."""
+    """How far a revocation came: whether the cluster has it, and which members have not heard of it yet.
+
+    `closed` counts the websockets that those closed which heard it.
+    """
 
     recorded: bool
     unheard: Sequence[str]
-
-
-async def _nobody(token: str, expires: float) -> Sequence[str]:
-    return ()
+    closed: int = 0
 
 
 class Revoking:
-    """The revocations of all gateways. `end` is called with the id of each that comes from elsewhere."""
+    """The revocations of all gateways.
 
-    def __init__(
-        self,
-        local: Revocations,
-        keys: SharedKeys,
-        end: Callable[[str], None],
-        tell: Tell = _nobody,
-    ) -> None:
+    `end` ends what is open under a token, by its id, and returns how many websockets that closed; it is
+    called for each revocation that comes from elsewhere.
+    """
+
+    def __init__(self, local: Revocations, keys: Keys, end: Callable[[str], int], tell: Tell) -> None:
         self._local, self._keys, self._end, self._tell = local, keys, end, tell
         self._look = asyncio.Event()
 
@@ -66,14 +67,19 @@ class Revoking:
     async def spread(self, token: str) -> Spread:
         """Bring a revocation that is kept here to all; what cannot be done now is done later."""
         expires = self._local.standing().get(token, math.inf)
-        unheard, recorded = await asyncio.gather(self._tell(token, expires), self._record(token, expires))
-        return Spread(recorded, unheard)
+        told, recorded = await asyncio.gather(self._tell(token, expires), self._record(token, expires))
+        closed, unheard = told
+        return Spread(recorded, unheard, closed)
 
-    async def heard(self, token: str, expires: float, by: str) -> None:
-        """Take a revocation from another gateway. Raises what `Revocations.add` raises."""
-        if token not in self._local:
-            await self._local.add(token, by, expires)
-            self._end(token)
+    async def heard(self, token: str, expires: float, by: str) -> int:
+        """Take a revocation from another gateway; return how many websockets that closed.
+
+        Raises what `Revocations.add` raises.
+        """
+        if token in self._local:
+            return 0
+        await self._local.add(token, by, expires)
+        return self._end(token)
 
     async def follow(self) -> None:
         """Keep keys and revocations the same, until the cluster cannot be asked.

@@ -48,7 +48,7 @@ _RETRY_AFTER: Final = 5
 _FEATURES: Final = ("images", "storage.volumes", "storage.buckets", "networks", "networks.zones")
 
 
-class SharedKeys(Protocol):
+class Keys(Protocol):
     """Short texts by key, the same for all gateways of a cluster.
 
     Each method raises `Unavailable`, with a `reason`, within a bounded time if the cluster cannot decide.
@@ -69,6 +69,10 @@ class SharedKeys(Protocol):
         Raises `RateLimited` if there are too many keys.
         """
         ...
+
+
+class SharedKeys(Keys, Protocol):
+    """Those that tell of their changes."""
 
     def changes(self) -> AsyncIterator[None]:
         """Yield when the keys can be read, and after each change by anyone, until the connection breaks.

@@ -80,7 +80,7 @@ async def test_peers_are_told_of_a_revoked_token_and_who_is_away_is_named(tmp_pa
 
     async def revoked(peer: Peer, what: Any) -> Any:
         heard.append((peer.name, what))
-        return {}
+        return {"closed": 3}
 
     async with (
         members(tmp_path, "m1", "m2", "m3") as (m1, m2, _),
@@ -88,8 +88,8 @@ async def test_peers_are_told_of_a_revoked_token_and_who_is_away_is_named(tmp_pa
         listening(m2, tmp_path, {}),
     ):
         await until(lambda: m2.alive("m1"))
-        assert await m2.tell_revoked("t", 5.0) == ["m3"]
-        assert await m2.tell_revoked("u", math.inf) == ["m3"]
+        assert await m2.tell_revoked("t", 5.0) == (3, ["m3"])
+        assert await m2.tell_revoked("u", math.inf) == (3, ["m3"])
     assert heard == [("m2", {"id": "t", "expires": 5.0}), ("m2", {"id": "u", "expires": None})]
 
 

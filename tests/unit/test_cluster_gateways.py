@@ -15,6 +15,7 @@ import aiohttp
 import orjson
 import pytest
 
+from gateway.auth import tokens
 from gateway.cluster.identity import Identity
 from tests.clusters import clustered
 from tests.contracts.gateway import no_traceback, sse
@@ -303,6 +304,23 @@ async def test_a_member_that_is_away_is_told_at_once(mortal: dict[str, LiveGatew
             return bool((await answer(http, "/v1/tenants/two"))[0] == 200)
 
         await until(back, 10)
+
+
+async def test_a_gateway_that_was_away_refuses_a_revoked_token_from_its_first_answer(
+    mortal: dict[str, LiveGateway],
+) -> None:
+    one, two = mortal["m1"], mortal["m2"]
+    raw = one.token("two")
+    headers = {"Authorization": f"Bearer {raw}"}
+    await two.stop()
+    async with one.http("*", scopes=("admin",)) as http:
+        body = {"id": tokens.token_id(raw), "expires": time.time() + 600}
+        status, said = await answer(http, "/v1/revocations", "POST", json=body)
+        assert (status, said["recorded"], said["unheard"]) == (200, True, ["m2"])
+    await two.start()
+    for gateway in (two, one):
+        async with aiohttp.ClientSession(gateway.url, headers=headers) as http:
+            assert (await answer(http, "/v1/tenants/two"))[0] == 401
 
 
 async def test_a_restart_of_the_home_is_no_more_than_a_pause(mortal: dict[str, LiveGateway]) -> None:

@@ -77,11 +77,7 @@ class TestRelayedMcp(McpContract):
 
 
 class TestRelayedTokens(TokensContract):
-    @pytest.mark.xfail(reason="revocations are spread by keys of Incus, which the local runtime has not")
-    async def test_a_renewed_socket_goes_by_the_new_token_alone(
-        self, gateway: LiveGateway, tenant: str
-    ) -> None:
-        await super().test_a_renewed_socket_goes_by_the_new_token_alone(gateway, tenant)
+    pass
 
 
 class TestRelayedReceipts(ReceiptsContract):

@@ -63,20 +63,24 @@ class Gateway:
         self.cluster, self.name, self.local = cluster, name, local
         self.ended = list[str]()
         self.near = True
-        self.revoking = Revoking(local, cluster.keys, self.ended.append, self._tell)
+        self.revoking = Revoking(local, cluster.keys, self._end, self._tell)
+
+    def _end(self, token: str) -> int:
+        self.ended.append(token)
+        return 2  # websockets
 
     async def revoke(self, token: str, expires: float) -> Spread:
         await self.local.add(token, "me", expires)
         return await self.revoking.spread(token)
 
-    async def _tell(self, token: str, expires: float) -> Sequence[str]:
-        unheard = []
+    async def _tell(self, token: str, expires: float) -> tuple[int, Sequence[str]]:
+        closed, unheard = 0, []
         for peer in self.cluster.gateways:
             if peer.near and peer is not self:
-                await peer.revoking.heard(token, expires, "m")
+                closed += await peer.revoking.heard(token, expires, "m")
             elif peer is not self:
                 unheard.append(peer.name)
-        return unheard
+        return closed, unheard
 
 
 class Cluster:
@@ -116,7 +120,8 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 
 async def test_a_token_is_revoked_at_all_gateways_when_that_is_answered(cluster: Cluster) -> None:
     m1, m2, m3 = cluster.gateways
-    assert await m1.revoke("a", time.time() + 60) == Spread(True, [])
+    assert await m1.revoke("a", time.time() + 60) == Spread(True, [], 4)
+    assert await m1.revoke("a", time.time() + 60) == Spread(True, []), "it closes nothing twice"
     assert "a" in m2.local and "a" in m3.local
     assert (m1.ended, m2.ended, m3.ended) == ([], ["a"], ["a"]), "its own end is the caller's to bring"
 
@@ -128,7 +133,7 @@ async def test_who_did_not_hear_it_is_named_and_finds_it_in_the_keys_within_a_se
     m3.near = False
     async with cluster.following():
         began = time.monotonic()
-        assert await m1.revoke("a", time.time() + 60) == Spread(True, ["m3"])
+        assert await m1.revoke("a", time.time() + 60) == Spread(True, ["m3"], 2)
         assert "a" in m2.local
         await until(lambda: m3.ended == ["a"])
         assert time.monotonic() - began < 1
@@ -150,7 +155,7 @@ async def test_without_a_quorum_it_is_in_force_at_those_that_hear_it_and_is_writ
     m1, m2, m3 = cluster.gateways
     m3.near = False
     cluster.keys.quorum = False
-    assert await m1.revoke("a", time.time() + 60) == Spread(False, ["m3"])
+    assert await m1.revoke("a", time.time() + 60) == Spread(False, ["m3"], 2)
     assert "a" in m1.local and "a" in m2.local
     with pytest.raises(Unavailable):
         await m1.revoking.agree()
@@ -197,6 +202,6 @@ async def test_more_than_the_cluster_takes_are_refused_here_all_the_same(
 
     m1, m2, _ = cluster.gateways
     monkeypatch.setattr(cluster.keys, "swap", full)
-    assert await m1.revoke("a", time.time() + 60) == Spread(False, [])
+    assert await m1.revoke("a", time.time() + 60) == Spread(False, [], 4)
     await m1.revoking.agree()
     assert "a" in m1.local and "a" in m2.local

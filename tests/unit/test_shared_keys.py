@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from gateway.cluster import shared_keys
-from gateway.cluster.shared_keys import NO_QUORUM, IncusKeys, SharedKeys
+from gateway.cluster.folder import FolderKeys
+from gateway.cluster.shared_keys import NO_QUORUM, IncusKeys, Keys, SharedKeys
 from gateway.errors import RateLimited, Unavailable
 from gateway.incus import Incus, IncusError
-from tests.contracts.shared_keys import SharedKeysContract
+from tests.contracts.shared_keys import KeysContract, SharedKeysContract
 from tests.shared_memory import MemoryKeys
 from tests.waits import until
 
@@ -27,6 +28,12 @@ class TestInMemory(SharedKeysContract):
     async def keys(self) -> tuple[SharedKeys, SharedKeys]:
         keys = MemoryKeys()
         return keys, keys
+
+
+class TestInAFolder(KeysContract):
+    @pytest.fixture
+    async def keys(self, tmp_path: Path) -> tuple[Keys, Keys]:
+        return FolderKeys(tmp_path / "keys"), FolderKeys(tmp_path / "keys")
 
 
 class Scripted(Incus):

@@ -34,12 +34,11 @@ async def revoke(request: Request) -> Response:
     body = await validated(request, token, RevokeBody)
     expires = math.inf if body.expires is None else body.expires
     await gateway.revocations.add(body.id, token.subject, expires)
-    ended = [one for one in gateway.connections if one.token is not None and one.token.id == body.id]
-    gateway.grants.revoke(body.id)
+    answer: dict[str, Any] = {"id": body.id, "closed": gateway.end_token(body.id)}
     await gateway.audit.note(token.subject, "token.revoked", None, operator=True, token=body.id)
-    answer: dict[str, Any] = {"id": body.id, "closed": len(ended)}
     if gateway.revoking is not None:
         spread = await gateway.revoking.spread(body.id)
+        answer["closed"] += spread.closed
         answer |= {"recorded": spread.recorded, "unheard": sorted(spread.unheard)}
     return as_json(answer)
 
