@@ -196,12 +196,16 @@ class Peers:
         self._look.set()
 
     async def settle(self, seconds: float) -> None:
-        """Return once each peer has told its tenants; after `seconds` in any case."""
+        """Return once each peer has told its tenants; after `seconds` in any case.
+
+        One that has never said where it is, as where gateways start for the first time, is not waited for.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._known.wait()
                 for peer in list(self.all.values()):
-                    await peer.told.wait()
+                    if peer.address:
+                        await peer.told.wait()
 
     def of(self, certificate: bytes) -> Peer | None:
         """Return the peer that has this certificate, as DER; None if none has."""

@@ -1,0 +1,64 @@
+"""The peers of a gateway: for whom it waits before it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+
+import orjson
+
+from gateway.cluster.identity import Identity
+from gateway.cluster.member import Member
+from gateway.cluster.peers import KEY, Peers
+from tests.live import free_ports
+from tests.waits import settled, until
+
+
+class Members:
+    """Three members, of which the second has never come up; where the third was nobody listens now."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        said = {"address": f"127.0.0.1:{free_ports(1)[0]}", "certificate": Identity(folder).certificate}
+        self.found = [Member("m1"), Member("m2"), Member("m3", config={KEY: orjson.dumps(said).decode()})]
+
+    async def members(self) -> Sequence[Member]:
+        return self.found
+
+    async def publish(self, config: Mapping[str, str]) -> None:
+        raise AssertionError("there is nothing to publish")
+
+
+@contextlib.asynccontextmanager
+async def following(folder: Path, *names: str) -> AsyncIterator[Peers]:
+    """Yield the peers of the first member, of those with these names."""
+    members = Members(folder / "m3")
+    members.found = [member for member in members.found if member.name in names]
+    (folder / "m1").mkdir()
+    async with Peers("m1", members, Identity(folder / "m1")) as peers:
+        yield peers
+
+
+async def test_who_has_come_up_before_is_waited_for(tmp_path: Path) -> None:
+    async with following(tmp_path, "m1", "m2", "m3") as peers:
+        settling = asyncio.create_task(peers.settle(60))
+        await until(lambda: "m3" in peers.all)
+        await settled()
+        assert not settling.done()
+        peers.all["m3"].told.set()
+        await asyncio.wait_for(settling, 10)
+
+
+async def test_who_never_has_is_not_waited_for(tmp_path: Path) -> None:
+    """Else gateways that are started at once would wait for one another."""
+    async with following(tmp_path, "m1", "m2") as peers:
+        await asyncio.wait_for(peers.settle(60), 10)
+        assert peers.all.keys() == {"m2"}
+
+
+async def test_the_wait_has_an_end(tmp_path: Path) -> None:
+    async with following(tmp_path, "m1", "m2", "m3") as peers:
+        await asyncio.wait_for(peers.settle(0.2), 10)
+        assert peers.all.keys() == {"m2", "m3"}
