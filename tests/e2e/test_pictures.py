@@ -36,7 +36,10 @@ async def at_work(window: Editor, site: str) -> None:
     await expect(window.screen).to_contain_text("PRETTY_NAME")
 
 
-@pytest.mark.parametrize("scheme", ["dark", "light"])
+LIGHT = pytest.param("light", marks=pytest.mark.thorough)  # the other colours of the same views
+
+
+@pytest.mark.parametrize("scheme", ["dark", LIGHT])
 async def test_the_editor_with_files_terminal_and_preview(
     editor: OpenEditor, site: str, pictures: Path, scheme: str
 ) -> None:
@@ -198,7 +201,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shape", _SHAPES)
+@pytest.mark.parametrize("shape", ["dark", LIGHT, "phone"])
 async def test_what_is_asked_of_a_session(
     editor: OpenEditor, site: str, pictures: Path, tmp_path: Path, shape: str
 ) -> None:

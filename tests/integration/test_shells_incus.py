@@ -56,6 +56,7 @@ async def outcomes(gateway: LiveGateway, tenants: list[str]) -> Mapping[str, cla
     return await claude.outcomes(gateway, tenants, lambda _, text: text)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", claude.BASH_CASES, ids=[case["id"] for case in claude.BASH_CASES])
 def test_case(case: Mapping[str, Any], outcomes: Mapping[str, claude.Outcome | Exception]) -> None:
     """The answer, and the files after it, are those that Claude Code's own tool gave."""
