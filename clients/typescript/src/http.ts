@@ -62,7 +62,8 @@ export class HttpClient {
       return await this.#fetch(this.url + path, {
         method,
         headers,
-        cache: "no-store",
+        // Cloudflare's runtime has no cache to pass by, and of before November 2024 refuses to be told
+        ...("cache" in Request.prototype ? { cache: "no-store" } : {}),
         ...(options.body === undefined ? {} : { body: options.body }),
         // Node requires it for a stream
         ...(options.body instanceof ReadableStream ? { duplex: "half" } : {}),

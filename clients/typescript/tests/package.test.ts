@@ -1,22 +1,18 @@
-/** The package as it is installed: nothing but its files, in a folder of its own. */
+/** What a program has of the package as it is installed. */
 
-import { execFileSync, spawnSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { spawnSync } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { freePort } from "./live.js";
+import { HERE, installed } from "./packed.js";
 
-const HERE = fileURLToPath(new URL("..", import.meta.url));
 const folder = mkdtempSync(join(tmpdir(), "gateway-client-"));
-const installed = join(folder, "node_modules/@incus-gateway/client");
+let client: string;
 
 beforeAll(() => {
-  const words = ["pack", "--silent", "--pack-destination", folder];
-  const tarball = execFileSync("npm", words, { cwd: HERE, encoding: "utf8" }).trim().split("\n").at(-1) ?? "";
-  mkdirSync(installed, { recursive: true });
-  execFileSync("tar", ["-xzf", join(folder, tarball), "--strip-components=1", "-C", installed]);
+  client = installed(folder);
   writeFileSync(join(folder, "package.json"), JSON.stringify({ type: "module", private: true }));
   writeFileSync(join(folder, "program.ts"), PROGRAM);
 });
@@ -39,7 +35,7 @@ export async function main(): Promise<void> {
 `;
 
 test("depends on nothing, and only asks for what may be there", () => {
-  const text = readFileSync(join(installed, "package.json"), "utf8");
+  const text = readFileSync(join(client, "package.json"), "utf8");
   const { dependencies, peerDependenciesMeta } = JSON.parse(text);
   expect(dependencies).toBeUndefined();
   for (const each of Object.values(peerDependenciesMeta)) expect(each).toEqual({ optional: true });
