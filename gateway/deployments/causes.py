@@ -13,12 +13,14 @@ from gateway.runtime.sizes import SIZES, size_of
 
 _SAID: Final = 1000  # characters of a site's last output
 _SHOWN: Final = 200  # characters of a command
+# a lockfile, the command that makes it anew, and the one that installs without it, if any
 _LOCKFILES: Final = {
-    "bun": ("bun.lock", "bun install"),
-    "npm": ("package-lock.json", "npm install"),
-    "pnpm": ("pnpm-lock.yaml", "pnpm install"),
-    "yarn": ("yarn.lock", "yarn install"),
-    "uv": ("uv.lock", "uv lock"),
+    "bun": ("bun.lock", "bun install", "bun install"),
+    "npm": ("package-lock.json", "npm install", "npm install"),
+    "pnpm": ("pnpm-lock.yaml", "pnpm install", "pnpm install"),
+    "yarn": ("yarn.lock", "yarn install", "yarn install"),
+    "uv": ("uv.lock", "uv lock", "uv sync"),
+    "poetry": ("poetry.lock", "poetry lock", ""),
 }
 # systemd's own messages between the program's
 _SYSTEMD: Final = re.compile(r"(?:site(?:-next)?\.service: |(?:Started|Starting|Stopped|Stopping) site)")
@@ -71,12 +73,10 @@ def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> Ex
         )
     match error.facts.get("cause"):
         case "lockfile":
-            lockfile, update = _LOCKFILES[error.facts["of"]]
-            without = "uv sync" if update == "uv lock" else update
-            why = (
-                f"{lockfile} does not match what the folder requires: run `{update}` there and deploy again, "
-                f"or install without it by --install '{without}'"
-            )
+            lockfile, update, without = _LOCKFILES[error.facts["of"]]
+            why = f"{lockfile} does not match what the folder requires: run `{update}` there and deploy again"
+            if without:
+                why += f", or install without it by --install '{without}'"
         case "memory":
             has = f"{memory >> 20} MiB" if memory else "its share of the machine's"
             why = f"`{command}` needs more memory than the tenant has ({has}): {more_memory(memory)}"

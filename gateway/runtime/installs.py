@@ -20,6 +20,7 @@ _STALE: Final = (
     ("Your lockfile needs to be updated", "yarn"),
     ("YN0028", "yarn"),
     ("needs to be updated, but `--locked`", "uv"),
+    ("changed significantly since poetry.lock was last generated", "poetry"),
 )
 _SHORT: Final = re.compile(
     r"heap out of memory|ERR_WORKER_OUT_OF_MEMORY|Cannot allocate memory|\bSIGKILL\b|^Killed\b", re.MULTILINE

@@ -31,6 +31,9 @@ def told(said: str, code: int, *install: str, memory: int = 512 * MiB) -> str:
         ("error: The lockfile at `uv.lock` needs to be updated, but `--locked` was provided.", ("uv", "sync"),
          "uv.lock does not match what the folder requires: run `uv lock` there and deploy again, or install "
          "without it by --install 'uv sync'"),
+        ("pyproject.toml changed significantly since poetry.lock was last generated. Run `poetry lock` to "
+         "fix the lock file.\n", ("env", "POETRY_VIRTUALENVS_IN_PROJECT=1", "uvx", "poetry", "install"),
+         "poetry.lock does not match what the folder requires: run `poetry lock` there and deploy again."),
     ],
 )  # fmt: skip
 def test_a_lockfile_that_does_not_fit_is_named(said: str, install: tuple[str, ...], first: str) -> None:
