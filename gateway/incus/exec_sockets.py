@@ -103,6 +103,7 @@ class ExecSockets:
         self._sockets = sockets
         self._waiting = waiting
         self._result: asyncio.Task[Operation] | None = None
+        self._sending: asyncio.Task[None] | None = None  # sends the input an earlier process accepted last
         self._inlet: Inlet | None = None
         if memory is not None and (own := sockets["0"].own) is not None:
             self._inlet = Inlet.made(own, memory) if pipe is None else Inlet(own, pipe, memory)
@@ -135,7 +136,7 @@ class ExecSockets:
             }
             for name, own in connections.items():
                 opened[name] = await StreamSocket.adopted(own, logs.get(name))
-            return cls(opened, Waiting(owned[0]), kept, (out, into), terminal=terminal)
+            found = cls(opened, Waiting(owned[0]), kept, (out, into), terminal=terminal)
         except BaseException:
             for stream in opened.values():
                 stream.close()
@@ -146,6 +147,9 @@ class ExecSockets:
             if kept is not None:
                 kept.close()
             raise
+        if found._inlet is not None:
+            found._sending = asyncio.create_task(found._inlet.flush(), name="input of an adopted command")
+        return found
 
     @property
     def descriptors(self) -> list[int]:
@@ -169,8 +173,9 @@ class ExecSockets:
         """Stop using the sockets, which another process continues with; they stay open."""
         for stream in self._sockets.values():
             stream.leave()
-        if self._result is not None:
-            self._result.cancel()
+        for task in (self._result, self._sending):
+            if task is not None:
+                task.cancel()
 
     def forgo(self) -> None:
         """Give up the memory: this command will not be held."""
@@ -204,11 +209,6 @@ class ExecSockets:
         """Return all unread bytes of an output that have arrived, b"" if none. Does not wait."""
         return self._sockets[fd].take()
 
-    async def flush(self) -> None:
-        """Send input that an earlier process had accepted but not sent."""
-        if self._inlet is not None:
-            await self._inlet.flush()
-
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Write to the command's stdin, waiting while it does not read; `end` closes it after that.
 
@@ -230,8 +230,17 @@ class ExecSockets:
         elif into := self._inlet or self._sockets.get("0"):
             await into.write_end()
 
-    async def control(self, command: dict[str, object]) -> None:
-        """Send a control message. Dropped if the command has ended."""
+    async def resize(self, cols: int, rows: int) -> None:
+        """Change the terminal's size. Dropped if the command has ended."""
+        # incusd expects strings
+        size = {"width": str(cols), "height": str(rows)}
+        await self._control({"command": "window-resize", "args": size})
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the command's leader. Dropped if the command has ended."""
+        await self._control({"command": "signal", "signal": number})
+
+    async def _control(self, command: dict[str, object]) -> None:
         if (control := self._sockets.get("control")) is not None:
             await control.write(orjson.dumps(command))
 
@@ -253,9 +262,10 @@ class ExecSockets:
 
         The memory stays open: its outputs may be needed after the end.
         """
-        if self._result is not None:
-            self._result.cancel()
-            await asyncio.gather(self._result, return_exceptions=True)
+        tasks = [task for task in (self._result, self._sending) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._waiting.close()
         if self._inlet is not None:
             self._inlet.close()

@@ -160,11 +160,6 @@ class Preamble:
         self._names = {"cwd": "", "user": "", "argv0": ""}
         self._noise = b""
 
-    def went(self, pid: int, method: Method, terminal: str) -> None:
-        """Set the state that an earlier process parsed: the command is running."""
-        self.pid, self.method, self.terminal = pid, method, terminal
-        self.ready = self.started = True
-
     def asked(self, argv0: str, cwd: str, user: str) -> None:
         """Set the names to use in error messages."""
         self._names = {"cwd": cwd, "user": user, "argv0": argv0}

@@ -14,7 +14,8 @@ from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.inside import Inside
-from gateway.runtime.incus.process import Assignment, IncusProcess
+from gateway.runtime.incus.process import IncusProcess
+from gateway.runtime.incus.shell import Assignment, IncusShell
 from gateway.settings import Settings
 
 
@@ -29,15 +30,16 @@ class Incusd(Incus):
         return {"status": self.status}, 0
 
 
-class Still(IncusProcess):
+class Still(IncusShell):
     """A warm shell that reads no line."""
 
     def __init__(self) -> None:
         self.tenant = "shop"
         self.abandoned = False
 
-    async def begin(self, order: Assignment) -> None:
+    async def begin(self, order: Assignment) -> IncusProcess:
         await asyncio.Event().wait()
+        raise AssertionError
 
     async def abandon(self) -> None:
         self.abandoned = True
@@ -56,7 +58,7 @@ async def test_a_command_for_a_tenant_that_was_just_paused_says_so(
 
     shell = Still()
 
-    async def take(tenant: str, terminal: bool) -> IncusProcess:
+    async def take(tenant: str, terminal: bool) -> IncusShell:
         return shell
 
     commands = Commands(Settings(exec_start_timeout=0.01), Incusd(status), given)
@@ -93,5 +95,6 @@ async def test_an_exit_is_known_even_if_the_cgroup_is_not_removed_in_time(why: G
     """It was told as lost on a host under load."""
     settings = Settings()
     inside = Inside(settings, Incusd("Running"))
-    process = IncusProcess(inside, 1.0, "shop", "own/abc", Ended(), Staying(why))
+    own = {"tenant": "shop", "exec": "own/abc", "pid": 7, "started": 1.0, "terminal": False, "path": ""}
+    process = IncusProcess(inside, 1.0, {**own, "method": "cgroup"}, Ended(), Staying(why), None)
     assert (await process.wait()).code == 3

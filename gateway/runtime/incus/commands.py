@@ -26,7 +26,8 @@ from gateway.runtime import Adopted, ExecSpec, Process, Pty, StreamName
 from gateway.runtime.incus.errors import in_time, translated
 from gateway.runtime.incus.held import FORMAT, Held, close, kept
 from gateway.runtime.incus.inside import Inside
-from gateway.runtime.incus.process import Assignment, IncusProcess
+from gateway.runtime.incus.process import IncusProcess
+from gateway.runtime.incus.shell import Assignment, IncusShell
 from gateway.runtime.launcher import (
     DRAIN_SCRIPT,
     KILL_SCRIPT,
@@ -68,7 +69,7 @@ class Commands:
     ) -> None:
         self.settings = settings
         self._holder = holder
-        self._processes: weakref.WeakSet[IncusProcess] = weakref.WeakSet()  # those that may be held
+        self._ours = weakref.WeakSet[IncusShell | IncusProcess]()  # those that may be held
         self._adopted: set[str] = set()  # cgroups of commands continued from earlier processes
         self._incus = incus
         self._init_pid = init_pid
@@ -104,10 +105,9 @@ class Commands:
         # warm shells already run as the workspace user
         ours = account == self._account(None)
         waiting = await self._warm_shells.take(name, spec.pty is not None) if ours else None
-        if isinstance(waiting, IncusProcess):
+        if isinstance(waiting, IncusShell):
             try:
-                await self._hand_over(waiting, order)
-                return waiting
+                return await self._hand_over(waiting, order)
             except ExecFailed as error:
                 if "reason" in error.facts:  # the shell is alive and reported it
                     raise
@@ -117,9 +117,7 @@ class Commands:
             except Timeout:
                 await self._running(name)  # the tenant may have been paused without our knowing yet
                 raise
-        process = await self._open(name, spec.pty, account)
-        await self._hand_over(process, order)
-        return process
+        return await self._hand_over(await self._open(name, spec.pty, account), order)
 
     def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._warm_shells.expect(name)
@@ -135,7 +133,7 @@ class Commands:
         if (status := str(found["status"]).lower()) != "running":
             raise TenantNotRunning(f"tenant {name} is {status}; start it first", status=status)
 
-    async def _open(self, name: str, pty: Pty | None, account: Account) -> IncusProcess:
+    async def _open(self, name: str, pty: Pty | None, account: Account) -> IncusShell:
         """Start a shell to run a command as `account`. Raises translated Incus errors and `Timeout`."""
         init_pid = await self._init_pid(name)
         exec_id = f"{self._life}/{secrets.token_hex(8)}"
@@ -148,32 +146,34 @@ class Commands:
         root = await of_init(init_pid) if init_pid else None
         cgroup = None if root is None else self.cgroup(name, root, exec_id)
         limit = self.settings.cancel_timeout
-        process = IncusProcess(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
-        self._processes.add(process)
-        return process
+        shell = IncusShell(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
+        self._ours.add(shell)
+        return shell
 
-    async def _hand_over(self, process: IncusProcess, order: Assignment) -> None:
+    async def _hand_over(self, shell: IncusShell, order: Assignment) -> IncusProcess:
         """Make a shell run the command; if that fails, kill the shell."""
         try:
-            with in_time(process.tenant, "command"):
+            with in_time(shell.tenant, "command"):
                 async with asyncio.timeout(self.settings.exec_start_timeout):
-                    await process.begin(order)
+                    process = await shell.begin(order)
         except BaseException:
-            await asyncio.shield(process.abandon())
+            await asyncio.shield(shell.abandon())
             raise
+        self._ours.add(process)
+        return process
 
-    async def _wait_warm(self, name: str, terminal: bool) -> IncusProcess:
+    async def _wait_warm(self, name: str, terminal: bool) -> IncusShell:
         """Start a shell and return it once it waits for its command line."""
-        process = await self._open(name, Pty() if terminal else None, self._account(None))
+        shell = await self._open(name, Pty() if terminal else None, self._account(None))
         try:
             with in_time(name, "shell"):
                 async with asyncio.timeout(self.settings.exec_start_timeout):
-                    await process.ready()
-            process.put()
+                    await shell.ready()
+            shell.put()
         except BaseException:
-            await asyncio.shield(process.abandon())
+            await asyncio.shield(shell.abandon())
             raise
-        return process
+        return shell
 
     def _account(self, user: str | int | None) -> Account:
         settings = self.settings
@@ -220,9 +220,9 @@ class Commands:
 
     async def leave(self) -> None:
         """Leave the held commands to another process: neither read them nor tell the holder anything."""
-        for process in self._processes:
-            if process.holding is not None:
-                process.leave()
+        for one in self._ours:
+            if one.holding is not None:
+                one.leave()
         if self._holder is not None:
             await self._holder.leave()
 
@@ -273,23 +273,24 @@ class Commands:
             if own["cgroup"] is not None:
                 cgroup = self._group(own["tenant"], Path(own["cgroup"]), own["exec"])
             limit = self.settings.cancel_timeout
-            process = IncusProcess.adopted(self.inside, limit, own, sockets, cgroup)
-            process.hold(holding)
-            self._processes.add(process)
             outputs: dict[StreamName, tuple[int, bytes]] = {}
-            if "starting" in own and not process.was_told(int(own["starting"])):
-                purpose = holding.purpose()
-                await process.end_shell()
-                return Adopted({**facts, "purpose": purpose}, 0, 0.0, holding, {}, None, begun=False)
             if "starting" in own:
+                shell = IncusShell.adopted(self.inside, limit, own, sockets, cgroup, holding)
+                self._ours.add(shell)
+                if not shell.was_told(int(own["starting"])):
+                    purpose = holding.purpose()
+                    await shell.end()
+                    return Adopted({**facts, "purpose": purpose}, 0, 0.0, holding, {}, None, begun=False)
                 try:
                     async with asyncio.timeout(self.settings.exec_start_timeout):
-                        await process.go_on(stdin=bool(facts["stdin"]))
+                        process = await shell.go_on(own, stdin=bool(facts["stdin"]))
                 except BaseException:
-                    await process.aclose()
+                    await shell.aclose()
                     raise
             else:
+                process = IncusProcess(self.inside, limit, own, sockets, cgroup, holding)
                 outputs = process.caught_up(own)
+            self._ours.add(process)
             self._adopted.add(own["exec"])
             return Adopted(facts, process.pid, process.started_at, holding, outputs, process)
         except BaseException:
