@@ -580,6 +580,18 @@ async def test_reading_changes_nothing(workers: Workers, root: LaidRoot, lane: d
 
 
 @needs_root
+async def test_reading_records_no_access_time(root: LaidRoot) -> None:
+    """A busy file system would have to be waited for, to write that."""
+    path = root.path / "srv/site/a.txt"
+    os.utime(path, (1, path.stat().st_mtime))
+    async with Workers(Settings(), folders(root.path.parent)) as workers:
+        tools = FileTools(workers, Settings())
+        for tool, given in (("Read", {"file_path": "a.txt"}), ("Grep", {"pattern": "alpha"})):
+            assert not (await tools.call(root, ToolSession(), tool, given)).is_error
+    assert path.stat().st_atime == 1
+
+
+@needs_root
 @pytest.mark.parametrize("lane", LANES, ids=["files", "search", "share", "changes"])
 async def test_a_moved_folder_leads_nowhere(root: LaidRoot, lane: dict[str, Any]) -> None:
     """An open folder that was moved out of the workspace gives no access to its parents."""
