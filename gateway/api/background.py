@@ -173,7 +173,11 @@ class Background:
             names, self._unbound = self._unbound, set()
             if None in names:
                 with contextlib.suppress(GatewayError):  # the next connection to incusd reports all again
-                    names |= {one.name for one in await services.runtime.list() if one.status == "running"}
+                    names |= {
+                        one.name
+                        for one in await services.runtime.list(addresses=False)
+                        if one.status == "running"
+                    }
             failed = ""
             for name in filter(None, names):
                 try:

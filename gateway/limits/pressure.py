@@ -240,7 +240,7 @@ class Pressure:
 
     async def _renew(self) -> None:
         """Find out which tenants are running, and the kernel's counters of new ones."""
-        running = {one.name for one in await self._runtime.list() if one.status == "running"}
+        running = {one.name for one in await self._runtime.list(addresses=False) if one.status == "running"}
         for gone in self._watched.keys() - running:
             del self._watched[gone]
         for name in running - self._watched.keys():

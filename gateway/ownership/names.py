@@ -240,7 +240,7 @@ async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
 async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
     while True:
         try:
-            return await runtime.list()
+            return await runtime.list(addresses=False)
         except GatewayError as error:
             log.warning("whether tenants are others by now is not known yet: %s", error.message)
         except Exception:  # see `_found`

@@ -261,7 +261,9 @@ class TenantRuntime(Protocol):
 
     tenants: Mapping[str, Any]
 
-    async def list(self) -> list[Tenant]: ...
+    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+        """Return all tenants; without `addresses` only those that need no look into a container."""
+        ...
 
     async def get(self, name: str) -> Tenant: ...
 

@@ -64,7 +64,7 @@ class LocalRuntime:
         for name in list(self._running):
             await self._end_all(name)
 
-    async def list(self) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[Tenant]:
         return self._tenants.list()
 
     async def get(self, name: str) -> Tenant:

@@ -23,7 +23,7 @@ class Tenants:
     def __init__(self, **memory: str) -> None:
         self.of = {name: Tenant(name, "running", limits={"memory": limit}) for name, limit in memory.items()}
 
-    async def list(self) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[Tenant]:
         await turn()  # others have their turn in between, as while Incus is asked
         return [*self.of.values()]
 

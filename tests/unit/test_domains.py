@@ -38,7 +38,7 @@ class Incus:
             name, "running", domain=domain, instance=instance or f"id-{name}", created=created
         )
 
-    async def list(self) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[Tenant]:
         await turn()
         if self.down:
             raise Unavailable("it is away")

@@ -96,9 +96,9 @@ class IncusRuntime:
 
     # --- tenants ------------------------------------------------------------------------------------
 
-    async def list(self) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[Tenant]:
         with translated(""):
-            instances = await self._incus.instances(state=lacks_address)
+            instances = await self._incus.instances(state=lacks_address if addresses else None)
         return [tenant_of(instance) for instance in instances if is_tenant(instance)]
 
     async def get(self, name: str) -> Tenant:
@@ -305,7 +305,7 @@ class IncusRuntime:
 
     async def sweep(self) -> int:
         ended = 0
-        for tenant in await self.list():
+        for tenant in await self.list(addresses=False):
             if tenant.status == "running":
                 with apart(f"the search for processes that an earlier gateway left in {tenant.name}"):
                     with contextlib.suppress(NotFound):

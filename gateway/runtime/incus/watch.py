@@ -60,7 +60,7 @@ _LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "insta
 class Tenants(Protocol):
     """Tells which instances are tenants; implemented by `IncusRuntime`."""
 
-    async def list(self) -> list[Tenant]: ...
+    async def list(self, *, addresses: bool = True) -> list[Tenant]: ...
 
     async def get(self, name: str) -> Tenant: ...
 
@@ -171,7 +171,7 @@ class Watch:
     async def _differences(
         self, known: dict[str, Status] | None
     ) -> tuple[Sequence[TenantEvent], dict[str, Status]]:
-        now = {tenant.name: tenant.status for tenant in await self._tenants.list()}
+        now = {tenant.name: tenant.status for tenant in await self._tenants.list(addresses=False)}
         changes = [] if known is None else differences(known, now)
         for change in changes:
             self._changed(change.tenant or "")
