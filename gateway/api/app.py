@@ -193,7 +193,7 @@ async def _hand_over(services: Services, background: background.Background, stor
     background.cancel()
     await asyncio.sleep(0)  # announcements go out first, and the background stops
     services.bus.close()
-    await services.journal.close()
+    await services.journal.close(handing_over=True)
     await services.audit.close()
     await store.close()
 

@@ -77,15 +77,19 @@ def _listed(values: Iterable[int | str]) -> str:
     return orjson.dumps(list(values)).decode()
 
 
-def begin_process(connection: sqlite3.Connection, boot: str, clock: int) -> bool:
-    """Record the start of a gateway; return whether all writes of the last one are certainly still there."""
+def noted_boot(connection: sqlite3.Connection) -> str | None:
+    """Return the boot of the machine in which the last gateway may have written what is not on disk yet."""
     found = connection.execute("SELECT boot FROM journal").fetchone()
+    return None if found is None else found[0]
+
+
+def begin_process(connection: sqlite3.Connection, boot: str, clock: int) -> None:
+    """Record that a gateway writes in this boot of the machine."""
     connection.execute("INSERT OR REPLACE INTO journal VALUES (1, ?)", (boot,))
     connection.execute(
         "INSERT OR IGNORE INTO losses VALUES (?, coalesce((SELECT min(id) - 1 FROM events), ?), 1)",
         (ALL, clock),
     )
-    return found is None or found[0] in (None, boot)
 
 
 def end_process(connection: sqlite3.Connection) -> None:
@@ -93,18 +97,21 @@ def end_process(connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE journal SET boot = NULL")
 
 
-def read_kept(
-    connection: sqlite3.Connection, most: int
-) -> tuple[list[Row], Sequence[Event], list[tuple[str, int, int]]]:
-    """Return a row per event, the latest `most` events in full, and the losses."""
-    losses = connection.execute("SELECT key, upto, number FROM losses").fetchall()
-    rows = connection.execute(
+def read_ends(
+    connection: sqlite3.Connection,
+) -> tuple[int | None, int | None, list[tuple[str, int, int]]]:
+    """Return the ids of the first and the last event, None without any, and the losses."""
+    first, last = connection.execute(
+        "SELECT (SELECT min(id) FROM events), (SELECT max(id) FROM events)"
+    ).fetchone()
+    return first, last, connection.execute("SELECT key, upto, number FROM losses").fetchall()
+
+
+def read_kept(connection: sqlite3.Connection) -> list[Row]:
+    """Return a row per event, oldest first."""
+    return connection.execute(
         "SELECT id, tenant, deployment, length(encoded), time FROM events ORDER BY id"
     ).fetchall()
-    if not rows:
-        return rows, (), losses
-    after = rows[max(0, len(rows) - most)][0] - 1
-    return rows, list(_events(connection, after, rows[-1][0], most)), losses
 
 
 def _events(connection: sqlite3.Connection, after: int, upto: int, limit: int) -> Iterator[Event]:

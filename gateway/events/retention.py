@@ -37,6 +37,9 @@ class Shares:
         self._bytes_of: dict[str, int] = {}
         self._count = self._bytes = 0
 
+    def __len__(self) -> int:
+        return self._count
+
     @property
     def oldest(self) -> int | None:
         """The id of the oldest event, None if there is none."""

@@ -36,6 +36,7 @@ _AGEING: Final = 600.0
 # increment of ids after a power failure, which may undo the last commits and with them ids that clients have
 # seen; far more than can be lost
 _JUMP: Final = 1_000_000
+_TURN: Final = 500  # events counted at once
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -53,7 +54,9 @@ class StoredJournal:
         self._store = store
         self._age = age
         self._last = self._newest = 0  # the last id assigned, and the last one readable
+        self._first: int | None = None  # id of the oldest event, until all are in `_shares`
         self._shares, self._losses = Shares(kept, kept_bytes), Losses()
+        self._loaded = False
         self._recent = Latest(1)
         self._waiting: dict[int, Event] = {}  # oldest first
         self._room = Shares(waiting, kept_bytes)
@@ -68,24 +71,20 @@ class StoredJournal:
     async def __aenter__(self) -> StoredJournal:
         """Continue where the last process ended. Raises `StoreFailed`."""
         boot = _BOOT.read_text().strip()
-        whole = await self._store.write(
-            lambda connection: statements.begin_process(connection, boot, clock()), durable=True
-        )
-        rows, recent, losses = await self._store.read(
-            lambda connection: statements.read_kept(connection, _RECENT)
-        )
-        for id_, tenant, deployment, size, at in rows:
-            self._shares.add(tenant or NOBODYS, Entry(id_, size, at, deployment))
+        noted = await self._store.read(statements.noted_boot)
+        whole = noted in (None, boot)  # else a power cut may have undone the last commits
+        if noted != boot:
+            await self._store.write(
+                lambda connection: statements.begin_process(connection, boot, clock()), durable=True
+            )
+        self._first, last, losses = await self._store.read(statements.read_ends)
         for key, upto, number in losses:
             self._losses.put(key, upto, number)
-        self._last = self._newest = rows[-1][0] if rows else max(upto for _, upto, _ in losses)
-        if whole:
-            self._recent = Latest(recent[0].id if recent else self._newest + 1)
-            self._remember(recent)
-        else:
+        self._last = self._newest = max(upto for _, upto, _ in losses) if last is None else last
+        if not whole:
             self._last += _JUMP
-            self._recent = Latest(self._last + 1)
             self._dropped[ALL] = self._last
+        self._recent = Latest(self._last + 1)
         self._appended.set()  # remove expired events at once
         self._writer = asyncio.create_task(self._write(), name="journal")
         return self
@@ -96,8 +95,11 @@ class StoredJournal:
         """Try once to write the waiting events; if that fails, log how many are lost."""
         await self.close()
 
-    async def close(self) -> None:
-        """Do as leaving the context does. Events that come later are lost. Idempotent."""
+    async def close(self, *, handing_over: bool = False) -> None:
+        """Do as leaving the context does. Events that come later are lost. Idempotent.
+
+        A hand-over to another process waits for no flush of the disk; that process notices a power cut.
+        """
         if self._closed:
             return
         self._closed = True
@@ -107,13 +109,14 @@ class StoredJournal:
         try:
             while self._waiting:
                 await self._flush()
-            await self._store.write(statements.end_process, durable=True)
+            if not handing_over:
+                await self._store.write(statements.end_process, durable=True)
         except StoreFailed as failed:
             log.error("%d events are lost: %s", len(self._waiting), failed.message)
 
     @property
     def oldest(self) -> int:
-        oldest = self._shares.oldest
+        oldest = self._shares.oldest if self._loaded else self._first
         return self._newest + 1 if oldest is None else oldest
 
     @property
@@ -202,11 +205,23 @@ class StoredJournal:
         Events arriving meanwhile are left for the next time, or under steady load this would never end.
         """
         self._appended.clear()
+        await self._load()
         full = True
         while full:
             events = list(islice(self._waiting.values(), _GROUP))
             full = len(events) == _GROUP
             await self._keep(events)
+
+    async def _load(self) -> None:
+        """Count the events of earlier processes, in turns with other work: there may be many thousands."""
+        if self._loaded:
+            return
+        rows = await self._store.read(statements.read_kept)
+        for number, (id_, tenant, deployment, size, at) in enumerate(rows[len(self._shares) :], 1):
+            self._shares.add(tenant or NOBODYS, Entry(id_, size, at, deployment))
+            if not number % _TURN:
+                await asyncio.sleep(0)
+        self._loaded = True
 
     async def _keep(self, events: Sequence[Event]) -> None:
         """Write events and remove those then above the limits, in one transaction."""

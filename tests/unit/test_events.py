@@ -595,6 +595,34 @@ async def test_after_a_power_cut_ids_jump_and_a_gap_says_so(tmp_path: Path) -> N
             assert (seen.type, seen.data) == (GAP, {"oldest": after.id})
 
 
+async def test_a_hand_over_waits_for_no_flush_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the two processes does, and a power cut after it is noticed all the same."""
+    flushed = list[bool]()
+
+    async with Store(tmp_path) as store:
+        write = store.write
+
+        async def noted(work: Any, *, durable: bool = False) -> Any:
+            flushed.append(durable)
+            return await write(work, durable=durable)
+
+        async with stored(store) as journal:
+            monkeypatch.setattr(store, "write", noted)
+            before = journal.append(drafts(2))
+            await journal.close(handing_over=True)
+        async with stored(store) as journal:
+            (after,) = journal.append(drafts(1))
+            assert after.id == before[-1].id + 1
+            await journal.close(handing_over=True)
+        assert flushed and not any(flushed)
+        await store.write(lambda db: db.execute("UPDATE journal SET boot = 'another'").rowcount)
+        async with stored(store) as journal:
+            (later,) = journal.append(drafts(1))
+            assert later.id > after.id + 10_000
+
+
 async def test_a_full_disk_stops_no_publisher_and_ends_in_a_gap(tmp_path: Path) -> None:
     async def pages(count: int) -> None:
         await store.write(lambda db: db.execute(f"PRAGMA max_page_count={count}").fetchall())
