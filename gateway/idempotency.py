@@ -223,15 +223,12 @@ class Idempotency:
     async def earlier(self, kind: Kind) -> list[tuple[Key, IdempotencyRecord]]:
         """Return the records of one kind of earlier processes, with their results. For the start."""
         await self._store.settled()
-        found = [
-            (key, record)
+        results = await self._store.read(partial(_results, kind=kind))
+        return [
+            (key, replace(record, result=results.get(key)))
             for shelf in self._stored.values()
             for key, record in shelf.records.items()
             if key[1] == kind and record.state != "fenced"
-        ]
-        return [
-            (key, replace(record, result=await self._store.read(partial(_result, key=key))))
-            for key, record in found
         ]
 
     def _find(self, key: Key) -> IdempotencyRecord | None:
@@ -277,6 +274,11 @@ def _result(connection: sqlite3.Connection, key: Key) -> bytes | None:
     ).fetchone()
     found: bytes | None = None if row is None else row[0]
     return found
+
+
+def _results(connection: sqlite3.Connection, kind: Kind) -> dict[Key, bytes | None]:
+    rows = connection.execute("SELECT tenant, kind, id, result FROM receipts WHERE kind = ?", (kind,))
+    return {(tenant, kind, id_): result for tenant, kind, id_, result in rows}
 
 
 def _insert(key: Key, record: IdempotencyRecord) -> Statement:

@@ -30,9 +30,10 @@ class Revocations:
     @classmethod
     async def opened(cls, store: Store) -> Revocations:
         self = cls(store)
-        await self._forget_expired()
         for token, expires in await store.read(_all):
             self._revoked[token] = math.inf if expires is None else expires
+        if min(self._revoked.values(), default=math.inf) < time.time() - KEPT:
+            await self._forget_expired()
         return self
 
     def __contains__(self, token: str) -> bool:

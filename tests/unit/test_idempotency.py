@@ -162,6 +162,26 @@ async def test_earlier_tells_of_every_command(store: Store) -> None:
     ]
 
 
+async def test_however_many_commands_there_were_they_are_read_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients wait meanwhile, where one gateway takes over from another."""
+    idempotency = await opened(store)
+    for number in range(50):
+        await idempotency.note(("shop", "exec", f"x{number}"), b"d", b"facts %d" % number)
+    await store.settled()
+    later, read, reads = await opened(store), store.read, list[Any]()
+
+    async def counted(work: Any) -> Any:
+        reads.append(work)
+        return await read(work)
+
+    monkeypatch.setattr(store, "read", counted)
+    found = {key[2]: record.result for key, record in await later.earlier("exec")}
+    assert found == {f"x{number}": b"facts %d" % number for number in range(50)}
+    assert len(reads) == 1
+
+
 async def test_what_one_tenant_reads_pushes_out_its_own_alone(store: Store) -> None:
     idempotency = await opened(store, receipts_memory=50_000)
     for number in range(3):
