@@ -255,6 +255,11 @@ class Exec:
         self.note()
 
     @property
+    def may_run(self) -> bool:
+        """Whether any of its processes may still run."""
+        return not self.ended.done() or self.tree.lasting or self.over.left is None
+
+    @property
     def printed(self) -> int:
         """Bytes of output so far."""
         return sum(self.streams.offsets.values())

@@ -344,8 +344,9 @@ class Execs:
 
     async def end_all(self) -> None:
         """Kill all commands and all processes left by ended ones, except commands handed over by `leave`."""
-        everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values() if not exec_.left]
-        kills = [exec_.cancel(self._settings.cancel_grace) for exec_ in everyone]
+        everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values()]
+        running = [exec_ for exec_ in everyone if exec_.may_run and not exec_.left]
+        kills = [exec_.cancel(self._settings.cancel_grace) for exec_ in running]
         for failure in await asyncio.gather(*kills, return_exceptions=True):
             # if its container is gone or stopped, the command has ended
             if isinstance(failure, BaseException) and not isinstance(failure, (NotFound, TenantNotRunning)):

@@ -188,6 +188,21 @@ async def test_leaving_ends_what_runs_and_what_was_left_behind(make: Make) -> No
     assert execs.running == 0
 
 
+async def test_leaving_does_not_wait_for_what_has_ended_whole(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of such commands may be kept, and clients wait for the next process."""
+    execs, killed = await make(), list[float]()
+    over = await ended(execs, "true")
+
+    async def kill(grace: float) -> None:
+        killed.append(grace)
+
+    monkeypatch.setattr(over.process, "kill", kill)
+    await execs.end_all()
+    assert not killed
+
+
 async def test_the_life_of_a_command_is_told_once(make: Make) -> None:
     execs = await make()
     following = execs._bus.subscribe(Filter(types=("exec.*",)))
