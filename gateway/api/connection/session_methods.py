@@ -41,11 +41,12 @@ class SessionMethods(Family):
         peer.go_by(token)  # it may end during a wait below
         if not token.covers(self._tenant):
             raise NotFound(f"no tenant {self._tenant}")
-        try:
-            await hub.runtime.get(self._tenant)
-        except NotFound:
-            hub.elsewhere(self._tenant)
-            raise
+        if before is None:  # else the route has looked, before it accepted the socket
+            try:
+                await hub.runtime.get(self._tenant)
+            except NotFound:
+                hub.elsewhere(self._tenant)
+                raise
         self._using.enter_context(hub.idle.using(self._tenant))
         await hub.idle.awake(self._tenant)
         peer.become(token)
