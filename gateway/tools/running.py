@@ -18,11 +18,12 @@ class Left(Unavailable):
 
 
 class Running:
-    """A running call under a `callId`: its input, and its waiting callers."""
+    """A running call of a tool under a `callId`: its input, and its waiting callers."""
 
-    __slots__ = ("_asked", "_lingering", "_waiting", "digest", "work")
+    __slots__ = ("_asked", "_lingering", "_waiting", "digest", "tool", "work")
 
-    def __init__(self, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
+    def __init__(self, tool: str, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
+        self.tool = tool
         self.digest = digest
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: set[asyncio.Future[ToolResult]] = set()

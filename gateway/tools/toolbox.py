@@ -40,7 +40,7 @@ from gateway.storage.store import StoreFailed
 from gateway.tools.file_tools import FileTools, ToolResult
 from gateway.tools.folders import Folders
 from gateway.tools.lasting import LastingCall, LeftBehind, ShellTools
-from gateway.tools.running import Running
+from gateway.tools.running import Left, Running
 from gateway.tools.schemas import SHELL_TOOLS, descriptions
 from gateway.tools.session import Sessions, ToolSession
 
@@ -65,6 +65,7 @@ _TOLD: Final = (
 )
 _VALUES_MAX: Final = 256  # values in lists and objects of one input; no tool here takes any
 _WRITES: Final = frozenset({"Write", "Edit"})
+_WRITTEN: Final = 1.0  # seconds for calls of these to end while clients wait for the next process
 # tools whose effects may outlast the gateway
 _LASTING: Final = _WRITES | {"Bash"}
 
@@ -193,16 +194,19 @@ class Toolbox:
         if running is None:
             longest = self._settings.call_linger
             stays = longest if linger is None else min(linger, longest)
-            running = self._begin(
-                key, digest, partial(self._first, key, digest, session, name, arguments, by, stays)
-            )
+            if self._leaving:
+                raise Left
+            work = partial(self._first, key, digest, session, name, arguments, by, stays)
+            running = self._begin(key, name, digest, work)
         elif running.digest != digest:
             raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
         longest = self._settings.call_linger
         return await running.result(longest if linger is None else min(linger, longest))
 
-    def _begin(self, key: Key, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> Running:
-        running = self._running[key] = Running(digest, work)
+    def _begin(
+        self, key: Key, tool: str, digest: bytes, work: Callable[[], Awaitable[ToolResult]]
+    ) -> Running:
+        running = self._running[key] = Running(tool, digest, work)
         running.work.add_done_callback(lambda _: self._running.pop(key))
         return running
 
@@ -261,11 +265,18 @@ class Toolbox:
     # --- across a restart of the gateway ---------------------------------------------------------------
 
     async def leave(self) -> None:
-        """Leave the held calls and commands to the next process, and tell their callers so."""
+        """Leave the held calls and commands to the next process, and tell their callers so.
+
+        Calls that change files are waited for, since that process could only say that their outcome is
+        unknown.
+        """
         self._leaving = True
         for tenant, call_id in await self._shells.leave():
             if (running := self._running.get((tenant, "call", call_id))) is not None:
                 running.leave()
+        writing = [running.work for running in self._running.values() if running.tool in _WRITES]
+        if writing:
+            await asyncio.wait(writing, timeout=_WRITTEN)
 
     async def _take_over(self, left: LeftBehind) -> None:
         """Continue what an earlier process left behind, if anybody may still need it."""
@@ -290,7 +301,7 @@ class Toolbox:
             return
         if call is not None and running:
             work = partial(self._finish, key, digest, root, session, left, call)
-            self._begin(key, digest, work).expect(min(call.linger, self._settings.call_linger))
+            self._begin(key, "Bash", digest, work).expect(min(call.linger, self._settings.call_linger))
 
     async def _finish(
         self,

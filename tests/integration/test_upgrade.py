@@ -230,6 +230,39 @@ def _counted(size: int) -> bytes:
     return b"".join(parts)[:size]
 
 
+def workers(pid: int) -> list[int]:
+    """Return the processes below a gateway that serve tenants' files, which are not root's."""
+    found = list[int]()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [*([child] if Path(f"/proc/{child}").stat().st_uid else []), *workers(child)]
+    return found
+
+
+async def test_a_write_under_way_is_answered_once_it_is_made(host: Host, shared_tenant: Container) -> None:
+    """Also where its worker is slow: nobody is told that its outcome is unknown."""
+    assert host.gateway.process is not None
+    given = {"file_path": "under-way.txt", "content": "after"}
+    params = {"name": "Write", "arguments": given, "callId": "under-way"}
+    async with host.gateway.wire(shared_tenant.name) as wire:
+        await wire.call("tools/call", name="Write", arguments={**given, "content": "before"})
+        slow = workers(host.gateway.process.pid)
+        assert slow
+        for pid in slow:
+            os.kill(pid, signal.SIGSTOP)
+        _, answer = await wire.start_call("tools/call", **params)
+        upgrading = asyncio.create_task(upgrade(host.gateway))
+        await wire.until(lambda: wire.notified("server/draining"))
+        await pause(0.2)  # in which the old gateway would have closed its records
+        for pid in slow:
+            os.kill(pid, signal.SIGCONT)
+        assert not (await answer)["isError"]
+        await upgrading
+    async with host.gateway.wire(shared_tenant.name) as wire:
+        assert not (await wire.call("tools/call", **params))["isError"]
+    assert shared_tenant.sh("cat /srv/site/under-way.txt") == "after"
+
+
 async def test_the_python_client_resumes_soon(host: Host, shared_tenant: Container) -> None:
     """A command goes on in it, calls succeed while the gateway is replaced, and the pause is short."""
     changes: list[tuple[float, Change]] = []

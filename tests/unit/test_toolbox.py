@@ -26,7 +26,7 @@ async def test_all_are_told(ending: str) -> None:
             raise NotFound("no such thing")
         return DONE
 
-    running = Running(b"", work)
+    running = Running("Bash", b"", work)
     waiting = [asyncio.ensure_future(running.result(60)) for _ in range(3)]
     await turn()
     waiting[0].cancel()
@@ -44,7 +44,7 @@ async def test_all_are_told(ending: str) -> None:
 
 async def test_ends_when_nobody_waits() -> None:
     """After the time that a client has to come back, not before, and not where one came back."""
-    running = Running(b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
+    running = Running("Bash", b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
     for linger, ended in ((60.0, False), (0.01, True)):
         waiting = asyncio.ensure_future(running.result(linger))
         await turn()
@@ -59,7 +59,7 @@ async def test_ends_when_nobody_waits() -> None:
 
 async def test_the_longest_linger_of_those_who_left_counts() -> None:
     """A client that leaves nothing behind takes nothing from another which joined the same call."""
-    running = Running(b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
+    running = Running("Bash", b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
     waiting = [asyncio.ensure_future(running.result(linger)) for linger in (60.0, 0.0)]
     await turn()
     for one in waiting:
