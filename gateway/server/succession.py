@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Final, NoReturn, Protocol
 
@@ -44,6 +45,13 @@ def _unless_closed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
     """Log a task's failure, unless its cause is that the records now belong to the successor."""
     if not isinstance(context.get("exception"), Unavailable):
         loop.default_exception_handler(context)
+
+
+def _waited(times: Sequence[float]) -> str:
+    """Return how long clients waited, and for what; `times` are when each part began, and the end."""
+    whole, *parts = (round((end - begin) * 1000) for begin, end in [(times[0], times[-1]), *pairwise(times)])
+    answers, old, new = parts
+    return f"clients waited {whole} ms: {answers} for the last answers, {old} for this gateway, {new} for it"
 
 
 class Succession:
@@ -158,17 +166,19 @@ class Succession:
 
     async def _let_go(self, connection: socket.socket) -> None:
         """Give everything to the successor; restart if it does not serve."""
-        began = time.monotonic()
+        times = [time.monotonic()]
         try:
             await self._quiet()
+            times.append(time.monotonic())
             told = await self._gateway.hand_over()
+            times.append(time.monotonic())
             self._gone = True
             asyncio.get_running_loop().set_exception_handler(_unless_closed)
             say(connection, {"go": True, "told": [*told]})
             async with asyncio.timeout(_STARTS):
                 answer = await heard(connection)
             if answer is not None and answer[0].get("serving") is True:
-                log.info("a successor serves; clients waited %d ms", (time.monotonic() - began) * 1000)
+                log.info("a successor serves; %s", _waited([*times, time.monotonic()]))
                 if answer[0].get("listen") != self._settings.listen:
                     remove(self._settings.listen)
                 with contextlib.suppress(TimeoutError):
