@@ -275,10 +275,11 @@ export class Link extends Emitter<{ status: LinkStatus }> {
       return;
     }
     const attempt = this.#status.attempt + 1;
-    const backoff = pause(attempt, this.#options.backoff);
+    // a gateway that ends has said when the next one is there
+    const longest = this.#retryAfter ? this.#retryAfter * 2 : pause(attempt, this.#options.backoff);
     // the second half of the range is random, so that many clients do not reconnect together
     const asked = Number(error.facts.retry_after) * 1000 || 0;
-    const delay = Math.max(asked, this.#retryAfter, backoff / 2 + (Math.random() * backoff) / 2);
+    const delay = Math.max(asked, longest / 2 + (Math.random() * longest) / 2);
     this.#retryAfter = 0;
     const away = this.#browser.isOffline ? "offline" : "reconnecting";
     const state = this.#status.state === "draining" ? "draining" : away;

@@ -505,6 +505,21 @@ describe("events", () => {
 });
 
 describe("the state of the connection", () => {
+  test("is tried again when the ending gateway said, whatever the client's own pauses are", async () => {
+    const own = new LiveGateway();
+    await own.start("demo");
+    const client = new Gateway(own.url, { token: own.token("demo") }).tenant("demo", {
+      backoff: { first: 60_000, most: 60_000 },
+    });
+    const pauses: number[] = [];
+    client.onStatus(({ retryAt }) => retryAt !== null && pauses.push(retryAt - Date.now()));
+    await client.connect();
+    expect(await own.stop()).toBe(0); // it says 2 s
+    await expect.poll(() => pauses[0]).toBeLessThanOrEqual(4000);
+    client.close();
+    await own.remove();
+  });
+
   test("is visible: draining, reconnecting while the gateway is away, open again", async () => {
     const own = new LiveGateway();
     await own.start("demo");
