@@ -85,6 +85,8 @@ class Background:
         }
         if services.cluster is not None and services.shared is not None:
             services.cluster.peers.moved = services.deployments.look_soon
+        if services.dead_peers is not None:
+            jobs["the look at silent servers"] = services.dead_peers.follow
         if services.revoking is not None:
             jobs["the revocations of the cluster"] = services.revoking.follow
         if services.shared is not None and services.revoking is not None:

@@ -23,6 +23,7 @@ from gateway.auth.revocations import Revocations
 from gateway.caddy import Caddy
 from gateway.cluster.cluster import Cluster, joined
 from gateway.cluster.common_secret import common_secret
+from gateway.cluster.dead_peers import DeadPeers
 from gateway.cluster.folder import FolderKeys, FolderMembers
 from gateway.cluster.member import Membership
 from gateway.cluster.peers import MemberAway, Members
@@ -49,6 +50,7 @@ from gateway.limits.disk import DiskSpace
 from gateway.limits.pressure import Pressure
 from gateway.ownership.domains import Domains
 from gateway.ownership.names import Names
+from gateway.rootfs.cutter import Cutter
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Removal
 from gateway.runtime.incus import IncusRuntime, IncusSites
@@ -73,7 +75,8 @@ class Services(Hub):
 
     `secret` signs tokens. `end_token` ends what is open under a token, by its id, and returns how many
     websockets that closed. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
-    `revoking` and `cluster` are if there is no cluster. `shared` is if there is none of Incus.
+    `revoking` and `cluster` are if there is no cluster. `shared` and `dead_peers` are if there is none of
+    Incus.
     """
 
     secret: str = field(repr=False)
@@ -100,6 +103,7 @@ class Services(Hub):
     sites: Sites
     previews: Previews
     cluster: Cluster | None
+    dead_peers: DeadPeers | None
     tunnels: set[Near]  # websockets of other members' tenants
     draining: bool = False
 
@@ -154,11 +158,14 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         enter = stack.enter_async_context
         ready = await enter(prepared(settings)) if ready is None else ready
         runtime, workers = ready.runtime, ready.workers
-        cluster, shared = ready.cluster, None
+        cluster, shared, dead_peers = ready.cluster, None, None
         keys: Keys | None = None
         if cluster is not None and isinstance(runtime, IncusRuntime):
             shared = await enter(sharing(cluster.own, cluster.alive, settings))
             keys, cluster.placements = shared.keys, shared.placements
+            cutter = Cutter(settings.broker_socket, settings.incus_socket.parent)
+            stack.push_async_callback(cutter.aclose)
+            dead_peers = DeadPeers(cluster.peers, cutter.cut_off)
         elif cluster is not None and settings.local_member is not None:
             keys = FolderKeys(settings.local_member.with_name("shared.keys"))
             members = FolderMembers(settings.local_member)
@@ -299,6 +306,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             sites=sites,
             previews=Previews(caddy, secret, settings.max_previews),
             cluster=cluster,
+            dead_peers=dead_peers,
             tunnels=tunnels,
             home=None if (here := ready.cluster) is None else {"member": here.own, "url": settings.advertise},
         )

@@ -76,6 +76,8 @@ class Peer:
         self.name = name
         self.address = ""
         self.fingerprint = ""
+        self.incus = ""
+        """HOST:PORT of its server's Incus, empty while that is not known."""
         self.tenants: dict[str, Known] = {}
         self.told = asyncio.Event()  # all its tenants, by the connection that is open now
         self.facts: Mapping[str, Any] = {}  # of its gateway
@@ -158,6 +160,8 @@ class Peers:
         self.changed: Callable[[Peer], None] = lambda _: None
         self.moved: Callable[[], None] = lambda: None
         """Called when a peer has come or gone."""
+        self.silent: Callable[[], None] = lambda: None
+        """Called when a peer has gone, or one that is not there is new."""
         self.watchers: set[Callable[[], object]] = set()
         """Called after each look at the members, who may be others."""
         self._members = members
@@ -253,6 +257,10 @@ class Peers:
         for name, member in found.items():
             peer = self.all.get(name) or self.all.setdefault(name, Peer(name))
             peer.gone = self._gone
+            if peer.incus != member.address:
+                peer.incus = member.address
+                if not peer.alive:
+                    self.silent()
             try:
                 address, certificate = _published(member.config.get(KEY, ""))
                 shown = fingerprint(certificate)
@@ -270,6 +278,7 @@ class Peers:
 
     def _gone(self) -> None:
         self.moved()
+        self.silent()
 
     # --- what they tell -----------------------------------------------------------------------------
 

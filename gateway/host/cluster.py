@@ -12,6 +12,7 @@ from gateway.cluster import PREFIX, Membership
 from gateway.host import HostError
 from gateway.host.incus import Incus
 from gateway.incus import member_of
+from gateway.rootfs import sock_diag
 from gateway.settings import Settings
 
 ADDRESSES: Final = f"{PREFIX}addresses"
@@ -130,6 +131,11 @@ def problems(incus: Incus, settings: Settings) -> tuple[list[str], list[str]]:
         better.append(
             f"images are kept on {replicas} of {len(there)} members, and elsewhere a first tenant waits for "
             f"its copy; run: incus config set {_REPLICAS}=-1"
+        )
+    if not sock_diag.can_destroy():
+        better.append(
+            "this kernel cannot close others' connections (CONFIG_INET_DIAG_DESTROY): when the leader's "
+            "power fails, Incus answers nobody for some 30 s instead of 5 to 9; use a kernel that can"
         )
     if len(there) < _FEW:
         better.append(

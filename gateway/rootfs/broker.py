@@ -13,6 +13,7 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "reserve", "tenant"}` | `{}`: its CPU is divided between site and commands, see `reserve` |
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections that it does not read |
 | `{"do": "bind_ports", "tenant"}` | `{}`: its MAC address is bound to its port, see `bridge_port` |
+| `{"do": "cut_off", "member": "HOST:PORT"}` | `{"ended": n}` connections with it, see `dead_members` |
 | `{"do": "quotas"}` | `{"changed": [words]}`: the disk quotas are enforced, see `quotas` |
 
 No request contains a host path, an id or a pid: `locations` finds the files and cgroups of a tenant. A failed
@@ -40,6 +41,7 @@ import orjson
 from gateway.errors import GatewayError
 from gateway.rootfs import kernel, memory, process_tree, reserve, tcp
 from gateway.rootfs.confine import Namespaces, Plan
+from gateway.rootfs.dead_members import cut_off
 from gateway.rootfs.locations import Disk, Tenants, found_by
 from gateway.rootfs.root import Root
 from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
@@ -132,6 +134,8 @@ class Broker:
                     pid, address = self._tenants.network(str(request["tenant"]))
                     leave = frozenset(map(int, request["leave"]))
                     answer = {"ended": tcp.break_off(pid, address, int(request["port"]), leave)}
+                case "cut_off":
+                    answer = {"ended": cut_off(str(request["member"]), self._tenants.members())}
                 case "bind_ports":
                     for port in self._tenants.ports(str(request["tenant"])):
                         port.bind()

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,7 @@ from urllib.parse import quote
 import orjson
 
 from gateway.errors import NotFound, Unavailable
-from gateway.rootfs import IdMap, bridge_port, process_tree
+from gateway.rootfs import IdMap, bridge_port, dead_members, process_tree
 from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
@@ -93,6 +93,10 @@ class Tenants(Protocol):
         """Return the quotas of the tenants' disks; None for folders, which have none."""
         ...
 
+    def members(self) -> Collection[str]:
+        """Return HOST:PORT of each member's Incus, none without a cluster. Raises `OSError`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Folders:
@@ -133,6 +137,9 @@ class Folders:
 
     def quotas(self) -> Quotas | None:
         return None
+
+    def members(self) -> Collection[str]:
+        return ()
 
 
 class Instances:
@@ -253,6 +260,9 @@ class Instances:
 
     def quotas(self) -> Quotas:
         return Quotas(Path(self._pools, self._pool))
+
+    def members(self) -> Collection[str]:
+        return dead_members.members(Path(self._socket).parent)
 
     def _folder(self, tenant: str) -> str:
         return tenant if self._project == "default" else f"{self._project}_{tenant}"

@@ -20,6 +20,7 @@ from gateway.rootfs.broker_client import BrokerClient
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit.incusd import answering, instance
+from tests.unit.test_dead_members import incus
 from tests.unit.test_rootfs_workers import children_of, gone, make_root, workers_below
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="a broker of its own runs as root")
@@ -119,6 +120,23 @@ async def test_serves(broker: Running, root: FilesystemRoot) -> None:
         (worker,) = workers_below(serving)
         assert b"GATEWAY_SECRET" not in Path(f"/proc/{broker.process.pid}/environ").read_bytes()
     await gone(worker)
+
+
+@needs_root
+async def test_cuts_off_members_of_the_cluster_alone(broker: Running, tmp_path: Path) -> None:
+    """It reads by itself who is one: the gateway's user ends no other connection of this host."""
+    client = BrokerClient(at=broker.socket)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
+        member, stranger = (f"127.0.0.1:{one.getsockname()[1]}" for one in (server, other))
+        incus(tmp_path, member)
+        with socket.create_connection(server.getsockname()), socket.create_connection(other.getsockname()):
+            with pytest.raises(NotFound):
+                await client.request({"do": "cut_off", "member": stranger})
+            answer, _ = await client.request({"do": "cut_off", "member": member})
+            assert answer["ended"] >= 1  # which ends the other end, too
+            answer, _ = await client.request({"do": "cut_off", "member": member})
+            assert answer == {"ended": 0}
+    await client.aclose()
 
 
 @needs_root

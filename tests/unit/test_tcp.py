@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from gateway.rootfs import tcp
+from gateway.rootfs.sock_diag import End
 from tests.waits import until_true
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tables are Linux's")
@@ -18,7 +19,7 @@ NETWORK = "127.0.0.1/8"
 
 
 @contextlib.contextmanager
-def server(family: socket.AddressFamily = socket.AF_INET) -> Iterator[tuple[socket.socket, tcp.End]]:
+def server(family: socket.AddressFamily = socket.AF_INET) -> Iterator[tuple[socket.socket, End]]:
     v6 = family == socket.AF_INET6
     with socket.create_server(
         ("::" if v6 else "127.0.0.1", 0), family=family, dualstack_ipv6=v6
@@ -26,11 +27,11 @@ def server(family: socket.AddressFamily = socket.AF_INET) -> Iterator[tuple[sock
         yield listening, (socket.inet_aton("127.0.0.1"), listening.getsockname()[1])
 
 
-def at(end: tcp.End) -> list[tcp.Connection]:
+def at(end: End) -> list[tcp.Connection]:
     return [one for one in tcp.waiting(NETWORK, 0.0) if one.remote == end]
 
 
-def unread(there: int, end: tcp.End, pid: int) -> set[tcp.End]:
+def unread(there: int, end: End, pid: int) -> set[End]:
     """Wait for a number of unread requests, as the kernel takes a moment, and return them."""
     until_true(lambda: len(tcp.unread(pid, end)) == there, every=0.001)
     return tcp.unread(pid, end)
