@@ -329,6 +329,28 @@ class Environment(TypedDict):
     env: NotRequired[dict[str, str]]
 
 
+Moved = TypedDict(
+    "Moved",
+    {
+        "id": str,
+        "tenant": str,
+        "from": str,
+        "to": str,
+        "state": Literal[
+            "waiting", "copying", "switching", "decided", "arrived", "undoing", "moved", "failed"
+        ],
+        "began": float,
+        "ended": float | None,
+        "gap_ms": int | None,
+        "error": dict[str, Any] | None,
+        "drained": bool,
+    },
+)
+Moved.__doc__ = (
+    """A move of a tenant. Times are in seconds since the epoch, `gap_ms` is how long calls waited."""
+)
+
+
 class Revoked(TypedDict):
     """`closed` counts the websockets that were closed, in a cluster at all gateways that heard of it at once.
 

@@ -106,16 +106,20 @@ class Gateway:
         return sorted({peer.tenant for peer in found})
 
     async def rest(self, seconds: float, waiting: Callable[[int], None]) -> None:
-        """Wait until no deployment is under way and all turns' changes are recorded.
+        """Wait until no deployment or move is under way and all turns' changes are recorded.
 
         No deployment begins from then on. Raises `Unavailable` if some take longer than `seconds`.
         """
         await self._up.history.close_turns()
+        if self._up.departures is not None:
+            await self._up.departures.rest(seconds)
         await self._up.deployments.rest(seconds, waiting)
 
     def go_on(self) -> None:
-        """Let deployments begin again, since no process takes over."""
+        """Let deployments and moves begin again, since no process takes over."""
         self._up.deployments.go_on()
+        if self._up.departures is not None:
+            self._up.departures.go_on()
 
     async def hand_over(self) -> Sequence[str]:
         """Release clients, commands and records; return the marks of the runtime's published events.
@@ -184,6 +188,8 @@ async def _hand_over(services: Services, background: background.Background, stor
         async with asyncio.timeout(_BRIEF):
             await services.execs.end_all()
     await services.runtime.leave()
+    if services.departures is not None:
+        await services.departures.close()
     await services.deployments.end()
     services.files.end_transfers()
     services.site_logs.end()

@@ -93,6 +93,8 @@ class Background:
             jobs["the keys of the cluster"] = partial(
                 services.shared.follow, services.revoking.look_soon, services.deployments.look_soon
             )
+        if services.departures is not None:
+            jobs["the moves of an earlier process"] = services.departures.resume
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._bind_ports
             jobs["the watch of disk quotas"] = self._enforce_quotas

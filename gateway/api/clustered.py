@@ -24,11 +24,13 @@ from websockets.protocol import Protocol, Side, State
 from gateway import __version__, protocol
 from gateway.api.access import check_covered, check_origin, raw_token
 from gateway.api.asked import Asked, has, home_of
+from gateway.api.connection import close_code
 from gateway.api.http import REQUEST_ID, address, ask, hold, problem
+from gateway.api.placing import room_here
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
 from gateway.auth.tokens import Token
-from gateway.cluster.cluster import ASK_SECRET, PUT_RECORDS, SETTLING, TELL_REVOKED
+from gateway.cluster.cluster import ASK_ROOM, ASK_SECRET, PUT_RECORDS, SETTLING, TELL_REVOKED
 from gateway.cluster.dialing import dial
 from gateway.cluster.known import Known
 from gateway.cluster.listener import FROM, Question
@@ -44,6 +46,7 @@ from gateway.transport.websocket import LARGE, TAKE
 
 log = logging.getLogger(__name__)
 
+_LASTING: Final = ("/events", "/logs", "/ws", "/mcp")  # paths of what stays open
 _WINDOW: Final = 512 << 10  # bytes that are on their way through here, of one request and its answer
 
 
@@ -59,17 +62,46 @@ def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
         if asked is None:
             await app(scope, receive, send)
         elif FROM in scope:
-            anyway = PART in Headers(scope=scope) or asked.kind == "events"
-            if anyway or await _may_have(found, asked):
-                await app(scope, receive, send)
-            else:
-                await _not_home(scope, receive, send)
+            await _for_peer(app, found, asked, scope, receive, send)
         elif scope["type"] == "http":
             await _Relayed(app, found, scope, receive, send).http(asked)
         else:
             await _Relayed(app, found, scope, receive, send).websocket(asked.name)
 
     return wrapped
+
+
+async def _for_peer(
+    app: ASGIApp, services: Services, asked: Asked, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answer what a peer passes on."""
+    if PART in Headers(scope=scope) or asked.kind == "events":
+        await app(scope, receive, send)
+        return
+    try:
+        if asked.kind == "tenant":
+            await services.doors.wait(asked.name)
+    except GatewayError as error:
+        await _refuse(error, scope, receive, send)
+        return
+    with _inside(services, asked, scope):
+        if await _may_have(services, asked):
+            await app(scope, receive, send)
+        else:
+            await _not_home(scope, receive, send)
+
+
+def _inside(services: Services, asked: Asked, scope: Scope) -> contextlib.AbstractContextManager[None]:
+    """Count a call about a tenant as one that is under way; not what stays open until somebody ends it."""
+    brief = scope["type"] == "http" and not scope["path"].endswith(_LASTING)
+    return services.doors.inside(asked.name) if brief and asked.kind == "tenant" else contextlib.nullcontext()
+
+
+async def _refuse(error: GatewayError, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http":
+        await problem(error)(scope, receive, send)
+    else:
+        await refuse(WebSocket(scope, receive, send), close_code(error), error.message)
 
 
 @contextlib.asynccontextmanager
@@ -80,15 +112,24 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
         yield
         return
 
+    told: dict[str, Known] = {}
+
     async def tenants() -> list[Known]:
-        return [_known(tenant) for tenant in await services.runtime.list()]
+        found = {tenant.name: _known(tenant) for tenant in await services.runtime.list()}
+        moving = services.departures
+        # one on its way has no instance for a moment, and is still ours
+        found |= {name: one for name, one in told.items() if moving and moving.keeps(name)}
+        told.clear()
+        told.update(found)
+        return list(found.values())
 
     async def keep(_: Peer, text: bytes) -> Any:
         return {"id": (await services.records.keep(text)).id}
 
     facts, questions = {"version": __version__}, _questions(services)
     uploads = {PUT_RECORDS: keep}
-    async with cluster.open(app, store, tenants, partial(has, services), facts, questions, uploads=uploads):
+    orders = {} if services.arrivals is None else services.arrivals.orders()
+    async with cluster.open(app, store, tenants, partial(has, services), facts, questions, orders, uploads):
         await cluster.peers.settle(SETTLING)
         yield
 
@@ -105,7 +146,10 @@ def _questions(services: Services) -> Mapping[str, Question]:
         until = math.inf if expires is None else float(expires)
         return {"closed": await services.revoking.heard(token, until, peer.name)}
 
-    return {ASK_SECRET: secret, TELL_REVOKED: revoked}
+    async def room(_: Peer, what: Any) -> Any:
+        return (await room_here(services)).to_dict()
+
+    return {ASK_SECRET: secret, TELL_REVOKED: revoked, ASK_ROOM: room}
 
 
 def _known(tenant: Tenant) -> Known:
@@ -178,10 +222,17 @@ class _Relayed:
         except GatewayError:
             await self._here()  # which says what is wrong
             return
-        peer = None if asked.kind == "events" else await self._home(asked)
-        if peer is None:
-            await self._here()
+        try:
+            if asked.kind == "tenant":
+                await self._services.doors.wait(asked.name)
+        except GatewayError as error:
+            await problem(error)(self._scope, self._receive, self._send)
             return
+        with _inside(self._services, asked, self._scope):
+            peer = None if asked.kind == "events" else await self._home(asked)
+            if peer is None:
+                await self._here()
+                return
         try:
             await self._http(asked, token, peer)
         except GatewayError as error:
@@ -231,6 +282,11 @@ class _Relayed:
             await self._here()
             return
         services = self._services
+        try:
+            await services.doors.wait(tenant)
+        except GatewayError as error:
+            await _refuse(error, self._scope, self._receive, self._send)
+            return
         if services.draining:
             peer = None
         elif token is not None:

@@ -166,7 +166,7 @@ class MergedEvents:
 
     async def _begin_at(self, peer: Peer, answer: aiohttp.ClientResponse) -> int:
         """Begin with what happens on a member from now on; return the position."""
-        at = int(answer.headers.get("Last-Event-ID", ""))
+        at = int(answer.headers.get("Last-Event-ID", "").rpartition(":")[2])
         if self._missed:
             await self._give_gap(peer.name, at)
         else:

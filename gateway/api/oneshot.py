@@ -68,7 +68,8 @@ async def run(
     finally:
         attachment.close()
     if ended.reason == "lost":
-        raise Unavailable("the command's exit was lost: the tenant or Incus went away", exec=exec_.id)
+        why = {} if ended.cause is None else {"reason": ended.cause}
+        raise Unavailable("the command's exit was lost: the tenant or Incus went away", exec=exec_.id, **why)
     return _ran(exec_.id, ended, outputs)
 
 

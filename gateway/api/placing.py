@@ -10,11 +10,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway.api.asked import Asked, has, home_of
 from gateway.api.http import REQUEST_ID, address
-from gateway.api.services import services
+from gateway.api.services import Services, services
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.listener import FROM
 from gateway.cluster.peers import Peer
 from gateway.cluster.relay import Body, client_of, relay
+from gateway.cluster.room import Room
 from gateway.runtime import TENANT_NAME
 
 
@@ -33,20 +34,29 @@ async def placed(request: Request, tenant: str, *, here: bool = False) -> Peer |
         return peer
     wish = cluster.own
     if not here and gateway.settings.placement == "spread":
-        running = sum(one.status == "running" for one in await gateway.runtime.list())
-        wish = _emptiest(cluster, running)
+        wish = await roomiest(gateway, cluster) or cluster.own
     chosen = await cluster.place(tenant, wish)
     return None if chosen == cluster.own else cluster.peers.all[chosen]
 
 
-def _emptiest(cluster: Cluster, running: int) -> str:
-    """Return the member with the fewest tenants that run; with as few this one, then by name."""
-    found = [(running, 0, cluster.own)]
-    for peer in cluster.peers.all.values():
-        if peer.alive and peer.told.is_set():
-            count = sum(known.status == "running" for known in peer.tenants.values())
-            found.append((count, 1, peer.name))
-    return min(found)[2]
+async def roomiest(gateway: Services, cluster: Cluster, *, own: bool = True) -> str | None:
+    """Return the member that has the smallest share of its memory in use; of several, this one.
+
+    None where no other takes new tenants, and `own` does not count or is drained too.
+    """
+    rooms = dict(await cluster.rooms())
+    if own and not cluster.peers.drained:
+        rooms[cluster.own] = await room_here(gateway)
+    known = [room.takes for room in rooms.values() if room.takes is not None]
+    usual = max(known, default=1)
+    return min(rooms, key=lambda name: (*rooms[name].used(usual), name != cluster.own, name), default=None)
+
+
+async def room_here(gateway: Services) -> Room:
+    """Return the room that this member has."""
+    tenants = await gateway.runtime.list()
+    running = sum(one.status == "running" for one in tenants)
+    return Room(running, await gateway.lifecycle.capacity.takes(tenants))
 
 
 class Passed(Response):

@@ -15,6 +15,7 @@ from starlette.requests import HTTPConnection
 from gateway.api.connection import Hub, Peer
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
+from gateway.api.moving import moving
 from gateway.api.preview import Previews
 from gateway.audit import Audit
 from gateway.auth import tokens
@@ -41,6 +42,9 @@ from gateway.files.files import Files
 from gateway.history import History
 from gateway.holder.holder import Holder
 from gateway.idempotency import Idempotency
+from gateway.lifecycle.arrivals import Arrivals
+from gateway.lifecycle.departures import Departures
+from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
@@ -104,8 +108,13 @@ class Services(Hub):
     previews: Previews
     cluster: Cluster | None
     dead_peers: DeadPeers | None
+    departures: Departures | None  # to other members, and
+    arrivals: Arrivals | None  # from them; None without a cluster of Incus
     tunnels: set[Near]  # websockets of other members' tenants
     draining: bool = False
+
+    def resumed(self, tenant: str, last_event_id: int | None) -> int | None:
+        return self.names.position(tenant, last_event_id, here=False)
 
     def elsewhere(self, tenant: str) -> None:
         peer = None if self.cluster is None else self.cluster.homes.home(tenant)
@@ -230,9 +239,13 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         pressure = None
         if isinstance(runtime, IncusRuntime):
             pressure = await enter(Pressure(runtime, workers.broker, bus, settings))
+        doors = Doors(settings)
+        departures: Departures | None = None
+        arrivals: Arrivals | None = None
         deployments = await enter(
             Deployments(
                 *(runtime, sites, caddy, domains, store, bus, settings),
+                moving=lambda tenant: departures is not None and departures.moving(tenant),
                 use=idle.use,
                 admit=room.admit,
                 spacious=room.spacious,
@@ -255,6 +268,24 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         def verify(raw: str | None) -> tokens.Token:
             return tokens.verify(secret, raw, revocations.__contains__)
 
+        if cluster is not None and shared is not None and isinstance(runtime, IncusRuntime):
+            departures, arrivals = await enter(
+                moving(
+                    *(cluster, shared.placements, runtime, connections, deployments),
+                    store=store,
+                    bus=bus,
+                    records=records,
+                    names=names,
+                    room=room,
+                    capacity=capacity,
+                    doors=doors,
+                    lifecycle=lifecycle,
+                    execs=execs,
+                    workers=workers,
+                    files=files,
+                    settings=settings,
+                )
+            )
         metrics = Metrics(
             lambda: len(connections),
             lambda: execs.running,
@@ -307,6 +338,9 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             previews=Previews(caddy, secret, settings.max_previews),
             cluster=cluster,
             dead_peers=dead_peers,
+            doors=doors,
+            departures=departures,
+            arrivals=arrivals,
             tunnels=tunnels,
             home=None if (here := ready.cluster) is None else {"member": here.own, "url": settings.advertise},
         )

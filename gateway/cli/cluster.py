@@ -45,7 +45,8 @@ def list_members(as_json: Json = False) -> None:
         err.say("this server is in no cluster")
     for row in found:
         mark = "*" if row["own"] else " "
-        out.say(f"{mark} {row['name']:<16} {row['address']:<24} {row['status']:<10} {row['message']}")
+        state = "Drained" if row["drained"] and row["status"] == "Online" else row["status"]
+        out.say(f"{mark} {row['name']:<16} {row['address']:<24} {state:<10} {row['message']}")
 
 
 def remove(

@@ -3,6 +3,6 @@
 `Membership` tells this member and the others; without a cluster there is one, whose name is empty.
 """
 
-from gateway.cluster.member import PREFIX, Member, Membership
+from gateway.cluster.member import DRAINED, PREFIX, Member, Membership
 
-__all__ = ["PREFIX", "Member", "Membership"]
+__all__ = ["DRAINED", "PREFIX", "Member", "Membership"]

@@ -20,6 +20,7 @@ from gateway.cluster.orders import order
 from gateway.cluster.own import Own
 from gateway.cluster.peers import MemberAway, Members, Peer, Peers
 from gateway.cluster.placements import Placements
+from gateway.cluster.room import Room
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from gateway.tasks import begin, lasting
@@ -31,6 +32,8 @@ ASK_SECRET: Final = "secret"  # noqa: S105 - the question's name
 """What a peer is asked for its secret by."""
 TELL_REVOKED: Final = "revoked"
 """What a peer is told of a revoked token by."""
+ASK_ROOM: Final = "room"
+"""What a peer is asked by for the room that it has for new tenants; see `Room`."""
 PUT_RECORDS: Final = "records"
 """What a tenant's records are sent by to a peer, which keeps them; see `Records`."""
 SETTLING: Final = 3.0
@@ -38,6 +41,7 @@ SETTLING: Final = 3.0
 _BINDING: Final = 0.05  # seconds between two attempts, where the process before still has the port
 _FIND: Final = "find"
 _FETCHING: Final = 30.0  # seconds in which peers learn our certificate and give their secret
+_ROOMS: Final = 1.0  # seconds for which the room of members is taken for what it was
 _FETCH: Final = 0.5  # seconds between two attempts
 
 
@@ -51,6 +55,8 @@ class Cluster:
         self._tenants: Own | None = None
         self._settings = settings
         self._server: SecureServer | None = None
+        self._rooms: Mapping[str, Any] = {}
+        self._asked = -math.inf  # when, by the loop's clock
         self.placements: Placements | None = None
         """Chooses a new tenant's home among all gateways; without it each chooses by itself."""
 
@@ -167,6 +173,20 @@ class Cluster:
     async def send_records(self, peer: Peer, text: bytes, patience: float) -> None:
         """Have a peer keep what `Records.export` returned. Raises `OrderRefused` and `MemberAway`."""
         await order(self.peers, peer, f"/peer/put/{PUT_RECORDS}", text, patience)
+
+    async def rooms(self) -> Mapping[str, Room]:
+        """Return the room of each peer that is there and takes new tenants; it may be a moment old."""
+        now = asyncio.get_running_loop().time()
+        if now - self._asked > _ROOMS:
+            found, _ = await self.peers.ask_all(f"/peer/ask/{ASK_ROOM}", {})
+            self._rooms, self._asked = found, now
+        there = [one for one in self.peers.all.values() if one.told.is_set() and not one.drained]
+        return {peer.name: Room.parse(self._rooms.get(peer.name), peer.tenants.values()) for peer in there}
+
+    def instance_of(self, tenant: str) -> str | None:
+        """Return the instance that another member has under a name, None if none is known to."""
+        peer = self.homes.home(tenant)
+        return None if peer is None else peer.tenants[tenant].instance
 
     def alive(self, member: str) -> bool:
         """Return whether a member's gateway is there."""

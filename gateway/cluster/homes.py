@@ -27,6 +27,7 @@ class Homes:
         self._store = store
         self._dirty: set[str] = set()
         self._changed = asyncio.Event()
+        self._told = asyncio.Event()
 
     async def recall(self) -> None:
         """Begin with what an earlier process knew of those that have not told it to this one."""
@@ -44,6 +45,12 @@ class Homes:
         """Take notice that a peer's tenants are others now."""
         self._dirty.add(peer.name)
         self._changed.set()
+        self._told.set()
+        self._told = asyncio.Event()
+
+    async def next(self) -> None:
+        """Wait until a peer tells of its tenants again."""
+        await self._told.wait()
 
     async def write(self) -> None:
         """Write what is to survive this process, forever."""

@@ -12,6 +12,9 @@ from gateway.incus import Incus, IncusError, member_of
 PREFIX: Final = "user.gateway."
 """What the keys begin with that a gateway publishes as its member's configuration."""
 
+DRAINED: Final = f"{PREFIX}drained"
+"""Set on a member that gets no new tenants, since it is to be empty."""
+
 _MEMBERS: Final = "/1.0/cluster/members"
 _TRIES: Final = 5  # of a change that another one came before
 
@@ -28,6 +31,11 @@ class Member:
     address: str = ""
     status: str = "Online"
     config: Mapping[str, str] = field(default_factory=dict)  # its keys that begin with PREFIX
+
+    @property
+    def drained(self) -> bool:
+        """Return whether it gets no new tenants."""
+        return self.config.get(DRAINED) == "true"
 
     @property
     def host(self) -> str:

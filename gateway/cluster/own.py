@@ -13,6 +13,10 @@ from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
 
+PROTOCOL: Final = 2
+"""Of what gateways say to one another. A gateway passes over what a higher one says besides, and expects of a
+lower one what that knows: 1 tells tenants and answers questions, 2 takes orders, such as moves.
+"""
 BEAT: Final = 1.0
 """Seconds after which something is told in any case, so that silence means something."""
 _TOGETHER: Final = 0.02  # seconds in which changes are taken together
@@ -68,7 +72,7 @@ class Own:
         `wake` has the next line come at once.
         """
         told: Mapping[str, Known] = {}
-        yield {**self._facts, "v": 1}
+        yield {"v": PROTOCOL, **self._facts}
         self._followers.add(wake)
         try:
             last: dict[str, Any] = {"whole": True}

@@ -82,6 +82,7 @@ class Peer:
         self.told = asyncio.Event()  # all its tenants, by the connection that is open now
         self.facts: Mapping[str, Any] = {}  # of its gateway
         self.tls: ssl.SSLContext | None = None
+        self.drained = False  # it gets no new tenants
         self.cut: set[Callable[[], None]] = set()
         """Called once it has been away for a while: what depends on it ends then."""
         self.gone: Callable[[], None] = lambda: None
@@ -95,6 +96,12 @@ class Peer:
     def alive(self) -> bool:
         """Whether something came of it in the last `AWAY` seconds."""
         return self._heard is not None
+
+    @property
+    def version(self) -> int:
+        """Of the protocol that its gateway speaks, see `own.PROTOCOL`; 1 where it does not say."""
+        version = self.facts.get("v")
+        return version if isinstance(version, int) else 1
 
     @property
     def url(self) -> str:
@@ -155,6 +162,8 @@ class Peers:
         self.own = own
         self.host: str | None = None
         """Where our own member is reached, once that is known."""
+        self.drained = False
+        """Whether our own member gets no new tenants."""
         self.all: dict[str, Peer] = {}
         self.accepting = identity.accepting()
         self.changed: Callable[[Peer], None] = lambda _: None
@@ -246,6 +255,7 @@ class Peers:
         """Follow the members that there are now, where they are now."""
         found = {member.name: member for member in members if member.name != self.own}
         self.host = next((member.host for member in members if member.name == self.own), None)
+        self.drained = any(member.drained for member in members if member.name == self.own)
         for name in self.all.keys() - found.keys():
             log.info("%s is no member any more", name)
             if name in self._following:
@@ -256,7 +266,7 @@ class Peers:
             self.changed(peer)
         for name, member in found.items():
             peer = self.all.get(name) or self.all.setdefault(name, Peer(name))
-            peer.gone = self._gone
+            peer.gone, peer.drained = self._gone, member.drained
             if peer.incus != member.address:
                 peer.incus = member.address
                 if not peer.alive:

@@ -20,6 +20,7 @@ _MOST: Final = 2000  # names that are chosen for and have not expired
 _SWEPT: Final = 20  # expired ones that are removed with each choice
 _TRIES: Final = 10
 _RETRY_AFTER: Final = 60
+_MOVING: Final = 30 * 86_400.0  # seconds that a move's decision stands, for homes that are away meanwhile
 
 
 class Placements:
@@ -59,6 +60,33 @@ class Placements:
                 return wish
         raise Unavailable(f"others choose a home for {tenant} all the time; ask again", reason="contended")
 
+    async def move(self, tenant: str, member: str, move: str) -> None:
+        """Decide that a tenant's home is another member from now on. Idempotent.
+
+        Raises `Unavailable`: then `decided` tells whether it was, once the cluster can say.
+        """
+        key = _KIND + tenant
+        for _ in range(_TRIES):
+            found = await self._keys.get(key)
+            if _move(found) == (member, move):
+                return
+            value = orjson.dumps([member, round(time.time() + _MOVING), move]).decode()
+            if await self._keys.swap(key, found, value):
+                return
+        raise Unavailable(f"others choose a home for {tenant} all the time; ask again", reason="contended")
+
+    async def decided(self, tenant: str, move: str) -> bool:
+        """Return whether a move was decided. Raises `Unavailable` if the cluster cannot say."""
+        return _move(await self._keys.get(_KIND + tenant))[1] == move
+
+    async def settle(self, tenant: str, member: str, move: str) -> None:
+        """Let a move's decision go like any other, once all have seen where the tenant is."""
+        key = _KIND + tenant
+        found = await self._keys.get(key)
+        if _move(found) == (member, move):
+            value = orjson.dumps([member, round(time.time() + self._kept)]).decode()
+            await self._keys.swap(key, found, value)
+
     async def forget(self, tenant: str, member: str) -> None:
         """Take back a choice of this member, which could not make the tenant and has done nothing of it."""
         key = _KIND + tenant
@@ -70,7 +98,16 @@ class Placements:
 def _parsed(value: str | None) -> tuple[str, float]:
     """Return member and end of a choice; none, or one that somebody spoilt, has ended."""
     try:
-        member, until = orjson.loads(value or "")
+        member, until, *_ = orjson.loads(value or "")
         return str(member), float(until)
     except (ValueError, TypeError):
         return "", 0.0
+
+
+def _move(value: str | None) -> tuple[str, str]:
+    """Return the member and the move that decided for it; none for a choice of another kind."""
+    try:
+        member, _, move = orjson.loads(value or "")
+        return str(member), str(move)
+    except (ValueError, TypeError):
+        return "", ""

@@ -40,7 +40,7 @@ TABLES: Final[Mapping[str, Sequence[str]]] = {
 }
 """What travels, without the column `tenant`."""
 
-STAYS: Final = frozenset({"events", "names", "domains", "arrivals"})
+STAYS: Final = frozenset({"events", "names", "domains", "arrivals", "moves"})
 """Tables with a column `tenant` that do not travel."""
 
 # what a new home may have of an earlier tenant of that name, or of an earlier stay; the rest is history

@@ -67,6 +67,7 @@ class Deployments:
         unwell: Callable[[str, int, str, str], None] | None = None,
         pressed: Callable[[str], float] | None = None,
         remote: RemoteSites | None = None,
+        moving: Callable[[str], bool] | None = None,
     ) -> None:
         """`use` keeps a tenant awake while its context is open; `ended` returns when a name was last freed.
 
@@ -74,9 +75,10 @@ class Deployments:
         `admit` refuses if there is no room for another tenant, `spacious` if room would have to be made
         first, `promise` if this host lacks the memory. `pressed` returns for how many seconds a tenant has
         been short of memory. Without `workers` updates remove no files. In a cluster `remote` tells
-        where other members' sites are.
+        where other members' sites are, and `moving` which tenants are about to go there.
         """
         self._ended = ended or (lambda tenant: 0.0)
+        self._moving = moving or (lambda tenant: False)
         self._caddy, self._domains, self._sites, self._runtime = caddy, domains, sites, runtime
         self._bus, self._settings = bus, settings
         self._register = Register(store, domains, settings)
@@ -203,8 +205,17 @@ class Deployments:
         running.task.add_done_callback(lambda _: self._turns.leave(owner, size))
         return fresh, True
 
+    def deploying(self, tenant: str) -> bool:
+        """Return whether a deployment of the tenant is under way."""
+        return any(one.record.tenant == tenant for one in self._register.running.values())
+
     def _check_alone(self, tenant: str, domain: str, token: Token) -> None:
-        """Raise `Conflict` if another deployment of the tenant or the domain is under way."""
+        """Raise `Conflict` if another deployment of the tenant or the domain is under way, or a move."""
+        if self._moving(tenant):
+            raise Conflict(
+                f"tenant {tenant} is being moved to another server; deploy again once it is there",
+                reason="moving",
+            )
         holder = self._domains.holder(domain)
         for other in self._register.running.values():
             if other.record.over:  # only not stored yet: whoever has seen its end may begin the next one

@@ -1,6 +1,7 @@
 """Where a stream stands in the journal of each member, as the one id by which a client resumes it.
 
-Without a cluster, and for what has one home, that is a number; else it is text such as `m1:17,m2:4`.
+Without a cluster that is a number; else it is text such as `m1:17,m2:4`, also for a stream of one tenant,
+which may move to another member.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def after(last_event_id: str | int | None, member: str = "") -> int | None:
         return 0
 
 
+def is_plain(last_event_id: str | int) -> bool:
+    """Return whether an id names no member: a number alone, which several journals may have."""
+    return isinstance(last_event_id, int) or vector(last_event_id) is None
+
+
 def vector(last_event_id: str) -> Mapping[str, int] | None:
     """Return the position in each member's journal; None for what is no id of a stream over several."""
     if ":" not in last_event_id or len(last_event_id) > _TEXT:
@@ -43,6 +49,11 @@ def vector(last_event_id: str) -> Mapping[str, int] | None:
     except ValueError:
         return None
     return None if "" in found else found
+
+
+def of(number: int, member: str) -> str:
+    """Return the id of a position in one journal; `member` is empty without a cluster."""
+    return text({member: number}) if member else str(number)
 
 
 def text(positions: Mapping[str, int]) -> str:

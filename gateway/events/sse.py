@@ -17,7 +17,7 @@ from gateway.settings import Settings
 # LF only: the simplest parsers look for "\n\n"
 _SEPARATOR: Final = "\n"
 _BODY: Final = b"event: %s\ndata: %s\n\n"
-_SENT: Final = b"id: %d\n" + _BODY
+_SENT: Final = b"id: %s\n" + _BODY
 
 
 class Streaming(EventSourceResponse):
@@ -56,19 +56,18 @@ class Streaming(EventSourceResponse):
             self.close()
 
 
-def response(
-    bus: Bus, filter: Filter, last_event_id: str | int | None, settings: Settings, member: str = ""
-) -> Streaming:
+def response(bus: Bus, filter: Filter, after: int | None, settings: Settings, member: str = "") -> Streaming:
     """Return an endless response with the events of the bus that match `filter`.
 
-    `last_event_id` is the text of the header or query, `member` this gateway's own in a cluster. The
-    subscription starts before the headers are sent, and ends when the client leaves or when it or the bus is
-    closed. A client that does not read costs nothing but a position in the journal.
+    It begins after the position `after` in this gateway's journal, None for now. `member` is this gateway's
+    own in a cluster, and then part of each id. The subscription starts before the headers are sent, and ends
+    when the client leaves or when it or the bus is closed. A client that does not read costs nothing but a
+    position in the journal.
     """
-    after = positions.after(last_event_id, member)
     subscription = bus.subscribe(filter, after)
-    last_id = str(subscription.last_id)
-    return Streaming(_stream(subscription), subscription.close, last_id, settings, resumed=after is not None)
+    last_id = positions.of(subscription.last_id, member)
+    parts = _stream(subscription, member)
+    return Streaming(parts, subscription.close, last_id, settings, resumed=after is not None)
 
 
 async def _announced(last_id: str, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -79,15 +78,15 @@ async def _announced(last_id: str, parts: AsyncIterator[bytes]) -> AsyncIterator
         yield part
 
 
-async def _stream(subscription: Subscription) -> AsyncIterator[bytes]:
+async def _stream(subscription: Subscription, member: str) -> AsyncIterator[bytes]:
     # several at once: in a burst, separate sends would cost more than everything else
     while events := await subscription.batch():
-        yield b"".join(map(sent, events))
+        yield b"".join(sent(event, member) for event in events)
 
 
-def sent(event: Event) -> bytes:
+def sent(event: Event, member: str = "") -> bytes:
     """Format an event for SSE: id, type, and CloudEvents JSON on one data line."""
-    return _SENT % (event.id, event.type.encode(), event.encoded)
+    return _SENT % (positions.of(event.id, member).encode(), event.type.encode(), event.encoded)
 
 
 def body(event: Event) -> bytes:
@@ -98,7 +97,8 @@ def body(event: Event) -> bytes:
 def parsed(block: bytes) -> tuple[int, bytes] | None:
     """Return the id and the `body` of what `sent` formats, without its last line end; None for other lines.
 
-    Raises `ValueError` if the id is not a number.
+    The id may have the member's name before it. Raises `ValueError` if it is not a number.
     """
     head, _, rest = block.partition(b"\n")
-    return (int(head[4:]), rest + b"\n\n") if rest and head.startswith(b"id: ") else None
+    number = head[4:].rpartition(b":")[2]
+    return (int(number), rest + b"\n\n") if rest and head.startswith(b"id: ") else None

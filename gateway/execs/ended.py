@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gateway.errors import Unavailable
@@ -18,7 +18,8 @@ Reason = Literal["exited", "cancelled", "timeout", "lost"]
 class Ended:
     """How a command ended. `code` and `signal` are None if the wait status is unknown.
 
-    `left` counts the processes of its tree that were still running; None if unknown.
+    `left` counts the processes of its tree that were still running; None if unknown. `cause` says why it was
+    lost, if the gateway itself did that: `moved`.
     """
 
     reason: Reason
@@ -27,6 +28,7 @@ class Ended:
     duration_ms: int
     offsets: Mapping[str, int]
     left: int | None = None
+    cause: str | None = None
 
     def on_wire(self, exec_id: str) -> dict[str, Any]:
         return {
@@ -37,13 +39,15 @@ class Ended:
             "durationMs": self.duration_ms,
             "offsets": dict(self.offsets),
             "left": self.left,
+            **({} if self.cause is None else {"cause": self.cause}),
         }
 
 
 def ended_of(told: Mapping[str, Any]) -> Ended:
     """Parse the output of `Ended.on_wire`."""
     code, signal, left = told.get("exitCode"), told.get("signal"), told.get("left")
-    return Ended(told["reason"], code, signal, told["durationMs"], told["offsets"], left)
+    ended = Ended(told["reason"], code, signal, told["durationMs"], told["offsets"], left)
+    return replace(ended, cause=told.get("cause"))
 
 
 class Past:

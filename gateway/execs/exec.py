@@ -62,6 +62,7 @@ class Exec:
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
+        self._cause: str | None = None
         self.keeping: asyncio.TimerHandle | None = None  # the registry's timer, once the command has ended
         self._began = time.monotonic()
         self.stdin_window = stdin_buffer
@@ -123,7 +124,10 @@ class Exec:
         duration = int((time.monotonic() - self._began) * 1000)
         if self.tree.late and code is not None and signal not in ("TERM", "KILL"):
             self._reason = "exited"
-        self.over = Ended(self._reason, code, signal, duration, self.streams.offsets, left)
+        cause = self._cause if self._reason == "lost" else None
+        if cause is not None:  # a status that only this kill made
+            code = signal = None
+        self.over = Ended(self._reason, code, signal, duration, self.streams.offsets, left, cause)
         self._finished = True
         if self._holding is not None:
             self._holding.end(self._facts(self.over))
@@ -168,6 +172,11 @@ class Exec:
             self._reason = reason
             self.note(ending=True)
         return began
+
+    def lose(self, cause: str) -> None:
+        """Kill a running command, whose exit nobody is told: its tenant goes away."""
+        self._cause = cause
+        self.end("lost", 0)
 
     async def describe(self) -> dict[str, Any]:
         """Return the command's entry in `exec/list`."""

@@ -334,6 +334,14 @@ class Execs:
         self._bus.publish("exec.cancelled", exec_.tenant, {**data, "survivors": killed.survivors})
         return killed
 
+    async def lose(self, tenant: str, cause: str, seconds: float) -> None:
+        """End all of a tenant's commands as lost, and wait a while for their ends to be recorded."""
+        running = [exec_ for exec_ in self.list(tenant) if not exec_.ended.done()]
+        for exec_ in running:
+            exec_.lose(cause)
+        if running:
+            await asyncio.wait([exec_.ended for exec_ in running], timeout=seconds)
+
     async def leave(self) -> None:
         """Hand the held commands to the next gateway process untouched."""
         left = {exec_.id for execs in self._execs.values() for exec_ in execs.values() if exec_.leave()}

@@ -8,7 +8,7 @@ from ipaddress import AddressValueError, IPv4Address
 from typing import Any, Final
 
 from gateway import incus as api
-from gateway.cluster import PREFIX, Membership
+from gateway.cluster import DRAINED, PREFIX, Membership
 from gateway.host import HostError
 from gateway.host.incus import Incus
 from gateway.incus import member_of
@@ -108,6 +108,9 @@ def problems(incus: Incus, settings: Settings) -> tuple[list[str], list[str]]:
     for member in there:
         if member["status"] != "Online":
             wrong.append(f"{member['server_name']} is {member['status']}: {member.get('message', '')}")
+        if (member.get("config") or {}).get(DRAINED) == "true":
+            name = member["server_name"]
+            better.append(f"{name} is drained and gets no tenants; run: incus-gateway cluster restore {name}")
     living = [member["server_name"] for member in there if member["status"] == "Online"]
     versions = dict[str, list[str]]()
     for name in living:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gateway.cluster import DRAINED
 from gateway.host import HostError, Report, cluster, run
 from gateway.host.caddy_service import in_use
 from gateway.host.daemon import INCUSD, Daemon
@@ -126,7 +127,7 @@ def join(settings: Settings, text: str, report: Report) -> None:
 
 
 def rows(settings: Settings) -> list[Mapping[str, Any]]:
-    """Return the members as `{name, address, status, message, roles, own}`; none without a cluster."""
+    """Return the members as `{name, address, status, message, roles, own, drained}`, if there are any."""
     incus = Incus(settings.incus_socket)
     own = member_of(incus.get())
     return [
@@ -137,9 +138,22 @@ def rows(settings: Settings) -> list[Mapping[str, Any]]:
             "message": member.get("message", ""),
             "roles": member.get("roles") or [],
             "own": member["server_name"] == own,
+            "drained": (member.get("config") or {}).get(DRAINED) == "true",
         }
         for member in cluster.members(incus)
     ]
+
+
+def set_drained(settings: Settings, name: str, drained: bool) -> None:
+    """Have a member get no new tenants, or get them again. Raises `HostError`."""
+    incus = Incus(settings.incus_socket)
+    if not member_of(incus.get()):
+        raise HostError("this server is in no cluster")
+    found = incus.get("cluster", "members", name)
+    # all of it: to PATCH, too, a role or group that is left out is one taken away
+    kept = {key: found[key] for key in ("roles", "failure_domain", "description", "groups")}
+    config = {**found["config"], DRAINED: "true" if drained else ""}
+    incus.patch("cluster", "members", name, json={**kept, "config": config})
 
 
 def remove(settings: Settings, name: str, *, force: bool) -> None:

@@ -75,6 +75,16 @@ class Capacity:
         finally:
             del self._held[mine]
 
+    async def takes(self, tenants: Sequence[Tenant]) -> int | None:
+        """Return how many more tenants of the usual size the host has memory for; None without limits."""
+        if self._settings.runtime != "incus":
+            return None
+        host = await asyncio.to_thread(self._memory)
+        left = host.available - int(self._settings.memory_reserve * host.total)
+        if most := self._settings.overcommit * host.total:
+            left = min(left, int(most) - sum(promised(tenants, host.total, self._settings).values()))
+        return max(0, left) // max(1, limit_of(None, host.total, self._settings))
+
     async def _decide(self, tenant: str, memory: str | None) -> int:
         """Return the bytes to promise to the tenant."""
         host, found = self._memory(), {one.name: one for one in await self._runtime.list()}

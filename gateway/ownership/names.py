@@ -59,6 +59,8 @@ class Names:
         self._kept = settings.events_kept + settings.deployments_kept
         self._holders: dict[str, _Holder] = {}  # those without an instance in the order in which they ended
         self._changed = asyncio.Event()
+        self.moving: set[str] = set()
+        """Names that no instance may have for a moment, and that are no less their owners'."""
         self.elsewhere: Callable[[str], str | None] = lambda name: None
         """Returns the instance that another member has under a name, None if that is not known."""
 
@@ -172,7 +174,7 @@ class Names:
         """Return the ends and beginnings that nothing told of, and take note of tenants that are new here."""
         now = {tenant.name: tenant for tenant in await _listed(runtime)}
         missed = list[TenantEvent]()
-        for name in [name for name in self._holders if self.holder(name)]:
+        for name in [name for name in self._holders if self.holder(name) and name not in self.moving]:
             # a list may leave out one that is just changing
             try:
                 there = now.get(name) or await runtime.get(name)

@@ -22,8 +22,8 @@ class ClusterSettings(BaseModel):
     )
     placement: Literal["spread", "local"] = Field(
         "spread",
-        description="member that gets a new tenant: the one with fewest that run (`spread`), or the one that "
-        "is asked (`local`)",
+        description="member that gets a new tenant: the one with the smallest share of its memory in use "
+        "(`spread`), or the one that is asked (`local`)",
     )
     local_member: Path | None = Field(
         None,
@@ -49,4 +49,23 @@ class ClusterSettings(BaseModel):
         gt=0,
         description="bytes that are read ahead of each other member's events, for one stream of the events "
         "of all members",
+    )
+    # moves of tenants
+    moves_at_once: int = Field(2, gt=0, description="number of tenants that leave this member at a time")
+    move_patience: float = Field(
+        30.0,
+        gt=0,
+        description="seconds that a call waits for its tenant, which is about to run on another member",
+    )
+    move_waiting: int = Field(
+        200, gt=0, description="maximum number of calls and connections that wait so for one tenant"
+    )
+    move_calls: float = Field(
+        1.0,
+        ge=0,
+        description="seconds in which calls that are under way may end before their tenant is stopped to "
+        "be moved",
+    )
+    move_copy_timeout: float = Field(
+        3600.0, gt=0, description="seconds that the copy of a tenant's disk to another member may take"
     )

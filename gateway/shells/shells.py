@@ -225,8 +225,9 @@ class Shells:
         notes = tuple(started.record.notes)
         ended = started.ended
         if ended is None or ended.code is None:
+            why = {} if ended is None or ended.cause is None else {"reason": ended.cause}
             raise Unavailable(
-                "the command's exit was lost: the tenant or Incus went away", exec=started.exec_id
+                "the command's exit was lost: the tenant or Incus went away", exec=started.exec_id, **why
             )
         if ended.code == 0 and started.report:
             notes += self._moved_to(root, session, started.report)

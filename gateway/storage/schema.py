@@ -117,8 +117,13 @@ MIGRATIONS: Final = (
     """
     CREATE TABLE arrivals (tenant TEXT PRIMARY KEY, id TEXT NOT NULL, text BLOB, adopted TEXT) STRICT;
     """,
-    # of names, where a tenant came from or went to
+    # the last move of each tenant from here or to here; and of names, where a tenant came from or went to
     """
+    CREATE TABLE moves (
+        tenant TEXT PRIMARY KEY,
+        id TEXT NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
     ALTER TABLE names ADD COLUMN arrived INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE names ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
     """,

@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway.events import Bus, Filter, StoredJournal, sse
+from gateway.events import Bus, Filter, StoredJournal, positions, sse
 from gateway.settings import Settings
 from gateway.storage.store import Store
 
@@ -58,7 +58,9 @@ def serve(listening: socket.socket, folder: Path) -> None:
             bus = Bus(journal)
 
             async def events(request: Request) -> Response:
-                return sse.response(bus, Filter(), request.query_params.get("lastEventId"), settings)
+                return sse.response(
+                    bus, Filter(), positions.after(request.query_params.get("lastEventId")), settings
+                )
 
             async def burst(request: Request) -> Response:
                 count, began = int(request.query_params["count"]), time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Final
@@ -49,6 +50,15 @@ def gateway(of: Settings) -> GatewayProcess:
     return GatewayProcess(of, Place(of.state_dir), None, command, variables)
 
 
+def command(*words: str) -> int:
+    """Run the command line, as an operator of this member would."""
+    of = settings()
+    variables = {**os.environ, **environment.variables(of), "GATEWAY_STATE_DIR": str(of.state_dir)}
+    variables |= {"GATEWAY_SECRET": SECRET, "GATEWAY_LISTEN": f"127.0.0.1:{of.listen.rpartition(':')[2]}"}
+    program = Path(sys.executable).with_name("incus-gateway")
+    return subprocess.run([program, *words], env=variables, check=False).returncode
+
+
 def main(words: list[str]) -> int:
     """Do one action; those of the gateway's own commands are what these call."""
     try:
@@ -66,6 +76,10 @@ def main(words: list[str]) -> int:
                 forming.join(settings(), os.environ["TEST_TOKEN"], print)
             case ["recover"]:
                 forming.recover(settings(), print)
+            case [("drain" | "restore") as action]:
+                return command("cluster", action, os.environ["TEST_NAME"])
+            case ["members"]:
+                return command("cluster", "list")
             case ["setup"]:
                 setup(settings(), print)
             case ["doctor"]:

@@ -77,6 +77,7 @@ def test_an_empty_server_joins_by_one_command_and_is_removed_when_it_is_lost(
         "message": "Fully operational",
         "roles": listed(first)[fourth.name]["roles"],
         "own": True,
+        "drained": False,
     }
     again = quickstart(fourth)  # as after a change of settings
     assert f"on the member {fourth.name} of the cluster" in again

@@ -12,6 +12,8 @@ from gateway.api.clustered import relaying
 from gateway.auth.tokens import Token
 from gateway.cluster.listener import FROM
 from gateway.errors import Unavailable
+from gateway.lifecycle.doors import Doors
+from gateway.settings import Settings
 
 TOKEN = Token("who", frozenset({"shop"}), frozenset({"exec"}), int(time.time()) + 60, "id")
 
@@ -33,6 +35,7 @@ def services() -> Any:
         settings=SimpleNamespace(origins=(), domain=None),
         verify=lambda raw: TOKEN,
         draining=False,
+        doors=Doors(Settings()),
     )
 
 

@@ -25,7 +25,7 @@ class Exchange:
         self.bus = bus
         self.sent: asyncio.Queue[Message] = asyncio.Queue()
         self._gone = asyncio.Event()
-        app = response(bus, Filter(), last, settings)
+        app = response(bus, Filter(), positions.after(last), settings)
         scope: dict[str, Any] = {"type": "http", "method": method, "headers": []}
         self.task = asyncio.ensure_future(app(scope, self._receive, self.sent.put))
 

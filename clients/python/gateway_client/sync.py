@@ -284,6 +284,8 @@ class Tenant(_Facade[tenant.Tenant]):
     restart = _waits(tenant.Tenant.restart)
     rename = _waits(tenant.Tenant.rename)
     resize = _waits(tenant.Tenant.resize)
+    move = _waits(tenant.Tenant.move)
+    last_move = _waits(tenant.Tenant.last_move)
     snapshots = _waits(tenant.Tenant.snapshots)
     snapshot = _waits(tenant.Tenant.snapshot)
     restore = _waits(tenant.Tenant.restore)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from gateway_client.errors import NotFound, Unavailable
 from gateway_client.http_client import HttpClient
+
+_LOOK: Final = 0.25  # seconds between two looks at a move
 
 
 class TenantLifecycle:
@@ -50,6 +55,29 @@ class TenantLifecycle:
         Raises `Conflict` if it uses more disk or memory than that size has.
         """
         answer: Mapping[str, Any] = await self._http.json("PATCH", self._path, {"size": size})
+        return answer
+
+    async def move(self, member: str | None = None, *, drained: bool = False) -> Mapping[str, Any]:
+        """Move the tenant to another server of the cluster and return once it runs there.
+
+        `member` names the server, by default the one with most room; `drained` remembers the one that it
+        leaves. Meanwhile calls wait for some seconds, and running commands end. For operators. Raises
+        `Unavailable` with the reason if the tenant stays where it is.
+        """
+        body = {"drained": drained} if member is None else {"member": member, "drained": drained}
+        begun: Mapping[str, Any] = await self._http.json("POST", f"{self._path}/move", body)
+        last = begun
+        while last["id"] != begun["id"] or last["state"] not in ("moved", "failed"):
+            await asyncio.sleep(_LOOK)
+            with contextlib.suppress(Unavailable, NotFound):  # it may be on its way right now
+                last = await self.last_move()
+        if last["state"] == "failed":
+            raise Unavailable(last["error"]["message"], reason=last["error"].get("reason"))
+        return last
+
+    async def last_move(self) -> Mapping[str, Any]:
+        """Return the move that is under way, or the last one. Raises `NotFound` if there was none."""
+        answer: Mapping[str, Any] = await self._http.json("GET", f"{self._path}/move")
         return answer
 
     async def delete(self) -> None:

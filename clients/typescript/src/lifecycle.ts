@@ -9,6 +9,7 @@ import type {
   DeploymentHistory,
   DeploymentStarted,
   Listening,
+  Move,
   SiteAnswer,
   SnapshotInfo,
   TenantInfo,
@@ -100,6 +101,19 @@ export abstract class Lifecycle<Twin> extends Tools {
   /** Changes the tenant's limits to those of another size while it runs. */
   resize(size: TenantSize, signal?: AbortSignal): Promise<TenantInfo> {
     return this.http.json("PATCH", this.path(), { size }, { signal });
+  }
+
+  /**
+   * Begins to move the tenant to another server of the cluster, by default the one with most room. For operators.
+   * `lastMove` says how far it is. Calls wait for some seconds meanwhile, and running commands end.
+   */
+  move(member?: string, signal?: AbortSignal): Promise<Move> {
+    return this.http.json("POST", this.path("/move"), { member }, { signal });
+  }
+
+  /** Returns the move that is under way, or the last one; throws `not_found` if there was none. */
+  lastMove(signal?: AbortSignal): Promise<Move> {
+    return this.http.json("GET", this.path("/move"), undefined, { signal });
   }
 
   /** Makes another tenant of this one's disk, or of a snapshot of it; it has no domain yet. */

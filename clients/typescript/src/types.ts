@@ -54,6 +54,29 @@ export interface TenantInfo {
   readonly usage?: Usage | null;
 }
 
+/** A move of a tenant to another server. Times are in seconds since the epoch. */
+export interface Move {
+  readonly id: string;
+  readonly tenant: string;
+  readonly from: string;
+  readonly to: string;
+  readonly state:
+    | "waiting"
+    | "copying"
+    | "switching"
+    | "decided"
+    | "arrived"
+    | "undoing"
+    | "moved"
+    | "failed";
+  readonly began: number;
+  readonly ended: number | null;
+  /** How long calls waited. */
+  readonly gap_ms: number | null;
+  readonly error: Facts | null;
+  readonly drained: boolean;
+}
+
 export interface SiteAnswer {
   /** Whether it answers with less than 500; null if there is no site or it sleeps. */
   readonly answers: boolean | null;

@@ -131,6 +131,8 @@ class Connection:
         size, lease = arrived.size, arrived.lease
         lease.hold(size - lease.size if lease.size else 0)
         match event:
+            case protocol.Request() if self._hub.doors.closed(self._peer.tenant):
+                pass  # unanswered: the connection is about to be closed, and the call is made at the new home
             case protocol.Request():
                 await self._requests.start(event, size, lease)
                 return

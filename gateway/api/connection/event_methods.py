@@ -55,11 +55,10 @@ class EventMethods(Family):
                 limit=most,
                 retry_after=RETRY_AFTER,
             )
+        after = self._hub.resumed(self._tenant, params.last_event_id)
         only = frozenset({self._tenant})
         types = None if params.types is None else tuple(params.types)
-        subscription = self._hub.bus.subscribe(
-            Filter(only, only, None, types, since=token.issued), params.last_event_id
-        )
+        subscription = self._hub.bus.subscribe(Filter(only, only, None, types, since=token.issued), after)
         self._last += 1
         number = self._last
         self._subscriptions[number] = subscription

@@ -26,6 +26,7 @@ from gateway.events import Bus, Subscription
 from gateway.execs import Execs
 from gateway.files.files import Files
 from gateway.history import History
+from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.limits.budget import Budget, Places
 from gateway.protocol import CloseCode
@@ -63,8 +64,13 @@ class Hub:
     verify: Callable[[str | None], Token]
     grants: Grants
     connections: set[Peer] = field(default_factory=set)
+    doors: Doors = field(kw_only=True)
     home: Mapping[str, Any] | None = None
     """Of a cluster's member: what `initialize` tells of it."""
+
+    def resumed(self, tenant: str, last_event_id: int | None) -> int | None:
+        """Return where in our journal a client goes on with a tenant's events."""
+        return last_event_id
 
     def elsewhere(self, tenant: str) -> None:
         """Raise `Unavailable` if another member of the cluster has a tenant that this one does not have."""

@@ -69,6 +69,12 @@ class Requests:
 
     async def _serve(self, request: protocol.Request, key: object, running: _Running, lease: Lease) -> None:
         """Serve the request and answer it. `lease` counts its bytes, and then those of the answer."""
+        with self._peer.hub.doors.inside(self._peer.tenant):
+            await self._serve_inside(request, key, running, lease)
+
+    async def _serve_inside(
+        self, request: protocol.Request, key: object, running: _Running, lease: Lease
+    ) -> None:
         running.started = True
         request_id, method = request.id, self._methods[request.method]
         most = method.most(request.params)

@@ -18,7 +18,7 @@ from gateway.api.services import services
 from gateway.auth.tokens import Token
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.listener import FROM
-from gateway.cluster.relay import client_of
+from gateway.cluster.relay import PART, client_of
 from gateway.cluster.standing import Standing
 from gateway.events import Filter, positions, sse
 
@@ -35,9 +35,24 @@ async def stream(request: Request) -> Response:
         answer = await _merged(request, gateway.cluster, filter, last)
     else:
         member = "" if gateway.cluster is None else gateway.cluster.own
-        answer = sse.response(gateway.bus, filter, last, gateway.settings, member)
+        after = positions.after(last, member)
+        if (tenant := _of_one(request, token)) is not None:
+            here = last is None or not positions.is_plain(last)
+            after = gateway.names.position(tenant, after, here=here)
+        answer = sse.response(gateway.bus, filter, after, gateway.settings, member)
+        if tenant is not None:
+            request.scope[USES].enter_context(gateway.doors.stream(tenant, answer.close))
     end_with(request, token, answer.close)
     return answer
+
+
+def _of_one(request: Request, token: Token) -> str | None:
+    """Return the tenant that the events are about, None if there may be several."""
+    asked = Asked.of(request.scope)
+    if asked is None or PART in request.headers:
+        return None
+    asked = asked.by(token)
+    return asked.name if asked.kind == "tenant" else None
 
 
 async def _of_several(request: Request, token: Token) -> bool:

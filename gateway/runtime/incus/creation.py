@@ -90,9 +90,11 @@ class Creation:
         start: bool,
         identity: str = "",
         profiles: Sequence[str] = (),
+        patience: float | None = None,
     ) -> None:
         """Create an instance with its own address. Raises `Conflict` if the name is taken.
 
+        `patience` is in seconds, for a large disk that comes from another member.
         A cancel does not interrupt the creation, so that the undo finds the instance.
         """
         identity = identity or str(uuid4())
@@ -110,7 +112,7 @@ class Creation:
                 }
                 with translated(name):
                     try:
-                        await self.operate("POST", "/1.0/instances", body)
+                        await self.operate("POST", "/1.0/instances", body, patience)
                         return
                     except IncusError as error:
                         # another gateway took the address in the meantime
@@ -309,9 +311,16 @@ class Creation:
         with translated(""):
             return await self._incus.profile(self._settings.profile)
 
-    async def operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
+    async def operate(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        patience: float | None = None,
+    ) -> None:
         """Run an operation to its end even if cancelled, so that nothing happens after an undo."""
-        await whole(self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout))
+        timeout = self._settings.lifecycle_timeout if patience is None else patience
+        await whole(self._incus.operate(method, path, body, timeout=timeout))
 
     async def remove_device(self, name: str, device: str) -> None:
         """Remove a device from an instance's own configuration and change nothing else. Idempotent."""

@@ -15,6 +15,9 @@ from gateway.runtime.incus.errors import translated
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
 
+OURS: Final = "_gateway-"
+"""What the names of the gateway's own snapshots begin with, as no user's does: neither shown nor counted."""
+
 # identifies a machine: two with the same id would get the same address
 _MACHINE_ID: Final = "/etc/machine-id"
 
@@ -39,7 +42,8 @@ class Disks:
     async def snapshots(self, name: str) -> Sequence[Snapshot]:
         with translated(name):
             found = await self._incus.get(instance_path(name, "snapshots"), recursion="1")
-        return sorted(map(_snapshot, found), key=lambda snapshot: snapshot.created or "")
+        kept = [one for one in map(_snapshot, found) if not one.name.startswith(OURS)]
+        return sorted(kept, key=lambda snapshot: snapshot.created or "")
 
     async def snapshot(self, name: str, snapshot: str) -> Snapshot:
         if any(kept.name == snapshot for kept in await self.snapshots(name)):

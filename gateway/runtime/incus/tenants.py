@@ -39,6 +39,7 @@ from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation, identity_of
 from gateway.runtime.incus.disks import Disks
 from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.moves import Moves
 from gateway.runtime.incus.records import ASLEEP, PORT, disk_state, domain_config, lacks_address, tenant_of
 from gateway.runtime.incus.resizing import Resizing
 from gateway.runtime.incus.watch import Watch
@@ -78,6 +79,7 @@ class IncusRuntime:
         self.commands = Commands(settings, self._incus, self.init_pid, holder)
         self._disks = Disks(settings, self._incus)
         self._resizing = Resizing(settings, self._incus, self.making, self.commands)
+        self.moves = Moves(settings, self._incus, self.making)
 
     @property
     def incus(self) -> Incus:
@@ -321,6 +323,11 @@ class IncusRuntime:
     def watch(self) -> AsyncIterator[TenantEvent]:
         return self._watch.events()
 
+    @property
+    def leaving(self) -> set[str]:
+        """Tenants on their way to another member, of which `watch` tells no end."""
+        return self._watch.leaving
+
     def starved(self) -> AsyncGenerator[TenantEvent]:
         """Yield `tenant.oom` whenever the kernel has killed processes of a tenant for lack of memory.
 
@@ -346,6 +353,8 @@ class IncusRuntime:
         return instance
 
     async def _locate(self, name: str) -> _Located:
+        if name in self.leaving:
+            raise Unavailable(f"tenant {name} is moving to another server; ask again", reason="moving")
         located = self._located.get(name)
         if located is not None:
             return located

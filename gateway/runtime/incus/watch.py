@@ -20,6 +20,8 @@ from gateway.incus import Incus, IncusError
 from gateway.rootfs.paths import show
 from gateway.runtime import TENANT_NAME, OnAnotherServer, Status, Tenant, TenantEvent
 from gateway.runtime.incus.commands import is_ours
+from gateway.runtime.incus.disks import OURS
+from gateway.runtime.incus.moves import is_aside
 from gateway.runtime.incus.oom_kills import ooms
 from gateway.settings import Settings
 
@@ -78,6 +80,8 @@ class Watch:
         self._settings, self._incus = settings, incus
         self._tenants, self._changed = tenants, changed
         self.standing = False
+        self.leaving: set[str] = set()
+        """Tenants on their way to another member: that they are gone is no destruction."""
         self._stream: AsyncGenerator[dict[str, Any], None] | None = None  # connected ahead of `events`
         self._told: deque[str] = deque(maxlen=_TOLD)
         self._skip = frozenset[str]()
@@ -175,6 +179,7 @@ class Watch:
         changes = [] if known is None else differences(known, now)
         for change in changes:
             self._changed(change.tenant or "")
+        changes = [one for one in changes if one.type != "tenant.destroyed" or one.tenant not in self.leaving]
         gone = [change for change in changes if change.type == "tenant.destroyed"]
         if gone and await self._incus.member():
             # one that left this server of a cluster is not destroyed while there is one of its name
@@ -192,6 +197,8 @@ class Watch:
             if (source := _SNAPSHOT.match(str(metadata.get("source", "")))) is None:
                 return
             name, facts["snapshot"] = source[1], source[2]
+            if source[2].startswith(OURS):
+                return
         if not action.startswith("instance-") or not name or "/" in name:
             return
         at = _moment(event)
@@ -204,6 +211,9 @@ class Watch:
             self._changed(name)
         old = str(context.get("old_name", "")) if action == "instance-renamed" else ""
         self._changed(old)
+        if is_aside(name) or is_aside(old):
+            known.pop(old, None)
+            return  # who moves it tells
         if name not in known and old not in known:
             try:
                 await self._tenants.get(name)  # is it a tenant?

@@ -1,0 +1,102 @@
+"""The door of each tenant, closed while it changes its home: calls wait, and are then made there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from gateway.errors import RateLimited, Unavailable
+from gateway.settings import Settings
+
+_RETRY_AFTER: Final = 5
+
+
+class Doors:
+    """The doors of one gateway's tenants, all of them open. Used from the event loop only."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._patience, self._most = settings.move_patience, settings.move_waiting
+        self._closed: dict[str, asyncio.Event] = {}
+        self._waiting: Counter[str] = Counter()
+        self._inside: Counter[str] = Counter()
+        self._left = asyncio.Event()
+        self._streams: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)
+
+    def close(self, tenant: str) -> None:
+        """Have calls wait from now on, and end what would stay open for long. Idempotent."""
+        self._closed.setdefault(tenant, asyncio.Event())
+        for end in list(self._streams.get(tenant, ())):
+            end()
+
+    def open(self, tenant: str) -> None:
+        """Let all calls go on. Idempotent."""
+        if (door := self._closed.pop(tenant, None)) is not None:
+            door.set()
+
+    def closed(self, tenant: str) -> bool:
+        return tenant in self._closed
+
+    async def wait(self, tenant: str) -> None:
+        """Wait while the door is closed. Raises `Unavailable` after a while, and `RateLimited`."""
+        door = self._closed.get(tenant)
+        if door is None:
+            return
+        if self._waiting[tenant] >= self._most:
+            raise RateLimited(
+                f"too many calls wait for {tenant}, which is moving to another server",
+                limit=self._most,
+                retry_after=_RETRY_AFTER,
+            )
+        self._waiting[tenant] += 1
+        try:
+            async with asyncio.timeout(self._patience):
+                while door is not None:
+                    await door.wait()
+                    door = self._closed.get(tenant)
+        except TimeoutError:
+            raise Unavailable(
+                f"tenant {tenant} is moving to another server; ask again soon",
+                reason="moving",
+                retry_after=_RETRY_AFTER,
+            ) from None
+        finally:
+            _less(self._waiting, tenant)
+
+    @contextlib.contextmanager
+    def inside(self, tenant: str) -> Iterator[None]:
+        """Count as a call under way while the context is open."""
+        self._inside[tenant] += 1
+        try:
+            yield
+        finally:
+            _less(self._inside, tenant)
+            self._left.set()
+            self._left = asyncio.Event()
+
+    @contextlib.contextmanager
+    def stream(self, tenant: str, end: Callable[[], None]) -> Iterator[None]:
+        """Have `end` called when the door closes while the context is open."""
+        self._streams[tenant].add(end)
+        try:
+            yield
+        finally:
+            self._streams[tenant].discard(end)
+            if not self._streams[tenant]:
+                del self._streams[tenant]
+
+    async def empty(self, tenant: str, seconds: float) -> bool:
+        """Wait until no call is under way any more; return False if some take longer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._inside[tenant]:
+                    await self._left.wait()
+        return not self._inside[tenant]
+
+
+def _less(counter: Counter[str], tenant: str) -> None:
+    counter[tenant] -= 1
+    if counter[tenant] <= 0:
+        del counter[tenant]
