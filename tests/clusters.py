@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.forks import Forked
 from tests.live import DEADLINE, LiveGateway, free_ports, local_gateway
 from tests.waits import until
 
@@ -72,7 +73,7 @@ class Relayed(LiveGateway):
         self.environment, self.log, self.signatures = home.environment, home.log, home.signatures
 
     @property
-    def process(self) -> asyncio.subprocess.Process | None:  # type: ignore[override]  # the home's
+    def process(self) -> asyncio.subprocess.Process | Forked | None:  # type: ignore[override]  # the home's
         return self.home.process
 
     async def start(self, *before: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from gateway.storage import database, memory_log
+from tests import forks
 
 E2E: Final = "tests/e2e/"
 THOROUGH: Final = "thorough"
@@ -20,6 +21,14 @@ LONGEST: Final = (
         f"tests/integration/test_{name}.py"
         for name in ("gateway_incus", "upgrade", "domains", "rollback", "stalls", "claude", "runtime_incus")
     ),
+)
+# tests of what a gateway is from its start: what it takes of memory, who finds it, what takes its place
+STARTS: Final = frozenset(
+    f"test_{name}.py"
+    for name in (
+        *("broker", "capacity", "gateway_budget", "host_quickstart", "pressure", "stalls"),
+        *("survive", "survive_tools", "systemd", "upgrade"),
+    )
 )
 
 # how long an example takes, and how long it is to be made, is the machine's affair
@@ -62,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures: these start gateways."""
+    forks.enabled = item.path.name not in STARTS
+
+
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     """Count what `-m 'not thorough'` leaves out; xdist tells nobody."""
     if not items:  # as with `--last-failed`
@@ -81,6 +96,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(
             f"{left} tests left out, which are marked thorough: `tests/run thorough` runs them"
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_forks_left() -> Iterator[None]:
+    """End the process that forks, if there is one."""
+    yield
+    forks.end()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,8 @@
 """A gateway process as the tests meet it, and a client that speaks the bare wire.
 
 Both are the real thing: `incus-gateway serve` in a process of its own, and a plain websocket without our
-client library, so that what a test sends and sees is exactly what crosses the wire.
+client library, so that what a test sends and sees is exactly what crosses the wire. The process is a fork of
+one that has imported the gateway, see `forks`, but for tests of what it is from its start.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import random
 import signal
 import socket
-import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ from gateway import protocol
 from gateway.auth import tokens
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
-from tests import shapes
+from tests import forks, shapes
 from tests.waits import until
 
 SECRET = "a secret of the tests, long enough to sign with"
@@ -191,10 +191,10 @@ class LiveGateway:
             **environment,
         }
         self.log = log
-        self.program: tuple[str, ...] = (sys.executable, "-m", "gateway")
+        self.program: tuple[str, ...] = forks.PROGRAM
         self.serve: tuple[str, ...] = ("serve",)
         self.signatures: set[str] = set()  # of the tokens that were made for it
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: asyncio.subprocess.Process | forks.Forked | None = None
 
     def at(self, port: int) -> None:
         """Ask it at a port of this host from now on."""
@@ -204,10 +204,15 @@ class LiveGateway:
     async def start(self, *before: str) -> None:
         """Start it, by the command `before` if there is one, and return once it is ready."""
         with self.log.open("ab") as log:
-            command = (*before, *self.program, *self.serve)
-            self.process = await asyncio.create_subprocess_exec(
-                *command, env=self.environment, stdout=log, stderr=log
-            )
+            if before or self.program != forks.PROGRAM or not forks.can_start(self.environment):
+                command = (*before, *self.program, *self.serve)
+                self.process = await asyncio.create_subprocess_exec(
+                    *command, env=self.environment, stdout=log, stderr=log
+                )
+            else:
+                self.process = await forks.start(
+                    *self.serve, environment=self.environment, stdout=log.fileno(), stderr=log.fileno()
+                )
         process = self.process
         async with aiohttp.ClientSession() as session:
 

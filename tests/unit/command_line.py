@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
+from tests import forks
 from tests.contracts.gateway import no_traceback
 from tests.live import LiveGateway
 
@@ -42,9 +43,10 @@ async def start(
     )
 
 
-async def run(gateway: LiveGateway, *words: str, stdin: bytes = b"") -> tuple[int | None, bytes, str]:
+async def run(gateway: LiveGateway, *words: str, stdin: bytes = b"") -> tuple[int, bytes, str]:
     """Return exit code, output and errors of a command line."""
-    process = await start(gateway, *words)
-    out, err = await asyncio.wait_for(process.communicate(stdin), 30)
+    environment = {**gateway.environment, "USER": "tester"}
+    async with asyncio.timeout(30):
+        code, out, err = await forks.run(*words, environment=environment, stdin=stdin)
     assert b"Traceback" not in err
-    return process.returncode, out, err.decode()
+    return code, out, err.decode()
