@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
 from gateway.holder.holder import held_at
-from gateway.host import HostError, cluster, quotas
+from gateway.host import HostError, address_guard, cluster, quotas
 from gateway.host import setup as steps
 from gateway.host.caddy_service import CaddyService, in_use
 from gateway.host.daemon import Daemon
@@ -28,6 +28,7 @@ from gateway.host.local_gateway import ask
 from gateway.host.permissions import loose, modes, swaps
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.incus import member_of
+from gateway.rootfs import guarded_port
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
@@ -82,6 +83,7 @@ def doctor(settings: Settings) -> list[Finding]:
                 lambda: steps._acl(Looking(root, project), settings, steps.host_addresses()),
             ),
             (f"bridge {settings.network}", lambda: steps._network(Looking(root, project), settings)),
+            (f"addresses of {settings.network}", lambda: _guard(settings)),
             (f"storage pool {settings.pool}", lambda: _pool(settings)),
             (f"profile {settings.profile}", lambda: steps._profile(Looking(root, project), settings)),
             (f"image {settings.image}", lambda: _image(settings)),
@@ -232,6 +234,17 @@ def _domains(settings: Settings) -> str:
     return f"{len(carried)}, each of one tenant"
 
 
+def _guard(settings: Settings) -> str:
+    if not guarded_port.hook(settings.incus_socket.parent, settings.network).exists():
+        raise Hint(
+            "Incus's own filter keeps each tenant to its address: the more tenants, the longer it takes each "
+            f"packet; {_SETUP}, unless this kernel or a network of this size has no other"
+        )
+    if os.geteuid() == 0 and not address_guard.in_force(settings):
+        raise HostError(f"the table that keeps tenants to their addresses is missing; {_SETUP}")
+    return "each tenant's own"
+
+
 def _addresses(settings: Settings) -> str:
     """Check for addresses shared by several instances, which Incus then refuses to start."""
     homes: dict[str, list[str]] = defaultdict(list)
@@ -241,7 +254,7 @@ def _addresses(settings: Settings) -> str:
                 homes[nic["ipv4.address"]].append(instance["name"])
     said = [
         f"{', '.join(names)} share the address {address}, so Incus starts none of them; run: "
-        f"incus config device unset {names[-1]} eth0 ipv4.address && incus config unset {names[-1]} raw.lxc"
+        f"incus config device remove {names[-1]} eth0 && incus config unset {names[-1]} raw.lxc"
         for address, names in homes.items()
         if len(names) > 1
     ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, cluster, quotas
+from gateway.host.address_guard import guard
 from gateway.host.caddy_service import hand_over
 from gateway.host.definition import BRIDGE, CA_BUNDLE, TRUST
 from gateway.host.incus import Incus
@@ -79,6 +80,7 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     steps.run(f"storage pool {settings.pool}", lambda: _pool(incus, settings))
     if os.geteuid() == 0:
         steps.run("disk quotas", lambda: quotas.enforce(settings), unchanged="in force")
+        steps.run(f"addresses of {settings.network}", lambda: guard(settings), unchanged="each tenant's own")
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     steps.run(f"ports of {settings.network}", lambda: pin(settings))
     return steps.changes

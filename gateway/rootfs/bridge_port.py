@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.rootfs import netlink
+from gateway.rootfs.guarded_port import hardware_address_of
 
 _INTERFACES: Final = Path("/sys/class/net")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,14}")
@@ -64,7 +65,7 @@ def ports(config: Mapping[str, Any], bridge: str) -> Iterator[Port]:
     for key, name in config.items():
         if (device := _KEY.fullmatch(key)) is None or not _NAME.fullmatch(name):
             continue
-        address = str(config.get(f"volatile.{device[1]}.hwaddr"))
+        address = hardware_address_of(name) or str(config.get(f"volatile.{device[1]}.hwaddr"))
         try:
             of = (_INTERFACES / name / "brport/bridge").readlink().name
         except OSError:  # not running, or not a bridge port

@@ -20,6 +20,7 @@ from uuid import uuid4
 from gateway.errors import Conflict, GatewayError, NotFound, Timeout, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
+from gateway.rootfs import guarded_port
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime import Removal, Removed, unheard
 from gateway.runtime.incus.addresses import Instance, fixed, leased
@@ -101,13 +102,14 @@ class Creation:
         nic = devices.get(_NIC) or (await self.profile())["devices"][_NIC]
         for attempt in range(_TRIES):
             async with self._free_address() as address:
+                own, static = self._placed(nic, address)
                 body = {
                     "name": name,
                     "type": "container",
                     "source": source,
                     "profiles": profiles or [self._settings.profile],
-                    "config": {**config, STATIC: self._static(address), MADE: identity, IDENTITY: identity},
-                    "devices": {**devices, _NIC: {**nic, "ipv4.address": str(address.ip)}},
+                    "config": {**config, STATIC: static, MADE: identity, IDENTITY: identity},
+                    "devices": {**devices, _NIC: own},
                     "start": start,
                 }
                 with translated(name):
@@ -225,10 +227,19 @@ class Creation:
                 address = IPv4Interface(f"{has}/{bridge.network.prefixlen}")
             change = {
                 "config": {STATIC: self._static(address)},
-                "devices": {_NIC: {**nic, "ipv4.address": str(address.ip)}},
+                "devices": {_NIC: {**guarded_port.unguarded(nic), "ipv4.address": str(address.ip)}},
             }
             with translated(name):
                 await self.operate("PATCH", instance_path(name), change)
+
+    def _placed(self, nic: Mapping[str, str], address: IPv4Interface) -> tuple[Mapping[str, str], str]:
+        """Return the NIC and the `raw.lxc` of a new instance with an address."""
+        own = {**guarded_port.unguarded(nic), "ipv4.address": str(address.ip)}
+        static = self._static(address)
+        hook = guarded_port.hook(self._settings.incus_socket.parent, self._settings.network)
+        if not hook.exists():  # this host cannot have the table for all
+            return own, static
+        return guarded_port.device(own, address.ip), f"{static}lxc.hook.pre-start = {hook}\n"
 
     def _static(self, address: IPv4Interface) -> str:
         # it has its address from the start, not only after DHCP
