@@ -170,11 +170,11 @@ class TestIncus(RuntimeContract):
             machine = (await run(runtime, name, "cat", "/etc/machine-id"))[1][0]
             await until_has_address(name)
             query = await asyncio.to_thread(environment.incus, "query", f"/1.0/instances/{name}")
-            config = json.loads(query.stdout)["config"]
+            base = json.loads(query.stdout)["config"]["volatile.idmap.base"]
             address = (await runtime.get(name)).address
             assert len(machine) == 33 and address
-            facts = (machine, address, config["volatile.eth0.hwaddr"], config["volatile.idmap.base"])
-            seen.append(facts)
+            hardware = (await run(runtime, name, "cat", "/sys/class/net/eth0/address"))[1][0]
+            seen.append((machine, address, hardware, base))
         assert all(len(set(values)) == len(names) for values in zip(*seen, strict=True)), seen
 
     async def test_a_frozen_tenant_says_so(self, runtime: IncusRuntime, tenant: Container) -> None:
