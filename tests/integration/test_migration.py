@@ -1,7 +1,7 @@
 """A site in a folder of the host, with a real Node server, moves into a tenant while visitors use it.
 
-Its unit is real if systemd is PID 1. Otherwise the test starts and stops a process instead, and reading from
-systemd is tested with a container's.
+Its unit is one of a real systemd: of this machine's if it is PID 1, else of a user's own (`systemd --user`).
+Where there is none, the test starts and stops a process instead.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tests.contracts.gateway import no_traceback
 from tests.integration import environment
 from tests.integration.conftest import Container
 from tests.integration.sites import Hosting, hosting
+from tests.integration.user_systemd import PROGRAM, UserSystemd
 from tests.live import free_ports
 from tests.waits import pause, until, until_true
 
@@ -111,23 +112,29 @@ class OldService:
 
 
 class SystemdService(OldService):
-    """The unit of an old site under the systemd of this machine, and its user."""
+    """The unit of an old site under a real systemd, and its user."""
 
     UNIT = """\
 [Service]
-User={name}
 WorkingDirectory={folder}
 Environment=PORT={port} "SECRET=a \\"quoted\\" $ecret"
 ExecStart={words}
 Restart=always
-[Install]
-WantedBy=multi-user.target
 """
-    systemctl = Systemctl()
+    USER = "User={name}\n[Install]\nWantedBy=multi-user.target\n"
+    before: tuple[str, ...] = ()
+
+    @property
+    def systemctl(self) -> Systemctl:
+        return Systemctl(self.before)
+
+    @property
+    def folder_of_units(self) -> Path:
+        return Path("/etc/systemd/system")
 
     @property
     def file(self) -> Path:
-        return Path("/etc/systemd/system", self.name.replace("@shop", "@"))
+        return self.folder_of_units / self.name.replace("@shop", "@")
 
     @property
     def runs(self) -> bool:
@@ -139,16 +146,23 @@ WantedBy=multi-user.target
 
     def start(self, name: str) -> None:
         if not self.file.exists():
-            words = ("useradd", "--no-create-home", f"--uid={OWNER}", self.user)
-            subprocess.run(words, check=True, capture_output=True)
-            unit = self.UNIT.format(
-                name=self.user, folder=self.folder, port=self.port, words=" ".join(self.words)
-            )
-            self.file.write_text(unit)
-            subprocess.run(["systemctl", "daemon-reload"], check=True)
+            self.make_user()
+            unit = self.UNIT.format(folder=self.folder, port=self.port, words=" ".join(self.words))
+            self.file.write_text(unit + self.USER.format(name=self.user))
+            self.reload()
             self.systemctl.enable(self.name, True)
         self.systemctl.start(self.name)
         self.wait()
+
+    def make_user(self) -> None:
+        words = ("useradd", "--no-create-home", f"--uid={OWNER}", self.user)
+        subprocess.run(words, check=True, capture_output=True)
+
+    def remove_user(self) -> None:
+        subprocess.run(["userdel", self.user], check=True, capture_output=True)
+
+    def reload(self) -> None:
+        subprocess.run([*self.before, "systemctl", "daemon-reload"], check=True)
 
     def unit(self, name: str) -> Unit:
         found = self.systemctl.unit(name)
@@ -168,8 +182,31 @@ WantedBy=multi-user.target
         self.stop("")
         self.systemctl.enable(self.name, False)
         self.file.unlink()
-        subprocess.run(["systemctl", "daemon-reload"], check=True)
-        subprocess.run(["userdel", self.user], check=True, capture_output=True)
+        self.reload()
+        self.remove_user()
+
+
+class UserService(SystemdService):
+    """The same where systemd is not the first process: under a manager of the site's user."""
+
+    USER = "[Install]\nWantedBy=default.target\n"
+    manager: UserSystemd
+
+    @property
+    def folder_of_units(self) -> Path:
+        return self.manager.units
+
+    def start(self, name: str) -> None:
+        if not hasattr(self, "manager"):
+            self.manager = UserSystemd(self.user, OWNER)
+            self.before = self.manager.before
+        super().start(name)
+
+    def make_user(self) -> None:
+        self.manager.start()
+
+    def remove_user(self) -> None:
+        self.manager.stop()
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +219,13 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def old() -> Iterator[OldService]:
     folder = Path(tempfile.mkdtemp(prefix="gw-migration-", dir="/srv"))
-    service = SystemdService(folder) if systemd_runs() else OldService(folder)
-    yield service
-    service.remove()
-    shutil.rmtree(folder)
+    service = (SystemdService if systemd_runs() else UserService if PROGRAM.exists() else OldService)(folder)
+    try:
+        yield service
+    finally:
+        service.refuses = False
+        service.remove()
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
