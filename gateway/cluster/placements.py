@@ -79,6 +79,10 @@ class Placements:
         """Return whether a move was decided. Raises `Unavailable` if the cluster cannot say."""
         return _move(await self._keys.get(_KIND + tenant))[1] == move
 
+    async def is_member(self, name: str) -> bool:
+        """Return whether the cluster has a member of this name. Raises `Unavailable` if it cannot say."""
+        return name in await self._members()
+
     async def settle(self, tenant: str, member: str, move: str) -> None:
         """Let a move's decision go like any other, once all have seen where the tenant is."""
         key = _KIND + tenant

@@ -63,6 +63,8 @@ class OldHome(Protocol):
 
     async def put_aside(self, tenant: str, instance: str, move: str) -> None: ...
 
+    async def bring_back(self, tenant: str, instance: str, move: str, managed: str | None) -> None: ...
+
     async def discard_old(self, move: str) -> None: ...
 
 
@@ -280,6 +282,15 @@ class Departures:
         await self._steps.put_aside(move.tenant, move.instance, move.id)
         await self._order(move, ARRIVE, _ORDER)
 
+    async def _arrived(self, move: Move) -> bool:
+        """Go on with a decided move; return False if there is no new home any more, and it is as before."""
+        if await self._placements.is_member(move.target):
+            await self._go_on(move)
+            return True
+        await self._steps.bring_back(move.tenant, move.instance, move.id, move.managed)
+        move.error = {"code": "unavailable", "message": f"{move.target} is no member of the cluster any more"}
+        return False
+
     async def _order(self, move: Move, what: str, patience: float) -> None:
         body = orjson.dumps(asdict(move))
         peer = self._peer(move.target)
@@ -297,8 +308,7 @@ class Departures:
             move, lambda: self._placements.decided(move.tenant, move.id)
         ):
             move.state = "decided"  # which was not certain
-        if move.state == "decided":
-            await self._stubborn(move, lambda: self._go_on(move))
+        if move.state == "decided" and await self._stubborn(move, lambda: self._arrived(move)):
             move.state = "arrived"
         if move.state == "arrived":
             move.error = None

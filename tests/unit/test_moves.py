@@ -116,6 +116,11 @@ class Runtime:
         del self._incus.instances[tenant]
         self._incus.instances[f"Moved-{move}"] = found | {"tenant": False}
 
+    async def bring_back(self, tenant: str, instance: str, move: str, managed: str | None) -> None:
+        await self._incus.do("bring back")
+        if (aside := self._incus.instances.pop(f"Moved-{move}", None)) is not None:
+            self._incus.instances[tenant] = aside | {"tenant": True}
+
     async def discard_old(self, move: str) -> None:
         await self._incus.do("discard_old")
         self._incus.instances.pop(f"Moved-{move}", None)
@@ -148,8 +153,10 @@ class Home:
         self._folder, self.cluster, self.incus = folder / cluster.own, cluster, incus
         self.settings = Settings(state_dir=self._folder, move_calls=0.05)
 
+        self.known = ["m1", "m2"]
+
         async def known() -> list[str]:
-            return ["m1", "m2"]
+            return self.known
 
         self.placements = Placements(keys, known, 3600)
         self.deploying = False
@@ -463,6 +470,21 @@ async def test_without_a_quorum_nothing_is_decided_and_nothing_runs_twice(
         keys.quorum = True
         await old.moved(move, "failed")
         assert incus.home() == ("m1", True)
+
+
+async def test_a_new_home_that_is_lost_for_good_gives_the_tenant_back(
+    homes: tuple[Home, Home], incus: Incus
+) -> None:
+    """After the decision, but before the tenant was there: its member was removed by force."""
+    incus.fails["take over"] = 1_000_000
+    async with both(homes) as (old, _):
+        await _call(old, "c1")
+        move = await old.departures.begin(SHOP, "m2", "me")
+        await until(lambda: "take over" in incus.reached and SHOP not in incus.instances)
+        old.known = ["m1"]
+        ended = await old.moved(move, "failed")
+        assert ended.error is not None and incus.home() == ("m1", True)
+        assert await _call(old, "c1") == b"by m1" and old.names.holder(SHOP) == "i-1"
 
 
 async def test_a_move_that_makes_no_sense_is_refused_at_once(homes: tuple[Home, Home], incus: Incus) -> None:

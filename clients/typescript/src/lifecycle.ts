@@ -104,8 +104,8 @@ export abstract class Lifecycle<Twin> extends Tools {
   }
 
   /**
-   * Begins to move the tenant to another server of the cluster, by default the one with most room. For operators.
-   * `lastMove` says how far it is. Calls wait for some seconds meanwhile, and running commands end.
+   * Begins to move the tenant to another server of the cluster, by default the one with most room; for
+   * operators. `lastMove` says how far it is. Calls wait for some seconds meanwhile, and running commands end.
    */
   move(member?: string, signal?: AbortSignal): Promise<Move> {
     return this.http.json("POST", this.path("/move"), { member }, { signal });

@@ -83,6 +83,10 @@ class Moves:
             await self._operate("PATCH", instance_path(tenant), {"config": {MANAGED: "false", _MARK: move}})
             await self._operate("POST", instance_path(tenant), {"name": MOVED + move})
 
+    async def bring_back(self, tenant: str, instance: str, move: str, managed: str | None) -> None:
+        """Undo `put_aside`, where there is no new home any more."""
+        await self._become(MOVED + move, tenant, instance, move, managed)
+
     async def discard_old(self, move: str) -> None:
         """Delete the instance that was put aside. Idempotent."""
         await self._discard(MOVED + move)
@@ -132,11 +136,14 @@ class Moves:
 
     async def take_over(self, tenant: str, instance: str, move: str, managed: str | None) -> None:
         """Make the copy the tenant, whose name is free. `managed` is the old instance's own mark, if any."""
+        await self._become(MOVING + move, tenant, instance, move, managed)
+
+    async def _become(self, name: str, tenant: str, instance: str, move: str, managed: str | None) -> None:
         try:
             found = await self._making.instance(tenant)
         except NotFound:
             with translated(tenant):
-                await self._operate("POST", instance_path(MOVING + move), {"name": tenant})
+                await self._operate("POST", instance_path(name), {"name": tenant})
         else:
             if identity_of(found) != instance or found["config"].get(_MARK) not in (move, None):
                 raise Conflict(f"{tenant} is another instance by now")
