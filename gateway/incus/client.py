@@ -28,6 +28,7 @@ from gateway.incus.memory import Memory
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
 from gateway.incus.rest import BASE, Elsewhere, IncusError, Rest, instance_path, unreachable
+from gateway.incus.states import States, start_of
 from gateway.incus.waiting import Waiting
 
 __all__ = ["Elsewhere", "Incus", "IncusError", "instance_path"]
@@ -49,6 +50,7 @@ class Incus(Rest):
     def __init__(self, socket: Path, project: str = "default", timeout: float = 30.0) -> None:
         super().__init__(socket, project, timeout)
         self._inventory = Inventory(self._list, self._find)
+        self._states = States(lambda name: self._find(name, state=True))
         self._pids: dict[str, tuple[str, int]] = {}  # by instance: id of its start, init pid
         self._member: str | None = None
 
@@ -101,13 +103,11 @@ class Incus(Rest):
         """Return all instances of the project; those for which `state` returns true include their state.
 
         An instance being created or deleted may be missing. Each state costs incusd about 10 ms, because it
-        starts a process in the container's network namespace. The result is shared: do not modify it.
+        starts a process in the container's network namespace: see `states`. The result is shared: do not
+        modify it.
         """
         found = await self._inventory.all()
-        if state is None:
-            return found
-        whole = [await self._find(entry["name"], state=True) if state(entry) else entry for entry in found]
-        return [entry for entry in whole if entry is not None]
+        return found if state is None else await self._states.added(found, state)
 
     async def _list(self) -> list[dict[str, Any]]:
         found = await self.own("/1.0/instances", recursion="1")
@@ -171,8 +171,7 @@ class Incus(Rest):
             return await self.instance(name), 0
         if found["status"] == "Stopped":
             return found, 0
-        # incusd records the time of a start before it starts the instance
-        start = f"{found['config'].get('volatile.uuid')} {found.get('last_used_at')}"
+        start = start_of(found)
         known, pid = self._pids.get(name, ("", 0))
         if known != start:
             runs = found["status"] == "Running"
