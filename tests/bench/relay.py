@@ -1,20 +1,22 @@
 """Measures what it costs to ask a gateway for another member's tenant: direct and relayed, in turns.
 
 Two gateways of the `local` runtime on this machine; the connection between them is by TLS, and all ends share
-its cores. `tests/bench/relay` prints p50 and p95 of a ping by websocket and of a request by HTTP, the
-throughput of a command's output and of a download, both ways checked by size, and what a gateway with an idle
-peer costs. Nothing passes or fails by time; the exit code is 1 if bytes are missing.
+its cores. `tests/bench/relay` prints p50 and p95 of a ping by websocket and of a request by HTTP; the
+throughput of a command's output, an upload and a download, with the CPU that the gateways use for it, which
+says more on a busy machine; and what a gateway with an idle peer costs. Nothing passes or fails by time; the
+exit code is 1 if bytes are missing, or are others than were sent.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,16 @@ async def latencies(ways: dict[str, LiveGateway], rounds: int) -> None:
 class Counting(Wire):
     """Counts output and keeps none."""
 
-    bytes = 0
+    count = 0  # bytes
+
+    def took(self, message: bytes) -> None:
+        """Look at a message of output, if a subclass wants to."""
 
     async def _read(self) -> None:
         async for message in self.socket:
             if isinstance(message, bytes):
-                self.bytes += len(message) - 5
+                self.count += len(message) - 5
+                self.took(message)
             else:
                 self._text(message)
             async with self._grown:
@@ -89,9 +95,9 @@ async def output(gateway: LiveGateway, size: int) -> float:
         await wire.call("initialize", client={}, token=gateway.token(TENANT))
         began = time.perf_counter()
         await wire.call("exec/start", argv=["head", "-c", str(size), "/dev/zero"])
-        await wire.until(lambda: wire.bytes >= size, 300)
+        await wire.until(lambda: wire.count >= size, 300)
         seconds = time.perf_counter() - began
-        assert wire.bytes == size, f"{wire.bytes} of {size} bytes came"
+        assert wire.count == size, f"{wire.count} of {size} bytes came"
         return size / MiB / seconds
 
 
@@ -119,16 +125,67 @@ async def upload(gateway: LiveGateway, size: int) -> float:
         return size / MiB / (time.perf_counter() - began)
 
 
-async def throughputs(ways: dict[str, LiveGateway], rounds: int, size: int) -> None:
+def pattern(number: int) -> bytes:
+    """Return the MiB of this number, unlike any other."""
+    return number.to_bytes(16) * (MiB // 16)
+
+
+class Hashing(Counting):
+    """Hashes what a command prints."""
+
+    def __init__(self, *given: Any) -> None:
+        self.hash = hashlib.sha256()
+        super().__init__(*given)
+
+    def took(self, message: bytes) -> None:
+        self.hash.update(memoryview(message)[5:])
+
+
+async def whole(gateway: LiveGateway, size: int) -> None:
+    """Send and read back bytes that differ everywhere, and compare their SHA-256 each time."""
+    sent = hashlib.sha256()
+
+    async def body() -> Any:
+        for number in range(size // MiB):
+            part = pattern(number)
+            sent.update(part)
+            yield part
+
+    token = gateway.token(TENANT)
+    headers = {"Authorization": f"Bearer {token}", "Content-Length": str(size)}
+    async with aiohttp.ClientSession(gateway.url, headers=headers) as http:
+        async with http.put(f"/v1/tenants/{TENANT}/files/whole", data=body()) as answer:
+            assert answer.status == 201, await answer.text()
+    async with gateway.http(TENANT) as session, session.get(f"/v1/tenants/{TENANT}/files/whole") as answer:
+        came = hashlib.sha256()
+        async for part in answer.content.iter_any():
+            came.update(part)
+    assert came.digest() == sent.digest(), "a download is not what was uploaded"
+    async with gateway.raw(TENANT, Hashing) as wire:
+        assert isinstance(wire, Hashing)
+        await wire.call("initialize", client={}, token=token)
+        await wire.call("exec/start", command="cat whole; rm whole")
+        await wire.until(lambda: wire.count >= size, 300)
+        assert wire.hash.digest() == sent.digest(), "a command's output is not what was uploaded"
+    print(f"{size // MiB} MiB up, down and as output of a command: whole by SHA-256")
+
+
+async def throughputs(
+    ways: dict[str, LiveGateway], gateways: Sequence[LiveGateway], rounds: int, size: int
+) -> None:
     works = {"output of a command": output, "upload": upload, "download": download}
     for what, work in works.items():
         found: dict[str, list[float]] = {way: [] for way in ways}
+        spent: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way, gateway in ways.items():
+                before = sum(map(busy, gateways))
                 found[way].append(await work(gateway, size))
+                spent[way].append((sum(map(busy, gateways)) - before) / (size / MiB) * 1000)
         direct, far = (statistics.median(rates) for rates in found.values())
+        here, there = (statistics.median(times) for times in spent.values())
         shown = f"direct {direct:.0f}   relayed {far:.0f} MiB/s   {far / direct:.0%}"
-        print(f"{what:32} {shown} ({size // MiB} MiB)")
+        print(f"{what:32} {shown}   CPU {here:.2f}, {there:.2f} ms/MiB ({size // MiB} MiB)")
 
 
 def busy(gateway: LiveGateway) -> float:
@@ -157,7 +214,8 @@ async def measured(rounds: int, size: int) -> None:
                     assert answer.status == 201
             print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
             await latencies(ways, rounds)
-            await throughputs(ways, rounds, size)
+            await throughputs(ways, (gateway.entry, gateway.home), rounds, size)
+            await whole(gateway, size)
             await idle(gateway.entry, 20)
             print(f"load {os.getloadavg()[0]:.1f}")
         finally:
