@@ -119,7 +119,7 @@ class Member:
         """End and remove all of it."""
         self.cut_power()
         for at in _hierarchies():
-            folder = at / self._rig.bridge / self.name
+            folder = at / self._rig.cgroup / self.name
             # what its processes leave is gone when the kernel has reaped them
             with contextlib.suppress(AssertionError):
                 until_true(functools.partial(_remove, folder), 20, every=0.1)
@@ -140,7 +140,7 @@ class Member:
 
     @property
     def _in_cgroup(self) -> Sequence[str]:
-        folders = [str(at / self._rig.bridge / self.name) for at in _hierarchies()]
+        folders = [str(at / self._rig.cgroup / self.name) for at in _hierarchies()]
         return (str(HERE / "enter.sh"), " ".join(folders))
 
     def command(self, *words: str | Path, **environment: str) -> list[str]:
@@ -183,7 +183,9 @@ class Rig:
     """A cluster in a folder. What of it is there already stays as it is."""
 
     def __init__(self, size: int = 3, host: int = HOST) -> None:
-        self.host, self.bridge = host, f"gwclu{host}"
+        self.host, self.cgroup = host, f"gwclu{host}"
+        # not `gw…`: so are the ports of tenants, on which another gateway of this machine keeps order
+        self.bridge = f"clu{host}"
         self.folder = Path(f"/var/lib/incus-gateway-cluster{host}")
         self.router = f"10.84.{host}.254"
         self.members = tuple(Member(self, number) for number in range(1, size + 1))
@@ -233,7 +235,7 @@ class Rig:
             Member(self, int(folder.name[1:])).remove()
         subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
         for at in _hierarchies():
-            _remove(at / self.bridge)
+            _remove(at / self.cgroup)
         shutil.rmtree(self.folder, ignore_errors=True)
         report(f"removed {self.folder}")
 
