@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
-from gateway.incus import Incus, IncusError, member_of
+from gateway.incus import Incus, IncusError
 
 PREFIX: Final = "user.gateway."
 """What the keys begin with that a gateway publishes as its member's configuration."""
@@ -44,7 +44,7 @@ class Member:
 
 
 class Membership:
-    """The cluster of one incusd, asked each time anew: nothing is kept."""
+    """The cluster of one incusd. The members are asked for each time anew, which of them this is once."""
 
     def __init__(self, incus: Incus) -> None:
         self._incus = incus
@@ -54,7 +54,7 @@ class Membership:
 
         Incus answers that without its database, and so without a quorum. Raises `IncusError`.
         """
-        return member_of(await self._incus.get("/1.0"))
+        return await self._incus.member()
 
     async def members(self) -> tuple[Member, ...]:
         """Return all members by name; without a cluster the one that there is.
