@@ -206,6 +206,22 @@ async def test_a_new_tenant_goes_to_the_member_with_the_fewest_that_run(
             assert ended["state"] == "rolledback"
 
 
+async def test_one_key_makes_one_new_tenant_whoever_is_asked(members: dict[str, LiveGateway]) -> None:
+    """At the same time: all of them choose the same home for it, which knows the key."""
+
+    async def deploy(gateway: LiveGateway) -> Any:
+        async with gateway.http("*") as http:
+            body = {"domain": "once.test", "template": "static"}
+            given = {"headers": {"Idempotency-Key": "one key"}, "json": body}
+            return await answer(http, "/v1/deployments", "POST", **given)
+
+    answers = await asyncio.gather(*(deploy(gateway) for gateway in [*members.values()] * 5))
+    assert {status for status, _ in answers} <= {200, 202}, answers
+    (identity,) = {said["id"] for _, said in answers}
+    async with members["m1"].http("*") as http:
+        await answer(http, f"/v1/deployments/{identity}", "DELETE")
+
+
 async def test_what_is_deployed_to_a_tenant_goes_to_its_home(members: dict[str, LiveGateway]) -> None:
     """Also what another tenant's site is published to."""
     async with members["m3"].http("*") as http:
