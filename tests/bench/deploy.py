@@ -45,12 +45,12 @@ def ready(source: str) -> bool:
     """Say whether the next deployment can be made from `source`."""
     if source == "image":
         return True
-    found = environment.instances(snapshots=True)
-    if source == "pool":
-        # it is whole once it is listed: a copy that is being made has no configuration yet
-        return any((e["config"] or {}).get("user.gateway.role") == "pool" for e in found)
-    golden = [e for e in found if (e["config"] or {}).get("user.gateway.role") == "golden"]
-    return any(e["status"] == "Stopped" and e["snapshots"] for e in golden) and not _busy(golden)
+    found = environment.instances()
+    if source == "pool":  # it is whole once it is listed with its configuration
+        return any(e["config"].get("user.gateway.role") == "pool" for e in found)
+    golden = [e for e in found if e["config"].get("user.gateway.role") == "golden"]
+    whole = any(e["status"] == "Stopped" and environment.snapshots(e["name"]) for e in golden)
+    return whole and not _busy(golden)
 
 
 def _busy(instances: list[dict[str, Any]]) -> bool:

@@ -185,13 +185,34 @@ async def make_containers(prefix: str, settings: Settings, number: int) -> Async
         await _destroy(made)
 
 
+# Ends what a test's commands left running, of whichever user, and removes what they and the tools wrote. The
+# group of a command can be removed a moment after its processes were killed; shells that a gateway starts
+# meanwhile may stay.
+CLEANED = """
+groups=$(find /sys/fs/cgroup -depth -path '*/gateway/*/*' -type d)
+pkill -KILL -u 1000
+pkill -KILL -x sleep
+for group in $groups; do [ ! -e $group/cgroup.kill ] || echo 1 >$group/cgroup.kill; done
+for try in $(seq 100); do
+  rmdir $groups
+  left=
+  for group in $groups; do [ ! -d $group ] || left=$group; done
+  [ -n "$left" ] || break
+  sleep 0.02
+done 2>/dev/null
+find {workspace} /home/site/.local/state -mindepth 1 -delete 2>/dev/null
+find /tmp -mindepth 1 -user 1000 -delete 2>/dev/null
+[ -z "$left" ]
+"""
+
+
 @dataclass(slots=True)
 class Lasting:
     """A tenant that is as a new one for each test: the same one again, unless the last test left traces.
 
-    Its workspace, history and snapshots are removed, and what its user runs is ended. Where its state or
-    configuration is another than at first, another tenant is made. What a test changes as root, it puts
-    right itself.
+    Its workspace, history and snapshots are removed, and what its commands left running is ended. If it was
+    stopped it is started; where its configuration is another than at first, another tenant is made. What a
+    test changes as root elsewhere, it puts right itself.
     """
 
     _prefix: str
@@ -218,17 +239,21 @@ class Lasting:
         return self._made[0]
 
     def _cleaned(self, container: Container) -> bool:
-        if self._shown(container) != self._first:
+        shown = self._shown(container)
+        if shown is None or shown[1:] != self._first[1:]:
             return False
-        url = f"/1.0/instances/{container.name}/snapshots"
-        for snapshot in json.loads(environment.incus("query", url).stdout):
-            environment.incus("snapshot", "delete", container.name, snapshot.rpartition("/")[2])
-        kept = f"{self._settings.workspace} /home/site/.local/state"
-        script = f"pkill -KILL -u 1000; find {kept} -mindepth 1 -delete 2>/dev/null || :"
-        container.sh(script)
-        return True
+        if shown[0] != "Running":
+            if environment.incus("start", container.name, check=False).returncode != 0:
+                return False
+            container.sh(BOOTED)
+            container.address()
+        for snapshot in environment.snapshots(container.name):
+            environment.incus("snapshot", "delete", container.name, snapshot)
+        script = CLEANED.replace("{workspace}", self._settings.workspace)
+        return container.run("sh", "-c", script, check=False).returncode == 0
 
     def _shown(self, container: Container) -> Any:
+        """Return status, configuration and devices; None if there is no such instance."""
         done = environment.incus("query", f"/1.0/instances/{container.name}", check=False)
         if done.returncode != 0:
             return None
@@ -252,10 +277,19 @@ async def make_tenant(incus_settings: Settings) -> AsyncIterator[MakeTenant]:
     await _destroy(made)
 
 
+@pytest.fixture(scope="session")
+async def lasting_tenant(incus_settings: Settings) -> AsyncIterator[Lasting]:
+    async with Lasting.made("tenant", incus_settings) as lasting:
+        yield lasting
+
+
 @pytest.fixture
-async def tenant(make_tenant: MakeTenant) -> Container:
-    """A new running tenant for this test only."""
-    return await make_tenant()
+async def tenant(lasting_tenant: Lasting) -> Container:
+    """A running tenant for this test alone, as a new one; see `Lasting`.
+
+    Who changes it as root, so that it would not be as new for the next test, asks `make_tenant` for one.
+    """
+    return await lasting_tenant.as_new()
 
 
 @pytest.fixture(scope="session")

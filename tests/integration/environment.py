@@ -187,13 +187,17 @@ def owner(pid: int) -> str | None:
     return None if fields[0] in "ZX" else f"{pid}:{fields[19]}"
 
 
-def instances(*, snapshots: bool = False) -> list[dict[str, Any]]:
-    """Return all instances as Incus reports them; with snapshots it also looks into each running one."""
-    listed: list[dict[str, Any]] = json.loads(
-        incus("query", f"/1.0/instances?recursion={2 if snapshots else 1}").stdout
-    )
+def instances() -> list[dict[str, Any]]:
+    """Return all instances as Incus reports them."""
+    listed: list[dict[str, Any]] = json.loads(incus("query", "/1.0/instances?recursion=1").stdout)
     # Incus returns an incomplete one while it is being created or removed
     return [entry for entry in listed if entry["config"] is not None]
+
+
+def snapshots(name: str) -> list[str]:
+    """Return the snapshots of an instance; none if there is no such instance."""
+    done = incus("query", f"/1.0/instances/{name}/snapshots", check=False)
+    return [url.rpartition("/")[2] for url in json.loads(done.stdout)] if done.returncode == 0 else []
 
 
 def up(report: Report) -> bool:

@@ -41,14 +41,12 @@ if (!(await Bun.file("made").exists())) make()
 
 
 def having(role: str) -> list[dict[str, Any]]:
-    # one that is just being made is listed without its configuration
-    found = environment.instances(snapshots=role == "golden")
-    return [e for e in found if (e["config"] or {}).get("user.gateway.role") == role]
+    return [e for e in environment.instances() if e["config"].get("user.gateway.role") == role]
 
 
 def ready() -> bool:
     """Say whether a golden copy and one of the pool are whole."""
-    golden = [e for e in having("golden") if e["status"] == "Stopped" and e["snapshots"]]
+    golden = [e for e in having("golden") if e["status"] == "Stopped" and environment.snapshots(e["name"])]
     pool = [e["config"][KEY] for e in having("pool")]
     return len(golden) == 1 and pool == [golden[0]["config"][KEY]] and not copying()
 
@@ -65,7 +63,7 @@ async def counted(session: aiohttp.ClientSession, line: bytes) -> bool:
 
 async def seen(what: Callable[[], bool]) -> None:
     """Wait until Incus says so: nobody tells what happens to instances that are no tenants."""
-    await until(lambda: asyncio.to_thread(what), DEADLINE, every=0.1)
+    await until(lambda: asyncio.to_thread(what), DEADLINE, every=0.2)
 
 
 async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(

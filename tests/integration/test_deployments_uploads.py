@@ -32,16 +32,16 @@ def copies() -> list[dict[str, Any]]:
     """Return the golden copies that are whole."""
     return [
         entry
-        for entry in environment.instances(snapshots=True)
-        if (entry["config"] or {}).get("user.gateway.role") == "golden"
+        for entry in environment.instances()
+        if entry["config"].get("user.gateway.role") == "golden"
         and entry["status"] == "Stopped"
-        and entry["snapshots"]
+        and environment.snapshots(entry["name"])
     ]
 
 
 async def seen(what: Callable[[], bool]) -> None:
     """Wait until Incus says so: nobody tells what happens to instances that are no tenants."""
-    await until(lambda: asyncio.to_thread(what), DEADLINE, every=0.1)
+    await until(lambda: asyncio.to_thread(what), DEADLINE, every=0.2)
 
 
 async def made_of(

@@ -20,7 +20,7 @@ from gateway.rootfs.process_tree import PARENT, of_init, pids
 from gateway.settings import Settings
 from tests.contracts.processes import Tree, alive, mark
 from tests.integration import environment
-from tests.integration.conftest import BOOTED, Container, Incusd
+from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, Wire
 from tests.waits import until
@@ -97,12 +97,12 @@ async def test_a_killed_incusd_with_fifty_commands(
 
 
 async def test_a_killed_gateway_with_ten_commands(
-    incus_settings: Settings, folder: Path, tenant: Container
+    incus_settings: Settings, folder: Path, make_tenant: MakeTenant
 ) -> None:
     """The next one ends them all and says so to whoever asks; the site's service never notices."""
     unit = "[Service]\\nExecStart=/usr/bin/sleep infinity\\n"
     main_pid = "systemctl show -p MainPID site.service"
-    await asyncio.to_thread(tenant.sh, BOOTED)
+    tenant = await make_tenant(ready=True)
     await asyncio.to_thread(
         tenant.sh,
         f"""mkdir -p /run/systemd/system; printf '{unit}' >/run/systemd/system/site.service

@@ -206,9 +206,8 @@ def _gateway(tenant: Container) -> str:
     ).split()[2]
 
 
-async def test_memory_is_a_hard_limit(make_tenant: MakeTenant, incus_settings: Settings) -> None:
+def test_memory_is_a_hard_limit(tenant: Container) -> None:
     """A process that takes more than the limit is killed; the container lives on."""
-    tenant = await make_tenant()
     # at once: in small parts the kernel may look for seconds for what it could reclaim
     take = 'my $taken = "x" x (1 << 31); print "took 2 GB"'
     done = tenant.run("perl", "-e", take, user=1000, check=False, timeout=100)
@@ -227,9 +226,8 @@ async def test_processes_are_limited(make_tenant: MakeTenant, incus_settings: Se
     assert limit - 50 < state["processes"] <= limit
 
 
-async def test_disk_is_limited(make_tenant: MakeTenant, incus_settings: Settings) -> None:
+def test_disk_is_limited(tenant: Container) -> None:
     """Writing past the quota fails with the quota's error, and the tenant can make room again."""
-    tenant = await make_tenant()
     tenant.sh("fallocate -l 1270M /srv/site/most", user=1000)
     fill = "dd if=/dev/zero of=/srv/site/big bs=1M count=1000 conv=fsync 2>&1"
     # with input, so that nothing of it is recorded: that would be on the same full disk

@@ -13,7 +13,7 @@ from gateway.host.setup import acl_name, setup
 from gateway.rootfs.locations import MANAGED
 from gateway.settings import Settings
 from tests.integration import environment
-from tests.integration.conftest import MakeTenant
+from tests.integration.conftest import Container, MakeTenant
 
 
 def altered(changes: list[Change]) -> set[str]:
@@ -50,9 +50,8 @@ def test_drift_is_repaired_and_foreign_keys_stay(incus_settings: Settings) -> No
     assert altered(setup(incus_settings, lambda line: None)) == set()
 
 
-async def test_a_tenants_processes_go_first(make_tenant: MakeTenant) -> None:
+def test_a_tenants_processes_go_first(tenant: Container) -> None:
     """Where the host's memory is short, its commands too."""
-    tenant = await make_tenant()
     for path in ("/proc/1/oom_score_adj", "/proc/self/oom_score_adj"):
         assert environment.incus("exec", tenant.name, "--", "cat", path).stdout == b"300\n"
 

@@ -355,10 +355,9 @@ async def test_watching_tells_what_others_do(incus_settings: Settings, make_tena
 
 
 async def test_a_dead_incusd_is_told_and_its_return_found(
-    incus_settings: Settings, incusd: Incusd, make_tenant: MakeTenant, tmp_path: Path
+    incus_settings: Settings, incusd: Incusd, tenant: Container, tmp_path: Path
 ) -> None:
     """A command that ran loses its exit; after the restart what changed meanwhile is published."""
-    tenant = await make_tenant()
     quick = incus_settings.model_copy(update={"reconcile_interval": 1.0})
     async with IncusRuntime(quick) as runtime:
         seen: list[TenantEvent] = []
