@@ -173,13 +173,15 @@ async def _destroy(made: list[Container]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def make_containers(prefix: str, settings: Settings, number: int) -> AsyncIterator[list[Container]]:
+async def make_containers(
+    prefix: str, settings: Settings, number: int, *, pool: str = ""
+) -> AsyncIterator[list[Container]]:
     """Create several running tenants at the same time, for work that is too much for one."""
     made: list[Container] = []
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(number):
-                group.create_task(_make(made, prefix, settings, start=True, ready=False))
+                group.create_task(_make(made, prefix, settings, start=True, ready=False, pool=pool))
         yield made
     finally:
         await _destroy(made)
@@ -266,12 +268,12 @@ class Lasting:
 async def make_tenant(incus_settings: Settings) -> AsyncIterator[MakeTenant]:
     """A function that creates tenants, `await make_tenant(start=True, ready=False)`, for this test.
 
-    `ready` waits for the container's systemd and address, a second more. `pool` is another storage pool.
+    `ready` waits for the container's systemd and address, a second more.
     """
     made: list[Container] = []
 
-    async def make(*, start: bool = True, ready: bool = False, pool: str = "") -> Container:
-        return await _make(made, "test", incus_settings, start=start, ready=ready, pool=pool)
+    async def make(*, start: bool = True, ready: bool = False) -> Container:
+        return await _make(made, "test", incus_settings, start=start, ready=ready)
 
     yield make
     await _destroy(made)

@@ -1,9 +1,9 @@
 """A process inside a real container swaps paths as fast as it can, while the tools work on them.
 
-By websocket through a live gateway, on a pool with idmapped mounts as the tenants' own and on one of
-plain folders. `tests/unit/test_rootfs_attacks.py` has what can be laid into a workspace layer by layer; here
-are the races, which need the real mounts, ids and kernel paths. GATEWAY_TEST_RACE_SECONDS sets the seconds
-of each of them.
+By websocket through a live gateway, on the tenants' own pool with its idmapped mounts; the same on one of
+plain folders is in `test_pool_of_folders`. `tests/unit/test_rootfs_attacks.py` has what can be laid into a
+workspace layer by layer; here are the races, which need the real mounts, ids and kernel paths.
+GATEWAY_TEST_RACE_SECONDS sets the seconds of each of them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import pytest
 
 from gateway.settings import Settings
 from tests.integration import environment
-from tests.integration.conftest import Container, MakeTenant
+from tests.integration.conftest import Container, make_containers
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure, Wire
+from tests.waits import until
 
 SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1"))
 SECRET = "host-secret-9d1f"
@@ -131,36 +132,53 @@ async def gateway(
         yield gateway
 
 
-@pytest.fixture
-def pool(request: pytest.FixtureRequest, incus_settings: Settings) -> Iterator[str]:
-    """The tenants' own pool, or with the parameter "dir" another one of plain folders."""
-    if getattr(request, "param", "own") == "own":
-        yield incus_settings.pool
-        return
-    name = f"t-attacks-{os.getpid()}"
-    environment.incus("storage", "create", name, "dir")
-    yield name
-    environment.incus("storage", "delete", name)
+@pytest.fixture(scope="module")
+def pool(incus_settings: Settings) -> str:
+    """The tenants' own pool."""
+    return incus_settings.pool
+
+
+@pytest.fixture(scope="module")
+async def victim(pool: str, incus_settings: Settings) -> AsyncIterator[Container]:
+    """A running tenant on that pool, which is attacked from inside; it is `emptied` between two attacks."""
+    async with make_containers("victim", incus_settings, 1, pool=pool) as (container,):
+        yield container
+
+
+EMPTIED = """
+awk '$2 ~ "^/srv/" { print $2 }' /proc/self/mounts | sort -r | xargs --no-run-if-empty --max-args=1 umount
+if [ "$(stat -c %U /srv/site)" != site ]; then
+  mv -T /srv/site /srv/other; mv -T /srv/decoy /srv/site
+fi
+find /srv/site -mindepth 1 -delete
+find /srv -mindepth 1 -maxdepth 1 ! -name site -exec rm -rf {} +
+rm -rf /etc/marker /etc/moved
+[ "$(stat -c %U:%G:%a /srv/site)" = site:site:755 ]
+"""
+
+
+def emptied(victim: Container) -> Container:
+    """Put away what an attack left in it: its workspace is as at first, and there is nothing beside it."""
+    victim.sh(f"set -e{EMPTIED}")
+    return victim
 
 
 @pytest.fixture
-async def arena(
-    pool: str, make_tenant: MakeTenant, gateway: LiveGateway, tmp_path: Path
-) -> AsyncIterator[Arena]:
-    tenant = await make_tenant(pool=pool)
+async def arena(pool: str, victim: Container, gateway: LiveGateway, tmp_path: Path) -> AsyncIterator[Arena]:
+    emptied(victim)
     secret = tmp_path / "secret.txt"
     secret.write_text(SECRET)
     # So that nothing but our own care keeps a worker from it.
     for folder in (secret, *secret.parents):
         if folder != Path("/") and folder.owner() == "root":
             folder.chmod(folder.stat().st_mode | 0o055)
-    tenant.sh(
+    victim.sh(
         f"""
         echo {SECRET} > /etc/marker; mkdir -p /srv/decoy /srv/way; echo {SECRET} > /srv/way/secret.txt
         chown site:site /srv/way /srv/way/secret.txt; ln -s {secret.parent} /srv/decoy/prey.txt
         """
     )
-    tenant.sh(
+    victim.sh(
         f"""
         cd /srv/site; echo harmless > prey.txt; ln -s {secret} bait; ln -s ../../etc/marker bait-tenant
         mkdir -p folder in/deep; echo harmless > folder/secret.txt; ln -s {secret.parent} way-out
@@ -168,20 +186,26 @@ async def arena(
         """,
         user=1000,
     )
-    async with gateway.wire(tenant.name) as wire:
-        yield Arena(tenant, wire, secret, environment.rootfs(tenant.name, pool))
+    async with gateway.wire(victim.name) as wire:
+        arena = Arena(victim, wire, secret, environment.rootfs(victim.name, pool))
+
+        async def seen() -> bool:  # a worker of before may still be in what the last attack put there
+            return await arena.call("Read", file_path="prey.txt") is None
+
+        await until(seen)
+        arena.calls, arena.slowest, arena.refused = 0, 0.0, {}
+        yield arena
 
 
-@pytest.mark.parametrize("pool", ["own", "dir"], indirect=True)
 @pytest.mark.timeout(300)
 async def test_races(arena: Arena) -> None:
     """No attack leaks anything, hangs a call, writes outside, or leaves an unfinished file."""
     before = sorted(arena.secret.parent.rglob("*")), arena.secret.stat().st_mtime_ns
     for what, user in RACES:
         with arena.attacked(what, user):
-            until = time.monotonic() + SECONDS
+            end = time.monotonic() + SECONDS
             enough = arena.calls + 20
-            while time.monotonic() < until or arena.calls < enough:
+            while time.monotonic() < end or arena.calls < enough:
                 await arena.round()
     assert (sorted(arena.secret.parent.rglob("*")), arena.secret.stat().st_mtime_ns) == before
     assert arena.secret.read_text() == SECRET
@@ -207,9 +231,9 @@ async def test_naive_check_leaks(arena: Arena) -> None:
         return any(SECRET in naive("prey.txt") for _ in range(50_000))
 
     with arena.attacked("file", 1000):
-        until = time.monotonic() + 30
+        end = time.monotonic() + 30
         found = False
-        while not found and time.monotonic() < until:
+        while not found and time.monotonic() < end:
             found = await asyncio.to_thread(leaks)
     assert found
 

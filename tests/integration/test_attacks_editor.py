@@ -15,10 +15,20 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.integration.test_attacks import DEADLINE, RACES, SECONDS, SECRET, Arena, arena, gateway, pool
+from tests.integration.test_attacks import (
+    DEADLINE,
+    RACES,
+    SECONDS,
+    SECRET,
+    Arena,
+    arena,
+    gateway,
+    pool,
+    victim,
+)
 from tests.live import LiveGateway, RpcFailure, Wire
 
-__all__ = ["arena", "gateway", "pool"]
+__all__ = ["arena", "gateway", "pool", "victim"]
 
 
 class Editor:

@@ -25,10 +25,10 @@ from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from gateway.tools.search import scan
 from tests.integration import environment
-from tests.integration.conftest import Container, MakeTenant
-from tests.integration.test_attacks import SECONDS, SECRET, pool
+from tests.integration.conftest import Container
+from tests.integration.test_attacks import SECONDS, SECRET, emptied, pool, victim
 
-__all__ = ["pool"]  # a fixture
+__all__ = ["pool", "victim"]  # fixtures
 
 OUTSIDE = "outside-name.txt"  # of a file beside the secrets
 
@@ -92,8 +92,8 @@ async def workers(incus_settings: Settings) -> AsyncIterator[Workers]:
 
 
 @pytest.fixture
-async def tenant(pool: str, make_tenant: MakeTenant, tmp_path: Path) -> Container:
-    tenant = await make_tenant(pool=pool)
+async def tenant(victim: Container, tmp_path: Path) -> AsyncIterator[Container]:
+    tenant = emptied(victim)
     for name in ("secret.txt", OUTSIDE):
         (tmp_path / name).write_text(SECRET)
     # So that nothing but our own care keeps a worker from it.
@@ -103,10 +103,10 @@ async def tenant(pool: str, make_tenant: MakeTenant, tmp_path: Path) -> Containe
     tenant.sh(f"for f in marker {OUTSIDE}; do echo {SECRET} > /etc/$f; done")
     laid = tenant.run("sh", "-ec", LAY.replace("%s", str(tmp_path)), user=1000)
     assert laid.stderr == b""
-    return tenant
+    yield tenant
+    tenant.sh(f"rm /etc/{OUTSIDE}")
 
 
-@pytest.mark.parametrize("pool", ["own", "dir"], indirect=True)
 @pytest.mark.timeout(120)
 async def test_races(
     pool: str,

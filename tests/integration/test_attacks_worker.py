@@ -7,19 +7,18 @@ import os
 from pathlib import Path
 
 import orjson
-import pytest
 
 from gateway.rootfs import FilesystemRoot, Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
-from tests.integration.test_attacks import pool
+from tests.integration.test_attacks import emptied, pool, victim
 from tests.unit.test_rootfs_probes import _CHANGES
 from tests.unit.test_rootfs_workers import LANES, PROBES, forked_ahead, pid_of
 from tests.waits import Gate
 
-__all__ = ["pool"]  # a fixture
+__all__ = ["pool", "victim"]  # fixtures
 
 HIDDEN = "hidden below a disk"
 
@@ -56,10 +55,8 @@ async def check_confined(container: Container, settings: Settings, pool: str = "
             container.sh("mv /srv/left /srv/site/leaving; rm /srv/site/gate")
 
 
-@pytest.mark.parametrize("pool", ["own", "dir"], indirect=True)
-async def test_confined(pool: str, make_tenant: MakeTenant, incus_settings: Settings) -> None:
-    """On a pool of idmapped mounts of its own file system, and on one of the host's folders."""
-    await check_confined(await make_tenant(pool=pool), incus_settings, pool)
+async def test_confined(pool: str, victim: Container, incus_settings: Settings) -> None:
+    await check_confined(emptied(victim), incus_settings, pool)
 
 
 async def test_forked_ahead(tenant: Container, incus_settings: Settings) -> None:

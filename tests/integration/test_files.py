@@ -149,26 +149,6 @@ async def test_restored_snapshot(tenant: Container, workers: Workers, incus_sett
     assert tenant.sh("cat /srv/site/b.txt") == "b\n"
 
 
-@pytest.mark.parametrize("driver", ["dir"])
-async def test_other_pools(driver: str, workers: Workers, incus_settings: Settings, tmp_path: Path) -> None:
-    """A pool of folders, where files may have other ids on disk, works the same."""
-    name = f"t-files-{driver}-{os.getpid()}"
-    environment.incus("storage", "create", name, driver, check=False)
-    words = ("--profile", incus_settings.profile, "--storage", name)
-    environment.incus("launch", incus_settings.image, name, *words, timeout=120)
-    try:
-        container = Container(name)
-        files = await files_of(container, workers, incus_settings)
-        await files.text("Write", file_path="x/a.txt", content="a\n")
-        assert container.sh("stat -c %U:%G /srv/site/x /srv/site/x/a.txt").split() == ["site:site"] * 2
-        container.sh("echo b >> /srv/site/x/a.txt", user=1000)
-        assert await files.text("Read", file_path="x/a.txt") == "1\ta\n2\tb\n3\t"
-        await workers.forget(files.root.tenant)
-    finally:
-        environment.incus("delete", "--force", name, check=False)
-        environment.incus("storage", "delete", name, check=False)
-
-
 def devices(container: Container, *words: str) -> None:
     environment.incus("config", "device", *words[:1], container.name, *words[1:])
 
@@ -314,9 +294,11 @@ def workers_of(gateway: LiveGateway) -> set[int]:
     return {worker for broker in children_of(gateway.process.pid) for worker in workers_below(broker)}
 
 
-async def test_workers_end(make_tenant: MakeTenant, incus_settings: Settings, tmp_path: Path) -> None:
+async def test_workers_end(
+    tenant: Container, make_tenant: MakeTenant, incus_settings: Settings, tmp_path: Path
+) -> None:
     """A tenant's workers end when it is stopped, restored or deleted, or its workspace changes."""
-    tenant, other = await make_tenant(), await make_tenant()
+    tenant, other = await make_tenant(), tenant
     name = tenant.name
     async with live(incus_settings, tmp_path / "gateway.log") as gateway:
         async with gateway.wire(other.name) as wire, gateway.http(name) as http:
