@@ -11,11 +11,14 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 from websockets.sync.client import connect
 
 from gateway import protocol
-from tests.live import LiveGateway
+
+if TYPE_CHECKING:
+    from tests.live import LiveGateway  # a second of CPU, for nothing that this process needs
 
 
 class Beside:
