@@ -24,8 +24,9 @@ from tests.waits import until
 
 pytestmark = pytest.mark.timeout(200)
 TENANT, DOMAIN = "hangs-test", "hangs.test"
-PAGE = 5  # seconds within which a visitor of a hanging site gets a page
-SLOW = 7  # seconds of silence before the first byte: no visitor of a hanging site waits so long
+HANGS = 2.0  # seconds after which a site that reads nothing hangs
+PAGE = 4  # seconds within which a visitor of a hanging site gets a page
+SLOW = 5  # seconds of silence before the first byte: no visitor of a hanging site waits so long
 
 SITE = (
     b"""\
@@ -33,7 +34,7 @@ Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", idleTimeout: 60, fetch:
   const path = new URL(request.url).pathname;
   if (path !== "/") await Bun.write("/home/site/taken" + path.replace("/", "-"), "");
   if (path === "/slow") await Bun.sleep(%d000);
-  if (path === "/spin") for (const end = Date.now() + 9_000; Date.now() < end; );
+  if (path === "/spin") for (const end = Date.now() + 6_000; Date.now() < end; );
   return new Response("here");
 } });
 """
@@ -44,7 +45,8 @@ Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", idleTimeout: 60, fetch:
 @pytest.fixture(scope="module")
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
     template = {"archive": base64.b64encode(archive(("serve.ts", SITE))).decode()}
-    async with hosting(incus_settings, tmp_path_factory.mktemp("hangs") / "state") as host:
+    state = tmp_path_factory.mktemp("hangs") / "state"
+    async with hosting(incus_settings, state, hang_timeout=HANGS) as host:
         record = await host.deploy(DOMAIN, template)
         assert record["state"] == "succeeded", record["error"]
         yield host

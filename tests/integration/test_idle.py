@@ -194,27 +194,31 @@ async def test_a_site_sleeps_on_while_the_gateway_is_started_again(host: Hosting
             assert await websocket.receive_str() == "hello"
 
 
-@pytest.mark.parametrize("old", [False, True])
-async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hosting, old: bool) -> None:
+async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hosting) -> None:
     """Even one without a fixed address, like clones of earlier versions."""
-    name, domain = f"copy-{old}".lower(), f"copy-{old}.example.com".lower()
-    status, made, _ = await host.call("POST", f"/v1/tenants/{TENANT}/clone", {"tenant": name})
-    assert status == 201, made
-    if old:
-        loosen(name)
-    assert (await host.call("PATCH", f"/v1/tenants/{name}", {"domain": domain}))[0] == 200
-    await host.answers(domain)
-    environment.configure(name, "user.gateway.idle_stop", str(LIMIT))
+
+    async def cloned(name: str, domain: str) -> None:
+        status, made, _ = await host.call("POST", f"/v1/tenants/{TENANT}/clone", {"tenant": name})
+        assert status == 201, made
+        if name == "old":
+            await asyncio.to_thread(loosen, name)
+        assert (await host.call("PATCH", f"/v1/tenants/{name}", {"domain": domain}))[0] == 200
+        await host.answers(domain)
+        environment.configure(name, "user.gateway.idle_stop", str(LIMIT))
+
+    copies = {name: f"{name}.example.com" for name in ("new", "old")}
+    await asyncio.gather(*(cloned(*copy) for copy in copies.items()))
     routes = Caddy(host.settings)
     for number in range(2):
-        await sleeps(host, name)
+        await asyncio.gather(*(sleeps(host, name) for name in copies))
         # reconciling routes keeps those of sleeping tenants and removes those that belong to nobody
         routes.set("nobodys.example.com", "127.0.0.1:9")
         environment.configure(TENANT, "user.looked", f"at {number}")
         await until(lambda: routes.get("nobodys.example.com") is None)
-        statuses = await asyncio.gather(*(host.visit(domain) for _ in range(3)))
-        assert [status for status, _ in statuses] == [200] * 3
-    environment.incus("delete", "--force", name)
+        statuses = await asyncio.gather(*(host.visit(domain) for domain in [*copies.values()] * 3))
+        assert [status for status, _ in statuses] == [200] * 6
+    for name in copies:
+        environment.incus("delete", "--force", name)
 
 
 async def test_a_clone_that_sleeps_since_an_earlier_version_is_woken(host: Hosting) -> None:
