@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from tests.integration import environment
 from tests.integration.conftest import Container
 from tests.integration.sites import Hosting, hosting
 from tests.integration.test_claude_typescript import program
-from tests.integration.test_survive import ENDLESS, Host, Resuming, held
+from tests.integration.test_survive import ENDLESS, Host, Resuming, endless_sum, held, sums
 from tests.live import DEADLINE, LiveGateway, free_ports
 from tests.waits import pause, until
 
@@ -209,25 +208,11 @@ async def test_websockets_are_told_and_resume_with_exact_bytes(host: Host, share
         await asyncio.wait_for(echo.connected.wait(), DEADLINE)
     await echo.close_input()
     assert (await echo.ended())["exitCode"] == 3
-    assert echo.sums[1].hexdigest() == _sha(bytes(echo.sent))
+    assert echo.sums[1].hexdigest() == sums(bytes(echo.sent))
     await stream.call("exec/signal", signal=signal.SIGTERM)
     assert (await stream.ended())["signal"] == "TERM"
-    assert stream.sums[1].hexdigest() == _sha(_counted(stream.offsets[1]))
+    assert stream.sums[1].hexdigest() == await endless_sum(stream.offsets[1])
     assert min(stream.breaks, echo.breaks) >= UPGRADES
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _counted(size: int) -> bytes:
-    """Return so many bytes of what `seq` prints."""
-    parts, length, number = list[bytes](), 0, 0
-    while length < size:
-        part = b"".join(b"%d\n" % one for one in range(number + 1, number + 100_001))
-        parts.append(part)
-        length, number = length + len(part), number + 100_000
-    return b"".join(parts)[:size]
 
 
 def workers(pid: int) -> list[int]:
@@ -501,7 +486,7 @@ async def test_a_successor_that_dies_with_everything_in_its_hands_is_made_good(
     await client.write(b"after\n")
     await client.close_input()
     assert (await client.ended())["exitCode"] == 0
-    assert client.sums[1].hexdigest() == _sha(b"before\nafter\n")
+    assert client.sums[1].hexdigest() == sums(b"before\nafter\n")
     await upgrade(host.gateway)
 
 
