@@ -200,8 +200,18 @@ class Tenant(TypedDict):
     reason: NotRequired[Literal["member_away"]]
 
 
+class StandbyShown(TypedDict):
+    """The copy of a tenant on another member of the cluster, as the tenant was at a time."""
+
+    member: str
+    of: str
+
+
 class TenantShown(Tenant):
+    """In a cluster, `standby` is null if the tenant has no copy."""
+
     usage: Usage | None
+    standby: NotRequired[StandbyShown | None]
 
 
 class Tenants(TypedDict):

@@ -87,6 +87,9 @@ class Background:
             services.cluster.peers.moved = services.deployments.look_soon
         if services.dead_peers is not None:
             jobs["the look at silent servers"] = services.dead_peers.follow
+        if services.standby is not None:
+            jobs["the copies of tenants"] = services.standby.copy
+            jobs["the tenants of lost servers"] = services.standby.bring_back
         if services.revoking is not None:
             jobs["the revocations of the cluster"] = services.revoking.follow
         if services.shared is not None and services.revoking is not None:

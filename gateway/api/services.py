@@ -8,7 +8,7 @@ import importlib.util
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from starlette.requests import HTTPConnection
 
@@ -48,6 +48,7 @@ from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
+from gateway.lifecycle.standby import Standby
 from gateway.limits.budget import Budget, Places
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
@@ -58,6 +59,7 @@ from gateway.rootfs.cutter import Cutter
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Removal
 from gateway.runtime.incus import IncusRuntime, IncusSites
+from gateway.runtime.incus.standby_copies import StandbyCopies
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_sites import LocalSites
 from gateway.runtime.sites import Sites
@@ -70,8 +72,6 @@ from gateway.transport.tunnel import Near
 
 log = logging.getLogger(__name__)
 
-_LOOK: Final = 5.0  # seconds until it is known whether incusd is in a cluster
-
 
 @dataclass(kw_only=True)
 class Services(Hub):
@@ -79,8 +79,8 @@ class Services(Hub):
 
     `secret` signs tokens. `end_token` ends what is open under a token, by its id, and returns how many
     websockets that closed. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
-    `revoking` and `cluster` are if there is no cluster. `shared` and `dead_peers` are if there is none of
-    Incus.
+    `revoking` and `cluster` are if there is no cluster. `shared`, `dead_peers` and `standby` are if there is
+    none of Incus.
     """
 
     secret: str = field(repr=False)
@@ -110,6 +110,7 @@ class Services(Hub):
     dead_peers: DeadPeers | None
     departures: Departures | None  # to other members, and
     arrivals: Arrivals | None  # from them; None without a cluster of Incus
+    standby: Standby | None
     tunnels: set[Near]  # websockets of other members' tenants
     draining: bool = False
 
@@ -242,10 +243,22 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         doors = Doors(settings)
         departures: Departures | None = None
         arrivals: Arrivals | None = None
+
+        def is_leaving(tenant: str) -> bool:
+            return departures is not None and departures.moving(tenant)
+
+        standby = None
+        if isinstance(runtime, IncusRuntime) and cluster is not None and shared is not None:
+            copies = await enter(StandbyCopies(settings, runtime))
+            standby = Standby(
+                *(copies, runtime, cluster, shared.members, capacity, names, records, store, bus, settings),
+                changed=workers.broker.changed,
+                moving=is_leaving,
+            )
         deployments = await enter(
             Deployments(
                 *(runtime, sites, caddy, domains, store, bus, settings),
-                moving=lambda tenant: departures is not None and departures.moving(tenant),
+                moving=is_leaving,
                 use=idle.use,
                 admit=room.admit,
                 spacious=room.spacious,
@@ -341,6 +354,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             doors=doors,
             departures=departures,
             arrivals=arrivals,
+            standby=standby,
             tunnels=tunnels,
             home=None if (here := ready.cluster) is None else {"member": here.own, "url": settings.advertise},
         )

@@ -52,7 +52,10 @@ def list_members(as_json: Json = False) -> None:
 def remove(
     name: Name,
     force: Annotated[
-        bool, typer.Option("--force", help="One that is lost for good, with all its tenants")
+        bool,
+        typer.Option(
+            "--force", help="One that is lost for good: tenants without a standby copy are lost too"
+        ),
     ] = False,
     yes: Yes = False,
 ) -> None:
@@ -61,7 +64,8 @@ def remove(
 
     if force and not yes:
         confirm(
-            f"Remove {name} and forget all its tenants? It must never be started again as it is.",
+            f"Remove {name} for good? Its tenants come back from their standby copies; those without one are "
+            "forgotten. It must never be started again as it is.",
             "nothing was removed",
         )
     run(load(), name, force=force)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,8 @@ class Sharing:
     """The part of the member `own` in what all gateways of its cluster share."""
 
     own: str
+    members: Callable[[], Awaitable[Collection[str]]]
+    """Returns the names of the cluster's members, or raises `Unavailable`."""
     keys: SharedKeys
     domains: Reservations
     placements: Placements
@@ -68,6 +70,7 @@ async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) ->
         async with IncusKeys(incus, settings.cluster_patience) as keys:
             yield Sharing(
                 own=own,
+                members=names,
                 keys=keys,
                 domains=Reservations(keys, "domain", own, names),
                 placements=Placements(keys, names, settings.cluster_home_kept),

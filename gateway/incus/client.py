@@ -5,6 +5,8 @@ Facts about incusd that shape this module (measured on 6.0.4):
 - An operation's record is kept for 5 s after its end, and a plain GET of one that is just ending can crash
  incusd before 6.0.6 (lxc/incus 8d05249b9b). So `/wait` is requested as soon as the operation is known, and
  the record is read only after `/wait` has returned.
+- While an instance is copied to another member (a standby copy, the rounds of a move), changes of it are
+ refused; commands in it are not.
 - For a failed operation, `/wait` returns an error without the operation's metadata.
 
 In a cluster an `Incus` is that of one member: others' instances are not among its own, and where a request
@@ -38,6 +40,9 @@ _EVENT_MAX = 1 << 20  # bytes
 # bytes of one instance with its state, which lists all network interfaces and addresses the tenant creates:
 # ten thousand of them take 1 MB and 5 ms to parse
 _STATE_MAX = 1 << 20
+# in a message of internal/server/instance/operationlock: Incus refuses what it could let wait
+_COPYING = 'is busy running a "migrate" operation'
+_PAUSE = 0.2  # seconds between two attempts meanwhile, of which nobody tells the end
 _PIDS = 4096  # instances whose init pid is cached
 
 
@@ -205,26 +210,35 @@ class Incus(Rest):
         *,
         timeout: float,
         if_match: str | None = None,
+        target: str | None = None,
     ) -> Operation:
-        """Start an operation and wait for its result. What is created is created on this server.
+        """Start an operation and wait for its result. An instance is created on this server, or on `target`.
 
-        Raises `IncusError` if it fails or takes longer than `timeout` seconds, and with status 412 if the
-        resource no longer has the ETag `if_match` that `get_tagged` returned.
+        One of an instance that is just being copied to another member begins after that. Raises `IncusError`
+        if it fails or takes longer than `timeout` seconds, and with status 412 if the resource no longer has
+        the ETag `if_match` that `get_tagged` returned.
         """
-        try:
-            query = {}
-            # else Incus chooses the member with the fewest instances, and for a copy sends the disk there
-            if (method, path) == ("POST", "/1.0/instances") and (member := await self.member()):
-                query["target"] = member
-            answer = await self._request(method, path, body=body, query=query, if_match=if_match)
-            if answer["type"] != "async":
-                return Operation(ok=True, metadata=answer.get("metadata") or {})
-            operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
-            if not operation.ok:
+        query = {}
+        # else Incus chooses the member with the fewest instances, and for a copy sends the disk there
+        if (method, path) == ("POST", "/1.0/instances") and (member := target or await self.member()):
+            query["target"] = member
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        while True:
+            try:
+                answer = await self._request(method, path, body=body, query=query, if_match=if_match)
+                if answer["type"] != "async":
+                    return Operation(ok=True, metadata=answer.get("metadata") or {})
+                operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
+                if operation.ok:
+                    return operation
                 raise IncusError(operation.error, 400)
-            return operation
-        finally:
-            self._inventory.touched(*touched_by(path, body))
+            except IncusError as error:
+                if _COPYING not in error.message or loop.time() > until:
+                    raise
+            finally:
+                self._inventory.touched(*touched_by(path, body))
+            await asyncio.sleep(_PAUSE)
 
     async def wait(self, operation: str, *, timeout: float | None) -> Operation:
         """Wait for an operation to end. Call it at once: the record is gone 5 s after the end.

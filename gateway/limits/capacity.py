@@ -28,6 +28,7 @@ _MiB: Final = 1 << 20
 _RETRY_AFTER: Final = 60
 _AT_REST: Final = 64 * _MiB  # assumed memory of an idle tenant, with page cache, if none can be measured
 _DISK: Final = 64 * _MiB  # assumed disk space of a tenant besides its image, if there is none yet
+_COPY: Final = 1.3  # CPU seconds of one copy of a tenant to another member, at its home; as much there
 _ASKED: Final = 8  # tenants measured in parallel
 
 
@@ -162,6 +163,8 @@ class Report:
     disk_total: int
     disk_used: int
     disk_each: int
+    copied: int  # tenants that have copies on other members of a cluster
+    copying: float  # share of one core that these take here, if all have changed each time
     more: Mapping[str, Mapping[str, int]]  # by size and resource: how many more tenants it suffices for
 
     def takes(self, size: str) -> tuple[int, str]:
@@ -205,6 +208,8 @@ async def look(runtime: IncusRuntime, settings: Settings, host: Memory) -> Repor
         promise = (most - sum(awake.values())) // limit_of(has.get("memory"), host.total, settings)
         by = left | ({"promise": promise} if most else {})
         more[size] = {what: max(0, count) for what, count in by.items()}
+    standby = (settings.standby if one.standby is None else one.standby for one in tenants)
+    rounds = [seconds for seconds in standby if seconds] if runtime.incus.known_member else []
     return Report(
         tenants=len(tenants),
         awake=len(awake),
@@ -217,6 +222,8 @@ async def look(runtime: IncusRuntime, settings: Settings, host: Memory) -> Repor
         disk_total=space.total if space is not None else 0,
         disk_used=space.used if space is not None else 0,
         disk_each=disk_each,
+        copied=len(rounds),
+        copying=sum(_COPY / seconds for seconds in rounds),
         more=more,
     )
 
@@ -256,6 +263,11 @@ def lines(report: Report) -> list[str]:
         f"disk      {report.disk_used // _MiB} of {report.disk_total // _MiB} MiB used; "
         f"{report.disk_each // _MiB} MiB a tenant",
     ]
+    if report.copied:
+        said.append(
+            f"standby   {report.copied} tenants have copies on other members: at most "
+            f"{report.copying:.0%} of a core on each side, and their disks once more there"
+        )
     for size in report.more:
         takes, what = report.takes(size)
         said.append(f"{size:<9} {takes} more; then the limit is: {what}")

@@ -14,6 +14,7 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections that it does not read |
 | `{"do": "bind_ports", "tenant"}` | `{}`: its MAC address is bound to its port, see `bridge_port` |
 | `{"do": "cut_off", "member": "HOST:PORT"}` | `{"ended": n}` connections with it, see `dead_members` |
+| `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `subvolume` |
 | `{"do": "quotas"}` | `{"changed": [words]}`: the disk quotas are enforced, see `quotas` |
 
 No request contains a host path, an id or a pid: `locations` finds the files and cgroups of a tenant. A failed
@@ -45,6 +46,7 @@ from gateway.rootfs.dead_members import cut_off
 from gateway.rootfs.locations import Disk, Tenants, found_by
 from gateway.rootfs.root import Root
 from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
+from gateway.rootfs.subvolume import changed
 from gateway.rootfs.worker_cgroup import WorkerCgroup
 from gateway.rootfs.zygote import Zygote, preload
 
@@ -134,6 +136,9 @@ class Broker:
                     pid, address = self._tenants.network(str(request["tenant"]))
                     leave = frozenset(map(int, request["leave"]))
                     answer = {"ended": tcp.break_off(pid, address, int(request["port"]), leave)}
+                case "changed":
+                    disk = self._tenants.disk(str(request["tenant"]), str(request["workspace"]))
+                    answer = {"changed": changed(disk.path, str(request["since"]))}
                 case "cut_off":
                     answer = {"ended": cut_off(str(request["member"]), self._tenants.members())}
                 case "bind_ports":

@@ -125,6 +125,15 @@ class BrokerClient:
         answer, _ = await self.request({"do": "quotas"})
         return [str(words) for words in answer["changed"]]
 
+    async def changed(self, tenant: str, workspace: str, since: str) -> bool:
+        """Return whether anything on a tenant's root disk has changed since a snapshot, or may have.
+
+        Raises `Unavailable`, and `NotFound` if there is no such tenant.
+        """
+        request = {"do": "changed", "tenant": tenant, "workspace": workspace, "since": since}
+        answer, _ = await self.request(request)
+        return bool(answer["changed"])
+
     async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int:
         """Close this host's connections to a tenant's port that the tenant does not read; return how many.
 

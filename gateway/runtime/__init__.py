@@ -43,6 +43,7 @@ class Tenant:
     instance: str | None = None  # unique id; a later tenant with the same name has another
     asleep: bool = False  # stopped, or about to be, until a request wakes it
     idle_stop: float | None = None  # seconds; overrides the setting
+    standby: float | None = None  # seconds; overrides the setting
     deployment: str | None = None  # the deployment creating it, until its site is known to work
     migration: str | None = None  # state of the migration of its site from a host folder, if any
 

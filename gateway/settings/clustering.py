@@ -44,6 +44,18 @@ class ClusterSettings(BaseModel):
         gt=0,
         description="seconds for which all requests for a new tenant go to the member that was chosen first",
     )
+    standby: float = Field(
+        0.0,
+        ge=0,
+        description="seconds between two copies of each tenant to another member, from which it comes back "
+        "when its own is lost; 0: none. `user.gateway.standby` of an instance overrides it",
+    )
+    standby_project: str = Field(
+        "gateway-standby", description="Incus project of these copies, and of nothing else"
+    )
+    standby_timeout: float = Field(
+        900.0, gt=0, description="seconds that one copy may take, the first one with all of the disk"
+    )
     cluster_events_ahead: int = Field(
         64 * KiB,
         gt=0,

@@ -127,6 +127,14 @@ MIGRATIONS: Final = (
     ALTER TABLE names ADD COLUMN arrived INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE names ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    CREATE TABLE standby (
+        tenant TEXT PRIMARY KEY,
+        instance TEXT NOT NULL,
+        member TEXT NOT NULL,
+        at REAL NOT NULL
+    ) STRICT;
+    """,
 )
 
 

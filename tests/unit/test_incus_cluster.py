@@ -294,3 +294,31 @@ def test_the_broker_opens_nothing_of_another_member(tmp_path: Path) -> None:
         assert found.disk("shop", "/srv/app").path.endswith("/containers/shop/rootfs")
         with pytest.raises(Unavailable, match="another server"):
             found.disk("cafe", "/srv/app")
+
+
+class Copying(Cluster):
+    """One whose instance is copied to another member, as long as `attempts` are left."""
+
+    def __init__(self, attempts: float) -> None:
+        super().__init__({"one": "m1"})
+        self.attempts, self.message = attempts, 'Instance is busy running a "migrate" operation'
+
+    async def _request(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        if method == "PATCH" and self.attempts > 0:
+            self.attempts -= 1
+            raise IncusError(f"Failed to create instance update operation: {self.message}", 400)
+        return {"type": "sync", "metadata": {}} if method == "PATCH" else await super()._request(method, path)
+
+
+async def test_a_change_waits_until_a_copy_to_another_member_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer than it may take; other refusals are told at once."""
+    monkeypatch.setattr("gateway.incus.client._PAUSE", 0.001)
+    copying = Copying(3)
+    assert (await copying.operate("PATCH", "/1.0/instances/one", {"config": {}}, timeout=60)).ok
+    assert copying.attempts == 0
+    with pytest.raises(IncusError, match="busy"):
+        await Copying(float("inf")).operate("PATCH", "/1.0/instances/one", {}, timeout=0.05)
+    other = Copying(1)
+    other.message = 'Instance is busy running a "stop" operation'
+    with pytest.raises(IncusError, match="stop"):
+        await other.operate("PATCH", "/1.0/instances/one", {}, timeout=60)

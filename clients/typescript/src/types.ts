@@ -52,6 +52,8 @@ export interface TenantInfo {
   readonly limits: Facts;
   readonly location: string | null;
   readonly usage?: Usage | null;
+  /** In a cluster: its copy on another member, and when the tenant was as that is; null if there is none. */
+  readonly standby?: { readonly member: string; readonly of: string } | null;
 }
 
 /** A move of a tenant to another server. Times are in seconds since the epoch. */

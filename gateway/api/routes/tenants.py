@@ -43,7 +43,8 @@ async def show(request: Request) -> Response:
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.get(name)
     usage = await gateway.runtime.metrics(name) if tenant.status == "running" else None
-    return as_json(described(tenant, gateway.settings) | {"usage": usage})
+    standby = {} if gateway.standby is None else {"standby": gateway.standby.of(name)}
+    return as_json(described(tenant, gateway.settings) | {"usage": usage} | standby)
 
 
 async def metrics(request: Request) -> Response:

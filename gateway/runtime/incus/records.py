@@ -21,6 +21,7 @@ PORT: Final = "user.gateway.port"
 DEPLOYMENT: Final = "user.gateway.deployment"
 ASLEEP: Final = "user.gateway.asleep"
 IDLE_STOP: Final = "user.gateway.idle_stop"  # set by the operator; overrides the setting of that name
+STANDBY: Final = "user.gateway.standby"  # likewise
 
 _STATUS: Final[Mapping[str, Status]] = {
     "Running": "running",
@@ -63,6 +64,7 @@ def tenant_of(instance: Instance) -> Tenant:
         deployment=config.get(DEPLOYMENT) or None,
         migration=config.get(MIGRATION) or None,
         idle_stop=_seconds(config.get(IDLE_STOP)),
+        standby=_seconds(config.get(STANDBY)),
     )
 
 

@@ -1,0 +1,283 @@
+"""Keeps a copy of each tenant of this member on another one, and brings back the tenants of a lost member.
+
+A member is lost once the cluster has it no more (`incus cluster remove --force`): then nothing of it comes
+back, and its tenants' names are free. As long as it is a member, it may come back with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from gateway.cluster.cluster import SETTLING, Cluster
+from gateway.cluster.records import Records, unsure
+from gateway.errors import Conflict, GatewayError, NotFound
+from gateway.events import Bus
+from gateway.limits.capacity import Capacity
+from gateway.ownership.names import Names
+from gateway.runtime import Tenant, TenantRuntime
+from gateway.runtime.incus.standby_copies import StandbyCopies, StandbyCopy
+from gateway.settings import Settings
+from gateway.storage.store import Store, StoreFailed
+
+log = logging.getLogger(__name__)
+
+_LOOK: Final = 10.0  # seconds between two looks for tenants that are due, at most
+_AGAIN: Final = 2.0  # seconds until lost tenants are looked for again, where that failed
+_NOTICED: Final = 0.1  # seconds between two looks whether Incus has told of what was brought back
+_LOOKS: Final = 50
+_SENDING: Final = 30.0  # seconds that a peer may take to keep a tenant's records
+_QUIET: Final = ("running", "stopped", "frozen")
+
+Changed = Callable[[str, str, str], Awaitable[bool]]
+"""Takes a tenant, its workspace and a snapshot; returns whether anything of the tenant has changed since."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The copy that a member has of the tenant `instance`, as that was `at`, in seconds since the epoch."""
+
+    instance: str
+    member: str
+    at: float
+
+
+class Standby:
+    """The copies of this member's tenants on others, and those of others here.
+
+    `members` asks the cluster. Tenants that are `moving` are left alone.
+    """
+
+    def __init__(
+        self,
+        copies: StandbyCopies,
+        runtime: TenantRuntime,
+        cluster: Cluster,
+        members: Callable[[], Awaitable[Collection[str]]],
+        capacity: Capacity,
+        names: Names,
+        records: Records,
+        store: Store,
+        bus: Bus,
+        settings: Settings,
+        *,
+        changed: Changed,
+        moving: Callable[[str], bool],
+    ) -> None:
+        self._copies, self._runtime, self._cluster, self._members = copies, runtime, cluster, members
+        self._changed, self._capacity, self._names, self._records = changed, capacity, names, records
+        self._store, self._bus, self._settings, self._moving = store, bus, settings, moving
+        self._standing: dict[str, Standing] = {}
+        self._tried: dict[str, float] = {}  # when each tenant was looked at last, by the monotonic clock
+        self._refused: set[str] = set()  # lost tenants whose names are others' by now
+        self._pause = _LOOK
+
+    def of(self, tenant: str) -> Mapping[str, Any] | None:
+        """Return a tenant's copy as clients see it, None if there is none."""
+        found = self._standing.get(tenant)
+        return None if found is None else {"member": found.member, "of": _iso(found.at)}
+
+    # --- copies -------------------------------------------------------------------------------------
+
+    async def copy(self) -> None:
+        """Copy this member's tenants, forever and one at a time."""
+        for tenant, instance, member, at in await self._store.read(_all):
+            self._standing[tenant] = Standing(instance, member, at)
+        await self._cluster.peers.settle(SETTLING)  # who moved to a peer is not taken for destroyed
+        while True:
+            try:
+                await self._copy_all()
+            except GatewayError as error:
+                log.info("tenants are not copied now: %s", error.message)
+            await asyncio.sleep(self._pause)
+
+    async def _copy_all(self) -> None:
+        tenants = {tenant.name: tenant for tenant in await self._runtime.list()}
+        for name, standing in list(self._standing.items()):
+            tenant = tenants.get(name)
+            if tenant is None or tenant.instance != standing.instance or not self._interval(tenant):
+                await self._end(name, tenant)
+        for tenant in tenants.values():
+            if self._is_due(tenant):
+                self._tried[tenant.name] = time.monotonic()
+                await self._copy(tenant)
+        self._tried = {name: at for name, at in self._tried.items() if name in tenants}
+        self._pause = min([_LOOK, *filter(None, map(self._interval, tenants.values()))])
+
+    def _interval(self, tenant: Tenant) -> float:
+        return self._settings.standby if tenant.standby is None else tenant.standby
+
+    def _is_due(self, tenant: Tenant) -> bool:
+        interval = self._interval(tenant)
+        if not interval or tenant.status not in _QUIET or tenant.deployment or tenant.migration:
+            return False
+        if self._moving(tenant.name):
+            return False
+        tried = self._tried.get(tenant.name)
+        return tried is None or time.monotonic() >= tried + interval
+
+    async def _copy(self, tenant: Tenant) -> None:
+        name, standing = tenant.name, self._standing.get(tenant.name)
+        try:
+            workspace = self._settings.workspace
+            if standing is not None and not await self._changed(name, workspace, _snapshot(standing.at)):
+                return
+            member = await self._place(standing)
+            if member is None:
+                return
+            before = await self._records.export(name, tenant.instance or "", "")
+            copy = await self._copies.take(tenant)
+            try:
+                after = await self._records.export(name, copy.instance, copy.snapshot)
+                await self._copies.send(copy, member)
+                # after the disk: whoever has these also has the snapshot that they are of
+                text, peer = unsure(before, after), self._cluster.peers.all[member]
+                await self._cluster.send_records(peer, text, _SENDING)
+                await self._copies.confirm(copy)
+            except GatewayError:
+                await self._copies.give_up(copy)
+                raise
+            await self._note(name, Standing(copy.instance, member, copy.at))
+        except NotFound:
+            return  # it has just been destroyed
+        except GatewayError as error:
+            log.warning("%s has no new copy: %s", name, error.message)
+
+    async def _place(self, standing: Standing | None) -> str | None:
+        """Return the member that has the copy or is to have it; None if there is none that can."""
+        peers = self._cluster.peers.all
+        if standing is not None and standing.member in peers:
+            return standing.member if peers[standing.member].alive else None
+        has = Counter(one.member for one in self._standing.values())
+        there = [peer.name for peer in peers.values() if peer.alive and peer.told.is_set()]
+        for member in sorted(there, key=lambda name: (has[name], name)):
+            total, used = await self._copies.space(member)
+            if total - used > self._settings.pool_reserve * total:
+                return member
+        log.warning("no other server has room for copies of tenants")
+        return None
+
+    async def _end(self, name: str, tenant: Tenant | None) -> None:
+        """Delete the copy of a tenant that was destroyed, or is to have none; of one that moved it stays."""
+        if tenant is not None:
+            with contextlib.suppress(NotFound):
+                await self._copies.forget(name)
+        moved = any(name in peer.tenants for peer in self._cluster.peers.all.values())
+        if tenant is not None or not moved:
+            await self._copies.drop(name)
+        await self._note(name, None)
+
+    async def _note(self, name: str, standing: Standing | None) -> None:
+        if standing is None:
+            self._standing.pop(name, None)
+        else:
+            self._standing[name] = standing
+        try:
+            await self._store.write(lambda connection: _put(connection, name, standing))
+        except StoreFailed as error:
+            log.warning("the copy of %s is not recorded: %s", name, error.message)
+
+    # --- lost members -------------------------------------------------------------------------------
+
+    async def bring_back(self) -> None:
+        """Bring back the tenants of lost members whose copies are here, forever."""
+        followed = frozenset[str]()
+        lost = asyncio.Event()
+        lost.set()  # there may be some since the last process
+
+        def looked() -> None:
+            nonlocal followed
+            now = frozenset(self._cluster.peers.all)
+            if followed - now:
+                lost.set()
+            followed = now
+
+        self._cluster.peers.watchers.add(looked)
+        try:
+            while True:
+                await lost.wait()
+                lost.clear()
+                try:
+                    await self._bring_back()
+                except GatewayError as error:
+                    log.warning("whether tenants of lost servers are here is not known: %s", error.message)
+                    lost.set()
+                    await asyncio.sleep(_AGAIN)
+        finally:
+            self._cluster.peers.watchers.discard(looked)
+
+    async def _bring_back(self) -> None:
+        """Make the tenants again whose copies are here and whose member is none any more."""
+        found = [copy for copy in await self._copies.here() if copy.home != self._cluster.own]
+        if not found:
+            return
+        members = await self._members()
+        for copy in found:
+            if copy.home not in members and copy.tenant not in self._refused:
+                await self._revive(copy)
+
+    async def _revive(self, copy: StandbyCopy) -> None:
+        name = copy.tenant
+        # these come before a copy is confirmed, which its home may not have lived to do
+        known = await self._records.kept(name)
+        if known is not None and known.instance == copy.instance:
+            copy = copy.of(known.id)
+        try:
+            await self._copies.revive(copy)
+        except Conflict as error:
+            log.warning("%s of the lost %s is not brought back: %s", name, copy.home, error.message)
+            self._refused.add(name)
+            return
+        try:
+            await self._records.adopt(name, copy.snapshot)
+        except GatewayError as error:
+            log.error("the records of %s are lost with %s: %s", name, copy.home, error.message)
+        try:
+            if copy.running:
+                async with self._capacity.promise(name):
+                    await self._runtime.start(name)
+        except GatewayError as error:
+            log.warning("%s, which was brought back, waits for a visitor: %s", name, error.message)
+            await self._runtime.mark_asleep(name, True)
+        for _ in range(_LOOKS):  # what is told before that is of an earlier tenant of the name
+            if self._names.holder(name) == copy.instance:
+                break
+            await asyncio.sleep(_NOTICED)
+        lost = round(max(0.0, time.time() - copy.at))
+        log.warning("%s of the lost %s is here now, as it was %d s ago", name, copy.home, lost)
+        told = {"from": copy.home, "to": self._cluster.own, "of": _iso(copy.at), "lostSeconds": lost}
+        self._bus.publish("tenant.recovered", name, told)
+        with contextlib.suppress(GatewayError):  # or with its next copy
+            await self._copies.forget(name)
+        await self._copies.drop(name)
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+
+
+def _snapshot(at: float) -> str:
+    return StandbyCopy("", "", "", at, False).snapshot
+
+
+# --- statements, run by the store -----------------------------------------------------------------------
+
+
+def _all(connection: sqlite3.Connection) -> list[tuple[str, str, str, float]]:
+    return connection.execute("SELECT tenant, instance, member, at FROM standby").fetchall()
+
+
+def _put(connection: sqlite3.Connection, tenant: str, standing: Standing | None) -> None:
+    if standing is None:
+        connection.execute("DELETE FROM standby WHERE tenant = ?", (tenant,))
+    else:
+        row = (tenant, standing.instance, standing.member, standing.at)
+        connection.execute("INSERT OR REPLACE INTO standby VALUES (?, ?, ?, ?)", row)

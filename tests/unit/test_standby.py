@@ -1,0 +1,366 @@
+"""When tenants are copied to other members, and which of the copies become tenants again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import orjson
+import pytest
+
+from gateway.cluster.records import Records, unsure
+from gateway.errors import Conflict, Gone, NotFound, Unavailable
+from gateway.idempotency import Idempotency
+from gateway.lifecycle.standby import Standby
+from gateway.runtime import Tenant
+from gateway.runtime.incus.standby_copies import StandbyCopy
+from gateway.settings import Settings
+from gateway.storage.store import Store
+from tests.waits import until
+
+GiB = 1 << 30
+
+
+def tenant(name: str, **more: Any) -> Tenant:
+    return Tenant(name, "running", instance=f"id-{name}", location="m1", standby=0.01, **more)
+
+
+@dataclass
+class Copies:
+    """The copies of a cluster, as values: `made` are those of our tenants, `there` those of others here."""
+
+    there: list[StandbyCopy] = field(default_factory=list)
+    sent: tuple[StandbyCopy, str] | None = None
+    made: list[tuple[str, str]] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    revived: list[str] = field(default_factory=list)
+    of: list[str] = field(default_factory=list)  # the snapshots of those
+    full: set[str] = field(default_factory=set)  # members
+    taken: set[str] = field(default_factory=set)  # names
+    silent: bool = False
+
+    async def here(self) -> list[StandbyCopy]:
+        if self.silent:
+            self.silent = False
+            raise Unavailable("no answer")
+        return list(self.there)
+
+    async def space(self, member: str) -> tuple[int, int]:
+        return 10 * GiB, (10 if member in self.full else 1) * GiB
+
+    async def take(self, tenant: Tenant) -> StandbyCopy:
+        return StandbyCopy(tenant.name, tenant.instance or "", "m1", time.time(), True)
+
+    async def send(self, copy: StandbyCopy, member: str) -> None:
+        if copy.tenant == "unsent":
+            raise Unavailable("it broke off")
+        self.sent = copy, member
+
+    async def confirm(self, copy: StandbyCopy) -> None:
+        assert self.sent is not None and self.sent[0] is copy
+        self.made.append((copy.tenant, self.sent[1]))
+
+    async def give_up(self, copy: StandbyCopy) -> None:
+        self.given_up.append(copy.tenant)
+
+    async def drop(self, name: str) -> None:
+        self.gone.append(name)
+        self.there = [one for one in self.there if one.tenant != name]
+
+    async def forget(self, name: str) -> None:
+        self.forgotten.append(name)
+
+    async def revive(self, copy: StandbyCopy) -> None:
+        if copy.tenant in self.taken:
+            raise Conflict("there is one")
+        self.revived.append(copy.tenant)
+        self.of.append(copy.snapshot)
+
+
+@dataclass
+class World:
+    """What surrounds the copies."""
+
+    store: Store
+    copies: Copies = field(default_factory=Copies)
+    tenants: list[Tenant] = field(default_factory=list)
+    peers: dict[str, Any] = field(default_factory=dict)
+    members: set[str] = field(default_factory=lambda: {"m1", "m2", "m3"})
+    watchers: set[Callable[[], object]] = field(default_factory=set)
+    unchanged: set[str] = field(default_factory=set)
+    looked: list[str] = field(default_factory=list)  # tenants that were looked at for changes
+    told: list[tuple[str, str, Any]] = field(default_factory=list)
+    records: dict[tuple[str, str], bytes] = field(default_factory=dict)  # by peer and tenant
+    started: list[str] = field(default_factory=list)
+    asleep: list[str] = field(default_factory=list)
+    full: bool = False  # of memory
+    moving: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for name in ("m2", "m3"):
+            self.peers[name] = SimpleNamespace(name=name, alive=True, told=asyncio.Event(), tenants={})
+            self.peers[name].told.set()
+
+    async def list(self) -> list[Tenant]:
+        return self.tenants
+
+    async def start(self, name: str) -> None:
+        self.started.append(name)
+
+    async def mark_asleep(self, name: str, asleep: bool) -> None:
+        assert asleep
+        self.asleep.append(name)
+
+    async def send_records(self, peer: Any, text: bytes, patience: float) -> None:
+        self.records[peer.name, orjson.loads(text.splitlines()[0])["tenant"]] = text
+
+    def publish(self, kind: str, name: str, facts: Any) -> None:
+        self.told.append((kind, name, facts))
+
+    @contextlib.asynccontextmanager
+    async def promise(self, name: str) -> AsyncIterator[None]:
+        if self.full:
+            raise Unavailable("no room", reason="capacity")
+        yield
+
+    def standby(self, **settings: Any) -> Standby:
+        async def members() -> set[str]:
+            return self.members
+
+        async def changed(name: str, workspace: str, since: str) -> bool:
+            assert workspace == Settings().workspace and since.startswith("_gateway-standby-")
+            self.looked.append(name)
+            if name == "destroyed":
+                raise NotFound("no tenant")
+            return name not in self.unchanged
+
+        async def settle(seconds: float) -> None:
+            pass
+
+        peers = SimpleNamespace(all=self.peers, watchers=self.watchers, settle=settle)
+        names = SimpleNamespace(holder=lambda name: f"id-{name}")
+        cluster = SimpleNamespace(own="m1", peers=peers, send_records=self.send_records)
+        world = cast(Any, self)
+        return Standby(
+            cast(Any, self.copies),
+            world,
+            cast(Any, cluster),
+            members,
+            world,
+            cast(Any, names),
+            Records(self.store, "m1", 1 << 20),
+            self.store,
+            world,
+            Settings(**settings),
+            changed=changed,
+            moving=self.moving.__contains__,
+        )
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with Store(tmp_path) as store:
+        yield World(store)
+
+
+@contextlib.asynccontextmanager
+async def following(standby: Standby) -> AsyncIterator[None]:
+    """Copy and bring back until the end of the block."""
+    tasks = [asyncio.create_task(work) for work in (standby.copy(), standby.bring_back())]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_LOOK", "_AGAIN"):
+        monkeypatch.setattr(f"gateway.lifecycle.standby.{name}", 0.01)
+
+
+async def test_copies_are_spread_and_stay_where_they_are(world: World) -> None:
+    world.tenants = [tenant("one"), tenant("two"), tenant("three")]
+    standby = world.standby()
+    async with following(standby):
+        await until(lambda: len(world.copies.made) >= 9)
+    first = dict(world.copies.made[:3])
+    assert sorted(first.values()) == ["m2", "m2", "m3"]
+    assert {(name, member) for name, member in world.copies.made} == set(first.items())
+    assert {(member, name) for name, member in first.items()} == world.records.keys()
+    shown = standby.of("one")
+    assert shown is not None and shown["member"] == first["one"] and shown["of"].startswith("20")
+    assert standby.of("none") is None
+
+
+async def test_the_next_process_knows_where_the_copies_are(world: World) -> None:
+    world.tenants = [tenant("one")]
+    async with following(world.standby()):
+        await until(lambda: world.copies.made)
+    ((_, member),) = set(world.copies.made)
+    world.tenants = [replace(world.tenants[0], name="zero", instance="id-zero"), *world.tenants]
+    world.copies.made.clear()
+    async with following(world.standby()):
+        await until(lambda: len(world.copies.made) >= 4)
+    assert set(world.copies.made) == {("one", member), ("zero", "m3" if member == "m2" else "m2")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"standby": 0.0}, {"status": "starting"}, {"deployment": "d1"}, {"migration": "on"}, {"moving": True}],
+    ids=["off", "starting", "being deployed", "being migrated", "moving"],
+)
+async def test_a_tenant_that_is_not_to_be_copied_now_is_not(world: World, change: dict[str, Any]) -> None:
+    if change.pop("moving", False):
+        world.moving.add("other")
+    world.tenants = [replace(tenant("other"), **change), tenant("one")]
+    async with following(world.standby()):
+        await until(lambda: len(world.copies.made) >= 3)
+    assert {name for name, _ in world.copies.made} == {"one"}
+
+
+async def test_the_setting_counts_where_the_tenant_says_nothing(world: World) -> None:
+    world.tenants = [replace(tenant("one"), standby=None), tenant("two")]
+    async with following(world.standby(standby=3600)):
+        await until(lambda: len(world.copies.made) >= 4)
+    assert [name for name, _ in world.copies.made].count("one") == 1
+
+
+async def test_what_has_not_changed_is_not_copied_again(world: World) -> None:
+    world.tenants, world.unchanged = [tenant("one"), tenant("two")], {"one"}
+    async with following(world.standby()):
+        await until(lambda: world.looked.count("one") >= 3)
+    assert [name for name, _ in world.copies.made].count("one") == 1
+
+
+async def test_what_was_taken_for_a_copy_that_failed_is_given_up(world: World) -> None:
+    world.tenants = [tenant("unsent"), tenant("one")]
+    standby = world.standby()
+    async with following(standby):
+        await until(lambda: len(world.copies.made) >= 2 and len(world.copies.given_up) >= 2)
+    assert set(world.copies.given_up) == {"unsent"} and standby.of("unsent") is None
+
+
+async def test_a_copy_waits_for_its_member_that_is_away(world: World) -> None:
+    """Its name is that member's until it is back; nor does a new one go to who is away."""
+    world.tenants = [tenant("one")]
+    async with following(world.standby()):
+        await until(lambda: world.copies.made)
+        ((_, member),) = set(world.copies.made)
+        world.peers[member].alive = False
+        world.looked.clear()
+        await until(lambda: len(world.looked) >= 2)  # one that was begun before is over
+        world.copies.made.clear()
+        world.looked.clear()
+        await until(lambda: len(world.looked) >= 3)
+        assert not world.copies.made
+        world.tenants.append(tenant("two"))
+        await until(lambda: world.copies.made)
+        assert {name for name, _ in world.copies.made} == {"two"}
+        assert {of for _, of in world.copies.made} == {"m2", "m3"} - {member}
+
+
+async def test_a_member_without_room_gets_none(world: World) -> None:
+    world.tenants, world.copies.full = [tenant("one"), tenant("two")], {"m2"}
+    async with following(world.standby()):
+        await until(lambda: len(world.copies.made) >= 4)
+    assert {member for _, member in world.copies.made} == {"m3"}
+
+
+async def test_a_copy_ends_with_its_tenant_but_not_where_that_moved(world: World) -> None:
+    world.tenants = [tenant("destroyed"), tenant("moved"), tenant("off"), tenant("anew")]
+    standby = world.standby()
+    async with following(standby):
+        await until(lambda: all(standby.of(one.name) for one in world.tenants))
+        world.peers["m2"].tenants = {"moved"}
+        world.tenants = [
+            replace(tenant("off"), standby=0.0),
+            replace(tenant("anew"), instance="another", standby=0.0),
+        ]
+        await until(lambda: not any(map(standby.of, ("destroyed", "moved", "off", "anew"))))
+    assert set(world.copies.gone) == {"destroyed", "off", "anew"}
+    assert set(world.copies.forgotten) == {"off", "anew"}
+
+
+# --- lost members -----------------------------------------------------------------------------------
+
+
+def copy(name: str, home: str, **more: Any) -> StandbyCopy:
+    return StandbyCopy(name, f"id-{name}", home, time.time() - 100, more.get("running", True))
+
+
+async def test_the_tenants_of_a_member_that_is_none_any_more_come_back(world: World) -> None:
+    world.copies.there = [copy("one", "m4"), copy("still", "m4", running=False), copy("theirs", "m3")]
+    world.members |= {"m4"}
+    standby = world.standby()
+    async with following(standby):
+        world.peers["m4"] = SimpleNamespace(name="m4", alive=False, told=asyncio.Event())
+        await until(lambda: world.watchers)
+        for looked in list(world.watchers):
+            looked()
+        assert not world.copies.revived, "it may come back with them"
+        del world.peers["m4"]
+        world.members.remove("m4")
+        for looked in list(world.watchers):
+            looked()
+        await until(lambda: len(world.told) == 2)
+    assert (world.copies.revived, world.started) == (["one", "still"], ["one"])
+    (kind, name, facts), _ = world.told
+    assert (kind, name) == ("tenant.recovered", "one")
+    assert (facts["from"], facts["to"]) == ("m4", "m1") and 100 <= facts["lostSeconds"] < 160
+    assert [one.tenant for one in world.copies.there] == ["theirs"]
+
+
+async def test_a_start_finds_what_was_lost_meanwhile_also_if_incus_answers_late(world: World) -> None:
+    world.copies.there, world.copies.silent = [copy("one", "m4")], True
+    async with following(world.standby()):
+        await until(lambda: world.told)
+    assert world.copies.revived == ["one"]
+
+
+async def test_records_come_back_with_the_disk_that_they_are_of(world: World) -> None:
+    """Also of a copy that its home did not live to confirm; of what was done meanwhile nothing is known."""
+    idempotency = await Idempotency.opened(world.store, Settings())
+    records = Records(world.store, "m4", 1 << 20, (idempotency.recall,))
+    await idempotency.begin(("one", "call", "before"), b"d")
+    await idempotency.finish(("one", "call", "before"), b"d", b"done")
+    before = await records.export("one", "id-one", "")
+    await idempotency.begin(("one", "call", "meanwhile"), b"d")
+    await idempotency.finish(("one", "call", "meanwhile"), b"d", b"done")
+    newer = copy("one", "m4")
+    await records.keep(unsure(before, await records.export("one", "id-one", newer.snapshot)))
+    await idempotency.forget_tenant("one")
+    await world.store.settled()
+    world.copies.there = [replace(newer, at=newer.at - 60)]
+    async with following(world.standby()):
+        await until(lambda: world.told)
+    assert 100 <= world.told[0][2]["lostSeconds"] < 160 and world.copies.of == [newer.snapshot]
+    await idempotency.recall("one")
+    assert await idempotency.result(("one", "call", "before"), b"d") == b"done"
+    with pytest.raises(Gone):
+        await idempotency.result(("one", "call", "meanwhile"), b"d")
+
+
+async def test_one_whose_name_is_taken_leaves_the_others_to_come_back(world: World) -> None:
+    world.copies.there, world.copies.taken = [copy("one", "m4"), copy("two", "m4")], {"one"}
+    async with following(world.standby()):
+        await until(lambda: world.told)
+    assert world.copies.revived == ["two"] and [one.tenant for one in world.copies.there] == ["one"]
+
+
+async def test_what_has_no_room_to_run_waits_for_a_visitor(world: World) -> None:
+    world.copies.there, world.full = [copy("one", "m4")], True
+    async with following(world.standby()):
+        await until(lambda: world.told)
+    assert (world.started, world.asleep) == ([], ["one"])
