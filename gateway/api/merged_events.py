@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from typing import Final
 from urllib.parse import quote
 
@@ -53,9 +53,18 @@ class MergedEvents:
         peers: Peers,
         standing: Standing,
         last_event_id: str | None,
+        *,
+        only: Collection[str] | None = None,
+        begin: int | None = None,
     ) -> None:
+        """`only` are the members whose events these are, by default all. `begin` is the position here of a
+        client whose id has none, and who misses nothing before it.
+        """
         self.resumed = bool(last_event_id)
         self.at = _positions(last_event_id, [member, *peers.all])
+        self._only = only
+        if begin is not None:
+            self.at.setdefault(member, begin)
         self._member, self._peers, self._standing = member, peers, standing
         self._given: asyncio.Queue[tuple[str, _Sent] | None] = asyncio.Queue(1)
         self._following: dict[Peer, asyncio.Task[None]] = {}
@@ -123,7 +132,7 @@ class MergedEvents:
 
     def _follow_all(self) -> list[asyncio.Event]:
         """Follow the peers that there are now; return what is set once each of the new ones answers."""
-        there = set(self._peers.all.values())
+        there = {one for one in self._peers.all.values() if self._only is None or one.name in self._only}
         for peer in self._following.keys() - there:
             self._following.pop(peer).cancel()
             self.at.pop(peer.name, None)

@@ -127,13 +127,17 @@ class Names:
         if before.instance and not before.gone:
             await self._keep(name, replace(before, gone=True))
 
+    def arrived(self, name: str) -> int:
+        """Return the id of the first event here of one that came from another member, 0 for any other."""
+        return self._holders.get(name, _NOBODY).arrived
+
     def position(self, name: str, after: int | None, *, here: bool) -> int | None:
         """Return where in our journal a client goes on with a tenant's events, 0 where that is not known.
 
         `after` is a position that it gives, and `here` whether that is certainly one of this journal: a
         number alone may be of the tenant's former home.
         """
-        arrived = self._holders.get(name, _NOBODY).arrived
+        arrived = self.arrived(name)
         lost = after is not None and arrived and (not here or after < arrived - 1)
         return 0 if lost else after
 

@@ -156,9 +156,18 @@ async def test_commands_end_as_lost_and_events_go_on_at_the_new_home(
         status, said = await running
         assert (status, said["reason"]) == (503, "moved")
         assert (await moving)["state"] == "moved"
-        # its position is one of the old home: the new one says so, rather than to take it for its own
-        headers = {"Last-Event-ID": told[-1]["id"]}
-        async with http.get(f"/v1/events?tenant={name}&type=tenant.moved", headers=headers) as events:
+        # its position is one of the old home, which has the rest until the move
+        url = f"/v1/events?tenant={name}&type=tenant.moved,exec.started"
+        async with http.get(url, headers={"Last-Event-ID": told[-1]["id"]}) as events:
+            found = await sse(events, 1)
+            assert [one["event"] for one in found] == ["tenant.moved"]
+            await gateway.ask("POST", f"/v1/tenants/{name}/exec", {"argv": ["true"]})
+            found += await sse(events, 1)
+        async with http.get(url, headers={"Last-Event-ID": found[0]["id"]}) as events:
+            assert [one["data"]["id"] for one in await sse(events, 1)] == [found[1]["data"]["id"]]
+        # a number alone may be of either, and is taken for none
+        number = told[-1]["data"]["id"]
+        async with http.get(url, headers={"Last-Event-ID": number}) as events:
             assert [one["event"] for one in await sse(events, 2)] == ["gap", "tenant.moved"]
 
 

@@ -180,3 +180,25 @@ async def test_members_come_and_go() -> None:
     id_ = part.split(b"\n")[0].removeprefix(b"id: ").decode()
     assert (positions.vector(id_) or {})["m3"] == 7
     stream.end()
+
+
+async def test_a_client_goes_on_from_a_former_home_and_at_the_new_one_from_its_arrival() -> None:
+    """Other members are not asked, and nothing is told as missed."""
+    others = Others()
+    others.all["m3"] = Peer("m3")
+    bus = Bus(MemoryJournal(100, first=1), "m1")
+    for kind in ("before", "moved", "after"):
+        bus.publish(kind)
+    stream = MergedEvents(
+        *(bus, Filter(), "m1", cast(Peers, others), cast(Standing, others), "m2:40"),
+        only={"m2": 40},
+        begin=1,
+    )
+    await stream.begin()
+    assert (stream.at, others.asked) == ({"m1": 1, "m2": 40}, [40])
+    parts, told = stream.parts(), b""
+    while b"event: after" not in told or b"event: t\n" not in told:
+        told += await anext(parts)
+    assert b"event: moved" in told and not any(kind in told for kind in (b"event: gap", b"event: before"))
+    assert stream.at["m1"] == 3 and stream.at["m2"] > 40
+    stream.end()
