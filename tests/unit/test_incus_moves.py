@@ -135,9 +135,9 @@ class Member(Incus):
         assert given["source"] == {"type": "copy", "source": "shop", "refresh": True}
         there = self.all.get(given["name"], {})
         assert there.get("location", self.name) == self.name and there.get("status", "Stopped") == "Stopped"
-        kept = {key: given[key] for key in ("type", "profiles", "config", "devices")}
+        kept = {key: given[key] for key in ("type", "profiles", "config", "devices", "architecture")}
         self.all[given["name"]] = {
-            **{"architecture": "x86_64", "location": self.name, "status": "Stopped"},
+            **{"location": self.name, "status": "Stopped"},
             **kept,
             "snapshots": list(source["snapshots"]),
         }

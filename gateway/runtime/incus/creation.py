@@ -91,11 +91,12 @@ class Creation:
         start: bool,
         identity: str = "",
         profiles: Sequence[str] = (),
+        architecture: str = "",
         patience: float | None = None,
     ) -> None:
         """Create an instance with its own address. Raises `Conflict` if the name is taken.
 
-        `patience` is in seconds, for a large disk that comes from another member.
+        A copy from another member needs its `architecture`, and for a large disk `patience`, in seconds.
         A cancel does not interrupt the creation, so that the undo finds the instance.
         """
         identity = identity or str(uuid4())
@@ -111,6 +112,7 @@ class Creation:
                     "config": {**config, STATIC: static, MADE: identity, IDENTITY: identity},
                     "devices": {**devices, _NIC: own},
                     "start": start,
+                    **({"architecture": architecture} if architecture else {}),
                 }
                 with translated(name):
                     try:

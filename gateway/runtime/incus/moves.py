@@ -111,6 +111,7 @@ class Moves:
                 start=False,
                 identity=instance,
                 profiles=found["profiles"],
+                architecture=found["architecture"],
                 patience=patience,
             )
             return
