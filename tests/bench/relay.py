@@ -213,10 +213,11 @@ async def measured(rounds: int, size: int) -> None:
                 async with http.put(f"/v1/tenants/{TENANT}/files/small", data=bytes(1000)) as answer:
                     assert answer.status == 201
             print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
-            await latencies(ways, rounds)
-            await throughputs(ways, (gateway.entry, gateway.home), rounds, size)
+            if rounds:
+                await latencies(ways, rounds)
+                await throughputs(ways, (gateway.entry, gateway.home), rounds, size)
+                await idle(gateway.entry, 20)
             await whole(gateway, size)
-            await idle(gateway.entry, 20)
             print(f"load {os.getloadavg()[0]:.1f}")
         finally:
             await gateway.stop()
@@ -225,7 +226,7 @@ async def measured(rounds: int, size: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0: only look whether all bytes come")
     parser.add_argument("--mib", type=int, default=512)
     options = parser.parse_args()
     try:
