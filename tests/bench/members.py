@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from tests.bench.relay import busy
+from tests.bench.relay import MiB, busy
 from tests.clusters import clustered
 from tests.contracts.gateway import sse
 from tests.contracts.processes import mark
@@ -46,7 +46,9 @@ async def measured(count: int, times: int) -> None:
             before, began = [busy(one) for one in gateways], time.perf_counter()
             await asyncio.sleep(20)
             spent = [busy(one) - was for one, was in zip(gateways, before, strict=True)]
-            print(f"  idle: {statistics.mean(spent) / (time.perf_counter() - began):.2%} of a core each")
+            share = statistics.mean(spent) / (time.perf_counter() - began)
+            memory = statistics.mean(one.memory("VmRSS") for one in gateways) / MiB
+            print(f"  an idle gateway: {share:.2%} of a core, {memory:.0f} MiB")
             asked = gateways[0]
             tenants = [tenant for (tenant,) in homes.values()]
             async with asked.http("*", scopes=("admin", "exec", "files:read")) as http:
