@@ -44,13 +44,13 @@ async def known(gateway: LiveGateway, *tenants: Sequence[str]) -> None:
                 async with http.get(f"/v1/tenants/{tenant}") as answer:
                     return answer.status == 200
 
-            await until(there, 10)
+            await until(there, 30)
 
         async def answered() -> bool:
             async with http.get("/v1/tenants") as answer:
                 return not (await answer.json())["unanswered"]
 
-        await until(answered, 10)
+        await until(answered, 30)
 
 
 async def member_gateway(folder: Path, member: str, *tenants: str, **environment: str) -> LiveGateway:
