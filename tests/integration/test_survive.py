@@ -158,6 +158,20 @@ class Resuming:
         assert len(self.exits) == 1 and (lost or not self.lost), (self.exits, self.lost)
         return self.exits[0]
 
+    async def there(self) -> None:
+        """Wait until it is connected. Raises what ended it instead."""
+        assert self._task is not None
+        connected = asyncio.ensure_future(self.connected.wait())
+        done, _ = await asyncio.wait(
+            [connected, self._task], timeout=DEADLINE, return_when=asyncio.FIRST_COMPLETED
+        )
+        connected.cancel()
+        if self._task in done:
+            self._task.result()
+        assert connected in done, (
+            f"{self.exec} was not attached to: {self.host.gateway.log.read_text()[-3000:]}"
+        )
+
     async def write(self, data: bytes) -> None:
         self.sent += data
         if self.connected.is_set():
@@ -177,7 +191,7 @@ class Resuming:
                 await self.wire.start_call("exec/closeStdin", exec=self.exec)
 
     async def call(self, method: str, **params: Any) -> Any:
-        await asyncio.wait_for(self.connected.wait(), DEADLINE)
+        await self.there()
         assert self.wire is not None
         return await self.wire.call(method, exec=self.exec, **params)
 
@@ -193,7 +207,7 @@ class Resuming:
 
     async def listed(self) -> list[Any]:
         """Return what `exec/list` says of all commands."""
-        await asyncio.wait_for(self.connected.wait(), DEADLINE)
+        await self.there()
         assert self.wire is not None
         found = await self.wire.call("exec/list")
         return sorted(found["execs"], key=lambda one: str(one["exec"]))
@@ -354,11 +368,11 @@ async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenan
     tasks = [asyncio.create_task(work()) for work in (type_, feed, resize)]
     for _ in range(KILLS):
         for client in (stream, echo, screen, late):
-            await asyncio.wait_for(client.connected.wait(), DEADLINE)
+            await client.there()
         await pause(random.uniform(0.05, 0.6))
         await host.kill()
     for client in (stream, echo, screen, late):
-        await asyncio.wait_for(client.connected.wait(), DEADLINE)
+        await client.there()
     stop.set()
     await asyncio.gather(*tasks)
     after = await screen.listed()
@@ -452,7 +466,7 @@ async def test_the_holder_and_the_gateway_die_in_turn(host: Host, shared_tenant:
         await host.hold()
         await until(lambda: host.held == 2)
         await host.kill()
-        await asyncio.wait_for(client.connected.wait(), DEADLINE)
+        await client.there()
     await other.write(b"go\n")
     assert (await other.ended())["exitCode"] == 5
     await host.end_holder()

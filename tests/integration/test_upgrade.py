@@ -204,8 +204,8 @@ async def test_websockets_are_told_and_resume_with_exact_bytes(host: Host, share
             assert await wire.closed() == 1012
             told = wire.notified("server/draining")
             assert told is not None and told["retryAfterMs"] < 500
-        await asyncio.wait_for(stream.connected.wait(), DEADLINE)
-        await asyncio.wait_for(echo.connected.wait(), DEADLINE)
+        await stream.there()
+        await echo.there()
     await echo.close_input()
     assert (await echo.ended())["exitCode"] == 3
     assert echo.sums[1].hexdigest() == sums(bytes(echo.sent))
@@ -482,7 +482,7 @@ async def test_a_successor_that_dies_with_everything_in_its_hands_is_made_good(
         await some(hail)
     hail.report("a successor that died")
     assert host.gateway.process.pid == pid and host.gateway.process.returncode is None
-    await asyncio.wait_for(client.connected.wait(), DEADLINE)
+    await client.there()
     await client.write(b"after\n")
     await client.close_input()
     assert (await client.ended())["exitCode"] == 0
