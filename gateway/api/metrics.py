@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sized
+from functools import cache
 from typing import Final
 
 from prometheus_client import (
@@ -107,11 +108,14 @@ class Metrics:
 
     async def follow(self, bus: Bus) -> None:
         """Count events until the bus closes."""
+        # `labels` takes a lock and makes strings, which each tool call would pay for
+        events, tools = cache(self._events.labels), cache(self._tools.labels)
         async for event in bus.subscribe(Filter()):
-            self._events.labels(event.type).inc()
+            events(event.type).inc()
             if event.type == "tool.finished":
-                error = str(event.data.get("isError", False)).lower()
-                self._tools.labels(event.data["name"], error).observe(event.data["ms"] / 1000)
+                data = event.data
+                error = str(data.get("isError", False)).lower()
+                tools(data["name"], error).observe(data["ms"] / 1000)
             elif event.type in ("gateway.template.failed", "gateway.template.ready"):
                 failed = event.type.endswith(".failed")
                 self._unprepared.labels(event.data["template"]).set(int(failed))

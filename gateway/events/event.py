@@ -154,7 +154,10 @@ class Filter:
                 return False
         elif event.tenant is not None and (span := self.names.get(event.tenant)) and not span.has(event):
             return False
-        return self.types is None or any(_type_matches(wish, event.type) for wish in self.types)
+        if self.types is None:
+            return True
+        exact, prefixes = _wishes(self.types)
+        return event.type in exact or event.type.startswith(prefixes)
 
     def hidden(self) -> int:
         """Return the last id of hidden events that the subscriber may have expected to see.
@@ -194,8 +197,11 @@ class Filter:
 EVERYTHING: Final = Filter()
 
 
-def _type_matches(wish: str, type: str) -> bool:
-    return type.startswith(wish[:-1]) if wish.endswith("*") else type == wish
+@lru_cache(256)  # of the gateway's own followers; those of clients may push each other out
+def _wishes(types: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Return the types that are wanted, and the beginnings of others."""
+    prefixes = tuple(wish[:-1] for wish in types if wish.endswith("*"))
+    return frozenset(wish for wish in types if not wish.endswith("*")), prefixes
 
 
 def _split(name: str, value: str | None) -> tuple[str, ...] | None:

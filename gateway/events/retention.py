@@ -5,8 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from gateway.events.event import Event, Filter
 
@@ -14,8 +13,7 @@ from gateway.events.event import Event, Filter
 _LOSSES: Final = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """The facts remembered about a kept event."""
 
     id: int
@@ -39,6 +37,11 @@ class Shares:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def full(self) -> bool:
+        """Whether there are events above the limits."""
+        return self._count > self._most or self._bytes > self._most_bytes
 
     @property
     def oldest(self) -> int | None:

@@ -159,6 +159,8 @@ class StoredJournal:
         for event in events:
             self._waiting[event.id] = event
             self._room.add(event.tenant or NOBODYS, entry_of(event))
+        if not self._room.full:
+            return
         gone = self._room.excess(-1, 0.0)
         for _, entry in gone:
             del self._waiting[entry.id]

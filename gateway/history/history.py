@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any, Final
@@ -62,15 +63,25 @@ class History:
 
     # --- what sessions do -----------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def during(
+    def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
-    ) -> AsyncIterator[Callable[[ToolResult], None]]:
+    ) -> AbstractAsyncContextManager[Callable[[ToolResult], None]]:
         """Note what a tool call may change; it is recorded later. Yields a function for the call's result."""
-        if not self.on:
-            yield _unheard
-            return
         key = _key(session, by)
+        if not self.on or (tool not in _CHANGING and self._open.get(root.tenant, key) is None):
+            return _NOTHING
+        return self._during(root, key, session, tool, arguments, by)
+
+    @contextlib.asynccontextmanager
+    async def _during(
+        self,
+        root: FilesystemRoot,
+        key: Hashable,
+        session: ToolSession,
+        tool: str,
+        arguments: Mapping[str, Any],
+        by: str,
+    ) -> AsyncIterator[Callable[[ToolResult], None]]:
         turn = self._open.get(root.tenant, key)
         if tool in _CHANGING:
             path = (
@@ -228,6 +239,10 @@ def _note(turn: OpenTurn, path: str, result: ToolResult) -> None:
 
 def _unheard(result: ToolResult) -> None:
     """Ignore a result that does not matter to the turn."""
+
+
+# of a call that changes nothing outside a turn: a Read is served often
+_NOTHING: Final = contextlib.nullcontext(_unheard)
 
 
 def _key(session: ToolSession, by: str) -> Hashable:
