@@ -243,6 +243,10 @@ class Resuming:
                     given_up = time.monotonic() + 2 * DEADLINE
                     await self._follow(wire)
             except RpcFailure as failure:
+                if failure.code == "unavailable" and time.monotonic() < given_up:
+                    self.connected.clear()  # Incus is slow; our clients ask again too
+                    await pause(0.1)
+                    continue
                 if failure.code != "not_found" or not resume:
                     raise
                 resume = {}  # the gateway knows no more than that it was lost
