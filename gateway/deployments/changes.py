@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
 from gateway.deployments.entries import LEFT_OUT
 from gateway.deployments.phases import Phases
 from gateway.deployments.request import Request, Rollback, Variables, check_env
-from gateway.errors import Conflict, InvalidParams, NotFound
-from gateway.runtime.sites import Exchange, FormerSites, Recipe
+from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
+from gateway.runtime.sites import Exchange, Exposure, FormerSites, Recipe
+
+log = logging.getLogger(__name__)
 
 
 class _Changed(Phases):
@@ -56,6 +60,7 @@ class EnvironmentPhases(_Changed):
 
     how: Exchange = "environment"
     _env: Mapping[str, str]
+    _copying: asyncio.Task[None]
 
     async def _read(self) -> None:
         assert isinstance(self._request.template, Variables)
@@ -73,6 +78,30 @@ class EnvironmentPhases(_Changed):
         self._unless_another(self._sites.clear)
         await self._sites.push(self._record.tenant, "next", self._recipe, self._env, how=self.how)
         return {"env": self._record.env}
+
+    async def route(self) -> dict[str, Any]:
+        told = await super().route()
+        # while the next site is watched, which takes longer than most copies
+        self._copying = asyncio.create_task(self._copy())
+        self._undo.push_async_callback(self._stop_copying)
+        return told
+
+    async def _settle(self, seconds: float) -> Exposure:
+        live = await super()._settle(seconds)
+        await self._copying
+        return live
+
+    async def _copy(self) -> None:
+        tenant = self._record.tenant
+        if self._context.settings.rollbacks_kept:
+            try:
+                await self._sites.former.copy(tenant)
+            except (GatewayError, TimeoutError, OSError) as error:
+                log.info("the site of %s is copied later: %s", tenant, error)
+
+    async def _stop_copying(self) -> None:
+        self._copying.cancel()
+        await asyncio.wait([self._copying])
 
 
 KINDS: Final[Mapping[type, type[Phases]]] = {Rollback: RollbackPhases, Variables: EnvironmentPhases}

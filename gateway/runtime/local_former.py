@@ -60,6 +60,9 @@ class LocalFormerSites:
                 remove(following, self._folders.beside(tenant, "lasting").read_bytes().split(b"\0")[:-1])
             following.rename(kept / "site")
 
+    async def copy(self, tenant: str) -> None:
+        return  # the next side is always a copy
+
     async def put(self, tenant: str, former: str, live: str, most: int) -> None:
         await asyncio.to_thread(self._put, tenant, former, live, most)
 

@@ -192,6 +192,13 @@ class FormerSites(Protocol):
         """Make a kept site the next side; `Sites.clear` puts it back unless it has become live."""
         ...
 
+    async def copy(self, tenant: str) -> None:
+        """Copy the live site's files ahead of `put`, which does so itself if this failed.
+
+        Does nothing if the next side is a copy of them.
+        """
+        ...
+
     async def put(self, tenant: str, former: str, live: str, most: int) -> None:
         """Keep the site that `settle` replaced as `former`, and record which one is `live` now.
 

@@ -433,16 +433,22 @@ script stage "$uid" environment
 as_site sh -c 'cd "$1"; echo next >page; echo next >own; rm removed' sh "$place/next"
 cat "$place/live/page"
 as_site sh -c 'echo agent >"$1/edited"' sh "$place/live"
+for _ in $6; do script copy_former "$uid"; done
 echo old | script settle "$place/before" environment
+as_site sh -c 'echo agent >"$1/later"' sh "$place/live"
 for _ in 1 2; do script put_former "$place/before" "$place/kept" "$4" "$5" 2 "$uid"; done
 script clear "$place/before" "$place/kept" "$uid"
 ! grep "$place/next" /proc/self/mounts
 """
 
 
-@pytest.mark.parametrize("layers", [True, False], ids=["layers", "copy"])
+@pytest.mark.parametrize(
+    ("layers", "ahead"),
+    [(True, "1 2"), (True, ""), (False, "1 2")],
+    ids=["copied_ahead", "copied_at_last", "no_layers"],
+)
 def test_a_site_whose_environment_changes_is_served_beside_itself(
-    shell: tuple[str, ...], machine: Machine, layers: bool
+    shell: tuple[str, ...], machine: Machine, layers: bool, ahead: str
 ) -> None:
     """What the next one writes goes with it. Where the kernel makes no layers it has a copy."""
     machine.unit.write_text("old\n")
@@ -450,14 +456,14 @@ def test_a_site_whose_environment_changes_is_served_beside_itself(
     owned(machine.live / "folder", {"file": "old"})
     (machine.live / "removed").write_text("old")
     os.chown(machine.live / "removed", UID, UID)
-    for name in ("stage", "settle", "put_former", "clear"):
+    for name in ("stage", "copy_former", "settle", "put_former", "clear"):
         (machine.place / f"{name}.sh").write_text((INCUS / f"{name}.sh").read_text())
     if not layers:
         (machine.place / "bin/mount").write_text(
             '#!/bin/sh\n[ "$2" != overlay ] || exit 32\nexec /bin/mount "$@"\n'
         )
         (machine.place / "bin/mount").chmod(0o755)
-    words = (str(machine.place), str(UID), " ".join(shell), FIRST, SECOND)
+    words = (str(machine.place), str(UID), " ".join(shell), FIRST, SECOND, ahead)
     ended = subprocess.run(
         ("unshare", "--mount", "/bin/sh", "-ec", CHANGED, "sh", *words), capture_output=True, timeout=60
     )
@@ -470,8 +476,9 @@ def test_a_site_whose_environment_changes_is_served_beside_itself(
     assert not (machine.live / "own").exists()
     former = machine.kept / FIRST / "site"
     assert (former / "folder/file").read_text() == "old"
-    assert (former / "edited").exists() == layers, "what is kept is what the live site is now"
-    assert not machine.next.exists() and not Path(f"{machine.next}.layers").exists()
+    assert (former / "edited").exists() == layers, "the live site as it was when it was copied"
+    assert (former / "later").exists() == (not ahead)
+    assert sorted(path.name for path in machine.place.glob("next*")) == []
     assert (listed(machine), (machine.kept / "live").read_text()) == ([FIRST], SECOND)
 
 

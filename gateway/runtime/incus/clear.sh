@@ -27,4 +27,5 @@ if [ -f "$kept/taken" ]; then
   fi
   rm -f "$kept/taken"
 fi
-rm -rf "$next" "$next.layers" "$note" "$note.new" "$note.moved" "$note.lasting" "$kept/taken.new"
+rm -rf "$next" "$next.layers" "$next.copy" "$next.copy.new" "$note" "$note.new" "$note.moved" "$note.lasting" \
+  "$kept/taken.new"

@@ -23,6 +23,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _TAKE: Final = Path(__file__).with_name("take_former.sh").read_text()
+_COPY: Final = Path(__file__).with_name("copy_former.sh").read_text()
 _PUT: Final = Path(__file__).with_name("put_former.sh").read_text()
 _NONE: Final = 3  # exit code of take_former.sh if no such site is kept
 _LIST_MAX: Final = 64 << 10  # most bytes of each file
@@ -78,13 +79,17 @@ class IncusFormerSites:
                 raise _gone(tenant, former) from None
             raise
 
+    async def copy(self, tenant: str) -> None:
+        live, following, _ = self._provisioning.places
+        await self._provisioning.script(tenant, _COPY, live, following, self._uid)
+
     async def put(self, tenant: str, former: str, live: str, most: int) -> None:
         words = (*self._provisioning.places, self._kept, former, live, str(most), self._uid)
 
         async def kept() -> None:
             await self._provisioning.script(tenant, _PUT, *words)
 
-        await self._provisioning.with_room(tenant, kept)  # one whose files are still the live ones is copied
+        await self._provisioning.with_room(tenant, kept)  # it may have to be copied
 
     async def spare(self, tenant: str) -> bool:
         try:

@@ -1,6 +1,6 @@
 # Keeps the site that settle.sh has replaced, by a rename, and records which one is live now.
 #
-# One whose files are still the live ones (see stage.sh) is copied: visitors do not wait for that.
+# One whose files are still the live ones (see stage.sh) is the copy of copy_former.sh, or copied where that failed.
 #
 # Usage:  sh -c "$(cat put_former.sh)" sh LIVE NEXT NOTE KEPT ID NOW MOST UID
 #   LIVE, NEXT, NOTE  as for settle.sh; without a NOTE there is nothing to keep
@@ -30,9 +30,13 @@ if [ "$most" -gt 0 ] && [ -f "$unit" ]; then
   mkdir -p "$kept/$id"
   if [ -d "$next.layers" ] && [ "$(stat -c %i "$live")" = "$(cat "$note")" ]; then
     umount "$next" 2>/dev/null || umount -l "$next" 2>/dev/null || :
-    rm -rf "$next"
-    install -d -m 0755 -o "$uid" -g "$uid" "$next"
-    as_site cp -a --reflink=auto "$live/." "$next/"
+    rm -rf "$next" "$next.copy.new"
+    if [ -d "$next.copy" ]; then
+      mv -T "$next.copy" "$next"
+    else
+      install -d -m 0755 -o "$uid" -g "$uid" "$next"
+      as_site cp -a --reflink=auto "$live/." "$next/"
+    fi
     rm -rf "$next.layers"
   fi
   if [ -d "$next" ]; then

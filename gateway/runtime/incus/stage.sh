@@ -15,7 +15,7 @@
 set -eu
 live="$1" next="$2" uid="$3" how="$4" layers="$2.layers"
 if [ -d "$layers" ]; then umount "$next" || umount -l "$next" || :; fi 2>/dev/null
-rm -rf "$next" "$layers"
+rm -rf "$next" "$layers" "$next.copy" "$next.copy.new"
 install -d -m 0755 -o "$uid" -g "$uid" "$next"
 as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
 if [ -f /etc/site.env ]; then cp -p /etc/site.env /etc/site-next.env; fi
