@@ -158,9 +158,20 @@ def configure(name: str, key: str, value: str) -> None:
     incus("query", "--wait", "--request", "PATCH", "--data", change, f"/1.0/instances/{name}")
 
 
+_inits: dict[str, str] = {}  # by instance, `PID:START` of its first process
+
+
 def init_pid(name: str) -> int:
-    """Return the host's process id of a running instance's first process."""
-    return int(json.loads(incus("query", f"/1.0/instances/{name}/state").stdout)["pid"])
+    """Return the host's process id of a running instance's first process.
+
+    Incus looks at networks, disks and processes to tell it, so that it is asked once in the instance's run.
+    """
+    if (known := _inits.get(name)) is None or not _lives(known):
+        pid = int(json.loads(incus("query", f"/1.0/instances/{name}/state").stdout)["pid"])
+        if (known := owner(pid)) is None:
+            return pid
+        _inits[name] = known
+    return int(known.partition(":")[0])
 
 
 def cgroup(name: str) -> Path:
