@@ -74,7 +74,7 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     async def visit() -> None:
         while not done.is_set():
             answers.append((await host.visit("live.example.com"))[0])
-            await pause(0.01)
+            await pause(0.02)  # at full speed they would take the machine from what they watch
 
     visiting = asyncio.create_task(visit())
     record = await host.deploy("live.example.com", env={"GREETING": 'a "b" $c'})
@@ -138,7 +138,7 @@ async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host:
     async def visit() -> None:
         while not done.is_set():
             answers.append((await host.visit(domain))[0])
-            await pause(0.01)
+            await pause(0.02)  # at full speed they would take the machine from what they watch
 
     visiting = asyncio.create_task(visit())
     slow = f'{start}install = ["sleep", "2"]\nkeep = ["data/"]\n'
