@@ -1,7 +1,7 @@
 """Put the table in force that lets each tenant of the network use its own address only; see `guarded_port`.
 
 A bridge learns from each frame where an address is, and Incus's filter looks at frames after that. This table
-looks before.
+looks before. A second one drops what comes to the host past the bridge.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gateway.host import address_guard
+from gateway.host.setup import pin
 from gateway.rootfs import guarded_port
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
@@ -22,7 +24,7 @@ from tests.integration.conftest import Container, settle
 # each frame ends with what it is called; the last one is honest, and tells that all others have been sent
 SEND = """
 import socket, struct, sys
-interface, bridge, mac, other_mac, address, other, gateway = sys.argv[1:]
+interface, bridge, mac, other_mac, address, other, gateway, only = sys.argv[1:]
 raw = lambda text: bytes.fromhex(text.replace(":", ""))
 ip = socket.inet_aton
 def checksum(data):
@@ -58,7 +60,8 @@ frames = [
 with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
     out.bind((interface, 0))
     for to, sender, kind, body in frames:
-        out.send(raw(to) + raw(sender) + kind + body)
+        if only == "all" or to == group:
+            out.send(raw(to) + raw(sender) + kind + body)
 """
 ALL = 0x0003  # ETH_P_ALL
 
@@ -84,15 +87,20 @@ def hardware(tenant: Container) -> str:
     return tenant.sh("cat /sys/class/net/eth0/address").strip()
 
 
-def heard(one: Container, other: Container, bridge: str) -> list[str]:
-    """Have `one` send all frames; return the names of those that came through."""
+def send(one: Container, other: Container, bridge: str, which: str) -> None:
+    """Have `one` send `all` frames, or those to the `group` of all bridges."""
     gateway = other.sh("ip -4 route show default").split()[2]
     mac = Path(f"/sys/class/net/{bridge}/address").read_text().strip()
-    words = ("eth0", mac, hardware(one), hardware(other), one.address(), other.address(), gateway)
+    words = ("eth0", mac, hardware(one), hardware(other), one.address(), other.address(), gateway, which)
+    one.run("python3", "-c", SEND, *words)
+
+
+def heard(one: Container, other: Container, bridge: str) -> list[str]:
+    """Have `one` send all frames; return the names of those that came through."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ALL)) as listening:
         listening.bind((bridge, 0))
         listening.settimeout(20)
-        one.run("python3", "-c", SEND, *words)
+        send(one, other, bridge, "all")
         names: list[str] = []
         while "honest" not in names:
             parts = listening.recv(2048).split(b"~")
@@ -101,9 +109,25 @@ def heard(one: Container, other: Container, bridge: str) -> list[str]:
     return names
 
 
+def dropped(settings: Settings) -> int:
+    """Return how many packets were dropped that came to the host past the bridge."""
+    words = ("nft", "list", "chain", "inet", address_guard.table_name(settings), "ports")
+    shown = subprocess.run(words, capture_output=True, check=True, text=True).stdout
+    return int(shown.partition("counter packets ")[2].split()[0])
+
+
 def test_only_the_own_address_passes(pair: tuple[Container, Container], incus_settings: Settings) -> None:
     assert address_guard.in_force(incus_settings), "this kernel cannot have the table"
     assert heard(*pair, incus_settings.network) == ["honestarp", "honest"]
+
+
+def test_what_is_sent_to_all_bridges_is_dropped_too(
+    pair: tuple[Container, Container], incus_settings: Settings
+) -> None:
+    """The host takes such frames in past the bridge, its table and its firewall; none is heard there."""
+    before = dropped(incus_settings)
+    send(*pair, incus_settings.network, "group")
+    assert dropped(incus_settings) == before + 1  # the other one is of ARP, of which the host makes nothing
 
 
 def test_no_chain_of_its_own(pair: tuple[Container, Container]) -> None:
@@ -118,15 +142,27 @@ def test_no_chain_of_its_own(pair: tuple[Container, Container]) -> None:
         assert pair[0].name.encode() not in rules
 
 
+def test_its_hardware_address_is_bound_to_its_port(
+    pair: tuple[Container, Container], incus_settings: Settings
+) -> None:
+    pin(incus_settings)
+    command = ["bridge", "-j", "fdb", "show", "br", incus_settings.network]
+    entries = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    bound = {entry["mac"] for entry in entries if "sticky" in entry.get("flags", ())}
+    assert {hardware(one) for one in pair} <= bound
+
+
 async def test_a_tenant_that_incus_starts_has_it_put_in_force(
     pair: tuple[Container, Container], incus_settings: Settings
 ) -> None:
     """As after a reboot, before there is a gateway."""
     one, other = pair
-    await asyncio.to_thread(environment.incus, "stop", "--force", one.name)
     table = address_guard.table_name(incus_settings)
     await asyncio.to_thread(subprocess.run, ("nft", "delete", "table", "bridge", table), check=True)
     assert not address_guard.in_force(incus_settings)
+    # what is sent does come here without the table
+    assert {"address", "arp", "honest"} <= set(heard(one, other, incus_settings.network))
+    await asyncio.to_thread(environment.incus, "stop", "--force", one.name)
     await asyncio.to_thread(environment.incus, "start", one.name)
     assert address_guard.in_force(incus_settings)
     await settle(one)
