@@ -103,8 +103,13 @@ class Standby:
         tenants = {tenant.name: tenant for tenant in await self._runtime.list()}
         for name, standing in list(self._standing.items()):
             tenant = tenants.get(name)
-            if tenant is None or tenant.instance != standing.instance or not self._interval(tenant):
-                await self._end(name, tenant)
+            stays = tenant is not None and tenant.instance == standing.instance and self._interval(tenant)
+            peer = self._cluster.peers.all.get(standing.member)
+            if not stays and (peer is None or peer.alive):  # else Incus would wait for it
+                try:
+                    await self._end(name, tenant)
+                except GatewayError as error:
+                    log.info("the copy of %s is not deleted yet: %s", name, error.message)
         for tenant in tenants.values():
             if self._is_due(tenant):
                 self._tried[tenant.name] = time.monotonic()

@@ -105,10 +105,10 @@ def _prepare(rig: Rig, said: list[str]) -> None:
 
 
 def _serve_anew(member: Member) -> None:
+    member.ours("ungateway")  # which may be copying one of those
     for instance in json.loads(member.incus("list", "--format=json", f"location={member.name}")):
         if instance["name"].startswith("t-"):  # of a run that was killed
             member.incus("delete", "--force", instance["name"])
-    member.ours("ungateway")
     member.ours("gateway")
 
 

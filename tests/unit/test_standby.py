@@ -293,6 +293,22 @@ async def test_a_copy_ends_with_its_tenant_but_not_where_that_moved(world: World
     assert set(world.copies.forgotten) == {"off", "anew"}
 
 
+async def test_a_copy_that_cannot_be_deleted_now_is_deleted_later_and_holds_up_no_other(world: World) -> None:
+    world.tenants = [tenant("gone"), tenant("one")]
+    standby = world.standby()
+    async with following(standby):
+        await until(lambda: standby.of("gone"))
+        shown = standby.of("gone")
+        assert shown is not None
+        world.peers[shown["member"]].alive = False
+        world.tenants = [tenant("one"), tenant("two")]
+        await until(lambda: standby.of("two"))
+        assert not world.copies.gone and standby.of("gone")
+        world.peers[shown["member"]].alive = True
+        await until(lambda: not standby.of("gone"))
+    assert world.copies.gone == ["gone"]
+
+
 # --- lost members -----------------------------------------------------------------------------------
 
 
