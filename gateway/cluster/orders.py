@@ -18,6 +18,8 @@ from gateway.errors import Unavailable
 log = logging.getLogger(__name__)
 
 _ANSWER: Final = 1 << 20  # bytes
+_CONNECTING: Final = 10.0  # seconds
+_PAUSE: Final = 0.1
 
 
 class OrderRefused(Unavailable):
@@ -36,7 +38,7 @@ async def order(peers: Peers, peer: Peer, path: str, body: bytes, patience: floa
     cut = partial(_expire, limit)
     peer.cut.add(cut)
     try:
-        async with limit, peers.session.post(peer.url + path, ssl=peer.tls, data=body) as answer:
+        async with limit, await _posted(peers, peer, path, body) as answer:
             text = await first(answer.content.readany, _ANSWER, most=_ANSWER)
             if answer.status == 404:
                 raise OrderRefused(f"the gateway of {peer.name} is older; upgrade it first", reason="older")
@@ -51,6 +53,19 @@ async def order(peers: Peers, peer: Peer, path: str, body: bytes, patience: floa
         raise MemberAway(peer.name) from error
     finally:
         peer.cut.discard(cut)
+
+
+async def _posted(peers: Peers, peer: Peer, path: str, body: bytes) -> aiohttp.ClientResponse:
+    """Return a peer's answer; one that is busy or just restarted may take a while to accept a connection."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _CONNECTING
+    while True:
+        try:
+            return await peers.session.post(peer.url + path, ssl=peer.tls, data=body)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            if loop.time() > until or not peer.alive:  # nothing was sent
+                raise
+        await asyncio.sleep(_PAUSE)
 
 
 def _expire(limit: asyncio.Timeout) -> None:

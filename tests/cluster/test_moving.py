@@ -76,6 +76,7 @@ class Caller:
 
     def __init__(self, gateway: Served, name: str) -> None:
         self._gateway, self._path = gateway, f"/v1/tenants/{name}/tools/Write"
+        self._keys = mark()
         self.made: list[int] = []
         self.unknown: list[int] = []
         self.answered: list[float] = []
@@ -103,8 +104,12 @@ class Caller:
             await pause(0.2)
 
     async def ask(self, number: int) -> tuple[int, Any]:
-        body = {"file_path": f"/srv/site/calls/{number}", "content": "once"}
-        return await self._gateway.ask("POST", self._path, body, Idempotency_Key=f"call-{number}")
+        body = {"file_path": f"/srv/site/calls-{self._keys}/{number}", "content": "once"}
+        return await self._gateway.ask("POST", self._path, body, Idempotency_Key=f"{self._keys}-{number}")
+
+    @property
+    def folder(self) -> str:
+        return f"/srv/site/calls-{self._keys}"
 
     async def end(self) -> None:
         self._going.cancel()
@@ -135,7 +140,7 @@ async def test_no_call_is_lost_or_made_twice_by_a_move(
     await caller.end()
     print(f"gap: {caller.gap:.2f} s, as the gateway says {last['gap_ms']} ms; unknown: {caller.unknown}")
     assert where(new, name) == new.name
-    _, said = await gateway.ask("POST", f"/v1/tenants/{name}/exec", {"argv": ["ls", "/srv/site/calls"]})
+    _, said = await gateway.ask("POST", f"/v1/tenants/{name}/exec", {"argv": ["ls", caller.folder]})
     found = {int(line) for line in said["stdout"].split()}
     assert set(caller.made) <= found <= {*caller.made, *caller.unknown}
     # what is not known was under way when the tenant was stopped, and is told so
