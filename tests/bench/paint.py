@@ -25,7 +25,7 @@ from tests.live import LiveGateway, local_gateway
 
 TENANT: Final = "shop"
 SOURCE: Final = Path(__file__).parents[2] / "deploy/templates/vite-react/src/app.tsx"
-CHROMIUM: Final = "/usr/bin/chromium"
+CHROMIUM: Final = "/usr/bin/chromium-headless-shell"
 LETTER: Final = "ÿ"  # stands nowhere in the file
 
 PATIENCE: Final = 120  # seconds

@@ -44,7 +44,7 @@ TEMPLATES: Final = {
     "vite-react": (ROOT / "deploy/templates/vite-react", "src/app.tsx", "Your site is live."),
 }
 PACE: Final = 0.25  # seconds between two edits, as an agent makes them at most
-CHROMIUM: Final = "/usr/bin/chromium"
+CHROMIUM: Final = "/usr/bin/chromium-headless-shell"
 _NAMED: Final = re.compile(r"""(?:src|href)="(/[^"]+)\"""")
 _IMPORT: Final = re.compile(r"""\b(?:from|import)\s*\(?\s*["'](/[^"']+)["']""")
 # tells of each change of the page that shows what is waited for, as soon as it shows
