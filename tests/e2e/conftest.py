@@ -50,7 +50,9 @@ TEMPLATES = {
 
 expect.set_options(timeout=DEADLINE)
 
-# The page of a dev server and a TypeScript server take more CPU than the editor: most tests go without both.
+# The page of a dev server and a TypeScript server take more CPU than the editor, and a blinking cursor has it
+# painted again and again: most tests go without them.
+STILL = {"reduced_motion": "reduce"}
 LIGHT = """
 try {
   for (const part of ["previewOpen", "languageServers"]) localStorage.setItem(`gateway.${part}`, "false");
@@ -100,7 +102,8 @@ async def browser() -> AsyncIterator[Browser]:
 async def editor(browser: Browser, host: Hosting, site: str) -> AsyncIterator[OpenEditor]:
     """A function that makes windows for the editor, signed in. In none may anything go wrong unseen.
 
-    They are without preview and language servers, unless they are to be `whole`, as who opens one has them.
+    They are without preview, language servers and motion, unless they are to be `whole`, as who opens one has
+    them.
     """
     windows: list[Watched] = []
 
@@ -109,7 +112,7 @@ async def editor(browser: Browser, host: Hosting, site: str) -> AsyncIterator[Op
     ) -> Editor:
         watched = Watched(f"http://{ADDRESS}:{host.settings.caddy_http}")
         windows.append(watched)
-        await watched.open(browser, window)
+        await watched.open(browser, window if whole else {**STILL, **window})
         if not whole:
             await watched.context.add_init_script(LIGHT)
         if signed_in:
