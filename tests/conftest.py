@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -40,9 +41,23 @@ hypothesis.settings.load_profile("tests")
 _left_out: dict[str, int] = {}  # by worker: each collects all tests
 
 
-def pytest_configure() -> None:
+class Failures:
+    """Names what fails at once: a run that is cut off tells nothing at its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and isinstance(reporter, pytest.TerminalReporter):
+            reporter.write_line(f"\n{report.when} failed: {report.nodeid}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     # a shell has its background jobs ignore interrupts, and they pass that on to what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.get("CI") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(config))
 
 
 class WholeFiles(LoadFileScheduling):  # type: ignore[misc] # it ships no types
