@@ -354,9 +354,8 @@ async def test_the_typescript_client_resumes_soon(
         await process.wait()
 
 
-async def test_an_event_stream_has_no_gap_and_tells_nothing_twice(host: Host, make_tenant: Any) -> None:
+async def test_an_event_stream_has_no_gap_and_tells_nothing_twice(host: Host, tenant: Container) -> None:
     """Of what the gateway does, and of what Incus tells while one gateway takes over from the other."""
-    tenant: Container = await make_tenant()
     name, seen, over = tenant.name, list[Any](), asyncio.Event()
     snapshots = list[str]()
     token = host.gateway.token(name)
