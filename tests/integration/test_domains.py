@@ -376,8 +376,7 @@ async def test_a_copy_by_incus_shares_nothing_silently(real: World) -> None:
 
 
 async def test_a_key_written_by_hand_takes_nothing(real: World) -> None:
-    await real.site("owner")
-    await real.site("other")
+    await asyncio.gather(real.site("owner"), real.site("other"))
     async with told(real.host.gateway, "other", "tenant.domain.contested") as events:
         for spelling in ("owner.test", "OWNER.test."):
             environment.configure("other", "user.gateway.domain", spelling)
@@ -571,6 +570,7 @@ async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> N
     race = Race(both, random.Random(13))
     for name in race.names:
         race.begins(name, f"{name}.test", time.monotonic())
+    for name in race.names:
         await both.site(name)
     rests_soon(both, "race-3")
     domains = [f"prize-{number}.test" for number in range(3)] + [f"race-{number}.test" for number in range(4)]
