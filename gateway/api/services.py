@@ -222,8 +222,8 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         toolbox = await enter(
             Toolbox(runtime, workers, shells, history, bus, idempotency, folders, settings, spare)
         )
-        own = "" if cluster is None else cluster.own
-        records = Records(store, own, settings.records_most, (idempotency.recall, toolbox.sessions.recall))
+        recall = (idempotency.recall, toolbox.sessions.recall, history.recall)
+        records = Records(store, "" if cluster is None else cluster.own, settings.records_most, recall)
         files = await enter(Files(runtime, workers, bus, settings, spare))
         caddy = await enter(Caddy(settings))
         await _meet_peers(caddy, secret, shared)

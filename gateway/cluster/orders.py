@@ -57,6 +57,7 @@ async def order(peers: Peers, peer: Peer, path: str, body: bytes, patience: floa
 
 async def _posted(peers: Peers, peer: Peer, path: str, body: bytes) -> aiohttp.ClientResponse:
     """Return a peer's answer; one that is busy or just restarted may take a while to accept a connection."""
+    assert peer.tls is not None
     loop = asyncio.get_running_loop()
     until = loop.time() + _CONNECTING
     while True:

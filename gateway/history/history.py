@@ -188,12 +188,19 @@ class History:
     def noticed(self, event: TenantEvent) -> None:
         """Handle an event of a tenant."""
         if event.ended is not None:
-            self._recorder.forget(event.ended)
-            self._outside.forget(event.ended)
-            for turn in self._open.forget(event.ended):
-                self._rest(turn)
+            self._forget(event.ended)
         if event.tenant is not None and event.type in _STARTED:
             self._recorder.again(event.tenant)
+
+    async def recall(self, tenant: str) -> None:
+        """Forget what is in memory of a tenant that has just come from another member, or gone to one."""
+        self._forget(tenant)
+
+    def _forget(self, tenant: str) -> None:
+        self._recorder.forget(tenant)
+        self._outside.forget(tenant)
+        for turn in self._open.forget(tenant):
+            self._rest(turn)
 
     async def close_turns(self) -> None:
         """Record every open turn: the gateway is ending."""

@@ -163,7 +163,7 @@ async def test_commands_end_as_lost_and_events_go_on_at_the_new_home(
             )
             assert (await sse(events, 1))[0]["event"] == "exec.started"
             moving = asyncio.create_task(moved(client(old), name, new.name))
-            told = await sse(events, 2)
+            told = await sse(events, 2, 150)
             assert [one["event"] for one in told] == ["tenant.moving", "exec.exited"]
             assert (told[1]["data"]["data"]["reason"], told[1]["data"]["data"]["cause"]) == ("lost", "moved")
         status, said = await running
