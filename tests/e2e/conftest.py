@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import os
 import subprocess
 import tempfile
@@ -14,6 +16,7 @@ import pytest
 from playwright.async_api import Browser, async_playwright, expect
 
 from gateway.settings import Settings
+from tests.archives import archive
 from tests.e2e.editor import DEADLINE, Editor, Watched
 from tests.integration.conftest import incus_settings
 from tests.integration.sites import Hosting, hosting
@@ -46,6 +49,21 @@ TEMPLATES = {
     # goes on when a test says so
     "talkative": "echo step 1 is done; until [ -e go-on ]; do sleep 0.1; done; echo step 2 is done",
     "broken": "echo there is no such thing; exit 1",
+}
+
+# a site that is not ours: a server of a few lines, which is up at once
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" cy="4" r="4"/></svg>'
+DESK = {
+    "package.json": json.dumps({"scripts": {"dev": "bun serve.ts", "start": "bun serve.ts --production"}}),
+    "serve.ts": """const built = process.argv.includes("--production");
+const page = `<h1>A desk, ${built ? "published" : "in the making"}</h1>`;
+const headers = { "Content-Type": "text/html" };
+Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", fetch: () => new Response(page, { headers }) });
+""",
+    "README.md": "# Desk\n\nA site of *somebody else*.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n",
+    "logo.svg": SVG,
+    "src/one.css": "h1 { color: red }\n",
+    "src/two.css": "h2 { color: green }\n",
 }
 
 expect.set_options(timeout=DEADLINE)
@@ -86,6 +104,17 @@ async def site(host: Hosting) -> str:
     """The tenant of a deployed React site with its dev server; its address is `http://shop.localhost`."""
     # not the smallest: with its cache full a dev server waits for its own pages to be read back
     record = await host.deploy("shop.localhost", "vite-react", tenant="shop", size="medium")
+    assert record["state"] == "succeeded", record["error"]
+    return str(record["tenant"])
+
+
+@pytest.fixture(scope="package")
+async def desk(host: Hosting) -> str:
+    """The tenant of a small site, for tests that need no dev server: they name it `site`."""
+    packed = archive(*((name, text.encode()) for name, text in DESK.items()), manifest=None)
+    record = await host.deploy(
+        "desk.localhost", {"archive": base64.b64encode(packed).decode()}, tenant="desk"
+    )
     assert record["state"] == "succeeded", record["error"]
     return str(record["tenant"])
 

@@ -1,0 +1,85 @@
+"""The terminal as one works in it all day: links, wide characters, a phone's keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from playwright.async_api import expect
+
+from tests.e2e.conftest import OpenEditor
+from tests.e2e.editor import Editor
+from tests.integration.sites import Hosting
+
+# as a program that draws asks where it is
+COLUMN = (
+    r"""bash -c "printf '\U1F44D'; IFS='[;' read -sdR -p $'\e[6n' _ row col; echo; echo stands in \$col" """
+)
+
+
+@pytest.fixture(scope="module")
+def site(desk: str) -> str:
+    return desk
+
+
+async def at_prompt(editor: OpenEditor, **window: Any) -> Editor:
+    made = await editor(**window)
+    await made.load_connected()
+    await made.prompt()
+    return made
+
+
+async def test_a_link_opens_and_an_emoji_takes_two_cells(editor: OpenEditor, host: Hosting) -> None:
+    address = f"http://desk.localhost:{host.settings.caddy_http}/deep/link"
+    window = await at_prompt(editor)
+    await window.command(COLUMN)
+    await expect(window.screen).to_contain_text("stands in 3")
+    await window.command(f"clear; echo; echo {address.replace('//', chr(39) * 2 + '//')}")
+    row = window.screen.locator("> div").filter(has_text=re.compile(f"^{re.escape(address)}"))
+    await expect(row).to_be_visible()
+    box = await row.bounding_box()
+    assert box is not None
+    async with window.page.expect_popup() as opened:
+        await window.page.mouse.move(box["x"] + 60, box["y"] + box["height"] / 2)
+        await window.page.mouse.move(box["x"] + 62, box["y"] + box["height"] / 2)
+        await window.page.mouse.click(box["x"] + 62, box["y"] + box["height"] / 2)
+    await (await opened.value).wait_for_url(address)
+
+
+async def test_a_phone_has_the_keys_that_its_keyboard_lacks(editor: OpenEditor) -> None:
+    size = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
+    window = await editor(**size, has_touch=True, is_mobile=True)
+    await window.load_connected()
+    page = window.page
+    places = page.get_by_role("navigation", name="Views").get_by_role("button")
+    await places.filter(has_text="Terminal").click()
+    await window.prompt()
+    keys = page.get_by_role("toolbar", name="Keys")
+    await window.command("sleep 1000")
+    await keys.get_by_role("button", name="Ctrl").click()
+    await page.keyboard.type("c")
+    await window.command("echo interrupted $((3 * 3))")
+    await expect(window.screen).to_contain_text("interrupted 9")
+    await page.keyboard.type("cat packa")
+    await keys.get_by_role("button", name="Tab").click()
+    await expect(window.screen).to_contain_text("cat package.json")
+    await keys.get_by_role("button", name="Ctrl").click()
+    await page.keyboard.type("u")
+    await keys.get_by_role("button", name="Up").click()
+    for _ in "))":
+        await keys.get_by_role("button", name="Left").click()
+    await page.keyboard.type("4")
+    await page.keyboard.press("Enter")
+    await expect(window.screen).to_contain_text("interrupted 102")
+
+    await places.filter(has_text="Files").click()
+    await window.row("package.json").click()
+    await expect(window.text).to_contain_text("scripts")
+    save = page.get_by_role("button", name="Save", exact=True)
+    await expect(save).to_have_count(0)
+    await window.text.click()
+    await page.keyboard.insert_text(" ")
+    await expect(save).to_be_visible()
+    await page.keyboard.press("Control+z")
+    await expect(save).to_have_count(0)
