@@ -34,7 +34,7 @@ from gateway.cluster.cluster import ASK_ROOM, ASK_SECRET, PUT_RECORDS, SETTLING,
 from gateway.cluster.dialing import dial
 from gateway.cluster.known import Known
 from gateway.cluster.listener import FROM, Question
-from gateway.cluster.peers import MemberAway, Peer
+from gateway.cluster.peers import Peer
 from gateway.cluster.relay import NOT_HOME, PART, Body, NotHome, client_of, relay
 from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
 from gateway.hostnames import Misdirected
@@ -258,7 +258,7 @@ class _Relayed:
                     patience=patience,
                 )
             except NotHome:
-                again = await self._cluster.find(**{asked.kind: asked.name}) if left else None
+                again = await self._cluster.find_moved(**{asked.kind: asked.name}) if left else None
                 if again is None:
                     raise NotFound(f"no {asked.kind} {asked.name[:63]}") from None
                 if body.lost:
@@ -301,13 +301,13 @@ class _Relayed:
             await self._join(tenant, token, peer)
         except RateLimited as full:
             await refuse(websocket, CloseCode.TOO_MANY, full.message)
-        except MemberAway as away:
-            await refuse(websocket, CloseCode.TRY_LATER, away.message)
+        except Unavailable as error:  # a home that is away, or not known for a moment
+            await refuse(websocket, CloseCode.TRY_LATER, error.message)
         except NotFound as error:
             await refuse(websocket, CloseCode.UNKNOWN_TENANT, error.message)
 
     async def _join(self, tenant: str, token: Token | None, peer: Peer) -> None:
-        """Join the client to its home. Raises `MemberAway`, `NotFound` and `RateLimited` before that."""
+        """Join the client to its home. Raises `Unavailable`, `NotFound` and `RateLimited` before that."""
         services, near = self._services, None
         places = services.places
 
@@ -356,7 +356,7 @@ class _Relayed:
             try:
                 return peer, *await dial(self._scope, peer, self._client)
             except NotHome:
-                again = await self._cluster.find(tenant=tenant) if left else None
+                again = await self._cluster.find_moved(tenant=tenant) if left else None
                 if again is None:
                     raise NotFound(f"no tenant {tenant[:63]}") from None
                 peer = again

@@ -21,6 +21,7 @@ from gateway.cluster.own import Own
 from gateway.cluster.peers import MemberAway, Members, Peer, Peers
 from gateway.cluster.placements import Placements
 from gateway.cluster.room import Room
+from gateway.errors import Unavailable
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from gateway.tasks import begin, lasting
@@ -206,9 +207,23 @@ class Cluster:
 
     async def find(self, **what: str) -> Peer | None:
         """Ask all peers that are there who has a tenant, or a deployment; None if none of them does."""
-        found, _ = await self.peers.ask_all(f"/peer/ask/{_FIND}", what)
+        return (await self._look_for(what))[0]
+
+    async def find_moved(self, **what: str) -> Peer | None:
+        """Do the same for what some peer had a moment ago. Raises `Unavailable` if one does not answer."""
+        peer, silent = await self._look_for(what)
+        if peer is None and silent:
+            raise Unavailable(
+                "it has just moved, and not all members say whether they have it; ask again",
+                reason="moved",
+                retry_after=1,
+            )
+        return peer
+
+    async def _look_for(self, what: Mapping[str, str]) -> tuple[Peer | None, Sequence[str]]:
+        found, silent = await self.peers.ask_all(f"/peer/ask/{_FIND}", what)
         names = [name for name, answer in found.items() if answer is not None]
-        return self.peers.all.get(names[0]) if names else None
+        return (self.peers.all.get(names[0]) if names else None), silent
 
 
 @contextlib.asynccontextmanager

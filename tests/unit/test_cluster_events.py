@@ -132,7 +132,7 @@ async def test_an_id_of_one_journal_is_answered_by_gaps(members: dict[str, LiveG
     await work(members["m1"], "one", "kept")
     async with events(members["m2"], "two") as single:
         await work(members["m1"], "two", "kept")
-        number = (await sse(single, 1))[0]["id"]
+        number = (await sse(single, 1))[0]["data"]["id"]
     assert number.isdecimal()
     async with events(members["m1"], last=number, type="exec.started") as answer:
         found = await sse(answer, 3)
@@ -152,7 +152,7 @@ async def test_a_stream_of_one_tenant_has_its_homes_ids(members: dict[str, LiveG
     async with events(members["m1"], tenant="two", type="exec.*") as answer:
         await work(members["m1"], "two", "x", "y")
         found = await sse(answer, 4)
-        assert all(event["id"] == event["data"]["id"] for event in found)
+        assert all(event["id"] == f"m2:{event['data']['id']}" for event in found)
     async with events(members["m3"], "two", last=begun, type="exec.*") as answer:
         resumed = await sse(answer, 4)
         while resumed[-1] != found[-1]:  # the exit of an earlier test's command may come first
@@ -181,7 +181,7 @@ async def test_a_tenant_without_a_home_is_followed_wherever_it_comes(members: di
     async with events(members["m1"], last="0", deployment=id_) as answer:
         again = await until_told(answer, "deployment.rolledback")
     again = again[again[0]["event"] == "gap" :]
-    assert all(event["id"] == event["data"]["id"] for event in again)
+    assert all(event["id"] == f"m3:{event['data']['id']}" for event in again)
     kept = [event["data"] for event in about if event["event"].startswith("deployment.")]
     assert [event["data"] for event in again] == kept
 

@@ -10,6 +10,7 @@ import pytest
 
 from gateway.api.clustered import relaying
 from gateway.auth.tokens import Token
+from gateway.cluster.cluster import Cluster
 from gateway.cluster.listener import FROM
 from gateway.errors import Unavailable
 from gateway.lifecycle.doors import Doors
@@ -39,6 +40,16 @@ def services() -> Any:
     )
 
 
+def cluster(said: dict[str, Any], silent: list[str]) -> Cluster:
+    """Return the cluster of m1, whose peers say that when they are asked all at once."""
+
+    async def ask_all(path: str, body: Any) -> tuple[dict[str, Any], list[str]]:
+        return said, silent
+
+    peers: Any = SimpleNamespace(ask_all=ask_all, all={name: SimpleNamespace(name=name) for name in said})
+    return Cluster("m1", peers, Settings())
+
+
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize("peers", [True, False], ids=["of a peer", "of a client"])
 async def test_the_route_tells_that_incus_does_not_answer(kind: str, peers: bool) -> None:
@@ -64,3 +75,16 @@ async def test_the_route_tells_that_incus_does_not_answer(kind: str, peers: bool
     app.state = scope["app"].state  # type: ignore[attr-defined] # as Starlette's
     await relaying(app, services)(scope, None, None)  # type: ignore[arg-type] # nothing is read or sent
     assert answered == ["/v1/tenants/shop"]
+
+
+@pytest.mark.parametrize(("said", "silent", "who"), [({"m3": {}}, ["m2"], "m3"), ({"m2": None}, [], None)])
+async def test_what_has_just_moved_is_looked_for_at_all_peers(said: Any, silent: Any, who: Any) -> None:
+    assert getattr(await cluster(said, silent).find_moved(tenant="shop"), "name", None) == who
+
+
+async def test_what_has_just_moved_is_not_gone_while_a_peer_does_not_say() -> None:
+    """It may be the one that has it by now."""
+    with pytest.raises(Unavailable) as refused:
+        await cluster({"m2": None}, ["m3"]).find_moved(tenant="shop")
+    assert refused.value.facts["reason"] == "moved"
+    assert await cluster({"m2": None}, ["m3"]).find(tenant="shop") is None
