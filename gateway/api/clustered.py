@@ -258,14 +258,24 @@ class _Relayed:
                     patience=patience,
                 )
             except NotHome:
-                again = await self._cluster.find_moved(**{asked.kind: asked.name}) if left else None
-                if again is None:
-                    raise NotFound(f"no {asked.kind} {asked.name[:63]}") from None
+                again = await self._moved(asked, left)
                 if body.lost:
                     raise Unavailable("the tenant has just moved; ask again", reason="moved") from None
                 peer = again
             else:
                 return
+
+    async def _moved(self, asked: Asked, left: int) -> Peer:
+        """Return the peer that has what another one, which was asked, has no more; `left` may be asked.
+
+        Raises `NotFound`, and `Unavailable` where that is to be asked again.
+        """
+        if await has(self._services, {asked.kind: asked.name}):
+            raise Unavailable("it has just moved here; ask again", reason="moved", retry_after=1)
+        again = await self._cluster.find_moved(**{asked.kind: asked.name}) if left else None
+        if again is None:
+            raise NotFound(f"no {asked.kind} {asked.name[:63]}")
+        return again
 
     # --- websockets ---------------------------------------------------------------------------------
 
@@ -356,10 +366,7 @@ class _Relayed:
             try:
                 return peer, *await dial(self._scope, peer, self._client)
             except NotHome:
-                again = await self._cluster.find_moved(tenant=tenant) if left else None
-                if again is None:
-                    raise NotFound(f"no tenant {tenant[:63]}") from None
-                peer = again
+                peer = await self._moved(Asked("tenant", tenant), left)
         raise AssertionError
 
 

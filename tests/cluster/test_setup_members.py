@@ -44,7 +44,7 @@ def nothing_else(cluster: Rig) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_else")
 def test_setup_makes_pool_and_bridge_on_each_member(cluster: Rig) -> None:
-    """By one of them, for all; the next run, on another one, finds nothing to do."""
+    """By one of them, for all; the next run, on another one, finds only what is each host's own to do."""
     first, second, third = cluster.members
     said = second.ours("setup", **OTHER)
     assert "created" in said
@@ -53,6 +53,9 @@ def test_setup_makes_pool_and_bridge_on_each_member(cluster: Rig) -> None:
         assert state["state"] == "up"
         assert first.query(f"/1.0/storage-pools/gwother?target={member.name}")["status"] == "Created"
         assert (member.state / "incus/storage-pools/gwother").is_dir()
+    own = third.ours("setup", **OTHER)
+    changed = [line for line in own.splitlines() if line.startswith("changed")]
+    assert [line.split(":")[0].split(None, 1)[1] for line in changed] == ["addresses of gwother"], own
     again = third.ours("setup", **OTHER)
     assert not [line for line in again.splitlines() if line.startswith("changed")], again
 

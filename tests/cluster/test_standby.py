@@ -86,8 +86,10 @@ async def test_a_copy_follows_its_tenant_and_goes_with_it(
     ]
 
     await asyncio.to_thread(home.incus, "stop", "--force", name)
-    last = await copied(gateway, name, second["of"])
-    await pause(40)  # several rounds, and what was written late is on the disk
+    await copied(gateway, name, second["of"])
+    await pause(40)  # what was written late is on the disk by now, which counts as a change, and copied
+    last = await standby(gateway, name)
+    await pause(15)  # several rounds
     assert await standby(gateway, name) == last, "nothing has changed since"
 
     await gateway.ask("DELETE", f"/v1/tenants/{name}")

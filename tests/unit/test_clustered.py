@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from gateway.api.clustered import relaying
+from gateway.api.asked import Asked
+from gateway.api.clustered import _Relayed, relaying
 from gateway.auth.tokens import Token
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.listener import FROM
-from gateway.errors import Unavailable
+from gateway.errors import NotFound, Unavailable
 from gateway.lifecycle.doors import Doors
 from gateway.settings import Settings
 
@@ -24,6 +25,20 @@ class Silent:
 
     async def get(self, tenant: str) -> Any:
         raise Unavailable("Incus does not answer")
+
+
+class Running:
+    """A runtime that has every tenant."""
+
+    async def get(self, tenant: str) -> Any:
+        return SimpleNamespace(name=tenant)
+
+
+class Nothing:
+    """A runtime that has no tenant."""
+
+    async def get(self, tenant: str) -> Any:
+        raise NotFound("no such tenant")
 
 
 def services() -> Any:
@@ -88,3 +103,22 @@ async def test_what_has_just_moved_is_not_gone_while_a_peer_does_not_say() -> No
         await cluster({"m2": None}, ["m3"]).find_moved(tenant="shop")
     assert refused.value.facts["reason"] == "moved"
     assert await cluster({"m2": None}, ["m3"]).find(tenant="shop") is None
+
+
+async def test_what_has_moved_here_meanwhile_is_to_be_asked_for_again() -> None:
+    """Its former home, which was asked, says that it is elsewhere, and no peer has it."""
+
+    async def nobody(**what: str) -> None:
+        return None
+
+    async def app(*asgi: Any) -> None:
+        raise AssertionError("it may have no body any more")
+
+    found = services()
+    found.cluster.find_moved = nobody
+    scope = {"type": "http", "scheme": "http", "headers": [], "client": ("192.0.2.1", 1)}
+    relayed = _Relayed(app, found, scope, None, None)  # type: ignore[arg-type] # nothing is read or sent
+    for runtime, refused in ((Running(), Unavailable), (Nothing(), NotFound)):
+        found.runtime = runtime
+        with pytest.raises(refused):
+            await relayed._moved(Asked("tenant", "shop"), 1)
