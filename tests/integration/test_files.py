@@ -285,7 +285,8 @@ async def test_a_killed_gateway_leaves_no_unfinished_file(
             async with asyncio.timeout(30):
                 while (left := await asyncio.to_thread(found)) != [".gateway-own"]:
                     assert ".gateway-own" in left
-        assert "unfinished files" in gateway.log.read_text()
+        # it is told once the worker that removes them has answered
+        await until(lambda: "unfinished files" in gateway.log.read_text())
 
 
 def workers_of(gateway: LiveGateway) -> set[int]:

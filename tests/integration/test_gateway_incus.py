@@ -406,5 +406,5 @@ async def test_a_destroy_whose_end_is_not_known_is_in_the_audit(
         entries = {}
         for name in (tenant.name, "t-none"):
             found = (await ask(admin, "GET", f"/v1/audit?tenant={name}"))["entries"]
-            entries[name] = [(one["who"], one["action"], one["facts"]) for one in found]
-    assert entries == {tenant.name: [("test", "tenant.destroy", {"error": "unavailable"})], "t-none": []}
+            entries[name] = [(one["who"], one["facts"]) for one in found if one["action"] == "tenant.destroy"]
+    assert entries == {tenant.name: [("test", {"error": "unavailable"})], "t-none": []}
