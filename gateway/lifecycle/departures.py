@@ -250,6 +250,7 @@ class Departures:
         self._leave_alone(tenant)
         self._part(tenant)
         await self._execs.lose(tenant, "moved", _ENDS)
+        self._doors.end_streams(tenant)  # they have told that
         await self._files.forget(tenant, "moved")
         await self._workers.forget(tenant)
         stopped = time.monotonic()

@@ -26,8 +26,11 @@ class Doors:
         self._streams: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)
 
     def close(self, tenant: str) -> None:
-        """Have calls wait from now on, and end what would stay open for long. Idempotent."""
+        """Have calls wait from now on. Idempotent."""
         self._closed.setdefault(tenant, asyncio.Event())
+
+    def end_streams(self, tenant: str) -> None:
+        """End what would stay open for long."""
         for end in list(self._streams.get(tenant, ())):
             end()
 
@@ -78,7 +81,7 @@ class Doors:
 
     @contextlib.contextmanager
     def stream(self, tenant: str, end: Callable[[], None]) -> Iterator[None]:
-        """Have `end` called when the door closes while the context is open."""
+        """Have `end` called by `end_streams` while the context is open."""
         self._streams[tenant].add(end)
         try:
             yield

@@ -37,7 +37,9 @@ async def sse(response: aiohttp.ClientResponse, wanted: int, deadline: float = 2
     fields: dict[str, str] = {}
     async with asyncio.timeout(deadline):
         while len(found) < wanted:
-            line = (await response.content.readline()).decode().rstrip("\r\n")
+            text = await response.content.readline()
+            assert text, f"the stream has ended after {found}"
+            line = text.decode().rstrip("\r\n")
             if line.startswith(":"):
                 continue
             if line:

@@ -76,11 +76,13 @@ async def test_calls_under_way_are_waited_for_a_while() -> None:
     assert await waiting
 
 
-async def test_what_stays_open_is_ended_by_closing() -> None:
+async def test_what_stays_open_outlives_the_closing_until_it_is_ended() -> None:
     own, ended = doors(), list[str]()
     with own.stream("shop", lambda: ended.append("shop")), own.stream("other", lambda: ended.append("other")):
         with own.stream("shop", lambda: ended.append("over")):
             pass
         own.close("shop")
-    own.close("other")
+        assert ended == []  # they tell what the close causes
+        own.end_streams("shop")
+    own.end_streams("other")
     assert ended == ["shop"]

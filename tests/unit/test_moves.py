@@ -332,21 +332,24 @@ async def _call(home: Home, number: str) -> bytes | None:
     return None
 
 
+_ORDER = ("commands end: moved", "streams end", "stop", "last copy")
+
+
 async def test_a_tenant_runs_at_its_new_home_with_its_records(homes: tuple[Home, Home], incus: Incus) -> None:
     async with both(homes) as (old, new):
         await _call(old, "c1")
         move = await old.departures.begin(SHOP, "m2", "me")
         assert (move.state, (await old.departures.begin(SHOP, "m2", "me")).id) == ("waiting", move.id)
-        ended = await old.moved(move, "moved")
+        with old.doors.stream(SHOP, lambda: incus.done.append("streams end")):
+            ended = await old.moved(move, "moved")
         assert ended.gap is not None and ended.error is None
         assert incus.home() == ("m2", True)
         assert await _call(new, "c1") == b"by m1"
         assert await _call(old, "c1") is None  # nothing of it is left
         assert (old.names.holder(SHOP), new.names.holder(SHOP)) == ("", "i-1")
         assert not old.doors.closed(SHOP) and old.leaving == set() and old.parted == [SHOP]
-        assert (
-            incus.done.index("commands end: moved") < incus.done.index("stop") < incus.done.index("last copy")
-        )
+        order = [incus.done.index(what) for what in _ORDER]
+        assert order == sorted(order)
         await until(lambda: list(incus.instances) == [SHOP])
         assert await old.told() == ["tenant.moving"] and await new.told() == ["tenant.moved"]
         last = await new.departures.last(SHOP)
