@@ -3,6 +3,7 @@
 # force, unless it is. After a reboot, Incus starts tenants before the gateway.
 #
 # Usage:  NETWORK TENANT lxc pre-start
-# Input, output: none.
+# Input:  none.
+# Output: none.
 # Exit:   0 if the table is in force.
 NFT list chain bridge TABLE ports >/dev/null 2>&1 || exec NFT -f FILE

@@ -35,12 +35,17 @@ _FOUND = """async (exclude) => (await axe.run({exclude},
    rules: {"nested-interactive": {enabled: false}}})).violations.map(({id, nodes}) =>
   id + ": " + nodes.map(({html, any}) => html.slice(0, 120) + " " + (any[0]?.message ?? "")).join("\\n  "))
 """
+# not those without an end, nor what fades for long on purpose
+_STILL = """() => Promise.allSettled(document.getAnimations()
+  .filter((one) => one.effect.getComputedTiming().endTime < 2000).map((one) => one.finished)).then(() => {})
+"""
 
 
 async def violations(page: Page) -> list[str]:
     """Return what axe-core finds in a page, but for the site's own and the terminal's text."""
     if not await page.evaluate("'axe' in window"):
         await page.evaluate(_AXE.read_text())
+    await page.evaluate(_STILL)  # what has just opened is half transparent
     found: list[str] = await page.evaluate(_FOUND, ["iframe", ".xterm"])
     return found
 

@@ -162,6 +162,8 @@ class Hostile:
             return {"snapshots": [snapshot]} if request.method == "GET" else snapshot
         if path.endswith("/metrics"):
             return {EVIL: EVIL}
+        if path.endswith("/move"):
+            return {"id": EVIL, "tenant": EVIL, "from": EVIL, "to": EVIL, "state": "moved", "gap_ms": 1}
         error = {"code": "failed", "message": f"{EVIL}\nforged", "phase": EVIL}
         deployment = {"id": "d1", "tenant": EVIL, "domain": EVIL, "url": EVIL, "kind": "create", "phases": [],
                       "state": "rolledback", "error": error, "created": 1.0, "rollback": None, "env": [EVIL],
@@ -256,6 +258,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "snapshot": [[*("snapshot", "shop"), *more] for more in ([], ["--list"], ["--list", "--json"])],
     "restore": [["restore", "shop", "s"]],
     "clone": [["clone", "shop", "new"]],
+    "move": [["move", "shop", "m2"]],
     "rename": [["rename", "shop", "d.example"]],
     "resize": [["resize", "shop", "medium"]],
     "deployments": [["deployments", "shop"], ["deployments", "shop", "--json"]],

@@ -64,7 +64,9 @@ class TenantLifecycle:
         leaves. Meanwhile calls wait for some seconds, and running commands end. For operators. Raises
         `Unavailable` with the reason if the tenant stays where it is.
         """
-        body = {"drained": drained} if member is None else {"member": member, "drained": drained}
+        body: dict[str, Any] = {} if member is None else {"member": member}
+        if drained:
+            body["drained"] = True
         begun: Mapping[str, Any] = await self._http.json("POST", f"{self._path}/move", body)
         last = begun
         while last["id"] != begun["id"] or last["state"] not in ("moved", "failed"):
