@@ -114,14 +114,14 @@ class Subscription:
     """A subscriber's position in the journal; an async iterator of the events after it.
 
     `last_id` is the id up to which all matching events have been returned: the `Last-Event-ID` to resume
-    here. It is higher than the last event's id if later events did not match. Iteration ends after `close` of
-    the subscription or the bus.
+    here. It is higher than the last event's id if later events did not match. Iteration ends after `finish`
+    or `close` of the subscription, or `close` of the bus.
     """
 
     def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
         self._bus, self._journal, self._filter = bus, journal, filter
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
-        self._closed = self._waiting = False
+        self._closed = self._finishing = self._waiting = False
         self._cursor = journal.last if after is None else after
         self._told = 0  # number of the latest loss reported by a gap
         self._hidden = -1  # last id of events that are hidden because they are an earlier tenant's
@@ -161,7 +161,7 @@ class Subscription:
                     self._filter = replace(self._filter, names=spans(self._filter.coverage or ()))
                     self._hidden = self._filter.hidden()
                     self._parted = True
-                elif closing:
+                elif closing or self._finishing:
                     break
                 else:
                     await self._wait(grown)
@@ -189,7 +189,7 @@ class Subscription:
             if stretch.end > before:
                 # reading from memory never yields to the loop: let others run during a long skip
                 await asyncio.sleep(0)
-            elif closing and journal.settled and journal.newest <= before:
+            elif self._finishing or (closing and journal.settled and journal.newest <= before):
                 break
             else:
                 await self._wait(grown)
@@ -202,6 +202,12 @@ class Subscription:
             await grown.wait()
         finally:
             self._waiting = False
+
+    def finish(self) -> None:
+        """End the iteration once it has returned what was published before. Idempotent."""
+        self._finishing = True
+        if self._waiting:
+            self._bus._wake()
 
     def close(self) -> None:
         """End the iteration, also for a task waiting in it. Idempotent."""

@@ -21,8 +21,9 @@ _SENT: Final = b"id: %s\n" + _BODY
 
 
 class Streaming(EventSourceResponse):
-    """An endless response with `parts`, each of whole events. `close` ends them.
+    """An endless response with `parts`, each of whole events.
 
+    `close` ends them at once, `finish` once they have told what there is to tell.
     `last_id` is where they begin. It is in the headers, so that a client knows it even if the body is cut off
     before its first byte; one that resumes nothing is told in the body too. A comment is sent every
     `settings.events_keepalive` seconds.
@@ -36,8 +37,10 @@ class Streaming(EventSourceResponse):
         settings: Settings,
         *,
         resumed: bool,
+        finish: Callable[[], None] | None = None,
     ) -> None:
         self.close = close
+        self.finish = close if finish is None else finish
         super().__init__(
             parts if resumed else _announced(last_id, parts),
             headers={"Last-Event-ID": last_id},
@@ -67,7 +70,10 @@ def response(bus: Bus, filter: Filter, after: int | None, settings: Settings, me
     subscription = bus.subscribe(filter, after)
     last_id = positions.of(subscription.last_id, member)
     parts = _stream(subscription, member)
-    return Streaming(parts, subscription.close, last_id, settings, resumed=after is not None)
+    resumed = after is not None
+    return Streaming(
+        parts, subscription.close, last_id, settings, resumed=resumed, finish=subscription.finish
+    )
 
 
 async def _announced(last_id: str, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -499,6 +499,20 @@ async def test_close_delivers_what_was_published_and_ends_all(make: Make) -> Non
     assert bus.subscribers == 0
 
 
+@pytest.mark.parametrize("waits", [True, False])
+async def test_one_that_finishes_returns_what_was_published_before(make: Make, waits: bool) -> None:
+    bus = Bus(await make(1000), "t")
+    one, other = bus.subscribe(ALL), bus.subscribe(ALL)
+    reading = asyncio.ensure_future(rest(one))
+    if waits:
+        await turn()
+    published = [bus.publish("a") for _ in range(2 * BATCH)]
+    one.finish()
+    assert await reading == published
+    assert bus.subscribers == 1 and len(await other.batch()) > 0
+    bus.close()
+
+
 async def test_one_subscription_can_be_closed_alone(make: Make) -> None:
     bus = Bus(await make(4), "t")
     one, two = bus.subscribe(ALL), bus.subscribe(ALL)

@@ -47,7 +47,7 @@ async def stream(request: Request) -> Response:
             after = gateway.names.position(tenant, after, here=here)
         answer = sse.response(gateway.bus, filter, after, gateway.settings, member)
     if tenant is not None:
-        request.scope[USES].enter_context(gateway.doors.stream(tenant, answer.close))
+        request.scope[USES].enter_context(gateway.doors.stream(tenant, answer.finish))
     end_with(request, token, answer.close)
     return answer
 
