@@ -121,7 +121,8 @@ class Subscription:
     def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
         self._bus, self._journal, self._filter = bus, journal, filter
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
-        self._closed = self._finishing = self._waiting = False
+        self._closed = self._waiting = False
+        self._final: int | None = None  # id of the last event to return
         self._cursor = journal.last if after is None else after
         self._told = 0  # number of the latest loss reported by a gap
         self._hidden = -1  # last id of events that are hidden because they are an earlier tenant's
@@ -161,7 +162,7 @@ class Subscription:
                     self._filter = replace(self._filter, names=spans(self._filter.coverage or ()))
                     self._hidden = self._filter.hidden()
                     self._parted = True
-                elif closing or self._finishing:
+                elif closing or self._final is not None:
                     break
                 else:
                     await self._wait(grown)
@@ -189,7 +190,9 @@ class Subscription:
             if stretch.end > before:
                 # reading from memory never yields to the loop: let others run during a long skip
                 await asyncio.sleep(0)
-            elif self._finishing or (closing and journal.settled and journal.newest <= before):
+            elif closing and journal.settled and journal.newest <= before:
+                break
+            elif self._final is not None and self._final <= before:
                 break
             else:
                 await self._wait(grown)
@@ -205,7 +208,7 @@ class Subscription:
 
     def finish(self) -> None:
         """End the iteration once it has returned what was published before. Idempotent."""
-        self._finishing = True
+        self._final = self._bus.last
         if self._waiting:
             self._bus._wake()
 
