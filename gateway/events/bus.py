@@ -190,9 +190,9 @@ class Subscription:
             if stretch.end > before:
                 # reading from memory never yields to the loop: let others run during a long skip
                 await asyncio.sleep(0)
-            elif closing and journal.settled and journal.newest <= before:
-                break
-            elif self._final is not None and self._final <= before:
+            elif (closing and journal.settled and journal.newest <= before) or (
+                self._final is not None and self._final <= before
+            ):
                 break
             else:
                 await self._wait(grown)

@@ -189,7 +189,10 @@ async def test_a_container_that_is_frozen_in_mid_stream(gateway: LiveGateway, te
     """Its output stands still and goes on later without a gap; a cancel meanwhile says what it could do."""
     seconds = mark()
     async with gateway.wire(tenant.name) as wire, gateway.wire(tenant.name) as other:
-        started = await wire.call("exec/start", command="echo r; seq 1 3000000; exit 6")
+        # four seconds of output, in the midst of which it is frozen
+        part = "seq $((n + 1)) $((n + 150000)); sleep 0.2"
+        command = f"echo r; for n in $(seq 0 150000 2850000); do {part}; done; exit 6"
+        started = await wire.call("exec/start", command=command)
         sleeping = await wire.call("exec/start", argv=["sleep", seconds])
         await wire.until(lambda: len(wire.output[started["channel"], 1]) > 200_000)
         await asyncio.to_thread(environment.incus, "pause", tenant.name)
