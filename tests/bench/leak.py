@@ -138,7 +138,7 @@ async def run(starts: int, rounds: int, kills: int, seconds: float) -> int:
         word
         for word, grew in {
             "descriptors": last.descriptors > middle.descriptors + _SLACK,
-            "names at the holder": last.held > middle.held,
+            "names at the holder": last.held > middle.held + _SLACK,
             "descriptors of the holder": last.holding > middle.holding + _WAITING,
             "groups": last.groups > middle.groups + _SLACK,
             "memory": last.memory > middle.memory * 1.1,
