@@ -12,8 +12,7 @@ import socket
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
@@ -22,7 +21,7 @@ from gateway.host import HostError, address_guard, cluster, quotas
 from gateway.host import setup as steps
 from gateway.host.caddy_service import CaddyService, in_use
 from gateway.host.daemon import Daemon
-from gateway.host.incus import Incus
+from gateway.host.findings import SETUP, Finding, Hint, Looking
 from gateway.host.limits import KERNEL, WANTED
 from gateway.host.local_gateway import ask
 from gateway.host.permissions import loose, modes, swaps
@@ -35,37 +34,6 @@ from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
 from gateway.settings import Settings
 
 GiB: Final = 1 << 30
-_SETUP: Final = "run `incus-gateway setup`"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of one check; `detail` says what was found, or what is wrong and what to do.
-
-    A hint is no problem, but something that could be better.
-    """
-
-    what: str
-    ok: bool
-    detail: str
-    hint: bool = False
-
-    def __str__(self) -> str:
-        word = "problem" if not self.ok else "hint" if self.hint else "ok"
-        return f"{word:<8} {self.what}: {self.detail}"
-
-
-class Hint(Exception):
-    """Raised by a check that found no problem but has a suggestion."""
-
-
-class Looking(Incus):
-    """A read-only Incus client: an attempted change is reported as a need for setup."""
-
-    def _refuse(self, *path: str, **request: Any) -> NoReturn:
-        raise HostError(f"missing or not as it should be; {_SETUP}")
-
-    post = put = patch = delete = _refuse
 
 
 def doctor(settings: Settings) -> list[Finding]:
@@ -150,7 +118,7 @@ def _cluster(settings: Settings) -> str:
     incus = Looking(settings.incus_socket, settings.incus_project)
     wrong, better = cluster.problems(incus, settings)
     if not cluster.are_published(incus, steps.host_addresses()):
-        wrong.append(f"the other members do not know this host's addresses; {_SETUP}")
+        wrong.append(f"the other members do not know this host's addresses; {SETUP}")
     if wrong:
         raise HostError("; ".join(wrong))
     if better:
@@ -163,7 +131,7 @@ def _pool(settings: Settings) -> str:
     incus = Looking(settings.incus_socket, settings.incus_project)
     found = incus.find("storage-pools", settings.pool)
     if found is None:
-        raise HostError(f"it does not exist; {_SETUP}")
+        raise HostError(f"it does not exist; {SETUP}")
     space = incus.get("storage-pools", settings.pool, "resources")["space"]
     free = space["total"] - space["used"]
     if free < GiB:
@@ -171,7 +139,7 @@ def _pool(settings: Settings) -> str:
     if found["driver"] == "dir":
         raise Hint("plain folders, without quotas: one tenant can fill the disk; see GATEWAY_POOL_SOURCE")
     if not quotas.in_force(settings):
-        raise HostError(f"the kernel has stopped counting, so no tenant's disk is limited; {_SETUP}")
+        raise HostError(f"the kernel has stopped counting, so no tenant's disk is limited; {SETUP}")
     if free < space["total"] * settings.pool_reserve:
         raise HostError(
             f"only {free / GiB:.1f} GiB are free, less than GATEWAY_POOL_RESERVE: snapshots, clones and new "
@@ -238,10 +206,10 @@ def _guard(settings: Settings) -> str:
     if not guarded_port.hook(settings.incus_socket.parent, settings.network).exists():
         raise Hint(
             "Incus's own filter keeps each tenant to its address: the more tenants, the longer it takes each "
-            f"packet; {_SETUP}, unless this kernel or a network of this size has no other"
+            f"packet; {SETUP}, unless this kernel or a network of this size has no other"
         )
     if os.geteuid() == 0 and not address_guard.in_force(settings):
-        raise HostError(f"the table that keeps tenants to their addresses is missing; {_SETUP}")
+        raise HostError(f"the table that keeps tenants to their addresses is missing; {SETUP}")
     return "each tenant's own"
 
 
@@ -281,7 +249,7 @@ def _owners(settings: Settings) -> dict[str, str]:
 def _limits() -> None:
     low = [name for name in WANTED if int((KERNEL / name.replace(".", "/")).read_text()) < WANTED[name]]
     if low:
-        raise HostError(f"{', '.join(low)} too low; {_SETUP}")
+        raise HostError(f"{', '.join(low)} too low; {SETUP}")
 
 
 def _broker(settings: Settings) -> str:

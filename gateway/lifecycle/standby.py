@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from gateway.cluster.cluster import SETTLING, Cluster
+from gateway.cluster.peers import MemberAway
 from gateway.cluster.records import Records, unsure
 from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.events import Bus
@@ -144,7 +145,9 @@ class Standby:
                 after = await self._records.export(name, copy.instance, copy.snapshot)
                 await self._copies.send(copy, member)
                 # after the disk: whoever has these also has the snapshot that they are of
-                text, peer = unsure(before, after), self._cluster.peers.all[member]
+                text = await asyncio.to_thread(unsure, before, after)  # it may have megabytes
+                if (peer := self._cluster.peers.all.get(member)) is None:  # removed meanwhile
+                    raise MemberAway(member)
                 await self._cluster.send_records(peer, text, _SENDING)
                 await self._copies.confirm(copy)
             except GatewayError:

@@ -8,18 +8,36 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from gateway.errors import InvalidParams
 from gateway.tools.answer import ToolFailure
 
 _DIGITS_MAX = 400  # characters of a number given as text
+_VALUES_MAX = 256  # values in lists and objects of one input; no tool here takes any
 _SAFE_INTEGER = (1 << 53) - 1  # the largest integer that JSON carries everywhere
 
 _STRING = {"type": "string"}
 _NUMBER = {"type": "number"}
 _FLAG = {"type": "boolean"}
+
+
+def check_size(arguments: Mapping[str, Any]) -> None:
+    """Refuse deep or large inputs that no tool takes: a list of lists takes thirty times its text's memory.
+
+    Raises `InvalidParams`.
+    """
+    left, inside = _VALUES_MAX, [*arguments.values()]
+    while inside:
+        value = inside.pop()
+        if isinstance(value, dict | list):
+            left -= len(value)
+            if left < 0:
+                raise InvalidParams(f"a tool's input may have at most {_VALUES_MAX} values")
+            inside += value.values() if isinstance(value, dict) else value
 
 
 def _object(required: tuple[str, ...], **properties: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import orjson
 from gateway.errors import (
     Conflict,
     GatewayError,
-    InvalidParams,
     NotFound,
     Timeout,
     Unavailable,
@@ -41,7 +40,7 @@ from gateway.tools.file_tools import FileTools, ToolResult
 from gateway.tools.folders import Folders
 from gateway.tools.lasting import LastingCall, LeftBehind, ShellTools
 from gateway.tools.running import Left, Running
-from gateway.tools.schemas import SHELL_TOOLS, descriptions
+from gateway.tools.schemas import SHELL_TOOLS, check_size, descriptions
 from gateway.tools.session import Sessions, ToolSession
 
 log = logging.getLogger(__name__)
@@ -63,26 +62,10 @@ _TOLD: Final = (
     *("file_path", "path", "pattern", "glob", "type", "output_mode"),
     *("command", "description", "bash_id", "shell_id", "filter"),
 )
-_VALUES_MAX: Final = 256  # values in lists and objects of one input; no tool here takes any
 _WRITES: Final = frozenset({"Write", "Edit"})
 _WRITTEN: Final = 1.0  # seconds for calls of these to end while clients wait for the next process
 # tools whose effects may outlast the gateway
 _LASTING: Final = _WRITES | {"Bash"}
-
-
-def _check(arguments: Mapping[str, Any]) -> None:
-    """Refuse deep or large inputs that no tool takes: a list of lists takes thirty times its text's memory.
-
-    Raises `InvalidParams`.
-    """
-    left, inside = _VALUES_MAX, [*arguments.values()]
-    while inside:
-        value = inside.pop()
-        if isinstance(value, dict | list):
-            left -= len(value)
-            if left < 0:
-                raise InvalidParams(f"a tool's input may have at most {_VALUES_MAX} values")
-            inside += value.values() if isinstance(value, dict) else value
 
 
 class Turns(Protocol):
@@ -176,7 +159,7 @@ class Toolbox:
         gateway was restarted during the call, `StoreFailed` if it cannot be recorded, and what
         `FileTools.call` raises.
         """
-        _check(arguments)
+        check_size(arguments)
         if call_id is None:
             exec_id = _exec_id(name)
             try:

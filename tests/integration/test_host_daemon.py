@@ -12,7 +12,8 @@ import pytest
 
 from gateway.host import HostError
 from gateway.host.daemon import Daemon
-from gateway.host.doctor import Finding, doctor
+from gateway.host.doctor import doctor
+from gateway.host.findings import Finding
 from gateway.host.setup import setup
 from gateway.settings import Settings
 from tests.integration import environment

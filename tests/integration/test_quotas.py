@@ -11,7 +11,8 @@ from pathlib import Path
 
 from gateway.host import quotas
 from gateway.host.daemon import Daemon
-from gateway.host.doctor import Finding, doctor
+from gateway.host.doctor import doctor
+from gateway.host.findings import Finding
 from gateway.host.setup import setup
 from gateway.settings import Settings
 from tests.integration.conftest import Incusd

@@ -16,6 +16,7 @@ from gateway.host.artefacts import Artefact, image_metadata, keep
 from gateway.host.caddy_service import hand_over
 from gateway.host.daemon import Daemon, _only_options
 from gateway.host.definition import CA_BUNDLE, FILES, PROPERTY, TRUST, Definition, define
+from gateway.host.findings import Hint
 from gateway.host.npm import check_integrity
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.rootfs.locations import MANAGED
@@ -26,7 +27,7 @@ GiB = 1 << 30
 
 def test_the_doctor_hints_at_a_gateway_that_answers_to_any_name() -> None:
     assert doctor._hosts(Settings(domain="gw.example", hosts="Gw.lan")) == "127.0.0.1, gw.example, gw.lan"
-    with pytest.raises(doctor.Hint, match="DNS rebinding"):
+    with pytest.raises(Hint, match="DNS rebinding"):
         doctor._hosts(Settings(hosts="gw.lan,*"))
 
 
