@@ -1,6 +1,7 @@
 /** A tenant's lifecycle and its site, over HTTP. */
 
 import type { Deployment } from "./deployment.js";
+import { GatewayError } from "./errors.js";
 import type { HttpClient } from "./http.js";
 import type { LinkOptions } from "./link.js";
 import { Tools } from "./tools.js";
@@ -17,6 +18,10 @@ import type {
   Usage,
 } from "./types.js";
 import { unique } from "./unique.js";
+
+/** Milliseconds between two looks at a move. */
+const LOOK = 250;
+const AWAY: ReadonlySet<string> = new Set(["unavailable", "not_found"]);
 
 export interface Logs {
   readonly lines?: number | undefined;
@@ -104,11 +109,27 @@ export abstract class Lifecycle<Twin> extends Tools {
   }
 
   /**
-   * Begins to move the tenant to another server of the cluster, by default the one with most room; for
-   * operators. `lastMove` says how far it is. Calls wait for some seconds meanwhile, and running commands end.
+   * Moves the tenant to another server of the cluster, by default the one with most room, and resolves once it runs
+   * there; for operators. Calls wait for some seconds meanwhile, and running commands end. Throws the reason if the
+   * tenant stays where it is.
    */
-  move(member?: string, signal?: AbortSignal): Promise<Move> {
-    return this.http.json("POST", this.path("/move"), { member }, { signal });
+  async move(member?: string, signal?: AbortSignal): Promise<Move> {
+    const begun: Move = await this.http.json("POST", this.path("/move"), { member }, { signal });
+    let last = begun;
+    while (last.id !== begun.id || (last.state !== "moved" && last.state !== "failed")) {
+      await new Promise((resolve) => setTimeout(resolve, LOOK));
+      try {
+        last = await this.lastMove(signal);
+      } catch (error) {
+        // it may be on its way right now
+        if (!(error instanceof GatewayError && AWAY.has(error.code))) throw error;
+      }
+    }
+    if (last.state === "failed") {
+      const { message, code: _, ...facts } = last.error ?? {};
+      throw new GatewayError("unavailable", String(message), facts);
+    }
+    return last;
   }
 
   /** Returns the move that is under way, or the last one; throws `not_found` if there was none. */
