@@ -205,20 +205,21 @@ class Idempotency:
 
     async def forget_tenant(self, tenant: str) -> None:
         """Forget a destroyed tenant, so that the next one of its name has no records."""
-        self._stored.pop(tenant, None)
-        if (reads := self._reads.pop(tenant, None)) is not None:
-            self._reads_bytes -= reads.bytes
+        self._unload(tenant)
         await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
 
     async def recall(self, tenant: str) -> None:
         """Read a tenant's records again, which are others in the store now."""
-        self._stored.pop(tenant, None)
-        if (reads := self._reads.pop(tenant, None)) is not None:
-            self._reads_bytes -= reads.bytes
+        self._unload(tenant)
         for key, record in await self._store.read(partial(_all, tenant=tenant)):
             self._shelf(key).put(key, record)
         if tenant in self._stored:
             await self._store.note(*map(_delete, self._stored[tenant].trim()))
+
+    def _unload(self, tenant: str) -> None:
+        self._stored.pop(tenant, None)
+        if (reads := self._reads.pop(tenant, None)) is not None:
+            self._reads_bytes -= reads.bytes
 
     async def earlier(self, kind: Kind) -> list[tuple[Key, IdempotencyRecord]]:
         """Return the records of one kind of earlier processes, with their results. For the start."""

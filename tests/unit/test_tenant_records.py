@@ -139,12 +139,14 @@ async def test_an_earlier_tenants_calls_are_not_the_new_ones(old: Home, new: Hom
     """One that had the name at the new home: its calls go, its history stays."""
     await new.idempotency.begin(("shop", "call", "theirs"), b"d")
     await new.idempotency.finish(("shop", "call", "theirs"), b"d", b"r")
+    new.idempotency.keep(("shop", "call", "read"), b"d", b"r")
     await new.do(
         "INSERT INTO audit (time, who, action, tenant, facts, event) VALUES (1, 'x', 'b', 'shop', '{}', 0)"
     )
     await new.store.settled()
     await travelled(old, new)
-    assert await new.idempotency.result(("shop", "call", "theirs"), b"d") is None
+    for call in ("theirs", "read"):  # nor are their ids taken
+        assert await new.idempotency.result(("shop", "call", call), b"another") is None
     assert [row[0] for row in await new.rows("SELECT who FROM audit ORDER BY time")] == ["x", "me"]
 
 
