@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncGenerator, Mapping
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Elsewhere, Incus, IncusError
 from gateway.incus.operation import Operation
+from gateway.rootfs import guarded_port
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks
@@ -143,8 +145,8 @@ class Member(Incus):
         }
 
 
-def steps(incus: Member) -> Moves:
-    settings = Settings(network_ipv4="10.82.0.1/20")
+def steps(incus: Member, incusd: Path = Path("/nowhere")) -> Moves:
+    settings = Settings(network_ipv4="10.82.0.1/20", incus_socket=incusd / "unix.socket")
     return Moves(settings, incus, Creation(settings, incus))
 
 
@@ -163,8 +165,15 @@ def new(all_: dict[str, dict[str, Any]]) -> Member:
     return Member("m2", all_)
 
 
-async def test_a_copy_becomes_the_tenant_with_an_address_of_its_new_member(old: Member, new: Member) -> None:
-    there, here = steps(old), steps(new)
+@pytest.mark.parametrize("guarded", [False, True])
+async def test_a_copy_becomes_the_tenant_with_an_address_of_its_new_member(
+    old: Member, new: Member, tmp_path: Path, guarded: bool
+) -> None:
+    there, here = steps(old), steps(new, tmp_path)
+    if guarded:  # the new member has one table for all tenants' addresses
+        hook = guarded_port.hook(tmp_path, "gatewaybr0")
+        hook.parent.mkdir()
+        hook.touch()
     old.all["theirs"] = copy.deepcopy(SHOP) | {"location": "m2"}  # who has that address on the other member
     for number in range(2):
         await there.snapshot("shop", number)
@@ -195,8 +204,9 @@ async def test_a_copy_becomes_the_tenant_with_an_address_of_its_new_member(old: 
         "4",
     )
     assert not {"user.gateway.managed", "user.gateway.moving"} & shop["config"].keys()
+    nic = {"type": "nic", "network": "br", "ipv4.address": address}
     assert shop["devices"] == {
-        "eth0": {"type": "nic", "network": "br", "ipv4.address": address},
+        "eth0": guarded_port.device(nic, IPv4Address(address)) if guarded else nic,
         "root": {"type": "disk", "size": "2GiB"},
     }
     await there.put_aside("shop", "i-1", "7")  # of the old home, which does not know yet how far it came
