@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.caddy import Caddy, CaddyFailed, socket_of
-from gateway.host import HostError, run
+from gateway.host import HostError, processes, run
 from gateway.host.daemon import systemd_runs
 from gateway.settings import Settings
 from gateway.storage.state_dir import exchange, private
@@ -166,13 +166,12 @@ class CaddyService:
             configs = tuple(f"run --config {config}" for config in self._configs)
             found = [line for line in said.stdout.splitlines() if any(config in line for config in configs)]
             return int(found[0].split()[0]) if found else None
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and self._is_ours(int(entry.name)):
-                return int(entry.name)
-        return None
+        return processes.find(self._is_ours)
 
     def _is_ours(self, pid: int) -> bool:
-        process = Path("/proc") / str(pid)
+        if not processes.outside_containers(pid):
+            return False
+        process = processes.PROC / str(pid)
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             state = (process / "stat").read_text().rpartition(")")[2].split()[0]

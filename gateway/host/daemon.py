@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gateway.host import HostError, Report, run
+from gateway.host import HostError, Report, processes, run
 
 DEFAULT_DIR = Path("/var/lib/incus")
 INCUSD = Path("/usr/libexec/incus/incusd")
@@ -105,17 +105,16 @@ class Daemon:
             recorded = int(self.pidfile.read_text())
             if self._is_ours(recorded):
                 return recorded
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and self._is_ours(int(entry.name)):
-                return int(entry.name)
-        return None
+        return processes.find(self._is_ours)
 
     def _is_ours(self, pid: int) -> bool:
         if pid in _CHILDREN:
             # Checking also reaps it. And during exec the command line can read as empty.
             return _CHILDREN[pid] == self.root and _child_runs(pid)
+        if not processes.outside_containers(pid):
+            return False
         try:
-            process = Path("/proc") / str(pid)
+            process = processes.PROC / str(pid)
             command = (process / "cmdline").read_bytes().split(b"\0")
             # Not helpers (`incusd forkexec …`), which outlive the daemon: the daemon itself has only options.
             if Path(os.fsdecode(command[0])).name != INCUSD.name or not _only_options(command[1:]):

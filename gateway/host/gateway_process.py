@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from gateway.host import HostError, Report, holder_process, run, successor
+from gateway.host import HostError, Report, holder_process, processes, run, successor
 from gateway.host.daemon import systemd_runs
 from gateway.host.environments import Environments
 from gateway.host.local_gateway import ask
@@ -170,11 +170,8 @@ class GatewayProcess:
             recorded = int(self._place.pidfile.read_text())
             if self._is_ours(recorded):
                 return recorded
-        if Path("/proc/self/stat").exists():
-            for entry in Path("/proc").iterdir():
-                if entry.name.isdigit() and self._is_ours(int(entry.name)):
-                    return int(entry.name)
-        return self._unit_pid()
+        found = processes.find(self._is_ours) if Path("/proc/self/stat").exists() else None
+        return found or self._unit_pid()
 
     def last_words(self) -> str:
         """Describe where the gateway's log is; if it is a file, with its last lines."""
@@ -293,7 +290,9 @@ class GatewayProcess:
                 ["ps", "-o", "command=", "-p", str(pid)], check=False, capture_output=True, text=True
             )
             return f"{self.command} serve" in said.stdout
-        process = Path("/proc") / str(pid)
+        if not processes.outside_containers(pid):
+            return False
+        process = processes.PROC / str(pid)
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             if not _is_gateway(words):

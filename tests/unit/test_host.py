@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 import stat
+import subprocess
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import pytest
 
 from gateway.host import Change, HostError, Steps, bun, doctor, run
 from gateway.host.artefacts import Artefact, image_metadata, keep
-from gateway.host.caddy_service import hand_over
+from gateway.host.caddy_service import CaddyService, hand_over
 from gateway.host.daemon import Daemon, _only_options
 from gateway.host.definition import CA_BUNDLE, FILES, PROPERTY, TRUST, Definition, define
 from gateway.host.findings import Hint
+from gateway.host.gateway_process import GatewayProcess
 from gateway.host.npm import check_integrity
+from gateway.host.place import Place
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.rootfs.locations import MANAGED
 from gateway.settings import Settings
@@ -231,6 +234,34 @@ def test_metadata_names_its_definition() -> None:
 def test_helpers_of_incusd_are_not_the_daemon(words: list[bytes], daemon: bool) -> None:
     """`incusd forkexec …` outlives a killed daemon and must not be mistaken for it."""
     assert _only_options(words) is daemon
+
+
+@pytest.mark.parametrize("which", ["incusd", "caddy", "gateway"])
+def test_a_tenants_process_passes_for_no_daemon_of_the_host(tmp_path: Path, which: str) -> None:
+    """It may have the same command line, variables and user; on the host it is recognised by them."""
+    settings = Settings(state_dir=tmp_path, caddy_dir=tmp_path / "caddy")
+    gateway = GatewayProcess(settings, Place(tmp_path), None, Path("/usr/bin/incus-gateway"), {})
+    (tmp_path / "run").write_text("read line; echo ready; read line\n")
+    pid, command = {
+        "incusd": (Daemon(tmp_path).pid, "exec -a incusd sh"),
+        "caddy": (CaddyService(settings).pid, f"exec -a caddy sh run --config {tmp_path}/caddy/Caddyfile"),
+        "gateway": (gateway.pid, "exec sh run /usr/bin/incus-gateway serve"),
+    }[which]
+    for inside, found in ((False, True), (True, False)):
+        apart = ["unshare", "--pid", "--fork", "--kill-child"] if inside else []
+        with subprocess.Popen(
+            [*apart, "bash", "-c", command],
+            cwd=tmp_path,
+            env={**os.environ, "INCUS_DIR": str(tmp_path), "GATEWAY_STATE_DIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(b"echo ready\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"ready\n"
+            assert (pid() is not None) is found
+            process.stdin.close()
 
 
 def test_stale_socket_and_pid_file_are_not_believed(tmp_path: Path) -> None:
