@@ -63,6 +63,21 @@ def test_environment_survives_the_file() -> None:
     assert parse_environment(format_environment(variables)) == variables
 
 
+def test_a_clients_token_and_address_become_no_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who exported the demo's token and ran quickstart again could then use no other tenant."""
+    variables = {"GATEWAY_TOKEN": "demo's", "GATEWAY_URL": "http://other:1", "GATEWAY_RUNTIME": "local"}
+    (tmp_path / "quickstart.env").write_text(format_environment({**variables, "GATEWAY_MAX_TENANTS": "7"}))
+    monkeypatch.setattr(os, "environ", {**os.environ, **variables, "GATEWAY_STATE_DIR": str(tmp_path)})
+    os.environ["GATEWAY_LISTEN"] = f"127.0.0.1:{free_ports(1)[0]}"
+    kept = quickstart.environment_of(tmp_path)
+    assert not {"GATEWAY_TOKEN", "GATEWAY_URL"} & kept.keys()
+    assert (kept["GATEWAY_RUNTIME"], kept["GATEWAY_MAX_TENANTS"]) == ("local", "7")
+    quickstart.main(["status", str(CHECKOUT), "stamp"])
+    assert not {"GATEWAY_TOKEN", "GATEWAY_URL"} & os.environ.keys()  # nor what the demo is deployed with
+
+
 def test_token_file_is_private_from_its_first_byte(tmp_path: Path) -> None:
     """Mode 0600, even if an older file was readable by all; the old file is replaced atomically."""
     file = tmp_path / "token"
