@@ -44,12 +44,12 @@ async def elsewhere(request: Request) -> Elsewhere:
     return Elsewhere(*await ask_same(request.scope, cluster.peers, client))
 
 
-def away(request: Request, token: Token) -> Iterable[dict[str, Any]]:
-    """Yield the tenants that the token covers of members that are away, as they were last known."""
+def unheard(request: Request, token: Token, others: Elsewhere) -> Iterable[dict[str, Any]]:
+    """Yield the tenants that the token covers of members that did not answer, as they were last known."""
     gateway = services(request)
-    if gateway.cluster is None or FROM in request.scope:
+    if gateway.cluster is None or others.silent is None:
         return
-    for peer, known in gateway.cluster.homes.away():
+    for peer, known in gateway.cluster.homes.unheard(others.silent):
         if token.covers(known.name):
             tenant = Tenant(
                 known.name,
@@ -59,4 +59,5 @@ def away(request: Request, token: Token) -> Iterable[dict[str, Any]]:
                 location=peer.name,
                 asleep=known.asleep,
             )
-            yield described(tenant, gateway.settings) | {"reason": "member_away"}
+            more = {"status": known.status} if peer.alive else {"reason": "member_away"}
+            yield described(tenant, gateway.settings) | more

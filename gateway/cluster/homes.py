@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 import orjson
@@ -79,10 +79,10 @@ class Homes:
         found = ((p, known) for p in self.peers.all.values() for known in p.tenants.values())
         return next(((peer, known) for peer, known in found if known.domain == domain), None)
 
-    def away(self) -> Iterator[tuple[Peer, Known]]:
-        """Yield the tenants of the peers that are away, unless another peer has them by now."""
+    def unheard(self, silent: Collection[str]) -> Iterator[tuple[Peer, Known]]:
+        """Yield the tenants of peers that are away or `silent`, unless another peer has them by now."""
         for peer in self.peers.all.values():
-            if not peer.alive:
+            if not peer.alive or peer.name in silent:
                 for known in peer.tenants.values():
                     if self.home(known.name) is peer:
                         yield peer, known

@@ -285,6 +285,13 @@ async def test_a_member_that_is_away_is_told_at_once(mortal: dict[str, LiveGatew
         await wire.call("ping")
         await two.stop(signal.SIGKILL)
         died = time.monotonic()
+        # before anybody can tell that it is away
+        _, said = await answer(http, "/v1/tenants")
+        assert said["unanswered"] == ["m2"]
+        assert [(entry["name"], entry["location"]) for entry in said["tenants"]] == [
+            ("one", "m1"),
+            ("two", "m2"),
+        ]
 
         async def away() -> bool:
             status, said = await answer(http, "/v1/tenants/two")

@@ -13,7 +13,7 @@ from gateway.api import preview
 from gateway.api.access import for_tenant, queried, with_token
 from gateway.api.answers import Ports, PreviewKey, Site, Tenants, TenantShown, TenantsQuery, Usage, WakeQuery
 from gateway.api.http import RETRY_AFTER_MS, as_json
-from gateway.api.merging import away, elsewhere
+from gateway.api.merging import elsewhere, unheard
 from gateway.api.operation import ANY, OPEN, Media, Operation
 from gateway.api.services import services
 from gateway.errors import GatewayError
@@ -28,8 +28,9 @@ async def index(request: Request) -> Response:
     query = queried(request, TenantsQuery)
     here, others = await asyncio.gather(gateway.runtime.list(), elsewhere(request))
     own = (described(tenant, gateway.settings) for tenant in here if token.covers(tenant.name))
+    silent = unheard(request, token, others)
     # where two have one name it is about to move: the last word has whoever serves it, the first who is away
-    found = {entry["name"]: entry for entry in chain(away(request, token), others.entries("tenants"), own)}
+    found = {entry["name"]: entry for entry in chain(silent, others.entries("tenants"), own)}
     tenants = [found[name] for name in sorted(found) if name > query.after]
     shown = tenants if query.limit is None else tenants[: query.limit]
     partly = any("next" in answer for answer in others.answers)
