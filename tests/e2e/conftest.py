@@ -25,7 +25,7 @@ from tests.live import free_ports
 __all__ = ["incus_settings"]
 
 CHECKOUT = Path(__file__).parents[2]
-CHROMIUM = os.environ.get("GATEWAY_TEST_CHROMIUM", "/usr/bin/chromium-headless-shell")
+CHROMIUM = Path(__file__).with_name("chromium.py")
 PICTURES = "GATEWAY_TEST_PICTURES"
 ADDRESS = "gateway.localhost"
 """The gateway's own domain. Browsers resolve `*.localhost` to this machine, and trust it as they do HTTPS."""
