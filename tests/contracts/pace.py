@@ -129,10 +129,12 @@ class PaceContract:
         """That one is told how many bytes it has missed, once it reads again."""
         size = 64 * MiB
         async with still(gateway, tenant) as first, still(gateway, tenant) as second:
-            started = await first.call("exec/start", command=PRINT % size)
+            # nothing is printed before both are there: what the first takes, nobody keeps for the second
+            started = await first.call("exec/start", command=f"read go; {PRINT % size}", stdin=True)
             exec_id = started["exec"]
             first.may.clear()
             attached = await second.call("exec/attach", exec=exec_id)
+            await first.stdin(started["channel"], b"go\n")
             exit_ = await second.until(lambda: second.notified("exec/exited"), deadline=60)
             assert (exit_["exitCode"], attached["lost"]["stdout"]) == (0, 0)
             assert second.out(attached).size == size and second.whole(attached)
