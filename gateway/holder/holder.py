@@ -18,6 +18,7 @@ from gateway.holder.messages import VERSION, close, receive, send
 log = logging.getLogger(__name__)
 
 _PATIENCE: Final = 5.0  # seconds for an answer
+_ATTEMPTS: Final = 4  # to list what is held: what is not listed ends
 _FULL: Final = 0.01  # seconds before sending again to a holder whose queue is full
 _AGAIN: Final = 0.2  # seconds until the second attempt to reconnect; then ever more
 _RARELY: Final = 1.0  # seconds between attempts in the end
@@ -60,9 +61,9 @@ class Holder:
             await asyncio.gather(self._attending, return_exceptions=True)
             self._attending = None
         if self._socket is not None:
-            for name in self._waiting:
-                if not self._sent(name):
-                    break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE):
+                    await self._send_waiting()
             self._socket.close()
             self._socket = None
 
@@ -77,14 +78,21 @@ class Holder:
         re-established.
         """
         found: dict[str, list[int]] = {}
-        if self._socket is not None:
+        for attempt in range(_ATTEMPTS):  # on a busy host it may be slow
+            if self._socket is None:
+                break
             try:
                 found = await asyncio.to_thread(_listed, self._socket)
                 self._socket.setblocking(False)
+                break
             except (OSError, ValueError) as error:
                 log.warning("cannot list what the holder holds: %s", error)
                 self._socket.close()
                 self._socket = None
+            if attempt + 1 < _ATTEMPTS:
+                await asyncio.sleep(_AGAIN)
+                with contextlib.suppress(OSError):
+                    self._socket = await asyncio.to_thread(_connected, self._path)
         self._attending = asyncio.create_task(self._attend(), name="holder")
         return found
 
@@ -134,6 +142,15 @@ class Holder:
                 log.error("cannot hold %s: %s", name, error)
         return True
 
+    async def _send_waiting(self) -> None:
+        """Send all waiting names, as fast as the holder accepts them."""
+        while self._waiting:
+            name = next(iter(self._waiting))
+            if self._sent(name):
+                del self._waiting[name]
+            else:
+                await asyncio.sleep(_FULL)
+
     async def _attend(self) -> None:
         """Send what could not be sent at once, and reconnect if the holder is gone."""
         while True:
@@ -172,12 +189,7 @@ class Holder:
         asyncio.get_running_loop().add_reader(connection, ended)
         try:
             while not over.is_set():
-                while self._waiting and not over.is_set():
-                    name = next(iter(self._waiting))
-                    if self._sent(name):
-                        del self._waiting[name]
-                    else:
-                        await asyncio.sleep(_FULL)
+                await self._send_waiting()
                 await self._changed.wait()
                 self._changed.clear()
         finally:
@@ -212,12 +224,17 @@ def _connected(path: Path, patience: float = _PATIENCE) -> socket.socket:
 def _listed(connection: socket.socket) -> dict[str, list[int]]:
     send(connection, {"v": VERSION, "list": True})
     found: dict[str, list[int]] = {}
-    while (received := receive(connection)) is not None:
-        said: dict[str, Any] = received[0]
-        if "end" in said:
-            return found
-        found[str(said["name"])] = received[1]
-    raise ConnectionResetError("it hung up")
+    try:
+        while (received := receive(connection)) is not None:
+            said: dict[str, Any] = received[0]
+            if "end" in said:
+                return found
+            found[str(said["name"])] = received[1]
+        raise ConnectionResetError("it hung up")
+    except BaseException:
+        for descriptors in found.values():  # what they belong to would never end
+            close(descriptors)
+        raise
 
 
 def _welcomed(connection: socket.socket) -> list[str]:

@@ -66,6 +66,7 @@ class _Holding:
         self._held: dict[str, list[int]] = {}
         self._clients: dict[int, socket.socket] = {}
         self._gateways: set[int] = set()  # clients that have listed what is held
+        self._asking: set[int] = set()  # clients that wait for the list
         self._since = monotonic()  # when the last gateway left
         self._poll = select.poll()
         self._poll.register(listener, select.POLLIN)
@@ -78,15 +79,14 @@ class _Holding:
                     close(descriptors)
                 self._held.clear()
                 continue
-            for descriptor, _ in self._poll.poll(None if left is None else left * 1000 + 1):
+            ready = self._poll.poll(0 if self._asking else None if left is None else left * 1000 + 1)
+            for descriptor, _ in ready:
                 if descriptor == self._listener.fileno():
                     self._welcome()
                 elif not self._heard(descriptor):
-                    self._poll.unregister(descriptor)
-                    self._clients.pop(descriptor).close()
-                    if descriptor in self._gateways:
-                        self._gateways.discard(descriptor)
-                        self._since = monotonic()
+                    self._dismiss(descriptor)
+            if not ready:
+                self._answer()
 
     def _welcome(self) -> None:
         client, _ = self._listener.accept()
@@ -98,6 +98,25 @@ class _Holding:
         client.settimeout(_PATIENCE)
         self._clients[client.fileno()] = client
         self._poll.register(client, select.POLLIN)
+
+    def _dismiss(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        self._clients.pop(descriptor).close()
+        self._asking.discard(descriptor)
+        if descriptor in self._gateways:
+            self._gateways.discard(descriptor)
+            self._since = monotonic()
+
+    def _answer(self) -> None:
+        """List what is held, once all is taken in that a gateway sent before it was killed."""
+        while self._asking:
+            descriptor = self._asking.pop()
+            try:
+                for name, descriptors in self._held.items():
+                    send(self._clients[descriptor], {"name": name}, descriptors)
+                send(self._clients[descriptor], {"end": True})
+            except OSError:
+                self._dismiss(descriptor)
 
     def _heard(self, descriptor: int) -> bool:
         """Handle a client's packet; return False to close the connection."""
@@ -119,9 +138,7 @@ class _Holding:
                     close(self._held.pop(name, []))
                 case {"list": True}:
                     self._gateways.add(descriptor)
-                    for name, descriptors in self._held.items():
-                        send(client, {"name": name}, descriptors)
-                    send(client, {"end": True})
+                    self._asking.add(descriptor)
                 case {"about": True}:
                     send(client, {"v": VERSION, "held": len(self._held)})
                 case _:

@@ -26,6 +26,7 @@ from gateway.incus.frames import BINARY, Frames
 from gateway.incus.memory import Log, Odometer
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Adopted
+from gateway.runtime.incus import commands
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
@@ -272,19 +273,29 @@ STARTING: dict[str, Any] = {**OWN, "pid": 0, "started": 0.0, "cgroup": None, "sk
 
 
 @contextlib.asynccontextmanager
-async def left_waiting(settings: Settings, noted: Any, position: int) -> AsyncIterator[Waiting]:
-    """Have a holder keep a shell whose gateway was killed."""
-    shell = Waiting(noted, PURPOSE, position)
+async def all_left_waiting(
+    settings: Settings, number: int, noted: Any, position: int
+) -> AsyncIterator[list[Waiting]]:
+    """Have a holder keep some shells whose gateway was killed."""
+    shells = [Waiting(noted, PURPOSE, position) for _ in range(number)]
     async with Holder(settings.holder_socket) as holder:
         await holder.taken_over()
-        holder.put("command/waiting", shell.descriptors)
-        await until(lambda: held_at(settings.holder_socket) == 1)
-    shell.let_go()
+        for at, shell in enumerate(shells):
+            holder.put(f"command/waiting-{at}", shell.descriptors)
+        await until(lambda: held_at(settings.holder_socket) == number)
+    for shell in shells:
+        shell.let_go()
     try:
-        yield shell
+        yield shells
     finally:
-        for theirs, _ in shell.pairs:
+        for theirs, _ in (pair for shell in shells for pair in shell.pairs):
             theirs.close()
+
+
+@contextlib.asynccontextmanager
+async def left_waiting(settings: Settings, noted: Any, position: int) -> AsyncIterator[Waiting]:
+    async with all_left_waiting(settings, 1, noted, position) as (shell,):
+        yield shell
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -336,6 +347,24 @@ async def test_a_shell_that_waited_for_its_command_ends_without_a_word(
         await until(shell.hung_up)
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
     assert not caplog.records
+
+
+async def test_shells_that_do_not_begin_hold_up_a_start_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many a tenant has stopped after they were told what to run."""
+    monkeypatch.setattr(commands, "_GO_ON", 0.5)
+    noted = {"format": 1, "own": STARTING, "facts": {**FACTS, "over": None, "starting": {"by": "me"}}}
+    async with (
+        all_left_waiting(settings, 20, noted, STARTING["starting"]) as shells,
+        Holder(settings.holder_socket) as holder,
+        Adopting(settings, holder) as runtime,
+    ):
+        async with asyncio.timeout(5):
+            assert await runtime.adopt() == []
+        await until(lambda: held_at(settings.holder_socket) == 0)
+        await until(lambda: all(shell.hung_up() for shell in shells))
+    assert len(caplog.records) == 20
 
 
 async def test_a_background_shell_returns_what_it_has_not_returned(settings: Settings) -> None:

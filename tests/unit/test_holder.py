@@ -17,11 +17,11 @@ import pytest
 
 from gateway.holder import holder as holder_client
 from gateway.holder.holder import Holder, held_at
-from gateway.holder.messages import receive, send
+from gateway.holder.messages import close, receive, send
 from gateway.host import HostError, holder_process
 from gateway.host.holder_process import command
 from gateway.settings import Settings
-from tests.waits import until
+from tests.waits import settled, until
 
 IDLE = 4  # descriptors of one that holds nothing: the standard three, and where it listens
 
@@ -215,6 +215,90 @@ async def test_many_names_arrive_whole(start: Start, tmp_path: Path) -> None:
         await until(lambda: held_at(path) == 300)
     theirs.close()
     ours.close()
+
+
+async def test_what_was_sent_before_a_list_is_in_it(start: Start, tmp_path: Path) -> None:
+    """However slow the holder is: a gateway that is killed has just put its latest commands."""
+    process = await start()
+    path = tmp_path / "holder.sock"
+    process.send_signal(signal.SIGSTOP)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as killed:
+        killed.connect(str(path))
+        for number in range(20):
+            send(killed, {"v": 1, "put": f"n{number}"}, [0] * 8)
+        send(killed, {"v": 1, "drop": "n0"})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as following:
+        following.connect(str(path))
+        send(following, {"v": 1, "list": True})
+        process.send_signal(signal.SIGCONT)
+        following.settimeout(30)
+        found = set[str]()
+        while (received := await asyncio.to_thread(receive, following)) and "end" not in received[0]:
+            found.add(received[0]["name"])
+            close(received[1])
+    assert found == {f"n{number}" for number in range(1, 20)}
+
+
+async def test_a_holder_that_is_slow_is_waited_for(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a gateway does not get to know of at its start would end."""
+    process = await start()
+    path = tmp_path / "holder.sock"
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        holder.put("one", [0])
+        await until(lambda: held_at(path) == 1)
+    monkeypatch.setattr(holder_client, "_PATIENCE", 0.05)
+    process.send_signal(signal.SIGSTOP)
+    async with Holder(path) as holder:
+        listing = asyncio.create_task(holder.taken_over())
+        await until(lambda: "cannot list" in caplog.text)
+        monkeypatch.setattr(holder_client, "_PATIENCE", 30.0)
+        process.send_signal(signal.SIGCONT)
+        found = await listing
+        assert found.keys() == {"one"} and holder.there
+    close(found["one"])
+
+
+async def test_a_list_that_breaks_off_leaves_no_descriptor(tmp_path: Path) -> None:
+    """A duplicate of a command's sockets would keep it running for ever."""
+    path = tmp_path / "holder.sock"
+    ours, theirs = socket.socketpair()
+
+    def break_off(listener: socket.socket) -> None:
+        for _ in range(holder_client._ATTEMPTS):
+            with listener.accept()[0] as client:
+                client.recv(1000)
+                send(client, {"name": "one"}, [theirs.fileno()])
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        breaking = asyncio.create_task(asyncio.to_thread(break_off, listener))
+        async with Holder(path) as holder:
+            assert await holder.taken_over() == {}
+            await breaking
+            theirs.close()
+            await hung_up(ours)
+    ours.close()
+
+
+async def test_what_waits_for_room_is_sent_before_the_holder_is_left(start: Start, tmp_path: Path) -> None:
+    """To a holder that is slow, and whose queue is full."""
+    process = await start()
+    path = tmp_path / "holder.sock"
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        process.send_signal(signal.SIGSTOP)
+        for number in range(1000):
+            holder.put(f"n{number}", [0])
+        leaving = asyncio.create_task(holder.leave())
+        await settled()
+        assert not leaving.done()
+        process.send_signal(signal.SIGCONT)
+        await leaving
+    await until(lambda: held_at(path) == 1000)
 
 
 async def test_another_holder_at_the_same_place_is_refused(start: Start, tmp_path: Path) -> None:

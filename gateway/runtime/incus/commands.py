@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 _CGROUP_LOOKS: Final = 40  # attempts, two seconds in all, for a container that is booting
 _DESCRIPTORS: Final = (6, 8)  # number of a held command's descriptors, with and without a terminal
 _FILLED: Final = 2.0  # seconds until shells wait
+# seconds for a shell that an earlier process has told what to run; nobody is served until then
+_GO_ON: Final = 5.0
 _MAX_ID: Final = (1 << 31) - 1
 _OURS: Final = (START_SCRIPT, KILL_SCRIPT, DRAIN_SCRIPT)
 
@@ -227,18 +229,23 @@ class Commands:
             await self._holder.leave()
 
     async def adopt(self) -> list[Adopted]:
-        """Adopt the held commands of an earlier process; release those that fail, for `sweep` to kill."""
+        """Adopt the held commands of an earlier process; release those that fail, for `sweep` to kill.
+
+        All at once, since nobody is served meanwhile, and a shell may take its time.
+        """
         if self._holder is None:
             return []
-        found = list[Adopted]()
-        for name, descriptors in (await self._holder.taken_over()).items():
-            try:
-                if (adopted := await self._adopt(self._holder, name, descriptors)) is not None:
-                    found.append(adopted)
-            except Exception as error:  # one broken record must not affect the others
-                log.warning("cannot continue %s of an earlier process: %r", name, error)
-                self._holder.drop(name)
-        return found
+        held = await self._holder.taken_over()
+        found = await asyncio.gather(*(self._continued(self._holder, *one) for one in held.items()))
+        return [adopted for adopted in found if adopted is not None]
+
+    async def _continued(self, holder: Holder, name: str, descriptors: list[int]) -> Adopted | None:
+        try:
+            return await self._adopt(holder, name, descriptors)
+        except Exception as error:  # one broken record must not affect the others
+            log.warning("cannot continue %s of an earlier process: %r", name, error)
+            holder.drop(name)
+            return None
 
     async def _adopt(self, holder: Holder, name: str, descriptors: list[int]) -> Adopted | None:
         """Continue one command; None for a shell that waited for its command, which ends."""
@@ -282,7 +289,7 @@ class Commands:
                     await shell.end()
                     return Adopted({**facts, "purpose": purpose}, 0, 0.0, holding, {}, None, begun=False)
                 try:
-                    async with asyncio.timeout(self.settings.exec_start_timeout):
+                    async with asyncio.timeout(min(_GO_ON, self.settings.exec_start_timeout)):
                         process = await shell.go_on(own, stdin=bool(facts["stdin"]))
                 except BaseException:
                     await shell.aclose()
