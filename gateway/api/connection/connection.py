@@ -103,11 +103,13 @@ class Connection:
 
     async def _read(self) -> Closed:
         """Handle messages until the end; return how it ended."""
+        until = asyncio.get_running_loop().time() + self._hub.settings.initialize_timeout
         try:
-            async with asyncio.timeout(self._hub.settings.initialize_timeout):
-                while not self._wire.initialized:
+            while not self._wire.initialized:
+                async with asyncio.timeout_at(until):
                     await self._receive()
-                    await self._requests.settled()  # messages after `initialize` need its outcome
+                # messages after it need its outcome, for which Incus, or a tenant that wakes, may take longer
+                await self._requests.settled()
             while True:
                 await self._receive()
         except TimeoutError:

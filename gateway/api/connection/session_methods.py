@@ -41,6 +41,7 @@ class SessionMethods(Family):
         peer.go_by(token)  # it may end during a wait below
         if not token.covers(self._tenant):
             raise NotFound(f"no tenant {self._tenant}")
+        peer.become(token)  # before the waits too: no stranger takes its place
         if before is None:  # else the route has looked, before it accepted the socket
             try:
                 await hub.runtime.get(self._tenant)
@@ -49,7 +50,6 @@ class SessionMethods(Family):
                 raise
         self._using.enter_context(hub.idle.using(self._tenant))
         await hub.idle.awake(self._tenant)
-        peer.become(token)
         peer.session = hub.toolbox.sessions.open(
             self._tenant, params.session, params.read_before_write, lasting=True
         )

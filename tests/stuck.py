@@ -1,0 +1,27 @@
+"""Runs a gateway that finds no tenant before a file exists: `stuck.py FILE serve`. As if Incus were slow."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gateway.cli.main import main
+from gateway.runtime import Tenant
+from gateway.runtime.local import LocalRuntime
+from tests.waits import until
+
+
+def hold_up(there: Path) -> None:
+    """Have the runtime answer about a tenant only once the file is there."""
+    get = LocalRuntime.get
+
+    async def late(self: LocalRuntime, name: str) -> Tenant:
+        await until(there.exists)
+        return await get(self, name)
+
+    LocalRuntime.get = late  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    hold_up(Path(sys.argv.pop(1)))
+    main()
