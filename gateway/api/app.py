@@ -180,6 +180,7 @@ async def _drain(services: Services, *, leaving: bool) -> None:
 async def _hand_over(services: Services, background: background.Background, store: Store) -> None:
     """Like `_drain`, but quickly: the next process waits for the records, and clients wait for it."""
     _announce(services, _NEXT_MS)
+    store.hurry()
     services.leave_ready()
     await services.toolbox.leave()
     await services.execs.leave()

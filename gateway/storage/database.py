@@ -15,6 +15,7 @@ from gateway.storage.memory_log import MemoryLog
 from gateway.storage.write_behind import replay
 
 FILE: Final = "gateway.db"
+_LOG_MAX: Final = 4096  # pages of 4 KiB
 
 
 class Database:
@@ -65,6 +66,8 @@ class Database:
                 # the file keeps this mode
                 writing.execute("PRAGMA journal_mode=WAL")
                 writing.execute(f"PRAGMA journal_size_limit={16 << 20}")
+                # the thread that writes copies the log when nobody waits for it; this is its limit, in pages
+                writing.execute(f"PRAGMA wal_autocheckpoint={_LOG_MAX}")
                 if self._checking is None:
                     _check(writing)
                 memory_log = undo.enter_context(contextlib.closing(MemoryLog.opened(self._folder)))

@@ -20,7 +20,7 @@ from types import TracebackType
 
 from gateway.storage.database import Database
 from gateway.storage.errors import StoreFailed
-from gateway.storage.threads import DatabaseThread, T, Work, read_each, write_group
+from gateway.storage.threads import DatabaseThread, T, Work, copy_log, read_each, write_group
 from gateway.storage.write_behind import Statement, WriteBehind
 
 __all__ = ["Statement", "Store", "StoreFailed", "Work"]
@@ -40,7 +40,7 @@ class Store:
     def __init__(self, folder: Path, waiting: int = 10_000) -> None:
         self._room = asyncio.Semaphore(waiting)
         self._database = Database(folder)
-        self._writer = DatabaseThread("store writer", self._room, write_group)
+        self._writer = DatabaseThread("store writer", self._room, write_group, copy_log)
         self._reader = DatabaseThread("store reader", self._room, read_each)
         self._closed = False
 
@@ -69,6 +69,10 @@ class Store:
     ) -> None:
         """Finish the pending work, then close."""
         await self.close()
+
+    def hurry(self) -> None:
+        """Leave to the next process what takes long and can wait, since that process waits for `close`."""
+        self._writer.hurry()
 
     async def close(self) -> None:
         """Close as when leaving the context, so that another process can open the records. Idempotent."""

@@ -20,6 +20,8 @@ Work = Callable[[sqlite3.Connection], T]
 
 # calls that share one transaction; bounds how long the first one waits for its commit
 _GROUP: Final = 512
+# transactions after which the write-ahead log is copied into the file
+_COPIED: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +35,22 @@ class Asked:
 
 
 class DatabaseThread:
-    """A thread with its own connection. `run` executes a group of works on it and returns their results."""
+    """A thread with its own connection. `run` executes a group of works on it and returns their results.
+
+    `tidy` is called now and then, when the results of a group have been delivered.
+    """
 
     def __init__(
         self,
         name: str,
         room: asyncio.Semaphore,
         run: Callable[[sqlite3.Connection, list[Asked]], list[Any]],
+        tidy: Callable[[sqlite3.Connection], None] | None = None,
     ) -> None:
         self._name = name
         self._room = room
         self._run = run
+        self._tidy = tidy
         self._asked: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()  # bounded by `_room`
         self._thread: threading.Thread | None = None
 
@@ -63,6 +70,10 @@ class DatabaseThread:
         else:
             self._deliver([asked], [Unavailable("the gateway's records are closed")])
 
+    def hurry(self) -> None:
+        """Tidy up no more: another process waits for the file."""
+        self._tidy = None
+
     async def end(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
@@ -70,6 +81,7 @@ class DatabaseThread:
             await asyncio.to_thread(thread.join)
 
     def _serve(self, loop: asyncio.AbstractEventLoop, connection: sqlite3.Connection) -> None:
+        groups = 0  # since the last `tidy`
         with contextlib.closing(connection):
             while (first := self._asked.get()) is not None:
                 group, last = [first], False
@@ -89,6 +101,10 @@ class DatabaseThread:
                 loop.call_soon_threadsafe(self._deliver, group, results)
                 if last:
                     return
+                groups += 1
+                if groups >= _COPIED and (tidy := self._tidy) is not None:
+                    tidy(connection)
+                    groups = 0
 
     def _deliver(self, group: list[Asked], results: list[Any]) -> None:
         for asked, result in zip(group, results, strict=True):
@@ -129,6 +145,12 @@ def write_group(connection: sqlite3.Connection, group: list[Asked]) -> list[Any]
             connection.execute("ROLLBACK")
         raise
     return results
+
+
+def copy_log(connection: sqlite3.Connection) -> None:
+    """Copy the write-ahead log into the file, as far as no reader needs it. Waits for the disk."""
+    with contextlib.suppress(sqlite3.Error):  # nobody's work has failed; the next one that does says so
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def read_each(connection: sqlite3.Connection, group: list[Asked]) -> list[Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sqlite3
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from gateway.storage import store, threads
 from gateway.storage.database import FILE
 from gateway.storage.store import Store, StoreFailed
 
@@ -39,11 +44,11 @@ async def test_a_successor_checks_what_another_has_and_opens_it_as_it_was_left(t
 
 
 async def test_what_is_closed_stays_closed(tmp_path: Path) -> None:
-    async with Store(tmp_path) as store:
-        await store.close()
-        await store.close()
+    async with Store(tmp_path) as records:
+        await records.close()
+        await records.close()
         with pytest.raises(Exception, match="records are closed"):
-            await store.write(_put)
+            await records.write(_put)
 
 
 async def test_records_of_a_newer_gateway_are_found_before_anything_is_taken(tmp_path: Path) -> None:
@@ -63,3 +68,45 @@ async def test_a_damaged_file_is_found_before_anything_is_taken(tmp_path: Path) 
     successor = Store(tmp_path)
     with pytest.raises(StoreFailed, match="damaged"):
         await successor.check()
+
+
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Have the log be copied into the file after each transaction; tells that it began, and waits."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def copy(connection: sqlite3.Connection) -> None:
+        began.set()
+        assert go_on.wait(30)
+        threads.copy_log(connection)
+
+    monkeypatch.setattr(threads, "_COPIED", 1)
+    monkeypatch.setattr(store, "copy_log", copy)
+    yield began, go_on
+    go_on.set()
+
+
+async def test_nobody_waits_for_the_log_to_be_copied_into_the_file(
+    tmp_path: Path, copying: tuple[threading.Event, threading.Event]
+) -> None:
+    """That waits for the disk twice, and a disk in use may take seconds."""
+    began, go_on = copying
+    async with Store(tmp_path) as records:
+        await asyncio.wait_for(records.write(_put), 30)
+        assert await asyncio.to_thread(began.wait, 30)
+        assert (tmp_path / f"{FILE}-wal").stat().st_size > 0
+        go_on.set()
+        await records.write(lambda connection: None)
+        with contextlib.closing(sqlite3.connect(f"file:{tmp_path / FILE}?immutable=1", uri=True)) as alone:
+            assert _all(alone) == [("a token",)]  # without the log
+
+
+async def test_a_successor_does_not_wait_for_it_either(
+    tmp_path: Path, copying: tuple[threading.Event, threading.Event]
+) -> None:
+    began, _ = copying
+    async with Store(tmp_path) as records:
+        records.hurry()
+        await records.write(_put)
+        await asyncio.wait_for(records.close(), 30)
+    assert not began.is_set()
