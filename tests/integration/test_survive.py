@@ -1,7 +1,8 @@
 """Commands outlive the gateway: whenever it is killed, each byte comes once and each exit is told.
 
 The gateway is killed and started again beside real commands, and a client resumes as ours do: from the
-offsets that it has, with the input that `stdin` says did not arrive. GATEWAY_TEST_KILLS says how often.
+offsets that it has, with the input that `stdin` says did not arrive. GATEWAY_TEST_KILLS says how often, and
+GATEWAY_TEST_SEED at which moments; both are printed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 ENDLESS = "exec seq 1 1000000000000"
 BURST, PACE = 8 << 20, 8 << 20  # bytes that are read as they come on each connection; then bytes a second
 KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "3"))
+SEED = int(os.environ.get("GATEWAY_TEST_SEED", random.randrange(1 << 32)))
 
 
 class Host:
@@ -57,6 +59,7 @@ class Host:
             folder.with_suffix(".log"),
         )
         self.holder: asyncio.subprocess.Process | None = None
+        self.away: list[float] = []  # seconds from each kill until a gateway was ready again
 
     async def hold(self) -> None:
         """Start a holder, and return once it listens."""
@@ -85,8 +88,18 @@ class Host:
 
     async def kill(self) -> None:
         """Kill the gateway, and start another."""
+        began = time.monotonic()
         await self.gateway.stop(signal.SIGKILL)
         await self.gateway.start()
+        self.away.append(time.monotonic() - began)
+
+    def report(self, what: str) -> None:
+        """Print what was seen over the kills, and for how long the gateway was away."""
+        away = sorted(self.away) or [0.0]
+        print(
+            f"{len(self.away)} kills, seed {SEED}: {what}; away for {away[len(away) // 2]:.2f} s (p50), "
+            f"{away[-1]:.2f} s at most; load {os.getloadavg()[0]:.0f}"
+        )
 
     async def end_holder(self) -> None:
         """Kill the holder."""
@@ -140,6 +153,8 @@ class Resuming:
         self.connected = asyncio.Event()
         self.over = asyncio.Event()
         self.wire: Wire | None = None
+        self.doing = "nothing"
+        self.trouble = ""  # the last thing that went wrong
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, **params: Any) -> None:
@@ -159,7 +174,7 @@ class Resuming:
         return self.exits[0]
 
     async def there(self) -> None:
-        """Wait until it is connected. Raises what ended it instead."""
+        """Wait until it is connected. Raises what ended it instead, and says what it waits for."""
         assert self._task is not None
         connected = asyncio.ensure_future(self.connected.wait())
         done, _ = await asyncio.wait(
@@ -168,9 +183,9 @@ class Resuming:
         connected.cancel()
         if self._task in done:
             self._task.result()
-        assert connected in done, (
-            f"{self.exec} was not attached to: {self.host.gateway.log.read_text()[-3000:]}"
-        )
+        said = f"{self.trouble}; {self.host.gateway.log.read_text()[-10_000:]}"
+        assert self._task not in done, f"{self.exec} has ended: {self.exits}, {self.lost}, {said}"
+        assert connected in done, f"{self.exec} not attached to after {DEADLINE} s of {self.doing}; {said}"
 
     async def write(self, data: bytes) -> None:
         self.sent += data
@@ -218,8 +233,10 @@ class Resuming:
         while not self.over.is_set():
             resume = resume and {"resume": self.attachment}
             try:
+                self.doing = "connecting"
                 async with self.host.gateway.wire(self.tenant) as wire:
                     self.wire = wire
+                    self.doing = "attaching"
                     if not self.exec:
                         answer = await wire.call("exec/start", **params)
                         self.exec = answer["exec"]
@@ -237,12 +254,20 @@ class Resuming:
                             self.lost.append(answer["lost"])
                         self.lost += [] if answer["from"] == offsets else [answer["from"]]
                     self.channel, self.attachment = answer["channel"], answer["attachment"]
-                    if (missing := bytes(self.sent[answer.get("stdin", len(self.sent)) :])) or self.closed:
+                    self.doing = "sending its input again"
+                    given = answer.get("stdin", len(self.sent))
+                    while given < len(self.sent):  # what `write` adds meanwhile too
+                        missing = bytes(self.sent[given:])
+                        given += len(missing)
                         await self._give(missing)
+                    if self.closed:
+                        await self._give(b"")
+                    self.doing = "following"
                     self.connected.set()
                     given_up = time.monotonic() + 2 * DEADLINE
                     await self._follow(wire)
             except RpcFailure as failure:
+                self.trouble = f"{self.doing}: {failure}"
                 if failure.code == "unavailable" and time.monotonic() < given_up:
                     self.connected.clear()  # Incus is slow; our clients ask again too
                     await pause(0.1)
@@ -253,6 +278,7 @@ class Resuming:
             except (OSError, ConnectionError, asyncio.IncompleteReadError, Exception) as error:
                 if isinstance(error, AssertionError) or time.monotonic() > given_up:
                     raise
+                self.trouble = f"{self.doing}: {error!r}"
                 self.connected.clear()
                 self.breaks += 1
                 await pause(0.01)
@@ -336,7 +362,7 @@ sys.exit(42)
 @pytest.mark.timeout(120 + 20 * KILLS)
 async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenant: Container) -> None:
     """Of a stream as fast as can be, of input that comes back, and of a program that is typed into."""
-    name = shared_tenant.name
+    name, chance = shared_tenant.name, random.Random(SEED)
     stream, echo, screen, late = (Resuming(host, name) for _ in range(4))
     kept = "/srv/site/survive.json"
     await stream.start(command=ENDLESS)
@@ -373,7 +399,7 @@ async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenan
     for _ in range(KILLS):
         for client in (stream, echo, screen, late):
             await client.there()
-        await pause(random.uniform(0.05, 0.6))
+        await pause(chance.uniform(0.05, 0.6))
         await host.kill()
     for client in (stream, echo, screen, late):
         await client.there()
@@ -407,7 +433,7 @@ async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenan
     assert stream.sums[1].hexdigest() == await endless_sum(stream.offsets[1])
     assert min(stream.breaks, echo.breaks, screen.breaks, late.breaks) >= KILLS
     mb = stream.offsets[1] / 1e6
-    print(f"{KILLS} kills: {mb:.0f} MB, {len(echo.sent)} bytes there and back, {told['got']} keys")
+    host.report(f"{mb:.0f} MB, {len(echo.sent)} bytes there and back, {told['got']} keys")
     await until(lambda: host.held <= 4)  # the ended ones, whose output is kept
 
 
@@ -457,6 +483,42 @@ async def test_what_ends_or_is_due_while_nobody_is_there(host: Host, shared_tena
     assert shared_tenant.sh("pgrep -c sleep", check=False).strip() == "0"
     assert len({client.exec for client in everyone}) == len(everyone)
     await alone.leave()
+
+
+@pytest.mark.thorough
+async def test_an_exit_is_told_when_incus_has_long_forgotten_it(host: Host, shared_tenant: Container) -> None:
+    """incusd has the record of an operation for five seconds, a client may be back after ten."""
+    codes = {"exit 0": 0, "exit 3": 3, "exit 126": 126, "exit 127": 127, "kill -KILL $$": 137}
+    ending = [Resuming(host, shared_tenant.name) for _ in codes]
+    for client, end in zip(ending, codes, strict=True):
+        await client.start(command=f"sleep 3; {end}")
+    await host.gateway.stop(signal.SIGKILL)
+    await pause(13)
+    await host.gateway.start()
+    for client, code in zip(ending, codes.values(), strict=True):
+        exit_ = await client.ended()
+        assert (exit_["exitCode"], exit_["reason"]) == (code, "exited")
+
+
+async def test_commands_end_where_no_gateway_comes(
+    incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory, shared_tenant: Container
+) -> None:
+    """After `GATEWAY_HOLD` seconds; the next gateway tells of them, and ends what they have left running."""
+
+    def running() -> int:
+        return int(shared_tenant.sh("pgrep -cf '[s]leep 1003'", check=False))
+
+    settings = incus_settings.model_copy(update={"hold": 2.0})
+    async with held(settings, tmp_path_factory.mktemp("alone") / "state") as host:
+        client = Resuming(host, shared_tenant.name)
+        await client.start(command="setsid sleep 1003 & exec sleep 1003")
+        await until(lambda: running() == 2)
+        await host.gateway.stop(signal.SIGKILL)
+        await until(lambda: running() == 1)
+        await host.gateway.start()
+        exit_ = await client.ended(lost=True)
+        assert (exit_["reason"], exit_["exitCode"]) == ("lost", None)
+        await until(lambda: running() == 0)
 
 
 async def test_the_holder_and_the_gateway_die_in_turn(host: Host, shared_tenant: Container) -> None:

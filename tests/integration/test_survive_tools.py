@@ -24,7 +24,7 @@ from gateway.server import LEAVE
 from gateway_client import Client, Retry
 from tests.dying import POINTS
 from tests.integration.conftest import Container
-from tests.integration.test_survive import KILLS, Host, host
+from tests.integration.test_survive import KILLS, SEED, Host, host
 from tests.live import DEADLINE, RpcFailure
 from tests.typescript import PACKAGE, built
 from tests.waits import pause, until
@@ -82,8 +82,9 @@ def numbers(upto: int) -> str:
 
 async def kills(host: Host) -> None:
     """Kill the gateway `KILLS` times, at random moments."""
+    chance = random.Random(SEED)
     for _ in range(KILLS):
-        await pause(random.uniform(0.02, 0.6))
+        await pause(chance.uniform(0.02, 0.6))
         await host.kill()
 
 
@@ -135,7 +136,7 @@ async def test_calls_in_front_are_answered_once(host: Host, shared_tenant: Conta
         await asyncio.gather(*(one(number + beside) for beside in range(4)))
         number += 4
     await killing
-    print(f"{KILLS} kills: {number} calls, each ran and was answered once, {len(gone)} gone")
+    host.report(f"{number} calls, each ran and was answered once, {len(gone)} gone")
     # a start that takes longer than GATEWAY_EXEC_START_TIMEOUT, on a busy machine, is recorded and given up
     assert len(gone) <= 1 + KILLS // 10
     await until(lambda: processes(tenant, "seq 1") == 0)
@@ -216,7 +217,7 @@ async def test_background_shells_go_on_where_they_stood(host: Host, shared_tenan
     said = await caller.call("KillShell", {"shell_id": lasting["shellId"]})
     assert not said["isError"] and said["structuredContent"]["killed"] >= 2, said
     assert processes(tenant, "sleep 1001") == 0
-    print(f"{KILLS} kills, {caller.breaks} breaks: {last} lines of each output, each returned once")
+    host.report(f"{caller.breaks} breaks, {last} lines of each output, each returned once")
 
 
 async def test_what_ends_while_nobody_is_there(host: Host, shared_tenant: Container) -> None:
