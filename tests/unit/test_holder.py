@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import stat
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ import pytest
 from gateway.holder import holder as holder_client
 from gateway.holder.holder import Holder, held_at
 from gateway.holder.messages import close, receive, send
-from gateway.host import HostError, holder_process
+from gateway.host import HostError, doctor, holder_process
+from gateway.host.findings import Hint
 from gateway.host.holder_process import command
 from gateway.settings import Settings
 from tests.waits import settled, until
@@ -351,3 +353,27 @@ def test_a_holder_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
     settings.state_dir.mkdir(parents=True)
     with pytest.raises(HostError, match="see the end of"):
         holder_process.ensure(settings, tmp_path / "log")
+
+
+def test_doctor_says_what_is_held_or_what_a_restart_would_end(tmp_path: Path) -> None:
+    settings = Settings(runtime="local", state_dir=tmp_path)
+    with pytest.raises(Hint, match="a restart of the gateway ends all commands"):
+        doctor._holder(settings)
+    holder_process.ensure(settings, tmp_path / "log")
+    try:
+        assert doctor._holder(settings).startswith("holds 0 commands")
+    finally:
+        holder_process.stop(settings)
+
+    def hang_up() -> None:
+        with listener.accept()[0] as client:
+            client.recv(1000)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(settings.holder_socket))
+        listener.listen()
+        other = threading.Thread(target=hang_up)
+        other.start()
+        with pytest.raises(HostError, match="not a holder of this version"):
+            doctor._holder(settings)
+        other.join()
