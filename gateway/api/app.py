@@ -106,7 +106,7 @@ class Gateway:
         return sorted({peer.tenant for peer in found})
 
     async def rest(self, seconds: float, waiting: Callable[[int], None]) -> None:
-        """Wait until no deployment or move is under way and all turns' changes are recorded.
+        """Wait until no deployment, move or slow Write is under way and all turns' changes are recorded.
 
         No deployment begins from then on. Raises `Unavailable` if some take longer than `seconds`.
         """
@@ -114,6 +114,7 @@ class Gateway:
         if self._up.departures is not None:
             await self._up.departures.rest(seconds)
         await self._up.deployments.rest(seconds, waiting)
+        await self._up.toolbox.rest()
 
     def go_on(self) -> None:
         """Let deployments and moves begin again, since no process takes over."""

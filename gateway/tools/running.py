@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
 
 from gateway.errors import Cancelled, Unavailable
 from gateway.tasks import begin
 from gateway.tools.file_tools import ToolResult
+
+_BRIEFLY: Final = 0.1  # seconds a call may have been running when the gateway is handed over
 
 
 class Left(Unavailable):
@@ -20,7 +23,7 @@ class Left(Unavailable):
 class Running:
     """A running call of a tool under a `callId`: its input, and its waiting callers."""
 
-    __slots__ = ("_asked", "_lingering", "_waiting", "digest", "tool", "work")
+    __slots__ = ("_asked", "_lingering", "_since", "_waiting", "digest", "tool", "work")
 
     def __init__(self, tool: str, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
         self.tool = tool
@@ -28,6 +31,7 @@ class Running:
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: set[asyncio.Future[ToolResult]] = set()
         self._asked = 0.0  # until when a caller that left may return
+        self._since = asyncio.get_running_loop().time()
         self.work = begin(self._do(work))
         self.work.add_done_callback(self._over)
 
@@ -84,6 +88,16 @@ class Running:
     def leave(self) -> None:
         """Tell all callers that the next process will have the result."""
         self._tell(lambda one: one.set_exception(Left()))
+
+
+async def only_brief(calls: Callable[[], Iterable[Running]], seconds: float) -> None:
+    """Wait until all of the running `calls` have just begun, for at most some seconds."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    while late := [one.work for one in calls() if loop.time() - one._since >= _BRIEFLY]:
+        if loop.time() >= until:
+            return
+        await asyncio.wait(late, timeout=until - loop.time())
 
 
 def given_up() -> Cancelled:

@@ -20,13 +20,7 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from gateway.errors import (
-    Conflict,
-    GatewayError,
-    NotFound,
-    Timeout,
-    Unavailable,
-)
+from gateway.errors import Conflict, GatewayError, NotFound, Timeout, Unavailable
 from gateway.events import Bus
 from gateway.files.files import file_written
 from gateway.idempotency import Idempotency, Key
@@ -39,7 +33,7 @@ from gateway.storage.store import StoreFailed
 from gateway.tools.file_tools import FileTools, ToolResult
 from gateway.tools.folders import Folders
 from gateway.tools.lasting import LastingCall, LeftBehind, ShellTools
-from gateway.tools.running import Left, Running
+from gateway.tools.running import Left, Running, only_brief
 from gateway.tools.schemas import SHELL_TOOLS, check_size, descriptions
 from gateway.tools.session import Sessions, ToolSession
 
@@ -247,6 +241,16 @@ class Toolbox:
 
     # --- across a restart of the gateway ---------------------------------------------------------------
 
+    async def rest(self) -> None:
+        """Wait until no call that changes files has been running for more than a moment.
+
+        Others go on; a tenant whose calls all take long is waited for as long as one of them may take.
+        """
+        await only_brief(self._writing, self._settings.tool_timeout)
+
+    def _writing(self) -> list[Running]:
+        return [running for running in self._running.values() if running.tool in _WRITES]
+
     async def leave(self) -> None:
         """Leave the held calls and commands to the next process, and tell their callers so.
 
@@ -257,9 +261,8 @@ class Toolbox:
         for tenant, call_id in await self._shells.leave():
             if (running := self._running.get((tenant, "call", call_id))) is not None:
                 running.leave()
-        writing = [running.work for running in self._running.values() if running.tool in _WRITES]
-        if writing:
-            await asyncio.wait(writing, timeout=_WRITTEN)
+        if writing := self._writing():
+            await asyncio.wait([one.work for one in writing], timeout=_WRITTEN)
 
     async def _take_over(self, left: LeftBehind) -> None:
         """Continue what an earlier process left behind, if anybody may still need it."""

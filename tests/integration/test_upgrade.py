@@ -225,7 +225,7 @@ def workers(pid: int) -> list[int]:
 
 
 async def test_a_write_under_way_is_answered_once_it_is_made(host: Host, shared_tenant: Container) -> None:
-    """Also where its worker is slow: nobody is told that its outcome is unknown."""
+    """Also where its worker is slow: it is waited for while the old gateway serves all others."""
     assert host.gateway.process is not None
     given = {"file_path": "under-way.txt", "content": "after"}
     params = {"name": "Write", "arguments": given, "callId": "under-way"}
@@ -236,13 +236,17 @@ async def test_a_write_under_way_is_answered_once_it_is_made(host: Host, shared_
         for pid in slow:
             os.kill(pid, signal.SIGSTOP)
         _, answer = await wire.start_call("tools/call", **params)
+        said = len(host.gateway.log.read_text())
         upgrading = asyncio.create_task(upgrade(host.gateway))
-        await wire.until(lambda: wire.notified("server/draining"))
-        await pause(0.2)  # in which the old gateway would have closed its records
-        for pid in slow:
-            os.kill(pid, signal.SIGCONT)
-        assert not (await answer)["isError"]
-        await upgrading
+        await until(lambda: "a successor is starting" in host.gateway.log.read_text()[said:], DEADLINE)
+        async with Hail(host.gateway) as hail:
+            await pause(2.5)  # in which a successor is ready
+            assert wire.notified("server/draining") is None
+            for pid in slow:
+                os.kill(pid, signal.SIGCONT)
+            assert not (await answer)["isError"]
+            await upgrading
+        hail.report("with a slow Write")
     async with host.gateway.wire(shared_tenant.name) as wire:
         assert not (await wire.call("tools/call", **params))["isError"]
     assert shared_tenant.sh("cat /srv/site/under-way.txt") == "after"

@@ -8,9 +8,9 @@ import pytest
 
 from gateway.errors import Cancelled, NotFound
 from gateway.tools.answer import Answer
-from gateway.tools.running import Running
+from gateway.tools.running import Running, only_brief
 from gateway.tools.toolbox import ToolResult
-from tests.waits import settled, turn
+from tests.waits import pause, settled, turn
 
 DONE = ToolResult.of(Answer([{"type": "text", "text": "done"}], {}))
 
@@ -68,3 +68,27 @@ async def test_the_longest_linger_of_those_who_left_counts() -> None:
     await settled()
     assert not running.work.done()
     running.work.cancel()
+
+
+async def test_calls_that_take_long_are_waited_for_before_a_hand_over() -> None:
+    """Those that have just begun are not, and none is for longer than it may take."""
+    loop = asyncio.get_running_loop()
+    gate, running = asyncio.Event(), list[Running]()
+
+    async def work() -> ToolResult:
+        await gate.wait()
+        return DONE
+
+    running.append(Running("Write", b"", work))
+    await asyncio.wait_for(only_brief(lambda: running, 60), 5)  # it has just begun
+    await pause(0.11)
+    waiting = asyncio.ensure_future(only_brief(lambda: running, 60))
+    await settled()
+    assert not waiting.done()
+    began = loop.time()
+    await only_brief(lambda: running, 0.2)
+    assert loop.time() - began >= 0.2
+    gate.set()
+    await running[0].work
+    running.clear()
+    await asyncio.wait_for(waiting, 5)
