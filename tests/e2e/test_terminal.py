@@ -47,6 +47,37 @@ async def test_a_link_opens_and_an_emoji_takes_two_cells(editor: OpenEditor, hos
     await (await opened.value).wait_for_url(address)
 
 
+async def test_what_is_searched_and_found_is_copied(editor: OpenEditor) -> None:
+    """From the field of the search, and from the terminal once that is closed; programs notice nothing."""
+    window = await at_prompt(editor, permissions=["clipboard-read", "clipboard-write"])
+    page = window.page
+    await window.command("trap 'echo resized' WINCH; for n in $(seq 60); do echo line-$n; done; echo ready")
+    await expect(window.screen).to_contain_text("ready")
+    await page.evaluate("navigator.clipboard.writeText('nothing')")
+    copied = "navigator.clipboard.readText()"
+
+    await page.keyboard.press("Control+Shift+f")
+    field = page.get_by_role("textbox", name="Search in the terminal")
+    await expect(field).to_be_focused()
+    await page.keyboard.type("line-7")
+    await expect(window.screen).to_contain_text("line-7")
+    await page.keyboard.press("Control+Shift+c")
+    assert await page.evaluate(copied) == "line-7"
+
+    await page.keyboard.press("Control+a")
+    await page.keyboard.type("line-1")
+    await page.keyboard.press("Enter")
+    await page.keyboard.press("Escape")
+    await expect(field).to_have_count(0)
+    await page.keyboard.press("Control+Shift+c")
+    assert await page.evaluate(copied) == "line-1"
+    await page.keyboard.type("echo pasted: ")
+    await page.keyboard.press("Control+Shift+v")
+    await page.keyboard.press("Enter")
+    await expect(window.screen).to_contain_text("pasted: line-1")
+    assert "resized" not in "".join(await window.screen_rows())
+
+
 async def test_a_phone_has_the_keys_that_its_keyboard_lacks(editor: OpenEditor) -> None:
     size = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
     window = await editor(**size, has_touch=True, is_mobile=True)

@@ -67,7 +67,9 @@ export class Screen {
     try {
       await navigator.clipboard.writeText(text);
     } catch {
-      document.execCommand("copy"); // over plain HTTP there is no clipboard; xterm.js answers this
+      // over plain HTTP there is no clipboard; xterm.js answers this where it has the focus
+      this.#xterm.focus();
+      document.execCommand("copy");
     }
     return true;
   }

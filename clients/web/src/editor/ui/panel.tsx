@@ -91,8 +91,8 @@ export function Panel({ current }: { current: Workspace }) {
           />
         </header>
         {others.value !== null && <Others current={current} found={others.value} />}
-        {finding.value > 0 && active !== null && <Find terminal={active} />}
         <div class="screens">
+          {finding.value > 0 && active !== null && <Find terminal={active} />}
           {list.map((terminal) => (
             <TerminalView
               key={terminal.key}
@@ -149,6 +149,10 @@ function Find({ terminal }: { terminal: Terminal }) {
           onKeyDown={(event) => {
             if (event.key === "Enter") look(text, !event.shiftKey);
             if (event.key === "Escape") close();
+            if (event.ctrlKey && event.shiftKey && event.code === "KeyC") {
+              event.preventDefault(); // as in the terminal
+              void terminal.screen?.copy();
+            }
           }}
         />
       </div>
