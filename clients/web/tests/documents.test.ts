@@ -236,6 +236,16 @@ describe("a file beside another", () => {
     expect(shown()).toEqual(["a.css", "b.css", "b.css"]);
   });
 
+  test("is moved to the others and back", () => {
+    const { tabs } = documents;
+    tabs.place(tabs.find("b.css")!, "main");
+    expect(shown()).toEqual(["b.css", undefined, "b.css"]);
+    tabs.place(tabs.find("a.css")!, "beside");
+    expect(shown()).toEqual(["b.css", "a.css", "a.css"]);
+    tabs.place(tabs.find("b.css")!, "beside");
+    expect(shown()).toEqual(["a.css", "b.css", "b.css"]);
+  });
+
   test.each(["a.css", "b.css"])("ends when %s is closed, and the other stays", (path) => {
     documents.close(documents.tabs.find(path)!);
     const other = path === "a.css" ? "b.css" : "a.css";

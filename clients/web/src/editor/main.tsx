@@ -87,10 +87,13 @@ register(
   },
   {
     id: "file.beside",
-    title: "Open the file beside the others",
+    title: "Open the file beside the others, or back among them",
     keys: "Mod-Alt-b",
     when: file,
-    run: () => current()?.documents.tabs.split(doc()!),
+    run: () => {
+      const { tabs } = current()!.documents;
+      tabs.place(doc()!, tabs.beside.value === doc() ? "main" : "beside");
+    },
   },
   {
     id: "file.alone",

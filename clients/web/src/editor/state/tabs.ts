@@ -48,6 +48,15 @@ export class Tabs {
     this.pane.value = "beside";
   }
 
+  /** Shows a document in one of the two places, and no more in the other. */
+  place(doc: Doc, pane: Pane): void {
+    if (pane === "beside") this.split(doc);
+    else {
+      if (this.beside.value === doc) this.beside.value = null;
+      this.activate(doc);
+    }
+  }
+
   /** Shows one document alone again. */
   join(): void {
     const doc = this.beside.value;

@@ -40,10 +40,37 @@ export function EditorPane({ current }: { current: Workspace }) {
   );
 }
 
-/** One of the places where a document is shown. */
+/** One of the places where a document is shown. A tab that is dropped there is shown there. */
 function Body({ pane, doc, current }: { pane: Pane; doc: Doc | null; current: Workspace }) {
+  const { tabs } = current.documents;
+  const [taking, setTaking] = useState<Pane | null>(null);
+  /** Where a tab would be shown: as long as there is one place, its right half is the other one. */
+  const place = ({ clientX, currentTarget }: DragEvent): Pane => {
+    if (tabs.beside.value !== null) return pane;
+    const { left, width } = (currentTarget as Element).getBoundingClientRect();
+    return clientX > left + width / 2 ? "beside" : "main";
+  };
   return (
-    <div class="pane">
+    // biome-ignore lint/a11y/noStaticElementInteractions: what is dropped here has its keys and its menu, too
+    <div
+      class="pane"
+      data-taking={taking === null ? undefined : taking === pane ? "here" : "half"}
+      onDragOver={(event) => {
+        if (!event.dataTransfer?.types.includes(TAB)) return;
+        event.preventDefault();
+        setTaking(place(event));
+      }}
+      onDragLeave={(event) => {
+        if (!event.currentTarget.contains(event.relatedTarget as Node | null)) setTaking(null);
+      }}
+      onDrop={(event) => {
+        setTaking(null);
+        const moved = tabs.find(event.dataTransfer?.getData(TAB) ?? "");
+        if (moved === undefined) return;
+        event.preventDefault();
+        tabs.place(moved, place(event));
+      }}
+    >
       {pane === "beside" && doc !== null && (
         <header class="beside">
           <FileIcon path={doc.path} />
@@ -87,7 +114,9 @@ function tabMenu(current: Workspace, doc: Doc): readonly MenuItem[] {
     { label: "Close", icon: "x", run: () => closeDoc(current, doc) },
     { label: "Close the others", icon: "x", run: () => closeAll(others) },
     { label: "Close all that are saved", icon: "x", run: () => closeAll(documents.tabs.open.value) },
-    { label: "Open beside", icon: "panel-right", run: () => documents.tabs.split(doc) },
+    documents.tabs.beside.value === doc
+      ? { label: "Back to the others", icon: "panel-right", run: () => documents.tabs.place(doc, "main") }
+      : { label: "Open beside", icon: "panel-right", run: () => documents.tabs.split(doc) },
     { label: "Show in the tree", icon: "locate", run: () => void current.tree.reveal(doc.path) },
     { label: "Copy the path", icon: "copy", run: () => copy(doc.path) },
   ];
