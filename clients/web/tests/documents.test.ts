@@ -69,6 +69,37 @@ describe("what others write", () => {
     expect(documents.comparing.value).toBeNull();
   });
 
+  test("arrives though it was told while one's own words were being saved", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "2");
+    shelf.meanwhile.write = () => {
+      shelf.put("a.css", doc.text.replace("five", "5"));
+      seen("a.css");
+      return Promise.resolve();
+    };
+    expect(await documents.save(doc)).toBe(true);
+    await vi.waitFor(() => expect(doc.text).toBe("one\n2\nthree\nfour\n5\n"));
+    expect(doc.dirty.value).toBe(false);
+  });
+
+  test("does not come back where one has saved over it before it was read", async () => {
+    const doc = await documents.show("a.css");
+    shelf.put("a.css", TEXT.replace("five", "5"));
+    const saved = new Promise<void>((resolve) => {
+      shelf.meanwhile.read = async () => {
+        type(doc, "two", "2");
+        await documents.save(doc);
+        resolve();
+      };
+    });
+    seen("a.css");
+    await saved;
+    await new Promise((resolve) => setTimeout(resolve)); // what was read has had its turn
+    expect(doc.text).toBe("one\n2\nthree\nfour\n5\n");
+    expect(shelf.text("a.css")).toBe(doc.text);
+    expect(doc.dirty.value).toBe(false);
+  });
+
   test("is not undone with one's own words", async () => {
     const { undo } = await import("@codemirror/commands");
     const doc = await documents.show("a.css");

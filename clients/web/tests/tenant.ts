@@ -36,12 +36,22 @@ export class Shelf {
     return { path, type: "file", size: text.length, mode: 0o644, mtime: 0, etag };
   }
 
+  /** What happens between a request and its answer, once. */
+  meanwhile: { write?: () => unknown; read?: () => unknown } = {};
+
+  async #late<Answer>(name: "write" | "read", answer: Answer): Promise<Answer> {
+    const happens = this.meanwhile[name];
+    delete this.meanwhile[name];
+    await happens?.();
+    return answer;
+  }
+
   get tenant(): Tenant {
     const files = {
       stat: async (path: string) => this.#entry(path),
       read: async (path: string): Promise<FileContent> => {
         const { text, etag } = this.#file(path);
-        return { text, etag, encoding: "utf-8", size: text.length, mode: 0o644 };
+        return this.#late("read", { text, etag, encoding: "utf-8", size: text.length, mode: 0o644 });
       },
       write: async (
         path: string,
@@ -51,7 +61,8 @@ export class Shelf {
         const present = this.#files.get(path);
         if (ifNoneMatch === "*" ? present !== undefined : present?.etag !== ifMatch)
           throw new GatewayError("conflict", "changed", { etag: present?.etag ?? null });
-        return { etag: this.put(path, text), size: text.length, created: present === undefined };
+        const etag = this.put(path, text);
+        return this.#late("write", { etag, size: text.length, created: present === undefined });
       },
       move: async (from: string, to: string) => {
         const { text } = this.#file(from);

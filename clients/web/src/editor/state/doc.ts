@@ -40,6 +40,8 @@ export class Doc {
   readonly size = signal(0);
   /** It is looked at as a page or picture instead of its text. */
   readonly looking = signal(false);
+  /** The file changed while it was being saved here: perhaps by others. */
+  told = false;
   state: EditorState | null = null;
   etag: string | null = null;
   saved = "";

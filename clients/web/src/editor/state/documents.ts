@@ -233,6 +233,7 @@ export class Documents {
     } finally {
       doc.saving.value = false;
       if (reached) void this.#flush(doc);
+      if (doc.told) void this.#look(doc);
     }
   }
 
@@ -315,17 +316,20 @@ export class Documents {
   async #look(doc: Doc): Promise<void> {
     // a file that is renamed here is not removed
     await Promise.allSettled(this.#moving);
-    if (doc.saving.value || doc.phase.value === "loading") return;
+    if (doc.phase.value === "loading") return;
+    doc.told = doc.saving.value;
+    if (doc.told) return; // once that is over
     if (doc.phase.value !== "ready") {
       await this.load(doc);
       return;
     }
-    const { path } = doc;
+    const { path, etag: known } = doc;
     try {
       const { etag } = await this.#tenant().files.stat(path);
-      if (etag === doc.etag || doc.saving.value) return;
+      if (etag === doc.etag) return;
       const present = await this.#tenant().files.read(path);
-      if (doc.saving.value || doc.path !== path) return;
+      if (doc.path !== path) return;
+      if (doc.saving.value || doc.etag !== known) return this.#look(doc); // what was read is older by now
       if (present.etag === doc.etag || present.text === undefined) return;
       doc.size.value = present.size;
       await this.#arrived(doc, present.text, present.etag);
