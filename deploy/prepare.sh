@@ -24,6 +24,7 @@ begin() { # NAME LOG COMMAND…: begins a command, and says so; LOG may be empty
   local name=$1 log=$2
   shift 2
   [ -n "$log" ] || log=$(mktemp) || die 'there is no room for a file in the folder of temporary files'
+  { : >>"$log" && chmod 600 "$log"; } || die "cannot write $log"
   trap end_begun EXIT
   set -m # a process group of its own
   "$@" >"$log" 2>&1 </dev/null 9>&- &

@@ -366,6 +366,16 @@ def test_what_was_begun_ends_with_the_script(how: signal.Signals | None) -> None
         assert process.stdout.read() == "", "each of them holds it open"
 
 
+def test_the_log_of_a_step_that_outlives_the_script_is_private(tmp_path: Path) -> None:
+    """As `doctor` wants all logs in the state dir; also that of an earlier version."""
+    log = tmp_path / "image.log"
+    log.touch(0o644)
+    with _beside(f"umask 022; begin image {log} echo said; stat -c %a {log}; wait; trap - EXIT") as process:
+        out, _ = process.communicate(timeout=30)
+    assert out.splitlines()[1:] == ["600"]
+    assert log.read_text() == "said\n"
+
+
 def test_script_knows_its_usage(tmp_path: Path) -> None:
     """--help answers 0, an unknown word 2, and status before any start says not running, as JSON too."""
     script = str(CHECKOUT / "deploy" / "quickstart")
