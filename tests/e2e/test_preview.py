@@ -171,7 +171,23 @@ async def test_what_listens_in_the_tenant_is_listed_and_shown(
         return {8123, 8124} <= {one["port"] for one in said["ports"]}
 
     await until(listens, 60)
-    window, view = await opened(editor)
+    window = await editor(whole=True)
+    asked = asyncio.Event()
+
+    # the site's address is not known yet when the ports are asked for
+    async def held_back(route: Route) -> None:
+        await asked.wait()
+        await route.continue_()
+
+    async def noticed(route: Route) -> None:
+        asked.set()
+        await window.page.locator(".preview iframe").wait_for(state="attached")
+        await route.continue_()
+
+    await window.page.route(f"**/v1/tenants/{pages}", held_back)
+    await window.page.route(f"**/v1/tenants/{pages}/ports", noticed)
+    await window.load_connected()
+    view = window.page.get_by_role("region", name="Preview of the site")
     menu = window.page.get_by_role("menu")
     await view.get_by_role("button", name="Ports that listen").click()
     await expect(menu.get_by_role("menuitem", name="the site")).to_be_visible()
@@ -182,6 +198,10 @@ async def test_what_listens_in_the_tenant_is_listed_and_shown(
     await view.get_by_role("button", name="Back").click()
     await window.site_shows("Your site is live.")
     await asyncio.to_thread(run, pages, "pkill -f 'http.server 812[34]' || true")
+    await view.get_by_role("button", name="Ports that listen").click()
+    await expect(menu).to_be_visible()
+    await window.site.get_by_role("heading", name="Your site is live.").click()
+    await expect(menu).to_be_hidden()
 
 
 async def test_what_is_typed_stays_while_the_address_becomes_known(editor: OpenEditor, pages: str) -> None:

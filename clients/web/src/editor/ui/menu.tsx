@@ -51,7 +51,8 @@ export function Menu() {
     box.style.top = `${Math.max(4, Math.min(menu.y, innerHeight - box.offsetHeight - 4))}px`;
     box.querySelector("button")?.focus();
     const away = (event: Event) => {
-      if (!box.contains(event.target as Node)) shown.value = null;
+      // the window itself loses the focus to a frame
+      if (!(event.target instanceof Node && box.contains(event.target))) shown.value = null;
     };
     addEventListener("pointerdown", away, true);
     addEventListener("blur", away);

@@ -64,6 +64,9 @@ export function Preview({ current }: { current: Workspace }) {
     setVisited(url === null ? visit(from, address.href) : visit(visit(from, url), address.href));
     setLoad(address.href);
   };
+  /** What opens a page as things are by then: a menu waits for its items, and for a choice. */
+  const opens = useRef(open);
+  opens.current = open;
   const go = (event: Event) => {
     event.preventDefault();
     const text = (typed ?? url ?? "").trim();
@@ -155,7 +158,9 @@ export function Preview({ current }: { current: Workspace }) {
           icon="radio"
           label="Ports that listen"
           size={14}
-          onClick={({ currentTarget }) => void listening(currentTarget as HTMLElement, current, open)}
+          onClick={({ currentTarget }) =>
+            void listening(currentTarget as HTMLElement, current, (url) => opens.current(url))
+          }
         />
         <IconButton
           icon="scroll-text"
