@@ -33,7 +33,11 @@ class Beside:
 
     @property
     def p99(self) -> float:
-        return sorted(self.seconds)[int(len(self.seconds) * 0.99)]
+        return self.at(0.99)
+
+    def at(self, share: float) -> float:
+        """Return the seconds within which this share of the Reads was answered."""
+        return sorted(self.seconds)[int(len(self.seconds) * share)]
 
     def __str__(self) -> str:
         return f"{len(self.seconds)} reads, p99 {self.p99 * 1000:.1f} ms, worst {self.worst * 1000:.1f} ms"

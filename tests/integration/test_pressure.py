@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,20 @@ def allowed() -> int:
     return found.limit
 
 
-async def events(host: Hosting, kind: str) -> AsyncGenerator[dict[str, Any]]:
-    """Yield the events of the tenant of a kind, from now on."""
+@contextlib.asynccontextmanager
+async def events(host: Hosting, kind: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+    """Yield the tenant's events of a kind: all from the moment at which the block is entered."""
     async with (
         host.gateway.http("*") as session,
         session.get("/v1/events", params={"tenant": TENANT, "type": kind}) as stream,
     ):
-        async for line in stream.content:
-            if line.startswith(b"data: "):
-                yield json.loads(line[6:])
+
+        async def told() -> AsyncIterator[dict[str, Any]]:
+            async for line in stream.content:
+                if line.startswith(b"data: "):
+                    yield json.loads(line[6:])
+
+        yield told()
 
 
 async def test_a_site_that_thrashes_is_told_bounded_and_ended(
@@ -118,15 +123,18 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
 
         told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
-        async def listen() -> None:
-            async with contextlib.aclosing(events(host, "tenant.pressure*")) as stream:
-                async for event in stream:
-                    told.put_nowait(event)
+        async def listen(stream: AsyncIterator[dict[str, Any]]) -> None:
+            async for event in stream:
+                told.put_nowait(event)
 
-        async with asyncio.TaskGroup() as group, host.gateway.wire(TENANT) as agent:
-            listening = group.create_task(listen())
+        async with (
+            host.gateway.wire(TENANT) as agent,
+            events(host, "tenant.pressure*") as stream,
+            asyncio.TaskGroup() as group,
+        ):
+            listening = group.create_task(listen(stream))
             command = await agent.call("exec/start", argv=["sleep", "600"])
-            async with asyncio.timeout(60), reading(host.gateway, NEXT_DOOR, "index.html") as beside:
+            async with asyncio.timeout(100), reading(host.gateway, NEXT_DOOR, "index.html") as beside:
                 visiting = group.create_task(host.visit(DOMAIN, "/thrash"))  # it may never be answered
                 event = await told.get()
                 waits, seconds, waited = [], -time.monotonic(), -stalled()
@@ -173,8 +181,10 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
             await until(said, every=0.2)
             async with reading(host.gateway, NEXT_DOOR, "index.html") as after:
                 await pause(2)
-            calm = max(before.p99, after.p99)  # the machine has others too, who come and go
-            assert beside.p99 < (calm * 1.5 if STRICT else max(0.1, calm * 3)), f"{beside}; after {after}"
+            # the machine has others too, who come and go: the slowest reads may be slow because of those
+            share, times, least = (0.99, 1.5, 0.0) if STRICT else (0.9, 3.0, 0.1)
+            calm = max(before.at(share), after.at(share))
+            assert beside.at(share) < max(least, calm * times), f"{beside}; after {after}"
             assert again[1] != first, "the site goes on as it was"
             listed = await agent.call("exec/list")
             assert [e["state"] for e in listed["execs"] if e["exec"] == command["exec"]] == ["running"]
