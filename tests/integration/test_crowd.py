@@ -21,7 +21,7 @@ from tests.integration.sites import Hosting, hosting
 from tests.waits import until
 
 pytestmark = pytest.mark.timeout(300)
-CROWD = int(os.environ.get("GATEWAY_TEST_CROWD", "12"))
+CROWD = int(os.environ.get("GATEWAY_TEST_CROWD", "8"))
 AT_ONCE = 4
 POOL = 2
 
