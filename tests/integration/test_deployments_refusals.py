@@ -114,6 +114,18 @@ def profile(**root: str) -> Iterator[str]:
         environment.incus("profile", "delete", name)
 
 
+def taken(settings: Settings) -> int:
+    """Return how many bytes of its disk's size a new tenant has taken: the image's, where these count."""
+    name = f"new-{os.getpid()}"
+    environment.incus("init", settings.image, name, "--profile", settings.profile)
+    try:
+        words = ("btrfs", "qgroup", "show", "-f", "--raw", environment.rootfs(name).parent)
+        shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        return int(shown.splitlines()[-1].split()[1])  # Incus itself tells what nobody else has of it
+    finally:
+        environment.incus("delete", name)
+
+
 async def test_a_missing_image_and_a_missing_profile_or_pool(desk: Desk, tmp_path: Path) -> None:
     said = await desk.refused(image="no-such-image")
     assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "no_image", "create")
@@ -140,7 +152,7 @@ async def test_a_missing_image_and_a_missing_profile_or_pool(desk: Desk, tmp_pat
 
 async def test_a_full_disk_of_the_tenant(desk: Desk) -> None:
     """In the middle of the files, and of what the install command writes; neither is tried again."""
-    with profile(size="620MiB") as name:  # the image counts, and has 583
+    with profile(size=f"{taken(desk.settings) + (40 << 20)}") as name:
         files = [(f"f{number}", bytes(20 << 20)) for number in range(3)]
         said = await desk.refused(folder('start = ["bun", "serve.ts"]', *files), profile=name)
         assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "disk_full", "push")
