@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -38,26 +39,44 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 
+_FILES: Final = 25  # that are told
+
 _left_out: dict[str, int] = {}  # by worker: each collects all tests
 
 
-class Failures:
-    """Names what fails at once: a run that is cut off tells nothing at its end."""
+class Progress:
+    """Names what fails at once: a run that is cut off tells nothing at its end.
+
+    Then tells which files took longest, for LONGEST: who ends long before the other worker, waits for it.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._seconds = defaultdict[str, float](float)
+        self._ended: dict[str, float] = {}  # by worker
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid.partition("::")[0]] += report.duration
+        if node := getattr(report, "node", None):
+            self._ended[node.gateway.id] = report.stop
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
         if report.failed and isinstance(reporter, pytest.TerminalReporter):
             reporter.write_line(f"\n{report.when} failed: {report.nodeid}")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        longest = sorted(self._seconds.items(), key=lambda one: -one[1])[:_FILES]
+        told = (f"{seconds:.0f} s {file}" for file, seconds in longest)
+        terminalreporter.line(f"the files that took longest: {', '.join(told)}")
+        if self._ended:
+            early = max(self._ended.values()) - min(self._ended.values())
+            terminalreporter.line(f"one worker ended {early:.0f} s before the other")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # a shell has its background jobs ignore interrupts, and they pass that on to what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("CI") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Failures(config))
+        config.pluginmanager.register(Progress(config))
 
 
 class WholeFiles(LoadFileScheduling):  # type: ignore[misc] # it ships no types
@@ -84,6 +103,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next(found, len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of a contract that the class names in `thorough`.
+
+    They are about what is no affair of that runtime, or of a relay, and in each run over the `local` runtime.
+    A name that the contract does not have is a fault.
+    """
+    named = getattr(getattr(item, "cls", None), "thorough", ())
+    assert all(hasattr(item.cls, name) for name in named), named  # type: ignore[attr-defined]
+    if getattr(item, "originalname", None) in named:
+        item.add_marker(pytest.mark.thorough)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -37,15 +37,6 @@ exit 1
 _numbers = itertools.count()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests of a contract that the class names in `thorough`.
-
-    They are about what is no affair of a runtime, and in each run of tests/unit over the `local` one.
-    """
-    if getattr(item, "originalname", None) in getattr(getattr(item, "cls", None), "thorough", ()):
-        item.add_marker(pytest.mark.thorough)
-
-
 @dataclass(frozen=True, slots=True)
 class Container:
     """A container of the base image under the tenants' profile, driven by the `incus` command."""
