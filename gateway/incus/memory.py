@@ -82,6 +82,12 @@ class Memory:
         os.ftruncate(descriptor, _SIZE)
         return cls(descriptor)
 
+    def reopened(self) -> Memory:
+        """Close it and return it as another process would open it, with nothing claimed yet."""
+        again = Memory(os.dup(self.descriptor))
+        self.close()
+        return again
+
     def take(self) -> int:
         """Return the number of a free segment: of used ones the one that was freed first. Raises `Full`."""
         if used := self._free or self._bare:

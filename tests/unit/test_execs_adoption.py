@@ -170,6 +170,27 @@ async def test_an_ended_command_is_kept_with_its_output_and_its_end(settings: Se
                 await until(lambda: held_at(settings.holder_socket) == 0)
 
 
+async def test_a_command_that_has_just_ended_is_kept_too(settings: Settings) -> None:
+    """The holder still has its sockets, of which it is told to let go a moment after the end."""
+    noted = {"format": 1, "own": OWN, "facts": FACTS}
+    async with (
+        all_left_waiting(settings, 1, noted, 0, [b"hello\n", b"\x01K\nerr\n"]) as (shell,),
+        Holder(settings.holder_socket) as holder,
+        Adopting(settings, holder) as runtime,
+        Store(settings.state_dir / "records") as store,
+    ):
+        receipts = await Idempotency.opened(store, settings)
+        async with Execs(runtime, Bus(MemoryJournal(100)), receipts, settings) as execs:
+            exec_ = execs.get("demo", "mine")
+            assert (exec_.over.code, exec_.over.reason) == (3, "exited")
+            attachment = exec_.attach(reading=Reading())
+            found = {name: b"".join(await one.next()) for name, one in attachment.cursors.items()}
+            assert found == {"stdout": b"hello\n", "stderr": b"err\n"}
+            attachment.close()
+            await until(shell.hung_up)
+            assert held_at(settings.holder_socket) == 1
+
+
 async def test_facts_of_any_kind_are_taken_over_or_let_go_of(settings: Settings) -> None:
     """None prevents the gateway from starting, or stays held without a command."""
     random.seed(5)
@@ -232,9 +253,12 @@ def done() -> asyncio.Future[None]:
 
 
 class Waiting:
-    """A shell that is connected and held; what `noted` says of its command was written, and so much sent."""
+    """A shell that is connected and held; what `noted` says of its command was written, and so much sent.
 
-    def __init__(self, noted: Any, purpose: Any, position: int) -> None:
+    Of the outputs `printed` was received.
+    """
+
+    def __init__(self, noted: Any, purpose: Any, position: int, printed: Sequence[bytes] = ()) -> None:
         self.memory = Memory.made()
         if noted is not None:
             self.memory.write_facts(purpose, "purpose")
@@ -245,6 +269,11 @@ class Waiting:
         self.pairs = [socket.socketpair() for _ in range(5)]
         for _, ours in self.pairs[3:]:
             Odometer(ours).reset()
+        for area, text, (theirs, ours) in zip(("first", "second"), printed, self.pairs[3:], strict=False):
+            log = Log(self.memory, area, Odometer(ours))
+            log.begin(0)
+            theirs.send(bytes([0x80 | BINARY, len(text)]) + text)
+            Frames(log).feed(log.landed(ours.recv_into(log.room())))
         self.pairs[0][0].send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(KILLED) + KILLED)
 
     @property
@@ -274,10 +303,10 @@ STARTING: dict[str, Any] = {**OWN, "pid": 0, "started": 0.0, "cgroup": None, "sk
 
 @contextlib.asynccontextmanager
 async def all_left_waiting(
-    settings: Settings, number: int, noted: Any, position: int
+    settings: Settings, number: int, noted: Any, position: int, printed: Sequence[bytes] = ()
 ) -> AsyncIterator[list[Waiting]]:
     """Have a holder keep some shells whose gateway was killed."""
-    shells = [Waiting(noted, PURPOSE, position) for _ in range(number)]
+    shells = [Waiting(noted, PURPOSE, position, printed) for _ in range(number)]
     async with Holder(settings.holder_socket) as holder:
         await holder.taken_over()
         for at, shell in enumerate(shells):

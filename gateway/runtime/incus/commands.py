@@ -271,7 +271,7 @@ class Commands:
             if facts["over"] is not None and sockets is not None:  # it had ended and was about to be released
                 sockets.ended()
                 await sockets.aclose()
-                sockets = None
+                sockets, memory = None, memory.reopened()  # its logs are read once more
             holding = Held(holder, name, memory, sockets, own)
             if sockets is None:
                 told, report = kept(memory, own)
