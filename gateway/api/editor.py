@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import re
 import secrets
 from pathlib import Path
 from typing import Final
@@ -29,15 +32,18 @@ _TYPES: Final = {
 }
 _NONCE: Final = '<meta name="csp-nonce" content="'
 _AGENT: Final = '<meta name="agent-url" content="'
+_INLINE: Final = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
-# Nothing from other origins, no inline script, no eval. CodeMirror and xterm.js add styles by script: the
-# nonce allows theirs, and nothing injected into the page. Besides the gateway, the page may only contact
-# the operator's agents server, if there is one. Only the preview shows foreign content: the tenant's
-# site, whose address is not known in advance, in a sandboxed frame of another origin.
+# Nothing from other origins, no eval, and no inline script but the page's own, which loads the page again
+# where a file did not come, and has to come with the page for that: its digest lets in no other. CodeMirror
+# and xterm.js add styles by script: the nonce allows theirs, and nothing injected into the page. Besides the
+# gateway, the page may only contact the operator's agents server, if there is one. Only the preview shows
+# foreign content: the tenant's site, whose address is not known in advance, in a sandboxed frame of another
+# origin.
 _POLICY: Final = "; ".join(
     (
         "default-src 'none'",
-        "script-src 'self'",
+        "script-src 'self'{inline}",
         "style-src 'self' 'nonce-{nonce}'",
         "img-src 'self' blob: data:",
         "font-src 'self'",
@@ -75,14 +81,22 @@ async def page(request: Request) -> Response:
     """Return the editor's page, each time with a policy of its own."""
     nonce, agent = secrets.token_urlsafe(16), services(request).settings.agent_url or ""
     parts = urlsplit(agent)
-    policy = _POLICY.format(nonce=nonce, agent=f" {parts.scheme}://{parts.netloc}" if agent else "")
-    headers = {**_HEADERS, "Cache-Control": "no-cache", "Content-Security-Policy": policy}
     try:
-        text = (STATIC / "index.html").read_text("utf-8")
+        text, status = (STATIC / "index.html").read_text("utf-8"), 200
     except FileNotFoundError:
-        return HTMLResponse(_ABSENT, 503, headers=headers)
+        text, status = _ABSENT, 503
+    policy = _POLICY.format(
+        nonce=nonce,
+        agent=f" {parts.scheme}://{parts.netloc}" if agent else "",
+        inline="".join(f" 'sha256-{_digest(script)}'" for script in _INLINE.findall(text)),
+    )
+    headers = {**_HEADERS, "Cache-Control": "no-cache", "Content-Security-Policy": policy}
     text = text.replace(_NONCE, _NONCE + nonce, 1).replace(_AGENT, _AGENT + html.escape(agent), 1)
-    return HTMLResponse(text, headers=headers)
+    return HTMLResponse(text, status, headers=headers)
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 async def asset(request: Request) -> Response:

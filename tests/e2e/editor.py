@@ -84,6 +84,9 @@ class Watched:
 
     def _said(self, message: ConsoleMessage) -> None:
         # what the tenant's site says in its frame is its own affair
+        # A container that starts or stops beside Chromium is a network that changes: the page asks again.
+        if "ERR_NETWORK_CHANGED" in message.text:
+            return
         if message.type in ("error", "warning") and message.location["url"].startswith(self.address):
             self._note(f"{message.type}: {message.text} ({message.location['url']})")
 

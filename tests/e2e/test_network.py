@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Awaitable, Callable
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from tests.e2e.conftest import OpenEditor
-from tests.e2e.editor import Editor
+from tests.e2e.editor import Editor, violations
 from tests.e2e.test_editor import run
 from tests.integration.sites import Hosting
 
@@ -72,6 +74,92 @@ async def test_a_device_without_network_is_told(editor: OpenEditor) -> None:
     await window.watched.context.set_offline(False)
     await window.connected()
 
+
+# --- a network that changes for a moment, as by another Wi-Fi ---------------------------------------------
+
+FILES = re.compile(r"/assets/[^/]*[.](js|css)$")
+
+
+def failing(times: int) -> Callable[[Route], Awaitable[None]]:
+    """Return what fails so many times each request of the page that only reads."""
+    failed: Counter[str] = Counter()
+
+    async def decide(route: Route) -> None:
+        request = route.request
+        reads = request.method == "GET" and request.resource_type in ("script", "stylesheet", "fetch")
+        if reads and failed[request.url] < times:
+            failed[request.url] += 1
+            await route.abort("connectionreset")
+        else:
+            await route.continue_()
+
+    return decide
+
+
+async def test_a_network_that_fails_for_a_moment_is_not_noticed(
+    editor: OpenEditor, host: Hosting, site: str
+) -> None:
+    """Each script, sheet and answer fails twice before it comes."""
+    window = await editor(signed_in=False)
+    window.watched.expected.extend(CUT)
+    page = window.page
+    await page.route("**/*", failing(2))
+    await window.load(f"token={host.gateway.token(site, subject='ann')}&tenant={site}")
+    await window.connected()
+    assert "token" not in page.url
+    await window.prompt()
+    await window.open_file("src/app.tsx")
+    await expect(window.text.locator("span").first).to_be_visible()  # coloured
+    # a link is followed, too, and asks first as it should
+    token = host.gateway.token(site, subject="mallory")
+    await page.route("**/v1/session", failing(2))
+    await page.evaluate(f"location.hash = 'token={token}&tenant={site}'")
+    await expect(page.get_by_role("dialog", name="Another sign-in")).to_be_visible()
+    await page.keyboard.press("Escape")
+    await expect(page.locator(".toast.error, .interruption")).to_have_count(0)
+
+
+async def test_an_editor_whose_files_do_not_come_says_so_and_loads_them_when_asked(
+    editor: OpenEditor, host: Hosting, site: str
+) -> None:
+    window = await editor(signed_in=False)
+    window.watched.expected.extend(CUT)
+    page = window.page
+    await page.route(FILES, lambda route: route.abort("connectionreset"))
+    await window.load(f"token={host.gateway.token(site)}&tenant={site}")
+    again = page.get_by_role("button", name="Load it again")
+    await expect(again).to_be_visible()
+    await page.unroute(FILES)
+    await again.click()
+    await window.connected()
+    await expect(page.locator(".tenant-switch strong")).to_have_text(site)
+
+
+async def test_a_part_of_the_editor_that_does_not_load_is_told_and_comes_with_the_page(
+    editor: OpenEditor, site: str
+) -> None:
+    """As after an upgrade of the gateway, whose files have other names."""
+    window = await editor()
+    window.watched.expected.extend([*CUT, "404"])
+    page = window.page
+    await page.add_init_script("localStorage.setItem('gateway.panelOpen', 'false')")
+    await window.load_connected(site)
+    await window.open_file("package.json")
+    await page.route(FILES, lambda route: route.fulfill(status=404))
+    await page.get_by_role("button", name="Terminals", exact=True).click()
+    told = page.get_by_role("alert").filter(has_text="A part of the editor did not load")
+    await expect(told).to_be_visible()
+    assert not await violations(page)
+    await page.unroute(FILES)
+    await told.get_by_role("button", name="Load again").click()
+    await window.connected()
+    await expect(told).to_have_count(0)
+    await expect(window.tab("package.json")).to_be_visible()
+    await page.get_by_role("button", name="Terminals", exact=True).click()
+    await window.prompt()
+
+
+# --- a hostile web --------------------------------------------------------------------------------------
 
 _ATTACK = """
 async (gateway) => {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +102,14 @@ async def policy(client: Asked) -> dict[str, str]:
     return {name: value for name, _, value in parts}
 
 
-async def test_the_page_lets_nothing_in_from_elsewhere_and_runs_no_inline_script(client: Asked) -> None:
+async def test_the_page_runs_no_inline_script_but_its_own(client: Asked, static: Path) -> None:
+    script = "\n  load(again);\n"
+    (static / "index.html").write_text(f"<script>{script}</script>{INDEX}")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (await policy(client))["script-src"] == f"'self' 'sha256-{digest}'"
+
+
+async def test_the_page_lets_nothing_in_from_elsewhere(client: Asked) -> None:
     said = await policy(client)
     assert said["default-src"] == "'none'"
     assert said["script-src"] == "'self'"

@@ -2,6 +2,8 @@
 
 import "@fontsource-variable/inter/wght.css";
 import "@fontsource-variable/jetbrains-mono/wght.css";
+// not with its script: a sheet that once failed is not loaded again
+import "@xterm/xterm/css/xterm.css";
 import "./style/base.css";
 import "./style/shell.css";
 import "./style/views.css";
@@ -13,6 +15,7 @@ import { render } from "preact";
 import { agentUrl } from "./state/agent.js";
 import { palette, register } from "./state/commands.js";
 import { area, flip, nextTheme, panelOpen, previewOpen, showSide, sideOpen } from "./state/layout.js";
+import { loaded } from "./state/network.js";
 import {
   type Address,
   allows,
@@ -31,12 +34,13 @@ import { leaveTenant, listTenants, openFirst, workspace } from "./state/workspac
 import { focusAgent } from "./ui/agent.js";
 import { App } from "./ui/app.js";
 import { arriving, askToSignIn } from "./ui/arrival.js";
-import { closeDoc, view } from "./ui/editor-pane.js";
+import { closeDoc } from "./ui/editor-pane.js";
 import { finding } from "./ui/panel.js";
 import { reloads } from "./ui/preview.js";
 import { focusSearch } from "./ui/search.js";
 import { settingsOpen } from "./ui/settings.js";
 import { leave, leaveFirst, switchTenant } from "./ui/top-bar.js";
+import { view } from "./ui/view.js";
 
 // first of all, so that a token does not stay in the address while anything else happens
 const wanted = readAddress();
@@ -329,5 +333,6 @@ async function follow(to: Address): Promise<void> {
 addEventListener("hashchange", ({ newURL }) => void follow(readAddress(newURL)));
 
 render(<App wanted={wanted} />, document.getElementById("app")!);
+loaded();
 
 await begin(wanted);

@@ -45,8 +45,9 @@ import {
   lineNumbers,
   rectangularSelection,
 } from "@codemirror/view";
+import { load } from "../state/network.js";
 import { findPanel } from "./find.js";
-import { languageOf } from "./languages.js";
+import { supportOf } from "./languages.js";
 import { nonce, theme } from "./theme.js";
 
 interface Range {
@@ -194,8 +195,7 @@ function named(path: string): Extension {
 }
 
 async function support(path: string, length: number): Promise<Extension> {
-  const known = length > 2_000_000 ? null : languageOf(path);
-  return known === null ? [] : await known.load().catch(() => []);
+  return length > 2_000_000 ? [] : await supportOf(path);
 }
 
 /** Returns what makes a state that of a file with another name: its language, and what a screen reader calls it. */
@@ -243,7 +243,7 @@ export async function merging(
   base: string,
   theirs: string,
 ): Promise<TransactionSpec | null> {
-  const { incoming } = await import("./merging.js");
+  const { incoming } = await load(() => import("./merging.js"));
   const changes = incoming(state.toText(base), state.doc, state.toText(theirs));
   if (changes === null) return null;
   const marked: Range[] = [];

@@ -1,6 +1,8 @@
 /** Finds a file's language by its name and loads its highlighter on first use. */
 
 import { type LanguageSupport, StreamLanguage } from "@codemirror/language";
+import type { Extension } from "@codemirror/state";
+import { load } from "../state/network.js";
 
 type Load = () => Promise<LanguageSupport | StreamLanguage<unknown>>;
 
@@ -113,4 +115,10 @@ export function languageOf(path: string): Known | null {
   return (
     BY_NAME[name] ?? (name.startsWith(".env") ? properties : undefined) ?? BY_EXTENSION[extension] ?? null
   );
+}
+
+/** Returns what colours a file; nothing for an unknown language, and for one that did not load. */
+export async function supportOf(path: string): Promise<Extension> {
+  const known = languageOf(path);
+  return known === null ? [] : load(known.load).catch(() => []);
 }

@@ -4,7 +4,7 @@ import { defaultKeymap, history, historyKeymap } from "@codemirror/commands";
 import { MergeView } from "@codemirror/merge";
 import { EditorState } from "@codemirror/state";
 import { EditorView, keymap, lineNumbers } from "@codemirror/view";
-import { languageOf } from "./languages.js";
+import { supportOf } from "./languages.js";
 import { nonce, theme } from "./theme.js";
 
 export interface Comparison {
@@ -20,7 +20,7 @@ export async function compare(
   theirs: string,
   mine: string,
 ): Promise<Comparison> {
-  const support = (await languageOf(path)?.load()) ?? [];
+  const support = await supportOf(path);
   const lineBreak = mine.includes("\r\n") ? "\r\n" : "\n";
   const common = [
     lineNumbers(),

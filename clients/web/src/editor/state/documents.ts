@@ -5,6 +5,7 @@ import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incu
 import { signal } from "@preact/signals";
 import { Doc, type Left, type Place, type Theirs } from "./doc.js";
 import type { Draft, Keeping } from "./drafts.js";
+import { load } from "./network.js";
 import { within } from "./paths.js";
 import { Tabs } from "./tabs.js";
 import { complain, say } from "./toasts.js";
@@ -131,7 +132,7 @@ export class Documents {
   }
 
   async #editor(): Promise<Code> {
-    this.#code ??= await import("../code/editor.js");
+    this.#code ??= await load(() => import("../code/editor.js"));
     return this.#code;
   }
 

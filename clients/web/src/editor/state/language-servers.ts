@@ -6,8 +6,12 @@ import { type Kind, type ServerView, served, servedBy } from "../servers/served.
 import type { Servers } from "../servers/servers.js";
 import type { Doc } from "./doc.js";
 import type { Documents } from "./documents.js";
+import { load } from "./network.js";
 import { languageServers } from "./settings.js";
 import { complain } from "./toasts.js";
+
+/** Whoever wanted them tells that they did not load. */
+const untold = () => {};
 
 export class LanguageServers {
   readonly list = signal<readonly ServerView[]>([]);
@@ -29,7 +33,7 @@ export class LanguageServers {
   }
 
   async #want(tenant: () => Tenant, workspace: string, kinds: readonly Kind[]): Promise<void> {
-    this.#servers ??= import("../servers/servers.js").then(
+    this.#servers ??= load(() => import("../servers/servers.js")).then(
       ({ Servers }) => new Servers(tenant, this.#documents, workspace, this.list),
     );
     try {
@@ -42,7 +46,7 @@ export class LanguageServers {
 
   /** Handles changes seen by the watcher. */
   changed(changes: FileChanges): void {
-    void this.#servers?.then((servers) => servers.changed(changes));
+    void this.#servers?.then((servers) => servers.changed(changes), untold);
   }
 
   /** Formats a document if its server is running and supports it. */
@@ -51,7 +55,7 @@ export class LanguageServers {
   }
 
   #end(): void {
-    void this.#servers?.then((servers) => servers.dispose());
+    void this.#servers?.then((servers) => servers.dispose(), untold);
     this.#servers = null;
   }
 

@@ -3,6 +3,7 @@
 import { Gateway, GatewayError, type Session } from "@incus-gateway/client";
 import { computed, effect, signal } from "@preact/signals";
 import { heed, now } from "./clock.js";
+import { request } from "./network.js";
 import * as slots from "./slots.js";
 
 const CLIENT = { name: "incus-gateway editor", version: "1" };
@@ -10,7 +11,7 @@ const CLIENT = { name: "incus-gateway editor", version: "1" };
 export const gateway = new Gateway(location.origin, {
   client: CLIENT,
   fetch: async (url, init) => {
-    const response = await fetch(url, init);
+    const response = await request(url, init);
     heed(response.headers.get("Date"));
     if (response.status === 401 && !String(url).endsWith("/v1/session")) void look();
     return response;
@@ -98,7 +99,7 @@ export async function resume(tenant: string | null, led: boolean): Promise<boole
 
 /** Returns what a token grants, without signing in by it. */
 export function identify(token: string): Promise<Session> {
-  return new Gateway(location.origin, { token, client: CLIENT }).session();
+  return new Gateway(location.origin, { token, client: CLIENT, fetch: request }).session();
 }
 
 /**

@@ -1,12 +1,11 @@
 /** One xterm.js screen, in the page's colours and within its content security policy. */
 
+import type { Size } from "@incus-gateway/client";
 import { FitAddon } from "@xterm/addon-fit";
 import { SearchAddon } from "@xterm/addon-search";
 import { Unicode11Addon } from "@xterm/addon-unicode11";
 import { WebLinksAddon } from "@xterm/addon-web-links";
 import { Terminal as Xterm } from "@xterm/xterm";
-import "@xterm/xterm/css/xterm.css";
-import type { Size } from "@incus-gateway/client";
 import { nonce } from "../code/theme.js";
 
 export class Screen {

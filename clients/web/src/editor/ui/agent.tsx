@@ -4,6 +4,7 @@ import { type ComponentChild, createRef } from "preact";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { Call, Said } from "../state/conversation.js";
 import { area, panelOpen } from "../state/layout.js";
+import { load } from "../state/network.js";
 import { basename, relative } from "../state/paths.js";
 import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
@@ -24,7 +25,10 @@ function useMarkdown(): Render | null {
   const [render, setRender] = useState<Render | null>(null);
   useEffect(() => {
     let gone = false;
-    void import("../code/markdown.js").then(({ rendered }) => gone || setRender(() => rendered));
+    void load(() => import("../code/markdown.js")).then(
+      ({ rendered }) => gone || setRender(() => rendered),
+      () => {}, // `missing` is told
+    );
     return () => {
       gone = true;
     };

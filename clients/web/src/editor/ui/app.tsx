@@ -23,8 +23,9 @@ import { ActivityView } from "./activity.js";
 import { AgentView } from "./agent.js";
 import { Arrival, arriving } from "./arrival.js";
 import { Conflict } from "./conflict.js";
+import { Missing } from "./connection.js";
 import { DeployView } from "./deploy.js";
-import { caret, EditorPane } from "./editor-pane.js";
+import { EditorPane } from "./editor-pane.js";
 import { Explorer } from "./explorer.js";
 import { HistoryView } from "./history.js";
 import type { IconName } from "./icons.js";
@@ -41,6 +42,7 @@ import { Settings, settingsOpen } from "./settings.js";
 import { SignIn } from "./sign-in.js";
 import { TopBar } from "./top-bar.js";
 import { looking, TurnDiff } from "./turn.js";
+import { caret } from "./view.js";
 
 export function App({ wanted }: { wanted: { tenant: string | null; file: string | null } }) {
   const current = workspace.value;
@@ -51,7 +53,10 @@ export function App({ wanted }: { wanted: { tenant: string | null; file: string 
   return (
     <div class={`shell ${phone.value ? "phone" : ""}`} data-area={area.value}>
       <TopBar />
-      {current !== null && <SessionEnd current={current} key={current.name} />}
+      <div class="lines">
+        <Missing />
+        {current !== null && <SessionEnd current={current} key={current.name} />}
+      </div>
       {phone.value ? <Bottom current={current} /> : <Rail current={current} />}
       {current === null ? (
         <main class="main">

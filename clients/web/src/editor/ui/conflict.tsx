@@ -3,6 +3,8 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Comparison } from "../code/merge.js";
 import type { Doc } from "../state/doc.js";
+import { load } from "../state/network.js";
+import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
 import { Dialog, Icon, Spinner } from "./parts.js";
 
@@ -19,12 +21,12 @@ export function Conflict({ current, doc }: { current: Workspace; doc: Doc }) {
   useEffect(() => {
     let gone = false;
     void (async () => {
-      const { compare } = await import("../code/merge.js");
+      const { compare } = await load(() => import("../code/merge.js"));
       if (gone || host.current === null) return;
       host.current.replaceChildren();
       comparison.current = await compare(host.current, doc.path, text, doc.text);
       setReady(true);
-    })();
+    })().catch(complain);
     return () => {
       gone = true;
       comparison.current?.destroy();

@@ -2,6 +2,7 @@
 
 import type { LinkStatus } from "@incus-gateway/client";
 import { useEffect, useState } from "preact/hooks";
+import { missing } from "../state/network.js";
 import { allows } from "../state/session.js";
 import { type Workspace, workspace } from "../state/workspace.js";
 import { Icon, Spinner } from "./parts.js";
@@ -92,6 +93,22 @@ export function Stopped({ current }: { current: Workspace }) {
       ) : (
         <span class="hint">You need a token with the scope deploy to start it.</span>
       )}
+    </div>
+  );
+}
+
+/** A line over everything once a part of the editor is missing: after an upgrade of the gateway, or without a network. */
+export function Missing() {
+  if (!missing.value) return null;
+  return (
+    <div class="interruption bad" role="alert">
+      <Icon name="unplug" size={15} />
+      <span>
+        A part of the editor did not load. Load the page again: files, terminals and your text come back.
+      </span>
+      <button type="button" onClick={() => location.reload()}>
+        Load again
+      </button>
     </div>
   );
 }

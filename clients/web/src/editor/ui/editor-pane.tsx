@@ -3,24 +3,23 @@
 import type { Extension } from "@codemirror/state";
 import type { EditorView } from "@codemirror/view";
 import { effect, signal } from "@preact/signals";
-import type { ComponentChild } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
-import type { Caret } from "../code/editor.js";
 import type { Doc } from "../state/doc.js";
 import type { Stage as Shown } from "../state/documents.js";
+import { load } from "../state/network.js";
 import { parent } from "../state/paths.js";
 import { keys, tabWidth, wrap } from "../state/settings.js";
 import type { Pane } from "../state/tabs.js";
+import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
 import { Interruption, Stopped } from "./connection.js";
 import { Instead, Told, Welcome } from "./instead.js";
+import { Looks, PAGES } from "./looks.js";
 import { type MenuItem, showMenu } from "./menu.js";
 import { copy, Dialog, FileIcon, Icon, IconButton } from "./parts.js";
+import { caret, view } from "./view.js";
 
-export const caret = signal<Caret | null>(null);
 export const closing = signal<Doc | null>(null);
-/** The view, for commands that act on it. */
-export const view: { current: EditorView | null } = { current: null };
 
 export function EditorPane({ current }: { current: Workspace }) {
   const { documents } = current;
@@ -197,7 +196,7 @@ const liked: { name: string; keys: Extension } = { name: "default", keys: [] };
 
 async function likeKeys(): Promise<void> {
   const name = keys.peek();
-  liked.keys = name === "default" ? [] : await (await import("../code/keys.js")).keysOf(name);
+  liked.keys = name === "default" ? [] : await (await load(() => import("../code/keys.js"))).keysOf(name);
   liked.name = name;
 }
 
@@ -224,8 +223,9 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
           caret.value = null;
           return;
         }
-        const code = await import("../code/editor.js");
-        if (liked.name !== keys.peek()) await likeKeys();
+        const code = await load(() => import("../code/editor.js"));
+        // whoever likes other keys can type without them until these come
+        if (liked.name !== keys.peek()) await likeKeys().catch(() => {});
         if (mine !== turn || host.current === null || doc.state === null) return;
         if (made === null) {
           made = code.makeView(host.current);
@@ -264,14 +264,15 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
         ) {
           made.focus();
         }
-      })();
+      })().catch(complain);
     });
     const liking = effect(() => {
       void [wrap.value, tabWidth.value, keys.value];
       if (made === null || shown === null) return;
-      void Promise.all([import("../code/editor.js"), likeKeys()]).then(
+      void Promise.all([load(() => import("../code/editor.js")), likeKeys()]).then(
         ([{ like }]) =>
           made && like(made, { wrap: wrap.peek(), tabWidth: tabWidth.peek(), keys: liked.keys }),
+        () => {}, // `missing` is told
       );
     });
     const stage: Shown = {
@@ -292,68 +293,6 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
   }, [documents, current, place, pane]);
   const doc = place.value;
   return <div class="stage" ref={host} hidden={doc === null || doc.phase.value !== "ready"} />;
-}
-
-/** What can be looked at as a page or picture beside its text. */
-const PAGES = /\.(md|mdx|markdown|svg)$/i;
-
-/** A file as a page or picture, if one asks for it. */
-function Looks({ doc }: { doc: Doc }) {
-  void caret.value; // which changes with the text, also by others
-  const looking = doc.looking.value;
-  return (
-    <>
-      {looking &&
-        (doc.path.toLowerCase().endsWith(".svg") ? (
-          <Picture doc={doc} text={doc.text} />
-        ) : (
-          <Page doc={doc} text={doc.text} />
-        ))}
-      <button
-        type="button"
-        class="looks"
-        aria-pressed={looking}
-        onClick={() => {
-          doc.looking.value = !looking;
-        }}
-      >
-        <Icon name={looking ? "pencil" : "eye"} size={13} />
-        {looking ? "Text" : "Preview"}
-      </button>
-    </>
-  );
-}
-
-function Picture({ doc, text }: { doc: Doc; text: string }) {
-  const [url, setUrl] = useState("");
-  useEffect(() => {
-    // as a picture nothing in it can run
-    const made = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
-    setUrl(made);
-    return () => URL.revokeObjectURL(made);
-  }, [text]);
-  return (
-    <div class="look centre picture">
-      <img src={url} alt={doc.path} />
-    </div>
-  );
-}
-
-function Page({ doc, text }: { doc: Doc; text: string }) {
-  const [page, setPage] = useState<ComponentChild>(null);
-  useEffect(() => {
-    let gone = false;
-    void import("../code/markdown.js").then(({ rendered }) => gone || setPage(rendered(text)));
-    return () => {
-      gone = true;
-    };
-  }, [text]);
-  return (
-    // biome-ignore lint/a11y/noNoninteractiveTabindex: what scrolls must be reached by keys
-    <section class="look" tabIndex={0} aria-label={`Preview of ${doc.name}`}>
-      {page}
-    </section>
-  );
 }
 
 function Closing({ doc, current }: { doc: Doc; current: Workspace }) {

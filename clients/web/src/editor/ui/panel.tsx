@@ -5,6 +5,7 @@ import { effect, signal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { keysOf } from "../state/commands.js";
 import { dark, panelHeight, panelOpen, phone } from "../state/layout.js";
+import { load } from "../state/network.js";
 import { allows, session } from "../state/session.js";
 import type { Terminal } from "../state/terminals.js";
 import { complain } from "../state/toasts.js";
@@ -300,7 +301,7 @@ function TerminalView({
     void (async () => {
       let { screen } = terminal;
       if (screen === null) {
-        const { Screen } = await import("../terminal/screen.js");
+        const { Screen } = await load(() => import("../terminal/screen.js"));
         await document.fonts.load('12px "JetBrains Mono Variable"').catch(() => {});
         if (gone || terminal.screen !== null) return;
         const made = new Screen(terminal.foreign, terminal.foreign);
@@ -314,7 +315,7 @@ function TerminalView({
       screen.fit();
       if (terminal.wanted && !phone.value) screen.focus();
       terminal.wanted = false;
-    })();
+    })().catch(complain);
     let frame = 0;
     const observer = new ResizeObserver(() => {
       cancelAnimationFrame(frame);
