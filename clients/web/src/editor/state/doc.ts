@@ -42,6 +42,8 @@ export class Doc {
   readonly looking = signal(false);
   /** The file changed while it was being saved here: perhaps by others. */
   told = false;
+  /** Ends with the last of the texts that are taken in. */
+  turn: Promise<unknown> = Promise.resolve();
   state: EditorState | null = null;
   etag: string | null = null;
   saved = "";

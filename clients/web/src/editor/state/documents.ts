@@ -5,14 +5,13 @@ import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incu
 import { signal } from "@preact/signals";
 import { Doc, type Left, type Place, type Theirs } from "./doc.js";
 import type { Draft, Keeping } from "./drafts.js";
+import { IMAGE, loadImage } from "./images.js";
 import { load } from "./network.js";
 import { within } from "./paths.js";
 import { Tabs } from "./tabs.js";
 import { complain, say } from "./toasts.js";
 
 type Code = typeof import("../code/editor.js");
-
-const IMAGE = /\.(png|jpe?g|gif|webp|avif|ico)$/i;
 
 /** The view that shows a document's state, if one does. */
 export interface Stage {
@@ -84,7 +83,7 @@ export class Documents {
   async load(doc: Doc, draft: Draft | null = null): Promise<void> {
     try {
       if (IMAGE.test(doc.path)) {
-        await this.#loadImage(doc);
+        await loadImage(this.#tenant(), doc);
         return;
       }
       const [content, code] = await Promise.all([
@@ -117,18 +116,6 @@ export class Documents {
       doc.failure.value = error instanceof Error ? error.message : String(error);
       doc.phase.value = "failed";
     }
-  }
-
-  async #loadImage(doc: Doc): Promise<void> {
-    const content = await this.#tenant().files.read(doc.path);
-    const bytes = Uint8Array.from(atob(content.data ?? ""), (char) => char.charCodeAt(0));
-    if (doc.image.value !== null) URL.revokeObjectURL(doc.image.value);
-    const extension = doc.path.split(".").pop()?.toLowerCase() ?? "";
-    const type = `image/${{ jpg: "jpeg", ico: "x-icon" }[extension] ?? extension}`;
-    doc.image.value = URL.createObjectURL(new Blob([bytes], { type }));
-    doc.size.value = content.size;
-    doc.etag = content.etag;
-    doc.phase.value = "image";
   }
 
   async #editor(): Promise<Code> {
@@ -212,7 +199,7 @@ export class Documents {
         if (
           theirs.text === null ||
           theirs.etag === null ||
-          !(await this.#arrived(doc, theirs.text, theirs.etag))
+          !(await this.#inTurn(doc, () => this.#arrived(doc, theirs.text!, theirs.etag!)))
         ) {
           doc.theirs.value = theirs;
           this.comparing.value = doc;
@@ -273,8 +260,16 @@ export class Documents {
     doc.theirs.value = null;
     doc.etag = etag;
     doc.saved = text;
+    if (doc.queued.value !== null) doc.queued.value = doc.text; // as it was, it would undo theirs
     this.#dirtied(doc);
     return true;
+  }
+
+  /** Takes in texts of a document one after the other: of two at once the later would be merged a second time. */
+  #inTurn<Result>(doc: Doc, take: () => Promise<Result>): Promise<Result> {
+    const turn = doc.turn.then(take);
+    doc.turn = turn.catch(() => {});
+    return turn;
   }
 
   async #merge(doc: Doc, text: string): Promise<boolean> {
@@ -329,11 +324,15 @@ export class Documents {
       const { etag } = await this.#tenant().files.stat(path);
       if (etag === doc.etag) return;
       const present = await this.#tenant().files.read(path);
-      if (doc.path !== path) return;
-      if (doc.saving.value || doc.etag !== known) return this.#look(doc); // what was read is older by now
-      if (present.etag === doc.etag || present.text === undefined) return;
-      doc.size.value = present.size;
-      await this.#arrived(doc, present.text, present.etag);
+      const late = await this.#inTurn(doc, async () => {
+        if (doc.path !== path || doc.phase.value !== "ready") return false;
+        if (doc.saving.value || doc.etag !== known) return true; // what was read is older by now
+        if (present.etag === doc.etag || present.text === undefined) return false;
+        doc.size.value = present.size;
+        await this.#arrived(doc, present.text, present.etag);
+        return false;
+      });
+      if (late) await this.#look(doc);
     } catch (error) {
       if (!(error instanceof GatewayError) || error.code !== "not_found" || doc.saving.value) return;
       if (doc.path !== path) return this.#look(doc);
