@@ -240,6 +240,10 @@ async def test_files_are_dropped_moved_found_and_replaced_in(editor: OpenEditor,
     await asked.get_by_role("button", name="Replace").click()
     await window.row("public").click()
     await until(lambda: run(site, "cat public/dropped.txt") == "two words, more words")
+    await window.row_menu("dropped.txt")
+    async with page.expect_download() as downloaded:
+        await page.get_by_role("menuitem", name="Download").press("Enter")
+    assert (await (await downloaded.value).path()).read_text() == "two words, more words"
     await window.row_menu("in")
     async with page.expect_file_chooser() as chosen:
         await page.get_by_role("menuitem", name="Upload files").press("Enter")
@@ -431,6 +435,12 @@ async def test_what_an_agent_does_shows_as_it_happens(editor: OpenEditor, host: 
     run(site, "touch go")
     await bash
     await expect(running.get_by_label("Running")).to_have_count(0)
+    # what has ended can be looked at, too
+    await window.page.reload()
+    await window.connected()
+    activity = await window.view("Activity")
+    await activity.get_by_role("button").filter(has_text="echo begun").click()
+    await expect(window.screen).to_contain_text("begun")
     run(site, "rm go public/agent.txt")
 
 

@@ -1,6 +1,8 @@
-"""Files of a site that is not ours, looked at as pages and pictures."""
+"""How files look: as one likes, and as the pages and pictures that they are."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 from playwright.async_api import expect
@@ -8,6 +10,9 @@ from playwright.async_api import expect
 from tests.e2e.conftest import OpenEditor
 from tests.e2e.editor import Editor, violations
 from tests.e2e.test_editor import run
+
+# of 2 × 2 pixels
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAAAAABX3VL4AAAAC0lEQVR4nGNgAAEAAAYAAf6MZ8gAAAAASUVORK5CYII="
 
 
 @pytest.fixture(scope="module")
@@ -42,4 +47,45 @@ async def test_text_is_looked_at_as_a_page_and_as_a_picture(editor: OpenEditor, 
     await page.get_by_role("button", name="Preview", exact=True).click()
     picture = page.get_by_role("img", name="logo.svg")
     await expect(picture).to_be_visible()
-    assert await picture.evaluate("(image) => image.decode().then(() => image.naturalWidth > 0)")
+    decoded = "(image) => image.decode().then(() => image.naturalWidth)"
+    assert await picture.evaluate(decoded) > 0
+
+    run(desk, f"echo {PNG} | base64 -d >dot.png")
+    await window.row("dot.png").click()
+    picture = page.get_by_role("img", name="dot.png")
+    await expect(picture).to_be_visible()
+    assert await picture.evaluate(decoded) == 2
+    run(desk, "rm dot.png")
+
+
+async def test_what_one_likes_holds_for_this_browser(editor: OpenEditor, desk: str) -> None:
+    """The size of code, the width of a tab, wrapping, and saving by itself."""
+    run(desk, f"printf '\\ta {'{ } ' * 200}' >src/liked.css")
+    window = await opened(editor, desk, "src/liked.css")
+    page = window.page
+    await page.keyboard.press("Control+,")
+    dialog = page.get_by_role("dialog", name="Settings")
+    await dialog.get_by_label("Size of code").select_option("18")
+    await dialog.get_by_label("Width of a tab").select_option("8")
+    await dialog.get_by_label("Wrap long lines").check()
+    await dialog.get_by_label("Save by itself").check()
+    await dialog.get_by_role("button", name="Done").click()
+
+    async def liked() -> None:
+        await expect(window.text).to_have_css("font-size", "18px")
+        await expect(window.text).to_have_css("tab-size", "8")
+        await expect(window.text).to_have_class(re.compile(r"\bcm-lineWrapping\b"))
+
+    await liked()
+    await window.text.click()
+    await page.keyboard.press("Control+Home")
+    await page.keyboard.type("saved ")
+
+    async def saved() -> None:
+        assert run(desk, "cat src/liked.css").startswith("saved \ta")
+
+    await window.until(saved)
+    await page.reload()
+    await window.connected()
+    await liked()
+    run(desk, "rm src/liked.css")
