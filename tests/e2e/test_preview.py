@@ -96,6 +96,24 @@ def _port(window: Editor) -> str:
     return window.watched.address.rpartition(":")[2]
 
 
+async def test_a_site_is_shown_at_the_size_of_a_device(editor: OpenEditor, pages: str) -> None:
+    """As a browser of that size would show it, however small the preview is."""
+    window, view = await opened(editor)
+    await window.site_shows("Your site is live.")
+    size = view.get_by_role("button", name="Size of the site")
+    for name, width, height in (("Tablet", 820, 1180), ("Phone", 390, 844)):
+        await size.click()
+        await window.page.get_by_role("menuitem", name=name).click()
+        await expect(size).to_have_accessible_name(f"Size of the site: {name}")
+
+        await frame(window).wait_for_function(f"innerWidth === {width} && innerHeight === {height}")
+        box = await view.locator("iframe").bounding_box()
+        assert box is not None and box["width"] <= 421 and box["height"] < 900
+    await size.click()
+    await window.page.get_by_role("menuitem", name="Fitting").click()
+    await expect(size).to_have_accessible_name("Size of the site: Fitting")
+
+
 async def test_a_hostile_page_writes_nothing_but_some_lines_of_text(editor: OpenEditor, pages: str) -> None:
     window, view = await opened(editor)
     address = view.get_by_label("Address of the site")
