@@ -7,10 +7,13 @@ import contextlib
 
 from playwright.async_api import Error, expect
 
+from gateway_client import Client, Tenant
+from gateway_client.errors import StaleRead
 from tests.e2e.conftest import OpenEditor
 from tests.e2e.editor import Editor
 from tests.e2e.test_editor import run
 from tests.integration import environment
+from tests.integration.sites import Hosting
 
 TEXT = "one\ntwo\nthree\nfour\n"
 
@@ -129,6 +132,84 @@ async def test_two_tabs_edit_one_file_and_neither_loses_a_word(editor: OpenEdito
     await holds("of the second above one\ntwo\nthree\nbelow four\n")
     await expect(first.text).to_contain_text("of the second above one")
     run(site, "rm public/both.txt")
+
+
+SHARED = "# ann\n# bob\n# agent\n# end\n"
+
+
+async def test_two_people_and_an_agent_in_one_file_see_one_anothers_changes(
+    editor: OpenEditor, host: Hosting, site: str
+) -> None:
+    """All three write at the same time, each in a part of its own: no word is lost, and nobody is asked.
+
+    Then two write the same words in the same place, which is no conflict, and other words, which is one.
+    """
+    run(site, f"printf '{SHARED}' >public/shared.txt")
+    ann, bob = [await editor() for _ in range(2)]  # two browsers
+    for window in (ann, bob):
+        await window.load_connected(f"{site}/public/shared.txt")
+        await expect(window.text).to_contain_text("# end")
+    rounds = range(6)
+
+    async def person(window: Editor, name: str, down: int) -> None:
+        """Write words before the heading that follows the own one, and save each."""
+        keys = window.page.keyboard
+        await window.text.click()
+        await keys.press("Control+Home")
+        for _ in range(down):
+            await keys.press("ArrowDown")
+        await keys.press("End")
+        for number in rounds:
+            await keys.type(f" {name}-{number}")
+            await window.save()
+
+    async def agent(tenant: Tenant) -> None:
+        for number in rounds:
+            while True:  # as a model does: what was written in between has to be read before
+                await tenant.read("public/shared.txt")
+                try:
+                    await tenant.edit("public/shared.txt", "\n# end", f" agent-{number}\n# end")
+                    break
+                except StaleRead:
+                    continue
+
+    words = {name: "".join(f" {name}-{number}" for number in rounds) for name in ("ann", "bob", "agent")}
+    whole = f"# ann{words['ann']}\n# bob{words['bob']}\n# agent{words['agent']}\n# end\n"
+    async with Client(url=host.url, token=host.gateway.token(site)) as client:
+        tenant = client.tenant(site)
+        await asyncio.gather(person(ann, "ann", 0), person(bob, "bob", 1), agent(tenant))
+
+        async def saved() -> None:
+            assert run(site, "cat public/shared.txt") == whole
+
+        await ann.until(saved)
+        for window in (ann, bob):
+            await expect(window.text.locator(".cm-line")).to_have_text([*whole.split("\n")])
+            await expect(window.page.get_by_label("Close shared.txt", exact=True)).to_be_attached()
+            await expect(window.page.locator(".told, .toast.error")).to_have_count(0)
+
+        choose = "Compare and choose"
+        await end_with(ann, "the same")
+        await tenant.read("public/shared.txt")
+        await tenant.edit("public/shared.txt", "# end\n", "# end\nthe same")
+        await expect(bob.text).to_contain_text("the same")
+        await ann.save()
+        await expect(ann.page.get_by_label("Close shared.txt", exact=True)).to_be_attached()
+        await expect(ann.page.get_by_role("button", name=choose)).to_have_count(0)
+
+        await end_with(ann, ", says ann")
+        await tenant.read("public/shared.txt")
+        await tenant.edit("public/shared.txt", "the same", "the same, says an agent")
+        await expect(ann.page.get_by_role("button", name=choose)).to_be_visible()
+        await expect(bob.text).to_contain_text("says an agent")
+        await expect(bob.page.get_by_role("button", name=choose)).to_have_count(0)
+    run(site, "rm public/shared.txt")
+
+
+async def end_with(window: Editor, words: str) -> None:
+    await window.text.click()
+    await window.page.keyboard.press("Control+End")
+    await window.page.keyboard.type(words)
 
 
 async def test_a_stopped_tenant_offers_to_start_and_its_terminals_come_back(
