@@ -16,27 +16,25 @@ would ask the other members too, of which one may be dead, only this one answers
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-import aiohttp
-import orjson
-
 from gateway.incus.exec_sockets import ExecSockets, connect
+from gateway.incus.hearing import concerns, heard
 from gateway.incus.inventory import Inventory, touched_by
 from gateway.incus.memory import Memory
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
-from gateway.incus.rest import BASE, Elsewhere, IncusError, Rest, instance_path, unreachable
+from gateway.incus.rest import Elsewhere, IncusError, Rest, instance_path, unreachable
+from gateway.incus.slots import Slots, named
 from gateway.incus.states import States, start_of
 from gateway.incus.waiting import Waiting
 
 __all__ = ["Elsewhere", "Incus", "IncusError", "instance_path"]
 
-_EVENTS_WAITING = 10_000
-_EVENT_MAX = 1 << 20  # bytes
 # bytes of one instance with its state, which lists all network interfaces and addresses the tenant creates:
 # ten thousand of them take 1 MB and 5 ms to parse
 _STATE_MAX = 1 << 20
@@ -58,6 +56,26 @@ class Incus(Rest):
         self._states = States(lambda name: self._find(name, state=True))
         self._pids: dict[str, tuple[str, int]] = {}  # by instance: id of its start, init pid
         self._member: str | None = None
+        self.slots = Slots(project)
+
+    async def project_of(self, path: str) -> str:
+        name = named(path)
+        if name and self.slots.second and self.slots.names is None:
+            await self._second()
+        return self.slots.of(name)
+
+    async def _second(self) -> list[dict[str, Any]]:
+        """Return this member's instances in the second project, which there may not be yet."""
+        if not (second := self.slots.second):
+            return []
+        found: list[dict[str, Any]] = []
+        try:
+            found = await self.own("/1.0/instances", recursion="1", project=second)
+        except IncusError as error:
+            if error.status != 404:
+                raise
+        self.slots.names = {str(entry["name"]) for entry in found}
+        return found
 
     async def member(self) -> str:
         """Return the name of this server in its cluster, empty if it is in none. Asked once.
@@ -82,13 +100,22 @@ class Incus(Rest):
             return await self.get(path, **query)
         return (await self._request("GET", path, query=query, alone=True))["metadata"]
 
-    async def names(self) -> set[str]:
-        """Return the names of all instances of the project; in a cluster of all members, dead ones too.
+    async def names(self, project: str | None = None) -> set[str]:
+        """Return the names of all instances of both projects, or of one; those of dead members, too.
 
         Raises `IncusError`, in a cluster without a quorum after a while.
         """
-        found = await self.get("/1.0/instances")
-        return {unquote(str(url).split("?")[0].rpartition("/")[2]) for url in found}
+        names = set[str]()
+        for one in (project,) if project is not None else filter(None, (self.project, self.slots.second)):
+            try:
+                more = {} if one == self.project else {"project": one}
+                found = await self.get("/1.0/instances", **more)
+            except IncusError as error:
+                if error.status != 404 or one == self.project:  # the second one comes with its first instance
+                    raise
+            else:
+                names |= {unquote(str(url).split("?")[0].rpartition("/")[2]) for url in found}
+        return names
 
     async def _here(self, found: Mapping[str, Any]) -> None:
         """Raise `Elsewhere` unless an instance is on this server."""
@@ -114,8 +141,20 @@ class Incus(Rest):
         found = await self._inventory.all()
         return found if state is None else await self._states.added(found, state)
 
+    async def _bare(self, name: str) -> dict[str, Any]:
+        """Return an instance without its state. Raises `Elsewhere` and `IncusError`."""
+        path, second = instance_path(name), self.slots.second
+        try:
+            found: dict[str, Any] = await self.get(path)
+        except IncusError as error:
+            if error.status != 404 or not second or not await self.member():
+                raise
+            found = await self.get(path, project=second)  # another member may have it there
+        await self._here(found)
+        return found
+
     async def _list(self) -> list[dict[str, Any]]:
-        found = await self.own("/1.0/instances", recursion="1")
+        found = [*await self.own("/1.0/instances", recursion="1"), *await self._second()]
         # Incus 6.0.4 lists a stopping instance by its name alone, for up to a second: see `instance`.
         whole = [
             await self._find(entry["name"], state=True) if entry.get("config") is None else entry
@@ -125,8 +164,7 @@ class Incus(Rest):
 
     async def _find(self, name: str, *, state: bool = False) -> dict[str, Any] | None:
         try:
-            found = await (self.instance(name) if state else self.get(instance_path(name)))
-            await self._here(found)
+            found = await (self.instance(name) if state else self._bare(name))
         except Elsewhere:
             return None
         except IncusError as error:
@@ -145,18 +183,17 @@ class Incus(Rest):
         """
         path = instance_path(name)
         if state is not None:
-            bare: dict[str, Any] = await self.get(path)
-            await self._here(bare)
+            bare = await self._bare(name)
             if bare.get("config") is not None and not state(bare):
                 return {**bare, "state": {}}
         try:
             answer = await self._request("GET", path, query={"recursion": "1"}, most=_STATE_MAX)
             found: dict[str, Any] = answer["metadata"]
         except IncusError as error:
-            if error.status in (0, 404):
+            if error.status == 0 or (error.status == 404 and not self.slots.second):
                 raise
             # its init has ended but Incus does not know yet ("Invalid PID"), or the state is too large
-            found = await self.get(path)
+            found = await self._bare(name)
         await self._here(found)
         return {**found, "state": found.get("state") or {}}
 
@@ -170,8 +207,7 @@ class Incus(Rest):
         The pid is looked up once per start: on this host if possible (see `monitor`), else in the instance's
         `state`. Raises `IncusError`.
         """
-        found: dict[str, Any] = await self.get(instance_path(name))
-        await self._here(found)
+        found = await self._bare(name)
         if found.get("config") is None:  # it is stopping
             return await self.instance(name), 0
         if found["status"] == "Stopped":
@@ -191,7 +227,8 @@ class Incus(Rest):
 
     def _on_host(self, name: str) -> str:
         """Return an instance's name as it appears in host paths."""
-        return name if self.project == "default" else f"{self.project}_{name}"
+        project = self.slots.of(name)
+        return name if project == "default" else f"{project}_{name}"
 
     async def busy(self) -> set[str]:
         """Return the names of instances with a running operation, such as the copy that creates them."""
@@ -211,14 +248,17 @@ class Incus(Rest):
         timeout: float,
         if_match: str | None = None,
         target: str | None = None,
+        project: str | None = None,
     ) -> Operation:
         """Start an operation and wait for its result. An instance is created on this server, or on `target`.
+
+        It is one of `project`, without which that of the instance is meant, or our first one.
 
         One of an instance that is just being copied to another member begins after that. Raises `IncusError`
         if it fails or takes longer than `timeout` seconds, and with status 412 if the resource no longer has
         the ETag `if_match` that `get_tagged` returned.
         """
-        query = {}
+        query = {} if project is None else {"project": project}
         # else Incus chooses the member with the fewest instances, and for a copy sends the disk there
         if (method, path) == ("POST", "/1.0/instances") and (member := target or await self.member()):
             query["target"] = member
@@ -228,9 +268,12 @@ class Incus(Rest):
             try:
                 answer = await self._request(method, path, body=body, query=query, if_match=if_match)
                 if answer["type"] != "async":
-                    return Operation(ok=True, metadata=answer.get("metadata") or {})
-                operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
+                    operation = Operation(ok=True, metadata=answer.get("metadata") or {})
+                else:
+                    operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
                 if operation.ok:
+                    if target in (None, self._member):
+                        self.slots.did(method, path, body, project)
                     return operation
                 raise IncusError(operation.error, 400)
             except IncusError as error:
@@ -324,70 +367,24 @@ class Incus(Rest):
 
         In a cluster, what happens to instances of other members is left out; Incus sends that too.
         """
-        member = await self.member()
-        query = {"type": ",".join(types), "project": self.project}
-        heard: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        try:
-            # pongs are required here: without them incusd hangs up after 30 s. Our own heartbeat
-            # detects a silent, half-dead stream.
-            async with self.session.ws_connect(
-                f"{BASE}/1.0/events",
-                params=query,
-                max_msg_size=_EVENT_MAX,
-                compress=0,
-                autoping=True,
-                heartbeat=20,
-            ) as socket:
-                hearing = asyncio.create_task(self._hear(socket, heard, "lifecycle" in types, member))
-                try:
-                    yield {"type": "connected"}
-                    while (event := await heard.get()) is not None:
-                        yield event
-                    await hearing
-                finally:
-                    hearing.cancel()
-                    await asyncio.gather(hearing, return_exceptions=True)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise unreachable(error) from error
+        member, slots = await self.member(), self.slots
+        query = {"type": ",".join(types)}
+        query |= {"all-projects": "true"} if slots.second else {"project": self.project}
 
-    async def _hear(
-        self,
-        socket: aiohttp.ClientWebSocketResponse,
-        heard: asyncio.Queue[dict[str, Any] | None],
-        lifecycle: bool,
-        member: str,
-    ) -> None:
-        try:
-            if lifecycle:
-                self._inventory.listening(True)
-            async for message in socket:
-                if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
-                    event = orjson.loads(message.data)
-                    if member and not concerns(member, event):
-                        continue
-                    if lifecycle:
-                        self._inventory.noted(event)
-                    if heard.qsize() >= _EVENTS_WAITING:
-                        raise IncusError("incusd's events arrive faster than they are read", 0)
-                    heard.put_nowait(event)
-        finally:
-            if lifecycle:
-                self._inventory.listening(False)
-            heard.put_nowait(None)
+        def wanted(event: Mapping[str, Any]) -> bool:
+            return slots.holds(event) and (not member or concerns(member, event))
+
+        def noted(event: Mapping[str, Any]) -> None:
+            slots.noted(event)
+            self._inventory.noted(event)
+
+        keep = (noted, self._inventory.listening) if "lifecycle" in types else ()
+        async with contextlib.aclosing(heard(self.session, query, wanted, *keep)) as events:
+            async for event in events:
+                yield event
 
 
 def member_of(server: Mapping[str, Any]) -> str:
     """Return the name of a server, as `/1.0` describes it, in its cluster; empty if it is in none."""
     environment = server.get("environment") or {}
     return str(environment["server_name"]) if environment.get("server_clustered") is True else ""
-
-
-def concerns(member: str, event: Mapping[str, Any]) -> bool:
-    """Return whether a member need hear an event: not what happens to other members' instances.
-
-    Profiles and the like are the whole cluster's, wherever they were changed.
-    """
-    if event.get("location") in (None, "", "none", member):
-        return True
-    action = str((event.get("metadata") or {}).get("action", ""))
-    return event.get("type") == "lifecycle" and not action.startswith("instance-")

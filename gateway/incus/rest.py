@@ -70,6 +70,10 @@ class Rest:
             raise RuntimeError("Incus must be used inside its `async with`")
         return self._session
 
+    async def project_of(self, path: str) -> str:
+        """Return the project that a request at this path is about."""
+        return self.project
+
     async def get(self, path: str, **query: str) -> Any:
         """Return the metadata of a GET. Raises `IncusError`."""
         return (await self._request("GET", path, query=query))["metadata"]
@@ -84,11 +88,10 @@ class Rest:
 
         Raises `IncusError`, also if the file exceeds `most` bytes.
         """
-        params = {"project": self.project, "path": path}
+        at = instance_path(instance, "files")
+        params = {"project": await self.project_of(at), "path": path}
         try:
-            async with self.session.get(
-                BASE + instance_path(instance, "files"), params=params, timeout=self._timeout
-            ) as response:
+            async with self.session.get(BASE + at, params=params, timeout=self._timeout) as response:
                 if response.status == 404:
                     return None
                 kind = response.headers.get("X-Incus-type", "")
@@ -110,11 +113,10 @@ class Rest:
             "X-Incus-uid": "0",
             "X-Incus-gid": "0",
         }
-        params = {"project": self.project, "path": path}
+        at = instance_path(instance, "files")
+        params = {"project": await self.project_of(at), "path": path}
         try:
-            async with self.session.post(
-                BASE + instance_path(instance, "files"), params=params, data=data, headers=headers
-            ) as response:
+            async with self.session.post(BASE + at, params=params, data=data, headers=headers) as response:
                 answer: dict[str, Any] = orjson.loads(await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise unreachable(error) from error
@@ -133,7 +135,9 @@ class Rest:
         if_match: str | None = None,
         alone: bool = False,
     ) -> dict[str, Any]:
-        params = {"project": self.project, **(query or {})}
+        params = {**(query or {})}
+        if "project" not in params:
+            params["project"] = await self.project_of(path)
         data = None if body is None else orjson.dumps(body)
         # with aiohttp's default content type incusd would take a new instance's description for a backup
         headers = {"Content-Type": "application/json"}

@@ -13,7 +13,7 @@ import pytest
 
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Elsewhere, Incus, IncusError
-from gateway.incus.client import concerns
+from gateway.incus.hearing import concerns
 from gateway.limits.capacity import _instances_left
 from gateway.rootfs.locations import Instances
 from gateway.runtime import OnAnotherServer
@@ -198,7 +198,7 @@ async def test_only_what_is_nowhere_any_more_is_told_as_destroyed(tmp_path: Path
 
 async def test_without_a_quorum_nobody_is_told_as_destroyed(tmp_path: Path) -> None:
     class Alone(Cluster):
-        async def names(self) -> set[str]:
+        async def names(self, project: str | None = None) -> set[str]:
             self.asked.append("names")
             raise IncusError("no available cowsql leader server found", 500)
 

@@ -107,6 +107,7 @@ class Member(Incus):
         timeout: float,
         if_match: str | None = None,
         target: str | None = None,
+        project: str | None = None,
     ) -> Operation:
         given = copy.deepcopy(dict(body or {}))
         match method, path.split("/")[2:]:

@@ -48,6 +48,7 @@ class Full(Incus):
         timeout: float = 0,
         if_match: str | None = None,
         target: str | None = None,
+        project: str | None = None,
     ) -> Any:
         assert body is not None
         address = body["devices"]["eth0"]["ipv4.address"]
