@@ -87,9 +87,15 @@ class Background:
             services.cluster.peers.moved = services.deployments.look_soon
         if services.dead_peers is not None:
             jobs["the look at silent servers"] = services.dead_peers.follow
-        if services.standby is not None:
-            jobs["the copies of tenants"] = services.standby.copy
-            jobs["the tenants of lost servers"] = services.standby.bring_back
+        if (standing := services.standing) is not None:
+            jobs["the copies of tenants"] = standing.standby.copy
+            jobs["the tenants of lost servers"] = standing.standby.bring_back
+            if standing.fence is not None:
+                jobs["the lease of this member"] = standing.fence.renew
+                jobs["the fence without a lease"] = standing.fence.guard
+                jobs["the tenants that a lease brings back"] = standing.fence.follow
+            if standing.takeover is not None:
+                jobs["the tenants of servers that have died"] = standing.takeover.follow
         if services.revoking is not None:
             jobs["the revocations of the cluster"] = services.revoking.follow
         if services.shared is not None and services.revoking is not None:

@@ -121,7 +121,8 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
         found |= {name: one for name, one in told.items() if moving and moving.keeps(name)}
         told.clear()
         told.update(found)
-        return list(found.values())
+        standing = services.standing  # another member may have by now what it holds
+        return [one for name, one in found.items() if standing is None or not standing.holds(name)]
 
     async def keep(_: Peer, text: bytes) -> Any:
         return {"id": (await services.records.keep(text)).id}
@@ -149,7 +150,8 @@ def _questions(services: Services) -> Mapping[str, Question]:
     async def room(_: Peer, what: Any) -> Any:
         return (await room_here(services)).to_dict()
 
-    return {ASK_SECRET: secret, TELL_REVOKED: revoked, ASK_ROOM: room}
+    leases = {} if services.standing is None else services.standing.lease.questions
+    return {ASK_SECRET: secret, TELL_REVOKED: revoked, ASK_ROOM: room, **leases}
 
 
 def _known(tenant: Tenant) -> Known:

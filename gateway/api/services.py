@@ -17,6 +17,7 @@ from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
 from gateway.api.moving import moving
 from gateway.api.preview import Previews
+from gateway.api.standing_by import StandingBy, standing_by
 from gateway.audit import Audit
 from gateway.auth import tokens
 from gateway.auth.grants import Grants
@@ -48,7 +49,6 @@ from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
-from gateway.lifecycle.standby import Standby
 from gateway.limits.budget import Budget, Places
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
@@ -59,7 +59,6 @@ from gateway.rootfs.cutter import Cutter
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Removal
 from gateway.runtime.incus import IncusRuntime, IncusSites
-from gateway.runtime.incus.standby_copies import StandbyCopies
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_sites import LocalSites
 from gateway.runtime.sites import Sites
@@ -79,8 +78,8 @@ class Services(Hub):
 
     `secret` signs tokens. `end_token` ends what is open under a token, by its id, and returns how many
     websockets that closed. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
-    `revoking` and `cluster` are if there is no cluster. `shared`, `dead_peers` and `standby` are if there is
-    none of Incus.
+    `revoking` and `cluster` are if there is no cluster. `shared`, `dead_peers` and `standing` are if there
+    is none of Incus.
     """
 
     secret: str = field(repr=False)
@@ -110,7 +109,7 @@ class Services(Hub):
     dead_peers: DeadPeers | None
     departures: Departures | None  # to other members, and
     arrivals: Arrivals | None  # from them; None without a cluster of Incus
-    standby: Standby | None
+    standing: StandingBy | None
     tunnels: set[Near]  # websockets of other members' tenants
     draining: bool = False
 
@@ -155,6 +154,8 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
         workers = await enter(Workers(settings, tenants=runtime.tenants))
         own, members = await _membership(settings, runtime)
         cluster = await enter(joined(own, members, settings)) if own else None
+        if own and isinstance(runtime, IncusRuntime):
+            runtime.incus.slots.second = settings.failover_project
         yield Prepared(runtime=runtime, workers=workers, removals=removals, cluster=cluster)
 
 
@@ -173,7 +174,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         if cluster is not None and isinstance(runtime, IncusRuntime):
             shared = await enter(sharing(cluster.own, cluster.alive, settings))
             keys, cluster.placements = shared.keys, shared.placements
-            cutter = Cutter(settings.broker_socket, settings.incus_socket.parent)
+            cutter = Cutter(settings)
             stack.push_async_callback(cutter.aclose)
             dead_peers = DeadPeers(cluster.peers, cutter.cut_off)
         elif cluster is not None and settings.local_member is not None:
@@ -247,13 +248,13 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         def is_leaving(tenant: str) -> bool:
             return departures is not None and departures.moving(tenant)
 
-        standby = None
+        standing = None
         if isinstance(runtime, IncusRuntime) and cluster is not None and shared is not None:
-            copies = await enter(StandbyCopies(settings, runtime))
-            standby = Standby(
-                *(copies, runtime, cluster, shared.members, capacity, names, records, store, bus, settings),
-                changed=workers.broker.changed,
-                moving=is_leaving,
+            standing = await enter(
+                standing_by(
+                    *(cluster, shared, runtime, cutter, connections, doors, caddy, workers, files, settings),
+                    *(capacity, names, records, store, bus, is_leaving),
+                )
             )
         deployments = await enter(
             Deployments(
@@ -354,7 +355,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             doors=doors,
             departures=departures,
             arrivals=arrivals,
-            standby=standby,
+            standing=standing,
             tunnels=tunnels,
             home=None if (here := ready.cluster) is None else {"member": here.own, "url": settings.advertise},
         )

@@ -64,7 +64,7 @@ class DeadPeers:
             self._told &= {peer.name for peer in silent}
 
     async def _look(self, peer: Peer) -> None:
-        if await _answers(peer.incus):
+        if await answers(peer.incus):
             self._told.discard(peer.name)
             return
         try:
@@ -80,7 +80,7 @@ class DeadPeers:
             self._told.add(peer.name)
 
 
-async def _answers(address: str) -> bool:
+async def answers(address: str) -> bool:
     """Return whether a server says anything to who wants a connection, be it no.
 
     The kernel is asked for that, and only after the time: this process may have no CPU meanwhile.

@@ -22,6 +22,11 @@ _TRIES: Final = 10
 _RETRY_AFTER: Final = 60
 _MOVING: Final = 30 * 86_400.0  # seconds that a move's decision stands, for homes that are away meanwhile
 
+_AWAY: Final = (
+    3650 * 86_400.0
+)  # the same of a tenant that was brought back: its old home may be away for long
+_LOST: Final = "lost-"  # of such a decision, with the suspicion that led to it
+
 
 class Placements:
     """The choices that were made lately. `members` returns the names of the cluster's members, or raises.
@@ -79,9 +84,39 @@ class Placements:
         """Return whether a move was decided. Raises `Unavailable` if the cluster cannot say."""
         return _move(await self._keys.get(_KIND + tenant))[1] == move
 
+    async def after(self, tenant: str, home: str, wish: str, suspicion: str) -> str:
+        """Return the member that has a tenant of `home`, which is suspected of being lost; now `wish`.
+
+        Whoever asks first decides: the home itself, once it is back, or who has the copy. Raises
+        `Unavailable` if the cluster cannot decide.
+        """
+        key, mark = _KIND + tenant, _LOST + suspicion
+        for _ in range(_TRIES):
+            found = await self._keys.get(key)
+            member, _ = _parsed(found)
+            if _move(found)[1] == mark or (member not in ("", home) and member in await self._members()):
+                return member  # decided, or it has another home since
+            until = round(time.time() + (self._kept if wish == home else _AWAY))
+            if await self._keys.swap(key, found, orjson.dumps([wish, until, mark]).decode()):
+                return wish
+        raise Unavailable(f"others decide about {tenant} all the time; ask again", reason="contended")
+
+    async def taken(self, member: str) -> Collection[str]:
+        """Return the tenants that are a member's by `after`. Raises `Unavailable`."""
+        listed = {key: _move(value) for key, value in (await self._keys.listed(_KIND)).items()}
+        return {
+            key.removeprefix(_KIND)
+            for key, (home, mark) in listed.items()
+            if home == member and mark.startswith(_LOST)
+        }
+
     async def is_member(self, name: str) -> bool:
         """Return whether the cluster has a member of this name. Raises `Unavailable` if it cannot say."""
         return name in await self._members()
+
+    async def back(self, tenant: str, member: str, suspicion: str) -> None:
+        """Let a decision of `after` go like any other, once the lost home is back without the tenant."""
+        await self.settle(tenant, member, _LOST + suspicion)
 
     async def settle(self, tenant: str, member: str, move: str) -> None:
         """Let a move's decision go like any other, once all have seen where the tenant is."""

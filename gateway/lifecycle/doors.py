@@ -23,6 +23,8 @@ class Doors:
         self._waiting: Counter[str] = Counter()
         self._inside: Counter[str] = Counter()
         self._left = asyncio.Event()
+        self.check: Callable[[str], None] = lambda tenant: None
+        """Raises `Unavailable` for a tenant that may not be served here at all."""
         self._streams: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)
 
     def close(self, tenant: str) -> None:
@@ -40,10 +42,16 @@ class Doors:
             door.set()
 
     def closed(self, tenant: str) -> bool:
+        """Return whether a call would not be made now."""
+        try:
+            self.check(tenant)
+        except Unavailable:
+            return True
         return tenant in self._closed
 
     async def wait(self, tenant: str) -> None:
         """Wait while the door is closed. Raises `Unavailable` after a while, and `RateLimited`."""
+        self.check(tenant)
         door = self._closed.get(tenant)
         if door is None:
             return

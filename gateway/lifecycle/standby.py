@@ -44,7 +44,10 @@ Changed = Callable[[str, str, str], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The copy that a member has of the tenant `instance`, as that was `at`, in seconds since the epoch."""
+    """The copy that a member has of the tenant `instance`, as that was `at`, in seconds since the epoch.
+
+    It is 0.0 while the first one is made: the member may have it all the same.
+    """
 
     instance: str
     member: str
@@ -78,20 +81,36 @@ class Standby:
         self._store, self._bus, self._settings, self._moving = store, bus, settings, moving
         self._standing: dict[str, Standing] = {}
         self._tried: dict[str, float] = {}  # when each tenant was looked at last, by the monotonic clock
+        self._held: set[str | None] = set()  # instances that Incus starts, or not, as the settings say
         self._refused: set[str] = set()  # lost tenants whose names are others' by now
+        self._reviving: set[str] = set()
         self._pause = _LOOK
 
     def of(self, tenant: str) -> Mapping[str, Any] | None:
         """Return a tenant's copy as clients see it, None if there is none."""
         found = self._standing.get(tenant)
-        return None if found is None else {"member": found.member, "of": _iso(found.at)}
+        return None if found is None or not found.at else {"member": found.member, "of": _iso(found.at)}
+
+    def instance(self, tenant: str) -> str:
+        """Return the instance of a tenant that was copied, empty for any other."""
+        found = self._standing.get(tenant)
+        return "" if found is None else found.instance
+
+    @property
+    def copied(self) -> Collection[str]:
+        """The tenants of this member of which another one may have a copy."""
+        return self._standing.keys()
+
+    async def recall(self) -> None:
+        """Go on with what an earlier process copied. Raises `StoreFailed`."""
+        for tenant, instance, member, at in await self._store.read(_all):
+            self._standing[tenant] = Standing(instance, member, at)
 
     # --- copies -------------------------------------------------------------------------------------
 
     async def copy(self) -> None:
         """Copy this member's tenants, forever and one at a time."""
-        for tenant, instance, member, at in await self._store.read(_all):
-            self._standing[tenant] = Standing(instance, member, at)
+        await self.recall()
         await self._cluster.peers.settle(SETTLING)  # who moved to a peer is not taken for destroyed
         while True:
             try:
@@ -116,6 +135,7 @@ class Standby:
                 self._tried[tenant.name] = time.monotonic()
                 await self._copy(tenant)
         self._tried = {name: at for name, at in self._tried.items() if name in tenants}
+        self._held &= {tenant.instance for tenant in tenants.values()}
         self._pause = min([_LOOK, *filter(None, map(self._interval, tenants.values()))])
 
     def _interval(self, tenant: Tenant) -> float:
@@ -125,7 +145,8 @@ class Standby:
         interval = self._interval(tenant)
         if not interval or tenant.status not in _QUIET or tenant.deployment or tenant.migration:
             return False
-        if self._moving(tenant.name):
+        # incusd 6.0.4 crashes where a copy is begun while its source is just being started
+        if self._moving(tenant.name) or tenant.name in self._reviving:
             return False
         tried = self._tried.get(tenant.name)
         return tried is None or time.monotonic() >= tried + interval
@@ -134,11 +155,17 @@ class Standby:
         name, standing = tenant.name, self._standing.get(tenant.name)
         try:
             workspace = self._settings.workspace
-            if standing is not None and not await self._changed(name, workspace, _snapshot(standing.at)):
+            if tenant.instance not in self._held:
+                await self._copies.hold_back(name, held=bool(self._settings.failover))
+                self._held.add(tenant.instance)
+            made = standing if standing is not None and standing.at else None
+            if made is not None and not await self._changed(name, workspace, _snapshot(made.at)):
                 return
-            member = await self._place(standing)
+            member = await self._place(made)
             if member is None:
                 return
+            if made is None:  # known before it is there, as another member may run it from then on
+                await self._note(name, Standing(tenant.instance or "", member, 0.0))
             before = await self._records.export(name, tenant.instance or "", "")
             copy = await self._copies.take(tenant)
             try:
@@ -182,6 +209,10 @@ class Standby:
         if tenant is not None or not moved:
             await self._copies.drop(name)
         await self._note(name, None)
+
+    async def gone(self, tenant: str) -> None:
+        """Have this member copy a tenant no more, which is another one's now with its copy."""
+        await self._note(tenant, None)
 
     async def _note(self, name: str, standing: Standing | None) -> None:
         if standing is None:
@@ -230,16 +261,27 @@ class Standby:
         members = await self._members()
         for copy in found:
             if copy.home not in members and copy.tenant not in self._refused:
-                await self._revive(copy)
+                await self.revive(copy)
 
-    async def _revive(self, copy: StandbyCopy) -> None:
+    async def revive(self, copy: StandbyCopy, *, away: bool = False) -> None:
+        """Make a copy that is here the tenant, which it is by decision of the cluster. Idempotent.
+
+        `away`: its old server may come back. Raises `Unavailable`.
+        """
+        self._reviving.add(copy.tenant)
+        try:
+            await self._revive(copy, away=away)
+        finally:
+            self._reviving.discard(copy.tenant)
+
+    async def _revive(self, copy: StandbyCopy, *, away: bool) -> None:
         name = copy.tenant
         # these come before a copy is confirmed, which its home may not have lived to do
         known = await self._records.kept(name)
         if known is not None and known.instance == copy.instance:
             copy = copy.of(known.id)
         try:
-            await self._copies.revive(copy)
+            await self._copies.revive(copy, away=away)
         except Conflict as error:
             log.warning("%s of the lost %s is not brought back: %s", name, copy.home, error.message)
             self._refused.add(name)

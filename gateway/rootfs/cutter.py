@@ -1,41 +1,60 @@
-"""Has the connections with dead members cut by whoever may do that."""
+"""Has done what must not wait for incusd, where the cluster is broken, by whoever may do it."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from gateway.errors import Unavailable
 from gateway.rootfs import dead_members
 from gateway.rootfs.broker_client import BrokerClient
+from gateway.rootfs.locations import Instances
+from gateway.settings import Settings
 
 
 class Cutter:
-    """Has dead members cut off by who may: the broker at a socket, or without one this process, as root.
+    """Asks the broker at a socket, or does it in this process as root without one.
 
     Not by the connection of the file tools: their requests wait for incusd meanwhile.
     """
 
-    def __init__(self, broker: Path | None, incus: Path) -> None:
-        """`incus` is the folder of incusd."""
-        self._broker = None if broker is None else BrokerClient(at=broker)
-        self._incus = incus
+    def __init__(self, settings: Settings) -> None:
+        at = settings.broker_socket
+        self._broker = None if at is None else BrokerClient(at=at)
+        self._incus = settings.incus_socket.parent
+        self._tenants = Instances.of(settings)
 
     async def cut_off(self, member: str) -> int:
         """Close the connections with a member's Incus at HOST:PORT; return how many.
 
         Raises `NotFound` and `Unavailable`.
         """
-        if self._broker is not None:
-            answer, _ = await self._broker.request({"do": "cut_off", "member": member})
-            return int(answer["ended"])
-        try:
-            return await asyncio.to_thread(self._cut_off, member)
-        except OSError as error:
-            raise Unavailable(f"connections with a dead server cannot be cut: {error}") from error
 
-    def _cut_off(self, member: str) -> int:
-        return dead_members.cut_off(member, dead_members.members(self._incus))
+        def cut() -> dict[str, Any]:
+            return {"ended": dead_members.cut_off(member, dead_members.members(self._incus))}
+
+        return int((await self._do({"do": "cut_off", "member": member}, cut))["ended"])
+
+    async def fence(self, tenant: str, *, frozen: bool) -> None:
+        """Freeze or thaw a tenant's container. Idempotent.
+
+        Raises `NotFound` if it is not running, and `Unavailable`.
+        """
+
+        def fence() -> dict[str, Any]:
+            self._tenants.fence(tenant, frozen=frozen)
+            return {}
+
+        await self._do({"do": "fence", "tenant": tenant, "frozen": frozen}, fence)
+
+    async def _do(self, request: dict[str, Any], here: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
+        if self._broker is not None:
+            return (await self._broker.request(request))[0]
+        try:
+            return await asyncio.to_thread(here)
+        except OSError as error:
+            raise Unavailable(f"this process may not {request['do']}: {error}") from error
 
     async def aclose(self) -> None:
         if self._broker is not None:

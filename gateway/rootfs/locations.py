@@ -7,10 +7,8 @@ tenants. Errors are meant for clients and contain no host paths.
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
-import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from urllib.parse import quote
 import orjson
 
 from gateway.errors import NotFound, Unavailable
-from gateway.rootfs import IdMap, bridge_port, dead_members, process_tree
+from gateway.rootfs import IdMap, asking, bridge_port, dead_members, fence, process_tree
 from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
@@ -31,8 +29,6 @@ if TYPE_CHECKING:  # a broker does not need the settings, which are slow to load
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
 
-_INCUS_TIMEOUT = 5.0  # seconds, less than a gateway waits for an answer; usually milliseconds
-_ANSWER_MAX = 4 << 20  # bytes of an instance
 _GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
 _NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # an instance's, see Incus's shared/validate
@@ -89,6 +85,10 @@ class Tenants(Protocol):
         """Return a tenant's current ports of the tenants' bridge."""
         ...
 
+    def fence(self, tenant: str, *, frozen: bool) -> None:
+        """Freeze or thaw the container of that name without asking incusd, see `fence`."""
+        ...
+
     def quotas(self) -> Quotas | None:
         """Return the quotas of the tenants' disks; None for folders, which have none."""
         ...
@@ -135,6 +135,9 @@ class Folders:
     def ports(self, tenant: str) -> Sequence[Port]:
         raise NotFound("a tenant without a container has no ports")
 
+    def fence(self, tenant: str, *, frozen: bool) -> None:
+        raise NotFound("a tenant without a container cannot be frozen")
+
     def quotas(self) -> Quotas | None:
         return None
 
@@ -146,11 +149,19 @@ class Instances:
     """Tenants as containers of one Incus project; incusd is queried each time, only by GET.
 
     Only `workspace` is served, as its owner `uid`. `socket_path` is incusd's; its folder also contains the
-    pools. `bridge` and `pool` are those of the tenants.
+    pools. `bridge` and `pool` are those of the tenants. Those that were brought back are in the project
+    `second`, while another member may have an instance of their name in `project`.
     """
 
     def __init__(
-        self, socket_path: str, project: str, workspace: str, uid: int, bridge: str, pool: str
+        self,
+        socket_path: str,
+        project: str,
+        workspace: str,
+        uid: int,
+        bridge: str,
+        pool: str,
+        second: str = "",
     ) -> None:
         self._socket = socket_path
         self._pools = f"{os.path.dirname(socket_path)}/storage-pools"
@@ -159,6 +170,7 @@ class Instances:
         self._uid = uid
         self._bridge = bridge
         self._pool = pool
+        self._second = second
         self._groups: dict[str, _Group] = {}
         self._member = ""
 
@@ -172,6 +184,7 @@ class Instances:
             settings.workspace_uid,
             settings.network,
             settings.pool,
+            settings.failover_project,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,6 +197,7 @@ class Instances:
             "uid": self._uid,
             "bridge": self._bridge,
             "pool": self._pool,
+            "second": self._second,
         }
 
     def disk(self, tenant: str, workspace: str) -> Disk:
@@ -203,7 +217,7 @@ class Instances:
         read_only = device.get("readonly") in ("true", "1")
         inside = _relative(workspace[len(above.rstrip("/")) :])
         if above == "/":
-            path = f"{self._pools}/{_part(device['pool'])}/containers/{self._folder(tenant)}/rootfs"
+            path = f"{self._pools}/{_part(device['pool'])}/containers/{_folder(instance)}/rootfs"
             # an empty last idmap means that the kernel maps ids at the mount, so they are unshifted on disk
             shifted, real = bool(_idmap(config.get("volatile.last_state.idmap"))), False
         elif device.get("pool"):
@@ -235,10 +249,11 @@ class Instances:
         known = self._groups.get(tenant)
         if known is not None and time.monotonic() < known.until and started(known.pid) == known.began:
             return known.path
-        pid = int((self._instance(tenant, "recursion=1").get("state") or {}).get("pid") or 0)
+        instance = self._instance(tenant, "recursion=1")
+        pid = int((instance.get("state") or {}).get("pid") or 0)
         path, began = process_tree.of_init(pid) if pid > 0 else None, started(pid)
         # LXC's name of the cgroup, in case the pid of a container that has just ended was reused
-        wanted = re.compile(rf"lxc\.payload\.{re.escape(self._folder(tenant))}(-\d+)?")
+        wanted = re.compile(rf"lxc\.payload\.{re.escape(_folder(instance))}(-\d+)?")
         if path is None or not began or not wanted.fullmatch(path.name):
             raise NotFound(f"tenant {tenant} is not running")
         if len(self._groups) >= _GROUPS_MAX:
@@ -258,29 +273,41 @@ class Instances:
     def ports(self, tenant: str) -> Sequence[Port]:
         return [*bridge_port.ports(self._instance(tenant)["config"], self._bridge)]
 
+    def fence(self, tenant: str, *, frozen: bool) -> None:
+        if not _NAME.fullmatch(tenant):
+            raise NotFound(f"no tenant {tenant[:100]}")
+        step = fence.freeze if frozen else fence.thaw
+        folder = _folder({"name": tenant, "project": self._project_of(tenant)})
+        step(Path(self._socket).parent, folder)
+
     def quotas(self) -> Quotas:
         return Quotas(Path(self._pools, self._pool))
 
     def members(self) -> Collection[str]:
         return dead_members.members(Path(self._socket).parent)
 
-    def _folder(self, tenant: str) -> str:
-        return tenant if self._project == "default" else f"{self._project}_{tenant}"
-
     def _instance(self, tenant: str, query: str = "") -> dict[str, Any]:
         """Return an instance that is a tenant. Raises `NotFound` for all others, existing or not.
 
         In a cluster, raises `Unavailable` for one on another server: its paths and ids mean others here.
         """
-        found = None
+        found, project = None, self._project_of(tenant)
         if _NAME.fullmatch(tenant):
-            found = self._get(f"/1.0/instances/{quote(tenant)}", query)
+            found = self._get(f"/1.0/instances/{quote(tenant)}", query, project)
         if found is None or found.get("name") != tenant or not is_tenant(found):
             raise NotFound(f"no tenant {tenant[:100]}")
         location = found.get("location")
         if location not in (None, "", "none") and location != self._own_member():
             raise Unavailable(f"tenant {tenant} is on another server", reason="elsewhere", location=location)
-        return found
+        return {**found, "project": project}
+
+    def _project_of(self, tenant: str) -> str:
+        """Return the project of a tenant of this server, by Incus's link to each instance that is here.
+
+        To ask for a name whose instance is on a member that is away takes Incus longer than a client waits.
+        """
+        link = f"{os.path.dirname(self._socket)}/containers/{self._second}_{tenant}"
+        return self._second if self._second and os.path.lexists(link) else self._project
 
     def _own_member(self) -> str:
         """Return the name of this server in its cluster. Asked once."""
@@ -289,23 +316,10 @@ class Instances:
             self._member = str(environment.get("server_name"))
         return self._member
 
-    def _get(self, path: str, query: str = "") -> dict[str, Any] | None:
+    def _get(self, path: str, query: str = "", project: str = "") -> dict[str, Any] | None:
         """Query incusd; None if the object does not exist. Raises `Unavailable`."""
-        connection = _Connection(self._socket)
-        try:
-            connection.request("GET", f"{path}?project={quote(self._project, safe='')}&{query}")
-            response = connection.getresponse()
-            said = orjson.loads(response.read(_ANSWER_MAX))
-            if response.status == 404:
-                return None
-            if response.status != 200:
-                raise Unavailable("Incus refused to locate the tenant's files")
-            metadata: dict[str, Any] = said["metadata"]
-            return metadata
-        except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
-            raise Unavailable("cannot ask Incus where the tenant's files are; is it running?") from error
-        finally:
-            connection.close()
+        of = quote(project or self._project, safe="")
+        return asking.get(self._socket, f"{path}?project={of}&{query}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,23 +330,10 @@ class _Group:
     until: float
 
 
-class _Connection(http.client.HTTPConnection):
-    """An HTTP connection to a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("incus", timeout=_INCUS_TIMEOUT)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(_INCUS_TIMEOUT)
-        self.sock.connect(self._path)
-
-
 def found_by(told: Mapping[str, Any]) -> Tenants:
     """Create the object described by `told`. Raises `KeyError`, `ValueError`."""
     if told["kind"] == "incus":
-        names = ("socket", "project", "workspace", "uid", "bridge", "pool")
+        names = ("socket", "project", "workspace", "uid", "bridge", "pool", "second")
         return Instances(*(told[name] for name in names))
     idmap = tuple(IdMap(*line) for line in told["idmap"])
     return Folders(told["home"], told["below"], told["uid"], idmap)
@@ -343,6 +344,12 @@ def is_tenant(instance: Mapping[str, Any]) -> bool:
     # an instance being created has no expanded configuration yet
     expanded = instance.get("expanded_config") or {}
     return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
+
+
+def _folder(instance: Mapping[str, Any]) -> str:
+    """Return an instance's name in host paths."""
+    name, project = str(instance["name"]), instance["project"]
+    return name if project == "default" else f"{project}_{name}"
 
 
 def _idmap(text: str | None) -> tuple[IdMap, ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from gateway.settings.units import KiB
+
+MARGIN: Final = 5.0
+"""Seconds from the end of a member's lease until its tenants may run elsewhere, at least."""
 
 
 class ClusterSettings(BaseModel):
@@ -56,6 +59,24 @@ class ClusterSettings(BaseModel):
     standby_timeout: float = Field(
         900.0, gt=0, description="seconds that one copy may take, the first one with all of the disk"
     )
+    failover: float = Field(
+        0.0,
+        ge=0,
+        description="seconds after the last sign of a member until its tenants are brought back from their "
+        "copies on others, five more than GATEWAY_LEASE at least; 0: only once it is removed from the "
+        "cluster",
+    )
+    failover_project: str = Field(
+        "gateway-recovered",
+        description="Incus project of the tenants that were brought back while their old server may come "
+        "back with its instance of them, whose name is taken; and of nothing else",
+    )
+    lease: float = Field(
+        10.0,
+        gt=0,
+        description="seconds without a word of most members and without a quorum, after which a member "
+        "freezes its tenants that others have copies of; with GATEWAY_FAILOVER alone",
+    )
     cluster_events_ahead: int = Field(
         64 * KiB,
         gt=0,
@@ -81,3 +102,11 @@ class ClusterSettings(BaseModel):
     move_copy_timeout: float = Field(
         3600.0, gt=0, description="seconds that the copy of a tenant's disk to another member may take"
     )
+
+    @model_validator(mode="after")
+    def _leases_end_first(self) -> Self:
+        if self.failover and self.failover < self.lease + MARGIN:
+            raise ValueError(
+                f"GATEWAY_FAILOVER is 0, or at least {MARGIN:.0f} seconds longer than GATEWAY_LEASE"
+            )
+        return self

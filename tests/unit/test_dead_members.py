@@ -22,6 +22,7 @@ from gateway.cluster.peers import Peers
 from gateway.errors import NotFound, Unavailable
 from gateway.rootfs.cutter import Cutter
 from gateway.rootfs.dead_members import cut_off, members
+from gateway.settings import Settings
 from gateway.tasks import begin
 from tests.waits import turn, until
 
@@ -43,6 +44,11 @@ def incus(folder: Path, *addresses: str) -> Path:
         database.executemany("INSERT INTO raft_nodes (address) VALUES (?)", rows)
         database.commit()
     return folder
+
+
+def within(folder: Path) -> Settings:
+    """Return the settings of a gateway whose incusd is in a folder."""
+    return Settings(incus_socket=folder / "unix.socket")
 
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
@@ -116,11 +122,11 @@ def test_a_member_is_cut_off_by_either_protocol(listening: socket.socket) -> Non
 
 @needs_root
 async def test_without_a_broker_root_cuts_by_itself(tmp_path: Path, listening: socket.socket) -> None:
-    cutter = Cutter(None, incus(tmp_path, address(listening)))
+    cutter = Cutter(within(incus(tmp_path, address(listening))))
     with socket.create_connection(listening.getsockname()[:2]):
         assert await cutter.cut_off(address(listening)) >= 1
     with pytest.raises(Unavailable):
-        await Cutter(None, tmp_path / "none").cut_off(address(listening))
+        await Cutter(within(tmp_path / "none")).cut_off(address(listening))
     await cutter.aclose()
 
 
@@ -173,14 +179,14 @@ async def test_a_silent_peer_whose_server_answers_nothing_is_cut_off_as_long_as_
 
 async def test_a_process_without_cpu_takes_nobody_for_dead(listening: socket.socket) -> None:
     """Its own timer is due as soon as it runs again, when the answer has long come."""
-    asked = asyncio.ensure_future(dead_peers._answers(address(listening)))
+    asked = asyncio.ensure_future(dead_peers.answers(address(listening)))
     await turn()
     time.sleep(dead_peers._ANSWERING + 0.3)
     assert await asked
 
 
 async def test_a_server_that_is_known_by_a_name_is_not_looked_at() -> None:
-    assert await dead_peers._answers("one.example:8443")
+    assert await dead_peers.answers("one.example:8443")
     with pytest.raises(NotFound):
         cut_off("one.example:8443", {"one.example:8443"})
 

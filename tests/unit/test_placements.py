@@ -75,3 +75,41 @@ async def test_without_a_quorum_none_is_chosen(cluster: Cluster) -> None:
     cluster.keys.quorum = False
     with pytest.raises(Unavailable):
         await cluster.placements.choose("shop", "m1")
+
+
+async def test_who_asks_first_has_a_tenant_whose_home_is_taken_for_lost(cluster: Cluster) -> None:
+    after = cluster.placements.after
+    assert await after("back", "m1", "m1", "s1") == "m1"
+    assert await after("back", "m1", "m2", "s1") == "m1", "it kept it"
+    assert await after("back", "m1", "m2", "s2") == "m2", "but it is lost another time"
+    assert await after("gone", "m1", "m2", "s1") == "m2"
+    assert await after("gone", "m1", "m1", "s1") == "m2", "it is another one's by now"
+    assert await cluster.placements.taken("m2") == {"back", "gone"}
+    assert await cluster.placements.taken("m1") == set()
+
+
+async def test_one_that_was_brought_back_stays_where_it_is_whatever_its_former_homes_were_told(
+    cluster: Cluster,
+) -> None:
+    after = cluster.placements.after
+    assert await after("shop", "m1", "m2", "s1") == "m2"
+    assert await after("shop", "m2", "m3", "s2") == "m3"
+    assert await after("shop", "m1", "m1", "s1") == "m3"
+    await cluster.placements.move("shop", "m2", "a-move")
+    assert await after("shop", "m1", "m1", "s1") == "m2"
+    assert await after("shop", "m3", "m1", "s3") == "m2", "a copy that is older than the move is none"
+    cluster.members.discard("m2")
+    assert await after("shop", "m1", "m1", "s1") == "m1", "nobody comes back with it"
+
+
+async def test_a_decision_about_a_lost_home_goes_like_any_other_once_that_is_back(cluster: Cluster) -> None:
+    await cluster.placements.after("shop", "m1", "m2", "s1")
+    await cluster.placements.back("shop", "m2", "s1")
+    assert await cluster.placements.taken("m2") == set()
+    assert await cluster.placements.choose("shop", "m3") == "m2"
+
+
+async def test_without_a_quorum_nobody_takes_a_tenant(cluster: Cluster) -> None:
+    cluster.keys.quorum = False
+    with pytest.raises(Unavailable):
+        await cluster.placements.after("shop", "m1", "m2", "s1")

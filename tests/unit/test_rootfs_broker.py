@@ -249,3 +249,12 @@ async def test_foreign_instances(broker: Running, root: FilesystemRoot, name: st
             assert f"Uid:{ids}\nGid:{ids}\n" in status
             assert Path(f"/proc/{worker}/mountinfo").read_text().split()[3].endswith("/one/rootfs/srv/site")
         await workers.broker.request({"do": "kill", "worker": answer["worker"]})
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["../shop", "lxc.payload.shop", "shop*", "", "shop/gateway", "nobody"])
+async def test_freezes_no_group_but_that_of_a_container(broker: Running, name: str) -> None:
+    client = BrokerClient(at=broker.socket)
+    with pytest.raises(NotFound):
+        await client.request({"do": "fence", "tenant": name, "frozen": True})
+    await client.aclose()

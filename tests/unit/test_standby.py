@@ -40,6 +40,7 @@ class Copies:
     made: list[tuple[str, str]] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    held: list[tuple[str, bool]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     revived: list[str] = field(default_factory=list)
     of: list[str] = field(default_factory=list)  # the snapshots of those
@@ -75,10 +76,13 @@ class Copies:
         self.gone.append(name)
         self.there = [one for one in self.there if one.tenant != name]
 
+    async def hold_back(self, name: str, *, held: bool) -> None:
+        self.held.append((name, held))
+
     async def forget(self, name: str) -> None:
         self.forgotten.append(name)
 
-    async def revive(self, copy: StandbyCopy) -> None:
+    async def revive(self, copy: StandbyCopy, *, away: bool = False) -> None:
         if copy.tenant in self.taken:
             raise Conflict("there is one")
         self.revived.append(copy.tenant)
@@ -250,6 +254,50 @@ async def test_what_was_taken_for_a_copy_that_failed_is_given_up(world: World) -
     async with following(standby):
         await until(lambda: len(world.copies.made) >= 2 and len(world.copies.given_up) >= 2)
     assert set(world.copies.given_up) == {"unsent"} and standby.of("unsent") is None
+
+
+async def test_a_tenant_is_known_to_have_a_copy_before_it_has_one(world: World) -> None:
+    """Its member could bring it back from then on, also where this process ends in the midst of the copy."""
+    world.tenants = [tenant("unsent")]
+    standby = world.standby()
+    async with following(standby):
+        await until(lambda: world.copies.given_up)
+        assert list(standby.copied) == ["unsent"] and standby.of("unsent") is None
+    again = world.standby()
+    await again.recall()
+    assert list(again.copied) == ["unsent"] and again.instance("unsent") == "id-unsent"
+
+
+@pytest.mark.parametrize("failover", [0, 20])
+async def test_whether_incus_starts_a_tenant_with_its_server_is_settled_before_its_first_copy(
+    world: World, failover: float
+) -> None:
+    world.tenants, world.unchanged = [tenant("one")], {"one"}
+    async with following(world.standby(failover=failover)):
+        await until(lambda: world.looked.count("one") >= 3)
+    assert world.copies.held == [("one", failover > 0)]
+
+
+async def test_a_tenant_that_is_just_brought_back_is_not_copied(world: World) -> None:
+    """The copy would begin while Incus starts it, by which incusd ends."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def start(name: str) -> None:
+        begun.set()
+        await go_on.wait()
+
+    world.start = start  # type: ignore[method-assign]  # one that takes a while
+    lost = StandbyCopy("lost", "id-lost", "m4", time.time(), True)
+    world.tenants, world.copies.there = [tenant("lost"), tenant("one")], [lost]
+    standby = world.standby()
+    reviving = asyncio.create_task(standby.revive(lost))
+    await begun.wait()
+    async with following(standby):
+        await until(lambda: len(world.copies.made) >= 3)
+        assert {name for name, _ in world.copies.made} == {"one"}
+        go_on.set()
+        await reviving
+        await until(lambda: "lost" in {name for name, _ in world.copies.made})
 
 
 async def test_a_copy_waits_for_its_member_that_is_away(world: World) -> None:

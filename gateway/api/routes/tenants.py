@@ -44,7 +44,8 @@ async def show(request: Request) -> Response:
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.get(name)
     usage = await gateway.runtime.metrics(name) if tenant.status == "running" else None
-    standby = {} if gateway.standby is None else {"standby": gateway.standby.of(name)}
+    standing = gateway.standing
+    standby = {} if standing is None else {"standby": standing.standby.of(name)}
     return as_json(described(tenant, gateway.settings) | {"usage": usage} | standby)
 
 

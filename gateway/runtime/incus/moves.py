@@ -23,6 +23,7 @@ from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.locations import MANAGED
+from gateway.runtime import OnAnotherServer
 from gateway.runtime.incus.creation import IDENTITY, MADE, STATIC, Creation, identity_of
 from gateway.runtime.incus.disks import OURS
 from gateway.runtime.incus.errors import translated
@@ -57,6 +58,13 @@ class Moves:
     async def snapshot(self, tenant: str, number: int) -> None:
         """Take the snapshot of one round."""
         name = f"{_SNAPSHOT}{number}"
+        if self._incus.slots.of(tenant) != self._incus.project:
+            raise Conflict(
+                f"{tenant} was brought back, and is in the project {self._incus.slots.second} until its old "
+                "server is back or removed; then stop it and bring it into its own one: incus move "
+                f"{tenant} --project {self._incus.slots.second} --target-project {self._incus.project}",
+                reason="recovered",
+            )
         with translated(tenant):
             await self._operate("POST", instance_path(tenant, "snapshots"), {"name": name, "stateful": False})
 
@@ -90,6 +98,19 @@ class Moves:
     async def discard_old(self, move: str) -> None:
         """Delete the instance that was put aside. Idempotent."""
         await self._discard(MOVED + move)
+
+    async def give_up(self, tenant: str, instance: str, move: str) -> None:
+        """Delete a tenant's instance that is another member's by now, whatever it does. Can be repeated."""
+        try:
+            found = await self._making.instance(tenant)
+            if identity_of(found) == instance and found["status"] != "Stopped":
+                body = {"action": "stop", "timeout": -1, "force": True}  # it may be frozen
+                with translated(tenant):
+                    await self._operate("PUT", instance_path(tenant, "state"), body)
+            await self.put_aside(tenant, instance, move)
+        except (NotFound, OnAnotherServer):
+            return  # it is gone already
+        await self.discard_old(move)
 
     # --- at the new home ----------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ import orjson
 from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.runtime import OnAnotherServer, Tenant
+from gateway.runtime import Tenant
 from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.creation import STATIC, identity_of
 from gateway.runtime.incus.disks import OURS, Disks
@@ -41,8 +41,14 @@ _KEY: Final = "user.gateway.standby.copy"
 """On a copy: what it is of, as JSON; see `StandbyCopy`."""
 _INSTANCE: Final = "user.gateway.standby.instance"
 """On a copy: the configuration, devices and profiles of the tenant's instance, as JSON."""
+_AUTOSTART: Final = "user.gateway.standby.autostart"
+"""On a tenant that another member may bring back: what its `boot.autostart` was, which is false now.
+
+After a power cut it must not run before it is known whether it does elsewhere.
+"""
+_UNSET: Final = "unset"
 _SNAPSHOT: Final = f"{OURS}standby-"
-_PLACE: Final = (STATIC, "boot.autostart")
+_PLACE: Final = (STATIC, "boot.autostart", _AUTOSTART)
 _FEATURES: Final = ("images", "profiles", "storage.volumes", "storage.buckets", "networks", "networks.zones")
 
 
@@ -121,12 +127,13 @@ class StandbyCopies:
         It counts as the copy of before until `confirm`. Raises `GatewayError`.
         """
         name = copy.tenant
-        await self._project()
+        await self._project(self._copies.project, "copies of tenants, for when their server is lost")
         await self._drop_other(copy, member)
         with translated(name):
             found = await self._incus.instance(name, state=lambda one: False)
         # with `refresh` also the first time: Incus would want to move a running one's memory, too
-        source = {"type": "copy", "source": name, "project": self._incus.project, "refresh": True}
+        project = self._incus.slots.of(name)
+        source = {"type": "copy", "source": name, "project": project, "refresh": True}
         body = {"name": name, "type": "container", "source": source, **_bare(found)}
         await self._operate(self._copies, "POST", "/1.0/instances", body, target=member)
 
@@ -154,8 +161,36 @@ class StandbyCopies:
             await self._operate(self._copies, "DELETE", instance_path(tenant))
 
     async def forget(self, tenant: str) -> None:
-        """Delete what a tenant that is copied no longer keeps for its copies. Raises `GatewayError`."""
+        """Have a tenant keep nothing any more for its copies. Raises `GatewayError`."""
         await self._delete_snapshots(tenant, lambda snapshot: True)
+        await self.hold_back(tenant, held=False)
+
+    async def hold_back(self, tenant: str, *, held: bool) -> None:
+        """Have Incus start a tenant with its server, or leave that to us. Raises `GatewayError`."""
+        config = (await self._runtime.making.instance(tenant))["config"]
+        if held == (_AUTOSTART in config):
+            return
+        if held:
+            before = config.get("boot.autostart") or _UNSET
+            change = {"boot.autostart": "false", _AUTOSTART: before}
+        else:
+            change = {"boot.autostart": _autostart(config), _AUTOSTART: ""}
+        await self._operate(self._incus, "PATCH", instance_path(tenant), {"config": change})
+
+    async def held(self) -> Mapping[str, str]:
+        """Return the tenants of this member that Incus leaves to us to start, with their instances' ids."""
+        own = await self._runtime.making.instances()
+        return {one["name"]: identity_of(one) for one in own if _AUTOSTART in one["config"]}
+
+    async def fallen(self) -> Sequence[str]:
+        """Return those that ran when their server went down."""
+        return [
+            str(one["name"])
+            for one in await self._runtime.making.instances()
+            if one["status"] == "Stopped"
+            and one["config"].get("volatile.last_state.power") == "RUNNING"
+            and one["config"].get(_AUTOSTART, "false") != "false"
+        ]
 
     async def _drop_other(self, copy: StandbyCopy, member: str) -> None:
         """Delete a copy that cannot be refreshed: of an earlier tenant of the name, or on another member."""
@@ -177,21 +212,17 @@ class StandbyCopies:
                 with contextlib.suppress(NotFound):
                     await self._operate(self._incus, "DELETE", instance_path(name, "snapshots", snapshot))
 
-    async def _project(self) -> None:
-        """Make the project of the copies if there is none."""
+    async def _project(self, project: str, description: str) -> None:
+        """Make a project if there is none of that name."""
         with translated(""):
             try:
-                await self._copies.get(f"/1.0/projects/{self._copies.project}")
+                await self._copies.get(f"/1.0/projects/{project}")
                 return
             except IncusError as error:
                 if error.status != 404:
                     raise
             config = {f"features.{name}": "false" for name in _FEATURES}
-            body = {
-                "name": self._copies.project,
-                "config": config,
-                "description": "copies of tenants, for when their server is lost",
-            }
+            body = {"name": project, "config": config, "description": description}
             try:
                 await self._copies.operate(
                     "POST", "/1.0/projects", body, timeout=self._settings.incus_timeout
@@ -202,21 +233,21 @@ class StandbyCopies:
 
     # --- back to life -------------------------------------------------------------------------------
 
-    async def revive(self, copy: StandbyCopy) -> None:
+    async def revive(self, copy: StandbyCopy, *, away: bool = False) -> None:
         """Make the tenant of a copy that this member has, with its name, id and disk, stopped. Idempotent.
 
-        Raises `Conflict` if another instance has its name, and `Unavailable`. `drop` the copy afterwards.
+        With `away` the member that had it may still come back, and its instance has the name. Raises
+        `Conflict` if another instance has it, and `Unavailable`. `drop` the copy afterwards.
         """
-        name, found = copy.tenant, None
-        with contextlib.suppress(NotFound, OnAnotherServer), translated(name):
-            found = await self._incus.instance(name, state=lambda one: False)
+        name, own = copy.tenant, await self._runtime.making.instances()
+        found = next((one for one in own if one["name"] == name), None)
         if found is not None and identity_of(found) != copy.instance:
             raise Conflict(f"another instance is called {name} by now")
         if found is not None and _KEY not in found["config"]:
             return  # an earlier process did
         try:
             if found is None:
-                await self._made(copy)
+                await self._made(copy, away=away)
             # what the copy has since may be half of a refresh that its server did not live to finish
             await self._disks.restore(name, copy.snapshot)
             await self._operate(self._incus, "PATCH", instance_path(name), {"config": {_KEY: ""}})
@@ -228,10 +259,12 @@ class StandbyCopies:
                 await making.remove(lambda one: identity_of(one) == copy.instance, "it could not be revived")
             raise
 
-    async def _made(self, copy: StandbyCopy) -> None:
+    async def _made(self, copy: StandbyCopy, *, away: bool) -> None:
         """Make the instance with the copy's disk and snapshots."""
         making, name = self._runtime.making, copy.tenant
-        await making.free(name)
+        project = await self._free_project(name) if away else None
+        if project is None:
+            await making.free(name)
         with translated(name):
             there = await self._copies.get(instance_path(name))
         kept = orjson.loads(there["config"][_INSTANCE])
@@ -245,7 +278,20 @@ class StandbyCopies:
             start=False,
             identity=copy.instance,
             profiles=kept["profiles"],
+            project=project,
         )
+
+    async def _free_project(self, name: str) -> str | None:
+        """Return the project where no instance has a name; None for the tenants' own one."""
+        first, second = self._incus.project, self._incus.slots.second
+        with translated(name):
+            if name not in await self._incus.names(first):
+                return None
+        await self._project(second, "tenants that were brought back while their old server is away")
+        with translated(name):
+            if name in await self._incus.names(second):
+                raise Conflict(f"instances on two servers that are away are called {name}")
+        return second
 
     async def _operate(
         self, incus: Incus, method: str, path: str, body: Mapping[str, Any] | None = None, target: str = ""
@@ -278,7 +324,7 @@ def _kept(found: Instance) -> str:
     config = found["config"]
     kept = {
         "config": {key: value for key, value in config.items() if _is_own(key) and key not in _PLACE},
-        "autostart": config.get("boot.autostart", ""),
+        "autostart": _autostart(config),
         "devices": {
             name: {key: value for key, value in device.items() if key != "ipv4.address"}
             for name, device in found["devices"].items()
@@ -286,6 +332,11 @@ def _kept(found: Instance) -> str:
         "profiles": found["profiles"],
     }
     return orjson.dumps(kept).decode()
+
+
+def _autostart(config: Mapping[str, str]) -> str:
+    """Return what an instance's `boot.autostart` is, or was before we held it back; empty for nothing."""
+    return config.get(_AUTOSTART, config.get("boot.autostart", "")).removeprefix(_UNSET)
 
 
 def _told(copy: StandbyCopy) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
@@ -80,6 +80,8 @@ class IncusRuntime:
         self._disks = Disks(settings, self._incus)
         self._resizing = Resizing(settings, self._incus, self.making, self.commands)
         self.moves = Moves(settings, self._incus, self.making)
+        self.check: Callable[[str], None] = lambda tenant: None
+        """Raises `Unavailable` for a tenant of which nothing may run here now."""
 
     @property
     def incus(self) -> Incus:
@@ -120,6 +122,7 @@ class IncusRuntime:
 
     async def start(self, name: str) -> None:
         tenant = await self.get(name)
+        self.check(name)
         if tenant.status == "frozen":
             await self._state(name, "unfreeze")
         elif tenant.status != "running":
@@ -353,6 +356,7 @@ class IncusRuntime:
         return instance
 
     async def _locate(self, name: str) -> _Located:
+        self.check(name)
         if name in self.leaving:
             raise Unavailable(f"tenant {name} is moving to another server; ask again", reason="moving")
         located = self._located.get(name)
