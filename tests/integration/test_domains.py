@@ -144,11 +144,11 @@ async def world(base: Settings, folder: Path, runtime: str, **changes: Any) -> A
         await no_traceback(host.gateway)
 
 
-@pytest.fixture(scope="module", params=["incus", "local"])
+@pytest.fixture(scope="module", params=["incus", pytest.param("local", marks=pytest.mark.thorough)])
 async def both(
     request: pytest.FixtureRequest, incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:
-    """A gateway of either runtime."""
+    """A gateway of either runtime. Both decide alike about domains: `local` is for everything at once."""
     folder = tmp_path_factory.mktemp(f"domains-{request.param}")
     async with world(incus_settings, folder, request.param) as made:
         yield made
@@ -565,6 +565,7 @@ class Race:
         self.had = [entry for entry in self.had if entry[3] is None or entry[3] > time.monotonic() - 60]
 
 
+@pytest.mark.parametrize("both", ["incus", "local"], indirect=True, scope="module")
 async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> None:
     """Deployments, PATCH, clones, renames, sleeps, wakes: one owner each, and no other site answers."""
     race = Race(both, random.Random(13))
