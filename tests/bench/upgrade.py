@@ -1,9 +1,10 @@
 """Measures what clients notice of an upgrade: the longest answer, and how long their websockets are away.
 
-On the tests' own Incus (GATEWAY_TEST_HOST). Five clients ask again and again over new connections, one of
-them something that Incus is asked for; the Python client follows a command, and writes and reads files; and a
-bare websocket connects again at once. Upgrades follow one another; beside each one's numbers are the parts of
-the pause by the gateways' own logs. The exit code is 1 if a request was refused or answered with an error.
+On the tests' own Incus (GATEWAY_TEST_HOST). Five clients ask again and again over new connections, two of
+them what Incus is asked for; the longest answer is told with and without these. The Python client follows a
+command, and writes and reads files; a bare websocket connects again at once. Upgrades follow one another;
+beside each one's numbers are the parts of the pause by the gateways' own logs. The exit code is 1 if a
+request was refused or answered with an error.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ _PARTS: Final = re.compile(r"clients waited \d+ ms: (.+)")
 
 @dataclass(frozen=True, slots=True)
 class Upgrade:
-    """One upgrade: seconds of the longest answer and of each client's pause, and the parts of the pause."""
+    """One upgrade: seconds of the longest answer and of each client's pause, and the parts of the pause.
+
+    `own` is the longest answer of those for which Incus is not asked.
+    """
 
     answers: int
     longest: float
+    own: float
     bare: float
     python: Sequence[float]
     parts: str
@@ -47,8 +52,9 @@ class Upgrade:
     def __str__(self) -> str:
         python = ", ".join(f"{one * 1000:.0f}" for one in self.python)
         return (
-            f"longest of {self.answers} answers {self.longest * 1000:.0f} ms; away: bare websocket "
-            f"{self.bare * 1000:.0f} ms, Python client {python} ms; {self.parts}"
+            f"longest of {self.answers} answers {self.longest * 1000:.0f} ms, "
+            f"{self.own * 1000:.0f} without Incus; away: bare websocket {self.bare * 1000:.0f} ms, "
+            f"Python client {python} ms; {self.parts}"
         )
 
 
@@ -117,7 +123,7 @@ async def measured(host: Host, tenant: Container) -> Upgrade:
     with host.gateway.log.open("rb") as log:
         log.seek(said)
         parts = _PARTS.search(log.read().decode(errors="replace"))
-    return Upgrade(len(took), max(took), without, away, "" if parts is None else parts[1])
+    return Upgrade(len(took), max(took), max(alive.took), without, away, "" if parts is None else parts[1])
 
 
 async def run(upgrades: int) -> None:
@@ -136,8 +142,13 @@ async def run(upgrades: int) -> None:
             found.append(await measured(host, tenant))
             print(f"{number + 1:>3}: {found[-1]}", flush=True)
     longest = sorted(one.longest for one in found)
+    own = sorted(one.own for one in found)
     away = sorted(pause for one in found for pause in (one.bare, *one.python))
-    for what, times, promised in (("longest answer", longest, ANSWER), ("away", away, AWAY)):
+    for what, times, promised in (
+        ("longest answer", longest, ANSWER),
+        ("without Incus", own, ANSWER),
+        ("away", away, AWAY),
+    ):
         print(
             f"{what}: {sum(one < promised for one in times)} of {len(times)} under {promised * 1000:.0f} ms, "
             f"p50 {times[len(times) // 2] * 1000:.0f} ms, longest {times[-1] * 1000:.0f} ms"
