@@ -447,6 +447,7 @@ async def test_what_ends_or_is_due_while_nobody_is_there(host: Host, shared_tena
     tree = "for i in 1 2 3; do setsid sleep 1000 & done; trap '' TERM; echo up; while :; do sleep 1; done"
     cancelled, late, alone, known = (Resuming(host, name) for _ in range(4))
     await cancelled.start(command=tree)
+    started = time.monotonic()
     await late.start(command=tree, timeoutMs=4000)
     await alone.start(command=tree, lingerMs=500)
     await known.start(command="sleep 1000", execId="mine")
@@ -457,16 +458,16 @@ async def test_what_ends_or_is_due_while_nobody_is_there(host: Host, shared_tena
         await client.write(b"go\n")
     await alone.call("exec/detach")
     await host.gateway.stop(signal.SIGKILL)
-    began = time.monotonic()
     await pause(1)  # in which they end
     await host.gateway.start()
+    due = max(4.0, time.monotonic() - started)  # seconds; the machine may be busy
     for client, code in zip(ending, codes.values(), strict=True):
         exit_ = await client.ended()
         assert (exit_["exitCode"], exit_["reason"]) == (code, "exited")
         assert client.sums[1].hexdigest() == sums(b"out\n")
     exit_ = await late.ended()
-    assert exit_["reason"] == "timeout" and time.monotonic() - began < 15
-    assert 3900 < exit_["durationMs"] < 12_000
+    assert exit_["reason"] == "timeout"
+    assert 3.9 < exit_["durationMs"] / 1000 < due + host.settings.cancel_grace + 3
 
     async with host.gateway.wire(name) as wire:
         again = await wire.call("exec/start", command="sleep 1000", execId="mine")
