@@ -122,7 +122,14 @@ class Caller:
         return max(after - before for before, after in itertools.pairwise(times))
 
 
-@pytest.mark.parametrize("entrance", [0, 1, 2], ids=["old home", "new home", "another"])
+@pytest.mark.parametrize(
+    "entrance",
+    [
+        pytest.param(0, id="old home", marks=pytest.mark.thorough),
+        pytest.param(1, id="new home", marks=pytest.mark.thorough),
+        pytest.param(2, id="another"),
+    ],
+)
 async def test_no_call_is_lost_or_made_twice_by_a_move(
     cluster: Rig, client: Client, make_tenant: MakeTenant, entrance: int
 ) -> None:
@@ -202,6 +209,7 @@ async def test_a_move_that_fails_leaves_the_tenant_running_where_it_was(
     await until(lambda: not any(one.startswith("Moving-") for one in instances(old)), 60)
 
 
+@pytest.mark.thorough
 async def test_a_killed_gateway_brings_a_move_to_its_end(
     cluster: Rig, client: Client, members: tuple[Member, ...], make_tenant: MakeTenant
 ) -> None:
@@ -258,6 +266,7 @@ async def test_a_site_is_served_after_its_move_by_each_caddy_and_can_be_deployed
         assert (await gateways[0].ask("DELETE", path))[0] in (200, 204)
 
 
+@pytest.mark.thorough
 async def test_a_drained_member_is_empty_gets_nothing_and_has_its_tenants_back(
     cluster: Rig, client: Client, make_tenant: MakeTenant
 ) -> None:

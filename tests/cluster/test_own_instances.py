@@ -120,6 +120,7 @@ async def test_what_a_gateway_makes_is_made_on_its_member(cluster: Rig, client: 
             assert (await client(asked).ask("DELETE", f"/v1/tenants/{gone}"))[0] in (200, 204)
 
 
+@pytest.mark.thorough
 async def test_a_tenant_that_is_moved_is_not_destroyed(
     cluster: Rig, client: Client, make_tenant: MakeTenant
 ) -> None:

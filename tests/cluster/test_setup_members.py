@@ -12,7 +12,7 @@ from gateway.host import HostError
 from gateway.host.cluster import ADDRESSES
 from tests.cluster.rig import Member, Rig
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.thorough]
 
 OTHER = {
     "GATEWAY_NETWORK": "gwother",

@@ -199,6 +199,7 @@ async def test_a_revoked_token_is_refused_everywhere_within_a_second(
     await until(refused, 30)
 
 
+@pytest.mark.thorough
 async def test_no_gateway_puts_a_tenant_to_sleep_that_is_used_at_another(
     cluster: Rig, client: Client, make_tenant: MakeTenant
 ) -> None:
