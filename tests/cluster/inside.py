@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,17 @@ from gateway.host.setup import setup
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import SECRET
+from tests.waits import until_true
 
 CHECKOUT: Final = Path(__file__).parents[2]
+_OTHER: Final = """#!{python}
+import sys
+from gateway.cluster import own
+from gateway.cli.main import main
+
+own.PROTOCOL = {version}
+sys.exit(main())
+"""
 
 
 def settings() -> Settings:
@@ -46,8 +56,27 @@ def gateway(of: Settings) -> GatewayProcess:
         "GATEWAY_DOMAIN_SUFFIXES": ",".join(of.domain_suffixes),
         "GATEWAY_TEST_CLUSTER": "1",
     }
-    command = Path(sys.executable).with_name("incus-gateway")
-    return GatewayProcess(of, Place(of.state_dir), None, command, variables)
+    return GatewayProcess(of, Place(of.state_dir), None, _program(), variables)
+
+
+def _program() -> Path:
+    """Return the gateway's command; with TEST_PROTOCOL one that says that it speaks that version to peers."""
+    ours, version = Path(sys.executable).with_name("incus-gateway"), os.environ.get("TEST_PROTOCOL")
+    if version is None:
+        return ours
+    other = Path("/run/other-version", ours.name)
+    other.parent.mkdir(exist_ok=True)
+    other.write_text(_OTHER.format(python=sys.executable, version=int(version)))
+    other.chmod(0o755)
+    return other
+
+
+def end_gateway(number: signal.Signals) -> None:
+    """Send the gateway's process a signal, and return once it is gone; Caddy and what is held go on."""
+    running = gateway(settings())
+    if (pid := running.pid()) is not None:
+        os.kill(pid, number)
+        until_true(lambda: running.pid() != pid, 60)
 
 
 def command(*words: str) -> int:
@@ -88,6 +117,13 @@ def main(words: list[str]) -> int:
                 caddy_service.move_out(settings())
                 print(CaddyService(settings()).start(CHECKOUT / "deploy"))
                 print(gateway(settings()).ensure("tests"))
+            case [("kill" | "term") as how, "incusd"]:
+                if how == "kill":
+                    Daemon().kill()
+                else:
+                    Daemon().stop(instances=False)
+            case [("kill" | "term") as how, "gateway"]:
+                end_gateway(signal.SIGKILL if how == "kill" else signal.SIGTERM)
             case ["ungateway"]:
                 gateway(settings()).stop()
                 CaddyService(settings()).stop()

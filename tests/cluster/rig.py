@@ -165,9 +165,9 @@ class Member:
         """Return the metadata of a GET."""
         return json.loads(self.incus("query", path, timeout=timeout))
 
-    def ours(self, action: str, **environment: str) -> str:
+    def ours(self, *action: str, **environment: str) -> str:
         """Have the member do an action of `tests.cluster.inside`."""
-        python = [sys.executable, "-m", "tests.cluster.inside", action]
+        python = [sys.executable, "-m", "tests.cluster.inside", *action]
         return self.run(
             *("env", f"--chdir={CHECKOUT}", *python),
             timeout=300,

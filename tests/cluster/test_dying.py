@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import aiohttp
 import pytest
 
 from tests.cluster.conftest import MakeTenant, Served, heal
 from tests.cluster.rig import Member
+from tests.contracts.gateway import sse
+from tests.contracts.processes import mark
 from tests.waits import pause, until
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.thorough]
@@ -161,3 +164,48 @@ async def test_a_member_whose_cable_is_out_for_a_minute_is_back_with_its_command
         calling.cancel()
         await asyncio.gather(calling, return_exceptions=True)
         await asyncio.to_thread(heal, cut.member)
+
+
+async def test_who_follows_all_tenants_goes_on_at_another_gateway_when_one_is_killed(
+    members: tuple[Member, ...], client: Client, make_tenant: MakeTenant
+) -> None:
+    """Of what happened before, meanwhile and afterwards, on each member, it is told once."""
+    killed, other, _ = (client(member) for member in members)
+    tenants = [await make_tenant(member) for member in members]
+    for tenant in tenants:
+        await until(lambda: booted(other, tenant), 60, every=0.2)  # noqa: B023 - awaited at once
+    keys = mark()
+
+    async def act(when: str, *of: str) -> None:
+        for tenant in of:
+            body, key = {"command": "true"}, f"{keys} {when} {tenant}"
+            status, _ = await other.ask("POST", f"/v1/tenants/{tenant}/tools/Bash", body, Idempotency_Key=key)
+            assert status == 200
+
+    calls, last = list[str](), ""
+
+    async def take(events: aiohttp.ClientResponse, count: int) -> None:
+        """Take in the next calls that are told, whatever is told of members besides."""
+        nonlocal last
+        wanted = len(calls) + count
+        while len(calls) < wanted:
+            (one,) = await sse(events, 1)
+            last = one["id"]
+            if one["event"] == "tool.finished":
+                calls.append(one["data"]["data"]["callId"])
+
+    path = "/v1/events?type=tool.finished"
+    async with killed.http("*") as http, http.get(path) as events:
+        await act("before", *tenants)
+        await take(events, 3)
+        await asyncio.to_thread(killed.member.ours, "kill", "gateway")
+        await act("meanwhile", *tenants[1:])
+    async with other.http("*") as http:
+        async with http.get(path, headers={"Last-Event-ID": last}) as events:
+            await take(events, 2)
+            await asyncio.to_thread(heal, killed.member)
+            await until(lambda: booted(other, tenants[0]), 10, every=0.2)
+            await act("afterwards", *tenants)
+            await take(events, 3)
+    of = {"before": tenants, "meanwhile": tenants[1:], "afterwards": tenants}
+    assert sorted(calls) == sorted(f"{keys} {when} {tenant}" for when, some in of.items() for tenant in some)
