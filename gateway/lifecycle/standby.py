@@ -84,6 +84,7 @@ class Standby:
         self._held: set[str | None] = set()  # instances that Incus starts, or not, as the settings say
         self._refused: set[str] = set()  # lost tenants whose names are others' by now
         self._reviving: set[str] = set()
+        self._seen: dict[str, tuple[str | None, str]] = {}  # instance and status of each tenant, a look ago
         self._pause = _LOOK
 
     def of(self, tenant: str) -> Mapping[str, Any] | None:
@@ -130,8 +131,10 @@ class Standby:
                     await self._end(name, tenant)
                 except GatewayError as error:
                     log.info("the copy of %s is not deleted yet: %s", name, error.message)
+        # incusd 6.0.4 crashes where a copy is begun while its source is just being started or stopped
+        before, self._seen = self._seen, {name: (one.instance, one.status) for name, one in tenants.items()}
         for tenant in tenants.values():
-            if self._is_due(tenant):
+            if self._seen[tenant.name] == before.get(tenant.name) and self._is_due(tenant):
                 self._tried[tenant.name] = time.monotonic()
                 await self._copy(tenant)
         self._tried = {name: at for name, at in self._tried.items() if name in tenants}
@@ -145,7 +148,6 @@ class Standby:
         interval = self._interval(tenant)
         if not interval or tenant.status not in _QUIET or tenant.deployment or tenant.migration:
             return False
-        # incusd 6.0.4 crashes where a copy is begun while its source is just being started
         if self._moving(tenant.name) or tenant.name in self._reviving:
             return False
         tried = self._tried.get(tenant.name)

@@ -278,6 +278,19 @@ async def test_whether_incus_starts_a_tenant_with_its_server_is_settled_before_i
     assert world.copies.held == [("one", failover > 0)]
 
 
+async def test_a_tenant_that_has_just_been_started_is_not_copied(world: World) -> None:
+    """Incus may still be at it, and ends itself where a copy begins meanwhile."""
+    world.tenants = [tenant("one"), tenant("two")]
+    standby = world.standby()
+    for number in range(6):
+        world.tenants[0] = replace(world.tenants[0], status="stopped" if number % 2 else "running")
+        await standby._copy_all()
+        assert "one" not in {name for name, _ in world.copies.made}
+    assert "two" in {name for name, _ in world.copies.made}
+    await standby._copy_all()
+    assert "one" in {name for name, _ in world.copies.made}
+
+
 async def test_a_tenant_that_is_just_brought_back_is_not_copied(world: World) -> None:
     """The copy would begin while Incus starts it, by which incusd ends."""
     begun, go_on = asyncio.Event(), asyncio.Event()
