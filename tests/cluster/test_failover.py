@@ -125,7 +125,14 @@ async def back(gateway: Served, tenant: str) -> bool:
 
 
 async def served(gateway: Served, domain: str) -> bool:
-    return (await gateway.visit(domain))[0] == 200
+    """Return whether a site answers within a second: while it starts, a connection to it may hang."""
+    words = ["curl", "--silent", "--fail", "--max-time", "1", "--output", "/dev/null"]
+    try:
+        at = "http://127.0.0.1:2020/"
+        await asyncio.to_thread(gateway.member.run, *words, "--header", f"Host: {domain}", at)
+    except HostError:
+        return False
+    return True
 
 
 def instances(member: Member, tenant: str) -> list[tuple[str, str]]:
@@ -201,7 +208,7 @@ async def test_tenants_of_a_server_without_power_are_back_elsewhere_within_half_
         called = time.monotonic() - began
         await until(lambda: served(living[0], domain), 30, every=0.2)
         print(f"commands after {called:.1f} s, site after {time.monotonic() - began:.1f} s")
-        assert time.monotonic() - began < 45
+        assert time.monotonic() - began < 40  # 30 where members do not share two cores
         assert "before the end" in await read(living[0], tenant, "a.txt")
         for gateway in living:
             assert await served(gateway, domain), gateway.member.name
