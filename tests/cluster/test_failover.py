@@ -296,3 +296,30 @@ async def test_a_cut_cable_never_lets_two_answer(
     assert dead.name in {name for name, *_, text in said if text not in old}, (
         "it leads to the new home by now"
     )
+
+
+async def test_a_tenant_that_nobody_took_over_is_started_with_its_server(
+    members: tuple[Member, ...], client: Client, make_tenant: MakeTenant
+) -> None:
+    """By the gateway, once it is certain that it runs nowhere else: Incus itself leaves it alone."""
+    first = leader(members)
+    dead = next(member for member in members if member is not first)
+    home, tenant = client(dead), await make_tenant(dead)
+    await until(lambda: booted(home, tenant), 60, every=0.2)
+    await write(home, tenant, "a.txt", "one")
+    await asyncio.to_thread(dead.incus, "config", "set", tenant, "user.gateway.standby=3600")
+    copy = await copied(home, tenant)
+    assert dead.query(f"/1.0/instances/{tenant}")["config"]["boot.autostart"] == "false"
+    has = next(member for member in members if member.name == copy["member"])
+    for member in (has, dead):
+        await asyncio.to_thread(member.cut_power)
+    await asyncio.to_thread(serve, dead)
+    await until(lambda: back(home, tenant), 60, every=0.2)
+    await asyncio.to_thread(serve, has)
+    assert instances(dead, tenant) == [(dead.name, "default")]
+    await asyncio.to_thread(dead.incus, "config", "set", tenant, "user.gateway.standby=0")
+
+    def as_before() -> bool:
+        return "boot.autostart" not in dead.query(f"/1.0/instances/{tenant}")["config"]
+
+    await until(as_before, 60, every=0.5)

@@ -10,6 +10,7 @@ import pytest
 
 from gateway.cluster.lease import ASK_LEASE, ASK_SILENCE, Lease
 from gateway.errors import Unavailable
+from gateway.settings import Settings
 from tests.shared_memory import MemoryKeys
 
 LEASE = 10.0
@@ -156,3 +157,10 @@ async def test_a_members_name_may_have_any_letters(world: World) -> None:
     assert await world.leases["m2"].suspect("Server_1", "s1") == "s1"
     assert await world.leases["m3"].suspicion("Server_1") == "s1"
     assert await world.leases["m3"].suspicion("server_1") is None
+
+
+def test_a_tenant_is_brought_back_no_sooner_than_its_lease_is_over() -> None:
+    Settings(failover=0, lease=60)
+    Settings(failover=20, lease=15)
+    with pytest.raises(ValueError, match="GATEWAY_LEASE"):
+        Settings(failover=20, lease=16)
