@@ -28,7 +28,7 @@ from gateway.host.permissions import loose, modes, swaps
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.incus import member_of
 from gateway.rootfs import guarded_port
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.locations import MANAGED, is_tenant
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
 from gateway.settings import Settings
@@ -140,6 +140,11 @@ def _pool(settings: Settings) -> str:
         raise Hint("plain folders, without quotas: one tenant can fill the disk; see GATEWAY_POOL_SOURCE")
     if not quotas.in_force(settings):
         raise HostError(f"the kernel has stopped counting, so no tenant's disk is limited; {SETUP}")
+    if os.geteuid() == 0 and (bare := quotas.unlimited(settings, _tenants(settings))):
+        raise HostError(
+            f"the disks of {', '.join(bare[:5])} are not limited; a running gateway limits them within "
+            f"{settings.reconcile_interval:.0f} s: see its log"
+        )
     if free < space["total"] * settings.pool_reserve:
         raise HostError(
             f"only {free / GiB:.1f} GiB are free, less than GATEWAY_POOL_RESERVE: snapshots, clones and new "
@@ -147,6 +152,11 @@ def _pool(settings: Settings) -> str:
         )
     if free < space["total"] * 1.5 * settings.pool_reserve:
         raise Hint(f"{free / GiB:.1f} GiB are free, close to what GATEWAY_POOL_RESERVE keeps")
+    if quotas.kind(settings) == "full" and quotas.wanted(settings):
+        raise Hint(
+            "it has full quotas, with which a deployment takes longer the more tenants there are; "
+            "docs/operations.md says how to change to simple ones, GATEWAY_SIMPLE_QUOTAS=false keeps them"
+        )
     return f"{found['driver']}, {free / GiB:.1f} GiB free"
 
 
@@ -229,6 +239,14 @@ def _addresses(settings: Settings) -> str:
     if said:
         raise HostError(". ".join(said))
     return f"{len(homes)}, each of one instance"
+
+
+def _tenants(settings: Settings) -> list[str]:
+    return [
+        instance["name"]
+        for instance in Looking(settings.incus_socket, settings.incus_project).instances()
+        if is_tenant(instance)
+    ]
 
 
 def _eldest_first(settings: Settings) -> list[dict[str, Any]]:

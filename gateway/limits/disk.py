@@ -78,7 +78,12 @@ class DiskSpace:
         await self.admit()
         await self._settle(tenant)
         held = sum((await self._counted(tenant, await self._runtime.snapshots(tenant))).values())
-        more, limit = await self._runtime.unshared(tenant) or 0, await self._limit(tenant)
+        if (together := await self._runtime.held(tenant)) is None:
+            more = await self._runtime.unshared(tenant) or 0
+        else:  # the kernel knows better than the sum, and limits it as well
+            held = min(held, together)
+            more = together - held
+        limit = await self._limit(tenant)
         if held + more > limit:
             raise TooLarge(
                 f"the tenant's snapshots use {held // _MiB} MiB, and this one would add {more // _MiB} MiB; "

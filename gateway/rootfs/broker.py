@@ -17,6 +17,8 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "fence", "tenant", "frozen": bool}` | `{}`: its container is frozen, or no longer, see `fence` |
 | `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `subvolume` |
 | `{"do": "quotas"}` | `{"changed": [words]}`: the disk quotas are enforced, see `quotas` |
+| `{"do": "free_disks"}` | `{}` once what was deleted counts no more for these limits |
+| `{"do": "limit_disk", "instance", "ending"}` | `{"counted": bytes or null}`: its disk is limited |
 
 No request contains a host path, an id or a pid: `locations` finds the files and cgroups of a tenant. A failed
 request is answered by `{"error": words}` for the log, or by `{"refused": code, "message", "facts"}` for the
@@ -44,9 +46,10 @@ from gateway.errors import GatewayError
 from gateway.rootfs import kernel, memory, process_tree, reserve, tcp
 from gateway.rootfs.confine import Namespaces, Plan
 from gateway.rootfs.dead_members import cut_off
-from gateway.rootfs.locations import Disk, Tenants, found_by
+from gateway.rootfs.disk import Disk
+from gateway.rootfs.locations import Tenants, found_by
 from gateway.rootfs.root import Root
-from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
+from gateway.rootfs.spawn import MESSAGE_MAX, UNKNOWN, Spawn
 from gateway.rootfs.subvolume import changed
 from gateway.rootfs.worker_cgroup import WorkerCgroup
 from gateway.rootfs.zygote import Zygote, preload
@@ -152,8 +155,15 @@ class Broker:
                 case "quotas":
                     quotas = self._tenants.quotas()
                     answer = {"changed": [] if quotas is None else quotas.enforce()}
+                    self._tenants.limit_disks()
+                case "free_disks":
+                    self._tenants.free_disks()
+                    answer = {}
+                case "limit_disk":
+                    name, ending = str(request["instance"]), bool(request["ending"])
+                    answer = {"counted": self._tenants.limit_disk(name, ending=ending)}
                 case _:
-                    answer = {"error": "unknown request"}
+                    answer = {"error": UNKNOWN}
         except GatewayError as error:
             answer = {"refused": error.code, "message": error.message, "facts": error.facts}
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ import orjson
 
 from gateway import errors
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs.spawn import MESSAGE_MAX
+from gateway.rootfs.spawn import MESSAGE_MAX, UNKNOWN
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ REFUSALS: dict[str, type[GatewayError]] = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, GatewayError) and kind is not GatewayError
 }
+
+
+class OldBroker(Unavailable):
+    """The broker does not know a request."""
 
 
 class BrokerClient:
@@ -91,6 +95,8 @@ class BrokerClient:
             answer, descriptors = exchange.result()
         if "refused" in answer:
             raise REFUSALS.get(answer["refused"], Unavailable)(answer["message"], **answer["facts"])
+        if answer.get("error") == UNKNOWN:
+            raise OldBroker(f"the broker is of an earlier version, which cannot {message['do']}: restart it")
         if "error" in answer:
             _log.warning("the broker refused to %s: %s", message["do"], answer["error"])
             raise Unavailable("the file service could not open the workspace")
@@ -124,6 +130,15 @@ class BrokerClient:
         """Enforce the disk quotas; return what was changed. Raises `Unavailable`."""
         answer, _ = await self.request({"do": "quotas"})
         return [str(words) for words in answer["changed"]]
+
+    async def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+        """Have a disk limited, see `locations.Tenants.limit_disk`. Raises `NotFound` and `Unavailable`."""
+        answer, _ = await self.request({"do": "limit_disk", "instance": instance, "ending": ending})
+        return None if answer["counted"] is None else int(answer["counted"])
+
+    async def free_disks(self) -> None:
+        """Have what was deleted counted no more. Raises `Unavailable`."""
+        await self.request({"do": "free_disks"})
 
     async def changed(self, tenant: str, workspace: str, since: str) -> bool:
         """Return whether anything on a tenant's root disk has changed since a snapshot, or may have.

@@ -22,7 +22,7 @@ from gateway.rootfs.confine import end_with_parent
 from gateway.rootfs.locations import Tenants, found_by
 from gateway.rootfs.zygote import preload
 
-GATEWAYS_MAX = 16  # connections: a gateway has two, or three in a cluster, its successor as many
+GATEWAYS_MAX = 16  # connections: a gateway has four, or five in a cluster, its successor as many
 
 
 def listening(arguments: list[str]) -> NoReturn:

@@ -7,6 +7,7 @@ tenants. Errors are meant for clients and contain no host paths.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -18,11 +19,14 @@ from urllib.parse import quote
 
 import orjson
 
-from gateway.errors import NotFound, Unavailable
+from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.rootfs import IdMap, asking, bridge_port, dead_members, fence, process_tree
 from gateway.rootfs.bridge_port import Port
+from gateway.rootfs.disk import Disk, relative
+from gateway.rootfs.folders import Folders as Folders
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
+from gateway.rootfs.size import size_of
 
 if TYPE_CHECKING:  # a broker does not need the settings, which are slow to load
     from gateway.settings import Settings
@@ -31,41 +35,10 @@ MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, 
 
 _GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
+_DISKS_AT_ONCE = 50
+_FREEING = 5.0  # seconds, less than a gateway waits for an answer
 _NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # an instance's, see Incus's shared/validate
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """The disk of a workspace. `path` is trusted; `inside` is the tenant's path below it, "" for none.
-
-    `uid` and `gid` are the workspace's user inside the tenant, `idmap` is the tenant's user namespace, empty
-    if it has none. On disk, files have inside ids, or outside ids if `shifted`. `covered` are folders
-    relative to the workspace over which the tenant has mounted other disks, which are not served. With
-    `real`, no part of `path` may be a link.
-    """
-
-    path: str
-    inside: str
-    uid: int
-    gid: int
-    idmap: tuple[IdMap, ...] = ()
-    shifted: bool = False
-    read_only: bool = False
-    covered: tuple[str, ...] = ()
-    real: bool = False
-
-    def outside(self, uid: int, gid: int) -> tuple[int, int]:
-        """Return the host ids of `uid`:`gid` inside the tenant. Raises `ValueError` if unmapped."""
-        if not self.idmap:
-            return uid, gid
-        return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)
-
-    def _outside(self, inside: int, *, uid_map: bool) -> int:
-        for line in self.idmap:
-            if (line.is_uid if uid_map else line.is_gid) and line.inside <= inside < line.inside + line.size:
-                return line.outside + inside - line.inside
-        raise ValueError(f"id {inside} is not mapped")
 
 
 class Tenants(Protocol):
@@ -93,56 +66,25 @@ class Tenants(Protocol):
         """Return the quotas of the tenants' disks; None for folders, which have none."""
         ...
 
+    def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+        """Have the disk of an instance of ours counted and limited; return the bytes that count.
+
+        One that does not run, or is `ending`, has slack for Incus. Does nothing and returns None in a pool
+        without simple quotas, see `disk_groups`.
+        """
+        ...
+
+    def limit_disks(self) -> int:
+        """Do so for all that are not yet, at most some dozens; return how many."""
+        ...
+
+    def free_disks(self) -> None:
+        """Have what was deleted counted no more, where disks are limited so. Takes up to some seconds."""
+        ...
+
     def members(self) -> Collection[str]:
         """Return HOST:PORT of each member's Incus, none without a cluster. Raises `OSError`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Folders:
-    """Tenants as folders: `home`/TENANT/`below` is a tenant's `/`; its owner owns the files.
-
-    With `idmap`, the workspace's user is `uid` inside, and files have inside ids.
-    """
-
-    home: str
-    below: str = ""
-    uid: int | None = None
-    idmap: tuple[IdMap, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a description from which `found_by` makes an equal object in another process."""
-        lines = [[m.is_uid, m.is_gid, m.inside, m.outside, m.size] for m in self.idmap]
-        return {"kind": "folders", "home": self.home, "below": self.below, "uid": self.uid, "idmap": lines}
-
-    def disk(self, tenant: str, workspace: str) -> Disk:
-        if tenant in ("", ".", "..") or "/" in tenant or "\0" in tenant:
-            raise NotFound("no such tenant")
-        path = f"{self.home}/{tenant}/{self.below}".rstrip("/")
-        try:
-            owner = os.stat(path, follow_symlinks=False)
-        except OSError:
-            raise NotFound("no such tenant") from None
-        uid, gid = (owner.st_uid, owner.st_gid) if self.uid is None else (self.uid, self.uid)
-        return Disk(path, _relative(workspace), uid, gid, self.idmap)
-
-    def group(self, tenant: str) -> Path:
-        raise NotFound("a tenant without a container has no cgroup")
-
-    def network(self, tenant: str) -> tuple[int, str]:
-        raise NotFound("a tenant without a container has no network")
-
-    def ports(self, tenant: str) -> Sequence[Port]:
-        raise NotFound("a tenant without a container has no ports")
-
-    def fence(self, tenant: str, *, frozen: bool) -> None:
-        raise NotFound("a tenant without a container cannot be frozen")
-
-    def quotas(self) -> Quotas | None:
-        return None
-
-    def members(self) -> Collection[str]:
-        return ()
 
 
 class Instances:
@@ -213,9 +155,9 @@ class Instances:
         if above is None:
             raise Unavailable(f"tenant {tenant} has no root disk")
         name, device = mounts[above]
-        covered = tuple(_relative(at[len(workspace) :]) for at in mounts if at.startswith(workspace + "/"))
+        covered = tuple(relative(at[len(workspace) :]) for at in mounts if at.startswith(workspace + "/"))
         read_only = device.get("readonly") in ("true", "1")
-        inside = _relative(workspace[len(above.rstrip("/")) :])
+        inside = relative(workspace[len(above.rstrip("/")) :])
         if above == "/":
             path = f"{self._pools}/{_part(device['pool'])}/containers/{_folder(instance)}/rootfs"
             # an empty last idmap means that the kernel maps ids at the mount, so they are unshifted on disk
@@ -283,18 +225,52 @@ class Instances:
     def quotas(self) -> Quotas:
         return Quotas(Path(self._pools, self._pool))
 
+    def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+        if (groups := self.quotas().groups()) is None:
+            return None
+        found = self._instance(instance, ours=True)
+        disks = (one for one in found["expanded_devices"].values() if one.get("path") == "/")
+        root: Mapping[str, str] = next(disks, {})
+        if root.get("pool") != self._pool:
+            return None
+        identity, size = found["config"].get("volatile.uuid", ""), root.get("size", "")
+        try:
+            slack = ending or found.get("status") != "Running"
+            return groups.limit(_folder(found), identity, size_of(size), slack=slack)
+        except (OSError, ValueError) as error:
+            words = error.strerror if isinstance(error, OSError) else "it has no id"
+            raise Unavailable(f"the disk of {instance} cannot be limited: {words}") from error
+
+    def limit_disks(self) -> int:
+        if (groups := self.quotas().groups()) is None:
+            return 0
+        done = 0
+        for folder in groups.lacking():
+            with contextlib.suppress(GatewayError):  # not one of ours, or just being made
+                done += self.limit_disk(folder.rpartition("_")[2]) is not None
+            if done == _DISKS_AT_ONCE:
+                break
+        return done
+
+    def free_disks(self) -> None:
+        if (groups := self.quotas().groups()) is not None:
+            groups.free(_FREEING)
+
     def members(self) -> Collection[str]:
         return dead_members.members(Path(self._socket).parent)
 
-    def _instance(self, tenant: str, query: str = "") -> dict[str, Any]:
+    def _instance(self, tenant: str, query: str = "", *, ours: bool = False) -> dict[str, Any]:
         """Return an instance that is a tenant. Raises `NotFound` for all others, existing or not.
+
+        With `ours`, also one that is none yet or no more: in the pool, a golden copy, on a move.
 
         In a cluster, raises `Unavailable` for one on another server: its paths and ids mean others here.
         """
         found, project = None, self._project_of(tenant)
         if _NAME.fullmatch(tenant):
             found = self._get(f"/1.0/instances/{quote(tenant)}", query, project)
-        if found is None or found.get("name") != tenant or not is_tenant(found):
+        accepts = is_ours if ours else is_tenant
+        if found is None or found.get("name") != tenant or not accepts(found):
             raise NotFound(f"no tenant {tenant[:100]}")
         location = found.get("location")
         if location not in (None, "", "none") and location != self._own_member():
@@ -346,6 +322,11 @@ def is_tenant(instance: Mapping[str, Any]) -> bool:
     return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
 
 
+def is_ours(instance: Mapping[str, Any]) -> bool:
+    """Return whether an instance is a container with our mark, be it a tenant or not."""
+    return instance.get("type") == "container" and MANAGED in (instance.get("expanded_config") or {})
+
+
 def _folder(instance: Mapping[str, Any]) -> str:
     """Return an instance's name in host paths."""
     name, project = str(instance["name"]), instance["project"]
@@ -362,7 +343,7 @@ def _idmap(text: str | None) -> tuple[IdMap, ...]:
 def _mounts(devices: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, Mapping[str, str]]]:
     """Return the names and devices of a container's disks by their paths inside."""
     return {
-        "/" + _relative(os.path.normpath(device["path"])): (name, device)
+        "/" + relative(os.path.normpath(device["path"])): (name, device)
         for name, device in devices.items()
         if device.get("type") == "disk" and device.get("path")
     }
@@ -370,10 +351,6 @@ def _mounts(devices: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, Ma
 
 def _holds(above: str, path: str) -> bool:
     return f"{path}/".startswith(above.rstrip("/") + "/")
-
-
-def _relative(path: str) -> str:
-    return path.strip("/")
 
 
 def _part(name: object) -> str:

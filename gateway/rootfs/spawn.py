@@ -1,4 +1,4 @@
-"""The request for a worker, from the gateway to the broker."""
+"""The request for a worker, from the gateway to the broker, and what is common to all requests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from gateway.rootfs.operation import Limits
 
 MESSAGE_MAX = 64 << 10  # bytes of a request to or an answer of the broker
+UNKNOWN = "unknown request"  # the broker's error for a request of a later version
 
 
 @dataclass(frozen=True, slots=True)

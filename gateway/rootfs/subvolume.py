@@ -6,17 +6,12 @@ that in which it was made, and its origin has no later one until it changes.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import struct
 from pathlib import Path
 from typing import Final
 
-# linux/btrfs.h: the number of the ioctl by direction, size, type and number, and what it returns: treeid,
-# name, parent_id, dirid, generation, …
-_GET_SUBVOL_INFO: Final = (2 << 30) | (504 << 16) | (0x94 << 8) | 60
-_GENERATION: Final = struct.Struct("=8x256x8x8xQ")
+from gateway.rootfs import btrfs
+
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9.-]{0,62}")  # of a snapshot of ours
 
 
@@ -38,10 +33,4 @@ def changed(rootfs: str, since: str) -> bool:
 
 def generation(path: Path) -> int:
     """Return the generation of the subvolume at a path. Raises `OSError`."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        told = bytearray(504)
-        fcntl.ioctl(folder, _GET_SUBVOL_INFO, told)
-    finally:
-        os.close(folder)
-    return int(_GENERATION.unpack_from(told)[0])
+    return btrfs.subvolume(path).generation

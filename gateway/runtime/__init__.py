@@ -332,6 +332,10 @@ class TenantRuntime(Protocol):
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None: ...
 
+    async def held(self, name: str) -> int | None:
+        """Return the bytes that count for a tenant's disk if its snapshots do, too, and None if not."""
+        ...
+
     async def unshared(self, name: str) -> int | None:
         """Return the bytes of a tenant's disk not shared with any snapshot or image, None if unknown."""
         ...

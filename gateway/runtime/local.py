@@ -173,6 +173,9 @@ class LocalRuntime:
         await asyncio.to_thread(shutil.rmtree, self._tenants.kept(name, snapshot))
         self._tell("tenant.snapshot.deleted", name, snapshot=snapshot)
 
+    async def held(self, name: str) -> int | None:
+        return None
+
     async def unshared(self, name: str) -> int | None:
         return await asyncio.to_thread(size, self._tenants.disk(name))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Final
 
 from gateway.errors import InvalidParams
+from gateway.rootfs.size import size_of as size_of
 
 MiB: Final = 1 << 20
 
@@ -20,21 +20,9 @@ SIZES: Final[Mapping[str, Mapping[str, str]]] = {
 SITE_SHARE: Final = 85
 """Percentage of a tenant's memory and processes for its site; the rest is for commands."""
 
-# https://linuxcontainers.org/incus/docs/main/reference/instance_units/
-_UNITS: Final = {
-    **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB", "PB", "EB"))},
-    **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))},
-}
-
 
 def known(name: str) -> str:
     """Return `name` if it is a size. Raises `InvalidParams` otherwise."""
     if name not in SIZES:
         raise InvalidParams(f"size must be one of {', '.join(SIZES)}", field="size")
     return name
-
-
-def size_of(text: str) -> int:
-    """Parse a size in Incus's notation, such as 4GiB, into bytes; 0 if it is not one."""
-    found = re.fullmatch(r"([0-9]+) ?([a-zA-Z]*)", text.strip())
-    return 0 if found is None else int(found[1]) * _UNITS.get(found[2], 0)

@@ -30,6 +30,10 @@ class TenantSettings(BaseModel):
     )
     tenant_processes: int = Field(400, gt=0, description="maximum number of processes of a tenant")
     tenant_disk: str = Field("4GiB", description="size of a tenant's root disk, if the pool has quotas")
+    simple_quotas: bool = Field(
+        True,
+        description="whether setup gives a new btrfs pool simple quotas (Linux 6.8, btrfs-progs 6.7)",
+    )
     tenant_read: str = Field(
         "250MB",
         description="limit of reads from a tenant's root disk in bytes a second, as Incus's limits.read "

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gateway.host import HostError, Report, image
+from gateway.host import HostError, Report, image, quotas
 from gateway.host.daemon import Daemon, cannot_run
 from gateway.host.setup import setup
 from gateway.rootfs import process_tree
@@ -235,9 +235,30 @@ def up(report: Report) -> bool:
         if ours or (mark and not _lives(mark)):
             report(f"removing {instance['name']}, left by an earlier run")
             incus("delete", "--force", instance["name"], check=False)
+    simplify(report)
     setup(settings(), report)
     image.build(settings(), report)
     return ours
+
+
+def simplify(report: Report) -> None:
+    """Have a pool of an earlier checkout, which no container uses, get simple quotas by the next setup."""
+    if quotas.kind(settings()) == "full" and quotas.wanted(settings()) and not instances():
+        report("taking the full quotas off the pool")
+        _quota("disable")
+
+
+def with_full_quotas() -> None:
+    """Give the pool, which no container uses, full quotas until the next `up`."""
+    assert not instances()
+    _quota("disable")
+    _quota("enable")
+    quotas.enforce(settings())
+
+
+def _quota(word: str) -> None:
+    pool = INCUS_DIR / "storage-pools" / settings().pool
+    subprocess.run(["btrfs", "quota", word, pool], check=True)
 
 
 def _end_gateways(report: Report) -> None:

@@ -21,6 +21,7 @@ from gateway.host.findings import Hint
 from gateway.host.gateway_process import GatewayProcess
 from gateway.host.npm import check_integrity
 from gateway.host.place import Place
+from gateway.host.quotas import can_be_simple
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.rootfs.locations import MANAGED
 from gateway.settings import Settings
@@ -47,6 +48,21 @@ def test_pool_without_room_names_the_way_out() -> None:
     """A full disk is refused before Incus creates half a pool."""
     with pytest.raises(HostError, match="GATEWAY_POOL_SOURCE"):
         pool_size(5 * GiB - 1)
+
+
+@pytest.mark.parametrize(
+    ("linux", "programs", "simple"),
+    [
+        ("6.12.48+deb13-amd64", "btrfs-progs v6.14", True),
+        ("6.8.0-84-generic", "btrfs-progs v6.6.3", False),
+        ("6.7.12", "btrfs-progs v6.14", False),
+        ("7.0.1", "btrfs-progs v7.0\n-EXPERIMENTAL +LZO", True),
+        ("6.18.44", "", False),
+    ],
+)
+def test_which_hosts_have_simple_quotas(linux: str, programs: str, simple: bool) -> None:
+    """Linux 6.7 forgets what a deleted disk has written; older programs make Incus fail to read them."""
+    assert can_be_simple(linux, programs) == simple
 
 
 def test_acl_closes_private_ranges_and_the_hosts_public_address() -> None:

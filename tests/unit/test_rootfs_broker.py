@@ -140,6 +140,15 @@ async def test_cuts_off_members_of_the_cluster_alone(broker: Running, tmp_path: 
 
 
 @needs_root
+async def test_leaves_disks_to_incus_where_the_pool_has_no_simple_quotas(broker: Running) -> None:
+    """`tests/integration/test_quotas.py` has pools that have them."""
+    client = BrokerClient(at=broker.socket)
+    assert await client.limit_disk("shop") is None
+    await client.free_disks()
+    await client.aclose()
+
+
+@needs_root
 async def test_comes_back(broker: Running, root: FilesystemRoot) -> None:
     """A restarted broker is found again; its workers ended with it."""
     async with Workers(broker.settings) as workers:

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs.locations import Disk, Instances, found_by
+from gateway.rootfs.disk import Disk
+from gateway.rootfs.disk_groups import DiskGroups, number_of
+from gateway.rootfs.locations import Instances, found_by
+from gateway.rootfs.quotas import Quotas
 from tests.unit.incusd import IDMAP, answering, instance
 
 WORKSPACE = "/srv/site"
@@ -216,3 +219,97 @@ def test_group(host: Host) -> None:
     host.has("shop", state=None)
     with pytest.raises(NotFound):
         host.tenants.group("shop")
+
+
+# --- limits of disks --------------------------------------------------------------------------------------
+
+ID = "0b5c0a4e-9f1c-4f5a-8f0e-0123456789ab"
+ROOT = {"type": "disk", "path": "/", "pool": "pool", "size": "2GiB"}
+
+
+class Groups(DiskGroups):
+    """Groups that note what is limited."""
+
+    def __init__(self, *lacking: str) -> None:
+        self.limited: list[tuple[str, str, int]] = []
+        self.slack: list[bool] = []
+        self._lacking = lacking
+
+    def limit(self, folder: str, identity: str, size: int, *, slack: bool = False) -> int:
+        if folder == "full":
+            raise OSError(28, "No space left on device")
+        self.limited.append((folder, identity, size))
+        self.slack.append(slack)
+        return 7
+
+    def lacking(self) -> Iterator[str]:
+        yield from self._lacking
+
+
+def with_groups(monkeypatch: pytest.MonkeyPatch, groups: Groups | None) -> None:
+    monkeypatch.setattr(Quotas, "groups", lambda self: groups)
+
+
+@pytest.mark.parametrize("managed", ["true", "false"])
+def test_a_disk_is_limited_to_what_incusd_says(
+    host: Host, monkeypatch: pytest.MonkeyPatch, managed: str
+) -> None:
+    """A request only names an instance; which may also be none yet, in the pool or on a move."""
+    with_groups(monkeypatch, groups := Groups())
+    config = {"user.gateway.managed": managed}
+    host.has("shop", config={"volatile.uuid": ID}, expanded_config=config, expanded_devices={"root": ROOT})
+    assert host.tenants.limit_disk("shop") == 7
+    assert groups.limited == [("shop", ID, 2 << 30)]
+
+
+def test_a_disk_has_slack_unless_its_tenant_runs(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Incus writes to it as it starts and stops one, which must succeed for a full one, too."""
+    with_groups(monkeypatch, groups := Groups())
+    for status in ("Stopped", "Running"):
+        host.has("shop", status=status, config={"volatile.uuid": ID}, expanded_devices={"root": ROOT})
+        host.tenants.limit_disk("shop")
+    host.tenants.limit_disk("shop", ending=True)
+    assert groups.slack == [True, False, True]
+
+
+def test_no_disk_of_others_is_limited(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_groups(monkeypatch, groups := Groups())
+    host.has("theirs", config={"volatile.uuid": ID}, expanded_config={}, expanded_devices={"root": ROOT})
+    other = ROOT | {"pool": "other"}
+    host.has("apart", config={"volatile.uuid": ID}, expanded_devices={"root": other})
+    for name in ("theirs", "none", "../shop"):
+        with pytest.raises(NotFound):
+            host.tenants.limit_disk(name)
+    assert host.tenants.limit_disk("apart") is None
+    assert groups.limited == []
+
+
+def test_a_disk_that_cannot_be_limited_is_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its tenant is not started."""
+    with_groups(monkeypatch, Groups())
+    host.has("full", config={"volatile.uuid": ID}, expanded_devices={"root": ROOT})
+    with pytest.raises(Unavailable, match=r"the disk of full cannot be limited: No space left"):
+        host.tenants.limit_disk("full")
+
+
+def test_in_a_pool_with_other_quotas_nothing_is_asked(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_groups(monkeypatch, None)
+    assert (host.tenants.limit_disk("shop"), host.tenants.limit_disks()) == (None, 0)
+    assert host.asked == []
+
+
+def test_disks_that_lack_a_limit_get_one(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that an operator has restored; others' in the pool are left alone."""
+    with_groups(monkeypatch, groups := Groups("theirs", "full", "shop", "project_one"))
+    for name in ("full", "shop"):
+        host.has(name, config={"volatile.uuid": ID}, expanded_devices={"root": ROOT})
+    assert host.tenants.limit_disks() == 1
+    assert groups.limited == [("shop", ID, 2 << 30)]
+
+
+def test_an_instances_id_numbers_its_group() -> None:
+    """Apart from the small numbers that an operator chooses; another instance has another one."""
+    assert number_of(ID) == number_of(ID.upper()) == 0x8B5C_0A4E_9F1C
+    assert number_of("00000000-0000-4000-8000-000000000000") == 1 << 47
+    with pytest.raises(ValueError, match="hexadecimal"):
+        number_of("shop")

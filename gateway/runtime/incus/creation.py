@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +53,12 @@ WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles"
 _PAUSE: Final = 0.2  # seconds; Incus cannot tell when an instance is no longer busy
 
 Which = Callable[[Instance], bool]
+Limited = Callable[[str], Awaitable[int | None]]
+
+
+async def by_incus(instance: str) -> int | None:
+    """A `Limited` for disks that Incus itself counts and limits."""
+    return None
 
 
 def identity_of(instance: Instance) -> str:
@@ -68,12 +74,22 @@ def is_ours(instance: Instance) -> bool:
 
 
 class Creation:
-    """Creates and removes the instances of one Incus project. `removed` is told of each removal."""
+    """Creates and removes the instances of one Incus project. `removed` is told of each removal.
 
-    def __init__(self, settings: Settings, incus: Incus, removed: Removed = unheard) -> None:
+    `limited` has an instance's disk limited, see `DiskLimits.limit`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        incus: Incus,
+        removed: Removed = unheard,
+        limited: Limited = by_incus,
+    ) -> None:
         self._settings = settings
         self._incus = incus
         self._removed = removed
+        self.limited = limited
         self._choosing = asyncio.Lock()
         self._promised: set[str] = set()  # addresses of instances being created
         self._leases: set[str] = set()
@@ -112,12 +128,14 @@ class Creation:
                     "profiles": profiles or [self._settings.profile],
                     "config": {**config, STATIC: static, MADE: identity, IDENTITY: identity},
                     "devices": {**devices, _NIC: own},
-                    "start": start,
                     **({"architecture": architecture} if architecture else {}),
                 }
                 with translated(name):
                     try:
                         await self.operate("POST", "/1.0/instances", body, patience, project)
+                        await self.limited(name)
+                        if start:
+                            await self.begin(name)
                         return
                     except IncusError as error:
                         # another gateway took the address in the meantime
@@ -125,6 +143,10 @@ class Creation:
                             raise
             # the remains would make the next attempt fail
             await self.remove(lambda one: identity_of(one) == identity, "its address was taken")
+
+    async def begin(self, name: str) -> None:
+        """Start an instance whose disk is limited."""
+        await self.operate("PUT", instance_path(name, "state"), {"action": "start", "timeout": -1})
 
     @contextlib.asynccontextmanager
     async def undone(self, why: str) -> AsyncIterator[str]:
@@ -200,11 +222,18 @@ class Creation:
             if now["status"] == "Stopped":
                 break
             body = {"action": "stop", "timeout": -1, "force": True}
-            with translated(name):
-                await self.operate("PUT", instance_path(name, "state"), body)
+            try:
+                with translated(name):
+                    await self.operate("PUT", instance_path(name, "state"), body)
+            except Unavailable:
+                # Incus stops it, and then cannot tidy a full disk
+                if (await self.instance(name))["status"] != "Stopped":
+                    raise
         else:
             raise Conflict(f"another program keeps starting {name}")
         asked[identity] = now
+        with contextlib.suppress(GatewayError):  # it needs some room to remove subvolumes from a full disk
+            await self.limited(name)
         with translated(name):
             await self.operate("DELETE", instance_path(name))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway.errors import Conflict, NotFound
+from gateway.errors import Conflict, NotFound, TooLarge
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.runtime import Snapshot
@@ -17,6 +17,9 @@ from gateway.settings import Settings
 
 OURS: Final = "_gateway-"
 """What the names of the gateway's own snapshots begin with, as no user's does: neither shown nor counted."""
+
+INHERITED: Final = "user.gateway.inherited"
+"""On a clone: the bytes that it shared with other tenants when it was made, in a pool with simple quotas."""
 
 # identifies a machine: two with the same id would get the same address
 _MACHINE_ID: Final = "/etc/machine-id"
@@ -30,6 +33,28 @@ class Copy:
     unset: dict[str, str]
     devices: Mapping[str, Mapping[str, str]]
     profiles: Sequence[str]
+
+
+def inherited(source: Mapping[str, Any], counted: int | None) -> dict[str, str]:
+    """Return the key of a clone that tells what it shares with its source, for which `counted` bytes count.
+
+    They count for the source only, even when that is gone, see `rootfs.disk_groups`; where Incus counts, with
+    None, there is no such key. Raises `TooLarge` if clones of clones would share ever more.
+    """
+    if counted is None:
+        return {}
+    size = size_of(source["expanded_devices"].get("root", {}).get("size", ""))
+    before = source["config"].get(INHERITED, "")
+    shared = counted + (int(before) if before.isdecimal() else 0)
+    if size and shared > size:
+        raise TooLarge(
+            f"tenant {source['name']} is a clone itself: another one would share {shared} bytes with both, "
+            f"and its disk has {size}; deploy the site anew instead",
+            reason="quota",
+            limit=size,
+            held=shared,
+        )
+    return {INHERITED: str(shared)}
 
 
 class Disks:

@@ -141,6 +141,8 @@ class Moves:
         body = {key: copy[key] for key in ("name", "type", "profiles", "config", "devices", "architecture")}
         with translated(tenant):
             await self._operate("POST", "/1.0/instances", {**body, "source": source}, patience)
+        # each time, since the next refresh removes the snapshot that this one's bytes count for
+        await self._making.limited(name)
 
     async def _settle(
         self, copy: Mapping[str, Any], found: Mapping[str, Any], config: Mapping[str, str]

@@ -70,9 +70,9 @@ class Pool:
                 continue
             with translated(tenant):
                 await self._making.operate("POST", instance_path(member.name), {"name": tenant})
-                await self._making.operate(
-                    "PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1}
-                )
+                if "devices" in change:
+                    await self._making.limited(tenant)
+                await self._making.begin(tenant)
             return True
         return False
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Final
+from itertools import islice
+from typing import Any, Final
 
 import orjson
 
@@ -22,6 +23,8 @@ DEPLOYMENT: Final = "user.gateway.deployment"
 ASLEEP: Final = "user.gateway.asleep"
 IDLE_STOP: Final = "user.gateway.idle_stop"  # set by the operator; overrides the setting of that name
 STANDBY: Final = "user.gateway.standby"  # likewise
+
+_INTERFACES: Final = 64  # in the metrics of a tenant, which may create thousands
 
 _STATUS: Final[Mapping[str, Status]] = {
     "Running": "running",
@@ -89,6 +92,31 @@ def disk_state(instance: Instance) -> str:
     disks = {name: device for name, device in devices.items() if device.get("type") == "disk"}
     facts = [[config.get(f"volatile.{key}") for key in keys], disks]
     return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def metrics_of(instance: Instance, counted: int | None) -> Mapping[str, Any]:
+    """Return the metrics of a tenant; `counted` is what its disk uses, None if only Incus counts that."""
+    state = instance["state"]
+    memory = state.get("memory") or {}
+    disk = (state.get("disk") or {}).get("root") or {}
+    network = {
+        interface: {
+            "received_bytes": facts["counters"]["bytes_received"],
+            "sent_bytes": facts["counters"]["bytes_sent"],
+        }
+        for interface, facts in islice((state.get("network") or {}).items(), _INTERFACES)
+        if interface != "lo"
+    }
+    return {
+        "cpu_seconds": (state.get("cpu") or {}).get("usage", 0) / 1e9,
+        "memory_bytes": memory.get("usage", 0),
+        "memory_peak_bytes": memory.get("usage_peak", 0),
+        "memory_limit_bytes": memory.get("total", 0),
+        "processes": max(0, state.get("processes", 0)),
+        "disk_bytes": disk.get("usage") if counted is None else counted,
+        "disk_limit_bytes": disk.get("total"),
+        "network": network,
+    }
 
 
 def _seconds(text: str | None) -> float | None:

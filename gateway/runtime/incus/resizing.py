@@ -72,6 +72,7 @@ class Resizing:
             await self._fits(found, wanted, profile)
             try:
                 await whole(self._incus.operate("PUT", path, wanted, timeout=limit, if_match=tag))
+                await self._making.limited(name)
                 break
             except IncusError as error:
                 if error.status == 412 and attempt < _TRIES - 1:  # 412: changed by others meanwhile
@@ -127,12 +128,13 @@ class Resizing:
         name = found["name"]
         before, after = (_disk(found["devices"], profile), _disk(wanted["devices"], profile))
         if after and (not before or after < before):
-            if found["status"] != "Running":
+            used = await self._making.limited(name)
+            if used is None and found["status"] != "Running":
                 raise TenantNotRunning(
                     f"tenant {name} is {found['status'].lower()}: its disk usage is known only while it is "
                     "running, and the new disk would be smaller; start it first"
                 )
-            used = await self._on_disk(name)
+            used = await self._on_disk(name) if used is None else used
             if used + max(_DISK_MARGIN, used // 20) > after:
                 raise _in_use("disk", after, used)
         has, memory = _memory(found, profile), _memory(wanted, profile)

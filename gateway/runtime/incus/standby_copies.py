@@ -250,6 +250,7 @@ class StandbyCopies:
                 await self._made(copy, away=away)
             # what the copy has since may be half of a refresh that its server did not live to finish
             await self._disks.restore(name, copy.snapshot)
+            await self._runtime.making.limited(name)
             await self._operate(self._incus, "PATCH", instance_path(name), {"config": {_KEY: ""}})
         except Conflict:
             raise

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.holder.holder import Holder
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.disk_limits import DiskLimits
 from gateway.rootfs.locations import MANAGED, Instances, is_tenant
 from gateway.runtime import (
     Adopted,
@@ -37,10 +37,18 @@ from gateway.runtime import (
 from gateway.runtime.incus.clusters import REASON, clustered, serving
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation, identity_of
-from gateway.runtime.incus.disks import Disks
+from gateway.runtime.incus.disks import Disks, inherited
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.moves import Moves
-from gateway.runtime.incus.records import ASLEEP, PORT, disk_state, domain_config, lacks_address, tenant_of
+from gateway.runtime.incus.records import (
+    ASLEEP,
+    PORT,
+    disk_state,
+    domain_config,
+    lacks_address,
+    metrics_of,
+    tenant_of,
+)
 from gateway.runtime.incus.resizing import Resizing
 from gateway.runtime.incus.watch import Watch
 from gateway.runtime.visits import Place, visited
@@ -48,8 +56,6 @@ from gateway.settings import Settings
 from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
-
-_INTERFACES: Final = 64  # in the metrics of a tenant, which may create thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +78,10 @@ class IncusRuntime:
     ) -> None:
         self._settings = settings
         self._incus = incus or Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
-        self.making = Creation(settings, self._incus, removed)
-        self.tenants: Mapping[str, Any] = Instances.of(settings).to_dict()
+        instances = Instances.of(settings)
+        self._disk_limits = DiskLimits(settings.broker_socket, instances)
+        self.making = Creation(settings, self._incus, removed, self._disk_limits.limit)
+        self.tenants: Mapping[str, Any] = instances.to_dict()
         self._located: dict[str, _Located] = {}
         self._watch = Watch(settings, self._incus, self, self._changed)
         self.commands = Commands(settings, self._incus, self.init_pid, holder)
@@ -96,6 +104,7 @@ class IncusRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.commands.aclose()
+        await self._disk_limits.aclose()
         await self._incus.__aexit__(kind, error, trace)
 
     # --- tenants ------------------------------------------------------------------------------------
@@ -126,7 +135,9 @@ class IncusRuntime:
         if tenant.status == "frozen":
             await self._state(name, "unfreeze")
         elif tenant.status != "running":
+            await self.making.limited(name)
             await self._state(name, "start")
+            await self.making.limited(name)
 
     async def stop(self, name: str) -> None:
         tenant = await self.get(name)
@@ -135,10 +146,12 @@ class IncusRuntime:
         if tenant.status == "frozen":  # a frozen init cannot shut down
             await self._state(name, "stop", force=True)
             return
+        await self._disk_limits.limit(name, ending=True)
         try:
             await self._state(name, "stop")
-        except Unavailable:  # it does not shut down cleanly
-            await self._state(name, "stop", force=True)
+        except Unavailable:  # it does not shut down cleanly; or it has, and Incus could not tidy a full disk
+            if (await self.get(name)).status != "stopped":
+                await self._state(name, "stop", force=True)
 
     async def restart(self, name: str) -> None:
         await self.stop(name)
@@ -168,7 +181,6 @@ class IncusRuntime:
     async def rename(self, name: str, domain: str | None) -> None:
         await self.get(name)
         with translated(name):
-            # an empty value removes the key in Incus
             await self._operate("PATCH", instance_path(name), {"config": domain_config(domain)})
 
     async def resize(self, name: str, size: str) -> None:
@@ -186,6 +198,7 @@ class IncusRuntime:
             await self._disks.fits(source, snapshot)
         await self.making.free(new)
         config = {MANAGED: "true", **domain_config(domain), PORT: source["expanded_config"].get(PORT, "")}
+        config |= inherited(source, await self.making.limited(name))
         async with self.making.undone(f"the clone of {name} failed") as identity:
             copy = self._disks.copy_of(source, snapshot)
             await self.making.make(
@@ -215,7 +228,10 @@ class IncusRuntime:
         await self._disks.fits(await self._instance(name), snapshot)  # check before stopping it
         await self.stop(name)
         try:
+            await self.making.limited(name)
             await self._disks.restore(name, snapshot)
+            await self._disk_limits.free()  # or what it held keeps a full one from starting
+            await self.making.limited(name)  # in any case: its files can be written while it is stopped
         finally:
             self._changed(name)
             if ran:
@@ -223,7 +239,13 @@ class IncusRuntime:
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await self.get(name)
+        await self._disk_limits.limit(name, ending=True)  # Incus needs some room for it on a full disk
         await self._disks.delete(name, snapshot)
+        await self._disk_limits.free()
+        await self.making.limited(name)
+
+    async def held(self, name: str) -> int | None:
+        return await self.making.limited(name)
 
     async def unshared(self, name: str) -> int | None:
         disk = ((await self._instance(name))["state"].get("disk") or {}).get("root") or {}
@@ -248,27 +270,7 @@ class IncusRuntime:
 
     async def metrics(self, name: str) -> Mapping[str, Any]:
         instance = await self._instance(name)
-        state = instance["state"]
-        memory = state.get("memory") or {}
-        disk = (state.get("disk") or {}).get("root") or {}
-        network = {
-            interface: {
-                "received_bytes": facts["counters"]["bytes_received"],
-                "sent_bytes": facts["counters"]["bytes_sent"],
-            }
-            for interface, facts in itertools.islice((state.get("network") or {}).items(), _INTERFACES)
-            if interface != "lo"
-        }
-        return {
-            "cpu_seconds": (state.get("cpu") or {}).get("usage", 0) / 1e9,
-            "memory_bytes": memory.get("usage", 0),
-            "memory_peak_bytes": memory.get("usage_peak", 0),
-            "memory_limit_bytes": memory.get("total", 0),
-            "processes": max(0, state.get("processes", 0)),
-            "disk_bytes": disk.get("usage"),
-            "disk_limit_bytes": disk.get("total"),
-            "network": network,
-        }
+        return metrics_of(instance, await self.making.limited(name))
 
     async def ready(self) -> None:
         await serving(self._incus, self._settings)

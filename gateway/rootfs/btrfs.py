@@ -1,0 +1,183 @@
+"""Subvolumes of a btrfs, and their quota groups, by ioctls.
+
+Numbers and structures are those of linux/btrfs.h and linux/btrfs_tree.h. `volume` is the descriptor of any
+folder of the file system. Except for `subvolume`, the calls need root. All raise `OSError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ENABLE_SIMPLE: Final = 4  # BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA
+
+FIRST: Final = 256  # the id of the first subvolume, and the inode number of each one's folder
+_LEVEL: Final = 48  # the bits of a group's id below its level
+_MOST: Final = (1 << 64) - 1
+
+# objects of the trees, and kinds of items
+_TREE_OF_ROOTS, _TREE_OF_QUOTAS = 1, 8
+_ORPHANS: Final = (1 << 64) - 5
+_ORPHAN, _ROOT, _ROOT_REF, _GROUP_INFO, _GROUP_RELATION = 48, 132, 156, 242, 246
+
+_READ, _WRITE = 2, 1  # the direction of an ioctl
+_KEY: Final = struct.Struct("=7Q4I4Q")  # struct btrfs_ioctl_search_key; the items follow
+_COUNT: Final = struct.Struct("=I")
+_COUNT_AT: Final = 64
+_HEADER: Final = struct.Struct("=3Q2I")  # transid, objectid, offset, type, length of the item that follows
+_SEARCH_BYTES: Final = 4096
+_INFO: Final = struct.Struct("=Q256x8x8xQ")  # treeid, name, parent_id, dirid, generation, …
+_INFO_BYTES: Final = 504
+_REFERENCED: Final = struct.Struct("=8xQ")  # after the generation
+LIMIT_REFERENCED: Final = 1
+
+
+def _ioctl(direction: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | 0x94 << 8 | number
+
+
+_SYNC: Final = 0x94 << 8 | 8
+_TREE_SEARCH: Final = _ioctl(_READ | _WRITE, 17, _SEARCH_BYTES)
+_QUOTA_CTL: Final = _ioctl(_READ | _WRITE, 40, 16)
+_GROUP_ASSIGN: Final = _ioctl(_WRITE, 41, 24)
+_GROUP_CREATE: Final = _ioctl(_WRITE, 42, 16)
+_GROUP_LIMIT: Final = _ioctl(_READ, 43, 48)
+_GET_SUBVOL_INFO: Final = _ioctl(_READ, 60, _INFO_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Subvolume:
+    """A subvolume; `generation` is the number of the transaction in which anything in it changed last.
+
+    A snapshot has that in which it was made, and its origin has no later one until it changes.
+    """
+
+    number: int
+    generation: int
+
+
+def subvolume(path: Path) -> Subvolume:
+    """Return the subvolume whose folder is at a path; not being one is an error, too."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(folder).st_ino != FIRST:
+            raise OSError(errno.EINVAL, "not a subvolume")
+        told = bytearray(_INFO_BYTES)
+        fcntl.ioctl(folder, _GET_SUBVOL_INFO, told)
+    finally:
+        os.close(folder)
+    return Subvolume(*_INFO.unpack_from(told))
+
+
+def exists(volume: int, number: int) -> bool:
+    """Return whether there is a subvolume of a number, or one that is still being deleted."""
+    return any(_items(volume, _TREE_OF_ROOTS, number, _ROOT))
+
+
+def nested(volume: int, number: int) -> Iterator[int]:
+    """Yield the subvolumes directly below a subvolume."""
+    for found, _ in _items(volume, _TREE_OF_ROOTS, number, _ROOT_REF):
+        yield found
+
+
+def deleted(volume: int) -> Iterator[int]:
+    """Yield the subvolumes that are deleted, but not freed yet."""
+    for found, _ in _items(volume, _TREE_OF_ROOTS, _ORPHANS, _ORPHAN):
+        yield found
+
+
+def commit(volume: int) -> None:
+    """Commit the transaction, and have the kernel begin to free what was deleted."""
+    fcntl.ioctl(volume, _SYNC)
+
+
+def enable_simple_quotas(volume: int) -> None:
+    """Have the file system count by simple quotas, which must have none yet. Linux 6.7."""
+    fcntl.ioctl(volume, _QUOTA_CTL, bytearray(struct.pack("=2Q", ENABLE_SIMPLE, 0)))
+
+
+# --- quota groups ---------------------------------------------------------------------------------------
+
+
+def group(level: int, number: int) -> int:
+    """Return the id of a quota group, LEVEL/NUMBER; those of level 0 are the subvolumes' own."""
+    return level << _LEVEL | number
+
+
+def level_of(group: int) -> tuple[int, int]:
+    """Return level and number of a group."""
+    return group >> _LEVEL, group & ((1 << _LEVEL) - 1)
+
+
+def groups(volume: int) -> Iterator[tuple[int, int]]:
+    """Yield all groups, each with the bytes counted at the last commit."""
+    for found, data in _items(volume, _TREE_OF_QUOTAS, 0, _GROUP_INFO):
+        yield found, int(_REFERENCED.unpack_from(data)[0])
+
+
+def relatives(volume: int, group: int) -> Iterator[int]:
+    """Yield the groups that a group is a member of, and its own members; those have a lower level."""
+    for found, _ in _items(volume, _TREE_OF_QUOTAS, group, _GROUP_RELATION):
+        yield found
+
+
+def create(volume: int, group: int) -> None:
+    """Create a group; nothing happens if it exists."""
+    with contextlib.suppress(FileExistsError):
+        fcntl.ioctl(volume, _GROUP_CREATE, struct.pack("=2Q", 1, group))
+
+
+def destroy(volume: int, group: int) -> bool:
+    """Destroy a group; return False if the kernel still needs it, or it is gone."""
+    try:
+        fcntl.ioctl(volume, _GROUP_CREATE, struct.pack("=2Q", 0, group))
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENOENT):
+            raise
+        return False
+    return True
+
+
+def assign(volume: int, member: int, group: int) -> bool:
+    """Make one group a member of another, with all that it counts; return False if one does not exist."""
+    try:
+        fcntl.ioctl(volume, _GROUP_ASSIGN, struct.pack("=3Q", 1, member, group))
+    except FileExistsError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        return False
+    return True
+
+
+def limit(volume: int, group: int, size: int) -> None:
+    """Limit the bytes of a group; 0 removes the limit."""
+    fcntl.ioctl(volume, _GROUP_LIMIT, struct.pack("=6Q", group, LIMIT_REFERENCED, size or _MOST, 0, 0, 0))
+
+
+def _items(volume: int, tree: int, of: int, kind: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the items of an object in a tree that are of a kind: each one's offset and data."""
+    first = 0
+    while True:
+        told = bytearray(_SEARCH_BYTES)
+        _KEY.pack_into(told, 0, tree, of, of, first, _MOST, 0, _MOST, kind, kind, _MOST >> 32, 0, 0, 0, 0, 0)
+        fcntl.ioctl(volume, _TREE_SEARCH, told)
+        count, at = _COUNT.unpack_from(told, _COUNT_AT)[0], _KEY.size
+        if not count:
+            return
+        for _ in range(count):
+            _, _, offset, _, length = _HEADER.unpack_from(told, at)
+            at += _HEADER.size
+            yield offset, bytes(told[at : at + length])
+            at += length
+        if offset == _MOST:
+            return
+        first = offset + 1

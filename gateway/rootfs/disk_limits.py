@@ -1,0 +1,58 @@
+"""Has the disks of instances limited by whoever may do that."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+from gateway.errors import GatewayError
+from gateway.rootfs.broker_client import BrokerClient, OldBroker
+from gateway.rootfs.locations import Tenants
+
+log = logging.getLogger(__name__)
+
+
+class DiskLimits:
+    """Has disks limited by who may: the broker at a socket, or without one this process, as root.
+
+    Not by the connection of the file tools: their requests would wait meanwhile.
+    """
+
+    def __init__(self, broker: Path | None, tenants: Tenants) -> None:
+        self._tenants = tenants
+        self._broker = None if broker is None else BrokerClient(at=broker)
+        self._freeing = None if broker is None else BrokerClient(at=broker)
+
+    async def limit(self, instance: str, *, ending: bool = False) -> int | None:
+        """Have an instance's disk limited as its size says; return the bytes that count.
+
+        Call it before and after each start, before each stop as `ending`, and when the size has changed:
+        while it does not run, a full disk has some slack for Incus. Returns None for other quotas, which
+        are Incus's affair. Raises `NotFound` and `Unavailable`.
+        """
+        if self._broker is not None:
+            try:
+                return await self._broker.limit_disk(instance, ending=ending)
+            except OldBroker as error:  # until it is restarted, Incus's own limit has to do
+                log.warning("the disk of %s: %s", instance, error)
+                return None
+        if os.geteuid() != 0:
+            return None
+        return await asyncio.to_thread(self._tenants.limit_disk, instance, ending=ending)
+
+    async def free(self) -> None:
+        """Have what was deleted counted no more; after some seconds or a failure, leave it to the kernel."""
+        try:
+            if self._freeing is not None:
+                await self._freeing.free_disks()
+            elif os.geteuid() == 0:
+                await asyncio.to_thread(self._tenants.free_disks)
+        except (GatewayError, OSError) as error:
+            log.warning("what was deleted counts for up to half a minute more: %s", error)
+
+    async def aclose(self) -> None:
+        for broker in (self._broker, self._freeing):
+            if broker is not None:
+                await broker.aclose()

@@ -1,0 +1,88 @@
+"""Who limits a disk for the gateway: the broker, also one of an earlier version, or the gateway as root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from gateway.errors import NotFound, Unavailable
+from gateway.rootfs.disk_limits import DiskLimits
+from gateway.rootfs.locations import Folders
+from gateway.rootfs.spawn import UNKNOWN
+
+
+class Counting(Folders):
+    """Tenants whose disks count."""
+
+    def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+        return len(instance)
+
+    def free_disks(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+@contextlib.contextmanager
+def broker(path: Path, *answers: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Answer at a socket one connection's requests by these, one after the other; yield what was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for answer in answers:
+                asked.append(orjson.loads(connection.recv(4096)))
+                connection.send(orjson.dumps(answer))
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield asked
+        thread.join()
+
+
+async def test_the_broker_limits_and_tells_what_counts(tmp_path: Path) -> None:
+    gone = {"refused": "not_found", "message": "no tenant shop", "facts": {}}
+    limits = DiskLimits(tmp_path / "sock", Counting(""))
+    with broker(tmp_path / "sock", {"counted": 7}, {"counted": None}, gone, {"error": "x"}) as asked:
+        assert await limits.limit("shop") == 7
+        assert await limits.limit("shop") is None
+        with pytest.raises(NotFound):
+            await limits.limit("shop")
+        with pytest.raises(Unavailable):
+            await limits.limit("shop")
+    await limits.aclose()
+    assert asked == [{"do": "limit_disk", "instance": "shop", "ending": False}] * 4
+
+
+async def test_with_a_broker_of_an_earlier_version_tenants_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is restarted after the gateway, and then limits all disks that are not."""
+    limits = DiskLimits(tmp_path / "sock", Counting(""))
+    with broker(tmp_path / "sock", {"error": UNKNOWN}):
+        assert await limits.limit("shop") is None
+    await limits.aclose()
+    assert "restart it" in caplog.text
+
+
+@pytest.mark.parametrize(("uid", "counted"), [(0, 4), (1000, None)])
+async def test_without_a_broker_root_does_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, uid: int, counted: int | None
+) -> None:
+    """A failure to free what was deleted is only told: the kernel does so by itself."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    limits = DiskLimits(None, Counting(""))
+    assert await limits.limit("shop") == counted
+    await limits.free()
+    assert ("half a minute" in caplog.text) == (uid == 0)
+    await limits.aclose()
