@@ -245,9 +245,11 @@ async def at_rest(host: Hosting, seconds: float) -> float:
 
 
 @contextlib.asynccontextmanager
-async def crowd_of(awake: int | None, **changes: Any) -> AsyncIterator[Crowd]:
+async def crowd_of(awake: int | None, *, full_quotas: bool = False, **changes: Any) -> AsyncIterator[Crowd]:
     """Give a gateway with room for a crowd; what it made is removed at the end."""
     environment.up(lambda line: None)
+    if full_quotas:
+        environment.with_full_quotas()
     with tempfile.TemporaryDirectory(prefix="crowd-") as folder:
         state = Path(folder) / "state"
         fields = {"golden": True, "warm_pool": 2, **changes}
@@ -291,7 +293,7 @@ def of_the_network(wanted: int) -> int:
 
 async def run(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.minutes * 60
-    async with crowd_of(options.awake) as crowd:
+    async with crowd_of(options.awake, full_quotas=options.full_quotas) as crowd:
         await crowd.make(of_the_network(options.tenants), deadline)
         crowd.report()
         await asyncio.sleep(5)  # what was begun for the next ones ends
@@ -310,6 +312,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/bench/crowd", description=__doc__)
     parser.add_argument("--tenants", type=int, default=200, help="sites to deploy (default: 200)")
     parser.add_argument("--awake", type=int, help="that run at a time (default: by the memory that is free)")
+    parser.add_argument("--full-quotas", action="store_true", help="instead of simple ones")
     parser.add_argument("--minutes", type=float, default=10.0, help="after which no further one is begun")
     parser.add_argument("--rest", type=float, default=30.0, help="seconds of the look at the gateway's CPU")
     try:
