@@ -31,6 +31,7 @@ class Own:
 
     def __init__(self, list: Callable[[], Awaitable[Iterable[Known]]], facts: Mapping[str, Any]) -> None:
         self.tenants: dict[str, Known] = {}
+        self._looked = False  # before that nobody is told that these are all
         self._list = list
         self._facts = facts
         self._asked = asyncio.Event()
@@ -51,23 +52,26 @@ class Own:
         """Keep `tenants` as they are, forever."""
         while True:
             self._asked.clear()
+            again = _RESYNC
             try:
                 found = first(await self._list())
             except GatewayError as error:
                 log.info("this member's tenants cannot be told now: %s", error.message)
+                again = BEAT
             else:
-                if found != self.tenants:
-                    self.tenants = found
+                if not self._looked or found != self.tenants:
+                    self._looked, self.tenants = True, found
                     for wake in self._followers:
                         wake.set()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_RESYNC):
+                async with asyncio.timeout(again):
                     await self._asked.wait()
             await asyncio.sleep(_TOGETHER)
 
     async def follow(self, wake: asyncio.Event) -> AsyncGenerator[dict[str, Any]]:
         """Yield all tenants, then `{"whole": true}`, then each change; an empty line where nothing happens.
 
+        Until it is known which tenants there are only empty lines come.
         Who is slow gets the difference to what it was told last, however many changes there were. To set
         `wake` has the next line come at once.
         """
@@ -78,12 +82,15 @@ class Own:
             last: dict[str, Any] = {"whole": True}
             while not self._ended:
                 wake.clear()
-                now = self.tenants
-                for line in lines(told, now):
-                    yield line
-                told = now
-                yield last
-                last = {}
+                if self._looked:
+                    now = self.tenants
+                    for line in lines(told, now):
+                        yield line
+                    told = now
+                    yield last
+                    last = {}
+                else:  # only that this gateway is there
+                    yield {}
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(BEAT):
                         await wake.wait()
