@@ -15,7 +15,7 @@ import { render } from "preact";
 import { agentUrl } from "./state/agent.js";
 import { palette, register } from "./state/commands.js";
 import { area, flip, nextTheme, panelOpen, previewOpen, showSide, sideOpen } from "./state/layout.js";
-import { loaded } from "./state/network.js";
+import { load, loaded } from "./state/network.js";
 import {
   type Address,
   allows,
@@ -274,6 +274,14 @@ effect(() => {
   document.title = [path, name, "incus-gateway"].filter(Boolean).join(" · ");
 });
 
+/** Loads what shows a file, before there is a text to show. Whoever opens it tells what did not load. */
+async function prepare(path: string): Promise<void> {
+  await load(() => import("./code/editor.js")).then(
+    ({ supportOf }) => supportOf(path),
+    () => {},
+  );
+}
+
 /** Opens what the address of a page that was loaded asks for. */
 async function begin(to: Address): Promise<void> {
   const own = await resume(to.tenant, to.token !== null);
@@ -334,5 +342,7 @@ addEventListener("hashchange", ({ newURL }) => void follow(readAddress(newURL)))
 
 render(<App wanted={wanted} />, document.getElementById("app")!);
 loaded();
+// the file's editor and colours come while the session, the connection and the text are asked for
+if (wanted.file !== null) void prepare(wanted.file);
 
 await begin(wanted);

@@ -50,6 +50,8 @@ import { findPanel } from "./find.js";
 import { supportOf } from "./languages.js";
 import { nonce, theme } from "./theme.js";
 
+export { supportOf };
+
 interface Range {
   readonly from: number;
   readonly to: number;

@@ -6,6 +6,7 @@ import { type Kind, type ServerView, served, servedBy } from "../servers/served.
 import type { Servers } from "../servers/servers.js";
 import type { Doc } from "./doc.js";
 import type { Documents } from "./documents.js";
+import { idle } from "./idle.js";
 import { load } from "./network.js";
 import { languageServers } from "./settings.js";
 import { complain } from "./toasts.js";
@@ -33,9 +34,9 @@ export class LanguageServers {
   }
 
   async #want(tenant: () => Tenant, workspace: string, kinds: readonly Kind[]): Promise<void> {
-    this.#servers ??= load(() => import("../servers/servers.js")).then(
-      ({ Servers }) => new Servers(tenant, this.#documents, workspace, this.list),
-    );
+    this.#servers ??= idle()
+      .then(() => load(() => import("../servers/servers.js")))
+      .then(({ Servers }) => new Servers(tenant, this.#documents, workspace, this.list));
     try {
       (await this.#servers).want(kinds);
     } catch (error) {

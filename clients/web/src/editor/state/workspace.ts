@@ -11,12 +11,14 @@ import { effect, signal, untracked } from "@preact/signals";
 import { Activity } from "./activity.js";
 import { Agent } from "./agent.js";
 import { Deploys } from "./deploys.js";
-import type { Doc, Left } from "./doc.js";
+import type { Doc } from "./doc.js";
 import { Documents } from "./documents.js";
 import { Drafts } from "./drafts.js";
 import { FileIndex } from "./file-index.js";
 import { History } from "./history.js";
+import { once } from "./idle.js";
 import { Insights } from "./insights.js";
+import { type Kept, kept } from "./kept.js";
 import { LanguageServers } from "./language-servers.js";
 import { basename, relative } from "./paths.js";
 import { Search } from "./search.js";
@@ -34,13 +36,6 @@ const EARLIER = 1500;
 const REST = 400;
 /** Milliseconds without a key until a text is saved by itself. */
 const PAUSE = 1000;
-
-/** What was open in this tab before the page was loaded. */
-interface Kept {
-  readonly open: readonly Left[];
-  readonly active: string | null;
-  readonly folders: readonly string[];
-}
 
 export class Workspace {
   #tenant: Tenant;
@@ -74,11 +69,11 @@ export class Workspace {
   readonly #left: Kept;
   readonly #drafts: Drafts;
   /** Whether what was open before is open again. */
-  #restored = false;
+  readonly #restored = signal(false);
 
   constructor(readonly name: string) {
     this.#key = `gateway.open.${name}`;
-    this.#left = this.#kept();
+    this.#left = kept(this.#key);
     this.#drafts = new Drafts(name, () => who());
     const tenant = () => this.#tenant;
     this.#tenant = gateway.tenant(name, { insist: true });
@@ -98,7 +93,7 @@ export class Workspace {
       effect(() => {
         const active = this.documents.tabs.active.value?.path ?? null;
         void [this.documents.tabs.open.value, this.tree.rows.value];
-        if (!this.#restored) return;
+        if (!this.#restored.peek()) return;
         this.keep();
         writeAddress(name, active);
       }),
@@ -107,25 +102,6 @@ export class Workspace {
       }),
     );
     void this.#begin();
-  }
-
-  /** What is in storage is not trusted. */
-  #kept(): Kept {
-    try {
-      const kept = JSON.parse(sessionStorage.getItem(this.#key) ?? "null") as Partial<Kept> | null;
-      const open = (kept?.open ?? []).filter(({ path }) => typeof path === "string");
-      return {
-        open: open.map(({ path, anchor, head }) => ({
-          path,
-          anchor: Number(anchor) || 0,
-          head: Number(head) || 0,
-        })),
-        active: typeof kept?.active === "string" ? kept.active : null,
-        folders: (kept?.folders ?? []).filter((folder) => typeof folder === "string"),
-      };
-    } catch {
-      return { open: [], active: null, folders: [] };
-    }
   }
 
   /** Remembers what is open, and where the cursors are, for the page after a reload. */
@@ -160,13 +136,19 @@ export class Workspace {
     await this.documents.save(doc);
   }
 
+  /** Resolves once the file that the page begins with is there to be read, if there is one. */
+  begun(): Promise<void> {
+    const { active } = this.documents.tabs;
+    return once(() => this.#restored.value && active.value?.phase.value !== "loading");
+  }
+
   /** Opens again what was open when the page was left, or crashed. */
   async restore(file: string | null): Promise<void> {
     const { open, active } = this.#left;
     const drafts = await this.#drafts.take().catch(() => []);
     const wanted = file ?? active;
     const opening = this.documents.restore(open, wanted, drafts);
-    this.#restored = true;
+    this.#restored.value = true;
     this.keep();
     const shown = this.documents.tabs.active.value?.path ?? null;
     writeAddress(this.name, shown);

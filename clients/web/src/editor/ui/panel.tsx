@@ -4,6 +4,7 @@ import type { ExecInfo } from "@incus-gateway/client";
 import { effect, signal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { keysOf } from "../state/commands.js";
+import { idle } from "../state/idle.js";
 import { dark, panelHeight, panelOpen, phone } from "../state/layout.js";
 import { load } from "../state/network.js";
 import { allows, session } from "../state/session.js";
@@ -301,6 +302,7 @@ function TerminalView({
     void (async () => {
       let { screen } = terminal;
       if (screen === null) {
+        if (!terminal.wanted) await current.begun().then(idle);
         const { Screen } = await load(() => import("../terminal/screen.js"));
         await document.fonts.load('12px "JetBrains Mono Variable"').catch(() => {});
         if (gone || terminal.screen !== null) return;
