@@ -9,7 +9,7 @@ import pytest
 from playwright.async_api import expect
 
 from tests.e2e.conftest import OpenEditor
-from tests.e2e.editor import Editor
+from tests.e2e.editor import Editor, violations
 from tests.integration.sites import Hosting
 
 # as a program that draws asks where it is
@@ -61,6 +61,7 @@ async def test_what_is_searched_and_found_is_copied(editor: OpenEditor) -> None:
     await expect(field).to_be_focused()
     await page.keyboard.type("line-7")
     await expect(window.screen).to_contain_text("line-7")
+    assert not await violations(page)
     await page.keyboard.press("Control+Shift+c")
     assert await page.evaluate(copied) == "line-7"
 
@@ -87,9 +88,11 @@ async def test_a_phone_has_the_keys_that_its_keyboard_lacks(editor: OpenEditor) 
     await places.filter(has_text="Terminal").click()
     await window.prompt()
     keys = page.get_by_role("toolbar", name="Keys")
-    await window.command("sleep 1000")
+    await window.command("printf 'it %s\\n' sleeps; sleep 1000")
+    await expect(window.screen).to_contain_text("it sleeps")
     await keys.get_by_role("button", name="Ctrl").click()
     await page.keyboard.type("c")
+    await window.prompt_after("^C")  # what is typed before may be lost with the line that Ctrl-C ends
     await window.command("echo interrupted $((3 * 3))")
     await expect(window.screen).to_contain_text("interrupted 9")
     await page.keyboard.type("cat packa")
