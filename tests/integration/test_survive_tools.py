@@ -138,7 +138,7 @@ async def test_calls_in_front_are_answered_once(host: Host, shared_tenant: Conta
     await killing
     host.report(f"{number} calls, each ran and was answered once, {len(gone)} gone")
     # a start that takes longer than GATEWAY_EXEC_START_TIMEOUT, on a busy machine, is recorded and given up
-    assert len(gone) <= 1 + KILLS // 10
+    assert len(gone) <= 1 + KILLS // 50
     await until(lambda: processes(tenant, "seq 1") == 0)
 
 
