@@ -120,8 +120,8 @@ def main(words: list[str]) -> int:
             case [("kill" | "term") as how, "incusd"]:
                 if how == "kill":
                     Daemon().kill()
-                else:
-                    Daemon().stop(instances=False)
+                else:  # it would wait for commands under way, for minutes
+                    Daemon().stop(instances=False, timeout=10)
             case [("kill" | "term") as how, "gateway"]:
                 end_gateway(signal.SIGKILL if how == "kill" else signal.SIGTERM)
             case ["ungateway"]:
