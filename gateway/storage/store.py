@@ -83,7 +83,8 @@ class Store:
             await self.settled()
         except StoreFailed as failed:
             log.error("%d notes are left to the next process: %s", len(self._notes), failed.message)
-        await asyncio.gather(self._writer.end(), self._reader.end())
+        await self._reader.end()
+        await self._writer.end()  # last, and alone: it removes the write-ahead log
         self._database.close()
 
     async def write(self, work: Work[T], *, durable: bool = False) -> T:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -235,6 +236,26 @@ async def test_a_full_disk_is_told_and_passes(tmp_path: Path) -> None:
         await pages(1 << 20)
         await store.write(add(2, b"x" * 100_000))
         assert await store.read(numbers) == [1, 2]
+
+
+async def test_the_write_ahead_log_goes_with_the_last_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that are closed at once may each take the other for the last one."""
+    store = await Store(tmp_path).__aenter__()
+    await store.write(make)
+    told = list[str]()
+    for name, thread in (("reader", store._reader), ("writer", store._writer)):
+
+        async def end(name: str = name, real: Callable[[], Awaitable[None]] = thread.end) -> None:
+            told.append(f"{name} is closed")
+            await real()
+            told.append(f"{name} was closed")
+
+        monkeypatch.setattr(thread, "end", end)
+    await store.close()
+    assert told == ["reader is closed", "reader was closed", "writer is closed", "writer was closed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, f"{FILE}.lock"]
 
 
 async def test_after_the_end_nothing_is_taken(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ class Creation:
                         await self.operate("POST", "/1.0/instances", body, patience, project)
                         await self.limited(name)
                         if start:
+                            if identity_of(await self.instance(name)) != identity:
+                                raise Conflict(f"another instance is called {name} by now")
                             await self.begin(name)
                         return
                     except IncusError as error:
