@@ -1,11 +1,16 @@
-"""Paths of quickstart's files in the state dir."""
+"""Paths of quickstart's files in the state dir, and what they say."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+# What clients read. Kept for the gateway, a token would limit the operator's own commands to its tenants.
+CLIENTS: Final = ("GATEWAY_TOKEN", "GATEWAY_URL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +73,16 @@ def parse_environment(text: str) -> dict[str, str]:
     """Parse the output of `format_environment`."""
     found = re.findall(r'^(\w+)="((?:[^"\\]|\\.)*)"$', text, re.MULTILINE | re.DOTALL)
     return {key: re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for key, value in found}
+
+
+def environment_of(state_dir: Path) -> dict[str, str]:
+    """Return the settings of the gateway with this state dir: those of the last run, and what is set now.
+
+    So `stop` and a second run address the same gateway.
+    """
+    saved: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        saved = parse_environment(Place(state_dir).environment.read_text())
+    given = {key: value for key, value in os.environ.items() if key.startswith("GATEWAY_")}
+    every = {**saved, **given, "GATEWAY_STATE_DIR": str(state_dir)}
+    return {name: value for name, value in every.items() if name not in CLIENTS}

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -32,15 +32,12 @@ from gateway.host.forming import join
 from gateway.host.gateway_process import POLL, GatewayProcess
 from gateway.host.incus import Incus
 from gateway.host.local_gateway import ask, base_url, expires
-from gateway.host.place import Place, format_environment, parse_environment, write_private
+from gateway.host.place import CLIENTS, Place, environment_of, format_environment, write_private
 from gateway.host.setup import pin, setup
 from gateway.incus import member_of
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from gateway.terminal import clean, out
-
-# What clients read. Kept for the gateway, a token would limit the operator's own commands to its tenants.
-_CLIENTS: Final = ("GATEWAY_TOKEN", "GATEWAY_URL")
 
 TENANT = "demo"
 DOMAIN = "demo.localhost"  # browsers resolve it to this machine
@@ -350,22 +347,9 @@ def main(words: list[str]) -> int:
         return 1
 
 
-def environment_of(state_dir: Path) -> dict[str, str]:
-    """Return the settings of the gateway with this state dir: those of the last run, and what is set now.
-
-    So `stop` and a second run address the same gateway.
-    """
-    saved: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        saved = parse_environment(Place(state_dir).environment.read_text())
-    given = {key: value for key, value in os.environ.items() if key.startswith("GATEWAY_")}
-    every = {**saved, **given, "GATEWAY_STATE_DIR": str(state_dir)}
-    return {name: value for name, value in every.items() if name not in _CLIENTS}
-
-
 def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir: Path) -> int:
     environment = environment_of(state_dir)
-    for name in _CLIENTS:
+    for name in CLIENTS:
         os.environ.pop(name, None)
     os.environ.update(environment)
     joining = options[1] if options[:1] == ["--join"] else ""

@@ -21,7 +21,7 @@ import pytest
 
 from gateway.host import HostError, caddy_service, gateway_process, quickstart
 from gateway.host.local_gateway import ask, base_url, expires
-from gateway.host.place import format_environment, parse_environment, write_private
+from gateway.host.place import environment_of, format_environment, parse_environment, write_private
 from gateway.host.quickstart import Quickstart, farewell
 from gateway.settings import Settings
 from tests.live import free_ports
@@ -71,7 +71,7 @@ def test_a_clients_token_and_address_become_no_settings(
     (tmp_path / "quickstart.env").write_text(format_environment({**variables, "GATEWAY_MAX_TENANTS": "7"}))
     monkeypatch.setattr(os, "environ", {**os.environ, **variables, "GATEWAY_STATE_DIR": str(tmp_path)})
     os.environ["GATEWAY_LISTEN"] = f"127.0.0.1:{free_ports(1)[0]}"
-    kept = quickstart.environment_of(tmp_path)
+    kept = environment_of(tmp_path)
     assert not {"GATEWAY_TOKEN", "GATEWAY_URL"} & kept.keys()
     assert (kept["GATEWAY_RUNTIME"], kept["GATEWAY_MAX_TENANTS"]) == ("local", "7")
     quickstart.main(["status", str(CHECKOUT), "stamp"])
