@@ -38,7 +38,7 @@ from tests.waits import pause, until
 ROOT = Path(__file__).parents[2]
 ENDLESS = "exec seq 1 1000000000000"
 BURST, PACE = 8 << 20, 8 << 20  # bytes that are read as they come on each connection; then bytes a second
-KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "20"))
 SEED = int(os.environ.get("GATEWAY_TEST_SEED", random.randrange(1 << 32)))
 
 

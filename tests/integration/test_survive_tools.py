@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import re
 import secrets
@@ -24,13 +25,14 @@ from gateway.server import LEAVE
 from gateway_client import Client, Retry
 from tests.dying import POINTS
 from tests.integration.conftest import Container
-from tests.integration.test_survive import KILLS, SEED, Host, host
+from tests.integration.test_survive import SEED, Host, host
 from tests.live import DEADLINE, RpcFailure
 from tests.typescript import PACKAGE, built
 from tests.waits import pause, until
 
 __all__ = ["host"]
 
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "3"))
 DYING = Path(__file__).parents[1] / "dying.py"
 
 
