@@ -21,10 +21,8 @@ _SWEPT: Final = 20  # expired ones that are removed with each choice
 _TRIES: Final = 10
 _RETRY_AFTER: Final = 60
 _MOVING: Final = 30 * 86_400.0  # seconds that a move's decision stands, for homes that are away meanwhile
-
-_AWAY: Final = (
-    3650 * 86_400.0
-)  # the same of a tenant that was brought back: its old home may be away for long
+# the same of a tenant that was brought back: its old home may be away for long
+_AWAY: Final = 3650 * 86_400.0
 _LOST: Final = "lost-"  # of such a decision, with the suspicion that led to it
 
 

@@ -32,4 +32,5 @@ def outside_containers(pid: int) -> bool:
 def _depth(process: str) -> int:
     """Return in how many nested PID namespaces a process has a number (proc_pid_status(5))."""
     lines = (PROC / process / "status").read_text(errors="replace").splitlines()
-    return next(len(line.split()) for line in lines if line.startswith("NSpid:"))
+    # a kernel without PID namespaces says nothing of them, and has no containers
+    return next((len(line.split()) for line in lines if line.startswith("NSpid:")), 0)

@@ -24,6 +24,7 @@ from gateway.errors import GatewayError, NotFound
 log = logging.getLogger(__name__)
 
 _LOOK: Final = 1.0  # seconds between two looks for what runs although there is no lease
+_WRITING: Final = 0.5  # seconds to write down what is frozen, before it is
 _AT_ONCE: Final = 8  # containers that are frozen or thawed at a time
 _FILE: Final = "fenced"
 """In the state dir: the tenants that were frozen, for the process that comes after."""
@@ -137,14 +138,22 @@ class Fence:
         if fresh:
             log.warning("this member has no lease: %s are frozen", ", ".join(sorted(fresh)))
             self._frozen |= fresh
-            await asyncio.to_thread(_write, self._file, self._frozen)
+            await self._remember()
+        await asyncio.gather(*map(self._freeze, tenants), *map(self._part, fresh))
         for tenant in tenants:
             domain = self._pages.get(tenant) or self._domain(tenant)
             if domain is not None and tenant not in self._pages:
                 self._pages[tenant] = domain
                 with contextlib.suppress(OSError):
                     self._page(domain, True)
-        await asyncio.gather(*map(self._freeze, tenants), *map(self._part, fresh))
+
+    async def _remember(self) -> None:
+        """Write down what is frozen, unless the disk is full or takes long: nothing may wait for that."""
+        try:
+            async with asyncio.timeout(_WRITING):
+                await asyncio.to_thread(_write, self._file, frozenset(self._frozen))
+        except (OSError, TimeoutError) as error:
+            log.error("what is frozen is not written down, for a next process: %s", error or "it takes long")
 
     async def _freeze(self, tenant: str) -> None:
         async with self._few:
@@ -160,7 +169,7 @@ class Fence:
         await asyncio.gather(*map(self._thaw, sorted(self._frozen)))
         if not self._frozen:
             log.warning("this member has its lease again: all its tenants run on")
-        await asyncio.to_thread(_write, self._file, self._frozen)
+        await self._remember()
 
     async def _thaw(self, tenant: str) -> None:
         async with self._few:
@@ -186,6 +195,8 @@ def _read(file: Path) -> set[str]:
 
 def _write(file: Path, tenants: Collection[str]) -> None:
     if tenants:
-        file.write_text("".join(f"{tenant}\n" for tenant in sorted(tenants)))
+        new = file.with_suffix(".new")
+        new.write_text("".join(f"{tenant}\n" for tenant in sorted(tenants)))
+        new.replace(file)  # a kill leaves the one or the other
     else:
         file.unlink(missing_ok=True)

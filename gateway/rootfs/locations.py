@@ -246,8 +246,11 @@ class Instances:
             return 0
         done = 0
         for folder in groups.lacking():
+            name = folder.rpartition("_")[2]
+            if folder != _folder({"name": name, "project": self._project_of(name)}):
+                continue  # another project's
             with contextlib.suppress(GatewayError):  # not one of ours, or just being made
-                done += self.limit_disk(folder.rpartition("_")[2]) is not None
+                done += self.limit_disk(name) is not None
             if done == _DISKS_AT_ONCE:
                 break
         return done

@@ -154,18 +154,23 @@ async def put(settings: Settings, memories: Sequence[Memory]) -> None:
         memory.close()
 
 
+async def is_whole(execs: Execs) -> None:
+    """Check that the command `mine`, which has ended, has its output and its end."""
+    exec_ = execs.get("demo", "mine")
+    assert (exec_.over.code, exec_.over.reason) == (3, "exited")
+    attachment = exec_.attach(reading=Reading())
+    found = {name: b"".join(await one.next()) for name, one in attachment.cursors.items()}
+    assert found == {"stdout": b"hello\n", "stderr": b"err\n"}
+    attachment.close()
+
+
 async def test_an_ended_command_is_kept_with_its_output_and_its_end(settings: Settings) -> None:
     await put(settings, [ended({"format": 1, "own": OWN, "facts": FACTS})])
     async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
         async with Store(settings.state_dir / "records") as store:
             receipts = await Idempotency.opened(store, settings)
             async with Execs(runtime, Bus(MemoryJournal(100)), receipts, settings) as execs:
-                exec_ = execs.get("demo", "mine")
-                assert (exec_.over.code, exec_.over.reason) == (3, "exited")
-                attachment = exec_.attach(reading=Reading())
-                found = {name: b"".join(await one.next()) for name, one in attachment.cursors.items()}
-                assert found == {"stdout": b"hello\n", "stderr": b"err\n"}
-                attachment.close()
+                await is_whole(execs)
                 execs.forget_tenant("demo")
                 await until(lambda: held_at(settings.holder_socket) == 0)
 
@@ -181,12 +186,7 @@ async def test_a_command_that_has_just_ended_is_kept_too(settings: Settings) -> 
     ):
         receipts = await Idempotency.opened(store, settings)
         async with Execs(runtime, Bus(MemoryJournal(100)), receipts, settings) as execs:
-            exec_ = execs.get("demo", "mine")
-            assert (exec_.over.code, exec_.over.reason) == (3, "exited")
-            attachment = exec_.attach(reading=Reading())
-            found = {name: b"".join(await one.next()) for name, one in attachment.cursors.items()}
-            assert found == {"stdout": b"hello\n", "stderr": b"err\n"}
-            attachment.close()
+            await is_whole(execs)
             await until(shell.hung_up)
             assert held_at(settings.holder_socket) == 1
 

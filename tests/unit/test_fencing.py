@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +14,7 @@ import pytest
 
 from gateway.cluster.peers import MemberAway
 from gateway.errors import NotFound, Unavailable
+from gateway.lifecycle import fencing
 from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.fencing import Fence
 from gateway.settings import Settings
@@ -159,6 +162,47 @@ async def test_what_cannot_be_frozen_is_refused_all_the_same_and_holds_up_no_oth
         assert fence.holds("blog"), "until it is thawed"
         world.broken.clear()
         await until(lambda: not fence.holds("blog"))
+
+
+@pytest.mark.parametrize("how", ["full", "stuck"])
+async def test_they_are_frozen_whatever_the_disk_of_the_state_dir_does(
+    world: World, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """At once, by the first look."""
+    stuck = threading.Event()
+
+    def write(*_: object) -> None:
+        if how == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        stuck.wait()
+
+    monkeypatch.setattr("gateway.lifecycle.fencing._write", write)
+    monkeypatch.setattr("gateway.lifecycle.fencing._WRITING", 0.01)
+    world.quorum = world.held = False
+    try:
+        await asyncio.wait_for(world.at()._raise(), 5)
+    finally:
+        stuck.set()
+    assert world.frozen == set(world.parted) == {"shop", "blog"}
+
+
+def test_what_was_frozen_is_written_down_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next process would leave some of them frozen for ever."""
+    file = tmp_path / "fenced"
+    fencing._write(file, {"shop", "blog"})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fencing._write(file, {"shop", "blog", "more"})
+    assert fencing._read(file) == {"shop", "blog"}
+    fencing._write(file, {"more"})
+    assert fencing._read(file) == {"more"} and [*tmp_path.iterdir()] == [file]
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 async def test_the_next_process_thaws_what_the_last_one_froze(world: World) -> None:

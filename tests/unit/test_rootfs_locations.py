@@ -307,6 +307,18 @@ def test_disks_that_lack_a_limit_get_one(host: Host, monkeypatch: pytest.MonkeyP
     assert groups.limited == [("shop", ID, 2 << 30)]
 
 
+def test_disks_of_other_projects_take_no_place_of_those_that_lack_a_limit(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of tenants for other servers' loss lie in the same pool, and count for nobody."""
+    copies = [f"gateway-standby_shop{number}" for number in range(60)]
+    for number in range(60):
+        host.has(f"shop{number}", config={"volatile.uuid": ID}, expanded_devices={"root": ROOT})
+    with_groups(monkeypatch, groups := Groups(*copies, "shop7"))
+    assert host.tenants.limit_disks() == 1
+    assert groups.limited == [("shop7", ID, 2 << 30)]
+
+
 def test_an_instances_id_numbers_its_group() -> None:
     """Apart from the small numbers that an operator chooses; another instance has another one."""
     assert number_of(ID) == number_of(ID.upper()) == 0x8B5C_0A4E_9F1C
