@@ -43,3 +43,22 @@ async def test_nobody_is_told_that_these_are_all_before_it_is_known(monkeypatch:
     finally:
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
+
+
+async def test_that_there_are_none_is_told_too() -> None:
+    """Else peers would wait for ever for the tenants of a new server."""
+
+    async def listed() -> list[Known]:
+        return []
+
+    telling = Own(listed, {"member": "m1"})
+    looking = asyncio.create_task(telling.look())
+    try:
+        async with asyncio.timeout(5), contextlib.aclosing(telling.follow(asyncio.Event())) as told:
+            assert (await anext(told))["member"] == "m1"
+            while not (line := await anext(told)):
+                pass
+            assert line == {"whole": True}
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)

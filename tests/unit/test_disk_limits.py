@@ -8,15 +8,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
 
-from gateway.errors import NotFound, Unavailable
+from gateway.errors import NotFound, TooLarge, Unavailable
+from gateway.limits.disk import DiskSpace
 from gateway.rootfs.disk_limits import DiskLimits
 from gateway.rootfs.locations import Folders
 from gateway.rootfs.spawn import UNKNOWN
+from gateway.runtime import Snapshot
+from gateway.settings import Settings
+from gateway.storage.store import Store
 
 
 class Counting(Folders):
@@ -86,3 +90,34 @@ async def test_without_a_broker_root_does_it(
     await limits.free()
     assert ("half a minute" in caplog.text) == (uid == 0)
     await limits.aclose()
+
+
+class Held:
+    """A runtime with a tenant of whose disk and snapshots so many MiB count together."""
+
+    def __init__(self, mib: int) -> None:
+        self.mib = mib
+
+    async def space(self) -> None:
+        return None
+
+    async def filesystem(self, tenant: str) -> None:
+        raise NotFound("it is stopped")
+
+    async def snapshots(self, tenant: str) -> list[Snapshot]:
+        return []
+
+    async def held(self, tenant: str) -> int:
+        return self.mib << 20
+
+
+@pytest.mark.parametrize(("mib", "refused"), [(5, False), (6, True)])
+async def test_a_snapshot_fits_if_disk_and_snapshots_do_together(
+    tmp_path: Path, mib: int, refused: bool
+) -> None:
+    nothing = cast(Any, None)
+    async with Store(tmp_path) as store:
+        space = DiskSpace(cast(Any, Held(mib)), nothing, store, Settings(snapshot_bytes=5 << 20))
+        with pytest.raises(TooLarge) if refused else contextlib.nullcontext():
+            async with space.snapshot("shop", "one"):
+                pass

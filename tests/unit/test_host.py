@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host import Change, HostError, Steps, bun, doctor, run
+from gateway.host import Change, HostError, Steps, bun, doctor, quotas, run
 from gateway.host.artefacts import Artefact, image_metadata, keep
 from gateway.host.caddy_service import CaddyService, hand_over
 from gateway.host.daemon import Daemon, _only_options
@@ -24,6 +24,7 @@ from gateway.host.place import Place
 from gateway.host.quotas import can_be_simple
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.quotas import Quotas
 from gateway.settings import Settings
 
 GiB = 1 << 30
@@ -63,6 +64,21 @@ def test_pool_without_room_names_the_way_out() -> None:
 def test_which_hosts_have_simple_quotas(linux: str, programs: str, simple: bool) -> None:
     """Linux 6.7 forgets what a deleted disk has written; older programs make Incus fail to read them."""
     assert can_be_simple(linux, programs) == simple
+
+
+@pytest.mark.parametrize(
+    ("kind", "simple", "begun"), [("off", True, True), ("off", False, False), ("full", True, False)]
+)
+def test_only_a_pool_without_quotas_gets_simple_ones(
+    monkeypatch: pytest.MonkeyPatch, kind: str, simple: bool, begun: bool
+) -> None:
+    begins = list[bool]()
+    monkeypatch.setattr(quotas, "wanted", lambda settings: settings.simple_quotas)
+    monkeypatch.setattr(Quotas, "kind", lambda self: kind)
+    monkeypatch.setattr(Quotas, "begin_simple", lambda self: begins.append(True))
+    monkeypatch.setattr(Quotas, "enforce", lambda self, wait: [])
+    said = quotas.enforce(Settings(simple_quotas=simple))
+    assert (bool(begins), said is not None) == (begun, begun)
 
 
 def test_acl_closes_private_ranges_and_the_hosts_public_address() -> None:

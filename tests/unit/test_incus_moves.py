@@ -217,6 +217,15 @@ async def test_a_copy_becomes_the_tenant_with_an_address_of_its_new_member(
     assert set(new.all) == {"shop", "theirs"} and shop["snapshots"] == []
 
 
+async def test_one_that_was_brought_back_stays_until_it_is_in_its_own_project(old: Member) -> None:
+    """And who asks is told how to get it there."""
+    old.slots.second, old.slots.names = "gateway-recovered", {"shop"}
+    with pytest.raises(Conflict, match="incus move shop --project gateway-recovered") as refused:
+        await steps(old).snapshot("shop", 0)
+    assert refused.value.facts["reason"] == "recovered"
+    assert old.all["shop"]["snapshots"] == []
+
+
 async def test_one_that_was_put_aside_can_be_brought_back(old: Member) -> None:
     old.all["shop"]["status"] = "Stopped"
     before = copy.deepcopy(old.all)
