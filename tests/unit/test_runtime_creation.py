@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.errors import Unavailable
+from gateway.errors import Conflict, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.runtime.incus.creation import Creation
 from gateway.settings import Settings
@@ -80,3 +81,38 @@ async def test_instances_that_are_made_at_once_have_addresses_of_their_own(tmp_p
         assert not making._promised
     # DHCP's are asked for together, and the profile, which nobody hears of here, for each
     assert sum(path.endswith("/leases") for path in incus.asked) == 1
+
+
+class Taken(Full):
+    """An Incus in which somebody else's instance has the name as soon as ours was made, if it `is_taken`."""
+
+    def __init__(self, *, is_taken: bool) -> None:
+        super().__init__()
+        self.is_taken = is_taken
+        self.done: list[str] = []
+        self._identity = ""
+
+    async def instance(self, name: str, *, state: Any = None) -> dict[str, Any]:
+        return {"name": name, "config": {"volatile.uuid": "another's" if self.is_taken else self._identity}}
+
+    async def operate(self, method: str, path: str, body: Any = None, **_: Any) -> Any:
+        self.done.append(f"{method} {path}")
+        self._identity = body.get("config", {}).get("volatile.uuid", self._identity)
+        assert "start" not in body
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+async def test_an_instance_is_started_once_its_disk_is_limited_and_no_other_is(
+    tmp_path: Path, is_taken: bool
+) -> None:
+    incus = Taken(is_taken=is_taken)
+
+    async def limited(name: str) -> int:
+        incus.done.append(f"limited {name}")
+        return 0
+
+    making = Creation(Settings(state_dir=tmp_path), incus, limited=limited)
+    with pytest.raises(Conflict) if is_taken else contextlib.nullcontext():
+        await making.make("shop", {}, {}, {}, start=True)
+    steps = ["POST /1.0/instances", "limited shop", "PUT /1.0/instances/shop/state"]
+    assert incus.done == steps[: 2 if is_taken else 3]

@@ -83,7 +83,9 @@ class Server:
             raise Unavailable("no quorum")
         leader = self.world.leader
         return {
-            other: "Online" if other == leader or self.world.linked(leader, other) else "Offline"
+            other: "Online"
+            if other in {leader, *self.world.online} or self.world.linked(leader, other)
+            else "Offline"
             for other in MEMBERS
         }
 
@@ -152,6 +154,7 @@ class World:
         self.cut, self.dead, self.failing = set[frozenset[str]](), set[str](), 0
         self.deaf = set[frozenset[str]]()  # links of which the gateways make nothing, and Incus does
         self.leader = "m3"
+        self.online = set[str]()  # members of which Incus says that they are, whoever reaches them
         self.servers = {name: Server(self, name) for name in MEMBERS}
         for tenant, member in (("shop", "m2"), ("blog", "m3")):
             self.servers["m1"].tenants.add(tenant)
@@ -244,6 +247,18 @@ async def test_a_member_that_another_one_still_hears_is_not_taken_for_dead(world
     for world.leader in MEMBERS:
         await world.run(60)
     assert world.servers["m1"].tenants == {"shop", "blog"} and not world.servers["m1"].frozen
+
+
+async def test_a_member_that_incus_has_not_given_up_is_not_taken_for_dead(world: World) -> None:
+    """Though nobody hears it, and nothing at its address answers."""
+    await world.run(5)
+    world.dead.add("m1")
+    world.online.add("m1")
+    await world.run(60)
+    assert not world.servers["m2"].tenants
+    world.online.clear()
+    await world.run(5)
+    assert world.servers["m2"].tenants == {"shop"}
 
 
 async def test_what_was_decided_is_done_also_when_the_old_home_is_back(world: World) -> None:
