@@ -235,10 +235,31 @@ def up(report: Report) -> bool:
         if ours or (mark and not _lives(mark)):
             report(f"removing {instance['name']}, left by an earlier run")
             incus("delete", "--force", instance["name"], check=False)
+    if ours:
+        _remove_leftovers(report)
     simplify(report)
     setup(settings(), report)
     image.build(settings(), report)
     return ours
+
+
+def _remove_leftovers(report: Report) -> None:
+    """Remove the projects, profiles, networks and pools of tests that were killed."""
+    own = settings()
+    keep = {
+        "project": {"default"},
+        "profile": {"default", own.profile},
+        "network": {own.network},
+        "storage": {own.pool},
+    }
+    for kind, kept in keep.items():
+        for entry in json.loads(incus(kind, "list", "--format=json").stdout):
+            name = entry["name"]
+            if name not in kept and entry.get("managed", True):
+                report(f"removing the {kind} {name}, left by an earlier run")
+                # --force: with what is in it, which only a project's deletion has, and asks about
+                force = ("--force",) if kind == "project" else ()
+                incus(kind, "delete", *force, name, check=False, stdin=b"yes\n")
 
 
 def simplify(report: Report) -> None:

@@ -82,7 +82,7 @@ async def test_a_suspicion_of_which_a_peer_tells_is_looked_up(world: World) -> N
 
 
 async def test_it_is_counted_from_when_it_was_asked_for(world: World) -> None:
-    async def slowly(path: str, body: Any) -> tuple[Mapping[str, Any], list[str]]:
+    async def slowly(path: str, body: Any = None, patience: float = 0.0) -> tuple[dict[str, Any], list[str]]:
         world.time += 4.0
         return {}, []
 

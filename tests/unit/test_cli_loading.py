@@ -1,0 +1,35 @@
+"""A command is loaded when it runs, without looking for garbage while it is imported."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from gateway.__main__ import main
+from gateway.cli.loading import Command, _Unloaded
+
+
+@pytest.fixture
+def collecting() -> Iterator[None]:
+    """Leave the collector of these tests as it was."""
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collecting")
+def test_garbage_is_collected_once_a_command_is_there() -> None:
+    gc.disable()
+    _Unloaded("list", Command("gateway.cli.tenants:list_tenants")).loaded()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+
+
+@pytest.mark.usefixtures("collecting")
+def test_nothing_is_collected_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = []
+    monkeypatch.setattr("gateway.cli.main.main", lambda: collected.append(gc.isenabled()))
+    main()
+    assert collected == [False]
