@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -85,6 +86,9 @@ class _Unloaded(TyperCommand):
         settings = dict(command.settings)
         register = alone.command(self.name, cls=kind, epilog=epilog, context_settings=settings)
         register(_named(command.function))
+        if not gc.isenabled():  # `gateway.__main__` let it wait for the imports, which stay
+            gc.freeze()
+            gc.enable()
         return get_command(alone)
 
     def get_short_help_str(self, limit: int = 45) -> str:
