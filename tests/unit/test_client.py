@@ -19,6 +19,7 @@ from gateway import protocol
 from gateway.errors import WIRE_CODES, Conflict, StaleRead
 from gateway.protocol import StreamId
 from gateway_client import Change, Client, Disconnected, Exit, Killed, Tenant, errors
+from gateway_client.attachment import WINDOW
 from gateway_client.connection import Address
 from gateway_client.output import BUFFER
 from gateway_client.retry import Patience, Retry
@@ -297,6 +298,7 @@ async def test_a_server_that_speaks_something_else_is_left() -> None:
 
 # --- coming back -------------------------------------------------------------------------------------
 
+READING = {"acks": True, "window": WINDOW}
 SOON = Retry(first=0.01, most=0.05, patience=5)
 
 
@@ -436,7 +438,7 @@ async def test_a_command_goes_on_where_it_stood_in_output_and_input() -> None:
         await peer.initialize()
         number, params = await peer.expect("exec/attach")
         protocol.validate(protocol.ExecAttach, params)
-        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 1}, "resume": "a-1", "acks": True}
+        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 1}, "resume": "a-1", **READING}
         answer = {"channel": 7, "from": {"stdout": 5, "stderr": 1}, "lost": {"stdout": 2, "stderr": 0}}
         await peer.reply(number, {**answer, "state": "running", "attachment": "a-2", "stdin": 2})
         frame = protocol.unpack_frame(bytes(await peer.socket.recv(decode=False)))
@@ -446,7 +448,7 @@ async def test_a_command_goes_on_where_it_stood_in_output_and_input() -> None:
     async def third(peer: Peer) -> None:
         await peer.initialize()
         number, params = await peer.expect("exec/attach")
-        assert params == {"exec": "e1", "from": {"stdout": 5, "stderr": 1}, "resume": "a-2", "acks": True}
+        assert params == {"exec": "e1", "from": {"stdout": 5, "stderr": 1}, "resume": "a-2", **READING}
         answer = {"channel": 1, "from": params["from"], "lost": {"stdout": 0, "stderr": 0}}
         await peer.reply(number, {**answer, "state": "running", "attachment": "a-3", "stdin": 5})
         await peer.output(b"fgh")
@@ -841,7 +843,7 @@ async def test_detach_leaves_the_command_and_attach_finds_it() -> None:
         await peer.initialize()
         number, params = await peer.expect("exec/attach")
         protocol.validate(protocol.ExecAttach, params)
-        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 0}, "acks": True}
+        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 0}, **READING}
         offsets = {"stdout": 5, "stderr": 0}
         answer = {"channel": 1, "from": offsets, "lost": {"stdout": 2, "stderr": 0}, "state": "running"}
         await peer.reply(number, answer)

@@ -17,6 +17,9 @@ from gateway_client.output import Buffer
 
 # bytes of output between two acknowledgements
 ACK: Final = 256 << 10
+# bytes of each stream that the gateway may send ahead of our acknowledgements: no more than it can send again
+# after a break (fewer if its GATEWAY_EXEC_UNACKED is less), and enough that nobody waits for one
+WINDOW: Final = 8 << 20
 # seconds for an answer to `exec/start` or `exec/attach`
 START_TIMEOUT: Final = 60.0
 
@@ -85,7 +88,7 @@ class Attachment:
         self._sent = Sent()
         self._input_failure: GatewayError | None = None
         self._acks = Acknowledgements(self._acknowledge)
-        self.reading: Mapping[str, Any] = {"acks": True}
+        self.reading: Mapping[str, Any] = {"acks": True, "window": WINDOW}
         if encoding != "binary":
             self.reading = {**self.reading, "encoding": encoding}
         self.stdout, self.stderr = Buffer(buffer), Buffer(buffer)
