@@ -26,6 +26,7 @@ from tests.integration.test_survive import Host
 from tests.live import Wire
 
 MiB = 1 << 20
+PARTS = ("first-byte", "throughput", "adoption")
 _EACH = 200  # commands of one tenant, which may have 400 processes
 
 
@@ -111,12 +112,46 @@ async def adopt(host: Host, names: Sequence[str], count: int) -> tuple[float, fl
     return up, took, spent
 
 
-async def run(rounds: int, size: int, counts: list[int]) -> None:
+async def first_bytes(hosts: Mapping[str, Host], name: str, rounds: int) -> None:
+    """Print how long a command's first byte takes, ten commands of each kind in each round."""
+    first = {kind: list[float]() for kind in hosts}
+    async with contextlib.AsyncExitStack() as stack:
+        wires = {kind: await stack.enter_async_context(hosts[kind].gateway.wire(name)) for kind in hosts}
+        for wire in wires.values():
+            for _ in range(5):
+                await first_byte(wire)
+        for _ in range(rounds):
+            for kind, wire in wires.items():
+                for _ in range(10):
+                    first[kind].append(await first_byte(wire))
+                    await asyncio.sleep(0.2)  # as an agent does: the shell that was taken is replaced
+    for kind, times in first.items():
+        tenth, half = statistics.quantiles(times, n=10)[0], statistics.median(times)
+        print(f"first byte {kind:>8} a holder: p10 {tenth:.2f}, p50 {half:.2f} ms of {len(times)}")
+
+
+async def throughput(hosts: Mapping[str, Host], name: str, rounds: int, size: int) -> None:
+    """Print how fast a large output is, and the median of the ratios of each round."""
+    rate = {kind: list[tuple[float, float]]() for kind in hosts}
+    for turn in range(rounds):
+        for kind in sorted(hosts, reverse=bool(turn % 2)):  # what is second may be slower, or faster
+            rate[kind].append(await stream(hosts[kind], name, size))
+    for kind, found in rate.items():
+        rates, cpus = [one for one, _ in found], [two for _, two in found]
+        fast, half = max(rates), statistics.median(rates)
+        spent = f"CPU {min(cpus):.2f} s at best, median {statistics.median(cpus):.2f} s"
+        print(f"{size >> 20} MiB {kind:>8} a holder: best {fast:.0f}, median {half:.0f} MB/s; {spent}")
+    pairs = zip(rate["with"], rate["without"], strict=True)
+    ratio = statistics.median(one / other for (one, _), (other, _) in pairs)
+    print(f"{size >> 20} MiB with a holder over without, median of {rounds} pairs: {ratio:.0%}")
+
+
+async def run(rounds: int, size: int, counts: list[int], parts: Sequence[str]) -> None:
     settings = environment.settings()
     environment.up(lambda line: None)
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        number = max(1, *(-(-count // _EACH) for count in counts))
+        number = max(1, *(-(-count // _EACH) for count in counts)) if "adoption" in parts else 1
         tenants = await stack.enter_async_context(make_containers("bench", settings, number))
         names = [one.name for one in tenants]
         hosts: dict[str, Host] = {}
@@ -129,33 +164,11 @@ async def run(rounds: int, size: int, counts: list[int]) -> None:
                 stack.push_async_callback(host.end_holder)
             await host.gateway.start()
             stack.push_async_callback(host.gateway.stop)
-        first = {kind: list[float]() for kind in hosts}
-        rate = {kind: list[tuple[float, float]]() for kind in hosts}
-        async with (
-            hosts["without"].gateway.wire(names[0]) as one,
-            hosts["with"].gateway.wire(names[0]) as other,
-        ):
-            wires = {"without": one, "with": other}
-            for wire in wires.values():
-                for _ in range(5):
-                    await first_byte(wire)
-            for _ in range(rounds):
-                for kind, wire in wires.items():
-                    for _ in range(10):
-                        first[kind].append(await first_byte(wire))
-                        await asyncio.sleep(0.2)  # as an agent does: the shell that was taken is replaced
-        for _ in range(max(2, rounds // 2)):
-            for kind, host in hosts.items():
-                rate[kind].append(await stream(host, names[0], size))
-        for kind, times in first.items():
-            tenth, half = statistics.quantiles(times, n=10)[0], statistics.median(times)
-            print(f"first byte {kind:>8} a holder: p10 {tenth:.2f}, p50 {half:.2f} ms of {len(times)}")
-        for kind, found in rate.items():
-            rates, cpus = [one for one, _ in found], [two for _, two in found]
-            fast, half = max(rates), statistics.median(rates)
-            spent = f"CPU {min(cpus):.2f} s at best, median {statistics.median(cpus):.2f} s"
-            print(f"{size >> 20} MiB {kind:>8} a holder: best {fast:.0f}, median {half:.0f} MB/s; {spent}")
-        for count in counts:
+        if "first-byte" in parts:
+            await first_bytes(hosts, names[0], rounds)
+        if "throughput" in parts:
+            await throughput(hosts, names[0], max(2, rounds // 2), size)
+        for count in counts if "adoption" in parts else ():
             up, told, seconds = await adopt(hosts["with"], names, count)
             print(
                 f"killed beside {count} commands: up after {up:.0f} ms, all told after {told:.0f} ms, "
@@ -168,9 +181,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--commands", type=int, nargs="*", default=[1, 100, 500])
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="measure no more than this")
     options = parser.parse_args()
     try:
-        asyncio.run(run(options.rounds, options.megabytes * MiB, options.commands))
+        asyncio.run(run(options.rounds, options.megabytes * MiB, options.commands, options.only))
     except AssertionError as wrong:
         print(f"wrong: {wrong}", file=sys.stderr)
         return 1
