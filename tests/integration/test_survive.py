@@ -37,6 +37,8 @@ from tests.waits import pause, until
 
 ROOT = Path(__file__).parents[2]
 ENDLESS = "exec seq 1 1000000000000"
+# no more is sent ahead than can be had again, however much the kernel takes for a client that is late
+READING = {"acks": True, "window": 8 << 20}
 BURST, PACE = 8 << 20, 8 << 20  # bytes that are read as they come on each connection; then bytes a second
 KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "20"))
 SEED = int(os.environ.get("GATEWAY_TEST_SEED", random.randrange(1 << 32)))
@@ -189,7 +191,7 @@ class Resuming:
     async def start(self, **params: Any) -> None:
         """Start the command, and follow it from now on."""
         started: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run({"acks": True, "lingerMs": -1, **params}, started))
+        self._task = asyncio.create_task(self._run({**READING, "lingerMs": -1, **params}, started))
         done = asyncio.ensure_future(started)
         await asyncio.wait([done, self._task], return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
@@ -275,7 +277,7 @@ class Resuming:
                         answer = await wire.call(
                             "exec/attach",
                             exec=self.exec,
-                            acks=True,
+                            **READING,
                             **resume,
                             **{"from": offsets},
                         )
