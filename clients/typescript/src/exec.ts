@@ -10,6 +10,8 @@ import type { Exit, Killed, Offsets, Size } from "./types.js";
 import { type Frame, type Notification, STDERR } from "./wire.js";
 
 const MiB = 1 << 20;
+/** Read bytes after which they are acknowledged: the gateway sends no more ahead than 8 MiB, whatever our window. */
+const ACK = 1 * MiB;
 
 export interface ExecOptions {
   readonly cwd?: string | undefined;
@@ -298,10 +300,10 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     this.#taken(output);
   }
 
-  /** Lets the gateway send more of a stream once a quarter of its window was read, or if nobody reads it. */
+  /** Lets the gateway send more of a stream once a part of its window was read, or if nobody reads it. */
   #taken(output: Output): void {
     if (this.#state !== "attached" || this.#connection === null) return;
-    if (output.taken - output.acked < this.#window / 4) return;
+    if (output.taken - output.acked < Math.min(this.#window / 4, ACK)) return;
     for (const each of [this.stdout, this.stderr]) each.acked = Math.max(each.acked, each.taken);
     const offsets = { stdout: this.stdout.acked, stderr: this.stderr.acked };
     this.#connection.notify("exec/ack", { exec: this.id, ...offsets });

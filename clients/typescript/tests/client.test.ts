@@ -348,6 +348,14 @@ describe("commands", () => {
     expect(listed).toMatchObject({ state: "ended", attached: 0 });
   });
 
+  test("a buffer larger than what the gateway sends ahead is no standstill", async () => {
+    const size = 12 << 20;
+    const exec = await tenant().exec(`head -c ${size} /dev/zero`, { buffer: 256 << 20 });
+    let got = 0;
+    for await (const chunk of exec.stdout) got += chunk.length;
+    expect(got).toBe(size);
+  });
+
   test("wait for who reads slowly, lose nothing, and hold nothing else up", async () => {
     const client = tenant();
     const size = 24 << 20;
