@@ -303,6 +303,32 @@ async def test_what_waits_for_room_is_sent_before_the_holder_is_left(start: Star
     await until(lambda: held_at(path) == 1000)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_user_gets_nothing_even_if_the_socket_is_open_to_it(
+    start: Start, tmp_path: Path
+) -> None:
+    """Its mode is one barrier; who asks is another."""
+    await start()
+    tmp_path.chmod(0o711)
+    (tmp_path / "holder.sock").chmod(0o666)
+    read, write = os.pipe()
+    async with Holder(tmp_path / "holder.sock") as holder:
+        holder.put("one", [read])
+        with contextlib.chdir(tmp_path), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.settimeout(30)
+            os.seteuid(65534)
+            try:
+                stranger.connect("holder.sock")
+            finally:
+                os.seteuid(0)
+            with contextlib.suppress(ConnectionError):
+                send(stranger, {"v": 1, "list": True})
+                assert receive(stranger) is None
+        assert held_at(tmp_path / "holder.sock") == 1
+    for descriptor in (read, write):
+        os.close(descriptor)
+
+
 async def test_another_holder_at_the_same_place_is_refused(start: Start, tmp_path: Path) -> None:
     await start()
     settings = Settings(runtime="local", state_dir=tmp_path)
