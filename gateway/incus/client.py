@@ -30,6 +30,7 @@ from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
 from gateway.incus.rest import Elsewhere, IncusError, Rest, instance_path, unreachable
 from gateway.incus.slots import Slots, named
+from gateway.incus.socket import StreamSocket
 from gateway.incus.states import States, start_of
 from gateway.incus.waiting import Waiting
 
@@ -343,6 +344,7 @@ class Incus(Rest):
         operation = answer["metadata"]["id"]
         fds: dict[str, str] = answer["metadata"]["metadata"]["fds"]
         memory = Memory.made() if outlive else None
+        sockets: dict[str, StreamSocket] = {}
         waiting = None
         try:
             # before the command starts: an operation's record is gone 5 s after its end
@@ -350,6 +352,8 @@ class Incus(Rest):
             sockets = await connect(self.socket, operation, fds, memory, terminal=pty is not None)
             return ExecSockets(sockets, waiting, memory, terminal=pty is not None)
         except BaseException as error:
+            for stream in sockets.values():
+                stream.close()
             if waiting is not None:
                 waiting.close()
             if memory is not None:

@@ -1,4 +1,7 @@
-"""A command whose warm shell hangs because its tenant was paused, or whose cgroup stays for a reason."""
+"""A command whose warm shell hangs because its tenant was paused, or whose cgroup stays for a reason.
+
+And one whose start is given up half-way.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError, TenantNotRunning, Timeout, Unavailable
-from gateway.incus import ExecSockets, Incus, Operation
+from gateway.incus import ExecSockets, Incus, IncusError, Operation, client
+from gateway.incus.socket import StreamSocket
+from gateway.incus.waiting import Waiting
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.runtime import ExecSpec
+from gateway.runtime.incus import commands as starting
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.inside import Inside
 from gateway.runtime.incus.process import IncusProcess
@@ -98,3 +104,80 @@ async def test_an_exit_is_known_even_if_the_cgroup_is_not_removed_in_time(why: G
     own = {"tenant": "shop", "exec": "own/abc", "pid": 7, "started": 1.0, "terminal": False, "path": ""}
     process = IncusProcess(inside, 1.0, {**own, "method": "cgroup"}, Ended(), Staying(why), None)
     assert (await process.wait()).code == 3
+
+
+class Opened(ExecSockets):
+    """The sockets of a command that has just been started."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+async def test_a_start_that_is_given_up_leaves_no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a warm shell whose tenant is paused meanwhile, say: only the garbage collector closed them."""
+    opened = list[Opened]()
+    looking = asyncio.Event()
+
+    class Starting(Incusd):
+        async def exec(self, *given: Any, **more: Any) -> ExecSockets:
+            opened.append(Opened())
+            return opened[-1]
+
+    async def slow(pid: int) -> Path:
+        looking.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def given(tenant: str) -> int:
+        return 7
+
+    monkeypatch.setattr(starting, "of_init", slow)
+    start = asyncio.create_task(
+        Commands(Settings(), Starting("Running"), given).exec("shop", ExecSpec(("true",)))
+    )
+    await looking.wait()
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    assert all(one.closed for one in opened)
+
+
+async def test_a_command_that_cannot_be_followed_leaves_no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connected ones are closed, too, where one of the files that hold a command cannot be made."""
+    closed = list[str]()
+
+    class Stream(StreamSocket):
+        def __init__(self) -> None:
+            pass
+
+        def close(self) -> None:
+            closed.append("stream")
+
+    class Asked(Waiting):
+        def __init__(self) -> None:
+            pass
+
+        def close(self) -> None:
+            closed.append("operation")
+
+    class Answering(Incusd):
+        async def _request(self, *given: Any, **more: Any) -> dict[str, Any]:
+            return {"metadata": {"id": "op", "metadata": {"fds": {}}}}
+
+    async def ask(*given: Any) -> Waiting:
+        return Asked()
+
+    async def connected(*given: Any, **more: Any) -> dict[str, StreamSocket]:
+        return {"control": Stream(), "0": Stream()}
+
+    def full(*given: Any, **more: Any) -> ExecSockets:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Waiting, "ask", ask)
+    monkeypatch.setattr(client, "connect", connected)
+    monkeypatch.setattr(client, "ExecSockets", full)
+    with pytest.raises(IncusError):
+        await Answering("Running").exec("shop", ["true"])
+    assert sorted(closed) == ["operation", "stream", "stream"]

@@ -138,6 +138,8 @@ class Commands:
     async def _open(self, name: str, pty: Pty | None, account: Account) -> IncusShell:
         """Start a shell to run a command as `account`. Raises translated Incus errors and `Timeout`."""
         init_pid = await self._init_pid(name)
+        with in_time(name, "host"):
+            root = await of_init(init_pid) if init_pid else None
         exec_id = f"{self._life}/{secrets.token_hex(8)}"
         command = start_command(exec_id, account, looks=_CGROUP_LOOKS, terminal=pty is not None)
         size = None if pty is None else (pty.cols, pty.rows)
@@ -145,7 +147,7 @@ class Commands:
             async with asyncio.timeout(self.settings.exec_start_timeout):
                 outlive = self._holder is not None and self._holder.there
                 sockets = await self._incus.exec(name, command, pty=size, outlive=outlive)
-        root = await of_init(init_pid) if init_pid else None
+        # from here on nothing waits: whoever is cancelled closes the sockets by way of the shell
         cgroup = None if root is None else self.cgroup(name, root, exec_id)
         limit = self.settings.cancel_timeout
         shell = IncusShell(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
