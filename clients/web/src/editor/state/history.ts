@@ -22,6 +22,8 @@ export class History {
   readonly open = signal<string | null>(null);
   readonly shown = signal<TurnChanges | null>(null);
   #asked = false;
+  /** For each list that is being loaded, the turns that were told meanwhile: its answer may be without them. */
+  readonly #meanwhile = new Set<Turn[]>();
 
   constructor(tenant: () => Tenant) {
     this.#tenant = tenant;
@@ -30,10 +32,19 @@ export class History {
   /** Loads the latest turns. */
   look(): Promise<void> {
     this.#asked = true;
+    const told: Turn[] = [];
+    this.#meanwhile.add(told);
     return this.#try(async () => {
-      const { turns, more } = await this.#tenant().history.list({ limit: PAGE });
-      this.turns.value = turns;
-      this.more.value = more;
+      try {
+        const { turns, more } = await this.#tenant().history.list({ limit: PAGE });
+        this.turns.value = [
+          ...told.filter(({ turn }) => !turns.some((known) => known.turn === turn)),
+          ...turns,
+        ];
+        this.more.value = more;
+      } finally {
+        this.#meanwhile.delete(told);
+      }
     });
   }
 
@@ -77,6 +88,7 @@ export class History {
   take(event: GatewayEvent): void {
     if (event.type !== "turn.committed" || !this.#asked) return;
     const turn = event.data as unknown as Turn;
+    for (const told of this.#meanwhile) told.unshift(turn);
     if (!this.turns.value.some((known) => known.turn === turn.turn))
       this.turns.value = [turn, ...this.turns.value];
   }
