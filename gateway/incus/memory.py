@@ -26,7 +26,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-# The smallest size that does not slow a fast stream; up to five per output exceed what is kept of it.
+# The smallest size that does not slow a fast stream; up to six per output exceed what is kept of it.
 SEGMENT: Final = 128 << 10
 SEGMENTS: Final = 1600  # per command: more than its kept output needs with any sensible settings
 
@@ -47,6 +47,7 @@ _ODOMETER: Final = 0x7FFF_0000
 _TURN: Final = 0x3FFF_0000  # bytes after which the odometer is reset
 _SPARE: Final = 8  # most free segments that keep their pages
 _AHEAD: Final = 2  # segments that a long output takes, and gives back, at a time
+_READ: Final = 256 << 10  # bytes for one read of a long output: with more `incus.socket` would have to pause
 _STEP: Final = 64 << 10  # least bytes between two remembered frame positions of a log
 
 Facts = Literal["facts", "purpose"]
@@ -88,8 +89,14 @@ class Memory:
         self.close()
         return again
 
-    def take(self) -> int:
-        """Return the number of a free segment: of used ones the one that was freed first. Raises `Full`."""
+    def take(self, after: int | None = None) -> int:
+        """Return the number of a free segment: if it can be had with pages, the one that follows `after`.
+
+        Else of used ones the one that was freed first. Raises `Full`.
+        """
+        if after is not None and after + 1 in self._free:
+            self._free.remove(after + 1)
+            return after + 1
         if used := self._free or self._bare:
             return used.pop(0)
         while self._fresh in self._claimed:
@@ -105,14 +112,18 @@ class Memory:
             raise ValueError("a segment that cannot be")
         self._claimed.add(number)
 
-    def give(self, numbers: Sequence[int], spare: int) -> int:
-        """Free segments, of which `spare` keep their pages for the next output; return how many do."""
+    @property
+    def spare(self) -> int:
+        """The number of free segments that keep their pages."""
+        return len(self._free)
+
+    def give(self, numbers: Sequence[int], spare: int) -> None:
+        """Free segments, of which `spare` keep their pages for the next output."""
         self._free += numbers
         while len(self._free) > spare:
             number = self._free.pop()
             self._map.madvise(mmap.MADV_REMOVE, _HEAD + number * SEGMENT, SEGMENT)
             self._bare.append(number)
-        return len(self._free)
 
     def segment(self, number: int) -> memoryview:
         return self.part(number * SEGMENT, (number + 1) * SEGMENT)
@@ -243,6 +254,7 @@ class Log:
         for number in self._segments:
             memory.claim(number)
         self._points: deque[tuple[int, int]] = deque([(raw, payload)])
+        self._at = self._until = 0  # of `room`, by offsets from the first segment's start
         self.raw = raw
 
     @property
@@ -253,22 +265,29 @@ class Log:
     def room(self) -> memoryview:
         """Return the memory for the next bytes to receive. Raises `Full`.
 
-        A long output is given several segments that lie together, if there are any: a socket has more for us
-        than the rest of one.
+        A long output is given segments that lie together, if there are any: a socket has more for us than the
+        rest of one.
         """
+        if self._until - self._at < _READ:
+            self._make_room()
+        return self._memory.part(self._at, min(self._until, self._at + _READ))
+
+    def _make_room(self) -> None:
+        """Find where the next bytes go, and how many segments lie together there. Raises `Full`."""
         index, at = divmod(self.raw - self._first, SEGMENT)
-        if index >= len(self._segments) - (self.raw >= SEGMENT):
-            self._extend(index)
+        there, long = len(self._segments) - index, self.raw >= SEGMENT
+        if (missing := -(-(at + (_READ if long else 1)) // SEGMENT) - there) > 0:
+            self._extend(index, max(missing, _AHEAD if long else 1))
         number, end = self._segments[index], index + 1
         while end < len(self._segments) and self._segments[end] == number + end - index:
             end += 1
-        return self._memory.part(number * SEGMENT + at, (number + end - index) * SEGMENT)
+        self._at, self._until = number * SEGMENT + at, (number + end - index) * SEGMENT
 
-    def _extend(self, index: int) -> None:
+    def _extend(self, index: int, number: int) -> None:
         """Take segments behind the one at `index`, and that itself if it is not there. Raises `Full`."""
         try:
-            for _ in range(_AHEAD if self.raw >= SEGMENT else 1):
-                self._segments.append(self._memory.take())
+            for _ in range(number):
+                self._segments.append(self._memory.take(self._segments[-1] if self._segments else None))
         except Full:
             if index >= len(self._segments):
                 raise
@@ -276,11 +295,11 @@ class Log:
 
     def landed(self, size: int) -> memoryview:
         """Record that `size` bytes were received into `room`, and return them."""
-        index, at = divmod(self.raw - self._first, SEGMENT)
+        start = self._at
+        self._at += size
         self.raw += size
         if self._odometer is not None and self.raw - self._zero >= _TURN:
             self._turn(self._odometer)
-        start = self._segments[index] * SEGMENT + at
         return self._memory.part(start, start + size)
 
     def begin(self, raw: int) -> None:
@@ -299,15 +318,14 @@ class Log:
         while len(points) > 1 and points[1][1] <= payload:
             points.popleft()
         gone = (points[0][0] - self._first) // SEGMENT
-        numbers: Sequence[int] = ()
         if gone >= _AHEAD:
             numbers, self._segments = self._segments[:gone], self._segments[gone:]
             self._first += gone * SEGMENT
             self._commit()
-        # Only now: the previous state still referred to them. A fast stream uses them again at once, and new
-        # pages would cost it a fifth of its speed.
-        spare = self._memory.give(numbers, min(_SPARE, len(self._segments)))
-        return (len(self._segments) + spare) * SEGMENT
+            # Only now: the previous state still referred to them. A fast stream uses them again at once, and
+            # new pages would cost it a fifth of its speed.
+            self._memory.give(numbers, min(_SPARE, len(self._segments)))
+        return (len(self._segments) + self._memory.spare) * SEGMENT
 
     def close(self) -> None:
         """Mark the log as complete, so that it can be read without its socket."""

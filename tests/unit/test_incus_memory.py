@@ -239,6 +239,19 @@ async def _give(own: socket.socket, pipe: tuple[int, int], memory: Memory) -> No
         await inlet.write((bytes(range(251)) * 300)[start : start + random.randint(1, 70_000)])
 
 
+def test_a_long_output_has_room_for_all_that_a_socket_has(memory: Memory) -> None:
+    """But for once in each turn through the segments: a shorter read costs as much as a whole one."""
+    log, rooms = Log(memory, "first", None), list[int]()
+    log.begin(0)
+    for _ in range(500):
+        rooms.append(len(log.room()))
+        log.landed(min(rooms[-1], 4 * 32_772))
+        log.point(log.raw, log.raw)
+        log.keep(log.raw - (1 << 20))
+    assert max(rooms) == 256 << 10
+    assert rooms.count(256 << 10) > 400
+
+
 def test_a_memory_that_is_full_says_so(memory: Memory) -> None:
     for _ in range(SEGMENTS - 1):  # the last is for the beginning
         memory.take()
