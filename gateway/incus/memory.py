@@ -149,9 +149,9 @@ class Memory:
 
     def read_facts(self, area: Facts = "facts") -> dict[str, object]:
         """Return what `write_facts` last wrote. Raises `ValueError`."""
-        data = self.record(area).read()
-        (size,) = struct.unpack_from("<I", data)
-        found = orjson.loads(data[4 : 4 + size])
+        record = self.record(area)
+        (size,) = struct.unpack("<I", record.read(4))
+        found = orjson.loads(record.read(4 + min(size, _AREAS[area] - 4))[4:])
         if not isinstance(found, dict):
             raise ValueError("the facts are not an object")
         return found
@@ -189,9 +189,10 @@ class Record:
         self._start = start
         self._size = size
 
-    def read(self) -> bytes:
+    def read(self, size: int | None = None) -> bytes:
+        """Return the state, or its first bytes: the kernel allocates each page that is read."""
         at = self._at(self._word)
-        return bytes(self._view[at : at + self._size])
+        return bytes(self._view[at : at + (self._size if size is None else size)])
 
     def touch(self) -> None:
         for word in (0, 1):
