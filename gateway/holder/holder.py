@@ -74,8 +74,8 @@ class Holder:
     async def taken_over(self) -> dict[str, list[int]]:
         """Return the held descriptors by name; the caller owns them. Call it once, before anything else.
 
-        A name stays held until it is put again or dropped. From this call on, a lost connection is
-        re-established.
+        A name stays held until it is put again or dropped; with `keep` the next holder is given it too. From
+        this call on, a lost connection is re-established.
         """
         found: dict[str, list[int]] = {}
         for attempt in range(_ATTEMPTS):  # on a busy host it may be slow
@@ -103,6 +103,10 @@ class Holder:
         """
         self._held[name] = descriptors
         self._tell(name, soon)
+
+    def keep(self, name: str, descriptors: Sequence[int]) -> None:
+        """Go on with what was taken over under a name; it is not sent, since the holder has it."""
+        self._held[name] = descriptors
 
     def drop(self, name: str, *, soon: bool = False) -> None:
         """Stop holding a name, with `soon` a moment later. Idempotent."""

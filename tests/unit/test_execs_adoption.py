@@ -191,6 +191,38 @@ async def test_a_command_that_has_just_ended_is_kept_too(settings: Settings) -> 
             assert held_at(settings.holder_socket) == 1
 
 
+async def test_a_command_that_goes_on_is_sent_to_the_next_holder_alone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that kept it has it already: a start with hundreds of commands would wait for that."""
+    sent, send = list[str](), Holder._sent
+
+    def noted_too(self: Holder, name: str) -> bool:
+        sent.append(name)
+        return send(self, name)
+
+    monkeypatch.setattr(Holder, "_sent", noted_too)
+    facts = {**FACTS, "over": None, "owed": None, "places": []}
+    noted = {"format": 1, "own": {**OWN, "cgroup": None}, "facts": facts}
+    async with all_left_waiting(settings, 1, noted, 0):
+        sent.clear()
+        async with (
+            Holder(settings.holder_socket) as holder,
+            Adopting(settings, holder) as runtime,
+            Store(settings.state_dir / "records") as store,
+        ):
+            receipts = await Idempotency.opened(store, settings)
+            async with Execs(runtime, Bus(MemoryJournal(100)), receipts, settings) as execs:
+                exec_ = execs.get("demo", "mine")
+                assert exec_.state == "running"
+                assert not sent
+                holder_process.stop(settings)
+                holder_process.ensure(settings, settings.state_dir / "log")
+                await until(lambda: held_at(settings.holder_socket) == 1)
+                await execs.leave()
+                await exec_.process.aclose()
+
+
 async def test_facts_of_any_kind_are_taken_over_or_let_go_of(settings: Settings) -> None:
     """None prevents the gateway from starting, or stays held without a command."""
     random.seed(5)

@@ -275,6 +275,7 @@ class Commands:
                 await sockets.aclose()
                 sockets, memory = None, memory.reopened()  # its logs are read once more
             holding = Held(holder, name, memory, sockets, own)
+            holding.go_on()
             if sockets is None:
                 told, report = kept(memory, own)
                 return Adopted(facts, own["pid"], own["started"], holding, told, None, report)

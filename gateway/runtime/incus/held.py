@@ -63,6 +63,12 @@ class Held:
         self._memory.prepare()
         self._put_descriptors()
 
+    def go_on(self) -> None:
+        """Have what an earlier process gave to the holder."""
+        if self._sockets is not None:
+            self._put = True
+            self._holder.keep(self._name, self._sockets.descriptors)
+
     def _put_descriptors(self) -> None:
         """Give the descriptors to the holder, unless it has them."""
         if not self._put and self._sockets is not None:
