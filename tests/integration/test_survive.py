@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,18 @@ class Host:
     @property
     def held(self) -> int:
         """How many commands the holder has, beside the shells that wait for one."""
-        found = 0
+        return sum(one.noted for one in self.memories())
+
+    def memories(self) -> Iterator[Memory]:
+        """Yield the memory of each command and waiting shell that the holder has."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.connect(str(self.settings.holder_socket))
             messages.send(connection, {"v": messages.VERSION, "list": True})
             while (received := messages.receive(connection)) is not None and "end" not in received[0]:
                 memory, *others = received[1]
                 messages.close(others)
-                one = Memory(memory)
-                found += one.noted
-                one.close()
-        return found
+                with contextlib.closing(Memory(memory)) as one:
+                    yield one
 
     async def kill(self) -> None:
         """Kill the gateway, and start another."""
@@ -470,33 +471,42 @@ async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenan
 
 
 async def test_what_ends_or_is_due_while_nobody_is_there(host: Host, shared_tenant: Container) -> None:
-    """Every exit is told, a deadline counts from the start, and what lingers or is cancelled ends whole."""
+    """Every exit is told, a deadline counts from the start, and what lingers or is cancelled ends whole.
+
+    So does a command that a gateway of another version has left, which nobody can follow.
+    """
     name = shared_tenant.name
     codes = {"exit 0": 0, "exit 3": 3, "exit 126": 126, "exit 127": 127, "kill -KILL $$": 137}
     ending = [Resuming(host, name) for _ in codes]
     for client, end in zip(ending, codes, strict=True):
         await client.start(command=f"echo out; read word; {end}", stdin=True)
     tree = "for i in 1 2 3; do setsid sleep 1000 & done; trap '' TERM; echo up; while :; do sleep 1; done"
-    cancelled, late, alone, known = (Resuming(host, name) for _ in range(4))
+    cancelled, late, alone, known, strange = (Resuming(host, name) for _ in range(5))
     await cancelled.start(command=tree)
     started = time.monotonic()
     await late.start(command=tree, timeoutMs=4000)
     await alone.start(command=tree, lingerMs=500)
     await known.start(command="sleep 1000", execId="mine")
-    everyone = [*ending, cancelled, late, alone, known]
-    for client in (cancelled, late, alone):
+    await strange.start(command=tree, execId="strange")
+    everyone = [*ending, cancelled, late, alone, known, strange]
+    for client in (cancelled, late, alone, strange):
         await until(lambda client=client: client.offsets[1] > 0)  # type: ignore[misc]
     for client in ending:
         await client.write(b"go\n")
     await alone.call("exec/detach")
     await host.gateway.stop(signal.SIGKILL)
     await pause(1)  # in which they end
+    for memory in host.memories():
+        if memory.noted and (noted := dict(memory.read_facts()))["facts"]["id"] == "strange":  # type: ignore[index]
+            memory.write_facts({**noted, "format": 99})
     await host.gateway.start()
     due = max(4.0, time.monotonic() - started)  # seconds; the machine may be busy
     for client, code in zip(ending, codes.values(), strict=True):
         exit_ = await client.ended()
         assert (exit_["exitCode"], exit_["reason"]) == (code, "exited")
         assert client.sums[1].hexdigest() == sums(b"out\n")
+    exit_ = await strange.ended(lost=True)
+    assert (exit_["reason"], exit_["exitCode"]) == ("lost", None)
     exit_ = await late.ended()
     assert exit_["reason"] == "timeout"
     assert 3.9 < exit_["durationMs"] / 1000 < due + host.settings.cancel_grace + 3
