@@ -21,6 +21,7 @@ from tests.contracts.gateway import sse
 from tests.contracts.lifecycle import ask
 from tests.integration import environment
 from tests.integration.sites import hosting
+from tests.integration.test_upgrade import upgrade
 from tests.waits import pause, until
 
 pytestmark = pytest.mark.timeout(300)
@@ -69,7 +70,7 @@ async def seen(what: Callable[[], bool]) -> None:
 async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
     incus_settings: Settings, tmp_path: Path
 ) -> None:
-    """Each deployment is made from what is ready; a killed gateway's pool is used; SIGTERM leaves none.
+    """Each deployment is made from what is ready, by a killed or upgraded gateway too; SIGTERM leaves none.
 
     A changed template gets a golden copy of its own, and the old one goes with the gateway's next start.
     """
@@ -108,6 +109,8 @@ async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
         assert having("golden")[0]["name"] != old
 
         kept = having("pool")[0]["name"]
+        await upgrade(host.gateway)
+        assert [entry["name"] for entry in having("pool")] == [kept], "a successor has what was ready"
         await host.gateway.stop(signal.SIGKILL)
         await host.gateway.start()
         fourth = await host.deploy("four.test", "mine")
