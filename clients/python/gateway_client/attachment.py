@@ -15,7 +15,7 @@ from gateway_client.errors import Disconnected, GatewayError, NotFound, RateLimi
 from gateway_client.input import Sent
 from gateway_client.output import Buffer
 
-# bytes of output between two acknowledgements
+# bytes of output between two acknowledgements; a gateway sends 1 MiB ahead at the least
 ACK: Final = 256 << 10
 # bytes of each stream that the gateway may send ahead of our acknowledgements: no more than it can send again
 # after a break (fewer if its GATEWAY_EXEC_UNACKED is less), and enough that nobody waits for one

@@ -16,6 +16,7 @@ from gateway.execs import Attachment, Cursor, Exec, Reading, started_at
 from gateway.protocol import ServerWire, StreamId
 from gateway.runtime import StreamName
 
+_AHEAD: Final = 1 << 20  # bytes after which our clients acknowledge at the latest
 _STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "stderr": StreamId.STDERR}
 
 
@@ -181,7 +182,7 @@ class ExecMethods(Family):
         """Attach to a command; the connection's earlier attachment to it ends."""
         # more than can be had again after a break is not sent ahead
         unacked = self._hub.settings.exec_unacked
-        window = None if wanted.window is None else max(1, min(wanted.window, unacked))
+        window = None if wanted.window is None else min(wanted.window, max(unacked, _AHEAD))
         acks = unacked > 0 and (wanted.acks or window is not None)
         reading = Reading(viewer=True, acks=acks, window=window, text=wanted.encoding == "utf-8")
         # before the old one ends, so that nothing falls between
