@@ -2,7 +2,7 @@
 
 incusd pings each output every 10 s. Where what it may leave unread is just full and nothing is printed, such
 a ping would break the output off for good (`gateway.incus.exec_sockets`); about one size in fifty is such a
-one. GATEWAY_TEST_SILENT says how many sizes are tried, 50 at a time.
+one. GATEWAY_TEST_SILENT says how many sizes are tried, 50 at a time; from 100 on without a holder, too.
 """
 
 from __future__ import annotations
@@ -16,23 +16,32 @@ import pytest
 
 from gateway.settings import Settings
 from tests.integration.conftest import Container
-from tests.integration.test_gateway_incus import live
+from tests.integration.test_survive import Host
 from tests.live import LiveGateway, Wire
 from tests.waits import pause
 
 COUNT = int(os.environ.get("GATEWAY_TEST_SILENT", "24"))
 AT_ONCE = 50
 STILL = 17.5  # seconds: a ping and its deadline at the least
+# which commands have a memory of their own, into which their output is received; others share a buffer
+HOLDERS = ["held"] if COUNT < 100 else ["held", "not held"]
 SIZES = range(480_000, 1_040_001, 560_000 // (COUNT - 1))
 
 
-@pytest.fixture
+@pytest.fixture(params=HOLDERS)
 async def gateway(
-    incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LiveGateway]:
-    log = tmp_path_factory.mktemp("silent") / "gateway.log"
-    async with live(incus_settings, log, GATEWAY_MAX_EXECS="1000") as gateway:
-        yield gateway
+    folder = tmp_path_factory.mktemp("silent") / "state"
+    folder.mkdir()
+    host = Host(incus_settings, folder, GATEWAY_MAX_EXECS="1000")
+    if request.param == "held":
+        await host.hold()
+    await host.gateway.start()
+    try:
+        yield host.gateway
+    finally:
+        await (host.close() if request.param == "held" else host.gateway.stop())
 
 
 @pytest.mark.timeout(120 + COUNT)
