@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAUSES: Final = (1.0, 60.0)  # seconds before a failed job is restarted: the first and the longest pause
+_LONG: Final = 10  # times as long as it had paused before: what breaks off then is another failure
 
 
 def begin(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -46,16 +47,24 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
 
 async def lasting(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a job for as long as the process, restarting it after an error."""
-    pause, longest = _PAUSES
+    loop, pause = asyncio.get_running_loop(), 0.0
     while True:
+        began = loop.time()
         try:
             return await work()
         except GatewayError as error:
+            pause = next_pause(pause, loop.time() - began)
             log.warning("%s broke off: %s; it begins again in %.0f s", name, error.message, pause)
         except Exception:
+            pause = next_pause(pause, loop.time() - began)
             log.exception("%s broke off; it begins again in %.0f s", name, pause)
         await asyncio.sleep(pause)
-        pause = min(pause * 2, longest)
+
+
+def next_pause(last: float, ran: float) -> float:
+    """Return the seconds to wait after a failure: twice as long as before it, unless the job ran for long."""
+    first, longest = _PAUSES
+    return first if not last or ran > _LONG * last else min(last * 2, longest)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,15 @@ async def test_what_breaks_off_begins_again_and_what_ends_has_ended(
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR, logging.ERROR]
 
 
+def test_what_had_run_for_long_soon_begins_again() -> None:
+    """However often it broke off before: as a connection that each restart of the other end breaks."""
+    pause, seen = 0.0, list[float]()
+    for ran in (0, 0, 0, 0, 0, 0, 0, 0, 500, 601, 30, 5):
+        pause = tasks.next_pause(pause, ran)
+        seen.append(pause)
+    assert seen == [1, 2, 4, 8, 16, 32, 60, 60, 60, 1, 1, 2]
+
+
 async def test_a_cancel_ends_it() -> None:
     began = asyncio.Event()
 
