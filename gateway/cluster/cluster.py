@@ -121,6 +121,7 @@ class Cluster:
     async def _listen(self) -> None:
         """Listen where the settings or the cluster say, and publish that."""
         assert self._server is not None
+        await self.peers.known()
         await self.peers.settle(SETTLING)
         host, port = self._place()
         if not host:

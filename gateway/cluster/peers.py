@@ -41,7 +41,7 @@ _LATE: Final = 0.25  # seconds by which a timer is late where this process itsel
 _CONNECT: Final = 1.0  # seconds
 _PAUSES: Final = (0.1, 1.0)  # seconds, the first and the longest, until a peer is called again
 _LOOK: Final = 10.0  # seconds after which the members are looked at again
-_SOON: Final = 1.0  # seconds after which they are, where a peer does not answer
+_SOON: Final = 1.0  # seconds after which they are, where a peer or Incus does not answer
 _LOOKING: Final = 5.0  # seconds that such a look may take: without a quorum it does not end
 _LINE: Final = 256 << 10  # bytes
 _ANSWER: Final = 1 << 20  # bytes
@@ -220,6 +220,10 @@ class Peers:
                     if peer.address:
                         await peer.told.wait()
 
+    async def known(self) -> None:
+        """Return once the members were read, which without a quorum they cannot be."""
+        await self._known.wait()
+
     def of(self, certificate: bytes) -> Peer | None:
         """Return the peer that has this certificate, as DER; None if none has."""
         shown = fingerprint(certificate)
@@ -247,7 +251,7 @@ class Peers:
             else:
                 read = True
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK):
+                async with asyncio.timeout(_LOOK if read else 0.0):
                     await self._look.wait()
             await asyncio.sleep(_SOON)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Mapping
@@ -14,13 +15,14 @@ from gateway.cluster import cluster as clusters
 from gateway.cluster.cluster import ASK_SECRET, TELL_REVOKED, Cluster, joined
 from gateway.cluster.folder import FolderMembers
 from gateway.cluster.listener import Question
-from gateway.cluster.peers import MemberAway, Peer
+from gateway.cluster.member import Member
+from gateway.cluster.peers import KEY, MemberAway, Peer
 from gateway.cluster.placements import Placements
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.live import free_ports
 from tests.shared_memory import MemoryKeys
-from tests.waits import until
+from tests.waits import settled, until
 
 
 @contextlib.asynccontextmanager
@@ -119,3 +121,39 @@ async def test_a_peer_that_comes_or_goes_is_noticed(tmp_path: Path) -> None:
             m2.peers.all["m1"].end()
             assert moved == [True, False]
     assert not m2.alive("m3") and m2.alive("m2")
+
+
+class LateMembers(FolderMembers):
+    """Those of an Incus that cannot say them before it is told to."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.known = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    async def members(self) -> tuple[Member, ...]:
+        self.asked.set()
+        await self.known.wait()
+        return await super().members()
+
+
+async def test_peers_are_listened_for_as_soon_as_it_is_known_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long that takes: without a quorum Incus does not say it, and then this is no failure."""
+    monkeypatch.setattr(clusters, "SETTLING", 0.0)
+    (tmp_path / "members").mkdir()
+    (tmp_path / "members" / "m1").write_text("{}")
+    late = LateMembers(tmp_path / "members" / "m1")
+    settings = Settings(state_dir=tmp_path / "m1", peer_listen=f":{free_ports(1)[0]}")
+    (tmp_path / "m1").mkdir()
+    async with joined("m1", late, settings) as m1, listening(m1, tmp_path, {}):
+        await late.asked.wait()
+        await settled()
+        assert "broke off" not in caplog.text
+        late.known.set()
+
+        async def published() -> bool:
+            return any(KEY in one.config for one in await late.members())
+
+        await until(published, 30)

@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import orjson
+import pytest
 
+from gateway.cluster import peers as looks
 from gateway.cluster.identity import Identity
 from gateway.cluster.member import Member
 from gateway.cluster.peers import KEY, Peers
+from gateway.incus import IncusError
 from tests.live import free_ports
 from tests.waits import settled, until
 
@@ -20,11 +23,15 @@ class Members:
     """Three members, of which the second has never come up; where the third was nobody listens now."""
 
     def __init__(self, folder: Path) -> None:
+        self.failures = 0  # reads that still fail, as in an Incus that has just started
         folder.mkdir()
         said = {"address": f"127.0.0.1:{free_ports(1)[0]}", "certificate": Identity(folder).certificate}
         self.found = [Member("m1"), Member("m2"), Member("m3", config={KEY: orjson.dumps(said).decode()})]
 
     async def members(self) -> Sequence[Member]:
+        if self.failures:
+            self.failures -= 1
+            raise IncusError("no available cowsql leader server found", 500)
         return self.found
 
     async def publish(self, config: Mapping[str, str]) -> None:
@@ -32,9 +39,10 @@ class Members:
 
 
 @contextlib.asynccontextmanager
-async def following(folder: Path, *names: str) -> AsyncIterator[Peers]:
+async def following(folder: Path, *names: str, failures: int = 0) -> AsyncIterator[Peers]:
     """Yield the peers of the first member, of those with these names."""
     members = Members(folder / "m3")
+    members.failures = failures
     members.found = [member for member in members.found if member.name in names]
     (folder / "m1").mkdir()
     async with Peers("m1", members, Identity(folder / "m1")) as peers:
@@ -62,3 +70,14 @@ async def test_the_wait_has_an_end(tmp_path: Path) -> None:
     async with following(tmp_path, "m1", "m2", "m3") as peers:
         await asyncio.wait_for(peers.settle(0.2), 10)
         assert peers.all.keys() == {"m2", "m3"}
+
+
+async def test_an_incus_that_cannot_say_the_members_yet_is_soon_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then this gateway is nobody's peer: it knows neither who they are nor where it is."""
+    monkeypatch.setattr(looks, "_SOON", 0.01)
+    monkeypatch.setattr(looks, "_LOOK", 3600.0)
+    async with following(tmp_path, "m1", "m2", failures=3) as peers:
+        await asyncio.wait_for(peers.known(), 30)
+        assert peers.all.keys() == {"m2"}

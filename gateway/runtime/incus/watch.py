@@ -41,6 +41,9 @@ _LIFECYCLE: Final[Mapping[str, str]] = {
 }
 # a snapshot's events name it only in their source
 _SNAPSHOT: Final = re.compile(r"/1\.0/instances/([^/?]+)/snapshots/([^/?]+)")
+_PAUSES: Final = (0.1, 1.0)
+"""Seconds before connecting again, the first and the longest: meanwhile the gateway is not ready."""
+
 # remembered destroyed tenants, whose late events must not count for a new tenant of the same name
 _ENDS: Final = 1000
 
@@ -120,7 +123,7 @@ class Watch:
         slow reader and sends none for a deleted profile key.
         """
         known: dict[str, Status] | None = None
-        pause = 0.1
+        pause, longest = _PAUSES
         while True:
             try:
                 stream = self._next()
@@ -134,7 +137,7 @@ class Watch:
                             for change in changes:
                                 yield change
                             if event is not None:
-                                pause, self.standing = 0.1, True
+                                pause, self.standing = _PAUSES[0], True
                                 yield TenantEvent("gateway.resynced", None, {"tenants": len(known)})
                             continue
                         if known is None:  # cannot happen: "connected" comes first
@@ -154,7 +157,7 @@ class Watch:
             self.standing = False
             self._changed(None)
             await asyncio.sleep(pause)  # back-off before reconnecting
-            pause = min(pause * 2, 5.0)
+            pause = min(pause * 2, longest)
 
     async def starved(self) -> AsyncGenerator[TenantEvent]:
         """Yield `tenant.oom` whenever the kernel has killed processes of a tenant for lack of memory.
