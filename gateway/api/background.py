@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from gateway.api.http import end
 from gateway.api.services import Services
+from gateway.cluster.quorum import Quorum
 from gateway.errors import GatewayError, NotFound
 from gateway.runtime import TenantEvent
 from gateway.runtime.incus import IncusRuntime
@@ -85,6 +86,11 @@ class Background:
         }
         if services.cluster is not None and services.shared is not None:
             services.cluster.peers.moved = services.deployments.look_soon
+            if isinstance(services.runtime, IncusRuntime):
+                quorum = Quorum(
+                    services.cluster.peers, services.shared.members, services.runtime.incus.has_quorum
+                )
+                jobs["the look for a quorum"] = quorum.follow
         if services.dead_peers is not None:
             jobs["the look at silent servers"] = services.dead_peers.follow
         if (standing := services.standing) is not None:

@@ -9,6 +9,7 @@ from gateway.incus.client import Elsewhere, Incus, IncusError, member_of
 from gateway.incus.exec_sockets import RELIEF, ExecSockets, outputs
 from gateway.incus.memory import Memory, Record
 from gateway.incus.operation import Operation
+from gateway.incus.rest import NoQuorum
 from gateway.incus.socket import Lost
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "IncusError",
     "Lost",
     "Memory",
+    "NoQuorum",
     "Operation",
     "Record",
     "member_of",

@@ -11,6 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
+from gateway.incus.rest import NoQuorum
+
 Fetch = Callable[[str], Awaitable[dict[str, Any] | None]]
 """Returns an instance by name, None if it does not exist."""
 
@@ -41,24 +43,35 @@ class Inventory:
         self._profiles: dict[str, tuple[float, dict[str, Any]]] = {}  # with the time of fetching
 
     async def all(self) -> list[dict[str, Any]]:
-        """Return all instances, up to date with every change noted before this call."""
+        """Return all instances, up to date with every change noted before this call.
+
+        Without a quorum they are as they were, for as long as events are received: hardly anything changes.
+        """
         async with self._refreshing:
-            aged = time.monotonic() - self._since > _AGE
-            if self._kept is None or not self._heard or aged or len(self._changed) > _SINGLY:
-                return await self._ask_for_all()
-            changed, kept = self._changed, self._kept
-            self._changed = set()  # later changes are fetched by the next call
             try:
-                found = await asyncio.gather(*(self._fetch(name) for name in changed))
-            except BaseException:
-                self._changed |= changed
-                raise
-            for name, entry in zip(changed, found, strict=True):
-                if entry is None:
-                    kept.pop(name, None)
-                else:
-                    kept[name] = entry
-            return [*kept.values()]
+                return await self._now()
+            except NoQuorum:
+                if self._kept is None:
+                    raise
+                return [*self._kept.values()]
+
+    async def _now(self) -> list[dict[str, Any]]:
+        aged = time.monotonic() - self._since > _AGE
+        if self._kept is None or not self._heard or aged or len(self._changed) > _SINGLY:
+            return await self._ask_for_all()
+        changed, kept = self._changed, self._kept
+        self._changed = set()  # later changes are fetched by the next call
+        try:
+            found = await asyncio.gather(*(self._fetch(name) for name in changed))
+        except BaseException:
+            self._changed |= changed
+            raise
+        for name, entry in zip(changed, found, strict=True):
+            if entry is None:
+                kept.pop(name, None)
+            else:
+                kept[name] = entry
+        return [*kept.values()]
 
     async def profile(self, name: str, fetch: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Return a profile from the cache if possible: incusd lists all its instances to answer."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +21,7 @@ _ANSWER_MAX = 256 << 20  # bytes; a thousand instances take 10 MB
 # As cluster members name themselves when they ask one another (internal/server/cluster/request in Incus): one
 # that is asked by another answers for itself. On the unix socket root may say so too.
 NOTIFIER = "incus-cluster-notifier"
+_OWN = "/1.0/operations"  # what a member answers without its cluster's database, besides `/1.0`
 
 
 class IncusError(GatewayError):
@@ -33,6 +36,13 @@ class IncusError(GatewayError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class NoQuorum(IncusError):
+    """The cluster's database has no majority of its members, and answers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("most members of the cluster are away", 0)
 
 
 class Elsewhere(IncusError):
@@ -51,6 +61,17 @@ class Rest:
         self.project = project
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._session: aiohttp.ClientSession | None = None
+        self._quorum = True
+        self._waiting: set[asyncio.Timeout] = set()  # of requests that only the database answers
+
+    def has_quorum(self, has: bool) -> None:
+        """Note whether the cluster's database answers; else what waits for that fails, and what comes."""
+        self._quorum = has
+        if not has:
+            now = asyncio.get_running_loop().time()
+            for waiting in self._waiting:
+                if not waiting.expired():
+                    waiting.reschedule(now)
 
     async def __aenter__(self) -> Self:
         # limit=0: 25 commands with 4 sockets each would exhaust the default pool of 100 connections
@@ -91,7 +112,10 @@ class Rest:
         at = instance_path(instance, "files")
         params = {"project": await self.project_of(at), "path": path}
         try:
-            async with self.session.get(BASE + at, params=params, timeout=self._timeout) as response:
+            async with (
+                self._in_quorum(at),
+                self.session.get(BASE + at, params=params, timeout=self._timeout) as response,
+            ):
                 if response.status == 404:
                     return None
                 kind = response.headers.get("X-Incus-type", "")
@@ -116,12 +140,35 @@ class Rest:
         at = instance_path(instance, "files")
         params = {"project": await self.project_of(at), "path": path}
         try:
-            async with self.session.post(BASE + at, params=params, data=data, headers=headers) as response:
+            async with (
+                self._in_quorum(at),
+                self.session.post(BASE + at, params=params, data=data, headers=headers) as response,
+            ):
                 answer: dict[str, Any] = orjson.loads(await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise unreachable(error) from error
         if answer.get("type") == "error":
             raise IncusError(str(answer.get("error", "")), int(answer.get("error_code", 500)))
+
+    @contextlib.asynccontextmanager
+    async def _in_quorum(self, path: str) -> AsyncIterator[None]:
+        """Raise `NoQuorum` once the database that this path needs does not answer any more."""
+        if path == "/1.0" or path.startswith(_OWN):
+            yield
+            return
+        if not self._quorum:
+            raise NoQuorum
+        try:
+            async with asyncio.timeout(None) as waiting:
+                self._waiting.add(waiting)
+                try:
+                    yield
+                finally:
+                    self._waiting.discard(waiting)
+        except TimeoutError:
+            if self._quorum:
+                raise
+            raise NoQuorum from None
 
     async def _request(
         self,
@@ -147,9 +194,12 @@ class Rest:
             headers["User-Agent"] = NOTIFIER
         timeout = self._timeout if limit == -1 else aiohttp.ClientTimeout(total=limit)
         try:
-            async with self.session.request(
-                method, BASE + path, params=params, data=data, headers=headers, timeout=timeout
-            ) as response:
+            async with (
+                self._in_quorum(path),
+                self.session.request(
+                    method, BASE + path, params=params, data=data, headers=headers, timeout=timeout
+                ) as response,
+            ):
                 answer: dict[str, Any] = orjson.loads(await first(response.content.readany, most, most=most))
                 answer["etag"] = response.headers.get("ETag", "")
         except Flood:

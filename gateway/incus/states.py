@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
+from gateway.incus.rest import NoQuorum
+
 _AGE: Final = 30.0  # seconds that the state of an instance is taken for, as long as that runs on
 
 Lacks = Callable[[Mapping[str, Any]], bool]
@@ -31,7 +33,10 @@ class States:
         start, read, state = self._kept.get(name, ("", 0.0, None))
         if start == start_of(entry) and now - read < _AGE:
             return {**entry, "state": state}
-        found = await self._read(name)
+        try:
+            found = await self._read(name)
+        except NoQuorum:  # its address may be known, and else is not
+            return {**entry, "state": state if start == start_of(entry) else {}}
         if found is not None and not lacks(found):  # else it is not known yet
             self._kept[name] = start_of(found), now, found["state"]
         return found

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
+from gateway.cluster.shared_keys import NO_QUORUM
 from gateway.errors import Unavailable
 from gateway.incus import Incus, IncusError, member_of
 from gateway.runtime.incus.errors import translated
@@ -69,5 +70,5 @@ async def _decides(incus: Incus, image: str) -> None:
         raise Unavailable(
             "the cluster's database does not answer: most members are away, or its leader has just died; "
             "running sites and commands go on",
-            reason="no_quorum",
+            reason=NO_QUORUM,
         ) from error

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
+from gateway.cluster.shared_keys import NO_QUORUM
 from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
-from gateway.incus import Elsewhere, IncusError
+from gateway.incus import Elsewhere, IncusError, NoQuorum
 from gateway.runtime import OnAnotherServer
 
 DISK_FULL: Final = "the tenant's disk is full; make room on it, or give the tenant a larger size"
@@ -20,6 +21,8 @@ _NETWORK_AWAY: Final = (
     "`incus network list` and incusd's log"
 )
 _TAKEN: Final = "no free port for the site; set GATEWAY_EXPOSE_PORTS to ports that nothing else uses"
+
+_RETRY_AFTER: Final = 2  # seconds
 
 # pattern of incusd's message in lower case -> reason, and what to do
 _CAUSES: Final = {
@@ -69,6 +72,12 @@ def translated(name: str) -> Iterator[None]:
     except IncusError as error:
         said = error.message
         lowered = said.lower()
+        if isinstance(error, NoQuorum):
+            raise Unavailable(
+                f"Incus decides nothing now: {said}; running sites and commands go on",
+                reason=NO_QUORUM,
+                retry_after=_RETRY_AFTER,
+            ) from error
         if error.status == 0:
             raise Unavailable(
                 f"cannot reach Incus; is incusd running? ({said})", reason="incus_down"
