@@ -13,7 +13,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from gateway.storage import database, memory_log
-from tests import forks
+from tests import forks, thorough
 
 E2E: Final = "tests/e2e/"
 THOROUGH: Final = "thorough"
@@ -35,7 +35,11 @@ STARTS: Final = frozenset(
 
 # how long an example takes, and how long it is to be made, is the machine's affair
 hypothesis.settings.register_profile(
-    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+    "tests",
+    max_examples=thorough.examples(100),
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
 )
 hypothesis.settings.load_profile("tests")
 
@@ -106,15 +110,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests of a contract that the class names in `thorough`.
-
-    They are about what is no affair of that runtime, or of a relay, and in each run over the `local` runtime.
-    A name that the contract does not have is a fault.
-    """
-    named = getattr(getattr(item, "cls", None), "thorough", ())
-    assert all(hasattr(item.cls, name) for name in named), named  # type: ignore[attr-defined]
-    if getattr(item, "originalname", None) in named:
-        item.add_marker(pytest.mark.thorough)
+    """Mark the tests that `thorough` names."""
+    if thorough.leaves(item.nodeid):
+        item.add_marker(THOROUGH)
 
 
 @pytest.hookimpl(tryfirst=True)

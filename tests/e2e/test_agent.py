@@ -155,7 +155,6 @@ async def test_an_agent_is_asked_works_and_is_asked_again_after_a_reload(
     run(site, "rm public/agent.txt")
 
 
-@pytest.mark.thorough
 async def test_an_agent_at_work_in_a_picture(
     editor: OpenEditor, site: str, server: Server, scripted: Model, pictures: Path
 ) -> None:

@@ -40,7 +40,6 @@ async def test_an_edit_shows_on_a_real_domain_over_https(browser: Browser, host:
         assert (await host.call("PATCH", f"/v1/tenants/{site}", {"domain": "shop.localhost"}))[0] == 200
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["next", "django"])
 async def test_a_starter_shows_an_edit_on_a_real_domain(name: str, browser: Browser, host: Hosting) -> None:

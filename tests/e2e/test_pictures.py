@@ -36,10 +36,7 @@ async def at_work(window: Editor, site: str) -> None:
     await expect(window.screen).to_contain_text("PRETTY_NAME")
 
 
-LIGHT = pytest.param("light", marks=pytest.mark.thorough)  # the other colours of the same views
-
-
-@pytest.mark.parametrize("scheme", ["dark", LIGHT])
+@pytest.mark.parametrize("scheme", ["dark", "light"])
 async def test_the_editor_with_files_terminal_and_preview(
     editor: OpenEditor, site: str, pictures: Path, scheme: str
 ) -> None:
@@ -127,7 +124,6 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await picture(window, pictures, "menu")
 
 
-@pytest.mark.thorough
 async def test_each_view_in_light_colours(editor: OpenEditor, site: str) -> None:
     """And what opens in them: all parts of a site, the question before a file is deleted, finding."""
     window = await editor(color_scheme="light")
@@ -201,7 +197,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shape", ["dark", LIGHT, "phone"])
+@pytest.mark.parametrize("shape", ["dark", "light", "phone"])
 async def test_what_is_asked_of_a_session(
     editor: OpenEditor, site: str, pictures: Path, tmp_path: Path, shape: str
 ) -> None:

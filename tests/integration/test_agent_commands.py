@@ -82,12 +82,12 @@ INSTALLS = (
     ("bunx semver@7.7.3 1.2.3", r"^1\.2\.3$"),
     ("pip install pycowsay==0.0.0.2 && pycowsay hi && which pycowsay", r"/home/site/\.local/bin/pycowsay"),
     ("python3 -c 'import pycowsay; print(pycowsay.__file__)'", r"/home/site/\.local/lib/python3"),
-    ("python3 -m venv v && v/bin/pip install -q six==1.17.0 && v/bin/python -c 'import six'", "no output"),
-    ("uv venv -qc u && uv pip install -qp u six==1.17.0 && u/bin/python -c 'import six; print(6)'", "^6$"),
     ("uv run --no-project --with six==1.17.0 python -c 'import six; print(six.PY3)'", "True"),
 )
 # from the same places into a folder, where nothing of the image has a say
 LOCAL_INSTALLS = (
+    ("python3 -m venv v && v/bin/pip install -q six==1.17.0 && v/bin/python -c 'import six'", "no output"),
+    ("uv venv -qc u && uv pip install -qp u six==1.17.0 && u/bin/python -c 'import six; print(6)'", "^6$"),
     ("mkdir -p n && cd n && npm init -y && npm install is-number@7.0.0 && npm ls", r"is-number@7\.0\.0"),
     ("npx --yes semver@7.7.3 1.2.3", r"^1\.2\.3$"),
     (

@@ -408,8 +408,6 @@ async def test_a_tenant_that_is_away_is_told_to_the_model(
 
 # by itself it speaks 2026-07-28, which has no sessions
 BOTH = pytest.mark.parametrize("negotiation", ["auto", "legacy"])
-# where the two differ in nothing but what `tests.contracts.mcp` holds of each
-ONE = pytest.mark.parametrize("negotiation", ["auto", pytest.param("legacy", marks=pytest.mark.thorough)])
 
 
 def configured(gateway: LiveGateway, tenant: str, **headers: str) -> tuple[str, ...]:
@@ -430,7 +428,7 @@ def configured(gateway: LiveGateway, tenant: str, **headers: str) -> tuple[str, 
     )
 
 
-@ONE
+@BOTH
 async def test_claude_code_works_in_a_tenant_over_mcp(
     gateway: LiveGateway, shared_tenant: Container, tmp_path: Path, negotiation: str
 ) -> None:
@@ -501,7 +499,7 @@ async def long_talks(
     await asyncio.gather(*talks.values(), return_exceptions=True)
 
 
-@ONE
+@BOTH
 async def test_claude_code_that_is_ended_takes_its_command_along(
     gateway: LiveGateway, shared_tenant: Container, tmp_path: Path, negotiation: str
 ) -> None:
@@ -518,7 +516,7 @@ async def test_claude_code_that_is_ended_takes_its_command_along(
         await until(lambda: tree.alive() == 0, 20)
 
 
-@ONE
+@BOTH
 async def test_progress_keeps_a_long_call_of_claude_code_alive(
     long_talks: dict[str, asyncio.Task[Result]], negotiation: str
 ) -> None:

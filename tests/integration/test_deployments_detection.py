@@ -217,7 +217,6 @@ STARTERS = {
 }
 
 
-@pytest.mark.thorough
 async def test_starters_of_others_are_sites_as_they_are(host: Hosting, shared_tenant: Container) -> None:
     """Made and deployed without a manifest, and updated with one more file while it answers."""
 

@@ -1,6 +1,6 @@
 """A gateway that is killed at any moment of its deployments leaves nothing half done to the next one.
 
-GATEWAY_TEST_KILLS says how often it is killed (3), GATEWAY_TEST_SEED at which moments.
+GATEWAY_TEST_KILLS says how often it is killed (2), GATEWAY_TEST_SEED at which moments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.integration.sites import Hosting, hosting
 from tests.integration.test_deployments_faults import inside
 from tests.waits import pause, until
 
-KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "2"))
 SEED = int(os.environ.get("GATEWAY_TEST_SEED", "0")) or random.randrange(1, 1 << 30)
 
 

@@ -25,7 +25,7 @@ from tests.integration.test_upgrade import upgrade
 from tests.waits import pause, until
 
 pytestmark = pytest.mark.timeout(300)
-CANCELS = int(os.environ.get("GATEWAY_TEST_CANCELS", "4"))
+CANCELS = int(os.environ.get("GATEWAY_TEST_CANCELS", "2"))
 DEADLINE = 120.0  # seconds of whatever is done in the background, on a busy machine
 UNPREPARED = b'gateway_template_unprepared{template="odd"}'
 KEY = "user.gateway.key"

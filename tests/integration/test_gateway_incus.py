@@ -94,40 +94,6 @@ async def disposable(incus_settings: Settings, folder: Path) -> AsyncIterator[Li
 
 
 class TestIncus(GatewayContract):
-    thorough = frozenset(
-        {
-            "test_a_token_may_come_by_header_or_cookie",
-            "test_a_bad_token_closes_with_4401",
-            "test_no_token_at_all_is_unauthorized",
-            "test_a_foreign_origin_gets_403",
-            "test_the_own_origin_is_served",
-            "test_a_second_initialize_is_refused_and_the_first_stays",
-            "test_without_initialize_the_socket_closes",
-            "test_anything_before_initialize_is_a_protocol_error",
-            "test_malformed_messages_are_answered_and_survived",
-            "test_a_frame_for_an_unknown_channel_closes_with_4400",
-            "test_a_frame_over_the_limit_closes_with_1009",
-            "test_a_scope_is_needed",
-            "test_a_request_id_in_flight_cannot_be_used_again",
-            "test_an_unknown_tool_is_an_error_of_the_call",
-            "test_a_call_that_nobody_asks_for_again_ends",
-            "test_read_before_write_holds_in_a_named_session",
-            "test_characters_are_never_split_for_who_asks_for_text",
-            "test_a_linger_is_a_number",
-            "test_a_tenant_takes_its_share_of_subscriptions",
-            "test_a_tenant_takes_its_share_of_tool_sessions",
-            "test_too_many_commands_are_refused",
-            "test_an_unknown_exec_is_not_found",
-            "test_health_needs_no_token",
-            "test_problems_have_their_form_and_code",
-            "test_no_token_gets_401",
-            "test_a_body_over_the_limit_gets_413",
-            "test_a_request_id_is_echoed_or_made",
-            "test_a_session_cookie_opens_and_closes",
-            "test_output_over_the_limit_is_cut_and_said_so",
-        }
-    )
-
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:
@@ -172,8 +138,6 @@ class TestIncusInput(InputContract):
 
 
 class TestIncusPace(PaceContract):
-    lag = 8 << 20  # GATEWAY_EXEC_LAG
-
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:
@@ -181,19 +145,6 @@ class TestIncusPace(PaceContract):
 
 
 class TestIncusMcp(McpContract):
-    thorough = frozenset(
-        {
-            "test_the_tools_are_the_websockets",
-            "test_a_session_is_named_or_stands_alone",
-            "test_a_handshake_session_ends_with_its_client",
-            "test_nobody_elses_call_is_cancelled",
-            "test_what_is_refused_is_told_to_the_model",
-            "test_a_repeated_call_of_claudes_is_made_once",
-            "test_who_may_ask",
-            "test_a_body_over_the_limit_is_refused_unread",
-        }
-    )
-
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:
@@ -309,27 +260,6 @@ class TestIncusLife(LifeContract):
 
 
 class TestIncusTokens(TokensContract):
-    thorough = frozenset(
-        {
-            "test_who_reads_nothing_keeps_no_socket_beyond_the_end",
-            "test_an_upload_is_not_finished_by_a_token_that_ended",
-            "test_a_request_that_is_long_in_coming_is_not_carried_out_after_the_end",
-            "test_what_is_under_way_is_carried_out",
-            "test_a_renewed_socket_outlives_its_token",
-            "test_a_renewed_socket_goes_by_the_new_token_alone",
-            "test_a_token_that_may_not_leaves_the_socket_as_it_is",
-            "test_what_came_late_for_its_scope_ends_too",
-            "test_sessions_in_slots_live_side_by_side",
-            "test_a_person_gets_a_token_for_an_agent_that_ends_with_their_own",
-            "test_slots_do_not_pile_up_in_a_browser",
-            "test_by_https_only_a_cookie_of_this_host_is_taken",
-            "test_two_cookies_of_one_name_are_refused_with_what_to_do",
-            "test_a_host_that_is_not_ours_is_refused",
-            "test_a_host_that_is_ours_is_served",
-            "test_a_foreign_page_gets_nothing_by_mcp",
-        }
-    )
-
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:
@@ -337,13 +267,6 @@ class TestIncusTokens(TokensContract):
 
 
 class TestIncusReceipts(ReceiptsContract):
-    thorough = frozenset(
-        {
-            "test_a_cancel_that_comes_first_holds",
-            "test_a_key_makes_an_http_call_once",
-        }
-    )
-
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:
@@ -351,29 +274,6 @@ class TestIncusReceipts(ReceiptsContract):
 
 
 class TestIncusFiles(FilesContract):
-    thorough = frozenset(
-        {
-            "test_a_stale_etag_is_a_conflict",
-            "test_scopes_hold",
-            "test_a_write_is_told_as_the_tools_tell_theirs",
-            "test_too_large_is_told_with_the_limit",
-            "test_any_name_is_named",
-            "test_ranges",
-            "test_conditions",
-            "test_refusals_are_problems",
-            "test_an_upload_over_the_limit_gets_413",
-            "test_an_upload_overtaken_by_another_write_is_stale",
-            "test_a_download_is_of_one_state",
-            "test_a_file_that_shrinks_breaks_its_download_off",
-            "test_many_transfers_are_limited_and_end_with_their_client",
-            "test_a_large_file_passes_through_without_being_held",
-            "test_a_storm_is_an_overflow_and_the_gateway_lives",
-            "test_limits_are_told",
-            "test_a_watch_ends_with_its_socket",
-            "test_paths_and_ignored_names_are_the_clients_choice",
-        }
-    )
-
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:

@@ -27,16 +27,6 @@ async def gateway(
 
 
 class TestIncusHistory(HistoryContract):
-    thorough = frozenset(
-        {
-            "test_a_command_s_changes_are_its_session_s",
-            "test_a_turn_ends_by_itself_once_its_session_rests",
-            "test_bad_asks_are_refused_with_words",
-            "test_http_has_the_same",
-            "test_mcp_has_turns_as_resources",
-        }
-    )
-
     @pytest.fixture(scope="class")
     @classmethod
     async def lasting(cls, incus_settings: Settings) -> AsyncIterator[Lasting]:

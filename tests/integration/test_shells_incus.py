@@ -56,7 +56,6 @@ async def outcomes(gateway: LiveGateway, tenants: list[str]) -> Mapping[str, cla
     return await claude.outcomes(gateway, tenants, lambda _, text: text)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("case", claude.BASH_CASES, ids=[case["id"] for case in claude.BASH_CASES])
 def test_case(case: Mapping[str, Any], outcomes: Mapping[str, claude.Outcome | Exception]) -> None:
     """The answer, and the files after it, are those that Claude Code's own tool gave."""
@@ -64,21 +63,6 @@ def test_case(case: Mapping[str, Any], outcomes: Mapping[str, claude.Outcome | E
 
 
 class TestIncus(ShellContract):
-    thorough = frozenset(
-        {
-            "test_sessions_do_not_see_each_others_shells",
-            "test_a_hostile_filter_holds_up_nobody",
-            "test_only_so_many_run_in_the_background",
-            "test_ended_shells_are_forgotten_in_their_order",
-            "test_a_background_command_has_an_end",
-            "test_they_need_the_scope_exec",
-            "test_what_cannot_be_run_is_told_to_the_model",
-            "test_a_lone_call_has_no_background",
-            "test_an_unused_session_ends_with_what_it_runs",
-            "test_bash_output_returns_each_part_once",
-        }
-    )
-
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:

@@ -32,7 +32,7 @@ from tests.waits import pause, until
 
 __all__ = ["host"]
 
-KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "2"))
 DYING = Path(__file__).parents[1] / "dying.py"
 
 

@@ -8,8 +8,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.sites import RealCaddy, hosting
@@ -104,7 +102,6 @@ async def test_the_first_hour_is_as_it_says(tmp_path: Path) -> None:
         await caddy.stop()
 
 
-@pytest.mark.thorough  # what differs in a container, other tests show
 async def test_the_first_hour_is_so_in_containers(incus_settings: Settings, tmp_path: Path) -> None:
     async with hosting(incus_settings, tmp_path / "state") as host:
         record = await host.deploy("demo.localhost", tenant="demo")

@@ -41,7 +41,7 @@ from tests.waits import pause, until
 __all__ = ["program"]  # a fixture
 
 INSTALLED = Path(sys.executable).with_name("incus-gateway")
-UPGRADES = int(os.environ.get("GATEWAY_TEST_UPGRADES", "2"))
+UPGRADES = int(os.environ.get("GATEWAY_TEST_UPGRADES", "1"))
 LONGEST = 5.0  # seconds of an answer, on a machine with much else to do; 0.3 is what is promised
 
 

@@ -23,6 +23,7 @@ from gateway.detection.apart import detect_apart
 from gateway.errors import InvalidParams, Unavailable
 from gateway.settings import Settings
 from tests.archives import archive
+from tests.thorough import examples
 
 Folder = Mapping[str, str]
 
@@ -439,7 +440,7 @@ JSON = strategies.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(
     JSON,
     strategies.dictionaries(

@@ -22,6 +22,7 @@ from gateway.deployments.template import named, uploaded
 from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.settings import Settings
 from tests.archives import MANIFEST, archive, header, link, sparse
+from tests.thorough import examples
 
 SMALL = Settings(template_files=50, template_bytes=1 << 20)
 
@@ -137,7 +138,7 @@ LONG = header("c", tarfile.DIRTYPE, path="e" * 120)
 WHOLE = archive(("a/b", b"x" * 600), link("c", "a"), LONG, form=tarfile.PAX_FORMAT)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(
     strategies.lists(
         strategies.tuples(strategies.integers(0, len(WHOLE) - 1), strategies.integers(0, 255)), max_size=6
@@ -158,7 +159,7 @@ def test_an_archive_with_any_bytes_changed_is_read_or_refused(
         uploaded(bytes(data), SMALL)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(strategies.binary(max_size=300), strategies.text("[]{}\"'=.,1aé\\\n#-", max_size=300))
 def test_any_manifest_is_read_or_refused(odd: bytes, text: str) -> None:
     for said in (odd, text.encode(), MANIFEST + text.encode()):

@@ -61,29 +61,7 @@ async def disposable(tmp_path: Path, tenant: str) -> AsyncIterator[LiveGateway]:
 
 
 class TestRelayed(GatewayContract):
-    thorough = frozenset(
-        {
-            "test_what_cannot_start_is_an_error",
-            "test_a_programs_own_126_and_127_are_exits",
-            "test_a_signal_reaches_the_command",
-            "test_a_cancel_behind_the_commands_own_end_does_not_claim_it",
-            "test_a_tree_that_just_grows_is_asked_to_end_as_a_whole",
-            "test_a_second_cancel_may_have_less_patience",
-            "test_what_was_cancelled_counts_no_longer",
-            "test_cancel_twice_at_once_answers_both",
-            "test_a_cancelled_start_leaves_nothing_running",
-            "test_a_timeout_ends_the_tree_and_says_so",
-            "test_what_holds_the_output_open_holds_nobody_up",
-            "test_what_is_left_can_be_set_to_end_with_its_command",
-            "test_characters_are_never_split_for_who_asks_for_text",
-            "test_what_fell_out_of_the_tail_is_counted",
-            "test_a_linger_is_a_number",
-            "test_a_tenant_takes_its_share_of_subscriptions",
-            "test_a_tenant_takes_its_share_of_tool_sessions",
-            "test_read_before_write_holds_in_a_named_session",
-            "test_a_call_that_nobody_asks_for_again_ends",
-        }
-    )
+    pass
 
 
 class TestRelayedInput(InputContract):
@@ -107,18 +85,4 @@ class TestRelayedReceipts(ReceiptsContract):
 
 
 class TestRelayedFiles(FilesContract):
-    thorough = frozenset(
-        {
-            "test_folders_and_moves",
-            "test_hostile_trees_are_listed_and_removed",
-            "test_any_name_is_named",
-            "test_conditions",
-            "test_limits_are_told",
-            "test_a_file_that_shrinks_breaks_its_download_off",
-            "test_paths_and_ignored_names_are_the_clients_choice",
-            "test_changes_of_the_tenants_own_are_seen_at_any_depth",
-            "test_a_storm_is_an_overflow_and_the_gateway_lives",
-        }
-    )
-
     as_root = local.TestLocalFiles.as_root

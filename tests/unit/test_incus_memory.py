@@ -24,6 +24,7 @@ from gateway.incus.frames import BINARY, TEXT, Frames, frame, header
 from gateway.incus.inlet import Inlet
 from gateway.incus.memory import SEGMENT, SEGMENTS, Full, Log, Memory, Odometer
 from gateway.incus.waiting import Waiting
+from tests.thorough import examples
 
 HANDSHAKE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
 
@@ -67,7 +68,7 @@ def adopted(memory: Memory, own: socket.socket) -> tuple[int, bytes]:
         again.close()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.integers(0, 200_000), max_size=30), st.data())
 def test_another_process_finds_what_was_received_and_not_let_go_of(
     sizes: list[int], data: st.DataObject
@@ -139,7 +140,7 @@ def test_the_odometer_is_set_anew_before_it_ends(memory: Memory, monkeypatch: py
 
 def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
     """Repeatedly, by SIGKILL, while it receives as fast as it can."""
-    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "60"))
+    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "20"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(True)
     memory = Memory.made()
@@ -191,7 +192,7 @@ def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
 
 async def test_a_writer_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
     """Exactly the bytes recorded as written or in transit arrive."""
-    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "60"))
+    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "20"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     memory = Memory.made()
@@ -279,7 +280,7 @@ def test_what_is_let_go_of_goes_back_to_the_kernel(memory: Memory) -> None:
     theirs.close()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4095), st.binary(min_size=1, max_size=40)), min_size=1, max_size=4))
 def test_a_memory_that_was_written_over_is_read_within_bounds(
     changes: list[tuple[int, bytes]],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from websockets.asyncio.server import ServerConnection, unix_serve
 
 from gateway.incus.socket import Lost, StreamSocket
+from tests.thorough import examples
 from tests.waits import turn, until
 
 
@@ -158,7 +159,7 @@ class Still:
     def resume_reading(self) -> None: ...
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(st.binary(max_size=400), max_size=12), st.data())
 async def test_frames_cut_anywhere_are_the_same_bytes(pieces: list[bytes], data: st.DataObject) -> None:
     stream: Any = StreamSocket()

@@ -34,7 +34,7 @@ from tests.unit.test_tools_conformance import HereWorkers
 SECRET = "host-secret-9d1f"
 OUTSIDE = "outside-name.txt"  # of a file on the host
 PATIENCE = 60.0  # seconds of a call, on a machine that an attack keeps busy
-RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "0.4"))
+RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "0.3"))
 
 
 class Target:

@@ -35,6 +35,7 @@ from gateway.runtime.launcher import (
     killed,
     start_command,
 )
+from tests.thorough import examples
 
 SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
 BASE: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/"}
@@ -134,7 +135,10 @@ FOLDERS = TEXTS.map(lambda text: os.fsencode(text.replace("/", "."))[:200]).filt
 )
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=examples(20),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     strategies.lists(TEXTS.filter(lambda text: text != "-"), max_size=4),
     strategies.dictionaries(NAMES, TEXTS, max_size=5),

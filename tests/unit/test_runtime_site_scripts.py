@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 
 import gateway
 from gateway.runtime.incus import provisioning
+from tests.thorough import examples
 
 SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
 SCRIPTS: Final = [
@@ -143,7 +144,10 @@ def machine(place: Path) -> Machine:
 # --- files --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=examples(8),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(strategies.sets(NAMES, min_size=1, max_size=6), strategies.integers(0, 5))
 @example({"-n", "a\nb", "$HOME"}, 1)
 def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
