@@ -72,11 +72,13 @@ class Wire:
             for reply in self._replies.values():
                 if not reply.done():
                     reply.set_exception(error)
+                    reply.exception()  # not all are awaited, and asyncio would print it for each
             raise
         finally:
             for reply in self._replies.values():
                 if not reply.done():
                     reply.set_exception(ConnectionError("closed"))
+                    reply.exception()
             async with self._grown:
                 self._grown.notify_all()
 
