@@ -22,7 +22,7 @@ from tests.waits import pause, standstill
 
 MiB = 1 << 20
 STALL = float(os.environ.get("GATEWAY_TEST_STALL", "3"))
-STREAM = int(os.environ.get("GATEWAY_TEST_STREAM", "96")) * MiB
+STREAM = int(os.environ.get("GATEWAY_TEST_STREAM", "64")) * MiB
 # random bytes, so that none can be missing or doubled unseen; their hash comes by the other stream
 PRINT = (
     'd=$(mktemp -d); cd "$d"; mkfifo f; sha256sum <f >&2 & head -c %d /dev/urandom | tee f; wait; rm -r "$d"'

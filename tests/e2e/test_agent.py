@@ -177,7 +177,7 @@ async def test_an_agent_is_stopped_with_all_that_it_runs(
 ) -> None:
     tree = Tree()
     scripted.turns[:] = [[use("Bash", command=tree.script)]]
-    window = await editor(whole=True)
+    window = await editor()
     await window.load_connected()
     view = await agent(window)
     await view.get_by_label("Ask the agent").fill("Run it")
@@ -193,7 +193,7 @@ async def test_what_is_typed_stays_where_the_agent_cannot_be_asked(
     editor: OpenEditor, host: Hosting, site: str, server: Server, scripted: Model
 ) -> None:
     """Its server is away; the session ends; and another tab has a conversation of its own."""
-    window = await editor(signed_in=False, whole=True)
+    window = await editor(signed_in=False)
     window.watched.expected += ["ERR_CONNECTION_REFUSED", "401", "ERR_ABORTED"]
     await window.load(f"token={token(site)}&tenant={site}")
     await window.connected()

@@ -28,7 +28,7 @@ from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure, Wire
 from tests.waits import until
 
-SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1"))
+SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "0.5"))
 SECRET = "host-secret-9d1f"
 DEADLINE = 5.0  # seconds for every call to answer
 

@@ -95,11 +95,11 @@ class Disk:
 
     def fill(self, name: str, size: int = 2 * SIZE, folder: Path | None = None) -> int:
         """Write a new file until it is full; return the bytes written."""
-        written = 0
+        written, block = 0, os.urandom(MiB)
         try:
             with (folder or self.rootfs).joinpath(name).open("wb", buffering=0) as file:
                 while written < size:
-                    written += file.write(os.urandom(MiB))
+                    written += file.write(block)
                     os.fsync(file.fileno())
         except OSError as error:
             assert error.errno == errno.EDQUOT

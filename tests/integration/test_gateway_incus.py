@@ -29,7 +29,7 @@ from tests.integration.conftest import Container, Incusd, Lasting
 from tests.live import LiveGateway, RpcFailure
 from tests.waits import until
 
-INPUT = int(os.environ.get("GATEWAY_TEST_INPUT", "96"))  # MiB that a command is sent
+INPUT = int(os.environ.get("GATEWAY_TEST_INPUT", "48"))  # MiB that a command is sent
 
 
 @contextlib.asynccontextmanager

@@ -192,7 +192,7 @@ async def _sh(name: str, script: str) -> str:
 
 async def _fill(name: str, path: str, size: int = 2 * SIZE) -> int:
     """Write a new file below the workspace until the disk is full; return its bytes."""
-    write = f"head -c {size} /dev/urandom 2>/dev/null >{path}; sync; stat -c %s {path}"
+    write = f"head -c {size} /dev/zero 2>/dev/null >{path}; sync; stat -c %s {path}"
     return int(await _sh(name, f"cd /srv/site; {write} || echo 0"))
 
 

@@ -80,11 +80,11 @@ class TestIncus(RollbackContract):
         story = Story(contained, "full.example.com")
         first = await contained.deploy(story.domain, upload(*self.site("one")))
         assert first["state"] == "succeeded", first["error"]
-        await inside(story.tenant, "head -c 200M /dev/urandom >/srv/site/large; sync")
+        await inside(story.tenant, "head -c 200M /dev/zero >/srv/site/large; sync")
         second = await contained.deploy(story.domain, upload(*self.site("two")))
         assert second["state"] == "succeeded", second["error"]
         await shrink(story.tenant, left=64 << 20)
-        install = 'install = ["sh", "-c", "head -c 120M /dev/urandom >more && sync"]\n'
+        install = 'install = ["sh", "-c", "head -c 120M /dev/zero >more && sync"]\n'
         third = await contained.deploy(story.domain, upload(*self.site("three", install)))
         assert third["state"] == "succeeded", third["error"]
         assert await story.visit() == "three"
@@ -99,11 +99,11 @@ class TestIncus(RollbackContract):
         for page in ("one", "two", "three", "four"):
             records.append(await contained.deploy(story.domain, upload(*self.site(page))))
             assert records[-1]["state"] == "succeeded", records[-1]["error"]
-            await inside(story.tenant, "head -c 100M /dev/urandom >/srv/site/large; sync")
+            await inside(story.tenant, "head -c 100M /dev/zero >/srv/site/large; sync")
         first, second, third, fourth = (record["id"] for record in records)
         assert await story.known() == (fourth, [third, second]), (KEPT, first)
         await shrink(story.tenant, left=4 << 20)
-        await inside(story.tenant, "head -c 50M /dev/urandom >/srv/site/runaway || :")
+        await inside(story.tenant, "head -c 50M /dev/zero >/srv/site/runaway || :")
         assert await story.known() == (fourth, [third, second])
         text = "x" * (6 << 20)
         async with contained.gateway.wire(story.tenant) as wire:
@@ -115,7 +115,7 @@ class TestIncus(RollbackContract):
             result = await write()
             assert not result["isError"], result
             assert await story.known() == (fourth, [third])
-            await inside(story.tenant, "head -c 500M /dev/urandom >/srv/site/runaway || :")
+            await inside(story.tenant, "head -c 500M /dev/zero >/srv/site/runaway || :")
             result = await write()
             assert result["structuredContent"]["reason"] == "no_space", result
             with pytest.raises(RpcFailure, match="disk quota exceeded"):

@@ -117,7 +117,7 @@ class Hail:
     """
 
     def __init__(
-        self, gateway: LiveGateway, path: str = "/healthz", clients: int = 3, every: float = 0.02
+        self, gateway: LiveGateway, path: str = "/healthz", clients: int = 2, every: float = 0.03
     ) -> None:
         self._gateway = gateway
         self._clients = clients
@@ -167,7 +167,7 @@ class Hail:
         assert took[-1] < LONGEST
 
 
-async def some(hail: Hail, number: int = 30) -> None:
+async def some(hail: Hail, number: int = 15) -> None:
     """Return once so many more answers came."""
     wanted = len(hail.took) + number
     await until(lambda: len(hail.took) >= wanted)
@@ -379,7 +379,7 @@ async def test_an_event_stream_has_no_gap_and_tells_nothing_twice(host: Host, te
                 await asyncio.to_thread(environment.incus, "snapshot", "create", name, snapshot)
                 snapshots.append(snapshot)
                 await asyncio.to_thread(environment.incus, "snapshot", "delete", name, snapshot)
-                await pause(0.1)
+                await pause(0.3)
 
         async with stream:
             following, changing = asyncio.create_task(follow()), asyncio.create_task(change())
