@@ -21,7 +21,11 @@ LONGEST: Final = (
     E2E,
     *(
         f"tests/integration/test_{name}.py"
-        for name in ("gateway_incus", "upgrade", "domains", "rollback", "stalls", "claude", "runtime_incus")
+        for name in (
+            *("gateway_incus", "domains", "rollback", "quotas", "upgrade", "stalls", "runtime_incus"),
+            *("deployments_faults", "survive_tools", "files", "deployments_pool", "deployments_refusals"),
+            *("network", "agent_commands", "deployments", "host_isolation", "idle", "survive", "claude"),
+        )
     ),
 )
 # tests of what a gateway is from its start: what it takes of memory, who finds it, what takes its place
