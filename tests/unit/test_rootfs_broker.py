@@ -192,26 +192,27 @@ def test_whom_it_serves(mode: int, uid: int, answer: str, monkeypatch: pytest.Mo
         folder.rmdir()
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "request_",
-    [
-        {"do": "tree", "step": "end", "path": "/"},
-        {"do": "tree", "step": "end", "tenant": "shop", "group": "own"},
-        {"do": "tree", "step": "shout", "tenant": "one", "group": "own"},
-        {"do": "spawn", "tenant": "one", "workspace": "/srv/site", "path": "/etc"},
-        {"do": "bind_ports", "tenant": "foreign"},
-        {"do": "bind_ports", "port": "eth0"},
-        {"do": "shell"},
-        {},
-    ],
+# one broker is asked for all of a table: to start it takes longer than to ask
+REFUSED: tuple[dict[str, object], ...] = (
+    {"do": "tree", "step": "end", "path": "/"},
+    {"do": "tree", "step": "end", "tenant": "shop", "group": "own"},
+    {"do": "tree", "step": "shout", "tenant": "one", "group": "own"},
+    {"do": "spawn", "tenant": "one", "workspace": "/srv/site", "path": "/etc"},
+    {"do": "bind_ports", "tenant": "foreign"},
+    {"do": "bind_ports", "port": "eth0"},
+    {"do": "shell"},
+    {},
 )
-async def test_refuses(broker: Running, request_: dict[str, object]) -> None:
+
+
+@needs_root
+async def test_refuses(broker: Running) -> None:
     """Unknown requests are refused, and the connection stays open."""
     client = BrokerClient(at=broker.socket)
-    with pytest.raises((Unavailable, NotFound)):
-        await client.request({"do": "?"} | request_)
-    assert (await client.request({"do": "same", "worker": 1}))[0] == {"same": False}
+    for request in REFUSED:
+        with pytest.raises((Unavailable, NotFound)):
+            print(request, await client.request({"do": "?"} | request))
+        assert (await client.request({"do": "same", "worker": 1}))[0] == {"same": False}, request
     await client.aclose()
 
 
@@ -238,13 +239,13 @@ def test_only_commands_groups() -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("name", ["foreign", "absent", "..", "../containers/one", "one/../foreign", ""])
-async def test_foreign_instances(broker: Running, root: FilesystemRoot, name: str) -> None:
+async def test_foreign_instances(broker: Running, root: FilesystemRoot) -> None:
     """A compromised gateway gets no worker on foreign instances: they seem not to exist."""
     async with Workers(broker.settings) as workers:
         spawn = workers.spawn(root).wire()
-        with pytest.raises(NotFound):
-            await workers.broker.request(spawn | {"tenant": name})
+        for name in ("foreign", "absent", "..", "../containers/one", "one/../foreign", ""):
+            with pytest.raises(NotFound):
+                print(name, await workers.broker.request(spawn | {"tenant": name}))
         for folder in ("/", "/etc", "/srv/site/../..", "/srv"):
             with pytest.raises(Unavailable):
                 await workers.broker.request(spawn | {"workspace": folder})
@@ -261,9 +262,9 @@ async def test_foreign_instances(broker: Running, root: FilesystemRoot, name: st
 
 
 @needs_root
-@pytest.mark.parametrize("name", ["../shop", "lxc.payload.shop", "shop*", "", "shop/gateway", "nobody"])
-async def test_freezes_no_group_but_that_of_a_container(broker: Running, name: str) -> None:
+async def test_freezes_no_group_but_that_of_a_container(broker: Running) -> None:
     client = BrokerClient(at=broker.socket)
-    with pytest.raises(NotFound):
-        await client.request({"do": "fence", "tenant": name, "frozen": True})
+    for name in ("../shop", "lxc.payload.shop", "shop*", "", "shop/gateway", "nobody"):
+        with pytest.raises(NotFound):
+            print(name, await client.request({"do": "fence", "tenant": name, "frozen": True}))
     await client.aclose()

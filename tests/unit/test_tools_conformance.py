@@ -28,6 +28,7 @@ from gateway.tools import FILE_TOOLS, FileTools, ToolSession
 from gateway.tools.answer import ToolFailure
 from gateway.tools.reading.image import SCALE
 from gateway.tools.worker_operations import OPERATIONS
+from tests import thorough
 from tests.unit.test_rootfs_workers import MAPPED, USER, folders
 
 WORKSPACE = "/srv/site"
@@ -146,7 +147,8 @@ async def workers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Wor
         yield running
 
 
-@pytest.fixture(params=["here", "worker"])
+# in a worker in each run, and at night in this process, too
+@pytest.fixture(params=["here", "worker"] if thorough.ALL else ["worker"])
 async def site(request: pytest.FixtureRequest, tmp_path: Path, workers: Workers) -> AsyncIterator[Site]:
     folder = tmp_path / "srv" / "site"
     folder.mkdir(parents=True)
