@@ -59,8 +59,7 @@ from gateway.rootfs.cutter import Cutter
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Removal
 from gateway.runtime.incus import IncusRuntime, IncusSites
-from gateway.runtime.local import LocalRuntime
-from gateway.runtime.local_sites import LocalSites
+from gateway.runtime.local import LocalRuntime, LocalSites
 from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells

@@ -13,10 +13,8 @@ import pytest
 
 from gateway.deployments.entries import Entry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
-from gateway.runtime import local_tenants
-from gateway.runtime.local import LocalRuntime
-from gateway.runtime.local_folders import unpack
-from gateway.runtime.local_sites import LocalSites
+from gateway.runtime.local import LocalRuntime, LocalSites, tenants
+from gateway.runtime.local.folders import unpack
 from gateway.runtime.sites import Order, Recipe
 from gateway.settings import Settings
 from tests.contracts.runtime import RuntimeContract
@@ -64,7 +62,7 @@ class TestUndo:
     async def test_a_copy_that_fails_leaves_no_tenant(
         self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch, fails: str
     ) -> None:
-        real = local_tenants._copy
+        real = tenants._copy
 
         async def copy(source: Path, target: Path) -> None:
             if fails == "after":
@@ -72,7 +70,7 @@ class TestUndo:
             raise Unavailable("broken")
 
         with monkeypatch.context() as patch:
-            patch.setattr(local_tenants, "_copy", copy)
+            patch.setattr(tenants, "_copy", copy)
             with pytest.raises(Unavailable):
                 await runtime.clone("demo", fresh)
         assert [path.name for path in runtime._home.iterdir() if fresh in path.name] == []
@@ -81,14 +79,14 @@ class TestUndo:
     async def test_the_name_is_taken_after_it_was_looked_for(
         self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = local_tenants._copy
+        real = tenants._copy
 
         async def copy(source: Path, target: Path) -> None:
             await real(source, target)
             await runtime.create(fresh, domain="theirs.example.com")
 
         with monkeypatch.context() as patch:
-            patch.setattr(local_tenants, "_copy", copy)
+            patch.setattr(tenants, "_copy", copy)
             with pytest.raises(Conflict):
                 await runtime.clone("demo", fresh)
         assert (await runtime.get(fresh)).domain == "theirs.example.com"

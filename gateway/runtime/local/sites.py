@@ -20,10 +20,10 @@ from gateway.errors import ExecFailed, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Removal
 from gateway.runtime.installs import failure
 from gateway.runtime.listening import Listener
-from gateway.runtime.local import LocalRuntime
-from gateway.runtime.local_folders import SiteFolders, before, recipe_of, started_by, unpack
-from gateway.runtime.local_former import LocalFormerSites, remove
-from gateway.runtime.local_service import LocalService, free_port
+from gateway.runtime.local.folders import SiteFolders, before, recipe_of, started_by, unpack
+from gateway.runtime.local.former import LocalFormerSites, remove
+from gateway.runtime.local.runtime import LocalRuntime
+from gateway.runtime.local.service import LocalService, free_port
 from gateway.runtime.sites import (
     ALLOWED,
     Exchange,

@@ -16,7 +16,7 @@ from gateway.bounds import aside
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.listening import of_tree
-from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local.runtime import LocalRuntime
 from gateway.runtime.sites import Service
 
 log = logging.getLogger(__name__)

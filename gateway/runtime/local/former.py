@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.errors import NotFound
-from gateway.runtime.local_folders import SiteFolders, read, recipe_of, write
+from gateway.runtime.local.folders import SiteFolders, read, recipe_of, write
 from gateway.runtime.sites import FORMER_ID, Former, Recipe
 
 

@@ -1,6 +1,6 @@
 # Prints the end of a site's log, run from any folder below its tenant's root.
 #
-# Usage:  sh -c "$(cat local_log.sh)" sh LINES [-F]
+# Usage:  sh -c "$(cat site_log.sh)" sh LINES [-F]
 #   LINES  number of lines
 #   -F     keep printing new lines
 # Input:  none.

@@ -1,9 +1,4 @@
-"""Run tenants as folders and plain processes of this machine, without isolation.
-
-For laptops without Incus and for fast tests: a tenant is a folder in the state dir, and its commands are
-processes of the gateway's user, started by the same scripts as in a container and killed through the same
-kind of cgroups if this machine has them.
-"""
+"""The local runtime: its tenants, and what each of them does."""
 
 from __future__ import annotations
 
@@ -32,12 +27,12 @@ from gateway.runtime import (
     unheard,
 )
 from gateway.runtime.launcher import Preamble, check_size, command_line
-from gateway.runtime.local_process import LocalProcess
-from gateway.runtime.local_tenants import LocalTenants, size
+from gateway.runtime.local.process import LocalProcess
+from gateway.runtime.local.tenants import LocalTenants, size
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
 
-_LOG: Final = Path(__file__).with_name("local_log.sh").read_text()
+_LOG: Final = Path(__file__).with_name("site_log.sh").read_text()
 
 
 class LocalRuntime:
