@@ -312,6 +312,6 @@ async def local_gateway(folder: Path, *tenants: str, **environment: str) -> Live
     """Return a gateway of the `local` runtime with a state dir of its own and these tenants."""
     async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
         for tenant in tenants:
-            await runtime.create(tenant)
+            await runtime.tenants.create(tenant)
     given = {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(folder), **environment}
     return LiveGateway(given, folder / "gateway.log")

@@ -17,7 +17,7 @@ from gateway.settings import Settings
 async def make(names: Sequence[str]) -> None:
     async with LocalRuntime(Settings()) as runtime:
         for name in names:
-            await runtime.create(name)
+            await runtime.tenants.create(name)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from gateway.cli.main import main
 from gateway.runtime import Tenant
-from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local.tenants import LocalTenants
 from tests.waits import until
 
 
 def hold_up(there: Path) -> None:
     """Have the runtime answer about a tenant only once the file is there."""
-    get = LocalRuntime.get
+    get = LocalTenants.get
 
-    async def late(self: LocalRuntime, name: str) -> Tenant:
+    async def late(self: LocalTenants, name: str) -> Tenant:
         await until(there.exists)
         return await get(self, name)
 
-    LocalRuntime.get = late  # type: ignore[method-assign]
+    LocalTenants.get = late  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         if self._ready is not None:
-            self._ready.runtime.skip(self._skip)
+            self._ready.runtime.changes.skip(self._skip)
         async with (
             opened(self._settings, self.store, self._ready) as services,
             background.running(services) as self._background,
@@ -132,7 +132,7 @@ class Gateway:
         assert self._background is not None and self._drained is None
         self._drained = asyncio.create_task(_hand_over(services, self._background, self.store))
         await asyncio.shield(self._drained)
-        return services.runtime.told()
+        return services.runtime.changes.told
 
     # --- the end ------------------------------------------------------------------------------------
 

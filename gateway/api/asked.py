@@ -74,7 +74,7 @@ async def has(services: Services, what: Mapping[str, Any]) -> bool:
             moved = cluster is not None and cluster.homes.home(name) is not None
             if moved or not services.names.holder(name):
                 check_covered(None, name)
-                await services.runtime.get(name)
+                await services.runtime.tenants.get(name)
     except (NotFound, OnAnotherServer):
         return False
     return True

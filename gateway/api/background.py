@@ -179,7 +179,7 @@ class Background:
         await self._services.deployments.recover()
 
     async def _tell_starved(self, runtime: IncusRuntime) -> None:
-        async with contextlib.aclosing(runtime.starved()) as told:
+        async with contextlib.aclosing(runtime.changes.starved()) as told:
             async for event in told:
                 self._services.bus.publish(event.type, event.tenant, event.data)
 
@@ -194,7 +194,7 @@ class Background:
                 with contextlib.suppress(GatewayError):  # the next connection to incusd reports all again
                     names |= {
                         one.name
-                        for one in await services.runtime.list(addresses=False)
+                        for one in await services.runtime.tenants.list(addresses=False)
                         if one.status == "running"
                     }
             failed = ""

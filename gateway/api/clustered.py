@@ -115,7 +115,7 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
     told: dict[str, Known] = {}
 
     async def tenants() -> list[Known]:
-        found = {tenant.name: _known(tenant) for tenant in await services.runtime.list()}
+        found = {tenant.name: _known(tenant) for tenant in await services.runtime.tenants.list()}
         moving = services.departures
         # one on its way has no instance for a moment, and is still ours
         found |= {name: one for name, one in told.items() if moving and moving.keeps(name)}

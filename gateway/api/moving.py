@@ -63,12 +63,12 @@ async def moving(
         "bus": bus,
         "changed": changed,
     }
-    arrivals = Arrivals(cluster.own, runtime, room=room, capacity=capacity, **common)
+    arrivals = Arrivals(cluster.own, runtime.tenants, room=room, capacity=capacity, **common)
     departures = Departures(
         cluster,
         placements,
-        runtime,
-        leaving=runtime.leaving,
+        runtime.tenants,
+        leaving=runtime.containers.leaving,
         part=part,
         deploying=deployments.deploying,
         **common,

@@ -54,7 +54,7 @@ async def roomiest(gateway: Services, cluster: Cluster, *, own: bool = True) -> 
 
 async def room_here(gateway: Services) -> Room:
     """Return the room that this member has."""
-    tenants = await gateway.runtime.list()
+    tenants = await gateway.runtime.tenants.list()
     running = sum(one.status == "running" for one in tenants)
     return Room(running, await gateway.lifecycle.capacity.takes(tenants))
 

@@ -150,7 +150,7 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
             if settings.runtime == "incus"
             else LocalRuntime(settings, removals.note)
         )
-        workers = await enter(Workers(settings, tenants=runtime.tenants))
+        workers = await enter(Workers(settings, tenants=runtime.locations))
         own, members = await _membership(settings, runtime)
         cluster = await enter(joined(own, members, settings)) if own else None
         if own and isinstance(runtime, IncusRuntime):
@@ -214,7 +214,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             if isinstance(runtime, IncusRuntime)
             else LocalSites(settings, runtime)
         )
-        execs = await enter(Execs(runtime, bus, idempotency, settings))
+        execs = await enter(Execs(runtime.commands, bus, idempotency, settings))
         shells = await enter(Shells(execs, workers, settings))
         history = await enter(History(runtime, execs, bus, settings))
         spare = sites.former.spare
@@ -230,10 +230,10 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         caddy.lead_home()
         caddy.excuse_nobody()
         domains = await Domains.opened(
-            *(runtime, store, bus, settings), None if shared is None else shared.domains
+            *(runtime.tenants, store, bus, settings), None if shared is None else shared.domains
         )
         room = DiskSpace(runtime, workers, store, settings, sites.copies.spare)
-        capacity = Capacity(runtime, settings)
+        capacity = Capacity(runtime.tenants, settings)
         lifecycle = Lifecycle(runtime, sites, caddy, domains, workers, bus, names, room, capacity, settings)
         idle = await enter(Idle(runtime, sites, caddy, domains, lifecycle, execs.running_in, settings))
         health = await enter(Health(sites, bus, settings, caddy.excuse))
@@ -271,7 +271,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             )
         )
         if isinstance(runtime, IncusRuntime):
-            await enter(Hangs(runtime, sites, workers.broker, health.hangs, settings))
+            await enter(Hangs(runtime.containers, sites, workers.broker, health.hangs, settings))
         budget, places = Budget(settings.bytes_in_flight, settings.tenant_bytes), Places(settings)
         stack.callback(bus.close)
         mcp = None
@@ -339,7 +339,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             workers=workers,
             domains=domains,
             lifecycle=lifecycle,
-            site_logs=SiteLogs(runtime, settings),
+            site_logs=SiteLogs(runtime.commands, settings),
             health=health,
             deployments=deployments,
             sources=Sources(runtime, settings),

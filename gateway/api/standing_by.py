@@ -77,7 +77,8 @@ async def standing_by(
 
     async with StandbyCopies(settings, runtime) as copies:
         standby = Standby(
-            *(copies, runtime, cluster, shared.members, capacity, names, records, store, bus, settings),
+            *(copies, runtime.tenants, cluster, shared.members, capacity, names),
+            *(records, store, bus, settings),
             changed=workers.broker.changed,
             moving=busy,
         )
@@ -95,8 +96,8 @@ async def standing_by(
                 await files.forget(tenant, "away")
 
         returning = Return(
-            *(cluster.own, shared.placements, standby, copies, runtime, names, records),
-            *(runtime.moves, runtime.leaving, lambda tenant: cluster.changed()),
+            *(cluster.own, shared.placements, standby, copies, runtime.tenants, names, records),
+            *(runtime.moves, runtime.containers.leaving, lambda tenant: cluster.changed()),
         )
         fence = Fence(
             *(cluster.own, lease, cutter, settings.state_dir, lambda: standby.copied, cluster.domain),
@@ -106,7 +107,7 @@ async def standing_by(
             *(cluster, lease, shared.placements, copies, standby, answers, shared.statuses, settings)
         )
         await standby.recall()
-        doors.check = runtime.check = fence.check
+        doors.check = runtime.containers.check = fence.check
         shared.domains.is_doubtful = fence.holds
         with contextlib.suppress(GatewayError):  # before anybody is answered
             await lease.renew()

@@ -37,7 +37,7 @@ def create(
     async def run() -> None:
         runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
         async with runtime_type(settings) as runtime:
-            made = await runtime.create(tenant, domain=given)
+            made = await runtime.tenants.create(tenant, domain=given)
         out.say(f"{made.name} is {made.status}")
 
     asyncio.run(run())

@@ -48,7 +48,7 @@ class Context:
     async def is_there(self, record: Record) -> bool:
         """Return whether a deployment's tenant is still the same instance."""
         try:
-            there = await self.runtime.get(record.tenant)
+            there = await self.runtime.tenants.get(record.tenant)
         except NotFound:
             return False
         return record.instance in (None, there.instance)

@@ -79,7 +79,7 @@ class Deployments:
         """
         self._ended = ended or (lambda tenant: 0.0)
         self._moving = moving or (lambda tenant: False)
-        self._caddy, self._domains, self._sites, self._runtime = caddy, domains, sites, runtime
+        self._caddy, self._domains, self._sites, self._tenants = caddy, domains, sites, runtime.tenants
         self._bus, self._settings = bus, settings
         self._register = Register(store, domains, settings)
         self._verifier = Verifier(sites, caddy, settings)
@@ -232,7 +232,7 @@ class Deployments:
         self, tenant: str, change: Change, token: Token, *, key: str | None = None
     ) -> tuple[Record, bool]:
         """Begin a deployment without new files for an existing tenant; see `begin`."""
-        domain = (await self._runtime.get(tenant)).domain
+        domain = (await self._tenants.get(tenant)).domain
         if domain is None:
             raise Conflict(f"tenant {tenant} has no domain, and so no site; give it one first")
         return await self.begin(Request(domain, change, tenant=tenant), token, key=key)
@@ -251,13 +251,13 @@ class Deployments:
 
     async def kept(self, tenant: str) -> tuple[str | None, Sequence[Former]]:
         """Return the deployment of a tenant's live site, if known, and those it keeps, newest first."""
-        there, former = await self._runtime.get(tenant), self._sites.former
+        there, former = await self._tenants.get(tenant), self._sites.former
         live, _ = await former.live(tenant)
         return live or await self._register.maker(tenant, there.instance), await former.listed(tenant)
 
     async def environment(self, tenant: str) -> Mapping[str, str]:
         """Return the environment of a tenant's site. Raises `NotFound` and `Conflict`."""
-        await self._runtime.get(tenant)
+        await self._tenants.get(tenant)
         return await self._sites.former.environment(tenant)
 
     def _uploader(self, token: Token) -> str:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from gateway.bounds import aside
 from gateway.errors import GatewayError
 from gateway.rootfs import tcp
-from gateway.runtime.incus.tenants import IncusRuntime
+from gateway.runtime.incus.containers import Containers
 from gateway.runtime.probe import ask, own_ports
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
@@ -43,13 +43,13 @@ class Hangs:
 
     def __init__(
         self,
-        runtime: IncusRuntime,
+        containers: Containers,
         sites: Sites,
         root: Root,
         told: Callable[[Site, str], None],
         settings: Settings,
     ) -> None:
-        self._runtime, self._sites, self._root, self._told = runtime, sites, root, told
+        self._containers, self._sites, self._root, self._told = containers, sites, root, told
         self._settings = settings
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -90,7 +90,7 @@ class Hangs:
             if where is None or site.deployment is not None or site.tenant in self._asking:
                 continue
             end = (socket.inet_aton(where.address), where.port)
-            if end not in ends or not (pid := await self._runtime.init_pid(site.tenant)):
+            if end not in ends or not (pid := await self._containers.init_pid(site.tenant)):
                 continue
             unread = await aside("hangs", _LOOK, tcp.unread, pid, end)
             if any((local, end) in visitors for local in unread):

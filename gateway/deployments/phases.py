@@ -69,7 +69,7 @@ class Phases:
     ) -> None:
         self._context, self._running, self._undo, self._held = context, running, undo, held
         self._record, self._request, self._progress = running.record, running.request, running.progress
-        self._runtime, self._sites, self._caddy = context.runtime, context.sites, context.caddy
+        self._tenants, self._sites, self._caddy = context.runtime.tenants, context.sites, context.caddy
         self._verifier, self._register, self._settings = context.verifier, context.register, context.settings
         self._answered = 0.0  # time of its first answer
         self._template: Template
@@ -111,7 +111,7 @@ class Phases:
         record.port, record.health = self._recipe.port, self._recipe.health
         domains = self._context.domains
         async with domains.deciding():
-            found = await self._runtime.list()
+            found = await self._tenants.list()
             await domains.confirm(record.domain, record.tenant, record.id, found)
         tenants = {tenant.name: tenant for tenant in found}
         there = tenants.get(record.tenant)
@@ -166,19 +166,19 @@ class Phases:
         record = self._record
         if record.kind == "update":
             record.source = "tenant"
-            there = await self._runtime.get(record.tenant)
+            there = await self._tenants.get(record.tenant)
             record.instance = there.instance
             record.former = await live_one(self._context, there)
             await self._register.save(record)
             if there.status != "running":
                 await self._held.enter_async_context(self._context.promise(record.tenant, None))
-                self._unless_another(self._runtime.stop)
-                await self._runtime.start(record.tenant)
+                self._unless_another(self._tenants.stop)
+                await self._tenants.start(record.tenant)
             return {"from": "tenant"}
         self._undo.push_async_callback(self._sites.remove, record.id)
         await self._register.save(record)
         record.source = source = await self._sites.create(record.tenant, self._order)
-        record.instance = (await self._runtime.get(record.tenant)).instance
+        record.instance = (await self._tenants.get(record.tenant)).instance
         self._prepared = source in ("pool", "golden")
         return {"from": source}
 
@@ -344,7 +344,7 @@ async def _arrival(led: float) -> None:
 async def unsteady(context: Context, record: Record, site: Subject, why: str) -> None:
     """Report that a site did not stay up after its deployment, if its tenant exists and is awake."""
     try:
-        there = await context.runtime.get(site.tenant)
+        there = await context.runtime.tenants.get(site.tenant)
     except GatewayError:
         return
     if there.status == "running" and record.instance in (None, there.instance):

@@ -66,7 +66,7 @@ async def _packed(runtime: TenantRuntime, tenant: str, settings: Settings) -> by
     root = await runtime.filesystem(tenant)
     most = settings.template_bytes + settings.template_files * _HEADERS
     words = ("/bin/sh", "-c", _SCRIPT, "sh", root.prefix + root.workspace, str(most + 1))
-    process = await runtime.exec(tenant, ExecSpec(words, shown=("tar",)))
+    process = await runtime.commands.exec(tenant, ExecSpec(words, shown=("tar",)))
     try:
         async with asyncio.timeout(_SECONDS):
             archive, said = await asyncio.gather(

@@ -71,17 +71,17 @@ class Recovery:
 
     async def _undo_update(self, tenant: str) -> None:
         """Undo an update in its container, and start that first if somebody has stopped it."""
-        runtime, sites = self._context.runtime, self._context.sites
+        tenants, sites = self._context.runtime.tenants, self._context.sites
         async with self._context.use(tenant):
-            stopped = (await runtime.get(tenant)).status != "running"
+            stopped = (await tenants.get(tenant)).status != "running"
             if stopped:
-                await runtime.start(tenant)
+                await tenants.start(tenant)
             try:
                 await sites.unsettle(tenant)
                 await sites.clear(tenant)
             finally:
                 if stopped:
-                    await runtime.stop(tenant)
+                    await tenants.stop(tenant)
 
 
 def _at(record: Record) -> str:

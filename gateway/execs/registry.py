@@ -24,7 +24,7 @@ from gateway.execs.starting import Starting
 from gateway.execs.streams import Pace
 from gateway.idempotency import Idempotency, Key
 from gateway.limits.budget import Budget
-from gateway.runtime import Adopted, ExecSpec, Killed, Process, Pty, TenantRuntime
+from gateway.runtime import Adopted, Commands, ExecSpec, Killed, Process, Pty
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,8 @@ log = logging.getLogger(__name__)
 class Execs:
     """All commands of this gateway. An async context manager; leaving it kills every command."""
 
-    def __init__(
-        self, runtime: TenantRuntime, bus: Bus, idempotency: Idempotency, settings: Settings
-    ) -> None:
-        self._runtime = runtime
+    def __init__(self, commands: Commands, bus: Bus, idempotency: Idempotency, settings: Settings) -> None:
+        self._commands = commands
         self._idempotency = idempotency
         self._notes = Notes(idempotency)
         self._bus = bus
@@ -55,7 +53,7 @@ class Execs:
         """
         earlier_ones = list(await self._notes.earlier())
         begun = {(earlier.tenant, earlier.exec_id): earlier.lost for earlier in earlier_ones}
-        for found in await self._runtime.adopt():
+        for found in await self._commands.adopt():
             try:
                 await self._adopt(found, begun)
             except Exception as error:  # a broken record must not keep the others from being adopted
@@ -239,7 +237,7 @@ class Execs:
         )
 
     async def _start(self, asked: Starting) -> Exec:
-        process = await self._runtime.exec(asked.tenant, replace(asked.spec, before=asked.note))
+        process = await self._commands.exec(asked.tenant, replace(asked.spec, before=asked.note))
         exec_ = self._made(asked.exec_id, asked.tenant, asked.spec, process, asked.linger)
         self._execs.setdefault(asked.tenant, {})[exec_.id] = exec_
         exec_.once, exec_.deadline = asked.once, asked.deadline

@@ -166,7 +166,7 @@ class Repository:
             shown=("git", script),
         )
         seconds = self._settings.turn_timeout
-        process = await self._runtime.exec(tenant, spec)
+        process = await self._runtime.commands.exec(tenant, spec)
         try:
             async with asyncio.timeout(seconds):
                 printed, complaint = await _talk(process, given, most)

@@ -19,7 +19,7 @@ from gateway.lifecycle.move import Move, MoveLog, parsed
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
 from gateway.ownership.names import Names
-from gateway.runtime import OnAnotherServer, TenantRuntime
+from gateway.runtime import OnAnotherServer, Tenants
 from gateway.tasks import whole
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Arrivals:
     def __init__(
         self,
         own: str,
-        runtime: TenantRuntime,
+        tenants: Tenants,
         steps: NewHome,
         records: Records,
         names: Names,
@@ -59,7 +59,7 @@ class Arrivals:
         capacity: Capacity,
         changed: Callable[[str], None],
     ) -> None:
-        self._own, self._runtime, self._steps = own, runtime, steps
+        self._own, self._tenants, self._steps = own, tenants, steps
         self._records, self._names, self._log = records, names, log_
         self._bus, self._room, self._capacity = bus, room, capacity
         self._changed = changed
@@ -132,7 +132,7 @@ class Arrivals:
             move.state = "arrived"
             await self._log.save(move)
         if move.running:
-            await self._runtime.start(move.tenant)
+            await self._tenants.start(move.tenant)
         move.state, move.ended = "moved", time.time()
         if move.gap is not None:
             move.gap += time.monotonic() - began

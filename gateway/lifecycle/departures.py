@@ -38,7 +38,7 @@ from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.move import Move, MoveLog
 from gateway.ownership.names import Names
 from gateway.rootfs.workers import Workers
-from gateway.runtime import TenantRuntime
+from gateway.runtime import Tenants
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Departures:
         self,
         cluster: Cluster,
         placements: Placements,
-        runtime: TenantRuntime,
+        tenants: Tenants,
         steps: OldHome,
         leaving: set[str],
         doors: Doors,
@@ -97,7 +97,7 @@ class Departures:
         changed: Callable[[str], None],
     ) -> None:
         self._cluster, self._placements = cluster, placements
-        self._runtime, self._steps, self._leaving = runtime, steps, leaving
+        self._tenants, self._steps, self._leaving = tenants, steps, leaving
         self._doors, self._lifecycle, self._settings = doors, lifecycle, settings
         self._execs, self._workers, self._files = execs, workers, files
         self._records, self._names, self._log, self._bus = records, names, log_, bus
@@ -129,7 +129,7 @@ class Departures:
         if self._resting:
             raise Unavailable("the gateway is just being replaced; ask again", retry_after=1)
         peer = self._peer(target)
-        found = await self._runtime.get(tenant)
+        found = await self._tenants.get(tenant)
         if (move := self._moves.get(tenant)) is not None:
             if move.target == target:
                 return move
@@ -243,7 +243,7 @@ class Departures:
         if self._deploying(tenant):
             raise Conflict(f"the site of {tenant} is being deployed; wait for that", reason="deploying")
         began = time.monotonic()
-        move.running = (await self._runtime.get(tenant)).status == "running"
+        move.running = (await self._tenants.get(tenant)).status == "running"
         await self._enter(move, "switching")
         self._doors.close(tenant)
         await self._doors.empty(tenant, self._settings.move_calls)
@@ -255,7 +255,7 @@ class Departures:
         await self._workers.forget(tenant)
         stopped = time.monotonic()
         if move.running:
-            await self._runtime.stop(tenant)
+            await self._tenants.stop(tenant)
             await self._workers.forget(tenant)  # what may have begun meanwhile
         copied = time.monotonic()
         await asyncio.gather(
@@ -377,7 +377,7 @@ class Departures:
         self._leave_alone(tenant, False)
         if stopped and move.running:
             with contextlib.suppress(NotFound):
-                await self._runtime.start(tenant)
+                await self._tenants.start(tenant)
         self._doors.open(tenant)
         with contextlib.suppress(NotFound):  # it was destroyed meanwhile
             await self._steps.forget_snapshots(tenant)

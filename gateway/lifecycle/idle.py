@@ -61,7 +61,8 @@ class Idle:
         running: Callable[[str], int],
         settings: Settings,
     ) -> None:
-        self._runtime, self._sites, self._caddy, self._lifecycle = runtime, sites, caddy, lifecycle
+        self._tenants, self._usage = runtime.tenants, runtime.usage
+        self._sites, self._caddy, self._lifecycle = sites, caddy, lifecycle
         self._domains = domains
         self._running, self._settings = running, settings
         self._uses: Counter[str] = Counter()
@@ -104,7 +105,7 @@ class Idle:
 
     async def awake(self, tenant: str) -> None:
         """Wait until a sleeping tenant runs; return at once for any other. Raises what a start raises."""
-        if tenant in self._asleep if self._asleep is not None else (await self._runtime.get(tenant)).asleep:
+        if tenant in self._asleep if self._asleep is not None else (await self._tenants.get(tenant)).asleep:
             await self._within(asyncio.shield(self._wake(tenant).started))
 
     @contextlib.asynccontextmanager
@@ -168,11 +169,11 @@ class Idle:
         began = time.monotonic()
         try:
             async with self._slots, self._lifecycle.alone(tenant):
-                found = await self._runtime.get(tenant)
+                found = await self._tenants.get(tenant)
                 if found.status != "running" and found.asleep:
                     self._starts.add(tenant)
                     async with self._lifecycle.capacity.promise(tenant):
-                        await self._runtime.start(tenant)
+                        await self._tenants.start(tenant)
                 self._last[tenant] = time.monotonic()
         except BaseException as error:
             if not started.done():
@@ -199,7 +200,7 @@ class Idle:
 
     async def _unmark(self, tenant: str) -> None:
         async with self._caddy.changing:
-            await self._runtime.mark_asleep(tenant, False)
+            await self._tenants.mark_asleep(tenant, False)
             site = await self._served(tenant)
             if site is not None and site.exposure is not None and self._caddy.sleeps(site.domain):
                 self._caddy.set(site.domain, site.exposure.target)
@@ -228,7 +229,7 @@ class Idle:
 
     async def _look(self) -> None:
         moving = self._dozing.keys() | self._waking.keys()
-        tenants = await self._runtime.list()
+        tenants = await self._tenants.list()
         # for uses in progress, then or now, our own counts are more accurate
         moving |= self._dozing.keys() | self._waking.keys()
         known = self._asleep or set()
@@ -237,7 +238,7 @@ class Idle:
         now = time.monotonic()
         self._last = {name: self._last.get(name, now) for name in limits}
         watched = [tenant for tenant in tenants if limits.get(tenant.name)]
-        visited = await self._runtime.visited(watched) if watched else {}
+        visited = await self._usage.visited(watched) if watched else {}
         for tenant in watched:
             name = tenant.name
             if self._in_use(name):
@@ -264,7 +265,7 @@ class Idle:
 
     async def sleep(self, name: str) -> None:
         """Put a tenant to sleep now. Raises `Conflict` if it is in use, `TenantNotRunning` if stopped."""
-        found = await self._runtime.get(name)
+        found = await self._tenants.get(name)
         if found.status != "running":
             if found.asleep:
                 return
@@ -277,7 +278,7 @@ class Idle:
             self._dozing[name] = task
             task.add_done_callback(partial(self._over, self._dozing, name))
         await asyncio.shield(task)
-        if (await self._runtime.get(name)).status == "running":
+        if (await self._tenants.get(name)).status == "running":
             commands, clients = self._running(name), self._uses[name]
             why = "a visitor is connected to its site, or was a moment ago"
             if commands or clients:
@@ -286,7 +287,7 @@ class Idle:
 
     async def _put_to_sleep(self, name: str, limit: float) -> None:
         async with self._slots, self._lifecycle.alone(name):
-            if self._in_use(name) or (await self._runtime.get(name)).status != "running":
+            if self._in_use(name) or (await self._tenants.get(name)).status != "running":
                 return
             assert self._asleep is not None
             self._asleep.add(name)  # from now on, requests for it wait and wake it
@@ -295,14 +296,14 @@ class Idle:
     async def _doze(self, name: str, limit: float) -> None:
         """Mark a tenant, check once more, stop it. A wake removes a mark left on a running one."""
         async with self._caddy.changing:
-            await self._runtime.mark_asleep(name, True)
+            await self._tenants.mark_asleep(name, True)
             site = await self._served(name)
             target = None if site is None else self._caddy.get(site.domain)
             if site is not None and target is not None:
                 self._caddy.set(site.domain, asleep(target))
         await asyncio.sleep(_ON_THE_WAY)  # what Caddy does in between cannot be awaited
-        tenant = await self._runtime.get(name)
-        visited = (await self._runtime.visited([tenant])).get(name)
+        tenant = await self._tenants.get(name)
+        visited = (await self._usage.visited([tenant])).get(name)
         if name in self._waking or self._in_use(name) or (visited is not None and visited < limit):
             await self._unmark(name)
             log.info("%s is used after all", name)
@@ -310,7 +311,7 @@ class Idle:
         await self._lifecycle.let_go(name)
         self._stops.add(name)
         try:
-            await self._runtime.stop(name)
+            await self._tenants.stop(name)
         except GatewayError:
             self._stops.discard(name)
             raise

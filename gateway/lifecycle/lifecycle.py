@@ -96,7 +96,8 @@ class Lifecycle:
         capacity: Capacity,
         settings: Settings,
     ) -> None:
-        self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
+        self._tenants, self._snapshots = runtime.tenants, runtime.snapshots
+        self._sites, self._caddy, self._domains = sites, caddy, domains
         self._bus = bus
         self._names, self._room, self.capacity = names, room, capacity
         self._workers = workers
@@ -109,20 +110,20 @@ class Lifecycle:
 
     async def start(self, ask: Ask) -> Mapping[str, Any]:
         async with self.capacity.promise(ask.tenant):
-            return await self._change(ask.tenant, self._runtime.start, holds_files=False)
+            return await self._change(ask.tenant, self._tenants.start, holds_files=False)
 
     async def stop(self, ask: Ask) -> Mapping[str, Any]:
         return await self._change(ask.tenant, self._stay_stopped)
 
     async def restart(self, ask: Ask) -> Mapping[str, Any]:
-        return await self._change(ask.tenant, self._runtime.restart)
+        return await self._change(ask.tenant, self._tenants.restart)
 
     async def destroy(self, ask: Ask) -> None:
         """Remove a tenant. Once this returns, its name may belong to another."""
         async with self.alone(ask.tenant):
             await self.let_go(ask.tenant)
             instance = self._names.holder(ask.tenant)
-            await self._runtime.destroy(ask.tenant)
+            await self._tenants.destroy(ask.tenant)
             async with self._domains.deciding(), self._caddy.changing:
                 for domain in await self._domains.left(ask.tenant):
                     self._caddy.unset(domain)
@@ -136,9 +137,9 @@ class Lifecycle:
                 f"{body.tenant!r} is not a tenant name that this token covers", field="tenant"
             )
         await self._room.admit()
-        limit = (await self._runtime.get(ask.tenant)).limits.get("memory") or self._settings.tenant_memory
+        limit = (await self._tenants.get(ask.tenant)).limits.get("memory") or self._settings.tenant_memory
         async with self.capacity.promise(body.tenant, limit):
-            made = await self._runtime.clone(ask.tenant, body.tenant, snapshot=body.snapshot)
+            made = await self._tenants.clone(ask.tenant, body.tenant, snapshot=body.snapshot)
         return described(made, self._settings)
 
     async def rename(self, ask: Ask) -> Mapping[str, Any]:
@@ -149,7 +150,7 @@ class Lifecycle:
             await self._domains.permit(ask.token, domain)
         async with self.alone(ask.tenant):  # a concurrent restore would bring the old domain back
             async with self._domains.moving(ask.tenant, domain) as before, self._caddy.changing:
-                await self._runtime.rename(ask.tenant, domain)
+                await self._tenants.rename(ask.tenant, domain)
                 site = await self._lead(ask.tenant, domain)
                 if before not in (None, domain) and self._domains.serves(before, ask.tenant):
                     self._caddy.unset(before)
@@ -160,20 +161,20 @@ class Lifecycle:
             self._bus.publish(
                 "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
             )
-        return described(await self._runtime.get(ask.tenant), self._settings)
+        return described(await self._tenants.get(ask.tenant), self._settings)
 
     async def resize(self, ask: Ask) -> Mapping[str, Any]:
         """Apply another size's limits to the tenant while it runs: all or none of them."""
         size = sizes.known(protocol.validate(ResizeBody, ask.body).size)
         async with self.alone(ask.tenant):
-            before = await self._runtime.get(ask.tenant)
+            before = await self._tenants.get(ask.tenant)
             self._domains.undisturbed(ask.tenant)
             memory = sizes.SIZES[size].get("memory", self._settings.tenant_memory)
             # nothing is promised to a stopped one yet
             running = before.status != "stopped"
             async with self.capacity.promise(ask.tenant, memory) if running else contextlib.nullcontext():
-                await self._runtime.resize(ask.tenant, size)
-            now = await self._runtime.get(ask.tenant)
+                await self._tenants.resize(ask.tenant, size)
+            now = await self._tenants.get(ask.tenant)
         facts = {"size": size, "limits": dict(now.limits), "from": dict(before.limits)}
         self._bus.publish("tenant.resized", ask.tenant, {**facts, "by": ask.token.subject})
         return described(now, self._settings)
@@ -188,7 +189,7 @@ class Lifecycle:
 
     async def _reached(self, tenant: str, domain: str | None, site: Site | None) -> None:
         """Wait, up to a limit, until a just started site has an address for its domain's route."""
-        port = (await self._runtime.get(tenant)).port
+        port = (await self._tenants.get(tenant)).port
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ADDRESSED):
                 while site is not None and site.running and site.exposure is None and port is not None:
@@ -220,9 +221,9 @@ class Lifecycle:
             log.warning("the site of %s is not told its new domain: %s", tenant, error.message)
 
     async def _stay_stopped(self, tenant: str) -> None:
-        await self._runtime.stop(tenant)
-        if (await self._runtime.get(tenant)).asleep:
-            await self._runtime.mark_asleep(tenant, False)
+        await self._tenants.stop(tenant)
+        if (await self._tenants.get(tenant)).asleep:
+            await self._tenants.mark_asleep(tenant, False)
 
     async def _change(
         self, tenant: str, change: Callable[[str], Awaitable[None]], *, holds_files: bool = True
@@ -231,7 +232,7 @@ class Lifecycle:
             if holds_files:
                 await self.let_go(tenant)
             await change(tenant)
-            return described(await self._runtime.get(tenant), self._settings)
+            return described(await self._tenants.get(tenant), self._settings)
 
     @contextlib.asynccontextmanager
     async def alone(self, tenant: str) -> AsyncIterator[None]:
@@ -249,13 +250,13 @@ class Lifecycle:
 
     async def let_go(self, tenant: str) -> None:
         """End the tenant's file workers, which would keep its disk busy."""
-        await self._runtime.get(tenant)  # raises if it does not exist
+        await self._tenants.get(tenant)  # raises if it does not exist
         await self._workers.forget(tenant)
 
     # --- snapshots ----------------------------------------------------------------------------------
 
     async def snapshots(self, ask: Ask) -> Mapping[str, Any]:
-        return {"snapshots": [_to_dict(kept) for kept in await self._runtime.snapshots(ask.tenant)]}
+        return {"snapshots": [_to_dict(kept) for kept in await self._snapshots.list(ask.tenant)]}
 
     async def snapshot(self, ask: Ask) -> Mapping[str, Any]:
         body = protocol.validate(SnapshotBody, ask.body)
@@ -263,7 +264,7 @@ class Lifecycle:
         if not SNAPSHOT_NAME.fullmatch(name):
             raise InvalidParams("a snapshot's name may have letters, digits, dots and dashes", field="name")
         async with self.alone(ask.tenant):
-            kept = await self._runtime.snapshots(ask.tenant)
+            kept = await self._snapshots.list(ask.tenant)
             if len(kept) >= self._settings.max_snapshots:
                 raise RateLimited(
                     f"the tenant has {len(kept)} snapshots, the most it may; raise "
@@ -274,14 +275,14 @@ class Lifecycle:
                 raise Conflict(f"tenant {ask.tenant} has a snapshot {name}; choose another name")
             async with self._room.snapshot(ask.tenant, name):
                 with self._asking(ask, "tenant.snapshot.created", name):
-                    return _to_dict(await self._runtime.snapshot(ask.tenant, name))
+                    return _to_dict(await self._snapshots.create(ask.tenant, name))
 
     async def restore(self, ask: Ask) -> Mapping[str, Any]:
         snapshot = _named(ask)
 
         async def restore(tenant: str) -> None:
             with self._asking(ask, "tenant.snapshot.restored", snapshot):
-                await self._runtime.restore(tenant, snapshot)
+                await self._snapshots.restore(tenant, snapshot)
 
         return await self._change(ask.tenant, restore)
 
@@ -290,7 +291,7 @@ class Lifecycle:
         async with self.alone(ask.tenant):
             async with self._room.deleting(ask.tenant, snapshot):
                 with self._asking(ask, "tenant.snapshot.deleted", snapshot):
-                    await self._runtime.delete_snapshot(ask.tenant, snapshot)
+                    await self._snapshots.delete(ask.tenant, snapshot)
 
     @contextlib.contextmanager
     def _asking(self, ask: Ask, kind: str, snapshot: str) -> Iterator[None]:

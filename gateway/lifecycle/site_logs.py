@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.errors import GatewayError, InvalidParams, RateLimited
-from gateway.runtime import Process, TenantRuntime
+from gateway.runtime import Commands, Process
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class SiteLogs:
     """The logs being read. At most `max_followers` are followed for one tenant at a time."""
 
-    def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
-        self._runtime, self._settings = runtime, settings
+    def __init__(self, commands: Commands, settings: Settings) -> None:
+        self._commands, self._settings = commands, settings
         self._following: dict[Following, str] = {}  # the tenant of each
 
     async def open(self, tenant: str, lines: int, *, follow: bool) -> Following:
@@ -35,7 +35,7 @@ class SiteLogs:
         open_ = sum(one == tenant for one in self._following.values())
         if open_ >= self._settings.max_followers:
             raise RateLimited("the tenant's log has as many followers as it may", limit=open_)
-        process = await self._runtime.exec(tenant, self._runtime.logs(lines, follow))
+        process = await self._commands.exec(tenant, self._commands.logs(lines, follow))
         following = Following(process, self._following.pop)
         self._following[following] = tenant
         return following

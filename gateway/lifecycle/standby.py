@@ -24,7 +24,7 @@ from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.events import Bus
 from gateway.limits.capacity import Capacity
 from gateway.ownership.names import Names
-from gateway.runtime import Tenant, TenantRuntime
+from gateway.runtime import Tenant, Tenants
 from gateway.runtime.incus.standby_copies import StandbyCopies, StandbyCopy
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
@@ -63,7 +63,7 @@ class Standby:
     def __init__(
         self,
         copies: StandbyCopies,
-        runtime: TenantRuntime,
+        tenants: Tenants,
         cluster: Cluster,
         members: Callable[[], Awaitable[Collection[str]]],
         capacity: Capacity,
@@ -76,7 +76,7 @@ class Standby:
         changed: Changed,
         moving: Callable[[str], bool],
     ) -> None:
-        self._copies, self._runtime, self._cluster, self._members = copies, runtime, cluster, members
+        self._copies, self._tenants, self._cluster, self._members = copies, tenants, cluster, members
         self._changed, self._capacity, self._names, self._records = changed, capacity, names, records
         self._store, self._bus, self._settings, self._moving = store, bus, settings, moving
         self._standing: dict[str, Standing] = {}
@@ -121,7 +121,7 @@ class Standby:
             await asyncio.sleep(self._pause)
 
     async def _copy_all(self) -> None:
-        tenants = {tenant.name: tenant for tenant in await self._runtime.list()}
+        tenants = {tenant.name: tenant for tenant in await self._tenants.list()}
         for name, standing in list(self._standing.items()):
             tenant = tenants.get(name)
             stays = tenant is not None and tenant.instance == standing.instance and self._interval(tenant)
@@ -295,10 +295,10 @@ class Standby:
         try:
             if copy.running:
                 async with self._capacity.promise(name):
-                    await self._runtime.start(name)
+                    await self._tenants.start(name)
         except GatewayError as error:
             log.warning("%s, which was brought back, waits for a visitor: %s", name, error.message)
-            await self._runtime.mark_asleep(name, True)
+            await self._tenants.mark_asleep(name, True)
         for _ in range(_LOOKS):  # what is told before that is of an earlier tenant of the name
             if self._names.holder(name) == copy.instance:
                 break

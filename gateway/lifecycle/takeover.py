@@ -28,7 +28,7 @@ from gateway.cluster.records import Records
 from gateway.errors import Conflict, GatewayError
 from gateway.lifecycle.standby import Standby
 from gateway.ownership.names import Names
-from gateway.runtime import TenantRuntime
+from gateway.runtime import Tenants
 from gateway.runtime.incus.moves import Moves
 from gateway.runtime.incus.standby_copies import StandbyCopies, StandbyCopy
 from gateway.settings import Settings
@@ -182,7 +182,7 @@ class Return:
         placements: Placements,
         standby: Standby,
         copies: StandbyCopies,
-        runtime: TenantRuntime,
+        tenants: Tenants,
         names: Names,
         records: Records,
         steps: Moves,
@@ -190,7 +190,7 @@ class Return:
         changed: Callable[[str], None],
     ) -> None:
         self._own, self._placements, self._standby, self._copies = own, placements, standby, copies
-        self._runtime, self._names, self._records = runtime, names, records
+        self._tenants, self._names, self._records = tenants, names, records
         self._steps, self._leaving, self._changed = steps, leaving, changed
 
     async def accused(self, suspicion: str) -> None:
@@ -227,6 +227,6 @@ class Return:
         """Start the tenants that ran when this server went down, which Incus leaves to us."""
         for tenant in await self._copies.fallen():
             try:
-                await self._runtime.start(tenant)
+                await self._tenants.start(tenant)
             except GatewayError as error:
                 log.warning("%s is not started after its server: %s", tenant, error.message)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.errors import GatewayError, NotFound, RateLimited, Unavailable
-from gateway.runtime import Tenant, TenantRuntime
+from gateway.runtime import Tenant, Tenants
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
@@ -51,9 +51,9 @@ class Capacity:
     """The memory one host has promised. Use it from the event loop only."""
 
     def __init__(
-        self, runtime: TenantRuntime, settings: Settings, memory: Callable[[], Memory] = host_memory
+        self, tenants: Tenants, settings: Settings, memory: Callable[[], Memory] = host_memory
     ) -> None:
-        self._runtime, self._settings, self._memory = runtime, settings, memory
+        self._tenants, self._settings, self._memory = tenants, settings, memory
         self._deciding = asyncio.Lock()
         self._held: dict[object, tuple[str, int]] = {}  # tenants about to run, and their limits
 
@@ -88,7 +88,7 @@ class Capacity:
 
     async def _decide(self, tenant: str, memory: str | None) -> int:
         """Return the bytes to promise to the tenant."""
-        host, found = self._memory(), {one.name: one for one in await self._runtime.list()}
+        host, found = self._memory(), {one.name: one for one in await self._tenants.list()}
         if memory is None and tenant not in found:
             return 0  # the start reports the error
         limit = found[tenant].limits.get("memory") if memory is None else memory
@@ -184,11 +184,11 @@ class Report:
 
 async def look(runtime: IncusRuntime, settings: Settings, host: Memory) -> Report:
     """Measure this host and its tenants. Raises `GatewayError` if Incus is unavailable."""
-    tenants = await runtime.list()
+    tenants = await runtime.tenants.list()
     running = [one.name for one in tenants if one.status == "running"]
     uses = await _measured(runtime, running)
     each = sum(use["memory_bytes"] for use in uses) // len(uses) if uses else _AT_REST
-    space = await runtime.space()
+    space = await runtime.usage.space()
     # besides what tenants share with their image and each other
     disk_each = max(_MiB, space.used // len(tenants)) if space is not None and tenants else _DISK
     awake = promised(tenants, host.total, settings)
@@ -234,7 +234,7 @@ async def _measured(runtime: IncusRuntime, names: Sequence[str]) -> list[Mapping
     async def one(name: str) -> Mapping[str, Any] | None:
         async with asking:
             with contextlib.suppress(NotFound):
-                return await runtime.metrics(name)
+                return await runtime.usage.metrics(name)
         return None
 
     found = await asyncio.gather(*(one(name) for name in names))

@@ -54,7 +54,7 @@ class DiskSpace:
         await self._look(None)
 
     async def _look(self, spare: Callable[[int], Awaitable[int]] | None) -> None:
-        space = await self._runtime.space()
+        space = await self._runtime.usage.space()
         if space is None:
             return
         left, reserve = space.total - space.used, int(space.total * self._settings.pool_reserve)
@@ -77,9 +77,9 @@ class DiskSpace:
         """
         await self.admit()
         await self._settle(tenant)
-        held = sum((await self._counted(tenant, await self._runtime.snapshots(tenant))).values())
-        if (together := await self._runtime.held(tenant)) is None:
-            more = await self._runtime.unshared(tenant) or 0
+        held = sum((await self._counted(tenant, await self._runtime.snapshots.list(tenant))).values())
+        if (together := await self._runtime.usage.held(tenant)) is None:
+            more = await self._runtime.usage.unshared(tenant) or 0
         else:  # the kernel knows better than the sum, and limits it as well
             held = min(held, together)
             more = together - held
@@ -103,7 +103,7 @@ class DiskSpace:
     @contextlib.asynccontextmanager
     async def deleting(self, tenant: str, name: str) -> AsyncIterator[None]:
         """Transfer the count of a snapshot deleted within the context to the next one."""
-        kept = await self._runtime.snapshots(tenant)
+        kept = await self._runtime.snapshots.list(tenant)
         counted = await self._counted(tenant, kept)
         yield
         changed: dict[str, int] = {}
@@ -130,7 +130,7 @@ class DiskSpace:
     async def _limit(self, tenant: str) -> int:
         if self._settings.snapshot_bytes:
             return self._settings.snapshot_bytes
-        disk = (await self._runtime.get(tenant)).limits.get("disk") or self._settings.tenant_disk
+        disk = (await self._runtime.tenants.get(tenant)).limits.get("disk") or self._settings.tenant_disk
         return size_of(str(disk))
 
     async def _settle(self, tenant: str) -> None:

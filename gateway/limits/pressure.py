@@ -240,12 +240,13 @@ class Pressure:
 
     async def _renew(self) -> None:
         """Find out which tenants are running, and the kernel's counters of new ones."""
-        running = {one.name for one in await self._runtime.list(addresses=False) if one.status == "running"}
+        tenants = await self._runtime.tenants.list(addresses=False)
+        running = {one.name for one in tenants if one.status == "running"}
         for gone in self._watched.keys() - running:
             del self._watched[gone]
         for name in running - self._watched.keys():
             try:
-                pid = await self._runtime.init_pid(name)
+                pid = await self._runtime.containers.init_pid(name)
             except GatewayError:
                 self._stale.set()  # it has just stopped, or Incus is away
                 continue
@@ -327,7 +328,7 @@ class Pressure:
     async def _note(self, name: str, line: str) -> None:
         """Write a line into the log of a tenant's site."""
         await scripts.run(
-            self._runtime.exec,
+            self._runtime.commands.exec,
             name,
             ("logger", "--journald"),
             given=_NOTE.format(line=line).encode(),

@@ -58,7 +58,7 @@ class Destination:
         instance = await making.instance(tenant)
         there = _DEVICE in instance["devices"]
         if not there:
-            await self._runtime.stop(tenant)
+            await self._runtime.tenants.stop(tenant)
             instance = await making.instance(tenant)
         ours = mapped(instance["config"], self._settings.workspace_uid)
         where = await asyncio.to_thread(
@@ -69,7 +69,7 @@ class Destination:
             device |= {"readonly": "true"} if moving.read_only else {}
             with translated(tenant):
                 await making.operate("PATCH", instance_path(tenant), {"devices": {_DEVICE: device}})
-        await self._runtime.start(tenant)
+        await self._runtime.tenants.start(tenant)
 
     async def shows_folder(self, tenant: str) -> bool:
         """Return whether the host's folder is the workspace."""
@@ -103,7 +103,7 @@ class Destination:
         self, tenant: str, script: str, *words: str, given: bytes = b"", seconds: float = _SCRIPT
     ) -> str:
         """Run a script of this package in the tenant; see `scripts.inside`."""
-        return await inside(self._runtime, tenant, script, *words, given=given, seconds=seconds)
+        return await inside(self._runtime.commands, tenant, script, *words, given=given, seconds=seconds)
 
 
 def _literal(path: str) -> str:

@@ -130,7 +130,7 @@ class Migration:
     ) -> Plan:
         if found is not None:
             raise Conflict(f"tenant {tenant} exists already; a site moves into a new one")
-        for other in await self._runtime.list():
+        for other in await self._runtime.tenants.list():
             if plain(other.domain) == domain:
                 raise Conflict(f"{domain} is tenant {other.name}'s; take it from that one first")
         plan = await self.plan(domain, wanted)
@@ -186,7 +186,7 @@ class Migration:
             await self._sites.install(tenant, "next", recipe, lambda line: self._say(f"  {line}"))
         try:
             await self._sites.start(tenant, "next", recipe)
-            address = (await self._runtime.get(tenant)).address or ""
+            address = (await self._runtime.tenants.get(tenant)).address or ""
             there = Exposure(address, recipe.port, f"{address}:{recipe.port}")
             await self._verifier.answering(Subject(tenant, "next", moving.domain, recipe, there))
         finally:
@@ -258,7 +258,7 @@ class Migration:
         await self._there.change(tenant, {STATE: "returning", ASLEEP: ""})
         await led(self._caddy, moving.domain, moving.old)
         if not await self._there.shows_folder(tenant):
-            await self._runtime.start(tenant)
+            await self._runtime.tenants.start(tenant)
             kept = await self._there.move_out(tenant)
             if kept:
                 self._say(f"  what the tenant had since the switch is kept in it as {kept}")

@@ -9,14 +9,14 @@ from gateway.errors import GatewayError, NotFound
 from gateway.hostnames import plain, reserved
 from gateway.ownership.claims import Claim, Claims
 from gateway.ownership.contests import Carrier, Contest
-from gateway.runtime import TenantRuntime
+from gateway.runtime import Tenants
 
 
 class Decisions:
     """Who has each domain, by the claims and by what tenants carry. `own` are the gateway's own names."""
 
-    def __init__(self, runtime: TenantRuntime, claims: Claims, own: Collection[str]) -> None:
-        self._runtime, self._claims, self._own = runtime, claims, own
+    def __init__(self, tenants: Tenants, claims: Claims, own: Collection[str]) -> None:
+        self._tenants, self._claims, self._own = tenants, claims, own
 
     def serves(self, domain: str, tenant: str) -> bool:
         """Return whether a domain is this tenant's."""
@@ -65,7 +65,7 @@ class Decisions:
     async def is_over(self, domain: str, claim: Claim) -> bool:
         """Return whether the tenant of a claim no longer carries the domain; False if that is unknown."""
         try:
-            tenant = await self._runtime.get(claim.tenant)
+            tenant = await self._tenants.get(claim.tenant)
         except NotFound:
             return True
         except GatewayError:

@@ -29,7 +29,7 @@ from gateway.hostnames import DomainReserved, matches, own_names, plain, reserve
 from gateway.ownership.claims import Claim, Claims
 from gateway.ownership.contests import Contests, carriers_of
 from gateway.ownership.decisions import Decisions
-from gateway.runtime import Tenant, TenantRuntime
+from gateway.runtime import Tenant, Tenants
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -40,10 +40,10 @@ log = logging.getLogger(__name__)
 class Domains:
     """The domains of one gateway. Create it with `opened`; used from the event loop only."""
 
-    def __init__(self, runtime: TenantRuntime, claims: Claims, bus: Bus, settings: Settings) -> None:
-        self._runtime, self._settings, self._claims = runtime, settings, claims
+    def __init__(self, tenants: Tenants, claims: Claims, bus: Bus, settings: Settings) -> None:
+        self._tenants, self._settings, self._claims = tenants, settings, claims
         self._own = own_names(settings)
-        self._decisions = Decisions(runtime, claims, self._own)
+        self._decisions = Decisions(tenants, claims, self._own)
         self._contests = Contests(bus)
         self._moving: set[str] = set()  # domains that a tenant is being given
         self._deciding = asyncio.Lock()
@@ -51,7 +51,7 @@ class Domains:
     @classmethod
     async def opened(
         cls,
-        runtime: TenantRuntime,
+        tenants: Tenants,
         store: Store,
         bus: Bus,
         settings: Settings,
@@ -61,7 +61,7 @@ class Domains:
 
         In a cluster `shared` has the domains of all its members.
         """
-        return cls(runtime, await Claims.opened(store, shared), bus, settings)
+        return cls(tenants, await Claims.opened(store, shared), bus, settings)
 
     @property
     def contested(self) -> int:
@@ -90,7 +90,7 @@ class Domains:
                 return
         elif matches(domain, token.domains):
             return
-        for tenant in await self._runtime.list():
+        for tenant in await self._tenants.list():
             if token.covers(tenant.name) and plain(tenant.domain) == domain:
                 return
         raise Forbidden(
@@ -159,7 +159,7 @@ class Domains:
         instance = claim.instance
         if claim.confirmed:  # otherwise nothing was done yet
             try:
-                tenant = await self._runtime.get(claim.tenant)
+                tenant = await self._tenants.get(claim.tenant)
                 instance = (tenant.instance or "") if plain(tenant.domain) == domain else ""
             except NotFound:
                 instance = ""
@@ -182,9 +182,9 @@ class Domains:
         or a deployment of this tenant runs.
         """
         async with self._deciding, contextlib.AsyncExitStack() as undo:
-            tenant = await self._runtime.get(name)
+            tenant = await self._tenants.get(name)
             self.undisturbed(name)
-            carried = carriers_of(await self._runtime.list())
+            carried = carriers_of(await self._tenants.list())
             before = plain(tenant.domain)
             if before is not None:
                 await self._decisions.decide(before, carried.get(before, ()))
@@ -213,7 +213,7 @@ class Domains:
             raise _owned(domain)
         self._moving.add(domain)  # from now on no deployment can hold it
         undo.callback(self._moving.discard, domain)
-        carriers = carriers_of(await self._runtime.list()).get(domain, ())
+        carriers = carriers_of(await self._tenants.list()).get(domain, ())
         if await self._decisions.decide(domain, carriers) not in (None, tenant.name):
             raise _owned(domain)
         undo.push_async_callback(self._claims.keep, domain, self._claims.get(domain))
@@ -252,7 +252,7 @@ class Domains:
         if claim is None or (not claim.deployment and await self._decisions.is_over(name, claim)):
             async with self._deciding:  # not seen yet, renamed by an operator, or gone
                 return await self._decisions.decide(
-                    name, carriers_of(await self._runtime.list()).get(name, ())
+                    name, carriers_of(await self._tenants.list()).get(name, ())
                 )
         return claim.tenant
 

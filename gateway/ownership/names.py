@@ -83,7 +83,7 @@ class Names:
 
         Call `took` for each event that was published before you ask for the next one.
         """
-        async for event in runtime.watch():
+        async for event in runtime.changes.watch():
             if event.type == "gateway.resynced":
                 for missed in await self._missed(runtime):
                     yield missed
@@ -181,7 +181,7 @@ class Names:
         for name in [name for name in self._holders if self.holder(name) and name not in self.moving]:
             # a list may leave out one that is just changing
             try:
-                there = now.get(name) or await runtime.get(name)
+                there = now.get(name) or await runtime.tenants.get(name)
             except NotFound:
                 missed.append(TenantEvent("tenant.destroyed", name, _MISSED))
                 continue
@@ -234,7 +234,7 @@ _NOBODY: Final = _Holder()
 async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
     """Return a tenant, None if there is none, or that cannot be known now."""
     try:
-        return await runtime.get(name)
+        return await runtime.tenants.get(name)
     except GatewayError:
         return None
     except Exception:
@@ -246,7 +246,7 @@ async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
 async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
     while True:
         try:
-            return await runtime.list(addresses=False)
+            return await runtime.tenants.list(addresses=False)
         except GatewayError as error:
             log.warning("whether tenants are others by now is not known yet: %s", error.message)
         except Exception:  # see `_found`

@@ -18,7 +18,7 @@ from gateway.runtime.sites import lines
 _PIECE: Final = 1 << 18  # bytes of input written at once
 
 Exec = Callable[[str, ExecSpec], Awaitable[Process]]
-"""Starts a command in a tenant, like `TenantRuntime.exec`."""
+"""Starts a command in a tenant, like `gateway.runtime.Commands.exec`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,7 +269,7 @@ async def measure_all(quick: bool, say: Callable[[str], None]) -> dict[str, Any]
         say(f"unpacking {PACKAGES * PER_PACKAGE} files")
         await asyncio.to_thread(fill, bare.name)
         settings: Settings = load()
-        disk = found_by(IncusRuntime(settings).tenants).disk(bare.name, WORKSPACE)
+        disk = found_by(IncusRuntime(settings).locations).disk(bare.name, WORKSPACE)
         shop, calm = client.tenant(bare.name), client.tenant(other.name)
 
         async def gateway_read() -> None:

@@ -43,7 +43,7 @@ async def finish(process: Process) -> tuple[Exit, list[bytes]]:
 
 
 async def run(runtime: TenantRuntime, name: str, *argv: str, **options: Any) -> tuple[Exit, list[bytes]]:
-    return await finish(await runtime.exec(name, ExecSpec(argv, **options)))
+    return await finish(await runtime.commands.exec(name, ExecSpec(argv, **options)))
 
 
 class RuntimeContract:
@@ -64,7 +64,7 @@ class RuntimeContract:
         script = (
             "printf x >&3; for i in 1 2 3; do echo o$i; echo e$i >&2; done; printf '%09000d' 0 >&3; exit 4"
         )
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), merged=True))
+        process = await runtime.commands.exec(name, ExecSpec(("sh", "-c", script), merged=True))
         assert process.streams == ("stdout",)
         exit_, outputs = await finish(process)
         assert (exit_, outputs) == (Exit(4), [b"o1\ne1\no2\ne2\no3\ne3\n"])
@@ -74,11 +74,11 @@ class RuntimeContract:
         self, runtime: TenantRuntime, name: str
     ) -> None:
         with pytest.raises(ExecFailed) as caught:
-            await runtime.exec(name, ExecSpec(("no-such-program",), merged=True))
+            await runtime.commands.exec(name, ExecSpec(("no-such-program",), merged=True))
         assert caught.value.facts["reason"] == "not_found"
 
     async def test_input_arrives_and_ends(self, runtime: TenantRuntime, name: str) -> None:
-        process = await runtime.exec(name, ExecSpec(("cat",), stdin=True))
+        process = await runtime.commands.exec(name, ExecSpec(("cat",), stdin=True))
         data = bytes(range(256)) * 4096
 
         async def feed() -> None:
@@ -118,14 +118,14 @@ class RuntimeContract:
         pty: Pty | None,
     ) -> None:
         with pytest.raises(ExecFailed) as caught:
-            await runtime.exec(name, ExecSpec(argv, pty=pty))
+            await runtime.commands.exec(name, ExecSpec(argv, pty=pty))
         assert caught.value.facts == {"reason": reason, "exitCode": code}
 
     async def test_a_missing_folder_is_an_error_and_not_the_root(
         self, runtime: TenantRuntime, name: str
     ) -> None:
         with pytest.raises(ExecFailed, match="no such folder") as caught:
-            await runtime.exec(name, ExecSpec(("pwd",), cwd="/srv/site/none"))
+            await runtime.commands.exec(name, ExecSpec(("pwd",), cwd="/srv/site/none"))
         assert caught.value.facts["reason"] == "cwd"
 
     async def test_arguments_and_environment_arrive_as_they_are(
@@ -158,9 +158,9 @@ class RuntimeContract:
     ) -> None:
         assert (await run(runtime, name, "true", "x" * 131_000))[0].code == 0
         with pytest.raises(TooLarge):
-            await runtime.exec(name, ExecSpec(("true", "x" * 131_072)))
+            await runtime.commands.exec(name, ExecSpec(("true", "x" * 131_072)))
         with pytest.raises(TooLarge):
-            await runtime.exec(name, ExecSpec(("true",), env={"X": "x" * 131_072}))
+            await runtime.commands.exec(name, ExecSpec(("true",), env={"X": "x" * 131_072}))
 
     @pytest.mark.parametrize(
         "options",
@@ -178,14 +178,14 @@ class RuntimeContract:
         self, runtime: TenantRuntime, name: str, options: dict[str, Any]
     ) -> None:
         with pytest.raises(InvalidParams):
-            await runtime.exec(name, ExecSpec(("true",), **options))
+            await runtime.commands.exec(name, ExecSpec(("true",), **options))
 
     async def test_a_terminal_has_its_size_and_echoes_nothing_of_ours(
         self, runtime: TenantRuntime, name: str
     ) -> None:
         # the new size and the line go by two connections, whose order nobody promises
         script = 'stty size; read x; while [ "$(stty size)" = "30 100" ]; do sleep 0.05; done; stty size'
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), pty=Pty(100, 30)))
+        process = await runtime.commands.exec(name, ExecSpec(("sh", "-c", script), pty=Pty(100, 30)))
         assert process.streams == ("stdout",)
         first = b""
         while not first.endswith(b"\n"):
@@ -198,14 +198,16 @@ class RuntimeContract:
 
     async def test_ctrl_c_on_a_terminal_interrupts(self, runtime: TenantRuntime, name: str) -> None:
         # by exec: a child that dash is just starting takes no notice of it, and would hold the terminal
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", "echo r; exec sleep 60"), pty=Pty()))
+        process = await runtime.commands.exec(
+            name, ExecSpec(("sh", "-c", "echo r; exec sleep 60"), pty=Pty())
+        )
         assert (await process.read("stdout")).startswith(b"r")
         await process.write(b"\x03")
         assert (await finish(process))[0] == Exit(130, "INT")
 
     async def test_a_signal_reaches_the_command(self, runtime: TenantRuntime, name: str) -> None:
         script = "trap 'echo caught; exit 9' USR1; echo r; while :; do sleep 0.05; done"
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", script)))
+        process = await runtime.commands.exec(name, ExecSpec(("sh", "-c", script)))
         assert await process.read("stdout") == b"r\n"
         await process.signal(10)
         exit_, outputs = await finish(process)
@@ -216,7 +218,7 @@ class RuntimeContract:
         self, runtime: TenantRuntime, name: str, grace: float
     ) -> None:
         tree = Tree()
-        process = await runtime.exec(name, ExecSpec(("bash", "-c", tree.script)))
+        process = await runtime.commands.exec(name, ExecSpec(("bash", "-c", tree.script)))
         await tree.grown()
         killed = await process.kill(grace)
         assert killed.survivors == 0
@@ -227,7 +229,7 @@ class RuntimeContract:
         assert exit_.signal in ("KILL", "TERM")
 
     async def test_a_kill_escalates_where_term_is_ignored(self, runtime: TenantRuntime, name: str) -> None:
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", "trap '' TERM; echo r; sleep 60")))
+        process = await runtime.commands.exec(name, ExecSpec(("sh", "-c", "trap '' TERM; echo r; sleep 60")))
         assert await process.read("stdout") == b"r\n"
         killed = await process.kill(0.1)
         assert killed.escalated and killed.survivors == 0
@@ -238,7 +240,7 @@ class RuntimeContract:
     ) -> None:
         seconds = mark()
         script = f"setsid sleep {seconds} </dev/null >/dev/null 2>&1 & exit 0"
-        process = await runtime.exec(name, ExecSpec(("bash", "-c", script)))
+        process = await runtime.commands.exec(name, ExecSpec(("bash", "-c", script)))
         assert (await finish(process))[0].code == 0
         await until(lambda: alive(seconds) == 1)
         killed = await process.kill(0)
@@ -246,41 +248,41 @@ class RuntimeContract:
 
     async def test_unknown_tenants_do_not_exist(self, runtime: TenantRuntime) -> None:
         work = (
-            runtime.get("t-none"),
-            runtime.exec("t-none", ExecSpec(("true",))),
+            runtime.tenants.get("t-none"),
+            runtime.commands.exec("t-none", ExecSpec(("true",))),
             runtime.filesystem("t-none"),
-            runtime.start("t-none"),
-            runtime.destroy("t-none"),
+            runtime.tenants.start("t-none"),
+            runtime.tenants.destroy("t-none"),
         )
         for result in await asyncio.gather(*work, return_exceptions=True):
             assert isinstance(result, NotFound)
 
     async def test_a_tenants_life(self, runtime: TenantRuntime, fresh: str) -> None:
         """`fresh` is a name that is free; the test creates and destroys it."""
-        made = await runtime.create(fresh, domain="fresh.example.com")
+        made = await runtime.tenants.create(fresh, domain="fresh.example.com")
         assert (made.name, made.status, made.domain) == (fresh, "running", "fresh.example.com")
         assert made.instance
         try:
             with pytest.raises(GatewayError) as caught:
-                await runtime.create(fresh)
+                await runtime.tenants.create(fresh)
             assert caught.value.code == "conflict"
-            await runtime.stop(fresh)
-            await runtime.stop(fresh)
-            assert (await runtime.get(fresh)).status == "stopped"
+            await runtime.tenants.stop(fresh)
+            await runtime.tenants.stop(fresh)
+            assert (await runtime.tenants.get(fresh)).status == "stopped"
             with pytest.raises(TenantNotRunning):
-                await runtime.exec(fresh, ExecSpec(("true",)))
+                await runtime.commands.exec(fresh, ExecSpec(("true",)))
             workspace = (await runtime.filesystem(fresh)).workspace
-            assert Path(found_by(runtime.tenants).disk(fresh, workspace).path).exists()
-            await runtime.start(fresh)
-            await runtime.start(fresh)
+            assert Path(found_by(runtime.locations).disk(fresh, workspace).path).exists()
+            await runtime.tenants.start(fresh)
+            await runtime.tenants.start(fresh)
             assert (await run(runtime, fresh, "true"))[0].code == 0
-            await runtime.restart(fresh)
-            now = {tenant.name: tenant.instance for tenant in await runtime.list()}
+            await runtime.tenants.restart(fresh)
+            now = {tenant.name: tenant.instance for tenant in await runtime.tenants.list()}
             assert now[fresh] == made.instance
         finally:
-            await runtime.destroy(fresh)
+            await runtime.tenants.destroy(fresh)
         with pytest.raises(NotFound):
-            await runtime.get(fresh)
+            await runtime.tenants.get(fresh)
 
     async def test_a_disk_is_kept_and_brought_back(self, runtime: TenantRuntime, fresh: str) -> None:
         """And nothing but the disk: the domain stays what it is by then. The tenant runs as before."""
@@ -288,107 +290,107 @@ class RuntimeContract:
         async def sh(line: str) -> bytes:
             return (await run(runtime, fresh, "sh", "-c", line))[1][0]
 
-        made = await runtime.create(fresh, domain="old.example.com")
+        made = await runtime.tenants.create(fresh, domain="old.example.com")
         try:
-            assert await runtime.snapshots(fresh) == []
+            assert await runtime.snapshots.list(fresh) == []
             await sh("echo one >a")
-            await runtime.snapshot(fresh, "s1")
+            await runtime.snapshots.create(fresh, "s1")
             await sh("echo two >a; echo new >b; sync")
-            await runtime.snapshot(fresh, "s2")
+            await runtime.snapshots.create(fresh, "s2")
             with pytest.raises(Conflict):
-                await runtime.snapshot(fresh, "s1")
-            kept = await runtime.snapshots(fresh)
+                await runtime.snapshots.create(fresh, "s1")
+            kept = await runtime.snapshots.list(fresh)
             assert [snapshot.name for snapshot in kept] == ["s1", "s2"]
             assert all(snapshot.created for snapshot in kept)
-            await runtime.rename(fresh, "new.example.com")
-            await runtime.restore(fresh, "s1")
-            tenant = await runtime.get(fresh)
+            await runtime.tenants.rename(fresh, "new.example.com")
+            await runtime.snapshots.restore(fresh, "s1")
+            tenant = await runtime.tenants.get(fresh)
             assert (tenant.status, tenant.domain) == ("running", "new.example.com")
             assert await sh("cat a b 2>/dev/null") == b"one\n"
-            await runtime.stop(fresh)
-            await runtime.restore(fresh, "s2")
-            assert (await runtime.get(fresh)).status == "stopped"
-            await runtime.start(fresh)
+            await runtime.tenants.stop(fresh)
+            await runtime.snapshots.restore(fresh, "s2")
+            assert (await runtime.tenants.get(fresh)).status == "stopped"
+            await runtime.tenants.start(fresh)
             assert await sh("cat a b") == b"two\nnew\n"
-            await runtime.delete_snapshot(fresh, "s1")
-            assert [snapshot.name for snapshot in await runtime.snapshots(fresh)] == ["s2"]
-            for work in (runtime.restore(fresh, "s1"), runtime.delete_snapshot(fresh, "s1")):
+            await runtime.snapshots.delete(fresh, "s1")
+            assert [snapshot.name for snapshot in await runtime.snapshots.list(fresh)] == ["s2"]
+            for work in (runtime.snapshots.restore(fresh, "s1"), runtime.snapshots.delete(fresh, "s1")):
                 with pytest.raises(NotFound):
                     await work
-            assert (await runtime.get(fresh)).status == "running"  # not stopped for nothing
-            await runtime.rename(fresh, None)
-            assert (await runtime.get(fresh)).domain is None
-            assert (await runtime.get(fresh)).instance == made.instance
+            assert (await runtime.tenants.get(fresh)).status == "running"  # not stopped for nothing
+            await runtime.tenants.rename(fresh, None)
+            assert (await runtime.tenants.get(fresh)).domain is None
+            assert (await runtime.tenants.get(fresh)).instance == made.instance
         finally:
-            await runtime.destroy(fresh)
+            await runtime.tenants.destroy(fresh)
 
     async def test_a_size_is_given_as_a_whole(self, runtime: TenantRuntime, fresh: str) -> None:
         """While a command runs on, or not at all; a runtime without limits says so."""
         with pytest.raises(NotFound):
-            await runtime.resize(fresh, "medium")
-        await runtime.create(fresh)
+            await runtime.tenants.resize(fresh, "medium")
+        await runtime.tenants.create(fresh)
         try:
-            process = await runtime.exec(fresh, ExecSpec(("cat",), stdin=True))
+            process = await runtime.commands.exec(fresh, ExecSpec(("cat",), stdin=True))
             if not self.sized:
                 with pytest.raises(InvalidParams) as caught:
-                    await runtime.resize(fresh, "medium")
+                    await runtime.tenants.resize(fresh, "medium")
                 assert caught.value.facts["reason"] == "not_enforced"
             else:
-                before = dict((await runtime.get(fresh)).limits)
+                before = dict((await runtime.tenants.get(fresh)).limits)
                 for size in ("medium", "large"):
-                    await runtime.resize(fresh, size)
-                    limits = (await runtime.get(fresh)).limits
+                    await runtime.tenants.resize(fresh, size)
+                    limits = (await runtime.tenants.get(fresh)).limits
                     assert SIZES[size].items() <= limits.items()
                     assert limits["processes"] == before["processes"]
-                await runtime.resize(fresh, "small")
-                assert dict((await runtime.get(fresh)).limits) == before
+                await runtime.tenants.resize(fresh, "small")
+                assert dict((await runtime.tenants.get(fresh)).limits) == before
             await process.close_stdin()
             assert (await finish(process))[0] == Exit(0)
         finally:
-            await runtime.destroy(fresh)
+            await runtime.tenants.destroy(fresh)
 
     async def test_a_clone_has_the_disk_and_nothing_else(self, runtime: TenantRuntime, fresh: str) -> None:
         async def sh(name: str, line: str) -> bytes:
             return (await run(runtime, name, "sh", "-c", line))[1][0]
 
         copies = (f"{fresh}-a", f"{fresh}-b")
-        await runtime.create(fresh, domain="mine.example.com")
+        await runtime.tenants.create(fresh, domain="mine.example.com")
         try:
             await sh(fresh, "echo one >a; sync")
-            await runtime.snapshot(fresh, "s1")
+            await runtime.snapshots.create(fresh, "s1")
             await sh(fresh, "echo two >a; sync")
-            one = await runtime.clone(fresh, copies[0])
+            one = await runtime.tenants.clone(fresh, copies[0])
             assert (one.name, one.status, one.domain) == (copies[0], "running", None)
-            two = await runtime.clone(fresh, copies[1], domain="two.example.com", snapshot="s1")
+            two = await runtime.tenants.clone(fresh, copies[1], domain="two.example.com", snapshot="s1")
             assert two.domain == "two.example.com"
             assert [await sh(name, "cat a") for name in copies] == [b"two\n", b"one\n"]
-            assert await runtime.snapshots(copies[0]) == []
-            tenants = [await runtime.get(name) for name in (fresh, *copies)]
+            assert await runtime.snapshots.list(copies[0]) == []
+            tenants = [await runtime.tenants.get(name) for name in (fresh, *copies)]
             assert len({tenant.instance for tenant in tenants}) == 3
             await sh(copies[0], "echo else >a")
             assert await sh(fresh, "cat a") == b"two\n"
             with pytest.raises(Conflict):
-                await runtime.clone(fresh, copies[0])
-            assert (await runtime.get(copies[0])).status == "running"
+                await runtime.tenants.clone(fresh, copies[0])
+            assert (await runtime.tenants.get(copies[0])).status == "running"
             with pytest.raises(NotFound):
-                await runtime.clone(fresh, f"{fresh}-c", snapshot="none")
+                await runtime.tenants.clone(fresh, f"{fresh}-c", snapshot="none")
             await self.differ(runtime, fresh, *copies)
         finally:
             for name in (fresh, *copies):
                 with contextlib.suppress(NotFound):
-                    await runtime.destroy(name)
+                    await runtime.tenants.destroy(name)
 
     async def differ(self, runtime: TenantRuntime, *names: str) -> None:
         """Prove that tenants of the same disk are told apart."""
 
     async def test_a_stop_ends_what_runs(self, runtime: TenantRuntime, fresh: str) -> None:
-        await runtime.create(fresh)
+        await runtime.tenants.create(fresh)
         try:
             tree = Tree()
-            process = await runtime.exec(fresh, ExecSpec(("bash", "-c", tree.script)))
+            process = await runtime.commands.exec(fresh, ExecSpec(("bash", "-c", tree.script)))
             await tree.grown()
-            await runtime.stop(fresh)
+            await runtime.tenants.stop(fresh)
             assert tree.alive() <= (0 if self.whole_trees else 1)
             await asyncio.gather(finish(process), return_exceptions=True)
         finally:
-            await runtime.destroy(fresh)
+            await runtime.tenants.destroy(fresh)

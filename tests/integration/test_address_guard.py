@@ -73,14 +73,14 @@ async def pair(incus_settings: Settings) -> AsyncIterator[tuple[Container, Conta
     async with IncusRuntime(incus_settings) as runtime:
         try:
             for name in names:
-                await runtime.create(name)
+                await runtime.tenants.create(name)
             one, other = (Container(name) for name in names)
             await asyncio.gather(settle(one), settle(other))
             yield one, other
         finally:
             for name in names:
                 with contextlib.suppress(Exception):
-                    await runtime.destroy(name)
+                    await runtime.tenants.destroy(name)
 
 
 def hardware(tenant: Container) -> str:

@@ -87,7 +87,7 @@ def attacked(tenant: Container) -> Iterator[None]:
 
 @pytest.fixture
 async def workers(incus_settings: Settings) -> AsyncIterator[Workers]:
-    async with Workers(incus_settings, IncusRuntime(incus_settings).tenants) as running:
+    async with Workers(incus_settings, IncusRuntime(incus_settings).locations) as running:
         yield running
 
 

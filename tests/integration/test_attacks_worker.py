@@ -34,7 +34,7 @@ async def check_confined(container: Container, settings: Settings, pool: str = "
     container.sh("echo outside > /srv/secret.txt; chmod 644 /srv/secret.txt")
     root = FilesystemRoot(container.name, settings.workspace)
     site = environment.rootfs(container.name, pool or settings.pool) / "srv/site"
-    async with Workers(settings, IncusRuntime(settings).tenants, PROBES) as workers:
+    async with Workers(settings, IncusRuntime(settings).locations, PROBES) as workers:
         for lane in LANES:
             before = _state(site)
             assert orjson.loads(await workers.call(root, "attempt", {}, **lane)) == []
@@ -62,7 +62,7 @@ async def test_confined(pool: str, victim: Container, incus_settings: Settings) 
 async def test_forked_ahead(tenant: Container, incus_settings: Settings) -> None:
     """A container's root finds neither the process that waits, as root, to be a worker, nor its group."""
     root = FilesystemRoot(tenant.name, incus_settings.workspace)
-    async with Workers(incus_settings, IncusRuntime(incus_settings).tenants, PROBES) as workers:
+    async with Workers(incus_settings, IncusRuntime(incus_settings).locations, PROBES) as workers:
         waiting = await forked_ahead(workers, [await pid_of(workers, root)])
         assert b"gateway.rootfs" in Path(f"/proc/{waiting}/cmdline").read_bytes()
         tenant.sh(
@@ -83,7 +83,7 @@ async def test_covered(make_tenant: MakeTenant, incus_settings: Settings, tmp_pa
     )
     root = FilesystemRoot(tenant.name, incus_settings.workspace)
     paths = ["/up", "/up/x.txt", "/up/below", "/up/below/y.txt", "/up/theirs.txt", "/a/../up/x.txt"]
-    async with Workers(incus_settings, IncusRuntime(incus_settings).tenants, PROBES) as workers:
+    async with Workers(incus_settings, IncusRuntime(incus_settings).locations, PROBES) as workers:
         assert set(orjson.loads(await workers.call(root, "look", {"paths": paths}))) == set(paths[:4])
         await workers.forget(tenant.name)
         words = ("data", "disk", "path=/srv/site/up", f"source={tmp_path}", "shift=true")

@@ -204,7 +204,7 @@ async def test_ends_trees_by_the_broker(
     monkeypatch.setattr(Inside, "kill", never)
     async with IncusRuntime(place.settings) as runtime:
         tree = Tree()
-        process = await runtime.exec(tenant.name, ExecSpec(("bash", "-c", tree.script)))
+        process = await runtime.commands.exec(tenant.name, ExecSpec(("bash", "-c", tree.script)))
         await tree.grown()
         killed = await process.kill(0.2)
         assert (killed.survivors, tree.alive()) == (0, 0)

@@ -135,7 +135,7 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
         vars(sites)["former"] = former
         caddy = Broken(await stack.enter_async_context(Caddy(settings)))
         bus = Bus(journal)
-        domains = await Domains.opened(runtime, store, bus, settings)
+        domains = await Domains.opened(runtime.tenants, store, bus, settings)
         deployments = await stack.enter_async_context(
             Deployments(runtime, sites, caddy, domains, store, bus, settings)  # type: ignore[arg-type]  # stands in
         )

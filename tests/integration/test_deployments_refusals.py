@@ -58,7 +58,7 @@ class Desk:
             runtime = await stack.enter_async_context(IncusRuntime(settings))
             made = await stack.enter_async_context(IncusSites(settings, runtime))
             caddy = await stack.enter_async_context(Caddy(settings))
-            domains = await Domains.opened(runtime, self.store, bus, settings)
+            domains = await Domains.opened(runtime.tenants, self.store, bus, settings)
             deployments = await stack.enter_async_context(
                 Deployments(runtime, made, caddy, domains, self.store, bus, settings)
             )
@@ -222,7 +222,7 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
         assert (said["code"], said["reason"], said["phase"]) == ("conflict", "domain_owned", "validate")
         assert "with `tenant`" in said["message"]
         environment.incus("config", "set", other, "user.gateway.domain=other.test")
-        there = len(await desk.runtime.list())
+        there = len(await desk.runtime.tenants.list())
         said = await desk.refused(max_tenants=there)
         assert (said["code"], said["reason"], said["phase"]) == ("rate_limited", "quota", "validate")
         assert "GATEWAY_MAX_TENANTS" in said["message"]

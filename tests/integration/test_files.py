@@ -52,7 +52,7 @@ class Files:
 
 @pytest.fixture
 async def workers(incus_settings: Settings) -> AsyncIterator[Workers]:
-    async with Workers(incus_settings, IncusRuntime(incus_settings).tenants) as running:
+    async with Workers(incus_settings, IncusRuntime(incus_settings).locations) as running:
         yield running
 
 
@@ -434,7 +434,7 @@ async def test_shifted_rootfs(
     site = environment.rootfs(container.name) / "srv" / "site"
     base = site.stat().st_uid - incus_settings.workspace_uid
     assert base > 0
-    async with Workers(incus_settings, IncusRuntime(incus_settings).tenants) as workers:
+    async with Workers(incus_settings, IncusRuntime(incus_settings).locations) as workers:
         files = await files_of(container, workers, incus_settings)
         await files.text("Write", file_path="x/a.txt", content="a\n")
         assert container.sh("stat -c %U:%G /srv/site/x /srv/site/x/a.txt").split() == ["site:site"] * 2

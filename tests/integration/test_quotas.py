@@ -21,7 +21,7 @@ from gateway.host.findings import Finding
 from gateway.host.setup import setup
 from gateway.rootfs import disk_groups
 from gateway.rootfs.locations import Instances
-from gateway.runtime.incus.tenants import IncusRuntime
+from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Incusd
@@ -197,7 +197,7 @@ async def _fill(name: str, path: str, size: int = 2 * SIZE) -> int:
 
 
 async def _counted(runtime: IncusRuntime, name: str) -> int:
-    return int((await runtime.metrics(name))["disk_bytes"])
+    return int((await runtime.usage.metrics(name))["disk_bytes"])
 
 
 @pytest.fixture
@@ -209,9 +209,9 @@ async def runtime(simple: Settings) -> AsyncIterator[IncusRuntime]:
 @pytest.fixture
 async def tenant(runtime: IncusRuntime) -> AsyncIterator[str]:
     name = f"quotas-{next(_numbers)}"
-    await runtime.create(name)
+    await runtime.tenants.create(name)
     yield name
-    await runtime.destroy(name)
+    await runtime.tenants.destroy(name)
 
 
 async def test_restores_give_no_more_room(simple: Settings, runtime: IncusRuntime, tenant: str) -> None:
@@ -219,29 +219,29 @@ async def test_restores_give_no_more_room(simple: Settings, runtime: IncusRuntim
     before = _used(simple)
     await _fill(tenant, "first", SIZE // 2)
     for number in range(3):
-        await runtime.snapshot(tenant, f"s{number}")
+        await runtime.snapshots.create(tenant, f"s{number}")
         written = await _fill(tenant, f"more{number}")
         assert _used(simple) - before <= SIZE + SLACK
-        await runtime.restore(tenant, f"s{number}")
-        assert (await runtime.get(tenant)).status == "running"
+        await runtime.snapshots.restore(tenant, f"s{number}")
+        assert (await runtime.tenants.get(tenant)).status == "running"
         assert SIZE // 4 < written < SIZE // 2
         assert SIZE // 2 <= await _counted(runtime, tenant) < SIZE // 4 * 3
-    for snapshot in await runtime.snapshots(tenant):
-        await runtime.delete_snapshot(tenant, snapshot.name)
+    for snapshot in await runtime.snapshots.list(tenant):
+        await runtime.snapshots.delete(tenant, snapshot.name)
     await _sh(tenant, "rm /srv/site/first; sync")
     assert await _fill(tenant, "again", SIZE // 4 * 3) == SIZE // 4 * 3
 
 
 async def test_a_full_tenant_can_be_restarted_and_destroyed(runtime: IncusRuntime) -> None:
     """Incus stops it, but fails as it tidies its disk."""
-    await runtime.create("quotas-full")
+    await runtime.tenants.create("quotas-full")
     await _fill("quotas-full", "file")
-    await runtime.stop("quotas-full")
-    await runtime.start("quotas-full")
-    assert (await runtime.get("quotas-full")).status == "running"
-    await runtime.destroy("quotas-full")
+    await runtime.tenants.stop("quotas-full")
+    await runtime.tenants.start("quotas-full")
+    assert (await runtime.tenants.get("quotas-full")).status == "running"
+    await runtime.tenants.destroy("quotas-full")
     with pytest.raises(NotFound):
-        await runtime.get("quotas-full")
+        await runtime.tenants.get("quotas-full")
 
 
 async def test_subvolumes_of_its_own_count(simple: Settings, runtime: IncusRuntime, tenant: str) -> None:
@@ -251,8 +251,8 @@ async def test_subvolumes_of_its_own_count(simple: Settings, runtime: IncusRunti
     script = "fcntl.ioctl(os.open('.', 0), 0x5000940e, bytearray(struct.pack('=q4088s', 0, b'own')))"
     await _sh(tenant, f'cd /srv/site && python3 -c "import fcntl, os, struct; {script}"')
     await _fill(tenant, "own/first", SIZE // 2)
-    await runtime.snapshot(tenant, "s")
-    await runtime.restore(tenant, "s")
+    await runtime.snapshots.create(tenant, "s")
+    await runtime.snapshots.restore(tenant, "s")
     assert SIZE // 4 < await _fill(tenant, "own/second") < SIZE // 2
     assert _used(simple) - before <= SIZE + SLACK
 
@@ -260,27 +260,27 @@ async def test_subvolumes_of_its_own_count(simple: Settings, runtime: IncusRunti
 async def test_clones_of_clones_end(runtime: IncusRuntime, tenant: str) -> None:
     """A clone counts what it writes; what it shares is bounded by a disk's size."""
     await _fill(tenant, "file", SIZE // 8 * 5)
-    clone = await runtime.clone(tenant, f"{tenant}-clone")
+    clone = await runtime.tenants.clone(tenant, f"{tenant}-clone")
     try:
         assert await _counted(runtime, clone.name) < SLACK
         await _fill(clone.name, "own", SIZE // 8 * 4)
         with pytest.raises(TooLarge, match="a clone itself"):
-            await runtime.clone(clone.name, f"{tenant}-again")
+            await runtime.tenants.clone(clone.name, f"{tenant}-again")
     finally:
-        await runtime.destroy(clone.name)
+        await runtime.tenants.destroy(clone.name)
 
 
 async def test_a_size_that_changes(simple: Settings, runtime: IncusRuntime, tenant: str) -> None:
     """Snapshots count, so that a disk may be too full for a smaller size whose files would fit."""
-    await runtime.resize(tenant, "medium")
+    await runtime.tenants.resize(tenant, "medium")
     await _fill(tenant, "file", SIZE // 4 * 5)
-    await runtime.snapshot(tenant, "s")
+    await runtime.snapshots.create(tenant, "s")
     await _sh(tenant, "rm /srv/site/file; sync")
     with pytest.raises(Conflict, match="MiB of disk") as refused:
-        await runtime.resize(tenant, "small")
+        await runtime.tenants.resize(tenant, "small")
     assert refused.value.facts["used"] > SIZE
-    await runtime.delete_snapshot(tenant, "s")
-    await runtime.resize(tenant, "small")
+    await runtime.snapshots.delete(tenant, "s")
+    await runtime.tenants.resize(tenant, "small")
     assert await _fill(tenant, "file") <= SIZE
     assert quotas.unlimited(simple, [tenant]) == []
 
@@ -289,7 +289,7 @@ async def test_what_an_operator_restores_is_limited_too(
     simple: Settings, runtime: IncusRuntime, tenant: str
 ) -> None:
     """By the look that a gateway takes each half minute, at all disks; doctor tells of it until then."""
-    await runtime.snapshot(tenant, "s")
+    await runtime.snapshots.create(tenant, "s")
     for words in (("stop", "--force", tenant), ("snapshot", "restore", tenant, "s"), ("start", tenant)):
         await asyncio.to_thread(environment.incus, *words)
     assert not _look(simple).ok and tenant in _look(simple).detail
@@ -304,12 +304,12 @@ async def test_destroyed_tenants_leave_nothing(simple: Settings, runtime: IncusR
 
     quotas.enforce(simple)
     before = groups()
-    await runtime.create("quotas-gone")
+    await runtime.tenants.create("quotas-gone")
     await _fill("quotas-gone", "file", MiB)
-    await runtime.snapshot("quotas-gone", "s")
-    await runtime.restore("quotas-gone", "s")
+    await runtime.snapshots.create("quotas-gone", "s")
+    await runtime.snapshots.restore("quotas-gone", "s")
     assert len(groups() - before) >= 3
-    await runtime.destroy("quotas-gone")
+    await runtime.tenants.destroy("quotas-gone")
     _used(simple)
     quotas.enforce(simple)
     assert groups() - before == set()

@@ -70,7 +70,7 @@ class TestIncus(RuntimeContract):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        process = await runtime.exec(
+        process = await runtime.commands.exec(
             name, ExecSpec(("sh", "-c", 'read x; test -n "$SECRET"'), env={"SECRET": secret}, stdin=True)
         )
         listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, check=True).stdout
@@ -88,7 +88,7 @@ class TestIncus(RuntimeContract):
     ) -> None:
         """By a command in the container, where the host's cgroups cannot be reached."""
         tree = Tree()
-        process = await runtime.exec(name, ExecSpec(("bash", "-c", tree.script)))
+        process = await runtime.commands.exec(name, ExecSpec(("bash", "-c", tree.script)))
         await tree.grown()
         exec_id = process._exec_id  # type: ignore[attr-defined]  # no other way to choose the way
         killed = await runtime.commands.inside.kill(name, exec_id, 0.5)
@@ -102,7 +102,7 @@ class TestIncus(RuntimeContract):
             "c=$c$(sed -n 's/^0:://p' /proc/self/cgroup); mkdir $c/below; "
             f"sleep {seconds} & echo $! > $c/below/cgroup.procs; echo r; wait"
         )
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), user="root"))
+        process = await runtime.commands.exec(name, ExecSpec(("sh", "-c", script), user="root"))
         assert await process.read("stdout") == b"r\n"
         assert (await process.kill(0)).survivors == 0
         assert alive(seconds) == 0
@@ -125,8 +125,8 @@ class TestIncus(RuntimeContract):
                 f"sleep {seconds}' & "
             )
         grown = 2 if inside else 5
-        bystander = await runtime.exec(name, ExecSpec(("sleep", other), user="root"))
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", script + "wait"), user="root"))
+        bystander = await runtime.commands.exec(name, ExecSpec(("sleep", other), user="root"))
+        process = await runtime.commands.exec(name, ExecSpec(("sh", "-c", script + "wait"), user="root"))
         await until(lambda: alive(seconds) >= grown - 1)
         if inside:
             killed = await runtime.commands.inside.kill(name, process._exec_id, 0)  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ class TestIncus(RuntimeContract):
             "echo 0 >$c/out/cgroup.procs; trap 'echo heard; exit 7' TERM; echo r; "
             "while :; do sleep 0.05; done"
         )
-        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), user="root"))
+        process = await runtime.commands.exec(name, ExecSpec(("sh", "-c", script), user="root"))
         assert await process.read("stdout") == b"r\n"
         killed = await process.kill(5)
         assert (killed.escalated, killed.survivors) == (False, 0)
@@ -155,13 +155,13 @@ class TestIncus(RuntimeContract):
         self, runtime: IncusRuntime, fresh: str
     ) -> None:
         """Right after the start systemd has not mounted the tree yet."""
-        await runtime.create(fresh)
+        await runtime.tenants.create(fresh)
         try:
-            process = await runtime.exec(fresh, ExecSpec(("sleep", "60")))
+            process = await runtime.commands.exec(fresh, ExecSpec(("sleep", "60")))
             assert (await process.kill(0)).method == "cgroup"
             await finish(process)
         finally:
-            await runtime.destroy(fresh)
+            await runtime.tenants.destroy(fresh)
 
     async def differ(self, runtime: TenantRuntime, *names: str) -> None:
         """By machine id, address, hardware address and host uids."""
@@ -171,7 +171,7 @@ class TestIncus(RuntimeContract):
             await until_has_address(name)
             query = await asyncio.to_thread(environment.incus, "query", f"/1.0/instances/{name}")
             base = json.loads(query.stdout)["config"]["volatile.idmap.base"]
-            address = (await runtime.get(name)).address
+            address = (await runtime.tenants.get(name)).address
             assert len(machine) == 33 and address
             hardware = (await run(runtime, name, "cat", "/sys/class/net/eth0/address"))[1][0]
             seen.append((machine, address, hardware, base))
@@ -180,17 +180,17 @@ class TestIncus(RuntimeContract):
     async def test_a_frozen_tenant_says_so(self, runtime: IncusRuntime, tenant: Container) -> None:
         await asyncio.to_thread(environment.incus, "pause", tenant.name)
         with pytest.raises(TenantNotRunning, match="frozen"):
-            await runtime.exec(tenant.name, ExecSpec(("true",)))
-        assert (await runtime.get(tenant.name)).status == "frozen"
-        await runtime.start(tenant.name)
+            await runtime.commands.exec(tenant.name, ExecSpec(("true",)))
+        assert (await runtime.tenants.get(tenant.name)).status == "frozen"
+        await runtime.tenants.start(tenant.name)
         assert (await run(runtime, tenant.name, "true"))[0].code == 0
 
     async def test_a_tenant_destroyed_under_a_command_loses_it(
         self, runtime: IncusRuntime, tenant: Container
     ) -> None:
-        process = await runtime.exec(tenant.name, ExecSpec(("sh", "-c", "echo r; sleep 60")))
+        process = await runtime.commands.exec(tenant.name, ExecSpec(("sh", "-c", "echo r; sleep 60")))
         assert await process.read("stdout") == b"r\n"
-        await runtime.destroy(tenant.name)
+        await runtime.tenants.destroy(tenant.name)
         try:
             exit_, _ = await asyncio.wait_for(finish(process), 20)
         except Unavailable:
@@ -202,21 +202,21 @@ class TestIncus(RuntimeContract):
         environment.incus("profile", "remove", tenant.name, runtime._settings.profile, check=False)
         environment.incus("config", "set", tenant.name, "user.gateway.managed=false")
         with pytest.raises(NotFound):
-            await runtime.get(tenant.name)
+            await runtime.tenants.get(tenant.name)
         with pytest.raises(NotFound):
-            await runtime.exec(tenant.name, ExecSpec(("true",)))
-        assert tenant.name not in [found.name for found in await runtime.list()]
+            await runtime.commands.exec(tenant.name, ExecSpec(("true",)))
+        assert tenant.name not in [found.name for found in await runtime.tenants.list()]
 
     async def test_one_that_stops_is_there_all_the_while(
         self, runtime: IncusRuntime, tenant: Container
     ) -> None:
         """Incus itself lists it for a moment by its name alone, and cannot tell its state."""
-        for change in (runtime.stop, runtime.start, runtime.restart):
+        for change in (runtime.tenants.stop, runtime.tenants.start, runtime.tenants.restart):
             changing = asyncio.ensure_future(change(tenant.name))
             while not changing.done():
-                listed = [found.name for found in await runtime.list()]
+                listed = [found.name for found in await runtime.tenants.list()]
                 assert tenant.name in listed
-                assert (await runtime.get(tenant.name)).status in ("running", "stopped")
+                assert (await runtime.tenants.get(tenant.name)).status in ("running", "stopped")
             await changing
 
     async def test_no_cgroup_is_left_by_ended_commands(
@@ -230,7 +230,7 @@ class TestIncus(RuntimeContract):
 @pytest.fixture
 async def expecting(runtime: IncusRuntime, tenant: Container) -> AsyncIterator[str]:
     """A tenant for which shells of both kinds wait."""
-    with runtime.expect(tenant.name):
+    with runtime.commands.expect(tenant.name):
         await standing_by(runtime, tenant.name)
         yield tenant.name
     runtime.commands._warm_shells.drop(tenant.name)
@@ -252,14 +252,14 @@ class TestStandby:
     ) -> None:
         pids = await standing_by(runtime, expecting)
         script = "echo $$; pwd; id -un; echo $A; cat"
-        process = await runtime.exec(
+        process = await runtime.commands.exec(
             expecting, ExecSpec(("sh", "-c", script), cwd="/tmp", env={"A": "b"}, stdin=True)
         )
         await process.write(b"input")
         await process.close_stdin()
         _, outputs = await finish(process)
         assert outputs == [f"{pids[False]}\n/tmp\nsite\nb\ninput".encode(), b""]
-        terminal = await runtime.exec(
+        terminal = await runtime.commands.exec(
             expecting, ExecSpec(("sh", "-c", "echo $$; stty size"), pty=Pty(99, 33))
         )
         _, outputs = await finish(terminal)
@@ -281,7 +281,7 @@ class TestStandby:
 
     async def test_its_tree_dies_as_any_other(self, runtime: IncusRuntime, expecting: str) -> None:
         tree = Tree()
-        process = await runtime.exec(expecting, ExecSpec(("bash", "-c", tree.script)))
+        process = await runtime.commands.exec(expecting, ExecSpec(("bash", "-c", tree.script)))
         await tree.grown()
         assert (await process.kill(0)).survivors == 0
         assert tree.alive() == 0
@@ -295,7 +295,7 @@ class TestStandby:
         ):
             await standing_by(runtime, expecting)
             with pytest.raises(ExecFailed) as caught:
-                await runtime.exec(expecting, spec)
+                await runtime.commands.exec(expecting, spec)
             assert caught.value.facts["reason"] == reason
 
     async def test_one_that_died_is_replaced_without_a_word(
@@ -310,14 +310,14 @@ class TestStandby:
     async def test_a_pause_or_stop_gives_them_up(self, incus_settings: Settings, tenant: Container) -> None:
         async with IncusRuntime(incus_settings) as runtime:
             watching = asyncio.create_task(collect(runtime, []))
-            await until(lambda: runtime._watch.standing)
-            with runtime.expect(tenant.name):
+            await until(lambda: runtime.changes.standing)
+            with runtime.commands.expect(tenant.name):
                 await standing_by(runtime, tenant.name)
                 await asyncio.to_thread(environment.incus, "pause", tenant.name)
                 await until(lambda: not runtime.commands._warm_shells._waiting)
                 with pytest.raises(TenantNotRunning):
-                    await runtime.exec(tenant.name, ExecSpec(("true",)))
-                await runtime.start(tenant.name)
+                    await runtime.commands.exec(tenant.name, ExecSpec(("true",)))
+                await runtime.tenants.start(tenant.name)
                 await standing_by(runtime, tenant.name)  # again, before anything asks for them
                 assert (await run(runtime, tenant.name, "true"))[0].code == 0
             watching.cancel()
@@ -325,13 +325,13 @@ class TestStandby:
 
     async def test_none_is_left_after_the_end(self, incus_settings: Settings, tenant: Container) -> None:
         async with IncusRuntime(incus_settings) as runtime:
-            with runtime.expect(tenant.name):
+            with runtime.commands.expect(tenant.name):
                 await standing_by(runtime, tenant.name)
         assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*/*' -type d") == ""
 
 
 async def collect(runtime: IncusRuntime, seen: list[TenantEvent]) -> None:
-    async for event in runtime.watch():
+    async for event in runtime.changes.watch():
         seen.append(event)  # noqa: PERF401 - others look at the list while it grows
 
 
@@ -364,7 +364,7 @@ async def test_a_dead_incusd_is_told_and_its_return_found(
 
         watching = asyncio.create_task(collect(runtime, seen))
         await until(lambda: any(event.type == "gateway.resynced" for event in seen))
-        process = await runtime.exec(tenant.name, ExecSpec(("sh", "-c", "echo r; sleep 600")))
+        process = await runtime.commands.exec(tenant.name, ExecSpec(("sh", "-c", "echo r; sleep 600")))
         assert await process.read("stdout") == b"r\n"
         await incusd.kill()
         with pytest.raises(Unavailable):
@@ -372,7 +372,7 @@ async def test_a_dead_incusd_is_told_and_its_return_found(
         with pytest.raises(Unavailable):
             await runtime.ready()
         with pytest.raises(Unavailable):
-            await runtime.exec(tenant.name, ExecSpec(("true",)))
+            await runtime.commands.exec(tenant.name, ExecSpec(("true",)))
         # the tree is still there, and still ours to end: its cgroup needs no incusd
         await process.kill(0)
         seen.clear()
@@ -434,7 +434,8 @@ class TestUndo:
 
     @pytest.fixture(params=["create", "clone"])
     def make(self, request: pytest.FixtureRequest, runtime: IncusRuntime, tenant: Container, new: str) -> Any:
-        return lambda: runtime.create(new) if request.param == "create" else runtime.clone(tenant.name, new)
+        tenants = runtime.tenants
+        return lambda: tenants.create(new) if request.param == "create" else tenants.clone(tenant.name, new)
 
     @staticmethod
     def others(settings: Settings, name: str) -> str:
@@ -457,8 +458,8 @@ class TestUndo:
         with pytest.raises(Conflict):
             await make()
         assert uuid(new) == there[0]
-        assert [kept.name for kept in await runtime.snapshots(new)] == ["mine"]
-        await runtime.destroy(new)
+        assert [kept.name for kept in await runtime.snapshots.list(new)] == ["mine"]
+        await runtime.tenants.destroy(new)
         assert (await make()).status == "running"
 
     async def test_it_is_destroyed_and_made_anew_by_somebody_meanwhile(
@@ -480,16 +481,16 @@ class TestUndo:
         with pytest.raises(Conflict):
             await make()
         assert uuid(new) == there[0]
-        found = await runtime.get(new)
+        found = await runtime.tenants.get(new)
         assert (found.status, told) == ("stopped", [])
-        assert [kept.name for kept in await runtime.snapshots(new)] == ["mine"]
+        assert [kept.name for kept in await runtime.snapshots.list(new)] == ["mine"]
 
     async def test_a_destroy_is_of_the_tenant_that_was_there(
         self, incus_settings: Settings, monkeypatch: pytest.MonkeyPatch, runtime: IncusRuntime, new: str
     ) -> None:
         """One that an operator made while it was being stopped stays."""
         there: list[str] = []
-        await runtime.create(new)
+        await runtime.tenants.create(new)
 
         def remade() -> None:
             environment.incus("delete", "--force", new)
@@ -497,7 +498,7 @@ class TestUndo:
 
         Between(monkeypatch, runtime).after("PUT", f"/1.0/instances/{new}/state", remade)
         with pytest.raises(NotFound):
-            await runtime.destroy(new)
+            await runtime.tenants.destroy(new)
         assert uuid(new) == there[0]
 
     async def test_what_was_made_is_removed_and_told(
@@ -514,12 +515,12 @@ class TestUndo:
             raise Unavailable("broken")
 
         with monkeypatch.context() as patch:
-            patch.setattr(runtime, "start", broken)
+            patch.setattr(runtime.tenants, "start", broken)
             with pytest.raises(Unavailable, match="broken"):
-                await runtime.clone(tenant.name, new)
+                await runtime.tenants.clone(tenant.name, new)
         with pytest.raises(NotFound):
-            await runtime.get(new)
-        for work in (runtime.clone(tenant.name, new), runtime.create(new)):
+            await runtime.tenants.get(new)
+        for work in (runtime.tenants.clone(tenant.name, new), runtime.tenants.create(new)):
             begun = threading.Event()
             Between(monkeypatch, runtime).before(*MAKE, begun.set)
             task = asyncio.ensure_future(work)
@@ -528,7 +529,7 @@ class TestUndo:
             with pytest.raises(asyncio.CancelledError):
                 await asyncio.wait_for(task, 60)
             with pytest.raises(NotFound):
-                await runtime.get(new)
+                await runtime.tenants.get(new)
         assert [(one.tenant, one.name) for one in told] == [(new, new)] * 3
         assert [one.reason for one in told[::2]] == [
             f"the clone of {tenant.name} failed",
@@ -539,7 +540,7 @@ class TestUndo:
         self, monkeypatch: pytest.MonkeyPatch, runtime: IncusRuntime, new: str
     ) -> None:
         """What an operator changes between the look and the change stays."""
-        await runtime.create(new, start=False)
+        await runtime.tenants.create(new, start=False)
         environment.incus("config", "device", "add", new, "extra", "disk", "path=/mnt", "source=/tmp")
         Between(monkeypatch, runtime).before(
             "PUT", f"/1.0/instances/{new}", lambda: environment.incus("config", "set", new, "user.mine=there")
@@ -556,9 +557,9 @@ class TestUndo:
         """It is known before their network is up, and while they are stopped."""
         made = await make()
         assert made.address
-        await runtime.stop(new)
-        assert (await runtime.get(new)).address == made.address
-        await runtime.start(new)
+        await runtime.tenants.stop(new)
+        assert (await runtime.tenants.get(new)).address == made.address
+        await runtime.tenants.start(new)
         assert await asyncio.to_thread(Container(new).address) == made.address
 
 

@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 
+from gateway import runtime
 from gateway.errors import GatewayError, RateLimited, Unavailable
 from gateway.limits.capacity import Capacity, Memory, limit_of
-from gateway.runtime import Tenant, TenantRuntime
+from gateway.runtime import Tenant
 from gateway.settings import Settings
 from tests.waits import turn
 
@@ -18,7 +19,7 @@ GiB = 1 << 30
 
 
 class Tenants:
-    """A runtime that can only list tenants."""
+    """Tenants that can only be listed and stopped."""
 
     def __init__(self, **memory: str) -> None:
         self.of = {name: Tenant(name, "running", limits={"memory": limit}) for name, limit in memory.items()}
@@ -31,9 +32,9 @@ class Tenants:
         self.of[name] = Tenant(name, "stopped", limits=self.of[name].limits)
 
 
-def capacity(runtime: Tenants, total: int = 4 * GiB, available: int = 4 * GiB, **changes: Any) -> Capacity:
+def capacity(tenants: Tenants, total: int = 4 * GiB, available: int = 4 * GiB, **changes: Any) -> Capacity:
     settings = Settings(**{"overcommit": 1.0, **changes})
-    return Capacity(cast(TenantRuntime, runtime), settings, lambda: Memory(total, available))
+    return Capacity(cast(runtime.Tenants, tenants), settings, lambda: Memory(total, available))
 
 
 async def test_of_four_at_a_time_one_takes_the_last_place() -> None:

@@ -21,21 +21,21 @@ TOKEN = Token("who", frozenset({"shop"}), frozenset({"exec"}), int(time.time()) 
 
 
 class Silent:
-    """A runtime whose Incus does not answer."""
+    """The tenants of an Incus that does not answer."""
 
     async def get(self, tenant: str) -> Any:
         raise Unavailable("Incus does not answer")
 
 
 class Running:
-    """A runtime that has every tenant."""
+    """Every tenant."""
 
     async def get(self, tenant: str) -> Any:
         return SimpleNamespace(name=tenant)
 
 
 class Nothing:
-    """A runtime that has no tenant."""
+    """No tenant."""
 
     async def get(self, tenant: str) -> Any:
         raise NotFound("no such tenant")
@@ -47,7 +47,7 @@ def services() -> Any:
     return SimpleNamespace(
         cluster=SimpleNamespace(homes=SimpleNamespace(home=lambda name: peer)),
         names=SimpleNamespace(holder=lambda name: "an instance"),
-        runtime=Silent(),
+        runtime=SimpleNamespace(tenants=Silent()),
         settings=SimpleNamespace(origins=(), domain=None),
         verify=lambda raw: TOKEN,
         draining=False,
@@ -118,7 +118,7 @@ async def test_what_has_moved_here_meanwhile_is_to_be_asked_for_again() -> None:
     found.cluster.find_moved = nobody
     scope = {"type": "http", "scheme": "http", "headers": [], "client": ("192.0.2.1", 1)}
     relayed = _Relayed(app, found, scope, None, None)  # type: ignore[arg-type] # nothing is read or sent
-    for runtime, refused in ((Running(), Unavailable), (Nothing(), NotFound)):
-        found.runtime = runtime
+    for tenants, refused in ((Running(), Unavailable), (Nothing(), NotFound)):
+        found.runtime.tenants = tenants
         with pytest.raises(refused):
             await relayed._moved(Asked("tenant", "shop"), 1)

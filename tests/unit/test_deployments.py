@@ -46,7 +46,7 @@ class Told:
 class Nothing:
     """Sites and a Caddy with nothing to undo, and no copies."""
 
-    copies = None
+    copies = tenants = None
 
     def url(self, domain: str) -> str:
         return f"https://{domain}"
@@ -324,7 +324,7 @@ async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there() -> 
             raise NotFound("gone")
         return tenants[0]
 
-    runtime = SimpleNamespace(get=get)
+    runtime = SimpleNamespace(tenants=SimpleNamespace(get=get))
     context = cast(Context, SimpleNamespace(runtime=runtime, unwell=lambda *told: unwell.append(told)))
     record = Record("shop", "shop.test", "https://shop.test", "static", "me", instance="i-1")
     where = Exposure("10.0.0.2", 3000, "10.0.0.2:3000")

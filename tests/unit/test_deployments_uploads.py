@@ -127,6 +127,7 @@ class Pool:
 
     def __init__(self, left: int) -> None:
         self.left = left
+        self.usage = self
 
     async def space(self) -> Space:
         return Space(100, 100 - self.left)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,6 +97,7 @@ class Held:
 
     def __init__(self, mib: int) -> None:
         self.mib = mib
+        self.usage = self.snapshots = self
 
     async def space(self) -> None:
         return None
@@ -104,8 +105,8 @@ class Held:
     async def filesystem(self, tenant: str) -> None:
         raise NotFound("it is stopped")
 
-    async def snapshots(self, tenant: str) -> list[Snapshot]:
-        return []
+    async def list(self, tenant: str) -> Sequence[Snapshot]:
+        return ()
 
     async def held(self, tenant: str) -> int:
         return self.mib << 20

@@ -144,8 +144,8 @@ async def test_a_successor_that_came_while_the_gateway_was_away_is_told_apart(ga
     await gateway.stop()
     folder = Path(gateway.environment["GATEWAY_STATE_DIR"])
     async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
-        await runtime.destroy("demo")
-        await runtime.create("demo")
+        await runtime.tenants.destroy("demo")
+        await runtime.tenants.create("demo")
     await gateway.start()
     # it answers before it has looked: whose token is older than the end that it tells of gets a gap
     await replayed(gateway, "*", first - 1, 1, type="tenant.destroyed")

@@ -33,16 +33,17 @@ Make = Callable[..., Awaitable[Execs]]
 
 @pytest.fixture
 async def make(tmp_path: Path) -> AsyncIterator[Make]:
-    """Create a registry with these settings and a tenant `demo`; it is closed after the test."""
+    """Create a registry with these settings and the tenants `demo` and `other`; it is closed at the end."""
     opened: list[Any] = []
 
     async def make(**changes: Any) -> Execs:
         settings = Settings(runtime="local", state_dir=tmp_path, cancel_grace=0, **changes)
         runtime = await LocalRuntime(settings).__aenter__()
-        await runtime.create("demo")
+        for name in ("demo", "other"):
+            await runtime.tenants.create(name)
         store = await Store(tmp_path / "records").__aenter__()
         receipts = await Idempotency.opened(store, settings)
-        execs = Execs(runtime, Bus(MemoryJournal(1000)), receipts, settings)
+        execs = Execs(runtime.commands, Bus(MemoryJournal(1000)), receipts, settings)
         opened.extend((runtime, store, execs))
         return execs
 
@@ -123,7 +124,7 @@ async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp
     running.process.started_at -= 3600  # it runs for an hour
     began = running.process.started_at
     await until(lambda: len(noted(execs)) == 1)
-    again = Execs(execs._runtime, Bus(MemoryJournal(1000)), execs._idempotency, execs._settings)
+    again = Execs(execs._commands, Bus(MemoryJournal(1000)), execs._idempotency, execs._settings)
     seen = again._bus.subscribe(Filter(), 0)
     async with again:
         found = again.get("demo", running.id)
@@ -156,14 +157,14 @@ async def test_a_second_start_of_the_same_id_survives_the_first_ones_cancel(
     """A caller waiting for a cancelled start gets an answer and may start again."""
     execs = await make()
     entered = asyncio.Event()
-    real = execs._runtime.exec
+    real = execs._commands.exec
 
     async def slow(name: str, spec: ExecSpec) -> Process:
         entered.set()
         await asyncio.Event().wait()
         return await real(name, spec)
 
-    monkeypatch.setattr(execs._runtime, "exec", slow)
+    monkeypatch.setattr(execs._commands, "exec", slow)
     first = asyncio.create_task(execs.start("demo", ExecSpec(("true",)), exec_id="same"))
     await entered.wait()
     second = asyncio.create_task(execs.start("demo", ExecSpec(("true",)), exec_id="same"))
@@ -486,7 +487,6 @@ async def test_reader_loses_nothing_that_it_was_not_sent_where_the_share_is_full
 
 async def test_ended_commands_of_one_tenant_push_out_their_own_output_first(make: Make) -> None:
     execs = await make(exec_keep_bytes=100_000)
-    await execs._runtime.create("other")
     theirs = await execs.start("other", ExecSpec(("sh", "-c", "printf %02000d 1")))
     await theirs.ended
     mine = [await ended(execs, "sh", "-c", "printf %050000d 1") for _ in range(4)]

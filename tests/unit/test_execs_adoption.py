@@ -29,6 +29,8 @@ from gateway.runtime import Adopted
 from gateway.runtime.incus import commands
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local.commands import LocalCommands
+from gateway.runtime.local.disks import LocalDisks
 from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.shells.record import mark
@@ -104,11 +106,11 @@ PURPOSE = {
 }
 
 
-class Adopting(LocalRuntime):
-    """The local runtime, but adopting held commands of containers."""
+class HeldCommands(LocalCommands):
+    """Commands of the local runtime, but adopting held ones of containers."""
 
-    def __init__(self, settings: Settings, holder: Holder) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, disks: LocalDisks, holder: Holder) -> None:
+        super().__init__(settings, disks)
 
         async def none(name: str) -> int:
             return 0
@@ -117,6 +119,14 @@ class Adopting(LocalRuntime):
 
     async def adopt(self) -> Sequence[Adopted]:
         return await self._held.adopt()
+
+
+class Adopting(LocalRuntime):
+    """The local runtime, but adopting held commands of containers."""
+
+    def __init__(self, settings: Settings, holder: Holder) -> None:
+        super().__init__(settings)
+        self.commands = HeldCommands(settings, self.disks, holder)
 
 
 @pytest.fixture
@@ -169,7 +179,7 @@ async def test_an_ended_command_is_kept_with_its_output_and_its_end(settings: Se
     async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
         async with Store(settings.state_dir / "records") as store:
             receipts = await Idempotency.opened(store, settings)
-            async with Execs(runtime, Bus(MemoryJournal(100)), receipts, settings) as execs:
+            async with Execs(runtime.commands, Bus(MemoryJournal(100)), receipts, settings) as execs:
                 await is_whole(execs)
                 execs.forget_tenant("demo")
                 await until(lambda: held_at(settings.holder_socket) == 0)
@@ -185,7 +195,7 @@ async def test_a_command_that_has_just_ended_is_kept_too(settings: Settings) -> 
         Store(settings.state_dir / "records") as store,
     ):
         receipts = await Idempotency.opened(store, settings)
-        async with Execs(runtime, Bus(MemoryJournal(100)), receipts, settings) as execs:
+        async with Execs(runtime.commands, Bus(MemoryJournal(100)), receipts, settings) as execs:
             await is_whole(execs)
             await until(shell.hung_up)
             assert held_at(settings.holder_socket) == 1
@@ -212,7 +222,7 @@ async def test_a_command_that_goes_on_is_sent_to_the_next_holder_alone(
             Store(settings.state_dir / "records") as store,
         ):
             receipts = await Idempotency.opened(store, settings)
-            async with Execs(runtime, Bus(MemoryJournal(100)), receipts, settings) as execs:
+            async with Execs(runtime.commands, Bus(MemoryJournal(100)), receipts, settings) as execs:
                 exec_ = execs.get("demo", "mine")
                 assert exec_.state == "running"
                 assert not sent
@@ -244,7 +254,7 @@ async def test_facts_of_any_kind_are_taken_over_or_let_go_of(settings: Settings)
     async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
         async with Store(settings.state_dir / "records") as store:
             receipts = await Idempotency.opened(store, settings)
-            async with Execs(runtime, Bus(MemoryJournal(1000)), receipts, settings) as execs:
+            async with Execs(runtime.commands, Bus(MemoryJournal(1000)), receipts, settings) as execs:
                 kept = sum(len(execs.list(tenant)) for tenant in {"demo", "x", "", "None"})
                 assert 0 < kept < 151
         await until(lambda: held_at(settings.holder_socket) < 151)
@@ -256,14 +266,14 @@ async def taken_over(settings: Settings) -> AsyncIterator[dict[str, Shell]]:
     """Go on with the commands of Bash that are held, as in one session; yields those by exec."""
     async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
         with contextlib.suppress(Conflict):
-            await runtime.create("demo")
+            await runtime.tenants.create("demo")
         async with (
             Store(settings.state_dir / "records") as store,
-            Workers(settings, tenants=runtime.tenants) as workers,
+            Workers(settings, tenants=runtime.locations) as workers,
         ):
             receipts = await Idempotency.opened(store, settings)
             async with (
-                Execs(runtime, Bus(MemoryJournal(1000)), receipts, settings) as execs,
+                Execs(runtime.commands, Bus(MemoryJournal(1000)), receipts, settings) as execs,
                 Shells(execs, workers, settings) as shells,
             ):
                 session, found = ToolSession(lifetime="named", name="agent"), dict[str, Shell]()
@@ -385,7 +395,7 @@ async def test_a_call_whose_command_had_not_begun_is_made_again(
             await forget(key)
 
         monkeypatch.setattr(receipts, "forget", held)
-        async with Execs(runtime, bus, receipts, settings) as execs:
+        async with Execs(runtime.commands, bus, receipts, settings) as execs:
             assert execs.list("demo") == []
             for key in keys:
                 assert await receipts.result(key, asked) is None
@@ -403,7 +413,7 @@ async def test_a_shell_that_waited_for_its_command_ends_without_a_word(
         Adopting(settings, holder) as runtime,
     ):
         before = len(os.listdir("/proc/self/fd"))
-        assert await runtime.adopt() == []
+        assert await runtime.commands.adopt() == []
         await until(lambda: held_at(settings.holder_socket) == 0)
         await until(shell.hung_up)
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
@@ -422,7 +432,7 @@ async def test_shells_that_do_not_begin_hold_up_a_start_once(
         Adopting(settings, holder) as runtime,
     ):
         async with asyncio.timeout(5):
-            assert await runtime.adopt() == []
+            assert await runtime.commands.adopt() == []
         await until(lambda: held_at(settings.holder_socket) == 0)
         await until(lambda: all(shell.hung_up() for shell in shells))
     assert len(caplog.records) == 20

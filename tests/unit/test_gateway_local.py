@@ -106,7 +106,7 @@ class TestLocalLife(LifeContract):
         name = f"fresh-{mark()}"
         folder = Path(gateway.environment["GATEWAY_STATE_DIR"])
         async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
-            await runtime.create(name)
+            await runtime.tenants.create(name)
         return name
 
     async def log(self, gateway: LiveGateway, tenant: str, line: str) -> None:

@@ -29,7 +29,7 @@ async def tenant(gateway: LiveGateway) -> str:
     name = f"t-{mark()}"
     folder = Path(gateway.environment["GATEWAY_STATE_DIR"])
     async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
-        await runtime.create(name)
+        await runtime.tenants.create(name)
     return name
 
 

@@ -16,6 +16,8 @@ from tests.waits import turn
 class Asleep:
     """A Caddy whose sites all sleep, and domains whose owner is not found out."""
 
+    tenants = usage = None
+
     def get(self, domain: str) -> str:
         return domain
 

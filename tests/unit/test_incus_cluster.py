@@ -165,12 +165,13 @@ def test_a_member_hears_of_its_own_instances_and_of_what_is_common(event: Any, h
 async def test_a_tenant_that_is_elsewhere_is_not_gone(tmp_path: Path) -> None:
     """`NotFound` would have its records forgotten."""
     runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=Cluster({"cafe": "m2"}))
-    for asking in (runtime.get("cafe"), runtime.filesystem("cafe"), runtime.init_pid("cafe")):
+    init_pid = runtime.containers.init_pid
+    for asking in (runtime.tenants.get("cafe"), runtime.filesystem("cafe"), init_pid("cafe")):
         with pytest.raises(OnAnotherServer) as caught:
             await asking
         assert caught.value.facts == {"reason": "elsewhere", "location": "m2"}
     with pytest.raises(NotFound):
-        await runtime.get("nobody")
+        await runtime.tenants.get("nobody")
 
 
 async def test_only_what_is_nowhere_any_more_is_told_as_destroyed(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ async def test_only_what_is_nowhere_any_more_is_told_as_destroyed(tmp_path: Path
     told = list[tuple[str, str | None]]()
 
     async def watch() -> None:
-        async for event in runtime.watch():
+        async for event in runtime.changes.watch():
             told.append((event.type, event.tenant))
 
     watching = asyncio.create_task(watch())
@@ -207,7 +208,7 @@ async def test_without_a_quorum_nobody_is_told_as_destroyed(tmp_path: Path) -> N
     told = list[str]()
 
     async def watch() -> None:
-        async for event in runtime.watch():
+        async for event in runtime.changes.watch():
             told.append(event.type)
 
     watching = asyncio.create_task(watch())

@@ -264,13 +264,13 @@ async def test_what_a_move_does_is_not_told_as_renamed_nor_destroyed(tmp_path: P
     told: list[tuple[str, str | None]] = []
 
     async def watch() -> None:
-        async for event in runtime.watch():
+        async for event in runtime.changes.watch():
             told.append((event.type, event.tenant))  # noqa: PERF401 - it never ends
 
     watching = asyncio.create_task(watch())
     try:
         await until(lambda: told == [("gateway.resynced", None)])
-        runtime.leaving.add("shop")
+        runtime.containers.leaving.add("shop")
         old.all["Moved-7"] = old.all.pop("shop") | {"config": {"user.gateway.managed": "false"}}
 
         def tell(action: str, name: str, **more: Any) -> None:
@@ -293,9 +293,9 @@ async def test_what_a_move_does_is_not_told_as_renamed_nor_destroyed(tmp_path: P
 async def test_nobody_opens_the_files_of_one_that_leaves(tmp_path: Path, old: Member) -> None:
     """A write would be on the old disk, after the last copy of it."""
     runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=old)
-    runtime.leaving.add("shop")
+    runtime.containers.leaving.add("shop")
     with pytest.raises(Unavailable) as refused:
         await runtime.filesystem("shop")
     assert refused.value.facts["reason"] == "moving"
     with pytest.raises(NotFound):
-        await runtime.get("nobody")
+        await runtime.tenants.get("nobody")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -64,7 +65,7 @@ class Gateway:
         self.resynced = asyncio.Event()
 
     async def follow(self) -> None:
-        runtime = cast(TenantRuntime, self.tenants)
+        runtime = cast(TenantRuntime, SimpleNamespace(tenants=self.tenants, changes=self.tenants))
         async for event in self.names.watch(runtime):
             if event.ended is not None:
                 self.ended.append(event.ended)

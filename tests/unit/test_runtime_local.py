@@ -13,7 +13,7 @@ import pytest
 
 from gateway.deployments.entries import Entry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
-from gateway.runtime.local import LocalRuntime, LocalSites, tenants
+from gateway.runtime.local import LocalRuntime, LocalSites, disks
 from gateway.runtime.local.folders import unpack
 from gateway.runtime.sites import Order, Recipe
 from gateway.settings import Settings
@@ -26,7 +26,7 @@ _fresh = itertools.count()
 async def runtime(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalRuntime]:
     settings = Settings(runtime="local", state_dir=tmp_path_factory.mktemp("state"))
     async with LocalRuntime(settings) as runtime:
-        await runtime.create("demo")
+        await runtime.tenants.create("demo")
         yield runtime
 
 
@@ -51,7 +51,7 @@ class TestLocal(RuntimeContract):
         from tests.contracts.runtime import finish
 
         monkeypatch.setenv("GATEWAY_SECRET", "told to nobody")
-        _, outputs = await finish(await runtime.exec(name, ExecSpec(("env",))))
+        _, outputs = await finish(await runtime.commands.exec(name, ExecSpec(("env",))))
         assert b"told to nobody" not in outputs[0]
 
 
@@ -62,7 +62,7 @@ class TestUndo:
     async def test_a_copy_that_fails_leaves_no_tenant(
         self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch, fails: str
     ) -> None:
-        real = tenants._copy
+        real = disks._copy
 
         async def copy(source: Path, target: Path) -> None:
             if fails == "after":
@@ -70,43 +70,43 @@ class TestUndo:
             raise Unavailable("broken")
 
         with monkeypatch.context() as patch:
-            patch.setattr(tenants, "_copy", copy)
+            patch.setattr(disks, "_copy", copy)
             with pytest.raises(Unavailable):
-                await runtime.clone("demo", fresh)
-        assert [path.name for path in runtime._home.iterdir() if fresh in path.name] == []
-        assert (await runtime.clone("demo", fresh)).status == "running"
+                await runtime.tenants.clone("demo", fresh)
+        assert [path.name for path in runtime.disks.home.iterdir() if fresh in path.name] == []
+        assert (await runtime.tenants.clone("demo", fresh)).status == "running"
 
     async def test_the_name_is_taken_after_it_was_looked_for(
         self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = tenants._copy
+        real = disks._copy
 
         async def copy(source: Path, target: Path) -> None:
             await real(source, target)
-            await runtime.create(fresh, domain="theirs.example.com")
+            await runtime.tenants.create(fresh, domain="theirs.example.com")
 
         with monkeypatch.context() as patch:
-            patch.setattr(tenants, "_copy", copy)
+            patch.setattr(disks, "_copy", copy)
             with pytest.raises(Conflict):
-                await runtime.clone("demo", fresh)
-        assert (await runtime.get(fresh)).domain == "theirs.example.com"
-        assert [path.name for path in runtime._home.iterdir() if fresh in path.name] == [fresh]
+                await runtime.tenants.clone("demo", fresh)
+        assert (await runtime.tenants.get(fresh)).domain == "theirs.example.com"
+        assert [path.name for path in runtime.disks.home.iterdir() if fresh in path.name] == [fresh]
 
     async def test_a_destroy_is_of_the_tenant_that_was_there(
         self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = runtime.stop
-        await runtime.create(fresh)
+        real = runtime.tenants.stop
+        await runtime.tenants.create(fresh)
 
         async def stop(name: str) -> None:
-            monkeypatch.setattr(runtime, "stop", real)
-            await runtime.destroy(name)
-            await runtime.create(name, domain="theirs.example.com")
+            monkeypatch.setattr(runtime.tenants, "stop", real)
+            await runtime.tenants.destroy(name)
+            await runtime.tenants.create(name, domain="theirs.example.com")
 
-        monkeypatch.setattr(runtime, "stop", stop)
+        monkeypatch.setattr(runtime.tenants, "stop", stop)
         with pytest.raises(NotFound):
-            await runtime.destroy(fresh)
-        assert (await runtime.get(fresh)).domain == "theirs.example.com"
+            await runtime.tenants.destroy(fresh)
+        assert (await runtime.tenants.get(fresh)).domain == "theirs.example.com"
 
 
 async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
@@ -130,7 +130,7 @@ async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
         assert found == ["data/db", "data/late", "new", "stays"]
     finally:
         await sites.remove("d-1")
-    assert fresh not in [tenant.name for tenant in await runtime.list()]
+    assert fresh not in [tenant.name for tenant in await runtime.tenants.list()]
 
 
 async def test_the_oldest_kept_sites_make_room_until_one_is_left(runtime: LocalRuntime, fresh: str) -> None:

@@ -43,7 +43,7 @@ async def test_a_cancel_while_instances_are_listed_is_not_lost(tmp_path: Path) -
     runtime = IncusRuntime(Settings(state_dir=tmp_path, reconcile_interval=0.01), incus=slow)
 
     async def watch() -> None:
-        async for _ in runtime.watch():
+        async for _ in runtime.changes.watch():
             pass
 
     watching = asyncio.create_task(watch())
@@ -83,7 +83,7 @@ async def test_the_end_of_the_first_tenant_is_told(tmp_path: Path) -> None:
     runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=Passing())
     told = []
     async with asyncio.timeout(30):
-        async for event in runtime.watch():
+        async for event in runtime.changes.watch():
             told.append(event.type)
             if event.type == "tenant.destroyed":
                 break

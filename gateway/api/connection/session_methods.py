@@ -44,7 +44,7 @@ class SessionMethods(Family):
         peer.become(token)  # before the waits too: no stranger takes its place
         if before is None:  # else the route has looked, before it accepted the socket
             try:
-                await hub.runtime.get(self._tenant)
+                await hub.runtime.tenants.get(self._tenant)
             except NotFound:
                 hub.elsewhere(self._tenant)
                 raise
@@ -79,7 +79,7 @@ class SessionMethods(Family):
     def _expect_execs(self, token: Token) -> None:
         self._expecting.close()
         if token.allows("exec"):
-            self._expecting.enter_context(self._hub.runtime.expect(self._tenant))
+            self._expecting.enter_context(self._hub.runtime.commands.expect(self._tenant))
 
     async def _ping(self, params: protocol.NoParams) -> Answer:
         return Answer({})

@@ -85,7 +85,8 @@ async def publish(request: Request) -> Response:
     key = idempotency_key(request)
     gateway = services(request)
     domain = normalized(body.domain)
-    if domain == (await gateway.runtime.get(name)).domain or name == (body.tenant or tenant_name(domain)):
+    served = (await gateway.runtime.tenants.get(name)).domain
+    if domain == served or name == (body.tenant or tenant_name(domain)):
         raise InvalidParams(
             f"{body.domain[:80]} is where {name} itself is served; name another domain to publish it at",
             field="domain",

@@ -48,7 +48,7 @@ async def sleep(request: Request) -> Response:
 
     async def work(_: Lifecycle, ask: Ask) -> Mapping[str, Any]:
         await gateway.idle.sleep(ask.tenant)
-        return described(await gateway.runtime.get(ask.tenant), gateway.settings)
+        return described(await gateway.runtime.tenants.get(ask.tenant), gateway.settings)
 
     return await _change(request, "sleep", work)
 

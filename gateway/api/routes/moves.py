@@ -47,7 +47,7 @@ async def move(request: Request) -> Response:
 async def last(request: Request) -> Response:
     """Return the move of a tenant that is under way, or its last one."""
     gateway, name, _ = _operated(request)
-    await gateway.runtime.get(name)  # raises where there is none
+    await gateway.runtime.tenants.get(name)  # raises where there is none
     found = await _departures(gateway).last(name)
     if found is None:
         raise NotFound(f"{name} was never moved from or to this member")

@@ -67,7 +67,7 @@ async def agent_token(request: Request) -> Response:
     name, token = for_tenant(request, None)
     if gateway.settings.agent_url is None:
         raise NotFound("this gateway offers no agent: GATEWAY_AGENT_URL is not set", reason="off")
-    await gateway.runtime.get(name)  # raises if it does not exist
+    await gateway.runtime.tenants.get(name)  # raises if it does not exist
     raw, granted = tokens.for_agent(gateway.secret, token, name, gateway.settings.agent_token_ttl)
     await gateway.audit.note(token.subject, "tenant.agent.token", name, operator=token.operates)
     said: AgentToken = {

@@ -26,7 +26,7 @@ async def index(request: Request) -> Response:
     """Return the tenants that the token covers, sorted by name."""
     gateway, token = services(request), with_token(request, None)
     query = queried(request, TenantsQuery)
-    here, others = await asyncio.gather(gateway.runtime.list(), elsewhere(request))
+    here, others = await asyncio.gather(gateway.runtime.tenants.list(), elsewhere(request))
     own = (described(tenant, gateway.settings) for tenant in here if token.covers(tenant.name))
     silent = unheard(request, token, others)
     # where two have one name it is about to move: the last word has whoever serves it, the first who is away
@@ -42,8 +42,8 @@ async def show(request: Request) -> Response:
     """Return a tenant and what it uses."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
-    tenant = await gateway.runtime.get(name)
-    usage = await gateway.runtime.metrics(name) if tenant.status == "running" else None
+    tenant = await gateway.runtime.tenants.get(name)
+    usage = await gateway.runtime.usage.metrics(name) if tenant.status == "running" else None
     standing = gateway.standing
     standby = {} if standing is None else {"standby": standing.standby.of(name)}
     return as_json(described(tenant, gateway.settings) | {"usage": usage} | standby)
@@ -52,14 +52,14 @@ async def show(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Return what a tenant uses."""
     name, _ = for_tenant(request, None)
-    return as_json(await services(request).runtime.metrics(name))
+    return as_json(await services(request).runtime.usage.metrics(name))
 
 
 async def site(request: Request) -> Response:
     """Request the tenant's site under its domain, and return whether it answers."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
-    tenant = await gateway.runtime.get(name)  # raises where there is none
+    tenant = await gateway.runtime.tenants.get(name)  # raises where there is none
     return as_json(await gateway.health.now(tenant.name))
 
 
@@ -67,7 +67,7 @@ async def ports(request: Request) -> Response:
     """Return the ports on which the tenant's processes listen. Runs nothing inside the tenant."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
-    await gateway.runtime.get(name)  # raises where there is none
+    await gateway.runtime.tenants.get(name)  # raises where there is none
     found = sorted(await gateway.sites.listening(name), key=lambda one: (one.port, one.address))
     said: Ports = {"ports": [{"port": one.port, "address": one.address} for one in found[:_LISTENED]]}
     return as_json(said)
@@ -77,7 +77,7 @@ async def preview_key(request: Request) -> Response:
     """Return a key with which the site's pages report their errors to the requesting page."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
-    tenant = await gateway.runtime.get(name)
+    tenant = await gateway.runtime.tenants.get(name)
     key, ends = gateway.previews.key(tenant.domain, preview.origin_of(request.headers.get("origin")))
     said: PreviewKey = {"parameter": preview.PARAMETER, "key": key, "expires": ends}
     return as_json(said)

@@ -62,7 +62,7 @@ async def mcp(request: Request) -> Response:
     if gateway.mcp is None:
         missing = NotFound("this gateway serves no MCP: install its extra mcp and start it again")
         return problem(missing, 501)
-    await gateway.runtime.get(name)
+    await gateway.runtime.tenants.get(name)
     await using_tenant(request, None)
     return _McpAnswer(gateway.mcp, name, token, await raw_body(request, token))
 
@@ -84,7 +84,7 @@ async def exec(request: Request) -> Response:
     check_serving(request)
     body = await validated(request, token, ExecBody)
     room = request.scope[USES].enter_context(request.scope[SHARE].lease())
-    with gateway.runtime.expect(name):  # a caller that asks once is likely to ask again
+    with gateway.runtime.commands.expect(name):  # a caller that asks once is likely to ask again
         work = run(gateway.execs, name, body, gateway.settings, token.subject, room)
         return InParts(await unless_gone(request, work), gateway.settings.body_timeout)
 

@@ -32,7 +32,7 @@ async def connect(websocket: WebSocket) -> None:
         token = None if raw is None else gateway.verify(raw)
         check_covered(token, name)
         if token is not None:
-            await gateway.runtime.get(name)
+            await gateway.runtime.tenants.get(name)
     except GatewayError as error:
         await refuse(websocket, close_code(error), error.message)
         return

@@ -56,7 +56,7 @@ def is_ours(command: list[str]) -> bool:
 
 
 class Commands:
-    """Commands of one gateway in the containers of one Incus.
+    """Commands of one gateway in the containers of one Incus; see `gateway.runtime.Commands`.
 
     `init_pid` returns the host pid of a container's init process, 0 if it is not running, and raises
     `NotFound`.
@@ -123,6 +123,11 @@ class Commands:
 
     def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._warm_shells.expect(name)
+
+    def logs(self, lines: int, follow: bool) -> ExecSpec:
+        argv = ["journalctl", "--unit=site.service", f"--lines={lines}", "--output=short-iso", "--quiet"]
+        argv += ["--no-pager", "--no-hostname", "--all", *(["--follow"] if follow else [])]
+        return ExecSpec(tuple(argv), user="root")
 
     async def expected(self) -> None:
         """Return once shells wait wherever commands are expected; after a moment in any case."""

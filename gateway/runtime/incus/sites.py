@@ -38,8 +38,8 @@ from gateway.runtime.incus.records import (
     lacks_address,
     status_of,
 )
+from gateway.runtime.incus.runtime import IncusRuntime
 from gateway.runtime.incus.service_unit import NAMES
-from gateway.runtime.incus.tenants import IncusRuntime
 from gateway.runtime.incus.uploads import CONTENT
 from gateway.runtime.listening import Listener, of_network
 from gateway.runtime.sites import (

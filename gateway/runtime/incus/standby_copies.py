@@ -32,7 +32,7 @@ from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.creation import STATIC, identity_of
 from gateway.runtime.incus.disks import OURS, Disks
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.tenants import IncusRuntime
+from gateway.runtime.incus.runtime import IncusRuntime
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
@@ -63,7 +63,7 @@ _LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "insta
 
 
 class Tenants(Protocol):
-    """Tells which instances are tenants; implemented by `IncusRuntime`."""
+    """Tells which instances are tenants; implemented by `IncusTenants`."""
 
     async def list(self, *, addresses: bool = True) -> list[Tenant]: ...
 
@@ -71,27 +71,31 @@ class Tenants(Protocol):
 
 
 class Watch:
-    """The events of one Incus project.
+    """The changes of one Incus project's tenants; see `gateway.runtime.Changes`.
 
     `changed` is called with the name of each tenant that may have changed, and with None if any may have.
-    `standing` tells whether the event stream is connected, so that changes will be reported.
+    `leaving` are tenants on their way to another member: that they are gone is no destruction. `standing`
+    tells whether the event stream is connected, so that changes will be reported.
     """
 
     def __init__(
-        self, settings: Settings, incus: Incus, tenants: Tenants, changed: Callable[[str | None], None]
+        self,
+        settings: Settings,
+        incus: Incus,
+        tenants: Tenants,
+        changed: Callable[[str | None], None],
+        leaving: Collection[str],
     ) -> None:
         self._settings, self._incus = settings, incus
-        self._tenants, self._changed = tenants, changed
+        self._tenants, self._changed, self._leaving = tenants, changed, leaving
         self.standing = False
-        self.leaving: set[str] = set()
-        """Tenants on their way to another member: that they are gone is no destruction."""
-        self._stream: AsyncGenerator[dict[str, Any], None] | None = None  # connected ahead of `events`
+        self._stream: AsyncGenerator[dict[str, Any], None] | None = None  # connected ahead of `watch`
         self._told: deque[str] = deque(maxlen=_TOLD)
         self._skip = frozenset[str]()
         self._ends: dict[str, datetime] = {}  # time of destruction by name, latest last
 
     async def prepare(self) -> None:
-        """Connect the event stream ahead of `events`, which begins with what comes from now on.
+        """Connect the event stream ahead of `watch`, which begins with what comes from now on.
 
         Raises `IncusError`.
         """
@@ -101,7 +105,7 @@ class Watch:
 
     @property
     def told(self) -> Sequence[str]:
-        """The marks of the latest events that `events` has yielded all changes of."""
+        """The marks of the latest events that `watch` has yielded all changes of."""
         return tuple(self._told)
 
     def skip(self, told: Sequence[str]) -> None:
@@ -115,7 +119,7 @@ class Watch:
         prepared, self._stream = self._stream, None
         return _connected(prepared)
 
-    async def events(self) -> AsyncIterator[TenantEvent]:
+    async def watch(self) -> AsyncIterator[TenantEvent]:
         """Yield the tenants' events forever.
 
         Incus replays nothing: after each gap the instances are listed and the differences yielded, followed
@@ -183,7 +187,9 @@ class Watch:
         changes = [] if known is None else differences(known, now)
         for change in changes:
             self._changed(change.tenant or "")
-        changes = [one for one in changes if one.type != "tenant.destroyed" or one.tenant not in self.leaving]
+        changes = [
+            one for one in changes if one.type != "tenant.destroyed" or one.tenant not in self._leaving
+        ]
         gone = [change for change in changes if change.type == "tenant.destroyed"]
         if gone and await self._incus.member():
             # one that left this server of a cluster is not destroyed while there is one of its name

@@ -14,9 +14,8 @@ from typing import Final
 
 from gateway.bounds import aside
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.runtime import ExecSpec, Process
+from gateway.runtime import Commands, ExecSpec, Process
 from gateway.runtime.listening import of_tree
-from gateway.runtime.local.runtime import LocalRuntime
 from gateway.runtime.sites import Service
 
 log = logging.getLogger(__name__)
@@ -30,11 +29,11 @@ _PORTS: Final = range(20_000, 32_000)  # below net.ipv4.ip_local_port_range
 class LocalService:
     """A site's process, restarted whenever it ends."""
 
-    def __init__(self, runtime: LocalRuntime, tenant: str, spec: ExecSpec, port: int) -> None:
+    def __init__(self, commands: Commands, tenant: str, spec: ExecSpec, port: int) -> None:
         self.port = port
         self._restarts, self._started = 0, 0.0
         self._process: Process | None = None  # while it runs
-        self._runtime, self._tenant, self._spec = runtime, tenant, spec
+        self._commands, self._tenant, self._spec = commands, tenant, spec
         self._said = b""
         self._task: asyncio.Task[None] | None = None
 
@@ -65,7 +64,7 @@ class LocalService:
         return Service("running", self._restarts, self._started, cpu=cpu, listens=listens)
 
     async def _begin(self) -> Process:
-        process = self._process = await self._runtime.exec(self._tenant, self._spec)
+        process = self._process = await self._commands.exec(self._tenant, self._spec)
         self._started = time.monotonic()
         return process
 

@@ -95,16 +95,16 @@ class LocalSites:
             await self._stop(*key)
 
     async def create(self, tenant: str, order: Order) -> Source:
-        await self._runtime.make(tenant, order.domain, site={"deployment": order.deployment})
-        await self._runtime.start(tenant)
+        await self._runtime.tenants.make(tenant, order.domain, site={"deployment": order.deployment})
+        await self._runtime.tenants.start(tenant)
         return "folder"
 
     async def remove(self, deployment: str) -> None:
-        for tenant in await self._runtime.list():
+        for tenant in await self._runtime.tenants.list():
             if self._folders.noted(tenant.name).get("deployment") != deployment:
                 continue
             await self._stop(tenant.name, "live")
-            if await self._runtime.remove(tenant.name, tenant.instance):
+            if await self._runtime.tenants.remove(tenant.name, tenant.instance):
                 why = f"deployment {deployment} was undone"
                 await self._runtime.removed(Removal(tenant.name, tenant.name, tenant.instance or "", why))
 
@@ -139,7 +139,7 @@ class LocalSites:
         if not recipe.install:
             return
         spec = ExecSpec(recipe.install, cwd=str(self._folders.of(tenant, side)), env={"CI": "1"}, merged=True)
-        process = await self._runtime.exec(tenant, spec)
+        process = await self._runtime.commands.exec(tenant, spec)
         try:
             async with asyncio.timeout(self._settings.install_timeout):
                 said = await lines(process, say, self._settings.install_log, self._settings.install_output)
@@ -166,11 +166,11 @@ class LocalSites:
         told = {"PORT": str(port), "HOST": "127.0.0.1", "NODE_ENV": "development"}
         told = await self._allowed(tenant) | env | told
         spec = ExecSpec(recipe.command(port), cwd=str(self._folders.of(tenant, side)), env=told, merged=True)
-        service = LocalService(self._runtime, tenant, spec, port)
+        service = LocalService(self._runtime.commands, tenant, spec, port)
         await service.start()
         self._services[tenant, side] = service
         if side == "live":
-            self._runtime.set_site(tenant, port=port)
+            self._runtime.tenants.set_site(tenant, port=port)
             self._folders.note(tenant, **started_by(recipe))
 
     async def restart(self, tenant: str) -> None:
@@ -185,7 +185,7 @@ class LocalSites:
         return  # every start reads the tenant's domain
 
     async def _allowed(self, tenant: str) -> dict[str, str]:
-        domain = (await self._runtime.get(tenant)).domain
+        domain = (await self._runtime.tenants.get(tenant)).domain
         return {} if domain is None else {ALLOWED: domain}
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
@@ -244,7 +244,7 @@ class LocalSites:
             self._folders.note(tenant, env_next=None, before=None, taken=None)
 
     async def finish(self, tenant: str, order: Order) -> None:
-        self._runtime.set_site(tenant, domain=order.domain)
+        self._runtime.tenants.set_site(tenant, domain=order.domain)
         self._folders.note(tenant, deployment=None, health=order.recipe.health)
 
     async def service(self, tenant: str, side: Side) -> Service | None:
@@ -267,7 +267,7 @@ class LocalSites:
 
     async def listed(self) -> Sequence[Site]:
         sites = []
-        for tenant in await self._runtime.list():
+        for tenant in await self._runtime.tenants.list():
             if tenant.domain is None:
                 continue
             service = self._services.get((tenant.name, "live"))

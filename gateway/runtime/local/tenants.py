@@ -1,192 +1,110 @@
-"""Tenants of the `local` runtime on disk: a folder each, with its record, its disk and its snapshots.
-
-`tenants/NAME` has `tenant.json`, `root` and `snapshots/SNAPSHOT`. Whatever is incomplete begins with a dot.
-"""
+"""Tenants of the local runtime: create, change, start, stop and remove them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
-import secrets
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from gateway.errors import Conflict, NotFound, Unavailable
-from gateway.runtime import Snapshot, Tenant
+from gateway.errors import InvalidParams, NotFound
+from gateway.runtime import Tenant
+from gateway.runtime.local.changes import LocalChanges
+from gateway.runtime.local.commands import LocalCommands
+from gateway.runtime.local.disks import LocalDisks
+from gateway.settings import Settings
 
 
 class LocalTenants:
-    """The tenants in one folder. Unknown names raise `NotFound`."""
+    """Implements `gateway.runtime.Tenants`. A tenant runs if its record says so."""
 
-    def __init__(self, home: Path, member: str) -> None:
-        """`member` is the server that they are on."""
-        self.home = home
-        self._member = member
+    def __init__(
+        self, settings: Settings, disks: LocalDisks, commands: LocalCommands, changes: LocalChanges
+    ) -> None:
+        self._settings, self._disks = settings, disks
+        self._commands, self._changes = commands, changes
 
-    def list(self) -> list[Tenant]:
-        return [
-            self.get(folder.name)
-            for folder in sorted(self.home.iterdir())
-            if not folder.name.startswith(".") and (folder / "tenant.json").exists()
-        ]
+    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+        return self._disks.list()
 
-    def get(self, name: str) -> Tenant:
-        record = self.record(name)
-        return Tenant(
-            name=name,
-            status=record["status"],
-            domain=record.get("domain"),
-            port=record.get("port"),
-            created=record.get("created"),
-            instance=record.get("instance"),
-            location=self._member,
-            asleep=record.get("asleep", False),
-            idle_stop=record.get("idle_stop"),
-        )
+    async def get(self, name: str) -> Tenant:
+        return self._disks.get(name)
 
-    def record(self, name: str) -> dict[str, Any]:
-        """Return what is recorded of a tenant."""
-        try:
-            record: dict[str, Any] = orjson.loads((self.home / name / "tenant.json").read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"no tenant {name}") from None
-        return record
-
-    def change(self, name: str, **facts: Any) -> None:
-        """Change facts of a tenant's record, atomically."""
-        record = {**self.record(name), **facts}
-        path = self.home / name / "tenant.json"
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(orjson.dumps(record))
-        temporary.replace(path)
-
-    def disk(self, name: str) -> Path:
-        """Return the folder that is a tenant's root."""
-        self.record(name)
-        return self.home / name / "root"
+    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
+        await self.make(name, domain)
+        if start:
+            await self.start(name)
+        return self._disks.get(name)
 
     async def make(
         self,
         name: str,
         domain: str | None,
-        workspace: str,
         *,
         disk: Path | None = None,
         site: Mapping[str, Any] | None = None,
     ) -> None:
-        """Create a stopped tenant atomically, with a copy of `disk` if given. Raises `Conflict`."""
-        place = self.home / name
-        taken = Conflict(f"tenant {name} already exists; choose another name")
-        if place.exists():
-            raise taken
-        record = {
-            "status": "stopped",
-            "domain": domain,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "instance": secrets.token_hex(16),
-        }
-        fresh = self._aside(name)
-        try:
-            fresh.mkdir()
-            if disk is None:
-                (fresh / "root" / workspace.lstrip("/")).mkdir(parents=True)
-            else:
-                await _copy(disk, fresh / "root")
-            if site is not None:
-                (fresh / "site.json").touch(mode=0o600)
-                (fresh / "site.json").write_bytes(orjson.dumps(site))
-            (fresh / "tenant.json").write_bytes(orjson.dumps(record))
-            fresh.rename(place)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # created meanwhile
-                raise taken from None
-            raise
-        finally:
-            await asyncio.to_thread(shutil.rmtree, fresh, ignore_errors=True)
+        """Create a stopped tenant; see `LocalDisks.make`."""
+        await self._disks.make(name, domain, self._settings.workspace, disk=disk, site=site)
+        self._changes.add("tenant.created", name)
 
-    def take_out(self, name: str) -> Path:
-        """Remove a tenant at once; return the folder that it leaves, for the caller to delete."""
-        gone = self._aside(name)
-        (self.home / name).rename(gone)
-        return gone
+    def set_site(self, name: str, **facts: Any) -> None:
+        """Record the `domain` of a tenant's site, or the loopback `port` at which it answers."""
+        self._disks.change(name, **facts)
 
-    def _aside(self, name: str) -> Path:
-        return self.home / f".{name}-{secrets.token_hex(8)}"
+    async def start(self, name: str) -> None:
+        if self._disks.get(name).status != "running":
+            self._disks.change(name, status="running")
+            self._changes.add("tenant.started", name)
 
-    # --- snapshots --------------------------------------------------------------------------------------
+    async def stop(self, name: str) -> None:
+        if self._disks.get(name).status != "stopped":
+            self._disks.change(name, status="stopped")
+            await self._commands.end_all(name)
+            self._changes.add("tenant.stopped", name)
 
-    async def snapshots(self, name: str) -> Sequence[Snapshot]:
-        """Return a tenant's snapshots, oldest first."""
-        self.record(name)
-        folder = self.home / name / "snapshots"
-        found = sorted(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns) if folder.exists() else []
-        kept = [path for path in found if not path.name.startswith(".")]
-        return [await asyncio.to_thread(_snapshot, path) for path in kept]
+    async def restart(self, name: str) -> None:
+        await self.stop(name)
+        await self.start(name)
 
-    def kept(self, name: str, snapshot: str) -> Path:
-        """Return the folder of a snapshot. Raises `NotFound`."""
-        self.record(name)
-        kept = self.home / name / "snapshots" / snapshot
-        if not kept.is_dir():
-            raise NotFound(f"tenant {name} has no snapshot {snapshot[:63]}")
-        return kept
+    async def mark_asleep(self, name: str, asleep: bool) -> None:
+        self._disks.change(name, asleep=asleep)
+        self._changes.add("incus.instance-updated", name)
 
-    async def keep(self, name: str, snapshot: str) -> Snapshot:
-        """Make a snapshot of a tenant's disk. Raises `Conflict` if the name is taken."""
-        kept = self.home / name / "snapshots" / snapshot
-        disk = self.disk(name)
-        if kept.exists():
-            raise Conflict(f"tenant {name} has a snapshot {snapshot}; choose another name")
-        await _copy(disk, kept)
-        return await asyncio.to_thread(_snapshot, kept)
+    async def destroy(self, name: str) -> None:
+        if not await self.remove(name, self._disks.get(name).instance):
+            raise NotFound(f"no tenant {name}")
 
-    async def restore(self, name: str, snapshot: str) -> None:
-        """Replace a stopped tenant's disk by a copy of a snapshot."""
-        await _copy(self.kept(name, snapshot), self.disk(name))
+    async def remove(self, name: str, instance: str | None) -> bool:
+        """Destroy the tenant with this name if it is this instance; return whether it was."""
+        with contextlib.suppress(NotFound):
+            if self._disks.get(name).instance == instance:
+                await self.stop(name)
+            if self._disks.get(name).instance == instance:
+                gone = self._disks.take_out(name)
+                self._changes.add("tenant.destroyed", name)
+                await asyncio.to_thread(shutil.rmtree, gone)
+                return True
+        return False
 
+    async def rename(self, name: str, domain: str | None) -> None:
+        self._disks.change(name, domain=domain)
+        self._changes.add("incus.instance-updated", name)
 
-async def _copy(source: Path, target: Path) -> None:
-    """Replace a folder by a copy of another, atomically."""
-    target.parent.mkdir(exist_ok=True)
-    fresh, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
-    argv = ("cp", "--archive", "--reflink=auto", "--", str(source), str(fresh))
-    copying = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
-    try:
-        _, said = await copying.communicate()
-        if copying.returncode != 0:
-            raise Unavailable(f"the copy failed: {said.decode(errors='replace')[-200:].strip()}")
-        await asyncio.to_thread(_replace, target, fresh, old)
-    finally:
-        if copying.returncode is None:
-            copying.kill()
-            await copying.wait()
-        for left in (fresh, old):
-            await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
+    async def resize(self, name: str, size: str) -> None:
+        self._disks.get(name)
+        raise InvalidParams(
+            "the local runtime has no limits, so its tenants have no size; only tenants in Incus have",
+            field="size",
+            reason="not_enforced",
+        )
 
-
-def _replace(target: Path, fresh: Path, old: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        target.rename(old)
-    fresh.rename(target)
-
-
-def _snapshot(kept: Path) -> Snapshot:
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(kept.stat().st_ctime))
-    return Snapshot(kept.name, created, size(kept))
-
-
-def size(folder: Path) -> int:
-    """Return the disk space used by the files in a folder, in bytes."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512  # noqa: PTH118
-    return total
+    async def clone(
+        self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
+    ) -> Tenant:
+        disk = self._disks.disk(name) if snapshot is None else self._disks.kept(name, snapshot)
+        await self.make(new, domain, disk=disk)
+        await self.start(new)
+        return self._disks.get(new)
