@@ -1,47 +1,23 @@
 """One websocket of an Incus exec, as a byte stream in each direction.
 
-These sockets carry plain streams, but general libraries deliver one message at a time; with incusd's messages
-of 32 KiB that took more than half of the gateway's CPU while a command printed (aiohttp 3.14: 600 MB/s, this
-module: 900, a bare socket: 1 100). Here all frames of one kernel read become one bytes object, copied once
-(`frames`). The peer is a local daemon, so its handshake is not verified. A stream that is to survive this
-process is received into a log (`memory`) and has a second descriptor beside the transport's, to be held.
+A stream that is to survive this process is received into a log (`memory`) and has a second descriptor beside
+the transport's, to be held.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import fcntl
 import os
-import secrets
 import socket
-import struct
-import termios
-from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, cast
 
+from gateway.incus.frame_socket import FrameSocket
 from gateway.incus.frames import BINARY, CLOSE, TEXT, Frames, frame
-from gateway.incus.memory import Full, Log, Memory, Odometer
-
-KiB = 1 << 10
-
-_HEAD_MAX: Final = 16 * KiB  # most bytes of the handshake's answer
-# Unread bytes above which reading pauses. More than one kernel read returns, because pausing and resuming
-# are extra system calls, which cost a fast stream a fifth of its speed.
-_HIGH: Final = 256 * KiB
-_TAKEN: Final = 1024 * KiB  # most bytes `take` reads from the kernel at once; a socket buffers some 208 KiB
-# One receive buffer for all sockets: what was read is copied out before any other code runs.
-_SHARED: Final = memoryview(bytearray(256 * KiB))
+from gateway.incus.memory import Log, Memory, Odometer
 
 
-class Lost(Exception):
-    """The connection broke before the end of the stream or the wait status arrived."""
-
-
-class StreamSocket(asyncio.BufferedProtocol):
+class StreamSocket(FrameSocket):
     """One connected stream, made by `connect` or `adopted`.
 
     At most one task may read and one may write at a time. Unread output stays with incusd, which eventually
@@ -49,19 +25,8 @@ class StreamSocket(asyncio.BufferedProtocol):
     """
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
+        super().__init__()
         self.own: socket.socket | None = None
-        self._frames = Frames()
-        self._transport: asyncio.Transport
-        self._upgraded: asyncio.Future[None] = loop.create_future()
-        self._head = b""  # the handshake's answer so far
-        self._arrived: deque[bytes] = deque()
-        self._size = 0
-        self._paused = False
-        self._gone = False
-        self._wake: asyncio.Future[None] | None = None
-        self._writable = asyncio.Event()
-        self._writable.set()
 
     @classmethod
     async def connect(
@@ -79,12 +44,7 @@ class StreamSocket(asyncio.BufferedProtocol):
                 odometer = Odometer(stream.own)
                 odometer.reset()
                 stream._frames = Frames(Log(memory, area, odometer))
-            key = base64.b64encode(secrets.token_bytes(16)).decode()
-            transport.write(
-                f"GET {path} HTTP/1.1\r\nHost: incus\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
-            )
-            await stream._upgraded
+            await stream._ask(path)
         except BaseException:
             stream._gone = True
             stream.close()
@@ -106,9 +66,7 @@ class StreamSocket(asyncio.BufferedProtocol):
                 stream._take_in(view)
         own.setblocking(False)
         await asyncio.get_running_loop().create_unix_connection(lambda: stream, sock=own.dup())
-        if stream._size >= _HIGH and not stream._paused:
-            stream._paused = True
-            stream._transport.pause_reading()
+        stream._pause_if_full()
         return stream
 
     @property
@@ -132,60 +90,12 @@ class StreamSocket(asyncio.BufferedProtocol):
             self.own.close()
             self.own = None
 
-    async def read(self) -> bytes:
-        """Return the next bytes, b"" at the end of the stream. Raises `Lost` if it breaks."""
-        while not self._arrived:
-            if self._frames.ended:
-                return b""
-            if self._gone:
-                raise Lost("a stream broke before its end")
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
-        data = self._arrived.popleft()
-        self._size -= len(data)
-        if self._paused and self._size < _HIGH:
-            self._paused = False
-            self._transport.resume_reading()
-        return data
-
-    def take(self) -> bytes:
-        """Return all bytes that have arrived, including those in the kernel; b"" if none. Does not wait.
-
-        For a reader that has paused: see `gateway.incus.exec_sockets` about pings.
-        """
-        taken = 0
-        while self._paused and not self._gone and not self._frames.ended and taken < _TAKEN:
-            descriptor = self._transport.get_extra_info("socket").fileno()
-            try:
-                size = os.readv(descriptor, [self.get_buffer(-1)])
-            except OSError:  # nothing more to read; the transport notices a broken connection by itself
-                break
-            if not size:
-                break
-            taken += size
-            self.buffer_updated(size)
-        data = b"".join(self._arrived)
-        self._arrived.clear()
-        self._size = 0
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
-        return data
-
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Send bytes, waiting while incusd does not read them; `end` signals the end of the stream too.
 
         Dropped if incusd has hung up.
         """
         await self._send([*frame(BINARY, data), *(frame(TEXT, b"") if end else ())])
-
-    @property
-    def unsent(self) -> int:
-        """Bytes written that incusd has not read yet."""
-        if self._gone:
-            return 0
-        kept = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        return int(struct.unpack("i", kept)[0]) + self._transport.get_write_buffer_size()
 
     async def write_end(self) -> None:
         """Signal the end of the stream."""
@@ -225,85 +135,3 @@ class StreamSocket(asyncio.BufferedProtocol):
                 self.own.send(b"".join(frame(CLOSE, b"")))
             self.own.shutdown(socket.SHUT_RDWR)
         self._gone = True
-
-    async def _send(self, frames: Sequence[bytes]) -> None:
-        await self._writable.wait()
-        # On a lost connection, `writelines` of CPython 3.13.5 leaves the descriptor registered with the loop
-        # forever, even after it is reused.
-        if not self._gone and not self._transport.is_closing():
-            self._transport.writelines(frames)
-            await self._writable.wait()
-
-    # --- asyncio protocol callbacks -----------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's have no base class
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        log = self._frames.log
-        if log is not None:
-            try:
-                return log.room()
-            except Full:
-                self._frames.log = None
-        return _SHARED
-
-    def buffer_updated(self, nbytes: int) -> None:
-        log = self._frames.log
-        view = _SHARED[:nbytes] if log is None else log.landed(nbytes)
-        if not self._upgraded.done():
-            view = self._upgrade(view)
-        self._take_in(view)
-        if self._size >= _HIGH and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
-        self._woken()
-
-    def eof_received(self) -> bool:
-        return False
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._gone = True
-        if not self._upgraded.done():
-            self._upgraded.set_exception(ConnectionResetError("incusd hung up in the handshake"))
-        self._writable.set()  # asyncio never resumes writing on a lost transport
-        self._woken()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    # --- received data ------------------------------------------------------------------------------
-
-    def _upgrade(self, view: memoryview) -> memoryview:
-        """Consume the handshake's answer and return what follows it."""
-        before = len(self._head)
-        self._head += bytes(view)
-        head, end, _ = self._head.partition(b"\r\n\r\n")
-        if not end and len(self._head) < _HEAD_MAX:
-            return view[:0]
-        if not self._upgraded.cancelled():
-            if head.startswith(b"HTTP/1.1 101 "):
-                view = view[len(head) + len(end) - before :]
-                if self._frames.log is not None:
-                    self._frames.log.begin(self._frames.log.raw - len(view))
-                self._upgraded.set_result(None)
-                return view
-            status = head[9:12].decode("latin-1")
-            self._upgraded.set_exception(ConnectionRefusedError(f"incusd refused the handshake: {status}"))
-        return view[:0]
-
-    def _take_in(self, view: memoryview) -> None:
-        pieces = self._frames.feed(view)
-        if self._frames.closed:
-            self._gone = True
-        if pieces:
-            data = b"".join(pieces)
-            self._arrived.append(data)
-            self._size += len(data)
-
-    def _woken(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)

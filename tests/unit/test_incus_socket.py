@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.server import ServerConnection, unix_serve
 
-from gateway.incus.socket import Lost, StreamSocket
+from gateway.incus.frame_socket import Lost
+from gateway.incus.socket import StreamSocket
 from tests.thorough import examples
 from tests.waits import turn, until
 
