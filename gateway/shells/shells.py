@@ -1,40 +1,32 @@
 """Runs the tools Bash, BashOutput and KillShell.
 
 `gateway.tools.shell` has their semantics and texts, `gateway.execs` runs the commands, and the tenant's
-worker writes output files. A command in the foreground belongs to its call: if the call ends early, its whole
-process tree is ended. One in the background belongs to its session.
+worker writes output files.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import orjson
 
-from gateway.errors import ExecFailed, NotFound, Unavailable
 from gateway.execs import Execs
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Killed
 from gateway.settings import Settings
+from gateway.shells.bash import Bash
 from gateway.shells.commands import Commands, LeftBehind
-from gateway.shells.record import Record, mark
-from gateway.shells.shell_command import Shell
+from gateway.shells.record import mark
 from gateway.tools import shell
 from gateway.tools.answer import Answer, ToolFailure
-from gateway.tools.call import failure
 from gateway.tools.file_tools import ToolResult
 from gateway.tools.lasting import LastingCall
 from gateway.tools.schemas import checked
 from gateway.tools.session import ToolSession
-
-log = logging.getLogger(__name__)
 
 
 class Shells:
@@ -42,10 +34,9 @@ class Shells:
 
     def __init__(self, execs: Execs, workers: Workers, settings: Settings) -> None:
         self._commands = Commands(execs, workers, settings)
-        self._execs = execs
+        self._bash = Bash(self._commands, execs, settings)
         self._workers = workers
         self._settings = settings
-        self._telling: dict[str, Shell] = {}  # by exec id: commands of calls whose result is not recorded yet
 
     async def __aenter__(self) -> Shells:
         return self
@@ -78,7 +69,7 @@ class Shells:
             return ToolResult.of(error.answer())
         match name:
             case "Bash":
-                work = self._bash(root, session, given, exec_id, by, call, begin)
+                work = self._bash.run(root, session, given, exec_id, by, call, begin)
             case "BashOutput":
                 work = self._output(root, session, given, call_id)
             case _:
@@ -87,14 +78,7 @@ class Shells:
 
     def told(self, exec_id: str) -> None:
         """Note that a Bash call's result is recorded or not needed: the next process need not produce it."""
-        one = self._telling.pop(exec_id, None)
-        if one is None or one.left:
-            return
-        if one.record.phase == "front":
-            self._commands.drop(one)
-        else:
-            one.record.call = None
-            one.note()
+        self._bash.told(exec_id)
 
     def busy(self, session: ToolSession) -> bool:
         """Return whether a command of a session is running."""
@@ -126,146 +110,7 @@ class Shells:
         """Finish the Bash call of a command that was taken over. Raises what `call` raises."""
         one = left.shell
         assert one is not None
-        self._telling[one.exec_id] = one
-        return await _result(session, self._resumed(root, session, one))
-
-    async def _resumed(self, root: FilesystemRoot, session: ToolSession, one: Shell) -> Answer:
-        record = one.record
-        try:
-            if record.phase == "front":
-                return await self._foreground(root, session, one)
-            await one.caught_up()
-            await one.save()
-            facts = self._facts(root, session, one)
-            if record.phase == "background":
-                return shell.begun(one.id, one.file.path, facts)
-            return self._moved(one, facts)
-        except BaseException:
-            await asyncio.shield(self._abandon(session, one))
-            raise
-
-    # --- Bash -----------------------------------------------------------------------------------------
-
-    async def _bash(
-        self,
-        root: FilesystemRoot,
-        session: ToolSession,
-        given: Mapping[str, Any],
-        exec_id: str,
-        by: str,
-        call: LastingCall | None,
-        begin: Callable[[], Awaitable[None]] | None,
-    ) -> Answer:
-        command: str = given["command"]
-        background = bool(given.get("run_in_background"))
-        if background:
-            self._commands.make_room(session)
-        seconds = self._seconds(given.get("timeout"), background)
-        record = Record(
-            f"bash_{secrets.token_hex(4)}",
-            session.name,
-            session.cwd,
-            "background" if background else "front",
-            seconds,
-            time.time() + seconds,
-            shell.interpretation(command, 1),
-            call,
-        )
-        try:
-            started = await self._commands.start(root, record, command, exec_id, by, begin)
-        except ExecFailed as error:
-            if error.facts.get("reason") != "cwd" or session.cwd is None:
-                raise failure("Bash", error) from None
-            # the session's current folder is gone
-            session.cwd = record.cwd = None
-            record.notes = [_reset(root)]
-            started = await self._commands.start(root, record, command, exec_id, by, begin)
-        self._telling[exec_id] = started
-        try:
-            if background:
-                await self._commands.to_background(session, started)
-                return shell.begun(started.id, started.file.path, self._facts(root, session, started))
-            return await self._foreground(root, session, started)
-        except BaseException:
-            await asyncio.shield(self._abandon(session, started))
-            raise
-
-    def _seconds(self, timeout: int | None, background: bool) -> float:
-        """Return a command's timeout in seconds: the default for 0 and less, and never above the maximum."""
-        settings = self._settings
-        default = settings.bash_background_timeout if background else settings.bash_timeout
-        most = settings.bash_background_timeout_max if background else settings.bash_timeout_max
-        return min(most, default if timeout is None or timeout <= 0 else timeout / 1000)
-
-    async def _foreground(self, root: FilesystemRoot, session: ToolSession, started: Shell) -> Answer:
-        record = started.record
-        done, _ = await asyncio.wait([started.task], timeout=max(0.0, record.until - time.time()))
-        if started.left:
-            await asyncio.get_running_loop().create_future()  # the next process answers
-        if done:
-            return await self._finished(root, session, started)
-        try:
-            record.until = time.time() + self._settings.bash_background_timeout
-            await self._commands.to_background(session, started)
-        except ToolFailure:
-            with contextlib.suppress(NotFound):  # it has been forgotten since it ended
-                self._execs.get(started.tenant, started.exec_id).end("timeout", self._settings.cancel_grace)
-            await self._commands.end(started)
-            facts = self._facts(root, session, started)
-            return shell.timed_out(started.printed(), record.seconds, facts)
-        return self._moved(started, self._facts(root, session, started))
-
-    def _moved(self, started: Shell, facts: Mapping[str, Any]) -> Answer:
-        # BashOutput returns this again, so that its output is complete
-        text, _, _ = started.unread["stdout"].look(final=False, lines=False)
-        return shell.moved(text, started.id, started.file.path, started.record.seconds, facts)
-
-    async def _finished(self, root: FilesystemRoot, session: ToolSession, started: Shell) -> Answer:
-        await started.task
-        notes = tuple(started.record.notes)
-        ended = started.ended
-        if ended is None or ended.code is None:
-            why = {} if ended is None or ended.cause is None else {"reason": ended.cause}
-            raise Unavailable(
-                "the command's exit was lost: the tenant or Incus went away", exec=started.exec_id, **why
-            )
-        if ended.code == 0 and started.report:
-            notes += self._moved_to(root, session, started.report)
-        if started.flooded:
-            notes += (shell.flooded(self._settings.bash_printed_max),)
-        if shell.needs_file(started.printed()):
-            await started.save()
-        facts = self._facts(root, session, started)
-        return shell.finished(started.record.meaning, started.printed(), ended.code, notes, facts)
-
-    def _moved_to(self, root: FilesystemRoot, session: ToolSession, reported: bytes) -> tuple[str, ...]:
-        """Make the folder in which a command ended the session's; return the note for the result."""
-        try:
-            path = _inside(root, reported.decode().removesuffix("\n"))
-        except UnicodeDecodeError:
-            path = "/"
-        if path == root.workspace or path.startswith(root.workspace.rstrip("/") + "/"):
-            session.cwd = None if path == root.workspace else path
-            return ()
-        session.cwd = None
-        return (_reset(root),)
-
-    def _facts(self, root: FilesystemRoot, session: ToolSession, started: Shell) -> dict[str, Any]:
-        facts = {**started.facts(), "cwd": session.cwd or root.workspace}
-        if self._commands.has(session, started):
-            facts["shellId"] = started.id
-        return facts
-
-    async def _abandon(self, session: ToolSession, started: Shell) -> None:
-        """Remove a command whose call ended early: its processes and its file.
-
-        Unless the gateway is ending and leaves the call to the next process.
-        """
-        if started.left or (self._commands.leaving and started.held):
-            return
-        self._commands.forget(session, started)
-        await self._commands.end(started)
-        await started.file.remove()
+        return await _result(session, self._bash.resume(root, session, one))
 
     # --- BashOutput and KillShell ----------------------------------------------------------------------
 
@@ -322,13 +167,3 @@ async def _result(session: ToolSession, work: Coroutine[Any, Any, Answer]) -> To
         answer = error.answer()
     session.last_used = time.monotonic()
     return ToolResult.of(answer)
-
-
-def _reset(root: FilesystemRoot) -> str:
-    return f"Shell cwd was reset to {root.workspace}"
-
-
-def _inside(root: FilesystemRoot, path: str) -> str:
-    """Return a reported folder as the tenant sees it; commands of the `local` runtime report host paths."""
-    seen = root.prefix
-    return path[len(seen) :] or "/" if seen and f"{path}/".startswith(f"{seen}/") else path
