@@ -82,7 +82,7 @@ class Deployments:
         self._caddy, self._domains, self._sites, self._tenants = caddy, domains, sites, runtime.tenants
         self._bus, self._settings = bus, settings
         self._register = Register(store, domains, settings)
-        self._verifier = Verifier(sites, caddy, settings)
+        self._verifier = Verifier(sites.services, caddy, settings)
         self._turns = DeploymentQueue(settings)
         self._warming = Warming(sites.copies, self._turns, spacious, settings)
         self._recovered = asyncio.Event()

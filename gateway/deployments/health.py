@@ -245,7 +245,7 @@ class Health:
             self._bus.publish("tenant.healthy", tenant, {"port": where.port})
         # asked for by a check only, since a tenant may cause as many reports as it likes
         ended = partial(self._ended, tenant)
-        if tenant not in self._reported and await self._sites.report_end(tenant, ended):
+        if tenant not in self._reported and await self._sites.services.report_end(tenant, ended):
             self._reported.add(tenant)
 
     def _ended(self, tenant: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from gateway.runtime.sites import Life, Service, Side, Sites
+from gateway.runtime.sites import Life, Service, Side, SiteServices
 
 SMALL: Final = "give it a larger `size`, or reduce what it needs"
 _BUSY: Final = 0.3  # share of time above which a service is still at work, as a compiler beside its server
@@ -19,8 +19,8 @@ class Steadiness:
     The service is queried inside the container only if the host does not see the same life of it as before.
     """
 
-    def __init__(self, sites: Sites, tenant: str, side: Side, answered: float) -> None:
-        self._sites, self._of, self._answered = sites, (tenant, side), answered
+    def __init__(self, services: SiteServices, tenant: str, side: Side, answered: float) -> None:
+        self._services, self._of, self._answered = services, (tenant, side), answered
         self._life: Life | None = None
         self._before: Service | None = None
         self._ended = False
@@ -39,21 +39,21 @@ class Steadiness:
 
     async def begin(self) -> None:
         """Note the state that is to last."""
-        found = await self._sites.life(*self._of)
+        found = await self._services.life(*self._of)
         if found is not None and found.started <= self._answered:
             self._life = found
             self._measure(found.worked)
         else:
-            self._before = await self._sites.service(*self._of)
+            self._before = await self._services.state(*self._of)
 
     async def failure(self) -> str:
         """Return what went wrong with the service; empty if nothing did."""
-        now = await self._sites.life(*self._of)
+        now = await self._services.life(*self._of)
         if self._life is not None and now is not None and now.first == self._life.first:
             self._ended = False
             self._measure(now.worked)
             return _KILLED if now.oom_kills > self._life.oom_kills else ""
-        service = await self._sites.service(*self._of)
+        service = await self._services.state(*self._of)
         why = unsteady(self._before, service, self._answered)
         # once only, and it may just be restarting on purpose
         had, self._ended = self._ended, service is not None and service.state == "ended"

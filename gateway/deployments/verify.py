@@ -22,7 +22,7 @@ from gateway.deployments.page import Browser, Page
 from gateway.deployments.steadiness import SMALL, Steadiness
 from gateway.errors import ExecFailed, GatewayError, Timeout
 from gateway.runtime.probe import HostRefused, Silent, answer, ask
-from gateway.runtime.sites import Exposure, Recipe, Side, Sites
+from gateway.runtime.sites import Exposure, Recipe, Side, SiteServices
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ def host_refused(domain: str, error: HostRefused) -> ExecFailed:
 class Verifier:
     """Checks sites without changing anything in them. Close it at the end."""
 
-    def __init__(self, sites: Sites, caddy: Caddy, settings: Settings) -> None:
-        self._sites, self._caddy, self._settings = sites, caddy, settings
+    def __init__(self, services: SiteServices, caddy: Caddy, settings: Settings) -> None:
+        self._services, self._caddy, self._settings = services, caddy, settings
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
@@ -122,7 +122,7 @@ class Verifier:
         try:
             while not (await asyncio.wait({answering}, timeout=pause))[0]:
                 pause = _LOOK
-                service = await self._sites.service(site.tenant, site.side)
+                service = await self._services.state(site.tenant, site.side)
                 if service is None or answering.done():
                     continue
                 if (wrong := misplaced.look(service, time.monotonic())) is not None:
@@ -133,7 +133,7 @@ class Verifier:
                         reason="wrong_address",
                     )
                 if service.restarts >= _RESTARTS:
-                    said = await self._sites.log(site.tenant, site.side)
+                    said = await self._services.log(site.tenant, site.side)
                     why = ended(said, site.recipe.start, site.memory)
                     raise Timeout(f"{why}. {last_words(said, finished=True)}", reason="never_healthy")
             with contextlib.suppress(TimeoutError, HostRefused):
@@ -169,7 +169,7 @@ class Verifier:
         the site was still at work by then, and was watched on until it rested.
         Raises `Timeout` (`never_healthy`) if its page is incomplete, and `Unsteady`.
         """
-        steady = Steadiness(self._sites, site.tenant, site.side, answered)
+        steady = Steadiness(self._services, site.tenant, site.side, answered)
         beginning = asyncio.create_task(steady.begin())
         try:
             await self._while_up(site, steady, self._whole(site, way, follow=follow))
@@ -252,7 +252,7 @@ class Verifier:
 
     async def _watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
         began = time.monotonic()
-        steady = Steadiness(self._sites, site.tenant, site.side, began)
+        steady = Steadiness(self._services, site.tenant, site.side, began)
         try:
             await steady.begin()
             async with self._browser(site, "caddy") as browser:
@@ -288,7 +288,7 @@ class Verifier:
         return until > soonest
 
     async def _unsteady(self, site: Subject, why: str) -> Unsteady:
-        return Unsteady(why, await self._sites.log(site.tenant, site.side))
+        return Unsteady(why, await self._services.log(site.tenant, site.side))
 
     def _browser(self, site: Subject, way: Way) -> Browser:
         if way == "caddy":
@@ -318,7 +318,7 @@ class Verifier:
         return last
 
     async def _said(self, site: Subject) -> str:
-        return last_words(await self._sites.log(site.tenant, site.side))
+        return last_words(await self._services.log(site.tenant, site.side))
 
 
 async def _look(browser: Browser) -> Page:

@@ -65,7 +65,7 @@ class Migration:
         self._say = say
         self._old = OldServices(units)
         self._there = Destination(settings, runtime)
-        self._verifier = Verifier(sites, caddy, settings)
+        self._verifier = Verifier(sites.services, caddy, settings)
 
     # --- what the operator asks ---------------------------------------------------------------------
 

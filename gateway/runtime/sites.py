@@ -243,11 +243,36 @@ class PreparedCopies(Protocol):
         ...
 
 
+class SiteServices(Protocol):
+    """How the services of sites fare, each the process of one side of a tenant's site."""
+
+    async def state(self, tenant: str, side: Side) -> Service | None:
+        """Return the state of a side's service, None if it cannot be determined."""
+        ...
+
+    async def life(self, tenant: str, side: Side) -> Life | None:
+        """Return the current run of a side's service, cheaply; None if only `state` can tell."""
+        ...
+
+    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
+        """Call `ended` once when the live site's service may have ended; return False if nothing tells."""
+        ...
+
+    async def listening(self, tenant: str) -> Collection[Listener]:
+        """Return where processes of a tenant listen; nothing if it does not run."""
+        ...
+
+    async def log(self, tenant: str, side: Side) -> str:
+        """Return the last log lines of a side's service, empty if unavailable."""
+        ...
+
+
 class Sites(Protocol):
     """The sites of one runtime: everything that deployments use of it. An async context manager."""
 
     former: FormerSites
     copies: PreparedCopies
+    services: SiteServices
 
     async def __aenter__(self) -> Sites: ...
 
@@ -317,26 +342,6 @@ class Sites(Protocol):
 
     async def finish(self, tenant: str, order: Order) -> None:
         """Record that the site works: set domain and port, and remove the deployment's mark."""
-        ...
-
-    async def service(self, tenant: str, side: Side) -> Service | None:
-        """Return the state of a side's service, None if it cannot be determined."""
-        ...
-
-    async def life(self, tenant: str, side: Side) -> Life | None:
-        """Return the current run of a side's service, cheaply; None if only `service` can tell."""
-        ...
-
-    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
-        """Call `ended` once when the live site's service may have ended; return False if nothing tells."""
-        ...
-
-    async def listening(self, tenant: str) -> Collection[Listener]:
-        """Return where processes of a tenant listen; nothing if it does not run."""
-        ...
-
-    async def log(self, tenant: str, side: Side) -> str:
-        """Return the last log lines of a side's service, empty if unavailable."""
         ...
 
     async def listed(self) -> Sequence[Site]:

@@ -46,7 +46,7 @@ class Told:
 class Nothing:
     """Sites and a Caddy with nothing to undo, and no copies."""
 
-    copies = tenants = None
+    copies = services = tenants = None
 
     def url(self, domain: str) -> str:
         return f"https://{domain}"

@@ -178,7 +178,7 @@ class Rig:
 
     @contextlib.asynccontextmanager
     async def opened(self, **settings: Any) -> AsyncIterator[tuple[Verifier, Subject]]:
-        async def service(tenant: str, side: str) -> Service | None:
+        async def state(tenant: str, side: str) -> Service | None:
             return self.service
 
         async def life(tenant: str, side: str) -> Life | None:
@@ -186,8 +186,8 @@ class Rig:
 
         server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        sites = cast(Any, SimpleNamespace(service=service, life=life, log=self.log))
-        verifier = Verifier(sites, cast(Any, self), Settings(caddy_ask=port, **settings))
+        services = cast(Any, SimpleNamespace(state=state, life=life, log=self.log))
+        verifier = Verifier(services, cast(Any, self), Settings(caddy_ask=port, **settings))
         where = Exposure("127.0.0.1", port, f"127.0.0.1:{port}")
         async with server, asyncio.timeout(30):
             yield verifier, Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
@@ -302,14 +302,14 @@ async def test_one_that_is_over_is_looked_at_before_and_after_its_time(rig: Rig)
     """Each look is a command in the container: hundreds of deployments are not to wait for those."""
     asked: list[str] = []
     async with rig.opened() as (verifier, site):
-        look = verifier._sites.service
+        look = verifier._services.state
 
         async def counted(tenant: str, side: Side) -> Service | None:
             asked.append(tenant)
             return await look(tenant, side)
 
         rig.service = Service("running", started=0.0)
-        verifier._sites.service = counted  # type: ignore[method-assign] # a rig's, and to be counted
+        verifier._services.state = counted  # type: ignore[method-assign] # a rig's, and to be counted
         verifier.watch(site, 0.4, rig.tell)
         await asyncio.wait([*verifier._watching.values()])
     assert asked == ["shop", "shop"]
@@ -324,7 +324,7 @@ async def test_a_service_that_the_host_sees_running_is_not_queried(rig: Rig) -> 
         return rig.service
 
     async with rig.opened() as (verifier, site):
-        verifier._sites.service = service  # type: ignore[method-assign] # a rig's, and to be counted
+        verifier._services.state = service  # type: ignore[method-assign] # a rig's, and to be counted
         rig.life = Life("1 7", 0.0)
         answered = time.monotonic()
         await verifier.settled(site, "direct", answered, 0.3)
@@ -353,7 +353,7 @@ async def test_a_site_that_is_still_at_work_is_watched_until_it_rests(
         return Life("1 7", 0.0, worked=1.0 * min(looks, 20))
 
     async with rig.opened() as (verifier, site):
-        verifier._sites.life = life  # type: ignore[method-assign] # a rig's, and to be counted
+        verifier._services.life = life  # type: ignore[method-assign] # a rig's, and to be counted
         assert await verifier.settled(site, "direct", time.monotonic(), 0.1)
         assert looks > 20
         assert not await verifier.settled(site, "direct", time.monotonic(), 0.1), "it rests by then"
@@ -368,7 +368,7 @@ async def steadied(rig: Rig, *lives: Life | None, answered: float = 5.0) -> list
     """Return what each look after the first one finds."""
     async with rig.opened() as (verifier, site):
         rig.life = lives[0]
-        steady = Steadiness(verifier._sites, site.tenant, site.side, answered)
+        steady = Steadiness(verifier._services, site.tenant, site.side, answered)
         await steady.begin()
         found = []
         for rig.life in lives[1:]:

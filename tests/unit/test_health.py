@@ -39,6 +39,7 @@ class Listed:
 
     def __init__(self, ports: dict[str, int], ends: Ends) -> None:
         self.ports, self.ends = ports, ends
+        self.services = self
 
     async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
         if tenant not in self.ends or self.ends[tenant] is not None:

@@ -68,7 +68,7 @@ async def ports(request: Request) -> Response:
     gateway = services(request)
     name, _ = for_tenant(request, None)
     await gateway.runtime.tenants.get(name)  # raises where there is none
-    found = sorted(await gateway.sites.listening(name), key=lambda one: (one.port, one.address))
+    found = sorted(await gateway.sites.services.listening(name), key=lambda one: (one.port, one.address))
     said: Ports = {"ports": [{"port": one.port, "address": one.address} for one in found[:_LISTENED]]}
     return as_json(said)
 

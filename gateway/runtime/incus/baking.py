@@ -13,6 +13,7 @@ from gateway.runtime.incus.addresses import exposure
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.provisioning import Provisioning
+from gateway.runtime.incus.site_services import IncusServices
 from gateway.runtime.probe import answer, ask
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
@@ -27,10 +28,15 @@ class Baking:
     """Installs, starts and warms up the sites of golden copies."""
 
     def __init__(
-        self, settings: Settings, incus: Incus, making: Creation, provisioning: Provisioning
+        self,
+        settings: Settings,
+        incus: Incus,
+        making: Creation,
+        provisioning: Provisioning,
+        services: IncusServices,
     ) -> None:
         self._settings, self._incus = settings, incus
-        self._making, self._provisioning = making, provisioning
+        self._making, self._provisioning, self._services = making, provisioning, services
 
     async def bake(self, name: str, recipe: Recipe) -> int:
         """Install, start and warm up the site in an instance, and remove what copies must not share.
@@ -57,7 +63,7 @@ class Baking:
         with contextlib.suppress(TimeoutError):  # a site that is never idle is as warm as it gets
             async with asyncio.timeout(_REST_TIMEOUT):
                 await self._at_rest(name)
-        now = await self._provisioning.service(name, "live")
+        now = await self._services.state(name, "live")
         if now is not None and now.restarts and now.started > answered:
             raise ExecFailed("the site did not stay up while it was being prepared", reason="unsteady")
 

@@ -12,7 +12,7 @@ from gateway.errors import ExecFailed, GatewayError, Unavailable
 from gateway.incus import Incus
 from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, scripts
-from gateway.runtime.incus import service_unit, unit_status
+from gateway.runtime.incus import service_unit
 from gateway.runtime.incus.addresses import exposure
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation
@@ -25,7 +25,6 @@ from gateway.runtime.sites import (
     Exchange,
     Recipe,
     Say,
-    Service,
     Side,
     disk_was_full,
     lines,
@@ -40,7 +39,7 @@ _EMPTY: Final = 0.5  # use of a pool below which a command cannot have filled it
 _PATH_SHOWN: Final = 500
 _SIZE: Final = 12  # characters of the size that seal.sh prints
 _PRINTED: Final = 4 << 20  # bytes that a script may print; ours print a few lines
-_LOOK: Final = 10.0  # seconds for a script that only reads
+LOOK: Final = 10.0  # seconds for a script that only reads
 _DROPS: Final = 60.0  # seconds to remove a kept site
 _UNREADABLE: Final = "\ncannot be read: "  # as stage.sh prints it
 
@@ -166,25 +165,10 @@ class Provisioning:
         await self.script(tenant, _START_SERVICE, *words, given=unit)
 
     async def restart(self, tenant: str) -> None:
-        await self._run(tenant, ("systemctl", "restart", service_unit.NAMES["live"]))
+        await self.run(tenant, ("systemctl", "restart", service_unit.NAMES["live"]))
 
     async def allow(self, tenant: str, domain: str) -> None:
-        await self.script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=_LOOK)
-
-    async def service(self, tenant: str, side: Side) -> Service | None:
-        try:
-            said = await self.script(tenant, unit_status.SCRIPT, service_unit.NAMES[side], seconds=_LOOK)
-            return unit_status.read(said)
-        except (GatewayError, TimeoutError):
-            return None
-
-    async def log(self, tenant: str, side: Side) -> str:
-        unit = f"--unit={service_unit.NAMES[side]}"
-        try:
-            argv = ("journalctl", unit, "--lines=20", "--output=cat", "--no-pager")
-            return await self._run(tenant, argv, seconds=_LOOK)
-        except (GatewayError, TimeoutError):
-            return ""
+        await self.script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=LOOK)
 
     # --- the exchange -------------------------------------------------------------------------------
 
@@ -207,7 +191,7 @@ class Provisioning:
         # would stop sharing the files' metadata, and btrfs would recompute its quotas: 1.2 s of CPU with 60
         # copies.
         with contextlib.suppress(GatewayError, TimeoutError):  # an operator's image may lack Python
-            await self._run(name, ("python3", "-c", _ACCESS_TIMES, "/"))
+            await self.run(name, ("python3", "-c", _ACCESS_TIMES, "/"))
         said = (await self.script(name, _SEAL))[-_SIZE:].strip()
         return number(said) << 10
 
@@ -219,9 +203,9 @@ class Provisioning:
     async def script(
         self, name: str, script: str, *words: str, given: bytes = b"", seconds: float | None = None
     ) -> str:
-        return await self._run(name, ("/bin/sh", "-c", script, "sh", *words), given=given, seconds=seconds)
+        return await self.run(name, ("/bin/sh", "-c", script, "sh", *words), given=given, seconds=seconds)
 
-    async def _run(
+    async def run(
         self, name: str, argv: tuple[str, ...], *, given: bytes = b"", seconds: float | None = None
     ) -> str:
         """Run a command as the container's root; return the end of its output. Raises `ExecFailed`."""

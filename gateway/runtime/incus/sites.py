@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
-from gateway.errors import GatewayError
 from gateway.hostnames import plain
 from gateway.incus.client import instance_path
 from gateway.rootfs.locations import MANAGED
@@ -23,7 +20,6 @@ from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.former import IncusFormerSites
 from gateway.runtime.incus.golden_copies import UNMARKED, GoldenCopies
 from gateway.runtime.incus.headroom import Headroom
-from gateway.runtime.incus.lives import Ends, life
 from gateway.runtime.incus.marks import ROLE, Marks
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.pool import Pool
@@ -39,21 +35,19 @@ from gateway.runtime.incus.records import (
     status_of,
 )
 from gateway.runtime.incus.runtime import IncusRuntime
-from gateway.runtime.incus.service_unit import NAMES
+from gateway.runtime.incus.site_services import IncusServices
 from gateway.runtime.incus.uploads import CONTENT
-from gateway.runtime.listening import Listener, of_network
 from gateway.runtime.sites import (
     Exchange,
     Exposure,
     FormerSites,
-    Life,
     Order,
     PreparedCopies,
     Recipe,
     Say,
-    Service,
     Side,
     Site,
+    SiteServices,
     Source,
 )
 from gateway.runtime.sizes import SIZES
@@ -72,11 +66,12 @@ class IncusSites:
         # separate, because it also runs commands in instances that are not tenants
         self._commands = Commands(settings, self._incus, self._init_pid)
         self._provisioning = Provisioning(settings, self._incus, self._making, self._commands)
+        self._services = IncusServices(self._provisioning, self._init_pid)
+        self.services: SiteServices = self._services
         self.former: FormerSites = IncusFormerSites(settings, self._incus, self._provisioning)
         self._headroom = Headroom(settings, self._incus, self._making)
         self._ports = Ports(settings, self._making)
-        self._ends = Ends()
-        baking = Baking(settings, self._incus, self._making, self._provisioning)
+        baking = Baking(settings, self._incus, self._making, self._provisioning, self._services)
         marks = Marks(settings, self._incus)
         self._pool = Pool(settings, self._making, marks)
         self._golden = GoldenCopies(settings, self._incus, self._making, marks, self._pool, baking.bake)
@@ -88,7 +83,7 @@ class IncusSites:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ends.close()
+        self._services.close()
         await self._golden.aclose()
         await self._commands.aclose()
 
@@ -216,40 +211,6 @@ class IncusSites:
         await self._provisioning.clear(tenant)
         await self._making.remove_device(tenant, DEVICES["next"])
         await self._headroom.shrink(tenant)
-
-    async def service(self, tenant: str, side: Side) -> Service | None:
-        return await self._provisioning.service(tenant, side)
-
-    async def life(self, tenant: str, side: Side) -> Life | None:
-        try:
-            init_pid = await self._init_pid(tenant)
-        except GatewayError:
-            return None
-        return await asyncio.to_thread(life, init_pid, NAMES[side]) if init_pid else None
-
-    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
-        try:
-            init_pid = await self._init_pid(tenant)
-        except GatewayError:
-            return False
-        return bool(init_pid) and self._ends.report(init_pid, NAMES["live"], ended)
-
-    async def listening(self, tenant: str) -> Collection[Listener]:
-        init_pid = await self._init_pid(tenant)
-        try:
-            folder = os.open(f"/proc/{init_pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return ()
-        try:
-            # asked again: an id that is still the container's was so when its folder was opened
-            if not init_pid or await self._init_pid(tenant) != init_pid:
-                return ()
-            return await asyncio.to_thread(of_network, folder)
-        finally:
-            os.close(folder)
-
-    async def log(self, tenant: str, side: Side) -> str:
-        return await self._provisioning.log(tenant, side)
 
 
 def _content(recipe: Recipe) -> dict[str, str]:

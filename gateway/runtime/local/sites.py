@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -19,26 +19,25 @@ from typing import Final
 from gateway.errors import ExecFailed, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Removal
 from gateway.runtime.installs import failure
-from gateway.runtime.listening import Listener
 from gateway.runtime.local.folders import SiteFolders, before, recipe_of, started_by, unpack
 from gateway.runtime.local.former import LocalFormerSites, remove
 from gateway.runtime.local.runtime import LocalRuntime
 from gateway.runtime.local.service import LocalService, free_port
+from gateway.runtime.local.site_services import LocalServices
 from gateway.runtime.sites import (
     ALLOWED,
     Exchange,
     Exposure,
     FormerSites,
-    Life,
     Order,
     Prepared,
     PreparedCopies,
     Quiet,
     Recipe,
     Say,
-    Service,
     Side,
     Site,
+    SiteServices,
     Source,
     at_once,
     disk_was_full,
@@ -79,7 +78,8 @@ class LocalSites:
         self._former = LocalFormerSites(self._folders)
         self.former: FormerSites = self._former
         self.copies: PreparedCopies = _NoCopies()
-        self._services: dict[tuple[str, Side], LocalService] = {}
+        self._services = LocalServices()
+        self.services: SiteServices = self._services
 
     async def __aenter__(self) -> LocalSites:
         for site in await self.listed():
@@ -91,8 +91,7 @@ class LocalSites:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for key in list(self._services):
-            await self._stop(*key)
+        await self._services.close()
 
     async def create(self, tenant: str, order: Order) -> Source:
         await self._runtime.tenants.make(tenant, order.domain, site={"deployment": order.deployment})
@@ -103,7 +102,7 @@ class LocalSites:
         for tenant in await self._runtime.tenants.list():
             if self._folders.noted(tenant.name).get("deployment") != deployment:
                 continue
-            await self._stop(tenant.name, "live")
+            await self._services.stop(tenant.name, "live")
             if await self._runtime.tenants.remove(tenant.name, tenant.instance):
                 why = f"deployment {deployment} was undone"
                 await self._runtime.removed(Removal(tenant.name, tenant.name, tenant.instance or "", why))
@@ -159,7 +158,7 @@ class LocalSites:
             )
 
     async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
-        await self._stop(tenant, side)
+        await self._services.stop(tenant, side)
         facts = self._folders.noted(tenant)
         env = facts.get(f"env_{side}", facts.get("env_live", {}))
         port = free_port()
@@ -167,14 +166,13 @@ class LocalSites:
         told = await self._allowed(tenant) | env | told
         spec = ExecSpec(recipe.command(port), cwd=str(self._folders.of(tenant, side)), env=told, merged=True)
         service = LocalService(self._runtime.commands, tenant, spec, port)
-        await service.start()
-        self._services[tenant, side] = service
+        await self._services.start(tenant, side, service)
         if side == "live":
             self._runtime.tenants.set_site(tenant, port=port)
             self._folders.note(tenant, **started_by(recipe))
 
     async def restart(self, tenant: str) -> None:
-        service = self._services.get((tenant, "live"))
+        service = self._services.find(tenant, "live")
         if service is None:
             raise NotFound(f"tenant {tenant} has no site")
         await service.stop()
@@ -189,7 +187,7 @@ class LocalSites:
         return {} if domain is None else {ALLOWED: domain}
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
-        service = self._services.get((tenant, side))
+        service = self._services.find(tenant, side)
         if service is None:
             raise NotFound(f"the site of {tenant} is not running")
         return Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
@@ -232,10 +230,10 @@ class LocalSites:
         if (recipe := recipe_of(facts)) is not None:
             await self.start(tenant, "live", recipe)
         else:
-            await self._stop(tenant, "live")
+            await self._services.stop(tenant, "live")
 
     async def clear(self, tenant: str) -> None:
-        await self._stop(tenant, "next")
+        await self._services.stop(tenant, "next")
         self._former.put_back(tenant)
         for folder in (self._folders.of(tenant, "next"), self._folders.beside(tenant, "old")):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -247,30 +245,12 @@ class LocalSites:
         self._runtime.tenants.set_site(tenant, domain=order.domain)
         self._folders.note(tenant, deployment=None, health=order.recipe.health)
 
-    async def service(self, tenant: str, side: Side) -> Service | None:
-        service = self._services.get((tenant, side))
-        return None if service is None else await service.look()
-
-    async def life(self, tenant: str, side: Side) -> Life | None:
-        return None  # `service` costs nothing here
-
-    async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
-        return False
-
-    async def listening(self, tenant: str) -> Collection[Listener]:
-        service = await self.service(tenant, "live")
-        return () if service is None else service.listens
-
-    async def log(self, tenant: str, side: Side) -> str:
-        service = self._services.get((tenant, side))
-        return "" if service is None else service.said
-
     async def listed(self) -> Sequence[Site]:
         sites = []
         for tenant in await self._runtime.tenants.list():
             if tenant.domain is None:
                 continue
-            service = self._services.get((tenant.name, "live"))
+            service = self._services.find(tenant.name, "live")
             exposure = None
             if service is not None:
                 exposure = Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
@@ -289,11 +269,6 @@ class LocalSites:
                 )
             )
         return sites
-
-    async def _stop(self, tenant: str, side: Side) -> None:
-        service = self._services.pop((tenant, side), None)
-        if service is not None:
-            await service.stop()
 
 
 async def _carry(kept: bytes, live: Path, following: Path) -> None:
