@@ -15,16 +15,14 @@ from typing import Any
 
 from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
 from gateway.events import Bus
-from gateway.execs.ended import Past
+from gateway.execs.adoption import Adoption
 from gateway.execs.exec import Exec
-from gateway.execs.input import Spools
 from gateway.execs.kept import Kept
-from gateway.execs.notes import SHORT, Notes
+from gateway.execs.notes import Notes
+from gateway.execs.runner import Runner
 from gateway.execs.starting import Starting
-from gateway.execs.streams import Pace
-from gateway.idempotency import Idempotency, Key
-from gateway.limits.budget import Budget
-from gateway.runtime import Adopted, Commands, ExecSpec, Killed, Process, Pty
+from gateway.idempotency import Idempotency
+from gateway.runtime import Commands, ExecSpec, Killed
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -39,40 +37,21 @@ class Execs:
         self._notes = Notes(idempotency)
         self._bus = bus
         self._settings = settings
-        self._budget = Budget(settings.exec_bytes, settings.exec_tenant_bytes)
-        self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)
         self._execs: dict[str, dict[str, Exec]] = {}
         self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
         self._kept = Kept(settings, self._forgotten)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._runner = Runner(self._notes, self._kept, bus, settings)
 
     async def __aenter__(self) -> Execs:
         """Adopt the held commands of earlier processes, and load the recorded ends of the others.
 
         Recorded commands that were still running and not held are reported as lost.
         """
-        earlier_ones = list(await self._notes.earlier())
-        begun = {(earlier.tenant, earlier.exec_id): earlier.lost for earlier in earlier_ones}
-        for found in await self._commands.adopt():
-            try:
-                await self._adopt(found, begun)
-            except Exception as error:  # a broken record must not keep the others from being adopted
-                log.warning("cannot continue a command of an earlier process: %r", error)
-                await _let_go(found)
-        for earlier in earlier_ones:
-            key: Key = (earlier.tenant, "exec", earlier.exec_id)
-            if earlier.exec_id in self._execs.get(earlier.tenant, {}):
-                continue
-            if earlier.lost and not self._idempotency.begun(key, earlier.asked):
-                continue  # it never began, and may be started under that id
-            exec_ = self._made(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
-            exec_.ended_before(earlier.asked, earlier.ended)
-            if earlier.lost or earlier.age < self._settings.exec_keep:
-                self._execs.setdefault(exec_.tenant, {})[exec_.id] = exec_
-                self._kept.add(exec_)
-            if earlier.lost:
-                self._bus.publish("exec.exited", exec_.tenant, earlier.ended.on_wire(exec_.id))
-                await self._notes.end(exec_)
+        adoption = Adoption(
+            *(self._commands, self._notes, self._idempotency, self._runner, self._kept, self._bus),
+            *(self._settings, self._add),
+        )
+        await adoption.run()
         return self
 
     async def __aexit__(
@@ -80,47 +59,10 @@ class Execs:
     ) -> None:
         await self.end_all()
 
-    async def _adopt(self, found: Adopted, begun: Mapping[tuple[str, str], bool]) -> None:
-        """Continue a command of an earlier process, or keep it if it has ended.
-
-        `begun` tells of each recorded command whether its end is missing.
-        """
-        facts = found.facts
-        if not found.begun:
-            await self._forget_begin(facts)
-            found.holding.drop()
-            return
-        exec_id, tenant = str(facts["id"]), str(facts["tenant"])
-        pty = None if facts["pty"] is None else Pty(*facts["pty"])
-        spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"])
-        process = found.process or Past(found.pid, found.started_at, tuple(found.outputs), found.report)
-        exec_ = self._made(exec_id, tenant, spec, process, facts["linger"])
-        exec_.take_over(found, self._settings.exec_hold)
-        self._execs.setdefault(tenant, {})[exec_id] = exec_
-        if found.process is not None:
-            self._run(exec_)
-            if starting := facts.get("starting"):
-                self._publish_start(exec_, str(starting["by"]))
-            return
-        self._kept.add(exec_)
-        if begun.get((tenant, exec_id)):  # it ended without an event
-            self._bus.publish("exec.exited", tenant, exec_.over.on_wire(exec_id))
-            await (self._notes.end(exec_) if exec_.once else self._notes.forget(exec_))
-
-    async def _forget_begin(self, facts: Mapping[str, Any]) -> None:
-        """Forget that a command, or the call that it is for, was recorded as begun: it may be made again."""
-        tenant, asked = str(facts["tenant"]), bytes.fromhex(facts["asked"])
-        begun: list[tuple[Key, bytes]] = [((tenant, "exec", str(facts["id"])), asked)]
-        if (call := facts["purpose"].get("call")) is not None:
-            begun.append(((tenant, "call", str(call["id"])), bytes.fromhex(call["digest"])))
-        for key, digest in begun:
-            if self._idempotency.begun(key, digest):
-                await self._idempotency.forget(key)
-
     @property
     def held(self) -> int:
         """Bytes of command output and input in memory, for all tenants."""
-        return self._budget.held
+        return self._runner.held
 
     @property
     def running(self) -> int:
@@ -212,95 +154,20 @@ class Execs:
         await self._idempotency.fence((tenant, "exec", exec_id))
         return None
 
-    def _made(
-        self, exec_id: str, tenant: str, spec: ExecSpec, process: Process, linger: float | None
-    ) -> Exec:
-        settings = self._settings
-        return Exec(
-            exec_id,
-            tenant,
-            spec,
-            process,
-            tail=settings.exec_tail,
-            pace=Pace(
-                window=settings.exec_window,
-                patience=settings.exec_patience,
-                lag=settings.exec_lag,
-                unacked=settings.exec_unacked,
-            ),
-            stdin_buffer=settings.exec_stdin_buffer,
-            spools=self._spools,
-            share=self._budget.tenant(tenant),
-            linger=settings.exec_linger if linger is None else linger,
-            grace=settings.cancel_grace,
-            kill_left=settings.exec_left == "kill",
-        )
-
     async def _start(self, asked: Starting) -> Exec:
         process = await self._commands.exec(asked.tenant, replace(asked.spec, before=asked.note))
-        exec_ = self._made(asked.exec_id, asked.tenant, asked.spec, process, asked.linger)
-        self._execs.setdefault(asked.tenant, {})[exec_.id] = exec_
+        exec_ = self._runner.make(asked.exec_id, asked.tenant, asked.spec, process, asked.linger)
+        self._add(exec_)
         exec_.once, exec_.deadline = asked.once, asked.deadline
         # most callers attach at once, which records it; until then `Starting`'s facts are enough
         asyncio.get_running_loop().call_soon(exec_.note_unattached)
-        self._run(exec_)
+        self._runner.run(exec_)
         try:
-            self._publish_start(exec_, asked.by)
+            self._runner.publish_start(exec_, asked.by)
         except BaseException:
             exec_.end("cancelled", 0)
             raise
         return exec_
-
-    def _publish_start(self, exec_: Exec, by: str) -> None:
-        facts = {"exec": exec_.id, "pid": exec_.process.pid, "command": _short(exec_.spec), "by": by}
-        self._bus.publish("exec.started", exec_.tenant, facts)
-
-    def _run(self, exec_: Exec) -> None:
-        """Run a command in its own task, independent of the call that started it."""
-        task = asyncio.create_task(self._carry(exec_), name=f"exec {exec_.id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _carry(self, exec_: Exec) -> None:
-        timer = None
-        noting = asyncio.create_task(self._notes.start(exec_, exec_.once), name=f"note {exec_.id}")
-        if exec_.deadline is not None:
-            left = max(0.0, exec_.deadline - time.time())
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(left, exec_.end, "timeout", self._settings.cancel_grace)
-        try:
-            await exec_.run()
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if exec_.left:
-                noting.cancel()
-            else:
-                await self._ended(exec_, noting)
-
-    async def _ended(self, exec_: Exec, noting: asyncio.Task[None]) -> None:
-        """Report how a command ended, and keep it for a while."""
-        try:
-            if exec_.once:
-                await self._notes.end(exec_)  # before the end is reported to anybody
-        finally:
-            exec_.tell_end()
-        ended = exec_.ended.result()
-        data = ended.on_wire(exec_.id)
-        self._kept.add(exec_)
-        self._bus.publish("exec.exited", exec_.tenant, data)
-        log.info(
-            "exec %s of %s: %s, code %s, %d ms, %s bytes",
-            exec_.id,
-            exec_.tenant,
-            ended.reason,
-            ended.code,
-            ended.duration_ms,
-            sum(ended.offsets.values()),
-        )
-        await noting
-        if not exec_.once:  # after the event, so that no command is reported as exited and later as lost
-            await self._notes.forget(exec_)
 
     def get(self, tenant: str, exec_id: str) -> Exec:
         """Return a command that runs or has ended recently. Raises `NotFound`."""
@@ -342,11 +209,8 @@ class Execs:
 
     async def leave(self) -> None:
         """Hand the held commands to the next gateway process untouched."""
-        left = {exec_.id for execs in self._execs.values() for exec_ in execs.values() if exec_.leave()}
-        tasks = [task for task in self._tasks if task.get_name().removeprefix("exec ") in left]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        everyone = (exec_ for execs in self._execs.values() for exec_ in execs.values())
+        await self._runner.leave({exec_.id for exec_ in everyone if exec_.leave()})
 
     async def end_all(self) -> None:
         """Kill all commands and all processes left by ended ones, except commands handed over by `leave`."""
@@ -357,12 +221,11 @@ class Execs:
             # if its container is gone or stopped, the command has ended
             if isinstance(failure, BaseException) and not isinstance(failure, (NotFound, TenantNotRunning)):
                 log.warning("cannot end a command: %s", failure)
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=self._settings.cancel_timeout)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        await self._runner.close()
         await self._kept.close()
+
+    def _add(self, exec_: Exec) -> None:
+        self._execs.setdefault(exec_.tenant, {})[exec_.id] = exec_
 
     def _forgotten(self, exec_: Exec) -> None:
         of_tenant = self._execs.get(exec_.tenant, {})
@@ -376,17 +239,3 @@ class Execs:
         for exec_ in self.list(tenant):
             if exec_.ended.done():
                 self._kept.forget(exec_)
-
-
-async def _let_go(found: Adopted) -> None:
-    """Kill an adopted command that cannot be continued."""
-    if found.process is not None:
-        with contextlib.suppress(GatewayError, TimeoutError):
-            await found.process.kill(0)
-        await found.process.aclose()
-    found.holding.drop()
-
-
-def _short(spec: ExecSpec) -> str:
-    line = " ".join(spec.shown or spec.argv)
-    return line if len(line) <= SHORT else line[: SHORT - 1] + "…"

@@ -141,7 +141,7 @@ async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp
 async def test_what_has_ended_by_then_is_not_noted(make: Make) -> None:
     execs = await make()
     exec_ = await ended(execs, "true")
-    await until(lambda: not execs._tasks)
+    await until(lambda: execs._runner.resting)
     await execs._notes.start(exec_, once=False)
     assert noted(execs) == []
 

@@ -1,0 +1,116 @@
+"""Takes up the commands of earlier processes: those that run on, and the recorded ends of the others."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gateway.errors import GatewayError
+from gateway.events import Bus
+from gateway.execs.ended import Past
+from gateway.execs.exec import Exec
+from gateway.execs.kept import Kept
+from gateway.execs.notes import Notes
+from gateway.execs.runner import Runner
+from gateway.idempotency import Idempotency, Key
+from gateway.runtime import Adopted, Commands, ExecSpec, Pty
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Adoption:
+    """Adopts commands once, before anything else is done with any. `add` registers each."""
+
+    def __init__(
+        self,
+        commands: Commands,
+        notes: Notes,
+        idempotency: Idempotency,
+        runner: Runner,
+        kept: Kept,
+        bus: Bus,
+        settings: Settings,
+        add: Callable[[Exec], None],
+    ) -> None:
+        self._commands, self._notes, self._idempotency = commands, notes, idempotency
+        self._runner, self._kept, self._bus, self._settings = runner, kept, bus, settings
+        self._add = add
+        self._adopted: set[tuple[str, str]] = set()  # tenants and ids
+
+    async def run(self) -> None:
+        """Adopt the held commands of earlier processes, and load the recorded ends of the others.
+
+        Recorded commands that were still running and not held are reported as lost.
+        """
+        earlier_ones = list(await self._notes.earlier())
+        begun = {(earlier.tenant, earlier.exec_id): earlier.lost for earlier in earlier_ones}
+        for found in await self._commands.adopt():
+            try:
+                await self._adopt(found, begun)
+            except Exception as error:  # a broken record must not keep the others from being adopted
+                log.warning("cannot continue a command of an earlier process: %r", error)
+                await _let_go(found)
+        for earlier in earlier_ones:
+            key: Key = (earlier.tenant, "exec", earlier.exec_id)
+            if (earlier.tenant, earlier.exec_id) in self._adopted:
+                continue
+            if earlier.lost and not self._idempotency.begun(key, earlier.asked):
+                continue  # it never began, and may be started under that id
+            exec_ = self._runner.make(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
+            exec_.ended_before(earlier.asked, earlier.ended)
+            if earlier.lost or earlier.age < self._settings.exec_keep:
+                self._add(exec_)
+                self._kept.add(exec_)
+            if earlier.lost:
+                self._bus.publish("exec.exited", exec_.tenant, earlier.ended.on_wire(exec_.id))
+                await self._notes.end(exec_)
+
+    async def _adopt(self, found: Adopted, begun: Mapping[tuple[str, str], bool]) -> None:
+        """Continue a command of an earlier process, or keep it if it has ended.
+
+        `begun` tells of each recorded command whether its end is missing.
+        """
+        facts = found.facts
+        if not found.begun:
+            await self._forget_begin(facts)
+            found.holding.drop()
+            return
+        exec_id, tenant = str(facts["id"]), str(facts["tenant"])
+        pty = None if facts["pty"] is None else Pty(*facts["pty"])
+        spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"])
+        process = found.process or Past(found.pid, found.started_at, tuple(found.outputs), found.report)
+        exec_ = self._runner.make(exec_id, tenant, spec, process, facts["linger"])
+        exec_.take_over(found, self._settings.exec_hold)
+        self._add(exec_)
+        self._adopted.add((tenant, exec_id))
+        if found.process is not None:
+            self._runner.run(exec_)
+            if starting := facts.get("starting"):
+                self._runner.publish_start(exec_, str(starting["by"]))
+            return
+        self._kept.add(exec_)
+        if begun.get((tenant, exec_id)):  # it ended without an event
+            self._bus.publish("exec.exited", tenant, exec_.over.on_wire(exec_id))
+            await (self._notes.end(exec_) if exec_.once else self._notes.forget(exec_))
+
+    async def _forget_begin(self, facts: Mapping[str, Any]) -> None:
+        """Forget that a command, or the call that it is for, was recorded as begun: it may be made again."""
+        tenant, asked = str(facts["tenant"]), bytes.fromhex(facts["asked"])
+        begun: list[tuple[Key, bytes]] = [((tenant, "exec", str(facts["id"])), asked)]
+        if (call := facts["purpose"].get("call")) is not None:
+            begun.append(((tenant, "call", str(call["id"])), bytes.fromhex(call["digest"])))
+        for key, digest in begun:
+            if self._idempotency.begun(key, digest):
+                await self._idempotency.forget(key)
+
+
+async def _let_go(found: Adopted) -> None:
+    """Kill an adopted command that cannot be continued."""
+    if found.process is not None:
+        with contextlib.suppress(GatewayError, TimeoutError):
+            await found.process.kill(0)
+        await found.process.aclose()
+    found.holding.drop()
