@@ -14,12 +14,15 @@ from gateway.deployments import Deployments
 from gateway.events import Bus
 from gateway.lifecycle.arrivals import Arrivals
 from gateway.lifecycle.departures import Departures
+from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.move import MoveLog
+from gateway.lifecycle.mover import Mover, Uses
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
 from gateway.ownership.names import Names
 from gateway.protocol import CloseCode
 from gateway.runtime.incus import IncusRuntime
+from gateway.settings import Settings
 from gateway.storage.store import Store
 
 _RETRY_MS: Final = 50  # milliseconds until clients of a tenant that moves may reconnect, and wait
@@ -38,11 +41,13 @@ async def moving(
     names: Names,
     room: DiskSpace,
     capacity: Capacity,
-    **others: Any,
+    lifecycle: Lifecycle,
+    settings: Settings,
+    **uses: Any,
 ) -> AsyncIterator[tuple[Departures, Arrivals]]:
     """Yield the moves from this member, those of an earlier process among them, and to it.
 
-    `others` are what `Departures` takes besides.
+    `uses` are what `Uses` takes besides.
     """
 
     def part(tenant: str) -> None:
@@ -55,25 +60,21 @@ async def moving(
         deployments.look_soon()
 
     names.elsewhere = cluster.instance_of
-    common: dict[str, Any] = {
-        "steps": runtime.moves,
-        "records": records,
-        "names": names,
-        "log_": MoveLog(store),
-        "bus": bus,
-        "changed": changed,
-    }
-    arrivals = Arrivals(cluster.own, runtime.tenants, room=room, capacity=capacity, **common)
-    departures = Departures(
-        cluster,
-        placements,
-        runtime.tenants,
-        leaving=runtime.containers.leaving,
-        part=part,
-        deploying=deployments.deploying,
-        **common,
-        **others,
+    log, tenants, deploying = MoveLog(store), runtime.tenants, deployments.deploying
+    arrivals = Arrivals(
+        *(cluster.own, tenants, runtime.moves, records, names, log, bus, room, capacity, changed)
     )
+    mover = Mover(
+        *(cluster, placements, tenants, runtime.moves, Uses(part=part, **uses)),
+        leaving=runtime.containers.leaving,
+        records=records,
+        names=names,
+        log_=log,
+        bus=bus,
+        settings=settings,
+        deploying=deploying,
+    )
+    departures = Departures(cluster, tenants, mover, lifecycle, log, bus, settings, deploying, changed)
     await departures.recover()
     try:
         yield departures, arrivals

@@ -19,11 +19,12 @@ from gateway.cluster.records import Records
 from gateway.errors import Conflict, InvalidParams, NotFound, Unavailable
 from gateway.events import Bus, Filter, StoredJournal
 from gateway.idempotency import Idempotency
-from gateway.lifecycle import departures
+from gateway.lifecycle import mover
 from gateway.lifecycle.arrivals import Arrivals
 from gateway.lifecycle.departures import Departures
 from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.move import Move, MoveLog
+from gateway.lifecycle.mover import Mover, Uses
 from gateway.ownership.names import Names
 from gateway.runtime import OnAnotherServer, Tenant
 from gateway.settings import Settings
@@ -195,25 +196,17 @@ class Home:
                 capacity=other,
                 changed=changed,
             )
+
+            def deploying(_: str) -> bool:
+                return self.deploying
+
+            uses = Uses(doors=self.doors, part=self.parted.append, execs=other, files=other, workers=other)
+            moves = Mover(
+                *(cluster, self.placements, runtime, runtime, uses, self.leaving),
+                *(self.records, self.names, log, self.bus, settings, deploying),
+            )
             self.departures = Departures(
-                cluster,
-                self.placements,
-                runtime,
-                steps=runtime,
-                leaving=self.leaving,
-                doors=self.doors,
-                lifecycle=other,
-                execs=other,
-                workers=other,
-                files=other,
-                records=self.records,
-                names=self.names,
-                log_=log,
-                bus=self.bus,
-                settings=settings,
-                part=self.parted.append,
-                deploying=lambda tenant: self.deploying,
-                changed=changed,
+                cluster, runtime, moves, other, log, self.bus, settings, deploying, changed
             )
             await self.departures.recover()
 
@@ -291,7 +284,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two find each other without the pauses that many members need."""
     monkeypatch.setattr(clusters, "SETTLING", 0.05)
     monkeypatch.setattr(peers, "_SOON", 0.02)
-    monkeypatch.setattr(departures, "_PAUSES", (0.02, 0.2))
+    monkeypatch.setattr(mover, "_PAUSES", (0.02, 0.2))
 
 
 @pytest.fixture
