@@ -1,33 +1,27 @@
-"""`exec/…`: commands of the tenant, and their output on channels of this connection."""
+"""`exec/…`: commands of the tenant."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Final
 
 from gateway import protocol
+from gateway.api.connection.exec_channels import ExecChannels
 from gateway.api.connection.family import Answer, Family, Method
 from gateway.api.connection.peer import Peer
 from gateway.api.exec_spec import exec_spec
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, Forbidden, NotFound
-from gateway.execs import Attachment, Cursor, Exec, Reading, started_at
-from gateway.protocol import ServerWire, StreamId
-from gateway.runtime import StreamName
-
-_AHEAD: Final = 1 << 20  # bytes after which our clients acknowledge at the latest
-_STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "stderr": StreamId.STDERR}
+from gateway.execs import Attachment, Exec, started_at
+from gateway.protocol import ServerWire
 
 
 class ExecMethods(Family):
-    """Each command is attached once, as a channel of `wire`; a task of the peer copies its output."""
+    """Each command is attached once, as a channel of `wire`; see `ExecChannels`."""
 
     def __init__(self, peer: Peer, wire: ServerWire) -> None:
         super().__init__(peer)
-        self._wire = wire
-        self._attachments: dict[int, Attachment] = {}
-        self._channels: dict[str, int] = {}
+        self._channels = ExecChannels(peer, wire)
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -46,20 +40,20 @@ class ExecMethods(Family):
 
     async def write(self, channel: int, data: bytes) -> None:
         """Write input to the command of an open channel."""
-        await self._attachments[channel].write(data)
+        await self._channels.write(channel, data)
 
     def end_without(self, token: Token) -> list[str]:
         if token.allows("exec"):
             return []
         told = []
-        for channel, attachment in list(self._attachments.items()):
-            self._close(channel)
+        for channel, attachment in self._channels:
+            self._channels.close(channel)
             facts = {"exec": attachment.exec.id, "channel": channel, "reason": Forbidden.code}
             told.append(protocol.notification("exec/detached", facts))
         return told
 
     def close(self, *, hold: bool) -> None:
-        for attachment in list(self._attachments.values()):
+        for _, attachment in self._channels:
             if hold and attachment.acking:
                 attachment.hold(self._hub.settings.exec_hold)
             else:
@@ -81,7 +75,7 @@ class ExecMethods(Family):
             by=token.subject,
             outlive=True,
         )
-        channel, attachment = self._open(exec_, {}, params)
+        channel, attachment = self._channels.open(exec_, {}, params)
         answer = {
             "exec": exec_.id,
             "channel": channel,
@@ -99,7 +93,7 @@ class ExecMethods(Family):
     async def _attach(self, params: protocol.ExecAttach) -> Answer:
         exec_ = self._exec(params.exec)
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
-        channel, attachment = self._open(exec_, offsets, params, params.resume)
+        channel, attachment = self._channels.open(exec_, offsets, params, params.resume)
         if attachment.lost["stdout"]:
             exec_.terminal.redraw()
         begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
@@ -115,16 +109,16 @@ class ExecMethods(Family):
         return Answer(answer, lambda: self._follow(channel, attachment))
 
     async def _ack(self, params: protocol.ExecAck) -> Answer:
-        attachment = self._attachments.get(self._channels.get(self._exec(params.exec).id, 0))
+        attachment = self._channels.attachment(self._exec(params.exec).id)
         if attachment is not None:
             for name, cursor in attachment.cursors.items():
                 cursor.ack(getattr(params, name))
         return Answer({})
 
     async def _detach(self, params: protocol.ExecRef) -> Answer:
-        channel = self._channels.get(self._exec(params.exec).id)
+        channel = self._channels.of(self._exec(params.exec).id)
         if channel is not None:
-            self._close(channel)
+            self._channels.close(channel)
         return Answer({})
 
     async def _close_stdin(self, params: protocol.ExecRef) -> Answer:
@@ -170,71 +164,6 @@ class ExecMethods(Family):
         self._peer.require("exec")
         return self._hub.execs.get(self._tenant, exec_id)
 
-    # --- channels -----------------------------------------------------------------------------------
-
-    def _open(
-        self,
-        exec_: Exec,
-        offsets: Mapping[str, int],
-        wanted: protocol.Reader,
-        resume: str | None = None,
-    ) -> tuple[int, Attachment]:
-        """Attach to a command; the connection's earlier attachment to it ends."""
-        # more than can be had again after a break is not sent ahead
-        unacked = self._hub.settings.exec_unacked
-        window = None if wanted.window is None else min(wanted.window, max(unacked, _AHEAD))
-        acks = unacked > 0 and (wanted.acks or window is not None)
-        reading = Reading(viewer=True, acks=acks, window=window, text=wanted.encoding == "utf-8")
-        # before the old one ends, so that nothing falls between
-        attachment = exec_.attach(offsets, resume=resume, reading=reading)
-        old = self._channels.get(exec_.id)
-        if old is not None:
-            self._close(old)
-        channel = self._wire.open_channel()
-        self._attachments[channel] = attachment
-        self._channels[exec_.id] = channel
-        return channel, attachment
-
-    def _close(self, channel: int) -> None:
-        attachment = self._attachments.pop(channel, None)
-        if attachment is not None:
-            attachment.close()
-            self._wire.close_channel(channel)
-            if self._channels.get(attachment.exec.id) == channel:
-                del self._channels[attachment.exec.id]
-
     def _follow(self, channel: int, attachment: Attachment) -> None:
         self._end_late()
-        if channel in self._attachments:  # unless it was detached meanwhile
-            self._peer.spawn(self._forward(channel, attachment))
-            if attachment.exec.spec.stdin:
-                self._peer.spawn(self._tell_consumed(channel, attachment))
-
-    async def _tell_consumed(self, channel: int, attachment: Attachment) -> None:
-        """Allow the client to send more input as the command takes it."""
-        while (consumed := await attachment.more_consumed()) is not None:
-            told = {"exec": attachment.exec.id, "channel": channel, "consumed": consumed}
-            await self._peer.tell("exec/stdin", told)
-
-    async def _forward(self, channel: int, attachment: Attachment) -> None:
-        """Copy a command's output to the socket, then send its exit after the last byte."""
-        exec_ = attachment.exec
-        async with asyncio.TaskGroup() as group:
-            for name, cursor in attachment.cursors.items():
-                group.create_task(self._copy(channel, name, attachment, cursor))
-        ended = await asyncio.shield(exec_.ended)
-        if channel in self._attachments:
-            self._close(channel)
-            await self._peer.tell("exec/exited", ended.on_wire(exec_.id))
-
-    async def _copy(self, channel: int, name: StreamName, attachment: Attachment, cursor: Cursor) -> None:
-        header, socket = protocol.frame_header(_STREAMS[name], channel), self._peer.socket
-        while (parts := await cursor.next()) and channel in self._attachments:
-            if cursor.lost:
-                told = {"exec": attachment.exec.id, "channel": channel, "stream": name, "bytes": cursor.lost}
-                cursor.lost = 0
-                await self._peer.tell("exec/lost", told)
-            await socket.send_output(channel, header, *parts)
-            if socket.closing.done():
-                return  # it may not have been sent
-            cursor.taken(parts)
+        self._channels.follow(channel, attachment)
