@@ -17,7 +17,7 @@ from gateway.events import Bus
 from gateway.runtime import TenantEvent
 from gateway.runtime.packets import packets
 from gateway.runtime.probe import HostRefused, Silent, answer, ask, refusal
-from gateway.runtime.sites import Site, Sites
+from gateway.runtime.sites import Site, Sites, site_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Health:
         `status` is its answer's, None without one. An error status (5xx) does not count as an answer, nor
         does a refusal of the tenant's domain: then `reason` is `host_refused`, and `said` its text.
         """
-        site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+        site = await site_of(self._sites, tenant)
         if site is None or site.exposure is None or site.asleep:
             return {"answers": None, "status": None}
         status: int | None = None
@@ -131,7 +131,7 @@ class Health:
     async def _started(self, tenant: str) -> None:
         began = time.monotonic()
         with contextlib.suppress(GatewayError):
-            site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+            site = await site_of(self._sites, tenant)
             # its deployment reports on it
             if site is None or site.exposure is None or site.deployment is not None:
                 return

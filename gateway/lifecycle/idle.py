@@ -19,7 +19,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
-from gateway.caddy import Caddy, asleep
+from gateway.caddy import Caddy
 from gateway.errors import (
     Conflict,
     GatewayError,
@@ -30,10 +30,11 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.lifecycle.lifecycle import Lifecycle
+from gateway.lifecycle.sleep_marks import SleepMarks
 from gateway.ownership.domains import Domains
 from gateway.runtime import Tenant, TenantEvent, TenantRuntime
 from gateway.runtime.probe import HostRefused, answer
-from gateway.runtime.sites import Site, Sites
+from gateway.runtime.sites import Sites, site_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ class Idle:
         settings: Settings,
     ) -> None:
         self._tenants, self._usage = runtime.tenants, runtime.usage
-        self._sites, self._caddy, self._lifecycle = sites, caddy, lifecycle
-        self._domains = domains
+        self._marks = SleepMarks(runtime.tenants, sites, caddy, domains)
+        self._sites, self._caddy, self._domains, self._lifecycle = sites, caddy, domains, lifecycle
         self._running, self._settings = running, settings
         self._uses: Counter[str] = Counter()
         self._last: dict[str, float] = {}  # when each running tenant was last used, by the monotonic clock
@@ -184,7 +185,7 @@ class Idle:
         if not found.asleep:  # it was stopped for good meanwhile, or started
             self._asleep = (self._asleep or set()) - {tenant}
             return
-        site = await self._site(tenant)
+        site = await site_of(self._sites, tenant)
         if site is not None and site.exposure is not None:
             where = site.exposure
             try:
@@ -199,21 +200,9 @@ class Idle:
         log.info("woke %s in %d ms", tenant, (time.monotonic() - began) * 1000)
 
     async def _unmark(self, tenant: str) -> None:
-        async with self._caddy.changing:
-            await self._tenants.mark_asleep(tenant, False)
-            site = await self._served(tenant)
-            if site is not None and site.exposure is not None and self._caddy.sleeps(site.domain):
-                self._caddy.set(site.domain, site.exposure.target)
+        await self._marks.remove(tenant)
         if self._asleep is not None:
             self._asleep.discard(tenant)
-
-    async def _site(self, tenant: str) -> Site | None:
-        return next((site for site in await self._sites.listed() if site.tenant == tenant), None)
-
-    async def _served(self, tenant: str) -> Site | None:
-        """Return a tenant's site if the domain that it carries is its own."""
-        site = await self._site(tenant)
-        return site if site is not None and self._domains.serves(site.domain, tenant) else None
 
     # --- going to sleep -----------------------------------------------------------------------------
 
@@ -295,12 +284,7 @@ class Idle:
 
     async def _doze(self, name: str, limit: float) -> None:
         """Mark a tenant, check once more, stop it. A wake removes a mark left on a running one."""
-        async with self._caddy.changing:
-            await self._tenants.mark_asleep(name, True)
-            site = await self._served(name)
-            target = None if site is None else self._caddy.get(site.domain)
-            if site is not None and target is not None:
-                self._caddy.set(site.domain, asleep(target))
+        await self._marks.set(name)
         await asyncio.sleep(_ON_THE_WAY)  # what Caddy does in between cannot be awaited
         tenant = await self._tenants.get(name)
         visited = (await self._usage.visited([tenant])).get(name)

@@ -40,7 +40,7 @@ from gateway.runtime import (
 )
 from gateway.runtime.probe import answer, refusal
 from gateway.runtime.probe import ask as probe
-from gateway.runtime.sites import Site, Sites
+from gateway.runtime.sites import Site, Sites, site_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class Lifecycle:
 
     async def _lead(self, tenant: str, domain: str | None) -> Site | None:
         """Route a tenant's domain to its site if that is known; return the site."""
-        site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+        site = await site_of(self._sites, tenant)
         if domain is not None and site is not None and site.domain == domain and site.exposure is not None:
             target = site.exposure.target
             self._caddy.set(domain, asleep(target) if site.asleep else target)
@@ -204,7 +204,7 @@ class Lifecycle:
 
         Waits a while for the site, so that the next visitor finds it. Health checks report whether it helped.
         """
-        site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+        site = await site_of(self._sites, tenant)
         if site is None or not site.running or site.exposure is None or site.deployment is not None:
             return
         where = site.exposure

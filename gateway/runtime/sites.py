@@ -360,6 +360,11 @@ class Sites(Protocol):
         ...
 
 
+async def site_of(sites: Sites, tenant: str) -> Site | None:
+    """Return a tenant's site, None if it has none."""
+    return next((site for site in await sites.listed() if site.tenant == tenant), None)
+
+
 def disk_was_full(said: str) -> bool:
     """Return whether a failed command ran out of disk space, judging by the end of its output."""
     return any(words in said.lower() for words in _FULL)
