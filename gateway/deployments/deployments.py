@@ -14,26 +14,25 @@ from typing import Final
 from gateway.auth.tokens import Token
 from gateway.caddy import Caddy
 from gateway.cluster.remote_sites import RemoteSites
-from gateway.deployments.changes import changed, chosen
+from gateway.deployments.admission import Admission
 from gateway.deployments.context import Context, Promise
 from gateway.deployments.progress import Progress
-from gateway.deployments.queue import DeploymentQueue, Owner, uploader
+from gateway.deployments.queue import DeploymentQueue, Owner
 from gateway.deployments.reconciler import Reconciler
 from gateway.deployments.record import Record
 from gateway.deployments.recovery import Recovery
 from gateway.deployments.register import Register, Running
 from gateway.deployments.remote_routes import RemoteRoutes
-from gateway.deployments.request import Change, Request, Rollback, Variables, check_env
+from gateway.deployments.request import Change, Request, Variables
 from gateway.deployments.runner import Runner
 from gateway.deployments.template import named, names
 from gateway.deployments.verify import Verifier
 from gateway.deployments.warming import Warming
-from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound, Unavailable
+from gateway.errors import Conflict, GatewayError, Unavailable
 from gateway.events import Bus
-from gateway.hostnames import normalized, tenant_name
 from gateway.ownership.domains import Domains
 from gateway.rootfs.workers import Workers
-from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime, sizes
+from gateway.runtime import TenantEvent, TenantRuntime
 from gateway.runtime.sites import Former, Recipe, Sites
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -77,11 +76,14 @@ class Deployments:
         been short of memory. Without `workers` updates remove no files. In a cluster `remote` tells
         where other members' sites are, and `moving` which tenants are about to go there.
         """
-        self._ended = ended or (lambda tenant: 0.0)
-        self._moving = moving or (lambda tenant: False)
         self._caddy, self._domains, self._sites, self._tenants = caddy, domains, sites, runtime.tenants
         self._bus, self._settings = bus, settings
         self._register = Register(store, domains, settings)
+        self._admission = Admission(
+            *(domains, self._register, sites, settings),
+            ended=ended or (lambda tenant: 0.0),
+            moving=moving or (lambda tenant: False),
+        )
         self._verifier = Verifier(sites.services, caddy, settings)
         self._turns = DeploymentQueue(settings)
         self._warming = Warming(sites.copies, self._turns, spacious, settings)
@@ -166,36 +168,23 @@ class Deployments:
         """
         if self._resting:
             raise Unavailable("the gateway is just being replaced; ask again", retry_after=1)
+        tenant, domain = await self._admission.check(request, token)
         by = token.subject
-        domain = normalized(request.domain)
-        tenant = request.tenant or tenant_name(domain)
-        if not TENANT_NAME.fullmatch(tenant):
-            raise InvalidParams(f"{tenant[:63]!r} is not a tenant name", field="tenant")
-        if not token.covers(tenant):
-            raise NotFound(f"no tenant {tenant} for this token; one that covers it can deploy {domain}")
-        sizes.known(request.size)
-        check_env(request.env)
-        await self._domains.permit(token, domain)
-        if isinstance(request.template, str) and request.template not in names(self._settings):
-            known = ", ".join(names(self._settings))
-            raise NotFound(
-                f"no template {request.template[:63]}; there are: {known}", reason="template_missing"
-            )
         fresh = Record(tenant, domain, self._caddy.url(domain), _told(request), by)
         if isinstance(request.template, Variables):
             fresh.env = sorted(request.template.changes)
         if key is not None:
             begun = await self._register.keyed(by, key)
             # nothing may be revealed of another tenant's, or of one that had the name before
-            if told := [one for one in begun if self._knows(token, one[0])]:
+            if told := [one for one in begun if self._admission.knows(token, one[0])]:
                 return _same(told, request), False
-        self._check_alone(tenant, domain, token)
-        fresh.template = await self._template_of_change(tenant, request) or fresh.template
-        self._check_alone(tenant, domain, token)  # another may have begun meanwhile
+        self._admission.check_alone(tenant, domain, token)
+        fresh.template = await self._admission.template_of_change(tenant, request) or fresh.template
+        self._admission.check_alone(tenant, domain, token)  # another may have begun meanwhile
         owner, size = Owner.of(token), len(request.template) if isinstance(request.template, bytes) else 0
         self._turns.admit(owner, size)
         progress = Progress(fresh, self._bus, self._settings.install_log)
-        running = Running(fresh, request, owner, progress, self._uploader(token), key)
+        running = Running(fresh, request, owner, progress, self._admission.uploader(token), key)
         try:
             await self._register.open(running)
         except BaseException:
@@ -209,25 +198,6 @@ class Deployments:
         """Return whether a deployment of the tenant is under way."""
         return any(one.record.tenant == tenant for one in self._register.running.values())
 
-    def _check_alone(self, tenant: str, domain: str, token: Token) -> None:
-        """Raise `Conflict` if another deployment of the tenant or the domain is under way, or a move."""
-        if self._moving(tenant):
-            raise Conflict(
-                f"tenant {tenant} is being moved to another server; deploy again once it is there",
-                reason="moving",
-            )
-        holder = self._domains.holder(domain)
-        for other in self._register.running.values():
-            if other.record.over:  # only not stored yet: whoever has seen its end may begin the next one
-                continue
-            # of another's deployment, reveal only that it exists
-            theirs = other.record.id == holder and token.covers(other.record.tenant)
-            if other.record.tenant == tenant or theirs:
-                raise Conflict(
-                    f"a deployment of {other.record.domain} is running; wait for it, or cancel it",
-                    deployment=other.record.id,
-                )
-
     async def change(
         self, tenant: str, change: Change, token: Token, *, key: str | None = None
     ) -> tuple[Record, bool]:
@@ -236,18 +206,6 @@ class Deployments:
         if domain is None:
             raise Conflict(f"tenant {tenant} has no domain, and so no site; give it one first")
         return await self.begin(Request(domain, change, tenant=tenant), token, key=key)
-
-    async def _template_of_change(self, tenant: str, request: Request) -> str:
-        """Return the template of the site that a change leads to; raise if the change cannot be made."""
-        match request.template:
-            case Rollback():
-                former = self._sites.former
-                return (await former.recipe(tenant, await chosen(former, tenant, request.template))).template
-            case Variables():
-                await changed(self._sites.former, tenant, request.template)
-                _, recipe = await self._sites.former.live(tenant)
-                return recipe.template if recipe else ""
-        return ""
 
     async def kept(self, tenant: str) -> tuple[str | None, Sequence[Former]]:
         """Return the deployment of a tenant's live site, if known, and those it keeps, newest first."""
@@ -259,17 +217,6 @@ class Deployments:
         """Return the environment of a tenant's site. Raises `NotFound` and `Conflict`."""
         await self._tenants.get(tenant)
         return await self._sites.former.environment(tenant)
-
-    def _uploader(self, token: Token) -> str:
-        """Return the owner of an upload; empty if copies of uploads are never kept."""
-        return uploader(token, self._ended) if self._settings.upload_copies else ""
-
-    def _knows(self, token: Token, record: Record) -> bool:
-        """Return whether a deployment belongs to a tenant that the token covers and was made for."""
-        if token.coverage is None:
-            return True
-        ended = self._ended(record.tenant)
-        return token.covers(record.tenant) and (record.created >= ended or token.issued <= ended)
 
     async def get(self, identity: str) -> Record:
         """Return a deployment. Raises `NotFound`."""
