@@ -13,39 +13,29 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from gateway import settings as settings_module
-from gateway.auth.issuing import caller
-from gateway.caddy import shipped, site_url
-from gateway.host import HostError, caddy_service, image, run
+from gateway.host import HostError, caddy_service, image
 from gateway.host.caddy_service import CaddyService
 from gateway.host.daemon import Daemon
+from gateway.host.demo import DOMAIN, TENANT, Demo
 from gateway.host.forming import join
-from gateway.host.gateway_process import POLL, GatewayProcess
+from gateway.host.gateway_process import GatewayProcess
 from gateway.host.incus import Incus
-from gateway.host.local_gateway import ask, base_url, expires
+from gateway.host.local_gateway import ask, base_url
 from gateway.host.place import CLIENTS, Place, environment_of, format_environment, write_private
-from gateway.host.setup import pin, setup
+from gateway.host.setup import setup
 from gateway.incus import member_of
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from gateway.terminal import clean, out
-
-TENANT = "demo"
-DOMAIN = "demo.localhost"  # browsers resolve it to this machine
-TEMPLATE = "static"
-SCOPES = "files:read files:write exec deploy events"
-TOKEN_DAYS = 30
-SITE_TIMEOUT = 30.0  # seconds for an already deployed site to answer
-
 
 say = out.say
 
@@ -74,6 +64,10 @@ class Quickstart:
     def front(self) -> CaddyService:
         return CaddyService(self.settings)
 
+    @property
+    def demo(self) -> Demo:
+        return Demo(self.settings, self.place, self.gateway)
+
     # --- starting -----------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -98,13 +92,13 @@ class Quickstart:
             if before is not None and self.gateway.pid() is not None:
                 write_private(self.place.environment, before)  # of the one that goes on
             raise
-        if self.member and not self._has_demo():
+        if self.member and not self.demo.is_there():
             return  # it is one tenant of the whole cluster
         if served:
-            self._step(f"site {DOMAIN}", self._site)
+            self._step(f"site {DOMAIN}", self.demo.serve)
         else:
-            self._step(f"tenant {TENANT}", self._tenant)
-        self._token()
+            self._step(f"tenant {TENANT}", self.demo.start)
+        self.demo.token()
 
     def _settle_ports(self) -> None:
         """Choose Caddy's ports, unless an earlier start has chosen them: those are settings now."""
@@ -153,96 +147,6 @@ class Quickstart:
         incus = self.settings.runtime == "incus"
         return member_of(Incus(self.settings.incus_socket).get()) if incus else ""
 
-    def _has_demo(self) -> bool:
-        found = Incus(self.settings.incus_socket, self.settings.incus_project).instances()
-        return any(one["name"] == TENANT for one in found)
-
-    def _cli(self, *words: str, timeout: float = 120.0) -> str:
-        return run(
-            [self.gateway.command, *words],
-            env=self.gateway.variables() | self.gateway.folders(),
-            fix=f"try it by hand: {self.gateway.command.name} {' '.join(words)}",
-            timeout=timeout,
-        )
-
-    def _tenant(self) -> str:
-        listed = json.loads(self._cli("list", "--json") or "[]")
-        rows = listed.get("tenants", []) if isinstance(listed, dict) else listed
-        found = next((row for row in rows if row["name"] == TENANT), None)
-        if found is not None and found["status"] == "running":
-            return "already running"
-        self._cli("create" if found is None else "start", TENANT)
-        self._pin()
-        return "created" if found is None else "started"
-
-    def _pin(self) -> None:
-        if self.settings.runtime == "incus":
-            pin(self.settings)
-
-    def _token(self) -> str:
-        """Return the stored token if it is valid for another day, else create and store a new one."""
-        with contextlib.suppress(OSError):
-            token = self.place.token.read_text().strip()
-            if expires(token) > time.time() + 86400 and self._accepts(token):
-                return token
-        # the person at this machine, whom the editor shows beside what agents do by tokens of their own
-        words = ("--tenant", TENANT, "--scope", SCOPES, "--ttl", f"{TOKEN_DAYS}d", "--subject", caller())
-        token = self._cli("token", *words).strip()
-        write_private(self.place.token, token + "\n")
-        return token
-
-    def _accepts(self, token: str) -> bool:
-        try:
-            return ask(self.settings.listen, "GET", f"/v1/tenants/{TENANT}", token)[0] == 200
-        except OSError:
-            return False
-
-    def _site(self) -> str:
-        """Make sure that the demo is deployed and answers; an existing site stays as it is."""
-        listed = json.loads(self._cli("list", "--json") or "[]")
-        found = next((row for row in listed if row["name"] == TENANT), None)
-        if found is not None and found["domain"] not in (None, DOMAIN):
-            return f"{TENANT} keeps its domain {found['domain']}"
-        began = "already running"
-        if found is not None and found["status"] != "running":
-            self._cli("start", TENANT)
-            self._pin()
-            began = "started"
-        if found is not None and found["domain"] == DOMAIN:
-            if self._site_answers():
-                return f"{began} at {self.site_url}"
-            say(f"    {DOMAIN} does not answer; deploying it again")
-        with self._template() as template:
-            self._cli("deploy", DOMAIN, "--template", template, "--tenant", TENANT, timeout=600.0)
-        self._pin()
-        return f"deployed, see {self.site_url}"
-
-    @property
-    def site_url(self) -> str:
-        return site_url(DOMAIN, self.settings)
-
-    def _site_answers(self) -> bool:
-        deadline = time.monotonic() + SITE_TIMEOUT
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if ask(f"127.0.0.1:{self.settings.caddy_ask}", "GET", "/", host=DOMAIN, timeout=5.0)[0] < 400:
-                    return True
-            time.sleep(POLL)
-        return False
-
-    @contextlib.contextmanager
-    def _template(self) -> Iterator[str]:
-        """Yield the template to deploy: its name, or a folder if tenants have no Bun."""
-        if self.settings.runtime == "incus":
-            yield TEMPLATE
-            return
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / TEMPLATE
-            shutil.copytree(shipped("deploy") / "templates" / TEMPLATE / "public", folder / "public")
-            serve = f'exec "{sys.executable}" -m http.server --bind 127.0.0.1 --directory public "$PORT"'
-            (folder / "site.toml").write_text(f"start = {json.dumps(['sh', '-c', serve])}\n")
-            yield str(folder)
-
     # --- status and stopping ------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
@@ -265,7 +169,7 @@ class Quickstart:
             "url": url,
             # browsers do not send the fragment, and the editor removes the token from the address at once
             "editor_url": f"{url}/#tenant={TENANT}&token={token}" if token else f"{url}/#{TENANT}",
-            "site_url": self.site_url if self.front.answers() else None,
+            "site_url": self.demo.site_url if self.front.answers() else None,
             "tenant": TENANT,
             "token": token,
         }
