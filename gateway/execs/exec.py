@@ -269,11 +269,6 @@ class Exec:
         return not self.ended.done() or self.tree.lasting or self.over.left is None
 
     @property
-    def printed(self) -> int:
-        """Bytes of output so far."""
-        return sum(self.streams.offsets.values())
-
-    @property
     def kept_bytes(self) -> int:
         """Bytes in memory for the outputs and the command line."""
         asked = sum(map(len, (*self.spec.argv, *self.spec.env, *self.spec.env.values())))

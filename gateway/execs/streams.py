@@ -194,6 +194,11 @@ class Streams(dict[StreamName, Stream]):
         return {"stdout": 0, "stderr": 0} | {name: stream.tail.end for name, stream in self.items()}
 
     @property
+    def printed(self) -> int:
+        """The bytes of output so far, of all streams."""
+        return sum(self.offsets.values())
+
+    @property
     def kept(self) -> int:
         """Bytes of output in memory."""
         return sum(stream.tail.end - stream.tail.start for stream in self.values())

@@ -121,7 +121,7 @@ class Outside:
     def _notice(self, tenant: str, place: _Place) -> bool:
         """Note which commands have printed anything, or ended, since the last look; say whether one has."""
         running = {exec_.id: exec_ for exec_ in self._execs(tenant) if exec_.state == "running"}
-        printed = {one: running[one].printed for one in place.whose if one in running}
+        printed = {one: running[one].streams.printed for one in place.whose if one in running}
         busy = [one for one, so_far in printed.items() if so_far != place.printed.get(one)]
         ended = place.printed.keys() - printed.keys()
         place.printed = printed

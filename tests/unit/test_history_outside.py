@@ -48,7 +48,7 @@ class World:
 
     def start(self, *argv: str, by: str = "eve", pty: Pty | None = None, shown: Any = None) -> Any:
         spec = ExecSpec(argv, pty=pty, shown=shown)
-        exec_ = SimpleNamespace(id=f"x-{len(self.execs)}", spec=spec, state="running", printed=0)
+        exec_ = SimpleNamespace(id=f"x-{len(self.execs)}", spec=spec, state="running", streams=SimpleNamespace(printed=0))
         self.execs.append(exec_)
         self.outside.ran("t", exec_.id, by)
         return exec_
@@ -71,7 +71,7 @@ async def test_a_terminal_is_looked_at_once_it_rests_and_again_once_it_goes_on()
     world = World()
     terminal = world.start("bash", pty=Pty(80, 24))
     assert await world.next() == ("Changed in a terminal", "eve")
-    terminal.printed += 10
+    terminal.streams.printed += 10
     assert await world.next() == ("Changed in a terminal", "eve")
     terminal.state = "ended"
     assert await world.next() == ("Changed by a command", "eve")
@@ -84,7 +84,7 @@ async def test_what_never_rests_is_recorded_all_the_same() -> None:
 
     async def print_on() -> None:
         while not world.recorded.titles:
-            server.printed += 1
+            server.streams.printed += 1
             await turn()
 
     async with asyncio.timeout(60):
