@@ -130,7 +130,7 @@ class Previews:
         """Return a key for a domain, and when it ends. Raises `NotFound` if Caddy serves no such site."""
         if domain is None or self._caddy.get(domain) is None:
             raise NotFound(
-                "this tenant has no domain, so that nothing can be put into its pages", reason="no_domain"
+                "this tenant has no domain, so nothing can be put into its pages", reason="no_domain"
             )
         ends = int(time.time()) + TTL
         return key(self._secret, domain, origin, ends), ends
@@ -146,7 +146,7 @@ class Previews:
         if origin is None:
             return RedirectResponse(uri, 307, headers={"Cache-Control": "no-store"})
         if self._of.total() >= self._most or self._of[domain] >= max(1, self._most // 4):
-            raise RateLimited("too many pages are on their way to previews; try again soon")
+            raise RateLimited("too many previews are being opened; try again soon")
         self._of[domain] += 1
         stack = contextlib.AsyncExitStack()
         stack.callback(self._ended, domain)

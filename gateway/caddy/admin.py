@@ -56,7 +56,7 @@ class Admin:
             ) from error
         if answer.status >= 400:
             reason = said.decode(errors="replace")[:500]
-            raise CaddyFailed(f"Caddy refuses our configuration: {reason}", reason="caddy_refused")
+            raise CaddyFailed(f"Caddy refuses the gateway's configuration: {reason}", reason="caddy_refused")
         try:
             return orjson.loads(said) if said.strip() else None
         except ValueError:

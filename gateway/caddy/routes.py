@@ -195,7 +195,7 @@ class Routes:
                 try:
                     self.set(domain, target)
                 except (GatewayError, ValueError) as error:
-                    log.warning("%r leads nowhere: %s", domain, error)
+                    log.warning("%r points nowhere: %s", domain, error)
                 else:
                     changed.append(domain)
         for entry in list(self.routes.iterdir()):

@@ -42,7 +42,7 @@ def list_members(as_json: Json = False) -> None:
         out.json(found, indent=True)
         return
     if not found:
-        err.say("this server is in no cluster")
+        err.say("this server is not in a cluster")
     for row in found:
         mark = "*" if row["own"] else " "
         state = "Drained" if row["drained"] and row["status"] == "Online" else row["status"]

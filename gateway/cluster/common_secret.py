@@ -50,7 +50,7 @@ async def common_secret(keys: SharedKeys, configured: str | None, state_dir: Pat
         own = await asyncio.to_thread(load_secret, None, candidate) if known is None else known
         await keys.swap(KEY, None, digest(own))
     else:
-        raise Unavailable("the cluster's secret is set and removed all the time; start again")
+        raise Unavailable("the cluster's secret keeps being set and removed; start the gateway again")
     if known is not None:
         return _same(known, wanted, configured is not None)
     fetched = await asyncio.to_thread(known_secret, None, candidate)
@@ -58,8 +58,8 @@ async def common_secret(keys: SharedKeys, configured: str | None, state_dir: Pat
         fetched = await fetch()
     if fetched is None or digest(fetched) != wanted:
         raise Unavailable(
-            "no other gateway of the cluster gives its secret; start one that has it, or put the secret into "
-            "GATEWAY_SECRET",
+            "no other gateway of the cluster hands out the secret; start one that has it, or put the secret "
+            "into GATEWAY_SECRET",
             reason="secret_missing",
         )
     await asyncio.to_thread(keep_secret, fetched, state_dir)

@@ -61,7 +61,7 @@ class Placements:
             wanted = orjson.dumps([wish, round(now + self._kept)]).decode()
             if await self._keys.swap(key, found, wanted):
                 return wish
-        raise Unavailable(f"others choose a home for {tenant} all the time; ask again", reason="contended")
+        raise Unavailable(f"other members keep choosing a home for {tenant}; ask again", reason="contended")
 
     async def move(self, tenant: str, member: str, move: str) -> None:
         """Decide that a tenant's home is another member from now on. Idempotent.
@@ -76,7 +76,7 @@ class Placements:
             value = orjson.dumps([member, round(time.time() + _MOVING), move]).decode()
             if await self._keys.swap(key, found, value):
                 return
-        raise Unavailable(f"others choose a home for {tenant} all the time; ask again", reason="contended")
+        raise Unavailable(f"other members keep choosing a home for {tenant}; ask again", reason="contended")
 
     async def decided(self, tenant: str, move: str) -> bool:
         """Return whether a move was decided. Raises `Unavailable` if the cluster cannot say."""
@@ -97,7 +97,7 @@ class Placements:
             until = round(time.time() + (self._kept if wish == home else _AWAY))
             if await self._keys.swap(key, found, orjson.dumps([wish, until, mark]).decode()):
                 return wish
-        raise Unavailable(f"others decide about {tenant} all the time; ask again", reason="contended")
+        raise Unavailable(f"other members keep deciding about {tenant}; ask again", reason="contended")
 
     async def taken(self, member: str) -> Collection[str]:
         """Return the tenants that are a member's by `after`. Raises `Unavailable`."""

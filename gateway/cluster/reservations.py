@@ -11,7 +11,7 @@ import orjson
 from gateway.cluster.shared_keys import SharedKeys
 from gateway.errors import Unavailable
 
-_TRIES: Final = 10  # of a name that others take and leave at the same time
+_TRIES: Final = 10  # of a name that other members keep taking and releasing at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Reservations:
                     return False
             if await self._keys.swap(key, found, _text(wanted)):
                 return True
-        raise Unavailable(f"others take and leave {name} all the time; ask again", reason="contended")
+        raise Unavailable(f"other members keep taking and releasing {name}; ask again", reason="contended")
 
     async def leave(self, name: str) -> None:
         """Leave a name to whoever takes it next, if this member has it. Raises `Unavailable`."""

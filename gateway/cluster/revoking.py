@@ -130,7 +130,7 @@ class Revoking:
         until = time.time() + MAX_TTL if expires == math.inf else expires
         key, value = _key(token), orjson.dumps({"id": token[:_ID_MAX], "expires": until}).decode()
         if not await self._keys.swap(key, None, value) and await self._keys.get(key) is None:
-            raise Unavailable("others change it all the time", reason="contended")
+            raise Unavailable("other members keep changing it", reason="contended")
 
 
 def _key(token: str) -> str:

@@ -139,7 +139,9 @@ class IncusKeys:
                     self._sweep(found)
                     return True
                 await asyncio.sleep(random.uniform(0, _PAUSE * (number + 1)))  # noqa: S311 - not a secret
-        raise Unavailable("others change what the cluster shares all the time; ask again", reason="contended")
+        raise Unavailable(
+            "other members keep changing what the cluster shares; ask again", reason="contended"
+        )
 
     async def changes(self) -> AsyncIterator[None]:
         async with self._in_time():

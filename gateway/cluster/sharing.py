@@ -63,7 +63,7 @@ async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) ->
                     return await membership.members()
             except (IncusError, TimeoutError) as error:
                 raise Unavailable(
-                    "which members the cluster has cannot be known now; ask again soon", reason=NO_QUORUM
+                    "the members of the cluster are not known now; ask again soon", reason=NO_QUORUM
                 ) from error
 
         async def names() -> Collection[str]:

@@ -92,12 +92,12 @@ def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
     if entry.link is not None:
         target = entry.link
         if not target or not target.isprintable() or len(target) > _PATH_MAX or target.startswith("/"):
-            raise refused(f"the link {shown} leads out of the template")
+            raise refused(f"the link {shown} points outside the template")
         steps = target.split("/")
         up = next((number for number, step in enumerate(steps) if step != ".."), len(steps))
         # `..` after a name means the parent of wherever that leads, if it is a link itself
         if up >= len(parts) or ".." in steps[up:]:
-            raise refused(f"the link {shown} leads out of the template")
+            raise refused(f"the link {shown} points outside the template")
 
 
 def read_folder(

@@ -35,7 +35,7 @@ def guard(settings: Settings) -> str | None:
     if not hook.exists() and (nft is None or not _fits(nft, wanted)):
         return None
     if nft is None:
-        raise HostError("nft is missing, without which no tenant starts; install the package nftables")
+        raise HostError("nft is missing, and no tenant starts without it; install the package nftables")
     table = hook.with_suffix(".nft")
     words = {"NFT": nft, "TABLE": table_name(settings), "FILE": str(table)}
     script = _filled(_HERE.with_suffix(".sh").read_text(), words)

@@ -93,7 +93,9 @@ def _parsed(member: Mapping[str, Any]) -> list[IPv4Address]:
     try:
         return [IPv4Address(part) for part in text.split(",") if part]
     except AddressValueError:
-        raise HostError(f"{ADDRESSES} of {member['server_name']} is no list of addresses; unset it") from None
+        raise HostError(
+            f"{ADDRESSES} of {member['server_name']} is not a list of addresses; unset it"
+        ) from None
 
 
 # --- checks ----------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Token:
         except (binascii.Error, ValueError, KeyError, TypeError):
             token = None
         if token is None or not token.addresses or not _NAME.fullmatch(token.name):
-            raise HostError("this is no token; make one on a member: incus-gateway cluster add NAME")
+            raise HostError("this is not a token; make one on a member: incus-gateway cluster add NAME")
         return token
 
 
@@ -62,7 +62,7 @@ def enable(settings: Settings, name: str, address: str, report: Report) -> None:
         report(f"this server is the member {member} already")
         return
     if not _NAME.fullmatch(name):
-        raise HostError(f"{name} is no name of a member: letters, digits and dashes")
+        raise HostError(f"{name} is not a member's name: use letters, digits and dashes")
     listens = str((incus.get().get("config") or {}).get("core.https_address") or "")
     if address or _is_wildcard(listens):  # which a cluster refuses: others must reach it there
         address = address or own_address()
@@ -78,9 +78,9 @@ def enable(settings: Settings, name: str, address: str, report: Report) -> None:
 def add(settings: Settings, name: str) -> str:
     """Return a token with which one server can join under that name, within three hours."""
     if not member_of(Incus(settings.incus_socket).get()):
-        raise HostError("this server is in no cluster; begin one: incus-gateway cluster enable")
+        raise HostError("this server is not in a cluster; start one: incus-gateway cluster enable")
     if not _NAME.fullmatch(name):
-        raise HostError(f"{name} is no name of a member: letters, digits and dashes")
+        raise HostError(f"{name} is not a member's name: use letters, digits and dashes")
     command = ["incus", "cluster", "add", name, "--quiet"]
     said = run(command, env=Daemon.at(settings.incus_socket).environment, fix="see: incus cluster list")
     return said.split()[-1]
@@ -148,7 +148,7 @@ def set_drained(settings: Settings, name: str, drained: bool) -> None:
     """Have a member get no new tenants, or get them again. Raises `HostError`."""
     incus = Incus(settings.incus_socket)
     if not member_of(incus.get()):
-        raise HostError("this server is in no cluster")
+        raise HostError("this server is not in a cluster")
     found = incus.get("cluster", "members", name)
     # all of it: to PATCH, too, a role or group that is left out is one taken away
     kept = {key: found[key] for key in ("roles", "failure_domain", "description", "groups")}

@@ -28,7 +28,7 @@ def upgrade(settings: Settings, report: Report, *, back: bool) -> None:
         else:
             process.replace(Path(sys.prefix), report)
     except HostError as error:
-        raise HostError(f"nothing has changed, the old gateway goes on: {error.message}") from error
+        raise HostError(f"nothing has changed, the old gateway keeps running: {error.message}") from error
     report(f"replaced, pid {process.pid()}")
 
 

@@ -85,7 +85,7 @@ class Departures:
             raise MemberAway(target)
         if peer.version < _ORDERS:
             raise Unavailable(
-                f"the gateway of {target} is older than moves; upgrade it first", reason="older"
+                f"the gateway of {target} is too old to take tenants; upgrade it first", reason="older"
             )
         move = Move(tenant, found.instance or "", self._cluster.own, target, by, drained=drained)
         move.running, move.memory = found.status == "running", found.limits.get("memory")
@@ -127,7 +127,7 @@ class Departures:
         if self._moves:
             self._resting = False
             raise Unavailable(
-                f"{len(self._moves)} tenants are still on their way to other members after {seconds:.0f} s; "
+                f"{len(self._moves)} tenants are still being moved to other members after {seconds:.0f} s; "
                 "try again later"
             )
 

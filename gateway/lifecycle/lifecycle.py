@@ -218,7 +218,7 @@ class Lifecycle:
         except (OSError, ValueError):  # TimeoutError among them
             return  # so it does not refuse the domain
         except GatewayError as error:
-            log.warning("the site of %s is not told its new domain: %s", tenant, error.message)
+            log.warning("the site of %s was not given its new domain: %s", tenant, error.message)
 
     async def _stay_stopped(self, tenant: str) -> None:
         await self._tenants.stop(tenant)
@@ -267,7 +267,7 @@ class Lifecycle:
             kept = await self._snapshots.list(ask.tenant)
             if len(kept) >= self._settings.max_snapshots:
                 raise RateLimited(
-                    f"the tenant has {len(kept)} snapshots, the most it may; raise "
+                    f"the tenant has {len(kept)} snapshots, as many as it may have; raise "
                     "GATEWAY_MAX_SNAPSHOTS, or delete one",
                     limit=self._settings.max_snapshots,
                 )

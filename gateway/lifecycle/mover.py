@@ -117,7 +117,7 @@ class Mover:
             raise InvalidParams(f"it is on {member} already", field="member")
         peer = self._cluster.peers.all.get(member)
         if peer is None:
-            raise InvalidParams(f"{member[:63]} is no member of the cluster", field="member")
+            raise InvalidParams(f"{member[:63]} is not a member of the cluster", field="member")
         return peer
 
     def shut(self, tenant: str) -> None:
@@ -185,7 +185,7 @@ class Mover:
             await self._go_on(move)
             return True
         await self._steps.bring_back(move.tenant, move.instance, move.id, move.managed)
-        move.error = {"code": "unavailable", "message": f"{move.target} is no member of the cluster any more"}
+        move.error = {"code": "unavailable", "message": f"{move.target} is no longer a member of the cluster"}
         return False
 
     async def _order(self, move: Move, what: str, patience: float) -> None:

@@ -33,7 +33,7 @@ async def opened(
     Raises `HostError` without root or Incus, `Conflict` if another run of it is under way.
     """
     if os.geteuid() != 0:
-        raise HostError("to move a site in takes root: it stops services and mounts folders")
+        raise HostError("moving a site in needs root: it stops services and mounts folders")
     if settings.runtime != "incus":
         raise HostError("the local runtime has no containers to move a site into")
     PLACES.mkdir(mode=0o711, parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ class Systemctl:
         said = self._run("systemctl", "show", f"--property={wanted}", "--", name)
         facts = dict(line.partition("=")[::2] for line in said.splitlines())
         if facts.get("LoadState") != "loaded":
-            raise HostError(f"systemd knows no unit {name} that it could load; see: systemctl status {name}")
+            raise HostError(f"systemd has no unit {name} that it could load; see: systemctl status {name}")
         words: tuple[str, ...] = ()
         # the exact words; `systemctl show` joins them with spaces
         with contextlib.suppress(HostError, ValueError, LookupError, TypeError):
@@ -199,7 +199,7 @@ def _old(pid: int, pids: tuple[int, ...], port: int | None, words: tuple[str, ..
         uid = process.stat().st_uid
         folder = (process / "cwd").readlink()
     except OSError as error:
-        raise HostError(f"process {pid} of the old service cannot be looked at: {error.strerror}") from error
+        raise HostError(f"process {pid} of the old service cannot be inspected: {error.strerror}") from error
     # npm and others overwrite their arguments, with spaces
     words = words or (tuple(shlex.split(said[0])) if len(said) == 1 else said)
     environment = {os.fsdecode(key): os.fsdecode(value) for key, value in pairs}

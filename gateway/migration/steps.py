@@ -91,7 +91,7 @@ class Migration:
         found = await self._there.instance(tenant)
         if found is None or not found["config"].get(STATE):
             if wanted is None:
-                raise NotFound(f"no migration of {domain} is under way; say --from FOLDER to begin one")
+                raise NotFound(f"no migration of {domain} is under way; start one with --from FOLDER")
             await self._begin(await self._beginnable(domain, tenant, wanted, found))
         elif wanted is not None and str(_real(wanted.folder)) != found["config"].get(FOLDER):
             raise Conflict(f"{domain} moves from {found['config'].get(FOLDER)} already; go on without --from")
@@ -218,7 +218,9 @@ class Migration:
             except GatewayError as failed:
                 self._say(f"that is not finished: {failed.message}; run the command again")
             if isinstance(error, TimeoutError):
-                raise HostError("the last pass of the copy took too long; the old service runs on") from error
+                raise HostError(
+                    "the last pass of the copy took too long; the old service keeps running"
+                ) from error
             raise
         await self._there.change(tenant, {STATE: "switched", ASLEEP: ""})
         await led(self._caddy, domain, exposure.target)

@@ -248,7 +248,7 @@ async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
         try:
             return await runtime.tenants.list(addresses=False)
         except GatewayError as error:
-            log.warning("whether tenants are others by now is not known yet: %s", error.message)
+            log.warning("it is not known yet whether tenants have been replaced: %s", error.message)
         except Exception:  # see `_found`
             log.exception("the list of tenants cannot be understood")
         await asyncio.sleep(_RETRY)  # nothing else tells when Incus answers again

@@ -31,7 +31,7 @@ def freeze(incus: Path, container: str) -> None:
     until = time.monotonic() + _FREEZING
     while not process_tree.frozen(group):
         if time.monotonic() > until:
-            raise Unavailable(f"some processes of {container} do not stand still yet")
+            raise Unavailable(f"some processes of {container} are not frozen yet")
         time.sleep(_LOOK)
 
 

@@ -190,7 +190,7 @@ class Succession:
             pass
         except Exception:
             log.exception("the gateway cannot be handed over")
-        log.error("the successor does not serve: this gateway starts anew")
+        log.error("the successor does not serve: this gateway starts again")
         self._anew()
 
     def _anew(self) -> NoReturn:

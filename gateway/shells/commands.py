@@ -223,7 +223,7 @@ class Commands:
                     raise ValueError("too many others have ended since")
                 record = parsed(exec_.purpose.found)
             except ValueError as error:
-                log.warning("exec %s of %s cannot be gone on with: %s", exec_.id, exec_.tenant, error)
+                log.warning("exec %s of %s cannot be continued: %s", exec_.id, exec_.tenant, error)
                 self.discard(exec_)
             else:
                 yield LeftBehind(exec_, record)

@@ -282,7 +282,7 @@ class Toolbox:
                 session = self.sessions.open(left.tenant, left.session, False)
             self._shells.take_over(root, session, left)
         except (GatewayError, ValueError) as error:
-            log.warning("exec %s of %s is not gone on with: %s", left.exec_id, left.tenant, error)
+            log.warning("exec %s of %s is not continued: %s", left.exec_id, left.tenant, error)
             self._shells.discard(left)
             return
         if call is not None and running:

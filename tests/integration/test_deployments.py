@@ -204,7 +204,7 @@ async def test_a_hostile_upload_costs_nothing_and_a_hostile_workspace_holds_noth
     held = host.gateway.memory("VmRSS")
     uploads = {
         "sparse file": sparse(10 << 30) + folder('start = ["x"]'),
-        "leads out": folder('start = ["x"]', link("out", "../../etc")),
+        "points outside": folder('start = ["x"]', link("out", "../../etc")),
         "is not plain": folder('start = ["x"]', ("esc\x1b[2J", b"")),
         "TOML": folder("start = " + "[" * 20_000),
         "not a tar": b"\xff" * 10_000,

@@ -434,7 +434,10 @@ async def test_a_successor_that_cannot_serve_changes_nothing(
     wrong: list[tuple[dict[str, str], str]] = [
         ({"GATEWAY_MAX_EXECS": "many"}, "GATEWAY_MAX_EXECS"),
         ({"PYTHONPATH": str(broken)}, "uvloop is of another machine"),
-        ({"GATEWAY_INCUS_SOCKET": "/nonexistent/unix.socket"}, "the old gateway goes on: cannot reach Incus"),
+        (
+            {"GATEWAY_INCUS_SOCKET": "/nonexistent/unix.socket"},
+            "the old gateway keeps running: cannot reach Incus",
+        ),
         ({"GATEWAY_LISTEN": f"127.0.0.1:{used}"}, f"127.0.0.1:{used} is in use"),
     ]
     with socket.create_server(("127.0.0.1", used)):
@@ -652,7 +655,7 @@ async def test_versions_lie_side_by_side_and_the_last_one_is_kept_to_go_back(
             (packages,) = two.glob("lib/python3*/site-packages")
             (broken / "uvloop.py").rename(packages / "uvloop.py")
             said = await run(one / "bin/incus-gateway", "upgrade", "--back", code=1)
-            assert "uvloop is of another machine" in said and "the old gateway goes on" in said
+            assert "uvloop is of another machine" in said and "the old gateway keeps running" in said
             assert (environments.current, environments.previous) == (one, two)
             assert running() == str(one / "bin/incus-gateway")
             await some(hail)

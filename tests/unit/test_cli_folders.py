@@ -60,7 +60,7 @@ def test_what_ignore_files_name_is_not_sent_and_is_told(tmp_path: Path) -> None:
 def test_a_link_out_of_the_folder_is_named(tmp_path: Path) -> None:
     laid(tmp_path, "index.html")
     (tmp_path / "secrets").symlink_to("/etc")
-    assert refused(tmp_path) == "this template is refused: the link secrets leads out of the template"
+    assert refused(tmp_path) == "this template is refused: the link secrets points outside the template"
 
 
 def test_of_a_folder_of_apps_the_command_is_named(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ class World:
 
     def start(self, *argv: str, by: str = "eve", pty: Pty | None = None, shown: Any = None) -> Any:
         spec = ExecSpec(argv, pty=pty, shown=shown)
-        exec_ = SimpleNamespace(id=f"x-{len(self.execs)}", spec=spec, state="running", streams=SimpleNamespace(printed=0))
+        exec_ = SimpleNamespace(
+            id=f"x-{len(self.execs)}", spec=spec, state="running", streams=SimpleNamespace(printed=0)
+        )
         self.execs.append(exec_)
         self.outside.ran("t", exec_.id, by)
         return exec_

@@ -212,7 +212,7 @@ class Attachment:
             await self._connections.release(broken, good=False)
             self.end(final)
         except TimeoutError:
-            self.end(Disconnected("the gateway does not let us attach to the command again"))
+            self.end(Disconnected("the gateway refuses to attach to the command again"))
         finally:
             self._resuming = None
 

@@ -113,7 +113,7 @@ class Connection:
             while True:
                 await self._receive()
         except TimeoutError:
-            return Closed(CloseCode.UNAUTHORIZED, "initialize did not come in time")
+            return Closed(CloseCode.UNAUTHORIZED, "initialize did not arrive in time")
         except Closed as closed:
             return closed
         except WebSocketDisconnect as gone:

@@ -72,7 +72,7 @@ async def _chosen(gateway: Services) -> str:
     assert gateway.cluster is not None
     found = await roomiest(gateway, gateway.cluster, own=False)
     if found is None:
-        raise Unavailable("no other member is there that takes tenants", reason="capacity")
+        raise Unavailable("no other member can take tenants now", reason="capacity")
     return found
 
 

@@ -52,9 +52,8 @@ async def serving(incus: Incus, settings: Settings) -> None:
     if why := clustered(server, settings):
         raise Unavailable(why, reason=REASON)
     if (now := member_of(server)) != before:
-        raise Unavailable(
-            f"incusd is {now or 'no member'} of a cluster by now; restart the gateway", reason=REASON
-        )
+        where = f"the member {now} of a cluster" if now else "not in a cluster"
+        raise Unavailable(f"incusd is {where} now; restart the gateway", reason=REASON)
     if now:
         await _decides(incus, settings.image)
 
@@ -69,6 +68,6 @@ async def _decides(incus: Incus, image: str) -> None:
             return
         raise Unavailable(
             "the cluster's database does not answer: most members are away, or its leader has just died; "
-            "running sites and commands go on",
+            "running sites and commands keep running",
             reason=NO_QUORUM,
         ) from error

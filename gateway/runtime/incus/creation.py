@@ -136,7 +136,7 @@ class Creation:
                         await self.limited(name)
                         if start:
                             if identity_of(await self.instance(name)) != identity:
-                                raise Conflict(f"another instance is called {name} by now")
+                                raise Conflict(f"another instance has the name {name} now")
                             await self.begin(name)
                         return
                     except IncusError as error:

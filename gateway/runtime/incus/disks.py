@@ -49,7 +49,7 @@ def inherited(source: Mapping[str, Any], counted: int | None) -> dict[str, str]:
     if size and shared > size:
         raise TooLarge(
             f"tenant {source['name']} is a clone itself: another one would share {shared} bytes with both, "
-            f"and its disk has {size}; deploy the site anew instead",
+            f"and its disk has {size}; deploy the site again instead",
             reason="quota",
             limit=size,
             held=shared,

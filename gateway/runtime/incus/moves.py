@@ -86,7 +86,7 @@ class Moves:
             await self._making.instance(MOVED + move)
             return
         if identity_of(found) != instance:
-            raise Conflict(f"{tenant} is another instance by now")
+            raise Conflict(f"{tenant} is a different instance now")
         with translated(tenant):
             await self._operate("PATCH", instance_path(tenant), {"config": {MANAGED: "false", _MARK: move}})
             await self._operate("POST", instance_path(tenant), {"name": MOVED + move})
@@ -120,7 +120,7 @@ class Moves:
         with translated(tenant):
             found = await self._incus.get(instance_path(tenant))
         if identity_of(found) != instance:
-            raise Conflict(f"{tenant} is another instance by now")
+            raise Conflict(f"{tenant} is a different instance now")
         source = {"type": "copy", "source": tenant, "refresh": True}
         config = {key: value for key, value in found["config"].items() if _travels(key)}
         config |= {MANAGED: "false", _MARK: move}
@@ -170,7 +170,7 @@ class Moves:
                 await self._operate("POST", instance_path(name), {"name": tenant})
         else:
             if identity_of(found) != instance or found["config"].get(_MARK) not in (move, None):
-                raise Conflict(f"{tenant} is another instance by now")
+                raise Conflict(f"{tenant} is a different instance now")
         with translated(tenant):
             # an empty value removes the key in Incus
             config = {MANAGED: managed or "", _MARK: ""}

@@ -242,7 +242,7 @@ class StandbyCopies:
         name, own = copy.tenant, await self._runtime.making.instances()
         found = next((one for one in own if one["name"] == name), None)
         if found is not None and identity_of(found) != copy.instance:
-            raise Conflict(f"another instance is called {name} by now")
+            raise Conflict(f"another instance has the name {name} now")
         if found is not None and _KEY not in found["config"]:
             return  # an earlier process did
         try:
