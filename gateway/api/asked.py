@@ -1,4 +1,4 @@
-"""What a request is about, by its head alone, and where that is: so its body need not be read here."""
+"""Finds out what a request is about, and where that is, from its head alone: its body stays unread."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _known(tenant: Tenant) -> Known:
 
 
 def leave(services: Services, retry_after_ms: int, why: str) -> None:
-    """Tell clients of other members' tenants that this gateway ends, and their peers to come anew."""
+    """Tell clients of other members' tenants that this gateway ends, and peers to connect again."""
     told = protocol.notification("server/draining", {"retryAfterMs": retry_after_ms})
     for tunnel in list(services.tunnels):
         tunnel.end(text_frame(told), close_frame(CloseCode.DRAINING, why))

@@ -37,7 +37,7 @@ _RETRY_MS: Final = 5000  # milliseconds until clients of a tenant that is fenced
 
 @dataclass(frozen=True, slots=True)
 class StandingBy:
-    """`lease` answers peers in any case; there are the others if tenants come back by themselves."""
+    """`lease` answers peers in any case; the others exist only if tenants come back by themselves."""
 
     standby: Standby
     lease: Lease

@@ -1,4 +1,4 @@
-"""Opens a client's websocket anew at the gateway of another member."""
+"""Opens a client's websocket a second time, to the gateway of another member."""
 
 from __future__ import annotations
 

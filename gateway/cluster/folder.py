@@ -47,7 +47,7 @@ class FolderMembers:
 
 
 class FolderKeys:
-    """Implements `Keys` by a file for each, in a folder that is made with the first. Nothing is too many."""
+    """Implements `Keys` by a file for each, in a folder that is created with the first. Without limit."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""Which member is a tenant's home: as the peers tell, and as it was last told of those that are away."""
+"""Which member is a tenant's home: as the peers report, and as those that are away last reported."""
 
 from __future__ import annotations
 

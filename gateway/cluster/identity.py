@@ -1,4 +1,4 @@
-"""The certificate by which a gateway's peers know it, and TLS that trusts no other.
+"""The certificate that identifies a gateway to its peers, and TLS that trusts no other.
 
 Each gateway makes its own; its peers read it where only Incus's root may write. No authority signs anything:
 a certificate is trusted because it is the very one that was published.

@@ -1,4 +1,4 @@
-"""What gateways tell one another of their tenants."""
+"""What gateways report to one another about their tenants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEXT: Final = 300  # characters of one member; a domain has at most 253
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """One tenant as its home tells of it. `instance` is the id that no later tenant of its name has."""
+    """One tenant as its home reports it. `instance` is the id that no later tenant of its name has."""
 
     name: str
     domain: str | None = None

@@ -44,7 +44,7 @@ class Member:
 
 
 class Membership:
-    """The cluster of one incusd. The members are asked for each time anew, which of them this is once."""
+    """The cluster of one incusd. Its members are read at each call, which of them this is only once."""
 
     def __init__(self, incus: Incus) -> None:
         self._incus = incus

@@ -1,4 +1,4 @@
-"""Has a peer do something, which answers once it is done or says why not."""
+"""Orders a peer to do something; the peer answers once that is done, or says why it is not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PAUSE: Final = 0.1
 
 
 class OrderRefused(Unavailable):
-    """A peer does not do what it was told to, for its own reason."""
+    """A peer refuses an order, for its own reason."""
 
 
 async def order(peers: Peers, peer: Peer, path: str, body: bytes, patience: float) -> Any:

@@ -1,4 +1,4 @@
-"""The tenants of this member, as they are told to the peers that follow them."""
+"""The tenants of this member, as they are reported to the peers that follow them."""
 
 from __future__ import annotations
 

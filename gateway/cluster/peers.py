@@ -51,7 +51,7 @@ _FAILED: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
 
 
 class Members(Protocol):
-    """What tells the members and what they publish: `Membership`, or a folder in tests."""
+    """The source of the members and of what they publish: `Membership`, or a folder in tests."""
 
     async def members(self) -> Sequence[Member]: ...
 
@@ -70,7 +70,7 @@ class MemberAway(Unavailable):
 
 
 class Peer:
-    """The gateway of one other member. `tenants` are those that it told, also when it is away."""
+    """The gateway of one other member. `tenants` are those that it last reported, also while it is away."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""The member on which a tenant is made that does not exist yet: the same one whichever gateway is asked.
+"""Chooses the member for a tenant that does not exist yet: the same one, whichever gateway is asked.
 
 So the gateway there sees all requests for it, and makes none of them twice. Once the tenant exists, its home
 is where Incus has it.

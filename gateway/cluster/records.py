@@ -104,7 +104,7 @@ class Records:
         return await self._store.read(partial(_kept, tenant=tenant))
 
     async def drop(self, tenant: str, identity: str) -> None:
-        """Forget a text that is kept, unless it is another one by now. Idempotent."""
+        """Forget a text that is kept, unless another one has replaced it. Idempotent."""
         await self._store.write(partial(_drop, tenant=tenant, identity=identity))
 
     async def adopt(self, tenant: str, identity: str) -> Header:

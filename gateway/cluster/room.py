@@ -1,4 +1,4 @@
-"""The room that a member has for new tenants, as its gateway tells it."""
+"""The room that a member has for new tenants, as its gateway reports it."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Keys(Protocol):
 
 
 class SharedKeys(Keys, Protocol):
-    """Those that tell of their changes."""
+    """Keys that report their changes."""
 
     def changes(self) -> AsyncIterator[None]:
         """Yield when the keys can be read, and after each change by anyone, until the connection breaks.

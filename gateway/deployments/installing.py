@@ -1,4 +1,4 @@
-"""Runs a site's install command, and says so where it is held up for lack of memory."""
+"""Runs a site's install command, and reports if lack of memory holds it up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verify that a site that was just started works, and goes on working.
+"""Verify that a site that was just started works, and keeps working.
 
 `answering` waits for its first answer, and fails early if the service listens in the wrong place. `settled`
 loads the page as a browser does, and watches the site for a while. `seen` asks through Caddy.

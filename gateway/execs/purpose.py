@@ -9,7 +9,7 @@ from gateway.runtime import Holding
 
 
 class Purpose:
-    """What the room that started a command needs to go on with it; without a `holding` nothing is kept.
+    """What the room that started a command needs to continue it; without a `holding` nothing is kept.
 
     `found` is what an earlier process noted, empty for a command that only its own reader wants.
     """

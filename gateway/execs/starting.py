@@ -1,4 +1,4 @@
-"""What is noted of a command before it begins, so that the next process of the gateway goes on with it."""
+"""What is recorded about a command before it begins, from which the next gateway process can continue it."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class WatchedFolders:
         del self._by_wd[wd]
 
     def read_again(self) -> None:
-        """Watch all wanted folders anew with a fresh inotify instance."""
+        """Watch all wanted folders again with a new inotify instance."""
         os.close(self.descriptor)
         self.descriptor = _instance()
         self._by_wd.clear()

@@ -15,7 +15,7 @@ Lacks = Callable[[Mapping[str, Any]], bool]
 
 
 class States:
-    """The states that told what was asked for. `read` returns an instance with its state, None for none."""
+    """States that have what was asked for. `read` returns an instance with its state, None for none."""
 
     def __init__(self, read: Callable[[str], Awaitable[dict[str, Any] | None]]) -> None:
         self._read = read

@@ -100,7 +100,7 @@ class Departures:
         return move
 
     async def recover(self) -> None:
-        """Take up the moves of an earlier process: close their doors. `resume` goes on with them."""
+        """Load the moves of an earlier process and close their doors. `resume` continues them."""
         for move in await self._log.unfinished():
             if move.source != self._cluster.own:
                 continue

@@ -1,4 +1,4 @@
-"""Brings back the tenants of a member that has died, and has that member know of it when it returns.
+"""Brings back the tenants of a member that has died, and lets that member know when it returns.
 
 ```
 where a copy is   silence ── suspicion ── its lease is over, GATEWAY_FAILOVER too ── decision ── tenant
@@ -170,7 +170,7 @@ class Takeover:
 
 
 class Return:
-    """Has this member keep what is still its own when it comes back, and let go of the rest.
+    """Keeps what is still this member's own when it comes back, and lets go of the rest.
 
     `leaving` are tenants that the runtime is to leave alone, `changed` is called with a tenant that is
     another member's now.

@@ -132,7 +132,7 @@ class Names:
         return self._holders.get(name, _NOBODY).arrived
 
     def position(self, name: str, after: int | None, *, here: bool) -> int | None:
-        """Return where in our journal a client goes on with a tenant's events, 0 where that is not known.
+        """Return where in our journal a client resumes a tenant's events, 0 if that is not known.
 
         `after` is a position that it gives, and `here` whether that is certainly one of this journal: a
         number alone may be of the tenant's former home.

@@ -1,4 +1,4 @@
-"""Has done what must not wait for incusd, where the cluster is broken, by whoever may do it."""
+"""Cuts connections and freezes containers without incusd, while the cluster is broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Has the disks of instances limited by whoever may do that."""
+"""Limits the disks of instances, by the broker or as root."""
 
 from __future__ import annotations
 

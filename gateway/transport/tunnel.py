@@ -90,7 +90,7 @@ class Far(asyncio.Protocol):
 
 
 class Near(asyncio.Protocol):
-    """The client's connection, taken over of `before`. `over` is done when it is closed.
+    """The client's connection, taken over from `before`. `over` is done when it is closed.
 
     `sent` is called with what the client sends, until it returns False.
     """

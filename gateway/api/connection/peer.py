@@ -69,7 +69,7 @@ class Hub:
     """Of a cluster's member: what `initialize` tells of it."""
 
     def resumed(self, tenant: str, last_event_id: int | None) -> int | None:
-        """Return where in our journal a client goes on with a tenant's events."""
+        """Return where in our journal a client resumes a tenant's events."""
         return last_event_id
 
     def elsewhere(self, tenant: str) -> None:

@@ -1,4 +1,4 @@
-"""Refuse an incusd that is a member of a cluster, until its sites are served from each of its members.
+"""Refuse an incusd that is a member of a cluster, until each member can serve the cluster's sites.
 
 A request to another member's tenant, and a visitor of its site, would not find it here.
 """

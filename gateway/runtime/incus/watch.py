@@ -11,14 +11,14 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import orjson
 
 from gateway.errors import GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.rootfs.paths import show
-from gateway.runtime import TENANT_NAME, OnAnotherServer, Status, Tenant, TenantEvent
+from gateway.runtime import TENANT_NAME, OnAnotherServer, Status, TenantEvent, Tenants
 from gateway.runtime.incus.commands import is_ours
 from gateway.runtime.incus.disks import OURS
 from gateway.runtime.incus.moves import is_aside
@@ -60,14 +60,6 @@ _AFTER: Final[Mapping[str, Status]] = {
 
 # actions that do not change where a tenant's files and processes are
 _LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "instance-console")
-
-
-class Tenants(Protocol):
-    """Tells which instances are tenants; implemented by `IncusTenants`."""
-
-    async def list(self, *, addresses: bool = True) -> list[Tenant]: ...
-
-    async def get(self, name: str) -> Tenant: ...
 
 
 class Watch:
