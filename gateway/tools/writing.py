@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
@@ -145,17 +146,22 @@ def write(call: Call) -> Answer:
     content: str = call.given["content"]
     path = _place(call, given)
     if not path:
-        raise _is_directory(given)
+        raise _is_directory(call, given)
     if len(content) > call.limits.write_max:
         words = f"Content exceeds maximum allowed size ({call.limits.write_max} bytes)."
         raise ToolFailure("too_large", words, size=len(content), limit=call.limits.write_max)
     content = trimmed(given, content)
+    return _attempted(call, given, path, lambda made: _write(call, given, path, content, made))
+
+
+def _attempted(call: Call, given: str, path: str, change: Callable[[list[Made]], Answer]) -> Answer:
+    """Make a change of a file, again if the file changes meanwhile. Raises `ToolFailure`."""
     for attempt in range(_ATTEMPTS):
         try:
             with call.root.taking_back() as made:
-                return _write(call, given, path, content, made)
+                return change(made)
         except _Directory:
-            raise _is_directory(given) from None
+            raise _is_directory(call, given) from None
         except Conflict as error:
             if error.facts.get("reason") != "changed" or attempt == _ATTEMPTS - 1:
                 raise _refused(call, given, path, error) from None
@@ -164,7 +170,10 @@ def write(call: Call) -> Answer:
     raise AssertionError("unreachable")
 
 
-def _is_directory(given: str) -> ToolFailure:
+def _is_directory(call: Call, given: str) -> ToolFailure:
+    if call.tool == "Edit":
+        words = "Error calling tool (Edit): EISDIR: illegal operation on a directory, read"
+        return ToolFailure("is_a_directory", words)
     return ToolFailure(
         "is_a_directory",
         f"{show(given)} is a directory, not a file. To create a file inside it, include the file name in "
@@ -216,27 +225,11 @@ def edit(call: Call) -> Answer:
         )
     path = _place(call, given)
     if not path:
-        raise _edit_directory()
+        raise _is_directory(call, given)
     if len(old) > call.limits.write_max or len(new) > call.limits.write_max:
         words = f"The strings exceed the maximum allowed size ({call.limits.write_max} bytes)."
         raise ToolFailure("too_large", words, limit=call.limits.write_max)
-    for attempt in range(_ATTEMPTS):
-        try:
-            with call.root.taking_back() as made:
-                return _edit(call, given, path, old, new, shorter, made)
-        except _Directory:
-            raise _edit_directory() from None
-        except Conflict as error:
-            if error.facts.get("reason") != "changed" or attempt == _ATTEMPTS - 1:
-                raise _refused(call, given, path, error) from None
-        except GatewayError as error:
-            raise _refused(call, given, path, error) from None
-    raise AssertionError("unreachable")
-
-
-def _edit_directory() -> ToolFailure:
-    words = "Error calling tool (Edit): EISDIR: illegal operation on a directory, read"
-    return ToolFailure("is_a_directory", words)
+    return _attempted(call, given, path, lambda made: _edit(call, given, path, old, new, shorter, made))
 
 
 def _edit(call: Call, given: str, path: str, old: str, new: str, shorter: str, made: list[Made]) -> Answer:
@@ -285,7 +278,7 @@ def _refused(call: Call, given: str, path: str, error: GatewayError) -> ToolFail
         case "missing":
             return ToolFailure("not_found", missing(call, path), tagged=tool == "Edit")
         case "directory":
-            return _is_directory(given) if tool == "Write" else _edit_directory()
+            return _is_directory(call, given)
         case "through_file":
             words = f"Error calling tool ({tool}): ENOTDIR: not a directory, stat '{call.absolute(path)}'"
             return ToolFailure("not_a_file", words)
