@@ -170,11 +170,7 @@ async def _drain(services: Services, *, leaving: bool) -> None:
         log.warning("commands did not end in time")
     await services.history.close_turns()
     await services.deployments.end()
-    services.files.end_transfers()
-    services.site_logs.end()
-    for connection in list(services.connections):
-        connection.close(CloseCode.DRAINING, "draining")
-    clustered.leave(services, RETRY_AFTER_MS, "draining")
+    _end_clients(services, RETRY_AFTER_MS, "draining")
     services.bus.close()
 
 
@@ -193,17 +189,22 @@ async def _hand_over(services: Services, background: background.Background, stor
     if services.departures is not None:
         await services.departures.close()
     await services.deployments.end()
-    services.files.end_transfers()
-    services.site_logs.end()
-    for connection in list(services.connections):
-        connection.close(CloseCode.DRAINING, "another process takes over")
-    clustered.leave(services, _NEXT_MS, "another process takes over")
+    _end_clients(services, _NEXT_MS, "another process takes over")
     background.cancel()
     await asyncio.sleep(0)  # announcements go out first, and the background stops
     services.bus.close()
     await services.journal.close(handing_over=True)
     await services.audit.close()
     await store.close()
+
+
+def _end_clients(services: Services, retry_after_ms: int, why: str) -> None:
+    """End what clients still have open; they may come back after that time."""
+    services.files.end_transfers()
+    services.site_logs.end()
+    for connection in list(services.connections):
+        connection.close(CloseCode.DRAINING, why)
+    clustered.leave(services, retry_after_ms, why)
 
 
 def _announce(services: Services, retry_after_ms: int) -> None:
