@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -20,10 +19,11 @@ from pydantic import Field
 
 from gateway import protocol
 from gateway.auth.tokens import Token
-from gateway.caddy import Caddy, asleep, site_url
-from gateway.errors import Conflict, GatewayError, InvalidParams, RateLimited, Timeout
+from gateway.caddy import Caddy, site_url
+from gateway.errors import Conflict, InvalidParams, RateLimited, Timeout
 from gateway.events import Bus
 from gateway.hostnames import normalized
+from gateway.lifecycle.site_domains import SiteDomains
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
 from gateway.ownership.domains import Domains
@@ -38,16 +38,9 @@ from gateway.runtime import (
     TenantRuntime,
     sizes,
 )
-from gateway.runtime.probe import answer, refusal
-from gateway.runtime.probe import ask as probe
-from gateway.runtime.sites import Site, Sites, site_of
+from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 
-log = logging.getLogger(__name__)
-
-_REFUSES: Final = 2.0  # seconds to find out whether a site refuses its new domain
-_RETURNS: Final = 5.0  # seconds to wait for a restarted site
-_ADDRESSED: Final = 10.0  # seconds for a started container to get its address
 # changes whose events have not arrived; above that, the oldest are reported as the gateway's own
 _ASKED: Final = 1000
 
@@ -97,7 +90,8 @@ class Lifecycle:
         settings: Settings,
     ) -> None:
         self._tenants, self._snapshots = runtime.tenants, runtime.snapshots
-        self._sites, self._caddy, self._domains = sites, caddy, domains
+        self._caddy, self._domains = caddy, domains
+        self._site_domains = SiteDomains(runtime.tenants, sites, caddy, domains)
         self._bus = bus
         self._names, self._room, self.capacity = names, room, capacity
         self._workers = workers
@@ -151,12 +145,12 @@ class Lifecycle:
         async with self.alone(ask.tenant):  # a concurrent restore would bring the old domain back
             async with self._domains.moving(ask.tenant, domain) as before, self._caddy.changing:
                 await self._tenants.rename(ask.tenant, domain)
-                site = await self._lead(ask.tenant, domain)
+                site = await self._site_domains.route(ask.tenant, domain)
                 if before not in (None, domain) and self._domains.serves(before, ask.tenant):
                     self._caddy.unset(before)
-            await self._reached(ask.tenant, domain, site)
+            await self._site_domains.reached(ask.tenant, domain, site)
             if domain is not None and domain != before:
-                await self._have_allowed(ask.tenant, domain)
+                await self._site_domains.allow(ask.tenant, domain)
         if domain != before:
             self._bus.publish(
                 "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
@@ -178,47 +172,6 @@ class Lifecycle:
         facts = {"size": size, "limits": dict(now.limits), "from": dict(before.limits)}
         self._bus.publish("tenant.resized", ask.tenant, {**facts, "by": ask.token.subject})
         return described(now, self._settings)
-
-    async def _lead(self, tenant: str, domain: str | None) -> Site | None:
-        """Route a tenant's domain to its site if that is known; return the site."""
-        site = await site_of(self._sites, tenant)
-        if domain is not None and site is not None and site.domain == domain and site.exposure is not None:
-            target = site.exposure.target
-            self._caddy.set(domain, asleep(target) if site.asleep else target)
-        return site
-
-    async def _reached(self, tenant: str, domain: str | None, site: Site | None) -> None:
-        """Wait, up to a limit, until a just started site has an address for its domain's route."""
-        port = (await self._tenants.get(tenant)).port
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_ADDRESSED):
-                while site is not None and site.running and site.exposure is None and port is not None:
-                    if site.shares_address or domain is None or not self._domains.serves(domain, tenant):
-                        return
-                    await asyncio.sleep(0.1)  # DHCP notifies nobody here
-                    async with self._caddy.changing:
-                        site = await self._lead(tenant, domain)
-
-    async def _have_allowed(self, tenant: str, domain: str) -> None:
-        """If a running site refuses its tenant's new domain, restart it with the setting that allows it.
-
-        Waits a while for the site, so that the next visitor finds it. Health checks report whether it helped.
-        """
-        site = await site_of(self._sites, tenant)
-        if site is None or not site.running or site.exposure is None or site.deployment is not None:
-            return
-        where = site.exposure
-        try:
-            status = await probe(where.address, where.port, site.health, 0.5, _REFUSES, host=domain)
-            if not await refusal(where.address, where.port, site.health, domain, status):
-                return
-            await self._sites.allow(tenant, domain)
-            await self._sites.restart(tenant)
-            await answer(where.address, where.port, site.health, _RETURNS, host=domain)
-        except (OSError, ValueError):  # TimeoutError among them
-            return  # so it does not refuse the domain
-        except GatewayError as error:
-            log.warning("the site of %s was not given its new domain: %s", tenant, error.message)
 
     async def _stay_stopped(self, tenant: str) -> None:
         await self._tenants.stop(tenant)
