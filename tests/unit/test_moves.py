@@ -391,9 +391,12 @@ async def test_what_fails_before_the_decision_leaves_it_where_it_was(
         assert incus.home() == ("m1", True)
         assert not old.doors.closed(SHOP) and old.leaving == set()
         assert await _call(old, "c1") == b"by m1" and old.names.holder(SHOP) == "i-1"
-        await until(lambda: list(incus.instances) == [SHOP])
+
+        async def tidied() -> bool:
+            return list(incus.instances) == [SHOP] and await new.records.kept(SHOP) is None
+
+        await until(tidied)
         assert incus.instances[SHOP].get("snapshots", []) == []
-        assert await new.records.kept(SHOP) is None
         assert await old.told() == ["tenant.moving", "tenant.move.failed"] and await new.told() == []
         # and it can be moved then
         await old.moved(await old.departures.begin(SHOP, "m2", "me"), "moved")
