@@ -87,8 +87,9 @@ def test_without_it_new_tenants_have_the_filter_of_incus(tmp_path: Path, nft: Nf
     """
     of = settings(tmp_path)
     making, address = Creation(of, None), IPv4Interface(f"{ADDRESS}/24")  # type: ignore[arg-type]
-    nic = {"type": "nic", "network": "br-test", "security.mac_filtering": "true"}
-    assert making._placed(nic, address)[0] == {**nic, "ipv4.address": "10.82.3.254"}
+    filtered = {"type": "nic", "security.mac_filtering": "true"}
+    nic, named = {**filtered, "network": "br-test"}, {"nictype": "bridged", "parent": "br-test"}
+    assert making._placed(nic, address)[0] == {**filtered, **named, "ipv4.address": "10.82.3.254"}
     nft.refuses = "check"
     assert (
         address_guard.guard(of) is None

@@ -268,7 +268,8 @@ class Creation:
 
     def _placed(self, nic: Mapping[str, str], address: IPv4Interface) -> tuple[Mapping[str, str], str]:
         """Return the NIC and the `raw.lxc` of a new instance with an address."""
-        own = {**guarded_port.unguarded(nic), "ipv4.address": str(address.ip)}
+        nic = guarded_port.at_bridge(guarded_port.unguarded(nic), self._settings.network)
+        own = {**nic, "ipv4.address": str(address.ip)}
         static = self._static(address)
         hook = guarded_port.hook(self._settings.incus_socket.parent, self._settings.network)
         if not hook.exists():  # this host cannot have the table for all
