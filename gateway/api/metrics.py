@@ -110,15 +110,17 @@ class Metrics:
         """Count events until the bus closes."""
         # `labels` takes a lock and makes strings, which each tool call would pay for
         events, tools = cache(self._events.labels), cache(self._tools.labels)
-        async for event in bus.subscribe(Filter()):
-            events(event.type).inc()
-            if event.type == "tool.finished":
-                data = event.data
-                error = str(data.get("isError", False)).lower()
-                tools(data["name"], error).observe(data["ms"] / 1000)
-            elif event.type in ("gateway.template.failed", "gateway.template.ready"):
-                failed = event.type.endswith(".failed")
-                self._unprepared.labels(event.data["template"]).set(int(failed))
+        subscription = bus.subscribe(Filter())
+        while batch := await subscription.batch():
+            for event in batch:
+                events(event.type).inc()
+                if event.type == "tool.finished":
+                    data = event.data
+                    error = str(data.get("isError", False)).lower()
+                    tools(data["name"], error).observe(data["ms"] / 1000)
+                elif event.type in ("gateway.template.failed", "gateway.template.ready"):
+                    failed = event.type.endswith(".failed")
+                    self._unprepared.labels(event.data["template"]).set(int(failed))
 
     async def sample_lag(self) -> None:
         """Measure forever how late the event loop is."""

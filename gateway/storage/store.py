@@ -20,7 +20,7 @@ from types import TracebackType
 
 from gateway.storage.database import Database
 from gateway.storage.errors import StoreFailed
-from gateway.storage.threads import DatabaseThread, T, Work, copy_log, read_each, write_group
+from gateway.storage.threads import DatabaseThread, GroupWriter, T, Work, copy_log, read_each
 from gateway.storage.write_behind import Statement, WriteBehind
 
 __all__ = ["Statement", "Store", "StoreFailed", "Work"]
@@ -40,7 +40,7 @@ class Store:
     def __init__(self, folder: Path, waiting: int = 10_000) -> None:
         self._room = asyncio.Semaphore(waiting)
         self._database = Database(folder)
-        self._writer = DatabaseThread("store writer", self._room, write_group, copy_log)
+        self._writer = DatabaseThread("store writer", self._room, GroupWriter(), copy_log)
         self._reader = DatabaseThread("store reader", self._room, read_each)
         self._closed = False
 

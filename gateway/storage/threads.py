@@ -118,32 +118,43 @@ class DatabaseThread:
                 asked.answer.set_result(result)
 
 
-def write_group(connection: sqlite3.Connection, group: list[Asked]) -> list[Any]:
-    """Run the works in one transaction; return what each returned, or the exception it raised."""
+class GroupWriter:
+    """Runs works in one transaction; returns what each returned, or the exception it raised."""
+
+    def __init__(self) -> None:
+        self._durable: bool | None = None  # as the connection is set; None: not yet
+
+    def __call__(self, connection: sqlite3.Connection, group: list[Asked]) -> list[Any]:
+        durable = any(asked.durable for asked in group)
+        if durable is not self._durable:
+            # of the connection, not the transaction, and not to be set within one
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            results = _results(connection, group)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return results
+
+
+def _results(connection: sqlite3.Connection, group: list[Asked]) -> list[Any]:
+    if len(group) == 1:  # the usual case: the transaction alone undoes it
+        return [group[0].work(connection)]
     results: list[Any] = []
-    # of the connection, not the transaction; cheap to set, but not within one
-    durable = any(asked.durable for asked in group)
-    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        if len(group) == 1:  # the usual case: the transaction alone undoes it
-            results.append(group[0].work(connection))
-        else:
-            for asked in group:
-                connection.execute("SAVEPOINT work")
-                try:
-                    results.append(asked.work(connection))
-                except Exception as error:
-                    if not connection.in_transaction:  # a full disk rolls back everything
-                        raise
-                    connection.execute("ROLLBACK TO work")
-                    results.append(failure(error))
-                connection.execute("RELEASE work")
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
+    for asked in group:
+        connection.execute("SAVEPOINT work")
+        try:
+            results.append(asked.work(connection))
+        except Exception as error:
+            if not connection.in_transaction:  # a full disk rolls back everything
+                raise
+            connection.execute("ROLLBACK TO work")
+            results.append(failure(error))
+        connection.execute("RELEASE work")
     return results
 
 

@@ -71,6 +71,23 @@ async def test_what_was_written_is_read_and_kept(tmp_path: Path) -> None:
         assert await store.read(numbers) == [1]
 
 
+def _synchronous(connection: sqlite3.Connection) -> int:
+    """Return 2 if the commit of this transaction waits for the disk, else 1."""
+    level: int = connection.execute("PRAGMA synchronous").fetchone()[0]
+    return level
+
+
+async def test_only_a_durable_write_waits_for_the_disk_and_whoever_shares_its_commit(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        durable = [False, True, True, False, True]
+        assert [await store.write(_synchronous, durable=one) for one in durable] == [1, 2, 2, 1, 2]
+        async with Held(store):
+            waiting = [asyncio.ensure_future(store.write(_synchronous, durable=one)) for one in (False, True)]
+            await turn()
+        assert await asyncio.gather(*waiting) == [2, 2]
+        assert await store.write(_synchronous) == 1
+
+
 async def test_writes_that_wait_share_one_commit(tmp_path: Path) -> None:
     async with Store(tmp_path) as store:
         await store.write(make)
