@@ -2,16 +2,17 @@
 
 import { generateText, stepCountIs } from "ai";
 import { MockLanguageModelV3 } from "ai/test";
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, expect, test, vi } from "vitest";
 import { aiTools } from "../src/ai.js";
 import { Gateway, type Tenant } from "../src/index.js";
+import { example, run } from "./examples.js";
 import { LiveGateway } from "./live.js";
 
 const live = new LiveGateway();
 let demo: Tenant;
 
 beforeAll(async () => {
-  await live.start("demo");
+  await live.start("demo", "shop");
   demo = new Gateway(live.url, { token: live.token("demo") }).tenant("demo");
 });
 afterAll(async () => {
@@ -93,4 +94,19 @@ test("an abort ends what a call runs", async () => {
   ending.abort();
   await asked.catch(() => {});
   while (await running());
+});
+
+test("the example of docs/clients.md works in the tenant, and prints what the model says last", async () => {
+  const scripted = model(["Bash", { command: "echo blue > heading" }]);
+  vi.stubGlobal("scripted", scripted);
+  const printed = await run(example("aiTools("), {
+    "http://127.0.0.1:8080": live.url,
+    "process.env.TOKEN": JSON.stringify(live.token("shop")),
+    "@incus-gateway/client/ai": "../src/ai.js",
+    "{ model,": "{ model: scripted,",
+  });
+  vi.unstubAllGlobals();
+  expect(printed).toEqual([["done"]]);
+  using shop = new Gateway(live.url, { token: live.token("shop") }).tenant("shop");
+  expect((await shop.files.read("heading")).text).toBe("blue\n");
 });
