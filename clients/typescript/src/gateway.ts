@@ -66,18 +66,18 @@ export class Gateway extends HttpClient {
   // --- the session -----------------------------------------------------------------------------------------
 
   /** Stores the token in the browser as a cookie that no script can read, in this object's `slot`. */
-  signIn(token: string): Promise<Session> {
+  signIn(token: string, signal?: AbortSignal): Promise<Session> {
     const slot = this.slot === null ? {} : { slot: this.slot };
-    return this.json("POST", "/v1/session", { token, ...slot });
+    return this.json("POST", "/v1/session", { token, ...slot }, { signal });
   }
 
   /** Returns what the cookie or token grants. Throws `unauthorized` without one. */
-  session(): Promise<Session> {
-    return this.json("GET", "/v1/session");
+  session(signal?: AbortSignal): Promise<Session> {
+    return this.#get("/v1/session", signal);
   }
 
-  async signOut(): Promise<void> {
-    await this.http("DELETE", "/v1/session");
+  async signOut(signal?: AbortSignal): Promise<void> {
+    await this.http("DELETE", "/v1/session", { signal });
   }
 
   // --- tenants ---------------------------------------------------------------------------------------------

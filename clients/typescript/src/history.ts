@@ -15,18 +15,27 @@ export class History {
    * Begins a turn of this tool session; `title` is the request to the agent. This ends the previous turn, which is
    * returned if it changed anything.
    */
-  async begin(title = "", options: { readonly agent?: string } = {}): Promise<Turn | null> {
-    return (await this.#link.request<{ before: Turn | null }>("turn/begin", { title, ...options })).before;
+  async begin(
+    title = "",
+    options: { readonly agent?: string | undefined; readonly signal?: AbortSignal | undefined } = {},
+  ): Promise<Turn | null> {
+    const { signal, ...by } = options;
+    const asked = { title, ...by };
+    return (await this.#link.request<{ before: Turn | null }>("turn/begin", asked, { signal })).before;
   }
 
   /** Ends this tool session's turn and returns it as recorded, null if nothing changed. */
-  async end(): Promise<Turn | null> {
-    return (await this.#link.request<{ turn: Turn | null }>("turn/end")).turn;
+  async end(signal?: AbortSignal): Promise<Turn | null> {
+    return (await this.#link.request<{ turn: Turn | null }>("turn/end", {}, { signal })).turn;
   }
 
   /** Lists the turns, latest first; with `before`, a turn's id, those before it. */
   list(
-    options: { readonly limit?: number; readonly before?: string; readonly signal?: AbortSignal } = {},
+    options: {
+      readonly limit?: number | undefined;
+      readonly before?: string | undefined;
+      readonly signal?: AbortSignal | undefined;
+    } = {},
   ): Promise<{ readonly turns: readonly Turn[]; readonly more: boolean }> {
     const { signal, ...asked } = options;
     return this.#link.request("history/list", asked, { signal });
@@ -41,7 +50,14 @@ export class History {
    * Restores the files to right after a turn, or to before it, and returns that as a new turn; null if nothing changes.
    * Throws a `conflict` if something unrecorded is in the way.
    */
-  async restore(turn: string, to: "after" | "before" = "after"): Promise<Turn | null> {
-    return (await this.#link.request<{ turn: Turn | null }>("history/restore", { turn, to })).turn;
+  async restore(turn: string, to: "after" | "before" = "after", signal?: AbortSignal): Promise<Turn | null> {
+    const asked = { turn, to };
+    return (await this.#link.request<{ turn: Turn | null }>("history/restore", asked, { signal })).turn;
+  }
+
+  /** Undoes the last turn, and returns that as a new turn; null if there is none. */
+  async undo(signal?: AbortSignal): Promise<Turn | null> {
+    const { turns } = await this.list({ limit: 1, signal });
+    return turns[0] === undefined ? null : this.restore(turns[0].turn, "before", signal);
   }
 }

@@ -105,8 +105,8 @@ export class Tenant extends Lifecycle<Tenant> implements Disposable {
   }
 
   /** Connects now, and returns the gateway's answer to `initialize`. */
-  async connect(): Promise<ServerInfo> {
-    return (await this.#link.opened()).server;
+  async connect(signal?: AbortSignal): Promise<ServerInfo> {
+    return (await this.#link.opened(undefined, signal)).server;
   }
 
   /** Checks now whether the gateway answers, without waiting for the next heartbeat. */

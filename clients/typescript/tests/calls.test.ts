@@ -49,9 +49,11 @@ function scripted(answer: unknown): { gateway: Gateway; sent: Record<string, unk
     }
     close(): void {}
   }
-  const fetching = async (url: string, { method, body }: { method: string; body?: string }) => {
+  const fetching = async (url: string, { method, body, signal }: RequestInit) => {
+    signal?.throwIfAborted();
     sent.push({
-      [`${method} ${url.slice("http://gateway".length)}`]: body === undefined ? null : JSON.parse(body),
+      [`${method} ${url.slice("http://gateway".length)}`]:
+        body === undefined ? null : JSON.parse(String(body)),
     });
     return new Response(JSON.stringify(answer));
   };
@@ -60,25 +62,48 @@ function scripted(answer: unknown): { gateway: Gateway; sent: Record<string, unk
   return { gateway, sent };
 }
 
-test.each(calls.filter((call) => !call.live && named(call) !== null))(
-  "of $class: $method sends this",
-  async (call) => {
+/** The method of a row, on objects of this gateway. */
+function bound(call: Call, gateway: Gateway): Method {
+  const tenant = gateway.tenant("shop");
+  const deployment = new Deployment(gateway, { id: "d-1", tenant: "shop", state: "waiting" });
+  const objects = { Client: gateway, Tenant: tenant, Files: tenant.files, Deployment: deployment, Exec };
+  const path = (named(call) ?? "").split(".");
+  const method = path.pop() ?? "";
+  const object = path.reduce<unknown>(member, objects[call.class]) as Record<string, Method>;
+  return async (...args) => {
+    try {
+      return await object[method]?.(...args);
+    } finally {
+      tenant.close();
+    }
+  };
+}
+
+const once = calls.filter((call) => !call.live && named(call) !== null);
+
+test.each(once)("of $class: $method sends this", async (call) => {
+  const { gateway, sent } = scripted(call.answer ?? {});
+  const camels = Object.entries(call.options ?? {}).map(([name, value]) => [camel(name), value]);
+  const options = call.typescriptOptions ?? Object.fromEntries(camels);
+  const args = [...(call.typescriptArgs ?? call.args)];
+  if (Object.keys(options).length > 0) args.push(options);
+  await bound(call, gateway)(...args);
+  expect(sent).toEqual([call.sends]);
+});
+
+test.each(once)("of $class: $method is not even begun under a signal that has aborted", async (call) => {
+  // as the last argument, and as one of the options
+  const ended = AbortSignal.abort();
+  const signal = Object.assign(ended, { signal: ended });
+  const refused: boolean[] = [];
+  for (const more of [[], [undefined], [undefined, undefined]]) {
     const { gateway, sent } = scripted(call.answer ?? {});
-    const tenant = gateway.tenant("shop");
-    const deployment = new Deployment(gateway, { id: "d-1", tenant: "shop", state: "waiting" });
-    const objects = { Client: gateway, Tenant: tenant, Files: tenant.files, Deployment: deployment, Exec };
-    const camels = Object.entries(call.options ?? {}).map(([name, value]) => [camel(name), value]);
-    const options = call.typescriptOptions ?? Object.fromEntries(camels);
-    const args = [...(call.typescriptArgs ?? call.args)];
-    if (Object.keys(options).length > 0) args.push(options);
-    const path = (named(call) ?? "").split(".");
-    const method = path.pop() ?? "";
-    const object = path.reduce<unknown>(member, objects[call.class]) as Record<string, Method>;
-    await object[method]?.(...args);
-    tenant.close();
-    expect(sent).toEqual([call.sends]);
-  },
-);
+    const given = call.typescriptArgs ?? call.args;
+    const ending = bound(call, gateway)(...given, ...more, signal).catch((error) => error.code);
+    refused.push((await ending) === "cancelled" && sent.length === 0);
+  }
+  expect(refused).toContain(true);
+});
 
 describe("every method is in the table", () => {
   const { files, history } = scripted({}).gateway.tenant("shop");
