@@ -272,4 +272,7 @@ def _named(body: bytes) -> tuple[str, list[str], str]:
 
 def _imported(script: bytes) -> Collection[str]:
     found = _IMPORT.finditer(script.decode("utf-8", "replace"))
-    return {match[2] for match, _ in zip(found, range(_FOLLOWED), strict=False)}
+    names = {match[2] for match, _ in zip(found, range(_FOLLOWED), strict=False)}
+    # React's development build has `import('./MyComponent')` in a message, and Vite would complain of that
+    # in the site's log; what a server has built is named with its ending
+    return {name for name in names if not name.startswith(".") or "." in name.rpartition("/")[2]}

@@ -222,6 +222,12 @@ def test_a_hostile_script_is_read_in_a_moment(piece: bytes) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_what_a_message_of_react_shows_as_an_example_is_no_import() -> None:
+    script = b"""import a from "./chunk-A.js?v=1"; import("/@vite/client"); import('../b.mjs')
+        console.error("Your code should look like: MyComponent = lazy(() => import('./MyComponent'))")"""
+    assert {*_imported(script)} == {"./chunk-A.js?v=1", "/@vite/client", "../b.mjs"}
+
+
 def test_the_rest_of_a_page_with_a_long_script_is_not_lost() -> None:
     body = b"<script>" + b"a<b;" * 20_000 + b"</script><script src=late.js></script>"
     _, named, inline = _named(body)
