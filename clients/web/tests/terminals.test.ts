@@ -12,8 +12,32 @@ test.each([
   expect(control(letter)).toBe(sent);
 });
 
+test("the key Ctrl is for one letter, and all that is typed arrives in its order", async () => {
+  const sent: unknown[] = [];
+  const { state, tenant } = away((data) => sent.push(data));
+  state.up = true;
+  const terminals = new Terminals(() => tenant, "typed");
+  const terminal = terminals.open(true);
+  void terminals.run(terminal, screen);
+  await vi.waitFor(() => expect(terminal.state.value).toBe("running"));
+  terminals.ctrl.value = true;
+  for (const letter of "cecho") terminals.input(terminal, letter); // without a pause, as by one's thumbs
+  expect(terminals.ctrl.value).toBe(false);
+  expect(sent.splice(0)).toEqual(["\x03", "e", "c", "h", "o"]);
+  terminals.ctrl.value = true;
+  for (const keys of ["\x1b[A", "ce", "cho"]) terminals.input(terminal, keys); // as a phone's keyboard gives them
+  expect(sent).toEqual(["\x1b[A", "\x03e", "cho"]);
+});
+
+test("terminals are gone through in a circle", () => {
+  const terminals = new Terminals(() => away().tenant, "none");
+  expect(terminals.step(1)).toBeNull();
+  const [first, second, third] = [1, 2, 3].map(() => terminals.open(true));
+  expect([1, 1, -1, -1].map((by) => terminals.step(by))).toEqual([first, second, first, third]);
+});
+
 /** A tenant that is away until `up`. */
-function away() {
+function away(write: (data: unknown) => void = () => {}) {
   const state = { up: false, starts: 0 };
   const tenant = {
     exec: async () => {
@@ -24,7 +48,8 @@ function away() {
         on: () => {},
         output: () => ({ [Symbol.asyncIterator]: () => ({ next: () => forever }) }),
         exit: forever,
-        write: async () => {},
+        stdout: { offset: 0 },
+        write: async (data: unknown) => write(data),
       };
     },
   } as unknown as Tenant;

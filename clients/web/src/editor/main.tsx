@@ -76,6 +76,20 @@ register(
     run: () => closeDoc(current()!, doc()!),
   },
   {
+    id: "terminal.next",
+    title: "Next terminal",
+    keys: "Alt-PageDown",
+    when: atTerminal,
+    run: () => stepTerminal(1),
+  },
+  {
+    id: "terminal.previous",
+    title: "Previous terminal",
+    keys: "Alt-PageUp",
+    when: atTerminal,
+    run: () => stepTerminal(-1),
+  },
+  {
     id: "file.next",
     title: "Next file",
     keys: "Alt-PageDown",
@@ -219,7 +233,7 @@ function find(): void {
 function terminal(): void {
   const terminals = current()?.terminals;
   if (terminals === undefined) return;
-  const inside = document.activeElement?.closest(".panel") != null;
+  const inside = atTerminal();
   if (panelOpen.value && (inside || terminals.list.value.length > 0)) {
     if (!inside && terminals.active.value?.screen) {
       terminals.active.value.screen.focus();
@@ -233,6 +247,15 @@ function terminal(): void {
   panelOpen.value = true;
   area.value = "panel";
   if (terminals.list.value.length === 0 && allows("exec")) terminals.open(true);
+}
+
+function atTerminal(): boolean {
+  return document.activeElement?.closest(".panel") != null;
+}
+
+function stepTerminal(by: number): void {
+  const next = current()?.terminals.step(by);
+  if (next) next.wanted = true;
 }
 
 function newTerminal(): void {

@@ -66,10 +66,10 @@ addEventListener(
   (event) => {
     if (event.isComposing) return;
     const keys = pressed(event);
-    // a terminal needs Ctrl with a letter for itself, and so do the keys of Vim
-    const own = textKeys.value === "default" ? ".screen" : ".screen, .cm-content";
-    const inside = event.target instanceof Element && event.target.closest(own) !== null;
-    if (inside && !MAC && /^Mod-[a-z\\]$/.test(keys)) return;
+    // a terminal needs Ctrl and Alt with a letter for itself, and the keys of Vim need Ctrl
+    const within = (place: string) => event.target instanceof Element && event.target.closest(place) !== null;
+    if (!MAC && within(".screen") && /^(Mod|Alt)-[a-z\\]$/.test(keys)) return;
+    if (!MAC && textKeys.value !== "default" && within(".cm-content") && /^Mod-[a-z\\]$/.test(keys)) return;
     const command = available().find((entry) => entry.keys === keys);
     if (command === undefined) return;
     event.preventDefault();

@@ -193,14 +193,24 @@ export class Terminals {
     await terminal.exec?.resize({ cols, rows }).catch(() => {});
   }
 
+  /** Shows the terminal so many tabs behind the one that is shown, and returns it. */
+  step(by: number): Terminal | null {
+    const { list, active } = this;
+    if (active.value === null) return null;
+    const at = list.value.indexOf(active.value) + by + list.value.length;
+    active.value = list.value[at % list.value.length] ?? null;
+    return active.value;
+  }
+
   /** The next letter is one with Ctrl: a phone's keyboard has no such key. */
   readonly ctrl = signal(false);
 
   input(terminal: Terminal, typed: string | Uint8Array): void {
     let data = typed;
-    if (this.ctrl.value && typeof data === "string" && data.length === 1) {
+    // what begins with Esc is another key; of letters a phone's keyboard may give several at once
+    if (this.ctrl.value && typeof data === "string" && !(data.length > 1 && data.startsWith("\x1b"))) {
       this.ctrl.value = false;
-      data = control(data);
+      data = control(data.charAt(0)) + data.slice(1);
     }
     if (terminal.over && data === "\r") this.again(terminal);
     if (terminal.foreign || terminal.exec === null || terminal.over) return;

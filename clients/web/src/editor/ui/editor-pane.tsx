@@ -16,7 +16,7 @@ import { Interruption, Stopped } from "./connection.js";
 import { Instead, Told, Welcome } from "./instead.js";
 import { Looks, PAGES } from "./looks.js";
 import { type MenuItem, showMenu } from "./menu.js";
-import { copy, Dialog, FileIcon, Icon, IconButton } from "./parts.js";
+import { copy, Dialog, FileIcon, Icon, IconButton, scrollAcross } from "./parts.js";
 import { caret, view } from "./view.js";
 
 export const closing = signal<Doc | null>(null);
@@ -133,7 +133,7 @@ function Tabs({ current }: { current: Workspace }) {
   if (documents.tabs.open.value.length === 0) return null;
   const names = documents.tabs.open.value.map(({ name }) => name);
   return (
-    <div class="tabs" role="tablist" aria-label="Open files" ref={strip}>
+    <div class="tabs" role="tablist" aria-label="Open files" ref={strip} onWheel={scrollAcross}>
       {documents.tabs.open.value.map((doc) => {
         const twin = names.filter((name) => name === doc.name).length > 1;
         const state =

@@ -11,7 +11,7 @@ import { allows, session } from "../state/session.js";
 import type { Terminal } from "../state/terminals.js";
 import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
-import { Divider, Empty, Icon, IconButton } from "./parts.js";
+import { Divider, Empty, Icon, IconButton, scrollAcross } from "./parts.js";
 
 const others = signal<readonly ExecInfo[] | null>(null);
 /** Whether the field to search in the terminal is there; it grows whenever it is to take the focus. */
@@ -37,7 +37,7 @@ export function Panel({ current }: { current: Workspace }) {
       />
       <section class="panel" aria-label="Terminals" style={height}>
         <header>
-          <div class="panel-tabs" role="tablist" aria-label="Terminals">
+          <div class="panel-tabs" role="tablist" aria-label="Terminals" onWheel={scrollAcross}>
             {list.map((terminal) => (
               <TerminalTab key={terminal.key} terminal={terminal} current={current} />
             ))}
@@ -216,7 +216,10 @@ function TerminalTab({ terminal, current }: { terminal: Terminal; current: Works
   const state = terminal.state.value;
   const element = useRef<HTMLDivElement>(null);
   useEffect(() => {
-    if (active) element.current?.scrollIntoView({ block: "nearest", inline: "nearest" });
+    if (!active || element.current === null) return;
+    element.current.scrollIntoView({ block: "nearest", inline: "nearest" });
+    // who goes from tab to tab by keys stays among them
+    if (element.current.parentElement?.contains(document.activeElement)) element.current.focus();
   }, [active]);
   return (
     <div
@@ -231,8 +234,14 @@ function TerminalTab({ terminal, current }: { terminal: Terminal; current: Works
         terminal.screen?.focus();
       }}
       onKeyDown={(event) => {
-        if (event.key === "Enter") terminal.screen?.focus();
-        if (event.key === "Delete") terminals.close(terminal);
+        if (event.key === "ArrowRight") terminals.step(1);
+        else if (event.key === "ArrowLeft") terminals.step(-1);
+        else if (event.key === "Enter") terminal.screen?.focus();
+        else if (event.key === "Delete") {
+          const { previousElementSibling, nextElementSibling } = event.currentTarget;
+          ((previousElementSibling ?? nextElementSibling) as HTMLElement | null)?.focus();
+          terminals.close(terminal);
+        }
       }}
     >
       <span class={`lamp ${state}`} title={state} />
