@@ -392,6 +392,32 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_the_messages_api",
         ),
     },
+    "a setting of the text, or what clients/web/tests hold of language servers; what one sees of them is "
+    "shown by the other tests of the file": {
+        f"{_E2E}language_servers.py": (
+            "test_a_file_is_formatted_as_it_is_saved_if_one_likes_that",
+            "test_the_text_has_the_keys_of_vim_if_one_likes_them",
+            "test_a_server_that_is_killed_comes_back",
+            "test_a_server_that_nobody_uses_for_five_minutes_ends_and_the_next_key_starts_it",
+        ),
+    },
+    "a variant of test_a_network_that_fails_for_a_moment_is_not_noticed": {
+        f"{_E2E}network.py": (
+            "test_an_editor_whose_files_do_not_come_says_so_and_loads_them_when_asked",
+            "test_a_part_of_the_editor_that_does_not_load_is_told_and_comes_with_the_page",
+        ),
+    },
+    "what is in the wheel is held by test_it_holds_everything_of_ours_that_is_read_at_run_time": {
+        f"{_E2E}wheel.py": ("test_alone_it_serves_the_editor_and_has_its_templates",),
+    },
+    "a variant of test_who_comes_right_after_a_site_froze_gets_the_page_in_time": {
+        f"{_INTEGRATION}hangs.py": ("test_a_tenant_that_is_paused_is_answered_for",),
+    },
+    "of an upgrade from a version before the first release": {
+        f"{_INTEGRATION}host_quickstart.py": (
+            "test_caddys_folder_leaves_the_state_dir_and_no_request_fails",
+        ),
+    },
     "a picture for the docs; that axe finds nothing in any view is held by the other tests of the file": {
         f"{_E2E}pictures.py": (
             "test_the_editor_with_files_terminal_and_preview",
