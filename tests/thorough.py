@@ -349,6 +349,9 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_a_clone_that_sleeps_since_an_earlier_version_is_woken",
         ),
     },
+    "tests/shapes.py holds each answer of a gateway in any test to what its document says": {
+        "tests/unit/test_openapi.py": ("test_a_gateway_answers_only_what_its_document_says",),
+    },
     "how long is what tests/unit/test_rootfs_workers.py holds": {
         f"{_INTEGRATION}files.py": ("test_idle_workers_end",),
     },
