@@ -404,6 +404,13 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_a_server_that_nobody_uses_for_five_minutes_ends_and_the_next_key_starts_it",
         ),
     },
+    "how texts come together is held by clients/web/tests, and that they do by "
+    "test_two_people_and_an_agent_in_one_file_see_one_anothers_changes": {
+        f"{_E2E}trust.py": ("test_two_tabs_edit_one_file_and_neither_loses_a_word",),
+    },
+    "of the two outputs the other one becomes larger": {
+        f"{_INTEGRATION}stalls.py": ("test_a_waited_for_output_that_is_no_text[no text]",),
+    },
     "a variant of test_a_network_that_fails_for_a_moment_is_not_noticed": {
         f"{_E2E}network.py": (
             "test_an_editor_whose_files_do_not_come_says_so_and_loads_them_when_asked",
