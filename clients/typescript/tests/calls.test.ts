@@ -151,3 +151,14 @@ test("a failure of a tool is thrown with its code, and an exit code is a result"
   expect(shell).toBeInstanceOf(ToolResult);
   expect(shell.text).toBe("Exit code 3");
 });
+
+test("the last turn is undone, where there is one", async () => {
+  const undone = { turn: "t-10" };
+  const { gateway, sent } = scripted({ turns: [{ turn: "t-9" }], turn: undone });
+  const listed = { "history/list": { limit: 1 } };
+  expect(await gateway.tenant("shop").history.undo()).toEqual(undone);
+  expect(sent).toEqual([listed, { "history/restore": { turn: "t-9", to: "before" } }]);
+  const empty = scripted({ turns: [] });
+  expect(await empty.gateway.tenant("shop").history.undo()).toBeNull();
+  expect(empty.sent).toEqual([listed]);
+});
