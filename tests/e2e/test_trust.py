@@ -67,7 +67,7 @@ async def test_unsaved_text_survives_a_reload_a_rename_and_a_crash_and_takes_in_
         await crash
 
 
-_KEPT = """() => new Promise((resolve) => {
+KEPT = """() => new Promise((resolve) => {
   const opened = indexedDB.open("gateway-editor", 1);
   opened.onsuccess = () => {
     const all = opened.result.transaction("drafts").objectStore("drafts").getAll();
@@ -80,7 +80,7 @@ async def kept(window: Editor, text: str) -> None:
     """Wait until this unsaved text alone is where a crash leaves it."""
 
     async def there() -> None:
-        assert await window.page.evaluate(_KEPT) == [text]
+        assert await window.page.evaluate(KEPT) == [text]
 
     await window.until(there)
 
@@ -187,6 +187,8 @@ async def test_two_people_and_an_agent_in_one_file_see_one_anothers_changes(
             await expect(window.text.locator(".cm-line")).to_have_text([*whole.split("\n")])
             await expect(window.page.get_by_label("Close shared.txt", exact=True)).to_be_attached()
             await expect(window.page.locator(".told, .toast.error")).to_have_count(0)
+            # the lines of the two others
+            await expect(window.page.locator(".cm-theirs-gutter .cm-theirs")).to_have_count(2)
 
         choose = "Compare and choose"
         await end_with(ann, "the same")
