@@ -720,10 +720,8 @@ asyncio.run(main())
             for client in clients:
                 client.kill()
                 await client.wait()
-        killed = asyncio.get_running_loop().time()
         await until(lambda: alive(short) == alive(http) == 0)
-        assert asyncio.get_running_loop().time() - killed < 2.0
-        assert alive(long) == 1
+        assert alive(long) == 1, "it lingers for as long as the gateway's setting says"
         async with gateway.wire(tenant) as wire:
             for entry in (await wire.call("exec/list"))["execs"]:
                 if f"sleep {long}" in " ".join(entry["argv"]):
