@@ -51,7 +51,8 @@ def at_bridge(nic: Mapping[str, str], bridge: str) -> dict[str, str]:
     """Return a NIC of a managed bridge by the name of that: to Incus the same, but for how it is looked up.
 
     For a `network` it asks its database twice whenever it needs the type of the NIC. As one instance is
-    renamed it needs that of all (`UpdateDNSMasqStatic`), twice: half a second of CPU with 200 of them.
+    renamed it needs that of all (`UpdateDNSMasqStatic`), twice: with 100 of them that makes a rename's 0.05 s
+    of CPU 0.2 s.
     """
     if nic.get("network") != bridge:
         return dict(nic)
