@@ -42,7 +42,7 @@ READING = {"acks": True, "window": 8 << 20}
 BURST, PACE = 8 << 20, 8 << 20  # bytes that are read as they come on each connection; then bytes a second
 # seconds in which a ping of incusd needs room, or that output breaks: `gateway.incus.exec_sockets`
 PING = 5.0
-KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "20"))
 SECONDS = float(os.environ.get("GATEWAY_TEST_SECONDS", "inf"))  # after which nobody is killed any more
 SEED = int(os.environ.get("GATEWAY_TEST_SEED", random.randrange(1 << 32)))
 
