@@ -98,7 +98,7 @@ def test_tenants_are_kept_from_the_addresses_of_all_members() -> None:
     incus.published = {"m1": "192.0.2.9", "m2": "192.0.2.2,192.0.2.3"}
     assert list(map(str, cluster.all_addresses(incus, own))) == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
     incus.published["m2"] = "anything"
-    with pytest.raises(HostError, match="of m2 is no list of addresses"):
+    with pytest.raises(HostError, match="of m2 is not a list of addresses"):
         cluster.all_addresses(incus, own)
 
 

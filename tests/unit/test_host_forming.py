@@ -74,7 +74,7 @@ def test_a_token_names_its_server_and_where_the_others_are() -> None:
     ["", "m2", "{}", token(addresses=[]), token(addresses=None), token(server_name="../m2"), "bm8="],
 )
 def test_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(HostError, match="no token"):
+    with pytest.raises(HostError, match="not a token"):
         Token.parse(text)
 
 
