@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from gateway import __version__
 from gateway.api import background, clustered
 from gateway.api.http import RETRY_AFTER_MS, for_own_hosts, problem_handler, with_request_id
+from gateway.api.pages import for_listed_origins
 from gateway.api.routes import ROUTES
 from gateway.api.services import Prepared, Services, opened, prepared
 from gateway.cluster.cluster import SETTLING
@@ -56,7 +57,8 @@ class Gateway:
             },
         )
         relaying = clustered.relaying(app, lambda: self._services)
-        self.app = with_request_id(for_own_hosts(relaying, settings), settings.body_timeout)
+        public = for_own_hosts(for_listed_origins(relaying, settings.origins), settings)
+        self.app = with_request_id(public, settings.body_timeout)
         self._relayed = with_request_id(relaying, settings.body_timeout)  # by peers, who asked for the host
 
     @contextlib.asynccontextmanager

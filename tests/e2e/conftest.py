@@ -88,12 +88,13 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
         (folder / "templates" / name).mkdir(parents=True)
         (folder / "templates" / name / "site.toml").write_text(SITE.format(install=install))
     templates = folder / "templates"
-    agents = f"http://127.0.0.1:{free_ports(1)[0]}/"
+    agents, pages = free_ports(2)
     settings: dict[str, Any] = {
         "domain": ADDRESS,
+        "origins": (f"http://127.0.0.1:{pages}",),
         "templates_dir": templates,
         "verify_timeout": 150.0,
-        "agent_url": agents,
+        "agent_url": f"http://127.0.0.1:{agents}/",
     }
     async with hosting(incus_settings, folder / "state", **settings) as host:
         yield host

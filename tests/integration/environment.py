@@ -55,7 +55,10 @@ def settings(**changes: Any) -> Settings:
 def variables(of: Settings) -> dict[str, str]:
     """Return environment variables that give another process these settings."""
     changed = of.model_dump(mode="json", include=of.model_fields_set)
-    return {f"GATEWAY_{name.upper()}": str(value) for name, value in changed.items()}
+    return {
+        f"GATEWAY_{name.upper()}": ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in changed.items()
+    }
 
 
 def daemon() -> Daemon:
