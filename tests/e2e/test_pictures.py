@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
-from tests.e2e.conftest import OpenEditor
+from tests.e2e.conftest import TEMPLATES, OpenEditor
 from tests.e2e.editor import DEADLINE, Editor, violations
 from tests.e2e.test_editor import run, tool
 from tests.e2e.test_sessions import token
@@ -36,13 +36,19 @@ async def at_work(window: Editor, site: str) -> None:
     await expect(window.screen).to_contain_text("PRETTY_NAME")
 
 
+async def site_is_whole(window: Editor) -> None:
+    """Wait until the preview shows what the site's API answers, too."""
+    await window.site_shows("Your site is live.")
+    await expect(window.site.get_by_text(re.compile(r"^Bun [\d.]+$"))).to_be_visible()
+
+
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 async def test_the_editor_with_files_terminal_and_preview(
     editor: OpenEditor, site: str, pictures: Path, scheme: str
 ) -> None:
     window = await editor(whole=True, color_scheme=scheme)
     await at_work(window, site)
-    await window.site_shows("Your site is live.")
+    await site_is_whole(window)
     await picture(window, pictures, f"editor-{scheme}")
 
 
@@ -55,6 +61,7 @@ async def test_a_conflict(editor: OpenEditor, host: Hosting, site: str, pictures
     await window.replace_all("".join([lines[0], "// mine: say hello first\n", *lines[1:]]))
     theirs = "".join([lines[0], "// the agent: count the visits\n", *lines[1:]])
     await tool(host, site, "Write", file_path="/srv/site/server/api.ts", content=theirs)
+    await site_is_whole(window)  # beside the dialog
     await window.page.get_by_role("button", name="Compare and choose").click()
     await expect(window.page.get_by_label("Mine, to be saved")).to_contain_text("say hello")
     await picture(window, pictures, "conflict")
@@ -65,6 +72,13 @@ async def test_a_conflict(editor: OpenEditor, host: Hosting, site: str, pictures
 async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
     """Activity with an agent at work, its history, a deployment, metrics and the log, search, the palette."""
     window = await editor(whole=True)
+    _, said, _ = await host.call("GET", "/v1/templates")
+    shown = [one for one in said["templates"] if one["name"] not in TEMPLATES]  # not those for tests alone
+
+    async def templates(route: Route) -> None:
+        await route.fulfill(json={**said, "templates": shown})
+
+    await window.page.route("**/v1/templates", templates)
     await at_work(window, site)
     side = await window.view("Activity")
     await tool(host, site, "Glob", pattern="src/**/*.tsx")
@@ -74,6 +88,7 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     bash = asyncio.create_task(tool(host, site, "Bash", command=command))
     running = side.get_by_role("button").filter(has_text="until [ -e").get_by_label("Running")
     await expect(running).to_be_visible()
+    await site_is_whole(window)
     await picture(window, pictures, "activity")
     run(site, "touch /tmp/go")
     await asyncio.gather(bash, return_exceptions=True)  # there are no tests to run
@@ -230,6 +245,7 @@ async def test_what_is_asked_of_a_session(
     await expect(page.get_by_label("New access token")).to_be_visible()
     await fits("session-ends")
     await expect(page.get_by_role("dialog", name="The session has ended")).to_be_visible()
+    await window.connection("Signed out")
     await fits("session-ended")
 
 
