@@ -73,7 +73,9 @@ class Placements:
             found = await self._keys.get(key)
             if _move(found) == (member, move):
                 return
-            value = orjson.dumps([member, round(time.time() + _MOVING), move]).decode()
+            # as long as before, if its old home may still come back with it
+            until = max(round(time.time() + _MOVING), round(_parsed(found)[1]))
+            value = orjson.dumps([member, until, move]).decode()
             if await self._keys.swap(key, found, value):
                 return
         raise Unavailable(f"other members keep choosing a home for {tenant}; ask again", reason="contended")
@@ -113,16 +115,32 @@ class Placements:
         return name in await self._members()
 
     async def back(self, tenant: str, member: str, suspicion: str) -> None:
-        """Let a decision of `after` go like any other, once the lost home is back without the tenant."""
-        await self.settle(tenant, member, _LOST + suspicion)
+        """Let a decision of `after` go like any other, once the lost home is back without the tenant.
 
-    async def settle(self, tenant: str, member: str, move: str) -> None:
-        """Let a move's decision go like any other, once all have seen where the tenant is."""
+        So does the decision of a move of it since.
+        """
         key = _KIND + tenant
         found = await self._keys.get(key)
-        if _move(found) == (member, move):
-            value = orjson.dumps([member, round(time.time() + self._kept)]).decode()
+        home, mark = _move(found)
+        if mark == _LOST + suspicion:
+            await self._let_go(key, found, member)
+        elif home == member and not mark.startswith(_LOST):
+            value = orjson.dumps([home, round(time.time() + _MOVING), mark]).decode()
             await self._keys.swap(key, found, value)
+
+    async def settle(self, tenant: str, member: str, move: str) -> None:
+        """Let a move's decision go like any other, once all have seen where the tenant is.
+
+        That of one whose lost home may come back with it stays until `back`.
+        """
+        key = _KIND + tenant
+        found = await self._keys.get(key)
+        if _move(found) == (member, move) and _parsed(found)[1] < time.time() + 2 * _MOVING:
+            await self._let_go(key, found, member)
+
+    async def _let_go(self, key: str, found: str | None, member: str) -> None:
+        value = orjson.dumps([member, round(time.time() + self._kept)]).decode()
+        await self._keys.swap(key, found, value)
 
     async def forget(self, tenant: str, member: str) -> None:
         """Take back a choice of this member, which could not make the tenant and has done nothing of it."""

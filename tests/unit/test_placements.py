@@ -113,3 +113,24 @@ async def test_without_a_quorum_nobody_takes_a_tenant(cluster: Cluster) -> None:
     cluster.keys.quorum = False
     with pytest.raises(Unavailable):
         await cluster.placements.after("shop", "m1", "m2", "s1")
+
+
+async def test_a_lost_home_does_not_come_back_with_a_tenant_that_has_moved_since(cluster: Cluster) -> None:
+    """However long it was away: a move's decision alone would be gone after an hour."""
+    brief = cluster.kept(-1)  # what may go has gone
+    await brief.after("shop", "m1", "m2", "s1")
+    await brief.move("shop", "m3", "a-move")
+    await brief.settle("shop", "m3", "a-move")
+    await brief.choose("other", "m2")  # which removes what has gone
+    assert await brief.after("shop", "m1", "m1", "s1") == "m3"
+    await brief.back("shop", "m3", "s1")
+    assert await brief.decided("shop", "a-move"), "its old home may still ask"
+    await brief.settle("shop", "m3", "a-move")
+    assert await brief.choose("shop", "m2") == "m2"
+
+
+async def test_what_is_told_of_one_loss_says_nothing_of_another(cluster: Cluster) -> None:
+    await cluster.placements.after("shop", "m1", "m2", "s1")
+    await cluster.placements.after("shop", "m2", "m3", "s2")
+    await cluster.placements.back("shop", "m3", "s1")
+    assert await cluster.placements.taken("m3") == {"shop"}

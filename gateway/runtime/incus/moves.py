@@ -9,17 +9,21 @@ Incus's own `move` sends the whole disk while the tenant is stopped. A refresh s
 last snapshot that both have. Names are unique in the cluster; those of the two others are no tenant's, since
 they begin with a capital letter.
 
+A tenant that was brought back while its old server is away is in the second project (`gateway.incus.slots`).
+Its next move brings it into the first one, if its name is free there by then.
+
 Facts about incusd that shape this module (measured on 6.0.4): a running instance can be copied to another
 member only by a refresh; a refresh also brings and removes snapshots; to rename takes a tenth of a second.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from gateway.errors import Conflict, GatewayError, NotFound
+from gateway.errors import Conflict, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.locations import MANAGED
@@ -55,16 +59,15 @@ class Moves:
 
     # --- at the old home ----------------------------------------------------------------------------
 
+    async def project(self, tenant: str) -> str:
+        """Return the Incus project that a tenant is in, empty for the tenants' own one."""
+        with translated(tenant):
+            found = await self._incus.project_of(instance_path(tenant))
+        return "" if found == self._incus.project else found
+
     async def snapshot(self, tenant: str, number: int) -> None:
         """Take the snapshot of one round."""
         name = f"{_SNAPSHOT}{number}"
-        if self._incus.slots.of(tenant) != self._incus.project:
-            raise Conflict(
-                f"{tenant} was brought back, and is in the project {self._incus.slots.second} until its old "
-                "server is back or removed; then stop it and bring it into its own one: incus move "
-                f"{tenant} --project {self._incus.slots.second} --target-project {self._incus.project}",
-                reason="recovered",
-            )
         with translated(tenant):
             await self._operate("POST", instance_path(tenant, "snapshots"), {"name": name, "stateful": False})
 
@@ -80,11 +83,10 @@ class Moves:
 
     async def put_aside(self, tenant: str, instance: str, move: str) -> None:
         """Free the name of the stopped tenant, which is none from now on."""
-        try:
-            found = await self._making.instance(tenant)
-        except GatewayError:  # the name is free already, or the new home's
+        with contextlib.suppress(NotFound):
             await self._making.instance(MOVED + move)
-            return
+            return  # the name is free already, or the new home's
+        found = await self._making.instance(tenant)
         if identity_of(found) != instance:
             raise Conflict(f"{tenant} is a different instance now")
         with translated(tenant):
@@ -114,14 +116,22 @@ class Moves:
 
     # --- at the new home ----------------------------------------------------------------------------
 
-    async def copy(self, tenant: str, instance: str, move: str, *, last: bool = False) -> None:
-        """Make the copy of another member's tenant, or refresh it; `last`: with all its settings, too."""
+    async def copy(
+        self, tenant: str, instance: str, move: str, *, project: str = "", last: bool = False
+    ) -> None:
+        """Make the copy of another member's tenant, or refresh it; `last`: with all its settings, too.
+
+        `project` is what that member's `project` returned.
+        """
         name, patience = MOVING + move, self._settings.move_copy_timeout
         with translated(tenant):
-            found = await self._incus.get(instance_path(tenant))
+            # another one of its name may be in the other project, of a member that is away
+            found = await self._incus.get(instance_path(tenant), project=project or self._incus.project)
         if identity_of(found) != instance:
             raise Conflict(f"{tenant} is a different instance now")
         source = {"type": "copy", "source": tenant, "refresh": True}
+        if project:
+            source["project"] = project
         config = {key: value for key, value in found["config"].items() if _travels(key)}
         config |= {MANAGED: "false", _MARK: move}
         try:
@@ -134,15 +144,23 @@ class Moves:
                 profiles=found["profiles"],
                 architecture=found["architecture"],
                 patience=patience,
+                project=await self._free_project(tenant, project),
             )
             return
         if last:
             copy = await self._settle(copy, found, config)
         body = {key: copy[key] for key in ("name", "type", "profiles", "config", "devices", "architecture")}
         with translated(tenant):
-            await self._operate("POST", "/1.0/instances", {**body, "source": source}, patience)
+            there = await self._incus.project_of(instance_path(name))
+            await self._operate("POST", "/1.0/instances", {**body, "source": source}, patience, there)
         # each time, since the next refresh removes the snapshot that this one's bytes count for
         await self._making.limited(name)
+
+    async def _free_project(self, tenant: str, project: str) -> str | None:
+        """Return where a copy can get its tenant's name, None for the tenants' own project."""
+        with translated(tenant):
+            taken = bool(project) and tenant in await self._incus.names(self._incus.project)
+        return project if taken else None
 
     async def _settle(
         self, copy: Mapping[str, Any], found: Mapping[str, Any], config: Mapping[str, str]
@@ -164,13 +182,14 @@ class Moves:
 
     async def _become(self, name: str, tenant: str, instance: str, move: str, managed: str | None) -> None:
         try:
+            await self._making.instance(name)
+        except NotFound:  # an earlier attempt has renamed it
             found = await self._making.instance(tenant)
-        except NotFound:
+            if identity_of(found) != instance or found["config"].get(_MARK) not in (move, None):
+                raise Conflict(f"{tenant} is a different instance now") from None
+        else:
             with translated(tenant):
                 await self._operate("POST", instance_path(name), {"name": tenant})
-        else:
-            if identity_of(found) != instance or found["config"].get(_MARK) not in (move, None):
-                raise Conflict(f"{tenant} is a different instance now")
         with translated(tenant):
             # an empty value removes the key in Incus
             config = {MANAGED: managed or "", _MARK: ""}
@@ -201,12 +220,16 @@ class Moves:
             await self._operate("DELETE", instance_path(name))
 
     async def _operate(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, patience: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        patience: float | None = None,
+        project: str | None = None,
     ) -> None:
         try:
-            await self._incus.operate(
-                method, path, body, timeout=patience or self._settings.lifecycle_timeout
-            )
+            limit = patience or self._settings.lifecycle_timeout
+            await self._incus.operate(method, path, body, timeout=limit, project=project)
         except IncusError as error:
             if "already exists" not in error.message:
                 raise
