@@ -55,11 +55,9 @@ def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         found = services()
-        if found is None or found.cluster is None or scope["type"] not in ("http", "websocket"):
-            await app(scope, receive, send)
-            return
-        asked = Asked.of(scope)
-        if asked is None:
+        clustered = found is not None and found.cluster is not None
+        asked = Asked.of(scope) if clustered and scope["type"] in ("http", "websocket") else None
+        if found is None or asked is None:
             await app(scope, receive, send)
         elif FROM in scope:
             await _for_peer(app, found, asked, scope, receive, send)
@@ -125,7 +123,10 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
         return [one for name, one in found.items() if standing is None or not standing.holds(name)]
 
     async def keep(_: Peer, text: bytes) -> Any:
-        return {"id": (await services.records.keep(text)).id}
+        kept = await services.records.keep(text)
+        if services.standing is not None:
+            await services.standing.standby.received(kept.tenant, kept.id)
+        return {"id": kept.id}
 
     facts, questions = {"version": __version__}, _questions(services)
     uploads = {PUT_RECORDS: keep}

@@ -30,8 +30,9 @@ def unlimited(settings: Settings, tenants: Collection[str]) -> list[str]:
     """Return which of these tenants no limit counts for, in a pool with simple quotas. Needs root."""
     if (groups := _of(settings).groups()) is None:
         return []
-    project = settings.incus_project
-    folders = {tenant if project == "default" else f"{project}_{tenant}": tenant for tenant in tenants}
+    own, second = settings.incus_project, settings.failover_project
+    folders = {tenant if own == "default" else f"{own}_{tenant}": tenant for tenant in tenants}
+    folders |= {f"{second}_{tenant}": tenant for tenant in tenants}  # those that were brought back
     return [folders[folder] for folder in groups.lacking() if folder in folders]
 
 

@@ -226,6 +226,13 @@ class Standby:
         except StoreFailed as error:
             log.warning("the copy of %s is not recorded: %s", name, error.message)
 
+    async def received(self, tenant: str, snapshot: str) -> None:
+        """Take notice that the copy of another member's tenant, which is here, has got a snapshot."""
+        try:
+            await self._copies.count(tenant, snapshot)
+        except GatewayError as error:
+            log.warning("what the copy of %s has got counts for nobody: %s", tenant, error.message)
+
     # --- lost members -------------------------------------------------------------------------------
 
     async def bring_back(self) -> None:

@@ -18,7 +18,7 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `subvolume` |
 | `{"do": "quotas"}` | `{"changed": [words]}`: the disk quotas are enforced, see `quotas` |
 | `{"do": "free_disks"}` | `{}` once what was deleted counts no more for these limits |
-| `{"do": "limit_disk", "instance", "ending"}` | `{"counted": bytes or null}`: its disk is limited |
+| `{"do": "limit_disk", "instance", "ending", "standby"}` | `{"counted": bytes or null}`: its disk is so |
 
 No request contains a host path, an id or a pid: `locations` finds the files and cgroups of a tenant. A failed
 request is answered by `{"error": words}` for the log, or by `{"refused": code, "message", "facts"}` for the
@@ -160,8 +160,8 @@ class Broker:
                     self._tenants.free_disks()
                     answer = {}
                 case "limit_disk":
-                    name, ending = str(request["instance"]), bool(request["ending"])
-                    answer = {"counted": self._tenants.limit_disk(name, ending=ending)}
+                    of = {key: request.get(key) is True for key in ("ending", "standby")}
+                    answer = {"counted": self._tenants.limit_disk(str(request["instance"]), **of)}
                 case _:
                     answer = {"error": UNKNOWN}
         except GatewayError as error:

@@ -131,9 +131,10 @@ class BrokerClient:
         answer, _ = await self.request({"do": "quotas"})
         return [str(words) for words in answer["changed"]]
 
-    async def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+    async def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         """Have a disk limited, see `locations.Tenants.limit_disk`. Raises `NotFound` and `Unavailable`."""
-        answer, _ = await self.request({"do": "limit_disk", "instance": instance, "ending": ending})
+        what = {"do": "limit_disk", "instance": instance, "ending": ending, "standby": standby}
+        answer, _ = await self.request(what)
         return None if answer["counted"] is None else int(answer["counted"])
 
     async def free_disks(self) -> None:

@@ -49,16 +49,19 @@ class DiskGroups:
     def __init__(self, pool: Path, counting: Path) -> None:
         self._pool, self._counting = pool, counting
 
-    def limit(self, folder: str, identity: str, size: int, *, slack: bool = False) -> int:
+    def limit(self, folder: str, identity: str, size: int, *, slack: bool = False, former: str = "") -> int:
         """Have all subvolumes of an instance counted and limited as one; return the bytes that count.
 
         `folder` is the instance's in the pool, `size` the limit in bytes, 0 for none. With `slack`, a full
-        disk has room for what Incus writes to it. Repeat it whenever Incus may have made a subvolume.
+        disk has room for what Incus writes to it. What the instance `former` has written counts, too. Repeat
+        it whenever Incus may have made a subvolume.
         """
         group = btrfs.group(_LEVEL, number_of(identity))
         with self._volume() as volume:
             found = list(islice(self._subvolumes(volume, folder), _SUBVOLUMES_MAX + 1))
             subvolumes = found[:_SUBVOLUMES_MAX]
+            if former:
+                subvolumes += self._members(volume, btrfs.group(_LEVEL, number_of(former)))
             for _ in range(_TRIES):
                 if self._join(volume, subvolumes, group):
                     break
@@ -129,6 +132,12 @@ class DiskGroups:
             yield (one := left.popleft())
             # restored ones were below theirs before that was in the group
             left.extend(islice(btrfs.nested(volume, one), _SUBVOLUMES_MAX))
+
+    def _members(self, volume: int, group: int) -> Iterator[int]:
+        """Yield the numbers of the subvolumes that are in a group, also of deleted ones."""
+        for level, number in map(btrfs.level_of, btrfs.relatives(volume, group)):
+            if not level:
+                yield number
 
     def _join(self, volume: int, subvolumes: list[int], group: int) -> bool:
         """Make subvolumes members of a group; return False if it has disappeared meanwhile."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 from gateway.errors import GatewayError
@@ -25,22 +26,24 @@ class DiskLimits:
         self._broker = None if broker is None else BrokerClient(at=broker)
         self._freeing = None if broker is None else BrokerClient(at=broker)
 
-    async def limit(self, instance: str, *, ending: bool = False) -> int | None:
+    async def limit(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         """Have an instance's disk limited as its size says; return the bytes that count.
 
         Call it before and after each start, before each stop as `ending`, and when the size has changed:
-        while it does not run, a full disk has some slack for Incus. Returns None for other quotas, which
-        are Incus's affair. Raises `NotFound` and `Unavailable`.
+        while it does not run, a full disk has some slack for Incus. Of a `standby` copy each time that it has
+        got something: it is only counted. Returns None for other quotas, which are Incus's affair. Raises
+        `NotFound` and `Unavailable`.
         """
         if self._broker is not None:
             try:
-                return await self._broker.limit_disk(instance, ending=ending)
+                return await self._broker.limit_disk(instance, ending=ending, standby=standby)
             except OldBroker as error:  # until it is restarted, Incus's own limit has to do
                 log.warning("the disk of %s: %s", instance, error)
                 return None
         if os.geteuid() != 0:
             return None
-        return await asyncio.to_thread(self._tenants.limit_disk, instance, ending=ending)
+        limit = partial(self._tenants.limit_disk, instance, ending=ending, standby=standby)
+        return await asyncio.to_thread(limit)
 
     async def free(self) -> None:
         """Have what was deleted counted no more; after some seconds or a failure, leave it to the kernel."""

@@ -60,7 +60,7 @@ class Folders:
     def quotas(self) -> Quotas | None:
         return None
 
-    def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         return None
 
     def limit_disks(self) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # a broker does not need the settings, which are slow to load
     from gateway.settings import Settings
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
+COPY = "user.gateway.standby.copy"  # the key of a standby copy, and of a tenant that is just made of one
 
 _GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
@@ -66,11 +67,12 @@ class Tenants(Protocol):
         """Return the quotas of the tenants' disks; None for folders, which have none."""
         ...
 
-    def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         """Have the disk of an instance of ours counted and limited; return the bytes that count.
 
-        One that does not run, or is `ending`, has slack for Incus. Does nothing and returns None in a pool
-        without simple quotas, see `disk_groups`.
+        One that does not run, or is `ending`, has slack for Incus. `standby` means the standby copy of that
+        name, which is only counted. Does nothing and returns None in a pool without simple quotas, see
+        `disk_groups`.
         """
         ...
 
@@ -104,6 +106,7 @@ class Instances:
         bridge: str,
         pool: str,
         second: str = "",
+        standby: str = "",
     ) -> None:
         self._socket = socket_path
         self._pools = f"{os.path.dirname(socket_path)}/storage-pools"
@@ -113,6 +116,7 @@ class Instances:
         self._bridge = bridge
         self._pool = pool
         self._second = second
+        self._standby = standby
         self._groups: dict[str, _Group] = {}
         self._member = ""
 
@@ -127,6 +131,7 @@ class Instances:
             settings.network,
             settings.pool,
             settings.failover_project,
+            settings.standby_project,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,6 +145,7 @@ class Instances:
             "bridge": self._bridge,
             "pool": self._pool,
             "second": self._second,
+            "standby": self._standby,
         }
 
     def disk(self, tenant: str, workspace: str) -> Disk:
@@ -225,18 +231,20 @@ class Instances:
     def quotas(self) -> Quotas:
         return Quotas(Path(self._pools, self._pool))
 
-    def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         if (groups := self.quotas().groups()) is None:
             return None
-        found = self._instance(instance, ours=True)
+        found = self._copy(instance) if standby else self._instance(instance, ours=True)
         disks = (one for one in found["expanded_devices"].values() if one.get("path") == "/")
         root: Mapping[str, str] = next(disks, {})
         if root.get("pool") != self._pool:
             return None
-        identity, size = found["config"].get("volatile.uuid", ""), root.get("size", "")
+        identity, size = _identity(found), root.get("size", "")
+        former = _identity(self._copy(instance)) if COPY in found["config"] and not standby else ""
         try:
+            limit = 0 if standby else size_of(size)
             slack = ending or found.get("status") != "Running"
-            return groups.limit(_folder(found), identity, size_of(size), slack=slack)
+            return groups.limit(_folder(found), identity, limit, slack=slack, former=former)
         except (OSError, ValueError) as error:
             words = error.strerror if isinstance(error, OSError) else "it has no id"
             raise Unavailable(f"the disk of {instance} cannot be limited: {words}") from error
@@ -280,6 +288,15 @@ class Instances:
             raise Unavailable(f"tenant {tenant} is on another server", reason="elsewhere", location=location)
         return {**found, "project": project}
 
+    def _copy(self, tenant: str) -> dict[str, Any]:
+        """Return the standby copy of a tenant that this server has. Raises `NotFound` and `Unavailable`."""
+        found = None
+        if self._standby and _NAME.fullmatch(tenant):
+            found = self._get(f"/1.0/instances/{quote(tenant)}", project=self._standby)
+        if found is None or found.get("location") != self._own_member():
+            raise NotFound(f"no copy of {tenant[:100]}")
+        return {**found, "project": self._standby}
+
     def _project_of(self, tenant: str) -> str:
         """Return the project of a tenant of this server, by Incus's link to each instance that is here.
 
@@ -312,10 +329,14 @@ class _Group:
 def found_by(told: Mapping[str, Any]) -> Tenants:
     """Create the object described by `told`. Raises `KeyError`, `ValueError`."""
     if told["kind"] == "incus":
-        names = ("socket", "project", "workspace", "uid", "bridge", "pool", "second")
+        names = ("socket", "project", "workspace", "uid", "bridge", "pool", "second", "standby")
         return Instances(*(told[name] for name in names))
     idmap = tuple(IdMap(*line) for line in told["idmap"])
     return Folders(told["home"], told["below"], told["uid"], idmap)
+
+
+def _identity(instance: Mapping[str, Any]) -> str:
+    return str(instance["config"].get("volatile.uuid", ""))
 
 
 def is_tenant(instance: Mapping[str, Any]) -> bool:

@@ -235,6 +235,35 @@ def test_a_clone_counts_what_it_writes(pool: Path) -> None:
     assert groups_of(pool) == set()
 
 
+def test_what_a_copy_has_received_counts_for_the_tenant_that_is_made_of_it(pool: Path) -> None:
+    """Also what came with snapshots that are gone by then; the copy itself has no limit."""
+    copy = Disk(pool, "standby_shop", str(uuid4()))
+    kept = pool / "containers-snapshots" / copy.name
+    kept.mkdir()
+    run("btrfs", "subvolume", "create", kept / "0")
+    (kept / "0/rootfs").mkdir()
+    for number in range(3):  # each refresh receives a snapshot, and makes the disk anew of it
+        copy.fill(f"file{number}", SIZE // 4, kept / str(number) / "rootfs")
+        if number:
+            deleted(copy.volume)
+        copied(kept / str(number), copy.volume)
+        copy.limit(0)
+        copied(kept / str(number), kept / str(number + 1))
+        deleted(kept / str(number))
+    shop = Disk(pool, "shop", str(uuid4()))
+    copied(copy.volume, shop.volume)
+    shop.groups.limit(shop.name, shop.identity, SIZE, former=copy.identity)
+    copy.destroy()
+    used(pool)
+    shop.groups.reap()
+    assert shop.limit() >= SIZE // 4 * 3
+    assert SIZE // 4 - SLACK <= shop.fill("more") <= SIZE // 4
+    shop.destroy()
+    used(pool)
+    shop.groups.reap()
+    assert groups_of(pool) == set()
+
+
 def groups_of(pool: Path) -> set[int]:
     """Return the numbers of the tenants' groups."""
     volume = os.open(pool, os.O_RDONLY)

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 IDMAP = json.dumps(
     [
@@ -37,13 +37,18 @@ def instance(name: str, **changes: Any) -> dict[str, Any]:
 
 @contextmanager
 def answering(socket: Path, table: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """Answer at `socket` by the `metadata` of each path in `table`; yield the addresses that were asked."""
+    """Answer at `socket` by the `metadata` of each path in `table`; yield the addresses that were asked.
+
+    A path with `?project=…` is of that project, any other of all.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            found = table.get(urlsplit(self.path).path)
+            asks = urlsplit(self.path)
+            project = parse_qs(asks.query).get("project", [""])[0]
+            found = table.get(f"{asks.path}?project={project}", table.get(asks.path))
             status = 404 if found is None else 200
             body = json.dumps({"type": "sync", "metadata": found, "error_code": status}).encode()
             self.send_response(status)

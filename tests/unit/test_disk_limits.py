@@ -26,7 +26,7 @@ from gateway.storage.store import Store
 class Counting(Folders):
     """Tenants whose disks count."""
 
-    def limit_disk(self, instance: str, *, ending: bool = False) -> int | None:
+    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         return len(instance)
 
     def free_disks(self) -> None:
@@ -65,7 +65,7 @@ async def test_the_broker_limits_and_tells_what_counts(tmp_path: Path) -> None:
         with pytest.raises(Unavailable):
             await limits.limit("shop")
     await limits.aclose()
-    assert asked == [{"do": "limit_disk", "instance": "shop", "ending": False}] * 4
+    assert asked == [{"do": "limit_disk", "instance": "shop", "ending": False, "standby": False}] * 4
 
 
 async def test_with_a_broker_of_an_earlier_version_tenants_start(

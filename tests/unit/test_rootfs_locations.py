@@ -12,7 +12,7 @@ import pytest
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.rootfs.disk import Disk
 from gateway.rootfs.disk_groups import DiskGroups, number_of
-from gateway.rootfs.locations import Instances, found_by
+from gateway.rootfs.locations import COPY, Instances, found_by
 from gateway.rootfs.quotas import Quotas
 from tests.unit.incusd import IDMAP, answering, instance
 
@@ -224,6 +224,7 @@ def test_group(host: Host) -> None:
 # --- limits of disks --------------------------------------------------------------------------------------
 
 ID = "0b5c0a4e-9f1c-4f5a-8f0e-0123456789ab"
+OTHER = "11111111-9f1c-4f5a-8f0e-0123456789ab"
 ROOT = {"type": "disk", "path": "/", "pool": "pool", "size": "2GiB"}
 
 
@@ -235,11 +236,12 @@ class Groups(DiskGroups):
         self.slack: list[bool] = []
         self._lacking = lacking
 
-    def limit(self, folder: str, identity: str, size: int, *, slack: bool = False) -> int:
+    def limit(self, folder: str, identity: str, size: int, *, slack: bool = False, former: str = "") -> int:
         if folder == "full":
             raise OSError(28, "No space left on device")
         self.limited.append((folder, identity, size))
         self.slack.append(slack)
+        self.former = former
         return 7
 
     def lacking(self) -> Iterator[str]:
@@ -270,6 +272,27 @@ def test_a_disk_has_slack_unless_its_tenant_runs(host: Host, monkeypatch: pytest
         host.tenants.limit_disk("shop")
     host.tenants.limit_disk("shop", ending=True)
     assert groups.slack == [True, False, True]
+
+
+def test_a_standby_copy_is_counted_and_then_counts_for_the_tenant_that_is_made_of_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_groups(monkeypatch, groups := Groups())
+    path = str(host.folder / "unix.socket")
+    tenants = Instances(path, "default", WORKSPACE, 1000, "br0", "pool", "second", "standby")
+    host.table["/1.0"] = {"environment": {"server_name": "m1"}}
+    with pytest.raises(NotFound):
+        tenants.limit_disk("shop", standby=True)
+    copy = instance("shop", config={"volatile.uuid": OTHER}, expanded_devices={"root": ROOT}, location="m1")
+    host.table["/1.0/instances/shop?project=standby"] = copy
+    assert tenants.limit_disk("shop", standby=True) == 7
+    host.has("shop", config={"volatile.uuid": ID, COPY: "[]"}, expanded_devices={"root": ROOT}, location="m1")
+    tenants.limit_disk("shop")
+    assert groups.limited == [("standby_shop", OTHER, 0), ("shop", ID, 2 << 30)]
+    assert groups.former == OTHER
+    copy["location"] = "m2"  # another server has a copy of that name
+    with pytest.raises(NotFound):
+        tenants.limit_disk("shop", standby=True)
 
 
 def test_no_disk_of_others_is_limited(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,8 @@ async def test_an_instance_is_started_once_its_disk_is_limited_and_no_other_is(
 ) -> None:
     incus = Taken(is_taken=is_taken)
 
-    async def limited(name: str) -> int:
+    async def limited(name: str, *, standby: bool = False) -> int:
+        assert not standby
         incus.done.append(f"limited {name}")
         return 0
 

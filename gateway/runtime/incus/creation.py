@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from uuid import uuid4
 
 from gateway.errors import Conflict, GatewayError, NotFound, Timeout, Unavailable
@@ -53,10 +53,15 @@ WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles"
 _PAUSE: Final = 0.2  # seconds; Incus cannot tell when an instance is no longer busy
 
 Which = Callable[[Instance], bool]
-Limited = Callable[[str], Awaitable[int | None]]
 
 
-async def by_incus(instance: str) -> int | None:
+class Limited(Protocol):
+    """Has an instance's disk limited, or a standby copy's counted: `DiskLimits.limit`."""
+
+    def __call__(self, instance: str, /, *, standby: bool = False) -> Awaitable[int | None]: ...
+
+
+async def by_incus(instance: str, *, standby: bool = False) -> int | None:
     """A `Limited` for disks that Incus itself counts and limits."""
     return None
 

@@ -27,6 +27,7 @@ import orjson
 from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
+from gateway.rootfs.locations import COPY
 from gateway.runtime import Tenant
 from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.creation import STATIC, identity_of
@@ -37,7 +38,7 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_KEY: Final = "user.gateway.standby.copy"
+_KEY: Final = COPY
 """On a copy: what it is of, as JSON; see `StandbyCopy`."""
 _INSTANCE: Final = "user.gateway.standby.instance"
 """On a copy: the configuration, devices and profiles of the tenant's instance, as JSON."""
@@ -109,6 +110,15 @@ class StandbyCopies:
             path = f"/1.0/storage-pools/{self._settings.pool}/resources"
             found = (await self._incus.get(path, target=member))["space"]
         return int(found["total"]), int(found["used"])
+
+    async def count(self, tenant: str, snapshot: str) -> None:
+        """Have what a copy of this member has got count for the tenant, should that be brought back.
+
+        Call it before the next one comes, whose refresh removes the snapshot that has written it. Does
+        nothing for a `snapshot` that is no copy's. Raises `GatewayError`.
+        """
+        if snapshot.startswith(_SNAPSHOT):
+            await self._runtime.making.limited(tenant, standby=True)
 
     # --- copying ------------------------------------------------------------------------------------
 
