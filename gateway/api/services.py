@@ -112,8 +112,8 @@ class Services(Hub):
     tunnels: set[Near]  # websockets of other members' tenants
     draining: bool = False
 
-    def resumed(self, tenant: str, last_event_id: int | None) -> int | None:
-        return self.names.position(tenant, last_event_id, here=False)
+    def resumed(self, tenant: str, last_event_id: str | int | None) -> int | None:
+        return self.names.position(tenant, last_event_id)
 
     def elsewhere(self, tenant: str) -> None:
         peer = None if self.cluster is None else self.cluster.homes.home(tenant)

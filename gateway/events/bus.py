@@ -29,6 +29,7 @@ class Bus:
 
     def __init__(self, journal: Journal, member: str = "") -> None:
         """`member` is the gateway's own, empty without a cluster."""
+        self.member = member
         self._journal = journal
         self._source = source(member)
         self._grown = asyncio.Event()

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Final
 
 from gateway.errors import GatewayError, NotFound
-from gateway.events import Bus, Event, Span
+from gateway.events import Bus, Event, Span, positions
 from gateway.runtime import Tenant, TenantEvent, TenantRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed, Work
@@ -131,15 +131,13 @@ class Names:
         """Return the id of the first event here of one that came from another member, 0 for any other."""
         return self._holders.get(name, _NOBODY).arrived
 
-    def position(self, name: str, after: int | None, *, here: bool) -> int | None:
-        """Return where in our journal a client resumes a tenant's events, 0 if that is not known.
-
-        `after` is a position that it gives, and `here` whether that is certainly one of this journal: a
-        number alone may be of the tenant's former home.
-        """
-        arrived = self.arrived(name)
-        lost = after is not None and arrived and (not here or after < arrived - 1)
-        return 0 if lost else after
+    def position(self, name: str, last_event_id: str | int | None) -> int | None:
+        """Return where in our journal a client resumes a tenant's events, 0 if that is not known."""
+        after, arrived = positions.after(last_event_id, self._bus.member), self.arrived(name)
+        if not last_event_id or after is None or not arrived:
+            return after
+        # a number alone may be of the tenant's former home
+        return 0 if positions.is_plain(last_event_id) or after < arrived - 1 else after
 
     def ended(self, name: str) -> float:
         """Return when the last one of that name ended, 0 if there was none."""

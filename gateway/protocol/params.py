@@ -156,9 +156,12 @@ class ExecCancel(ExecRef):
     grace_ms: Annotated[int, Field(ge=0, le=60_000)] | None = None
 
 
+_Position = Annotated[str, Field(max_length=4096)]
+
+
 class EventsSubscribe(Params):
     types: Annotated[list[str], Field(max_length=64)] | None = None
-    last_event_id: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    last_event_id: Annotated[int, Field(ge=0, lt=1 << 63)] | _Position | None = None
 
 
 class EventsUnsubscribe(Params):

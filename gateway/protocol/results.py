@@ -294,8 +294,11 @@ class TurnChanges(Turn):
 
 
 class Subscribed(TypedDict):
+    """`position` is `lastEventId` with the member's name in a cluster, by which any of them goes on."""
+
     subscription: int
     lastEventId: int
+    position: str
 
 
 class CloudEvent(TypedDict):

@@ -1032,6 +1032,16 @@ class EventsContract:
             exited = await wire.until(lambda: wire.notified("event", type="exec.exited"))
             assert exited["subject"] == tenant and int(exited["id"]) > said["lastEventId"]
             await wire.call("events/unsubscribe", subscription=said["subscription"])
+            told = len(wire.notifications)
+            again = await wire.call("events/subscribe", types=["exec.*"], lastEventId=said["position"])
+            assert again["position"] == said["position"]
+
+            def replayed() -> list[str]:
+                found = [one.params for one in wire.notifications[told:] if one.method == "event"]
+                return [one["type"] for one in found if one["data"]["exec"] == exited["data"]["exec"]]
+
+            await wire.until(lambda: replayed() == ["exec.started", "exec.exited"])
+            await wire.call("events/unsubscribe", subscription=again["subscription"])
             with pytest.raises(RpcFailure):
                 await wire.call("events/unsubscribe", subscription=said["subscription"])
 

@@ -540,8 +540,8 @@ async def test_events_of_the_old_home_are_no_position_at_the_new_one(homes: tupl
     async with both(homes) as (old, new):
         last = old.bus.last
         await old.moved(await old.departures.begin(SHOP, "m2", "me"), "moved")
-        assert new.names.position(SHOP, last + 1_000_000, here=False) == 0
+        assert new.names.position(SHOP, last + 1_000_000) == 0
         here = new.bus.last
-        assert new.names.position(SHOP, here, here=True) == here
-        assert new.names.position(SHOP, None, here=False) is None
-        assert old.names.position("other", 7, here=False) == 7
+        assert new.names.position(SHOP, f"m2:{here}") == here
+        assert new.names.position(SHOP, None) is None
+        assert old.names.position("other", 7) == 7

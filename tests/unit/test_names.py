@@ -377,18 +377,23 @@ async def test_one_that_left_has_its_events_here_as_long_as_the_name_is_its_own(
 async def test_one_that_came_has_no_position_here_from_before(tmp_path: Path) -> None:
     """Neither a number alone, which may be its former home's, nor one of an earlier stay."""
     async with gateway(tmp_path, Tenants(other="o")) as life:
+        life.bus.member = "m2"
         await life.until("o", "other")
         life.bus.publish("file.written", "shop")  # of one that had the name long ago
         before = life.bus.last
         await life.names.arrive("shop", "1", 5.0)
         assert (life.names.holder("shop"), life.names.ended("shop")) == ("1", 5.0)
         since = life.bus.publish("tenant.moved", "shop").id
-        for after, here, position in (
-            (since + 1000, False, 0),
-            (before - 1, True, 0),
-            (since, True, since),
-            (None, False, None),
+        last: str | int | None
+        for last, position in (
+            (since + 1000, 0),
+            (str(since), 0),
+            (f"m1:{since}", 0),
+            (f"m2:{before - 1}", 0),
+            (f"m1:7,m2:{since}", since),
+            (None, None),
+            ("", None),
         ):
-            assert life.names.position("shop", after, here=here) == position
-        assert life.names.position("other", 3, here=False) == 3
+            assert life.names.position("shop", last) == position
+        assert life.names.position("other", 3) == 3
         assert [kind for kind in await life.seen() if kind != "gateway.resynced"] == ["tenant.moved"]

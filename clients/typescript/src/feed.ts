@@ -185,14 +185,27 @@ export class TenantEvents extends Feed<GatewayEvent> {
     told: "event",
   };
   #last: number | null = null;
+  #source: string | null = null;
+  #position: string | number | null = null;
+  #named = false;
+
+  /** Where it stands, as `lastEventId` of a later feed; in a cluster the id of an event alone may be any member's. */
+  get position(): string | number | null {
+    return this.#position;
+  }
 
   protected override key(result: Record<string, unknown>): number {
-    if (this.#last === null) this.#last = Number(result.lastEventId);
+    const { position, lastEventId } = result;
+    this.#named = typeof position === "string" && position.includes(":");
+    if (this.#position === null) {
+      this.#last = Number(lastEventId);
+      this.#position = this.#named ? String(position) : this.#last;
+    }
     return Number(result.subscription);
   }
 
   protected override async ask(connection: Connection): Promise<void> {
-    const params = this.#last === null ? this.params : { ...this.params, lastEventId: this.#last };
+    const params = this.#position === null ? this.params : { ...this.params, lastEventId: this.#position };
     await connection.request<Record<string, unknown>>(this.verbs.begin, params, (result) => {
       this.number = this.key(result);
     });
@@ -210,8 +223,11 @@ export class TenantEvents extends Feed<GatewayEvent> {
     const event = params as unknown as GatewayEvent;
     if (typeof event.type !== "string") return false;
     const id = Number(event.id);
-    if (this.#last !== null && id <= this.#last && event.type !== "gap") return false;
+    const same = this.#source === null || this.#source === event.source;
+    if (same && this.#last !== null && id <= this.#last && event.type !== "gap") return false;
     this.#last = id;
+    this.#source = event.source;
+    this.#position = this.#named ? `${event.source.split("/").at(-1)}:${id}` : id;
     if (!this.push(event)) {
       this.clear();
       this.push({ ...event, type: "gap", data: { oldest: id + 1 } });

@@ -43,7 +43,8 @@ export interface WatchOptions {
 export interface TenantEventOptions {
   /** May end in `*`. */
   readonly types?: readonly string[] | undefined;
-  readonly lastEventId?: number | undefined;
+  /** An event's, or where an earlier feed stood: its `position`. */
+  readonly lastEventId?: string | number | undefined;
   /** Ends it, as `close` does. */
   readonly signal?: AbortSignal | undefined;
 }

@@ -67,7 +67,7 @@ export type EventsEnded = {
 
 export type EventsSubscribe = {
   readonly types?: readonly string[] | null | undefined;
-  readonly lastEventId?: number | null | undefined;
+  readonly lastEventId?: number | string | null | undefined;
 };
 
 export type EventsUnsubscribe = {
@@ -385,9 +385,11 @@ export type SessionRenew = {
   readonly token: string;
 };
 
+/** `position` is `lastEventId` with the member's name in a cluster, by which any of them goes on. */
 export type Subscribed = {
   readonly subscription: number;
   readonly lastEventId: number;
+  readonly position: string;
 };
 
 export type Text = {

@@ -17,11 +17,13 @@ function subscribed(result: object) {
 
 async function begun(result: object) {
   const { connection } = subscribed(result);
-  const link = { opened: async () => connection, add: () => {}, remove: () => {} };
+  const nothing = async () => {};
+  const link = { opened: async () => connection, add: nothing, remove: nothing, request: nothing };
   return await new TenantEvents(link as unknown as Link, {}).begin();
 }
 
 const told = (member: string, id: number, type = "t") => ({
+  kind: "notification" as const,
   method: "event",
   params: { type, id: String(id), source: `/gateway/${member}` },
 });

@@ -9,7 +9,7 @@ from gateway.api.connection.family import Answer, Family, Method
 from gateway.api.connection.peer import Peer
 from gateway.auth.tokens import Token
 from gateway.errors import Forbidden, NotFound, RateLimited
-from gateway.events import Filter, Subscription
+from gateway.events import Filter, Subscription, positions
 from gateway.limits.budget import RETRY_AFTER
 
 
@@ -62,7 +62,9 @@ class EventMethods(Family):
         self._last += 1
         number = self._last
         self._subscriptions[number] = subscription
-        answer = {"subscription": number, "lastEventId": subscription.last_id}
+        last = subscription.last_id
+        position = positions.of(last, self._hub.bus.member)
+        answer = {"subscription": number, "lastEventId": last, "position": position}
         return Answer(answer, lambda: self._follow(subscription))
 
     def _follow(self, subscription: Subscription) -> None:

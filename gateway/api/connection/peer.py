@@ -22,7 +22,7 @@ from gateway.errors import (
     Unauthorized,
     Unavailable,
 )
-from gateway.events import Bus, Subscription
+from gateway.events import Bus, Subscription, positions
 from gateway.execs import Execs
 from gateway.files.files import Files
 from gateway.history import History
@@ -68,9 +68,9 @@ class Hub:
     home: Mapping[str, Any] | None = None
     """Of a cluster's member: what `initialize` tells of it."""
 
-    def resumed(self, tenant: str, last_event_id: int | None) -> int | None:
+    def resumed(self, tenant: str, last_event_id: str | int | None) -> int | None:
         """Return where in our journal a client resumes a tenant's events."""
-        return last_event_id
+        return positions.after(last_event_id, self.bus.member)
 
     def elsewhere(self, tenant: str) -> None:
         """Raise `Unavailable` if another member of the cluster has a tenant that this one does not have."""

@@ -41,10 +41,7 @@ async def stream(request: Request) -> Response:
         answer = await _merged(request, gateway.cluster, filter, last, only=known, begin=begin)
     else:
         member = "" if gateway.cluster is None else gateway.cluster.own
-        after = positions.after(last, member)
-        if tenant is not None:
-            here = last is None or not positions.is_plain(last)
-            after = gateway.names.position(tenant, after, here=here)
+        after = positions.after(last, member) if tenant is None else gateway.resumed(tenant, last)
         answer = sse.response(gateway.bus, filter, after, gateway.settings, member)
     if tenant is not None:
         request.scope[USES].enter_context(gateway.doors.stream(tenant, answer.finish))
