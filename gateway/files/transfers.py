@@ -25,7 +25,7 @@ from gateway.rootfs.refusals import refusal
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 
-CHUNK: Final = 1 << 20  # bytes per read or write of the disk
+CHUNK: Final = 512 << 10  # bytes per read or write of the disk; malloc would map a whole MiB anew each time
 _THREADS: Final = 8  # more would only queue at the same disks
 _ENDED: Final = "the transfer was aborted: the tenant or the gateway is going away"
 
