@@ -14,7 +14,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -134,19 +134,23 @@ def client(cluster: Rig) -> Callable[[Member], Served]:
     return Served
 
 
-MakeTenant = Callable[[Member], Awaitable[str]]
+class MakeTenant(Protocol):
+    def __call__(self, member: Member, *more: str) -> Awaitable[str]: ...
 
 
 @pytest.fixture
 async def make_tenant(cluster: Rig) -> AsyncIterator[MakeTenant]:
-    """A function that makes a running tenant on a member, by Incus alone; they end with the test."""
+    """A function that makes a running tenant on a member, by Incus alone; they end with the test.
+
+    What it is given besides are words for `incus launch`.
+    """
     made: list[tuple[Member, str]] = []
 
-    async def make(member: Member) -> str:
+    async def make(member: Member, *more: str) -> str:
         name = f"t-{os.getpid()}-{next(_numbers)}"
         made.append((member, name))
         words = ("launch", "gateway-base", name, "--profile", "gateway-tenant", "--target", member.name)
-        await asyncio.to_thread(member.incus, *words)
+        await asyncio.to_thread(member.incus, *words, *more)
         return name
 
     yield make

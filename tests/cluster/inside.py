@@ -103,6 +103,7 @@ def main(words: list[str]) -> int:
                 print(forming.add(settings(), os.environ["TEST_NAME"]))
             case ["join"]:
                 forming.join(settings(), os.environ["TEST_TOKEN"], print)
+                setup(settings(), print)
             case ["recover"]:
                 forming.recover(settings(), print)
             case [("drain" | "restore") as action]:
