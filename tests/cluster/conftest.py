@@ -107,7 +107,7 @@ def _prepare(rig: Rig, said: list[str]) -> None:
 def _serve_anew(member: Member) -> None:
     member.ours("ungateway")  # which may be copying one of those
     for instance in json.loads(member.incus("list", "--format=json", f"location={member.name}")):
-        if instance["name"].startswith("t-"):  # of a run that was killed
+        if instance["name"].startswith(("t-", "m-")):  # of a run that was killed
             member.incus("delete", "--force", instance["name"])
     member.ours("gateway")
 
@@ -116,16 +116,14 @@ def _serve_anew(member: Member) -> None:
 async def members(cluster: Rig) -> AsyncIterator[tuple[Member, ...]]:
     """The members, for a test that cuts their power or cables: afterwards all are as before."""
     yield cluster.members
-    for member in cluster.members:
-        await asyncio.to_thread(heal, member)
+    await asyncio.gather(*(asyncio.to_thread(heal, member) for member in cluster.members))
 
 
 def heal(member: Member) -> None:
     """Have a member on, with its cable, incusd, Caddy and gateway."""
     member.power_on()
     member.plug()
-    member.ours("incusd")
-    member.ours("gateway")
+    member.ours("all")
 
 
 @pytest.fixture(scope="session")

@@ -64,11 +64,18 @@ def _program() -> Path:
     ours, version = Path(sys.executable).with_name("incus-gateway"), os.environ.get("TEST_PROTOCOL")
     if version is None:
         return ours
-    other = Path("/run/other-version", ours.name)
-    other.parent.mkdir(exist_ok=True)
+    other = Path("/run/other-version/bin", ours.name)
+    other.parent.mkdir(parents=True, exist_ok=True)
     other.write_text(_OTHER.format(python=sys.executable, version=int(version)))
     other.chmod(0o755)
     return other
+
+
+def start_gateway() -> None:
+    """Have the gateway and its Caddy run; those that do go on."""
+    caddy_service.move_out(settings())
+    print(CaddyService(settings()).start(CHECKOUT / "deploy"))
+    print(gateway(settings()).ensure("tests"))
 
 
 def end_gateway(number: signal.Signals) -> None:
@@ -115,9 +122,12 @@ def main(words: list[str]) -> int:
             case ["doctor"]:
                 print(*doctor(settings()), sep="\n")
             case ["gateway"]:
-                caddy_service.move_out(settings())
-                print(CaddyService(settings()).start(CHECKOUT / "deploy"))
-                print(gateway(settings()).ensure("tests"))
+                start_gateway()
+            case ["all"]:
+                Daemon().ensure(print)
+                start_gateway()
+            case ["upgrade"]:  # to the version of TEST_PROTOCOL, or back to today's
+                gateway(settings()).replace(_program().parents[1], print)
             case [("kill" | "term") as how, "incusd"]:
                 if how == "kill":
                     Daemon().kill()

@@ -9,7 +9,8 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import pytest
@@ -27,10 +28,15 @@ Client = Callable[[Member], Served]
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(300 + 120 * KILLS)]
 
-# of a busy machine with all three members; on a quiet one the goals are 1, 10 and 10
+# of a machine that all three members share; of a server each the goals are 1, 10 and 10
 _LIST: Final = 5.0  # seconds for a list, while no incusd that leads is away
 _WELL: Final = 30.0  # seconds until living members serve their own tenants
 _BACK: Final = 60.0  # seconds until all is as before, once incusd and gateway of the member answer
+
+
+def slack() -> float:
+    """Return how many times as long all may take, by what else this machine has to do."""
+    return max(1.0, os.getloadavg()[0] / (4 * (os.cpu_count() or 1)))
 
 
 def kill_gateway(member: Member) -> None:
@@ -54,6 +60,25 @@ def cut_power(member: Member) -> None:
 
 
 _FAULTS: Final = (kill_gateway, restart_gateway, kill_incusd, restart_incusd, cut_power)
+_OF_TWO: Final = 0.1  # of all faults; most members are away then
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to members, for how many seconds."""
+
+    strike: Callable[[Member], None]
+    struck: Sequence[Member]
+    seconds: float
+
+    @classmethod
+    def chosen(cls, by: random.Random, members: Sequence[Member]) -> Fault:
+        strike, seconds = by.choice(_FAULTS), by.uniform(0.5, 8)
+        return cls(strike, by.sample(members, 2 if by.random() < _OF_TWO else 1), seconds)
+
+    def __str__(self) -> str:
+        names = " and ".join(member.name for member in self.struck)
+        return f"{self.strike.__name__} of {names} for {self.seconds:.1f} s"
 
 
 async def test_random_kills_lose_and_double_no_call(
@@ -65,43 +90,39 @@ async def test_random_kills_lose_and_double_no_call(
     gateways = [client(member) for member in members]
     print({name: home.name for name, home in homes.items()})
     print(f"GATEWAY_TEST_SEED={SEED}")
+    took = list[float]()
     async with working(gateways, [*homes]) as work:
         for number in range(KILLS):
-            fault, member = chosen.choice(_FAULTS), chosen.choice(members)
-            away = chosen.uniform(0.5, 8)
-            await _struck(work, homes, fault, member, away, number)
+            fault = Fault.chosen(chosen, members)
+            print(f"{number}: {fault}")
+            took.append(await _struck(work, homes, fault))
+    print(f"well again after {', '.join(f'{seconds:.1f}' for seconds in sorted(took))} s")
 
 
-async def _struck(
-    work: Work,
-    homes: dict[str, Member],
-    fault: Callable[[Member], None],
-    member: Member,
-    away: float,
-    number: int,
-) -> None:
-    """Have a fault, and the member healed `away` seconds later; see that all is well in time."""
-    leads = await asyncio.to_thread(leader, tuple(homes.values())) is member
-    incusd = fault not in (kill_gateway, restart_gateway)
-    living = [gateway for gateway in work.gateways if gateway.member is not member]
-    tenants = [name for name, home in homes.items() if home is not member]
-    what = f"{number}: {fault.__name__} of {member.name}{', which leads' * leads}"
-    print(what, f"for {away:.1f} s")
+async def _struck(work: Work, homes: dict[str, Member], fault: Fault) -> float:
+    """Have a fault, and its members healed; see that all is well in time, and return how soon that was."""
+    leads = await asyncio.to_thread(leader, tuple(homes.values())) in fault.struck
+    incusd = fault.strike not in (kill_gateway, restart_gateway)
+    living = [gateway for gateway in work.gateways if gateway.member not in fault.struck]
+    tenants = [name for name, home in homes.items() if home not in fault.struck]
     work.lists.clear()
     work.calls.clear()
     before, began = work.decided(), time.monotonic()
-    await asyncio.to_thread(fault, member)
-    await pause(away)
-    await until(lambda: work.is_well(living, tenants), _WELL, every=0.3)
+    await asyncio.gather(*(asyncio.to_thread(fault.strike, member) for member in fault.struck))
+    await pause(fault.seconds)
+    no_quorum = incusd and len(fault.struck) > 1
+    if not no_quorum:
+        await work.well(_WELL * slack(), living, tenants)
     served = time.monotonic() - began
-    await asyncio.to_thread(heal, member)
-    healed = time.monotonic()
-    await until(work.is_well, _BACK, every=0.3)
+    await asyncio.gather(*(asyncio.to_thread(heal, member) for member in fault.struck))
+    healed = time.monotonic() - began - served
+    took = await work.well(_BACK * slack())
     await until(lambda: work.decided() > before, 30, every=0.1)
     slowest = max(work.lists, default=0.0)
     print(
-        f"   others well after {served:.1f} s, healed in {healed - began - served:.1f}, all well"
-        f" {time.monotonic() - healed:.1f} s later; the slowest list took {slowest:.1f} s,"
-        f" the slowest calls {sorted(work.calls)[-3:]}"
+        f"   {'which leads; ' * leads}others well after {served:.1f} s, healed in {healed:.1f}, all well"
+        f" {took:.1f} s later; the slowest list took {slowest:.1f} s,"
+        f" the slowest calls {sorted(work.calls)[-3:]}, load {os.getloadavg()[0]:.0f}"
     )
-    assert slowest < (_WELL if leads and incusd else _LIST), what
+    assert slowest < (_WELL if no_quorum or (leads and incusd) else _LIST) * slack()
+    return took

@@ -19,9 +19,9 @@ from typing import Any, Final
 import aiohttp
 
 from tests.cluster.conftest import Served
-from tests.waits import pause, until
+from tests.waits import pause
 
-_EACH: Final = 0.4  # seconds between two calls of one client
+_EACH: Final = 1.0  # seconds between two calls of one client
 _AGAIN: Final = 0.3  # seconds until an undecided call is repeated
 _ANSWER: Final = 40.0  # seconds that an answer may take at all, on a busy machine
 _SILENCE: Final = aiohttp.ClientTimeout(total=None, sock_read=20)  # of a stream, which has a line each 15 s
@@ -47,6 +47,8 @@ class Work:
         self.lists: list[float] = []
         self.calls: list[tuple[float, str]] = []
         self.gaps = 0
+        self.missing = ""
+        """What was not well when that was looked at last."""
         self._seen: Counter[tuple[str, str]] = Counter()  # source and id of each event
         self._destroyed: list[str] = []
         self.ending = False  # the clients end what they have begun
@@ -146,19 +148,40 @@ class Work:
 
     async def is_well(self, gateways: Sequence[Served] = (), tenants: Sequence[str] = ()) -> bool:
         """Return whether these gateways, or all, are ready, list all tenants, and run commands in these."""
-        for gateway in gateways or self.gateways:
-            ready = await asked(gateway, "GET", "/readyz")
-            listed = await asked(gateway, "GET", "/v1/tenants")
-            if ready is None or ready[0] != 200 or listed is None or listed[0] != 200:
-                return False
-            if not gateways and listed[1]["unanswered"]:
-                return False
-            for tenant in tenants or self.tenants:
-                path, body = f"/v1/tenants/{tenant}/exec", {"argv": ["true"]}
-                ran = await asked(gateway, "POST", path, body)
-                if ran is None or ran[0] != 200 or ran[1]["exit_code"] != 0:
-                    return False
-        return True
+        looks = [
+            self._lacks(gateway, tenants or self.tenants, not gateways)
+            for gateway in gateways or self.gateways
+        ]
+        self.missing = ", ".join(filter(None, await asyncio.gather(*looks)))
+        return not self.missing
+
+    async def well(
+        self, within: float, gateways: Sequence[Served] = (), tenants: Sequence[str] = ()
+    ) -> float:
+        """Return how many seconds it took until all is well; it must not be more than `within`."""
+        began, late = time.monotonic(), ""
+        while not await self.is_well(gateways, tenants):
+            late = self.missing
+            assert time.monotonic() - began < within, f"after {within:.0f} s: {late}"
+            await pause(_AGAIN)
+        if late:
+            print(f"   {time.monotonic() - began:.1f} s, the last of it for {late[:300]}")
+        return time.monotonic() - began
+
+    async def _lacks(self, gateway: Served, tenants: Sequence[str], whole: bool) -> str:
+        """Return what a gateway does not do yet."""
+        at = gateway.member.name
+        for path in ("/readyz", "/v1/tenants"):
+            answer = await asked(gateway, "GET", path)
+            if answer is None or answer[0] != 200:
+                return f"{path} at {at}: {answer}"
+            if whole and answer[1].get("unanswered"):
+                return f"{path} at {at}: {answer[1]['unanswered']} did not answer"
+        for tenant in tenants:
+            answer = await asked(gateway, "POST", f"/v1/tenants/{tenant}/exec", {"argv": ["true"]})
+            if answer is None or answer[0] != 200 or answer[1]["exit_code"] != 0:
+                return f"{tenant} at {at}: {answer}"
+        return ""
 
     def decided(self) -> int:
         """Return how many calls with an effect were decided."""
@@ -216,7 +239,7 @@ async def working(gateways: Sequence[Served], tenants: Sequence[str]) -> AsyncIt
     What fails one of them fails the test, there and then.
     """
     work = Work(gateways, tenants)
-    await until(work.is_well, 90, every=0.5)
+    await work.well(90)
     clients = work.clients()
     try:
         async with asyncio.TaskGroup() as group:
