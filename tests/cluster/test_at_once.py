@@ -29,6 +29,7 @@ async def answered(gateway: Served, path: str, body: dict[str, Any], *well: int,
         await pause(_AGAIN)
 
 
+@pytest.mark.short
 @pytest.mark.timeout(300)
 async def test_two_hundred_keys_at_all_gateways_at_once_have_two_hundred_effects(
     cluster: Rig, client: Client, make_tenant: MakeTenant

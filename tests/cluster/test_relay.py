@@ -36,6 +36,7 @@ async def known(client: Client, cluster: Rig, homes: dict[str, Member]) -> None:
         await until(all_there, 60, every=0.2)
 
 
+@pytest.mark.short
 async def test_each_gateway_serves_the_tenants_of_each_member(
     cluster: Rig, client: Client, make_tenant: MakeTenant
 ) -> None:

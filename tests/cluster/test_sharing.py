@@ -60,6 +60,7 @@ async def visited(gateway: Served, domain: str, status: int = 200) -> str:
     return said[0]
 
 
+@pytest.mark.short
 async def test_each_caddy_serves_each_domain_also_of_one_address_on_two_members(
     cluster: Rig, client: Client
 ) -> None:
@@ -131,6 +132,7 @@ async def test_one_key_at_all_gateways_at_once_makes_one_deployment(
         await visited(gateway, domain)
 
 
+@pytest.mark.short
 async def test_a_domain_is_one_tenants_whoever_deploys_it_where(
     cluster: Rig, client: Client, domain: str
 ) -> None:
