@@ -342,6 +342,9 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_who_has_a_wrong_clock_is_asked_by_that_of_the_gateway",
         ),
     },
+    "each thing that happens in such a day has a test of its own in tests/e2e": {
+        f"{_E2E}working_day.py": ("test_a_day_of_work_loses_no_word",),
+    },
     "the stricter one of the two is in each run": {
         f"{_INTEGRATION}systemd.py": ("test_a_restart_leaves_commands_and_a_stop_ends_them[root]",),
         f"{_INTEGRATION}idle.py": (

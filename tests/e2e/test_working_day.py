@@ -88,7 +88,6 @@ class Day:
         return {f"day/{name}": text for name, text in zip(words[::2], words[1::2], strict=True)}
 
 
-@pytest.mark.thorough
 async def test_a_day_of_work_loses_no_word(editor: OpenEditor, host: Hosting, site: str) -> None:
     run(
         site,
