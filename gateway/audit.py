@@ -69,7 +69,7 @@ class Audit:
     async def __aenter__(self) -> Audit:
         after = await self._store.read(_last_event)
         types = (*_TAKEN, GAP)
-        subscription = self._bus.subscribe(Filter(types=types), after)
+        subscription = self._bus.subscribe(Filter(types=types), after, patient=True)
         self._following = asyncio.create_task(self._follow(subscription), name="audit")
         return self
 

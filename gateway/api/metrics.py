@@ -110,7 +110,7 @@ class Metrics:
         """Count events until the bus closes."""
         # `labels` takes a lock and makes strings, which each tool call would pay for
         events, tools = cache(self._events.labels), cache(self._tools.labels)
-        subscription = bus.subscribe(Filter())
+        subscription = bus.subscribe(Filter(), patient=True)
         while batch := await subscription.batch():
             for event in batch:
                 events(event.type).inc()

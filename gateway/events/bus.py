@@ -36,7 +36,7 @@ class Bus:
         self._closed = False
         self._spans: Spans | None = lambda names: {}
         self._subscriptions: weakref.WeakSet[Subscription] = weakref.WeakSet()
-        journal.watch(self._wake)
+        journal.watch(self._wake, self._followed)
 
     @property
     def closed(self) -> bool:
@@ -75,7 +75,10 @@ class Bus:
         draft = Draft(type, self._source, time.time(), tenant, deployment, body)
         return self._journal.append([draft])[0]
 
-    def subscribe(self, filter: Filter, after: int | None = None) -> Subscription:
+    def _followed(self) -> bool:
+        return any(not subscription.patient for subscription in self._subscriptions)
+
+    def subscribe(self, filter: Filter, after: int | None = None, *, patient: bool = False) -> Subscription:
         """Follow the events that match `filter`: from now on, or all after the id `after`.
 
         The position is fixed now, not when iteration starts: subscribe first, then read the state, and no
@@ -83,9 +86,12 @@ class Bus:
         issued it, a `gap` comes first, followed by everything kept.
 
         A subscriber limited to some names gets no events of earlier tenants with these names; see `part`.
+        While all are `patient`, as the gateway's own are, events of tool calls may come a little later.
         """
-        subscription = Subscription(self, self._journal, filter, after)
+        subscription = Subscription(self, self._journal, filter, after, patient=patient)
         self._subscriptions.add(subscription)
+        if not patient:
+            self._journal.hurry()
         return subscription
 
     def part(self, spans: Spans | None) -> None:
@@ -103,6 +109,7 @@ class Bus:
         Events that cannot be recorded are not waited for.
         """
         self._closed = True
+        self._journal.hurry()
         self._wake()
 
     def _wake(self) -> None:
@@ -119,8 +126,10 @@ class Subscription:
     or `close` of the subscription, or `close` of the bus.
     """
 
-    def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
-        self._bus, self._journal, self._filter = bus, journal, filter
+    def __init__(
+        self, bus: Bus, journal: Journal, filter: Filter, after: int | None, *, patient: bool = False
+    ) -> None:
+        self._bus, self._journal, self._filter, self.patient = bus, journal, filter, patient
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False
         self._final: int | None = None  # id of the last event to return
@@ -210,6 +219,7 @@ class Subscription:
     def finish(self) -> None:
         """End the iteration once it has returned what was published before. Idempotent."""
         self._final = self._bus.last
+        self._journal.hurry()
         if self._waiting:
             self._bus._wake()
 

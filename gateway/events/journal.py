@@ -68,6 +68,14 @@ class Journal(Protocol):
         """Return the next stretch after an id, with at most `limit` events; empty if there are none."""
         ...
 
-    def watch(self, grown: Callable[[], None]) -> None:
-        """Call `grown` in the loop when `newest` increases or `settled` becomes true. Only for the bus."""
+    def watch(self, grown: Callable[[], None], followed: Callable[[], bool]) -> None:
+        """Call `grown` in the loop when `newest` increases or `settled` becomes true. Only for the bus.
+
+        `followed` returns whether somebody follows who is not the gateway itself; else events of tool calls
+        may become readable a little later.
+        """
+        ...
+
+    def hurry(self) -> None:
+        """Make readable what waits only because nobody followed: now somebody does, or waits for its end."""
         ...

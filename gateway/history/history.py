@@ -172,7 +172,7 @@ class History:
 
     async def follow(self) -> None:
         """Record sites as they are deployed, and what people change, until the bus closes."""
-        async for event in self._bus.subscribe(Filter(types=_FOLLOWED)):
+        async for event in self._bus.subscribe(Filter(types=_FOLLOWED), patient=True):
             if not self.on or event.tenant is None:
                 continue
             data = event.data

@@ -2,7 +2,8 @@
 
 Every deployment must succeed; no time passes or fails, but each that has a goal is shown as a ratio of it.
 Times grow with whatever else the machine does; the CPU seconds of a deployment, by whose they are, hardly do.
-Tenants beyond `--awake` are stopped, the eldest first, where memory asks for it. It ends after `--minutes`
+Tenants beyond `--awake` are stopped, the eldest first, where memory asks for it; from then on the numbers of
+a deployment include the stop of another tenant, which costs incusd about as much. It ends after `--minutes`
 whatever is done by then, says how far it came, and removes what it made.
 """
 

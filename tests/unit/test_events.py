@@ -609,6 +609,41 @@ async def test_after_a_power_cut_ids_jump_and_a_gap_says_so(tmp_path: Path) -> N
             assert (seen.type, seen.data) == (GAP, {"oldest": after.id})
 
 
+async def test_events_of_tool_calls_wait_for_others_while_nobody_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until somebody does, another event comes, or the bus closes. The gateway's own followers wait too."""
+    monkeypatch.setattr(stored_journal, "_GATHER", 0)
+    monkeypatch.setattr(stored_journal, "_SPACING", 0)
+    monkeypatch.setattr(stored_journal, "_UNFOLLOWED", 3600)
+    async with Store(tmp_path) as store, stored(store) as journal:
+        bus = Bus(journal, "t")
+        own = bus.subscribe(ALL, patient=True)
+
+        async def waits() -> bool:
+            for _ in range(3):  # whatever was begun before is in the file after that
+                await settled()
+                await store.write(lambda connection: None)
+            return not journal.settled
+
+        first = bus.publish("exec.started")
+        assert await take(own, 1) == [first]
+        calls = [bus.publish("tool.finished"), bus.publish("tool.started")]
+        assert await waits()
+        with contextlib.closing(bus.subscribe(Filter(types=("none",)))):
+            assert await take(own, 2) == calls
+            followed = bus.publish("tool.finished")
+            assert await take(own, 1) == [followed]
+        calls = [bus.publish("tool.started")]
+        assert await waits()
+        calls.append(bus.publish("exec.started"))
+        assert await take(own, 2) == calls
+        last = bus.publish("tool.finished")
+        assert await waits()
+        bus.close()
+        assert await rest(own) == [last]
+
+
 async def test_a_hand_over_waits_for_no_flush_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
