@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -45,6 +45,7 @@ class Exec:
         stdin_buffer: int,
         spools: Spools,
         share: Share,
+        room: Callable[[int], bool],
         linger: float,
         grace: float,
         kill_left: bool,
@@ -58,7 +59,7 @@ class Exec:
         self._grace = grace
         self._kill_left = grace if kill_left else None
         self.share = share
-        self.streams = Streams({name: Stream(name, tail, pace, share) for name in process.streams})
+        self.streams = Streams({name: Stream(name, tail, pace, share, room) for name in process.streams})
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"

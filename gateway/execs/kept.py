@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
 
 from gateway.execs.exec import Exec
 from gateway.execs.notes import SHORT
 from gateway.execs.shown import shortened
+from gateway.limits.budget import Share
 from gateway.settings import Settings
 
 
@@ -19,7 +19,7 @@ class Kept:
         self._settings = settings
         self._forgotten = forgotten
         self._of: dict[str, dict[str, Exec]] = {}  # per tenant, oldest end first
-        self._whole: dict[Exec, int] = {}  # commands kept with their output: bytes
+        self._whole: dict[str, dict[Exec, int]] = {}  # those kept with their output: bytes
         self._held = 0  # their sum
         self._looks: set[asyncio.Task[None]] = set()
 
@@ -34,25 +34,42 @@ class Kept:
         exec_.keeping = loop.call_later(settings.exec_keep, self._forget_in_time, exec_)
         of_tenant = self._of.setdefault(exec_.tenant, {})
         of_tenant[exec_.id] = exec_
-        self._whole[exec_] = exec_.kept_bytes
+        whole = self._whole.setdefault(exec_.tenant, {})
+        whole[exec_] = exec_.kept_bytes
         self._held += exec_.kept_bytes
-        whole = [other for other in of_tenant.values() if other in self._whole]
-        for other in whole[: max(0, len(whole) - settings.exec_keep_count)]:
+        for other in [*whole][: max(0, len(whole) - settings.exec_keep_count)]:
             self._shed(other)
         while self._held > settings.exec_keep_bytes:
-            held = Counter[str]()
-            for other, size in self._whole.items():
-                held[other.tenant] += size
-            most = held.most_common(1)[0][0]
-            self._shed(next(other for other in self._whole if other.tenant == most))
+            most = max(self._whole.values(), key=lambda of_one: sum(of_one.values()))
+            self._shed(next(iter(most)))
         if len(of_tenant) > settings.exec_keep_exits:
             first = sorted(of_tenant.values(), key=lambda other: other.tree.lasting)
             for other in first[: len(first) - settings.exec_keep_exits]:
                 self.forget(other)
 
+    def make_room(self, tenant: str, share: Share, size: int) -> bool:
+        """Return whether a tenant's share has room, for which its ended commands' output gives way.
+
+        The oldest goes first. A running command needs the room more: without it, it may be lost.
+        """
+        if share.full(size) is None:
+            return True
+        for exec_ in [*self._whole.get(tenant, {})]:
+            if exec_.streams.kept:
+                self._shed(exec_)
+                if share.full(size) is None:
+                    return True
+        return False
+
     def _shed(self, exec_: Exec) -> None:
-        self._held -= self._whole.pop(exec_)
+        self._forget_output(exec_)
         exec_.shed(shortened(exec_.spec, SHORT))
+
+    def _forget_output(self, exec_: Exec) -> None:
+        whole = self._whole.get(exec_.tenant, {})
+        self._held -= whole.pop(exec_, 0)
+        if not whole:
+            self._whole.pop(exec_.tenant, None)
 
     def _forget_in_time(self, exec_: Exec) -> None:
         if exec_.tree.lasting:
@@ -74,7 +91,7 @@ class Kept:
         """Drop a command."""
         if exec_.keeping is not None:
             exec_.keeping.cancel()  # a pending timer would keep the command and all its output alive
-        self._held -= self._whole.pop(exec_, 0)
+        self._forget_output(exec_)
         exec_.let_go()
         exec_.streams.release()
         of_tenant = self._of.get(exec_.tenant, {})

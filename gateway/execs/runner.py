@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
+from functools import partial
 
 from gateway.events import Bus
 from gateway.execs.exec import Exec
@@ -56,7 +57,7 @@ class Runner:
 
     def make(self, exec_id: str, tenant: str, spec: ExecSpec, process: Process, linger: float | None) -> Exec:
         """Return a command by its process, which nobody reads yet."""
-        settings = self._settings
+        settings, share = self._settings, self._budget.tenant(tenant)
         return Exec(
             exec_id,
             tenant,
@@ -71,7 +72,8 @@ class Runner:
             ),
             stdin_buffer=settings.exec_stdin_buffer,
             spools=self._spools,
-            share=self._budget.tenant(tenant),
+            share=share,
+            room=partial(self._kept.make_room, tenant, share),
             linger=settings.exec_linger if linger is None else linger,
             grace=settings.cancel_grace,
             kill_left=settings.exec_left == "kill",

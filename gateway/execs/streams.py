@@ -14,7 +14,7 @@ import asyncio
 import codecs
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,13 +60,17 @@ class Stream:
     """One output stream of a command: its tail and the cursors on it.
 
     Kept bytes count towards the tenant's `share`. If that is full, only a little is kept: bytes not yet sent
-    to a reader, but none that were sent and might be requested again.
+    to a reader, but none that were sent and might be requested again. `room` returns whether it has room for
+    so many bytes, and may make some.
     """
 
-    def __init__(self, name: StreamName, tail: int, pace: Pace, share: Share) -> None:
+    def __init__(
+        self, name: StreamName, tail: int, pace: Pace, share: Share, room: Callable[[int], bool] | None = None
+    ) -> None:
         self.name: StreamName = name
         self.tail = Tail(tail)
         self._share = share
+        self._room = room or (lambda size: share.full(size) is None)
         self._lease = Lease(share)
         self.ended = False
         self.pace = pace
@@ -100,7 +104,7 @@ class Stream:
                 cursor.wake()
 
     def _append(self, data: bytes, holding: Holding | None) -> None:
-        tight = self._share.full(len(data)) is not None
+        tight = not self._room(len(data))
         self.tail.append(data, self._floor(tight), _LITTLE if tight else None)
         # output that survives the gateway is kept twice
         held = 0 if holding is None else holding.keep(self.name, self.tail.start)
@@ -111,7 +115,7 @@ class Stream:
     def _spare(self) -> bool:
         """Return whether more may be kept for the readers that hold the command back."""
         most = max((cursor.lag for cursor in self._cursors), default=0)
-        return most < self.pace.lag and self._share.full(READ) is None
+        return most < self.pace.lag and self._room(READ)
 
     def attach(self, offset: int, reading: Reading) -> tuple[Cursor, int]:
         """Return a cursor at `offset`, and how many bytes from there have already been dropped."""

@@ -485,12 +485,30 @@ async def test_reader_loses_nothing_that_it_was_not_sent_where_the_share_is_full
     late.detach()
 
 
+async def test_output_of_ended_commands_gives_way_to_what_runs(make: Make) -> None:
+    """The oldest first, of the same tenant; what printed nothing stays as it is."""
+    execs = await make(exec_tenant_bytes=1 << 20)
+    theirs = await execs.start("other", ExecSpec(("sh", "-c", "head -c 400000 /dev/zero")))
+    await theirs.ended
+    silent = await ended(execs, "true", "x" * 5000)
+    first, second = [await ended(execs, "sh", "-c", "head -c 400000 /dev/zero") for _ in range(2)]
+    await until(lambda: second in execs._kept._whole.get("demo", {}))
+    assert first.streams.kept == 400_000
+    last = await ended(execs, "sh", "-c", "head -c 500000 /dev/zero")
+    assert [one.streams.kept for one in (first, second, last)] == [0, 400_000, 500_000]
+    assert theirs.streams.kept == 400_000
+    assert len(str((await silent.describe())["argv"])) > 4000
+    late = first.attach()
+    assert late.lost == {"stdout": 400_000, "stderr": 0}
+    late.close()
+
+
 async def test_ended_commands_of_one_tenant_push_out_their_own_output_first(make: Make) -> None:
     execs = await make(exec_keep_bytes=100_000)
     theirs = await execs.start("other", ExecSpec(("sh", "-c", "printf %02000d 1")))
     await theirs.ended
     mine = [await ended(execs, "sh", "-c", "printf %050000d 1") for _ in range(4)]
-    await until(lambda: mine[-1] in execs._kept._whole)
-    assert theirs in execs._kept._whole
-    assert sum(one in execs._kept._whole for one in mine) == 1
+    await until(lambda: mine[-1] in execs._kept._whole.get("demo", {}))
+    assert [*execs._kept._whole["other"]] == [theirs]
+    assert [*execs._kept._whole["demo"]] == mine[-1:]
     assert execs.held <= 100_000
