@@ -305,9 +305,9 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   // --- the token's end -----------------------------------------------------------------------------------
 
   /** Gives the connection a newer token. */
-  async renew(token: string): Promise<Renewed> {
-    const connection = await this.opened();
-    const renewed = await connection.request<Renewed>("session/renew", { token });
+  async renew(token: string, signal?: AbortSignal): Promise<Renewed> {
+    const connection = await this.opened(undefined, signal);
+    const renewed = await connection.request<Renewed>("session/renew", { token }, undefined, signal);
     if (this.#connection === connection) {
       this.#token = token;
       if (this.server !== null) {

@@ -124,8 +124,9 @@ export class Tenant extends Lifecycle<Tenant> implements Disposable {
    * Replaces the open connection's token by a newer one of the same subject, without a break. Throws if the gateway
    * refuses it; the connection then keeps the old one.
    */
-  async renew(token: string): Promise<Renewed> {
-    const [renewed] = await Promise.all([this.#link, ...this.#apart].map((link) => link.renew(token)));
+  async renew(token: string, signal?: AbortSignal): Promise<Renewed> {
+    const links = [this.#link, ...this.#apart];
+    const [renewed] = await Promise.all(links.map((link) => link.renew(token, signal)));
     return renewed as Renewed;
   }
 

@@ -105,6 +105,13 @@ test.each(once)("of $class: $method is not even begun under a signal that has ab
   expect(refused).toContain(true);
 });
 
+test("a renewal is not even begun under a signal that has aborted", async () => {
+  const { gateway, sent } = scripted({});
+  const renewing = gateway.tenant("shop").renew("next", AbortSignal.abort());
+  await expect(renewing).rejects.toMatchObject({ code: "cancelled" });
+  expect(sent).toEqual([]);
+});
+
 describe("every method is in the table", () => {
   const { files, history } = scripted({}).gateway.tenant("shop");
   test.each([
