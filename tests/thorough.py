@@ -352,6 +352,49 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_a_clone_that_sleeps_since_an_earlier_version_is_woken",
         ),
     },
+    "how long is what tests/unit/test_rootfs_workers.py holds": {
+        f"{_INTEGRATION}files.py": ("test_idle_workers_end",),
+    },
+    "what is chosen is held by tests/unit/test_deployments_detection.py, that it is served by the others "
+    "of the file; frameworks are tried by tests/run starters": {
+        f"{_INTEGRATION}deployments_detection.py": (
+            "test_starters_of_others_are_sites_as_they_are",
+            "test_a_vite_app_is_served_by_its_dev_server",
+            "test_a_python_app_outlives_its_update",
+        ),
+        f"{_E2E}hot_reload.py": ("test_a_starter_shows_an_edit_on_a_real_domain",),
+    },
+    "an option or a habit of an agent's CLI; what our part does is in tests/unit/test_client_claude.py": {
+        f"{_INTEGRATION}claude.py": (
+            "test_the_tools_are_there_at_once_beside_the_clis_own_and_a_server_with_many",
+            "test_an_interrupt_before_the_first_message_leaves_the_session_usable",
+            "test_a_call_that_takes_too_long_is_given_up_with_its_tree",
+            "test_results_are_cut_by_us_within_the_clis_limits",
+            "test_twelve_reads_of_one_turn_run_at_once",
+            "test_a_callback_that_fails_harms_no_command",
+            "test_hooks_run_where_it_is_not_bare",
+            "test_claude_code_works_in_a_tenant_over_mcp[legacy]",
+            "test_claude_code_has_a_session_of_its_own_only_in_the_handshake_protocol[legacy]",
+            "test_claude_code_that_is_ended_takes_its_command_along[legacy]",
+            "test_progress_keeps_a_long_call_of_claude_code_alive[legacy]",
+        ),
+        f"{_INTEGRATION}claude_typescript.py": (
+            "test_an_agent_works_in_the_tenant_and_reaches_nothing_else[bun-False]",
+            "test_a_session_is_resumed_in_another_process",
+        ),
+    },
+    "one of fifty sizes would show it; that output is taken in for a viewer that stands still is held by "
+    "tests/unit/test_execs.py": {
+        f"{_INTEGRATION}silent_viewers.py": ("test_a_viewer_that_stands_still_loses_nothing",),
+    },
+    "that the docs' words run; what they call is held by tests/integration/test_claude.py and others": {
+        f"{_INTEGRATION}docs_clients.py": (
+            "test_without_asyncio",
+            "test_a_turn_that_is_shown_and_taken_back",
+            "test_the_agent_sdk",
+            "test_the_messages_api",
+        ),
+    },
     "a setting of the text, or what clients/web/tests hold of language servers; what one sees of them is "
     "shown by the other tests of the file": {
         f"{_E2E}language_servers.py": (

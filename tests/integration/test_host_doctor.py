@@ -19,7 +19,8 @@ from tests.live import free_ports
 def test_a_prepared_host_is_well(incus_settings: Settings) -> None:
     leave = ("gateway", "Caddy", "routes")  # nothing runs; see the tests of quickstart
     wrong = [str(f) for f in doctor(incus_settings) if not f.ok and f.what not in leave]
-    assert [line for line in wrong if "inotify" not in line] == []
+    # tenants of other tests on this Incus have had no gateway that limits their disks: see test_quotas
+    assert [line for line in wrong if "inotify" not in line and "are not limited" not in line] == []
 
 
 def test_what_is_missing_is_told_with_what_to_do_and_stays_missing(incus_settings: Settings) -> None:

@@ -216,10 +216,15 @@ function TerminalTab({ terminal, current }: { terminal: Terminal; current: Works
   const state = terminal.state.value;
   const element = useRef<HTMLDivElement>(null);
   useEffect(() => {
-    if (!active || element.current === null) return;
-    element.current.scrollIntoView({ block: "nearest", inline: "nearest" });
+    const tab = element.current;
+    const strip = tab?.parentElement;
+    if (!active || !tab || !strip) return;
     // who goes from tab to tab by keys stays among them
-    if (element.current.parentElement?.contains(document.activeElement)) element.current.focus();
+    if (strip.contains(document.activeElement)) tab.focus({ preventScroll: true });
+    // now, and again when what is beside the tabs leaves them less room, as a terminal's own buttons do
+    const watching = new ResizeObserver(() => tab.scrollIntoView({ block: "nearest", inline: "nearest" }));
+    watching.observe(strip);
+    return () => watching.disconnect();
   }, [active]);
   return (
     <div
