@@ -34,9 +34,7 @@ async def gateway(
 ) -> AsyncIterator[LiveGateway]:
     folder = tmp_path_factory.mktemp("silent") / "state"
     folder.mkdir()
-    # beyond a tenant's share nothing is taken from Incus before it is read: 50 that are held are near it
-    share = {"GATEWAY_EXEC_TENANT_BYTES": str(1 << 30), "GATEWAY_EXEC_BYTES": str(2 << 30)}
-    host = Host(incus_settings, folder, GATEWAY_MAX_EXECS="1000", **share)
+    host = Host(incus_settings, folder, GATEWAY_MAX_EXECS="1000")
     if request.param == "held":
         await host.hold()
     await host.gateway.start()
