@@ -50,12 +50,13 @@ class Kept:
     def make_room(self, tenant: str, share: Share, size: int) -> bool:
         """Return whether a tenant's share has room, for which its ended commands' output gives way.
 
-        The oldest goes first. A running command needs the room more: without it, it may be lost.
+        The oldest goes first, but none that is being read: its readers keep it in memory. A running command
+        needs the room more: without it, it may be lost.
         """
         if share.full(size) is None:
             return True
         for exec_ in [*self._whole.get(tenant, {})]:
-            if exec_.streams.kept:
+            if exec_.streams.kept and not exec_.readers:
                 self._shed(exec_)
                 if share.full(size) is None:
                     return True

@@ -76,6 +76,7 @@ class Stream:
         self.pace = pace
         self.window = max(pace.window, _SEQUENCE)
         self._cursors: set[Cursor] = set()
+        self._released = False
         self._progress = asyncio.Event()
         self._draining = False
 
@@ -126,6 +127,8 @@ class Stream:
 
     def detach(self, cursor: Cursor) -> None:
         self._cursors.discard(cursor)
+        if self._released and not self._cursors:
+            self._lease.end()
         self.progress()
 
     def progress(self) -> None:
@@ -145,8 +148,10 @@ class Stream:
         self._lease.hold(min(0, self.tail.end - self.tail.start - self._lease.size))
 
     def release(self) -> None:
-        """Stop counting the kept bytes; they are freed with the last reader."""
-        self._lease.end()
+        """Stop counting the kept bytes once the last reader has left, who keeps them in memory."""
+        self._released = True
+        if not self._cursors:
+            self._lease.end()
 
     def bare(self) -> Stream:
         """Return an ended stream with the same offset and no output."""
@@ -234,7 +239,7 @@ class Streams(dict[StreamName, Stream]):
             stream.let_go()
 
     def release(self) -> None:
-        """Stop counting the kept bytes; they are freed with the last reader."""
+        """Stop counting the kept bytes; see `Stream.release`."""
         for stream in self.values():
             stream.release()
 

@@ -503,6 +503,22 @@ async def test_output_of_ended_commands_gives_way_to_what_runs(make: Make) -> No
     late.close()
 
 
+async def test_what_is_still_read_counts_until_its_last_reader_leaves(make: Make) -> None:
+    """Else a tenant could keep any amount: readers that stand still, on commands whose output is dropped."""
+    execs = await make(exec_keep_count=2, exec_tenant_bytes=1 << 20)
+    first, second = [await ended(execs, "sh", "-c", "head -c 400000 /dev/zero") for _ in range(2)]
+    readers = [first.attach(), second.attach()]
+    third = await ended(execs, "sh", "-c", "head -c 300000 /dev/zero")
+    await until(lambda: first.streams.kept == 0)
+    assert second.streams.kept == 400_000, "what is read does not give way: it would free nothing"
+    assert third.streams.kept < 200_000
+    assert execs.held == 800_000 + third.streams.kept
+    readers[0].close()
+    assert execs.held == 400_000 + third.streams.kept
+    readers[1].close()
+    assert execs.held == 400_000 + third.streams.kept
+
+
 async def test_ended_commands_of_one_tenant_push_out_their_own_output_first(make: Make) -> None:
     execs = await make(exec_keep_bytes=100_000)
     theirs = await execs.start("other", ExecSpec(("sh", "-c", "printf %02000d 1")))
