@@ -221,12 +221,12 @@ export function Names({ names }: { names: readonly string[] }) {
   );
 }
 
-/** Copies a text to the clipboard, and says so. */
 /** Moves a strip of tabs by a wheel that turns up and down. */
 export function scrollAcross({ currentTarget, deltaX, deltaY }: WheelEvent): void {
   if (deltaX === 0) (currentTarget as Element).scrollLeft += deltaY;
 }
 
+/** Copies a text to the clipboard, and says so. */
 export function copy(text: string): void {
   navigator.clipboard
     .writeText(text)
