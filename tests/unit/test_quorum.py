@@ -134,8 +134,12 @@ async def test_members_whose_gateways_alone_are_away_are_a_quorum() -> None:
     assert world.told == []
 
 
-async def test_there_is_no_quorum_while_most_members_and_the_database_are_silent() -> None:
-    world = World(False, False)
+@pytest.mark.parametrize("alive", [(False, False), (True, False, False)], ids=["one of three", "two of four"])
+async def test_there_is_no_quorum_while_most_members_and_the_database_are_silent(
+    alive: tuple[bool, ...],
+) -> None:
+    """Half of them are no majority, either."""
+    world = World(*alive)
     world.answers = False
     await world.quorum.look()
     await world.quorum.look()
