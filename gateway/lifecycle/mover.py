@@ -160,9 +160,7 @@ class Mover:
             await self._tenants.stop(tenant)
             await self._uses.workers.forget(tenant)  # what may have begun meanwhile
         copied = time.monotonic()
-        await asyncio.gather(
-            self._order(move, LAST_COPY, self._settings.move_copy_timeout), self._send_records(move)
-        )
+        await self._send_rest(move)
         decided = time.monotonic()
         await self._placements.move(tenant, move.target, move.id)
         move.gap = time.monotonic() - began  # so far
@@ -175,6 +173,16 @@ class Mover:
             *(tenant, move.target, stopped - began, copied - stopped),
             *(decided - copied, time.monotonic() - decided),
         )
+
+    async def _send_rest(self, move: Move) -> None:
+        """Have the new home get the rest of the disk, and the records.
+
+        Nothing is on its way any more if one of them fails: it would come there after the order to drop it.
+        """
+        both = (self._order(move, LAST_COPY, self._settings.move_copy_timeout), self._send_records(move))
+        for result in await asyncio.gather(*both, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     async def _send_records(self, move: Move) -> None:
         text = await self._records.export(move.tenant, move.instance, move.id)

@@ -31,7 +31,7 @@ from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.shared_memory import MemoryKeys
 from tests.unit.test_cluster_common import members
-from tests.waits import until
+from tests.waits import pause, until
 
 SHOP = "shop"
 
@@ -407,6 +407,32 @@ async def test_what_fails_before_the_decision_leaves_it_where_it_was(
         # and it can be moved then
         await old.moved(await old.departures.begin(SHOP, "m2", "me"), "moved")
         assert incus.home() == ("m2", True)
+
+
+async def test_records_that_are_on_their_way_as_a_move_fails_are_not_left_at_the_other_home(
+    homes: tuple[Home, Home], incus: Incus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is told to drop them only once they are there."""
+    incus.fails["last copy"] = 1
+    async with both(homes) as (old, new):
+        send, sent = old.cluster.send_records, asyncio.Event()
+
+        async def late(*given: Any) -> None:
+            await until(lambda: incus.fails["last copy"] == 0)
+            await pause(0.3)
+            await send(*given)
+            sent.set()
+
+        monkeypatch.setattr(old.cluster, "send_records", late)
+        ended = await old.moved(await old.departures.begin(SHOP, "m2", "me"), "failed")
+        assert ended.error is not None and ended.error["reason"] == "test"
+        async with asyncio.timeout(30):
+            await sent.wait()
+
+        async def dropped() -> bool:
+            return await new.records.kept(SHOP) is None
+
+        await until(dropped, 10)
 
 
 @pytest.mark.parametrize("step", ["put_aside", "take over", "start"])
