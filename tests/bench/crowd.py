@@ -94,6 +94,7 @@ class Crowd:
         self._next = 0
         self._running: deque[str] = deque()
         self.times: list[float] = []
+        self.phases: defaultdict[str, list[float]] = defaultdict(list)  # milliseconds, by name
         self.spent: list[dict[str, float]] = []  # CPU seconds so far, at the end of each deployment
         self.sources: Counter[str] = Counter()
         self.failed: list[Any] = []
@@ -134,6 +135,8 @@ class Crowd:
             self.times.append((time.monotonic() - began) * 1000)
             self.spent.append(spent(self.host))
             self.sources[record["source"]] += 1
+            for phase in record["phases"]:
+                self.phases[phase["name"]].append(phase["ms"] or 0)
             if record["state"] != "succeeded":
                 self.failed.append(record["error"])
                 print(f"FAILED  {record['domain']}: {record['error']}", flush=True)
@@ -162,10 +165,12 @@ class Crowd:
         return [*self._running]
 
     def report(self) -> None:
+        shares = ", ".join(f"{name} {median(times):.0f}" for name, times in self.phases.items())
         quarter = max(1, len(self.times) // 4)
         first, last = median(self.times[:quarter]), median(self.times[-quarter:])
         print(f"{len(self.names)} tenants, {len(self._running)} awake; {len(self.failed)} failed")
         print(told("deployment", self.times, 2000), dict(self.sources))
+        print(f"p50 of its phases in ms: {shares}")
         print(f"first quarter p50 {first:.0f} ms, last {last:.0f} ms: {last / first:.2f} times as long")
         print(f"first quarter: {costs(self.spent[: quarter + 1])}")
         print(f"last quarter:  {costs(self.spent[-quarter - 1 :])}", flush=True)
