@@ -33,7 +33,7 @@ STARTS: Final = frozenset(
     f"test_{name}.py"
     for name in (
         *("broker", "capacity", "gateway_budget", "host_quickstart", "pressure", "stalls"),
-        *("survive", "survive_tools", "systemd", "upgrade"),
+        *("systemd", "upgrade"),
     )
 )
 

@@ -325,7 +325,6 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_a_killed_gateway_with_ten_commands",
         ),
         f"{_INTEGRATION}runtime_incus.py": ("test_a_dead_incusd_is_told_and_its_return_found",),
-        f"{_INTEGRATION}survive.py": ("test_an_exit_is_told_when_incus_has_long_forgotten_it",),
     },
     "a client's part is in tests/integration/test_client_reconnect.py and clients/typescript/tests, an "
     "upgrade's in test_websockets_are_told_and_resume_with_exact_bytes": {

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from tests.integration import environment
 from tests.integration.conftest import Container, make_containers
-from tests.integration.test_survive import Host
+from tests.integration.hosts import Host
 from tests.live import Wire
 
 MiB: Final = 1 << 20
@@ -122,6 +122,7 @@ async def run(starts: int, rounds: int, kills: int, seconds: float) -> int:
                 ]
                 await asyncio.gather(*(some(wire, starts // rounds // _BESIDE) for wire in each))
             done += starts // rounds // _BESIDE * _BESIDE
+            print(f"{done:>6} starts: {Round(host, tenant)}", flush=True)
             for _ in range(kills):
                 await lasting(host, tenant.name, 5)
                 await host.gateway.stop(signal.SIGKILL)

@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.integration import environment
 from tests.integration.conftest import make_containers
-from tests.integration.test_survive import Host
+from tests.integration.hosts import Host
 from tests.live import Wire
 
 MiB = 1 << 20

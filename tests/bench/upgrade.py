@@ -25,7 +25,7 @@ from typing import Final
 from gateway_client import Change, Client
 from tests.integration import environment
 from tests.integration.conftest import Container, make_containers
-from tests.integration.test_survive import Host
+from tests.integration.hosts import Host
 from tests.integration.test_upgrade import Hail, some, upgrade
 from tests.live import DEADLINE
 

@@ -16,7 +16,7 @@ import pytest
 
 from gateway.settings import Settings
 from tests.integration.conftest import Container
-from tests.integration.test_survive import Host
+from tests.integration.hosts import Host
 from tests.live import LiveGateway, Wire
 from tests.waits import pause
 

@@ -11,13 +11,11 @@ import contextlib
 import os
 import random
 import re
-import secrets
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +23,8 @@ from gateway.server import LEAVE
 from gateway_client import Client, Retry
 from tests.dying import POINTS
 from tests.integration.conftest import Container
-from tests.integration.test_survive import SEED, Host, host
+from tests.integration.hosts import SEED, Host, host
+from tests.integration.resuming import Caller
 from tests.live import DEADLINE, RpcFailure
 from tests.typescript import PACKAGE, built
 from tests.waits import pause, until
@@ -34,42 +33,6 @@ __all__ = ["host"]
 
 KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "2"))
 DYING = Path(__file__).parents[1] / "dying.py"
-
-
-class Caller:
-    """A client of the tools, which repeats a call with its id until it is answered."""
-
-    def __init__(self, host: Host, tenant: str, session: str | None = None) -> None:
-        self.host = host
-        self.tenant = tenant
-        self.session = {} if session is None else {"session": session}
-        self.breaks = 0
-
-    async def call(self, name: str, arguments: dict[str, Any], **more: Any) -> Any:
-        params = {"name": name, "arguments": arguments, "callId": secrets.token_hex(8), **more}
-        while True:
-            try:
-                async with self.host.gateway.wire(self.tenant, **self.session) as wire:
-                    return await wire.call("tools/call", **params)
-            except RpcFailure:
-                raise
-            except (AssertionError, TimeoutError):
-                raise
-            except Exception:  # the socket broke off, or nobody is there
-                self.breaks += 1
-                await pause(0.01)
-
-    async def bash(self, command: str, **given: Any) -> tuple[bool, str, Any]:
-        said = await self.call("Bash", {"command": command, **given})
-        return said["isError"], said["content"][0]["text"], said["structuredContent"]
-
-    async def output(self, shell_id: str, **given: Any) -> tuple[dict[str, str], Any]:
-        """Return what BashOutput says of each output, and its facts."""
-        said = await self.call("BashOutput", {"bash_id": shell_id, **given})
-        text = said["content"][0]["text"]
-        assert not said["isError"], text
-        parts = dict(re.findall(r"<(\w+)>\n?(.*?)\n?</\1>", text, re.DOTALL))
-        return parts, said["structuredContent"]
 
 
 def processes(tenant: Container, pattern: str) -> int:

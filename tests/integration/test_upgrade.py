@@ -32,9 +32,10 @@ from gateway_client import Change, Client
 from tests.archives import folder
 from tests.integration import environment
 from tests.integration.conftest import Container
+from tests.integration.hosts import Host, held
+from tests.integration.resuming import ENDLESS, Resuming, endless_sum, sums
 from tests.integration.sites import Hosting, hosting
 from tests.integration.test_claude_typescript import program
-from tests.integration.test_survive import ENDLESS, Host, Resuming, endless_sum, held, sums
 from tests.live import DEADLINE, LiveGateway, free_ports
 from tests.waits import pause, until
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import stat
@@ -26,6 +27,8 @@ from gateway.settings import Settings
 from tests.waits import settled, until
 
 IDLE = 4  # descriptors of one that holds nothing: the standard three, and where it listens
+
+TURNS = 20  # of a holder and a gateway
 
 Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
 
@@ -153,6 +156,37 @@ async def test_a_holder_that_was_killed_gets_everything_anew(start: Start, tmp_p
         for held in found.values():
             os.close(held[0])
     ours.close()
+
+
+async def test_holder_and_gateway_die_in_turn_at_any_moment(start: Start, tmp_path: Path) -> None:
+    """Each next gateway finds all of the one before, which had given it to the next holder anew."""
+    path, seed = tmp_path / "holder.sock", random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance, process = random.Random(seed), await start()
+    pairs, kept = list[tuple[socket.socket, socket.socket]](), dict[str, list[int]]()
+    for number in range(TURNS):
+        async with Holder(path) as holder:
+            found = await holder.taken_over()
+            assert found.keys() == kept.keys()
+            for name, descriptors in found.items():
+                assert os.path.sameopenfile(descriptors[0], kept[name][0])
+                close(descriptors)
+                holder.keep(name, kept[name])
+            if kept and chance.random() < 0.3:
+                kept.pop(gone := chance.choice(list(kept)))
+                holder.drop(gone)
+            pairs.append(socket.socketpair())
+            kept[f"n{number}"] = [pairs[-1][1].fileno()]
+            holder.put(f"n{number}", kept[f"n{number}"], soon=chance.random() < 0.5)
+            await asyncio.sleep(chance.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+            await asyncio.sleep(chance.uniform(0, 0.02))
+            process = await start()
+            await until(lambda: held_at(path) == len(kept))
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
 
 
 async def test_without_a_holder_nothing_is_held_and_nothing_fails(tmp_path: Path) -> None:
