@@ -195,8 +195,9 @@ class Deployments:
         return fresh, True
 
     def deploying(self, tenant: str) -> bool:
-        """Return whether a deployment of the tenant is under way."""
-        return any(one.record.tenant == tenant for one in self._register.running.values())
+        """Return whether a deployment of the tenant is under way; one whose end can be seen is not."""
+        running = self._register.running.values()
+        return any(one.record.tenant == tenant and not one.record.over for one in running)
 
     async def change(
         self, tenant: str, change: Change, token: Token, *, key: str | None = None

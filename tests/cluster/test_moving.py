@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import MakeTenant, Served, heal
+from tests.cluster.conftest import ENDED, MakeTenant, Served, heal
 from tests.cluster.rig import Member, Rig
 from tests.contracts.gateway import sse
 from tests.contracts.processes import mark
@@ -208,6 +208,70 @@ async def test_a_move_that_fails_leaves_the_tenant_running_where_it_was(
     assert (status, said["stdout"].strip(), where(old, name)) == (200, name, old.name)
     await asyncio.to_thread(heal, new)
     await until(lambda: not any(one.startswith("Moving-") for one in instances(old)), 60)
+
+
+@pytest.mark.thorough
+async def test_what_stands_in_the_way_of_a_move_is_told(
+    cluster: Rig, client: Client, members: tuple[Member, ...], make_tenant: MakeTenant
+) -> None:
+    """And the tenant stays in use, or asleep, where it is."""
+    old, new, other = members
+    gateway = client(other)
+    name = await make_tenant(old)
+    await usable(gateway, name)
+    path = f"/v1/tenants/{name}"
+    for member, status, code in ((old.name, 400, "invalid_params"), ("m9", 400, "invalid_params")):
+        found, said = await operated(gateway, "POST", name, {"member": member})
+        assert (found, said["code"]) == (status, code), said
+        assert member in said["detail"]
+
+    domain = f"m-{mark()}.example.com"
+    record = await client(old).deploy(domain, tenant=name)
+    assert record["state"] == "succeeded", record
+    body = {"domain": domain, "template": "static", "tenant": name}  # else it is of a tenant named after it
+    status, begun = await gateway.ask("POST", "/v1/deployments", body)
+    assert status == 202, begun
+    found, said = await operated(gateway, "POST", name, {"member": new.name})
+    assert (found, said["reason"]) == (409, "deploying"), said
+
+    async def over() -> bool:
+        return bool((await gateway.ask("GET", f"/v1/deployments/{begun['id']}"))[1]["state"] in ENDED)
+
+    await until(over, 110, every=0.2)
+
+    await asyncio.to_thread(new.ours, "ungateway")
+    await asyncio.to_thread(new.ours, "gateway", GATEWAY_POOL_RESERVE="0.99")
+    await until(lambda: heard(gateway, new), 30, every=0.3)
+    last = await moved(gateway, name, new.name)
+    assert (last["state"], last["error"]["reason"]) == ("failed", "disk_full"), last
+
+    await asyncio.to_thread(new.ours, "ungateway")
+
+    async def away() -> bool:
+        found, said = await operated(gateway, "POST", name, {"member": new.name})
+        if found == 202:  # its silence is not noticed yet
+            await moved(gateway, name, new.name)
+        return (found, said.get("reason")) == (503, "member_away")
+
+    await until(away, 60, every=0.3)
+    status, said = await gateway.ask("POST", f"{path}/exec", {"argv": ["hostname"]})
+    assert (status, said["stdout"].strip(), where(old, name)) == (200, name, old.name)
+
+    await asyncio.to_thread(heal, new)
+    await until(lambda: heard(gateway, new), 30, every=0.3)
+    status, said = await gateway.ask("POST", f"{path}/sleep")
+    assert (status, said["asleep"]) == (200, True), said
+    last = await moved(gateway, name, new.name)
+    assert last["state"] == "moved", last
+    status, said = await gateway.ask("GET", path)
+    assert (said["location"], said["status"], said["asleep"]) == (new.name, "stopped", True)
+    assert (await gateway.visit(domain))[0] == 200  # which wakes it
+
+
+async def heard(gateway: Served, member: Member) -> bool:
+    """Return whether a gateway has an answer of a member's."""
+    status, said = await gateway.ask("GET", "/v1/tenants")
+    return status == 200 and member.name not in said["unanswered"]
 
 
 @pytest.mark.thorough

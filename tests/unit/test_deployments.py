@@ -83,6 +83,7 @@ async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
 async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down(
     rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Or move the tenant to another server."""
     deployments, _ = rig
     ending, written, save = asyncio.Event(), asyncio.Event(), deployments._register.save
 
@@ -93,10 +94,12 @@ async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down
 
     first, _ = await deployments.begin(asked("a"), token("a"))
     await turn()  # until it waits
+    assert deployments.deploying("a")
     monkeypatch.setattr(deployments._register, "save", slow)
     cancelled = asyncio.create_task(deployments.cancel(first.id))
     await ending.wait()
     assert (await deployments.get(first.id)).state == "rolledback"
+    assert not deployments.deploying("a")
     second, new = await deployments.begin(asked("a"), token("a"))
     assert new and second.id != first.id
     written.set()
