@@ -133,6 +133,7 @@ class Arrivals:
             self._bus.publish("tenant.moved", move.tenant, told)
             move.state = "arrived"
             await self._log.save(move)
+        named = time.monotonic()
         if move.running:
             await self._tenants.start(move.tenant)
         move.state, move.ended = "moved", time.time()
@@ -140,5 +141,8 @@ class Arrivals:
             move.gap += time.monotonic() - began
         await self._log.save(move)
         self._changed(move.tenant)
-        log.info("%s has come from %s", move.tenant, move.source)
+        log.info(
+            "%s has come from %s: named in %.2f s, started in %.2f",
+            *(move.tenant, move.source, named - began, time.monotonic() - named),
+        )
         return {}

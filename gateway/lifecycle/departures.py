@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from gateway.cluster.cluster import Cluster
-from gateway.cluster.peers import MemberAway
+from gateway.cluster.peers import ASKING, MemberAway
 from gateway.errors import Conflict, GatewayError, Unavailable
 from gateway.events import Bus
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.move import Move, MoveLog
 from gateway.lifecycle.mover import Mover
-from gateway.runtime import Tenants
+from gateway.runtime import Tenant, Tenants
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Departures:
         self._resting = False
         self._moves: dict[str, Move] = {}
         self._found: list[Move] = []  # by `recover`
+        self._gone: dict[str, Tenant] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def moving(self, tenant: str) -> bool:
@@ -62,6 +64,15 @@ class Departures:
     def keeps(self, tenant: str) -> bool:
         """Return whether a tenant is still ours although there may be no instance of its name."""
         return tenant in self._mover.leaving
+
+    def listed(self) -> Sequence[Tenant]:
+        """Return the tenants that are at their new home as good as, for lists that say so of ours.
+
+        One on its way has no instance for a moment. And who asks all members may have the answer of its new
+        home from before it came, so that ours has it for as long as such an answer may take.
+        """
+        elsewhere = self._cluster.homes.home
+        return [one for name, one in self._gone.items() if self.keeps(name) or elsewhere(name) is not None]
 
     async def last(self, tenant: str) -> Move | None:
         """Return the tenant's move that is under way, or the last one that this member knows of."""
@@ -154,6 +165,9 @@ class Departures:
             async with self._slots:
                 await self._mover.copy(move)
                 async with self._lifecycle.alone(move.tenant):
+                    self._gone[move.tenant] = replace(
+                        await self._tenants.get(move.tenant), location=move.target, address=None
+                    )
                     await self._mover.switch(move)
         except GatewayError as error:
             move.error = {"code": error.code, "message": error.message, **error.facts}
@@ -166,5 +180,20 @@ class Departures:
         """Bring a move to its end, whatever happened so far, however long that takes."""
         await self._mover.finish(move)
         self._moves.pop(move.tenant, None)
+        self._forget(move)
         self._changed(move.tenant)
         await self._mover.tidy(move)
+
+    def _forget(self, move: Move) -> None:
+        """List a tenant no more: at once if it has stayed."""
+        if (gone := self._gone.get(move.tenant)) is None:
+            return
+
+        def end() -> None:
+            if self._gone.get(move.tenant) is gone:  # else it is about to go again
+                del self._gone[move.tenant]
+
+        if move.state == "moved":
+            asyncio.get_running_loop().call_later(2 * ASKING, end)
+        else:
+            end()

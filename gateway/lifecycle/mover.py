@@ -161,17 +161,19 @@ class Mover:
             await self._uses.workers.forget(tenant)  # what may have begun meanwhile
         copied = time.monotonic()
         await self._send_rest(move)
-        decided = time.monotonic()
+        sent = time.monotonic()
         await self._placements.move(tenant, move.target, move.id)
         move.gap = time.monotonic() - began  # so far
         await self._enter(move, "decided")
+        decided = time.monotonic()
         await self._go_on(move)
         move.state = "arrived"
         move.gap = time.monotonic() - began
         log.info(
-            "%s is on %s: calls ended in %.2f s, stopped in %.2f, copied in %.2f, started in %.2f",
-            *(tenant, move.target, stopped - began, copied - stopped),
-            *(decided - copied, time.monotonic() - decided),
+            "%s is on %s: calls ended in %.2f s, stopped in %.2f, copied in %.2f, decided in %.2f, "
+            "named and started in %.2f",
+            *(tenant, move.target, stopped - began, copied - stopped, sent - copied, decided - sent),
+            time.monotonic() - decided,
         )
 
     async def _send_rest(self, move: Move) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import ENDED, MakeTenant, Served, heal
+from tests.cluster.conftest import ENDED, MakeTenant, Served, heal, slack
 from tests.cluster.rig import Member, Rig
 from tests.contracts.gateway import sse
 from tests.contracts.processes import mark
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 
 Client = Callable[[Member], Served]
 
-_GAP = 15.0  # seconds at most on a busy machine; 5 are the goal on a quiet one
+_GAP = 5.0  # seconds
 
 
 async def usable(gateway: Served, name: str) -> None:
@@ -66,6 +68,14 @@ def where(member: Member, name: str) -> str:
 
 def instances(member: Member) -> set[str]:
     return {one["name"] for one in json.loads(member.incus("list", "--format=json"))}
+
+
+def steps(member: Member, name: str) -> str:
+    """Return what the log of a member's gateway says of how long a move's steps took."""
+    lines = (member.state / "gateway/gateway.log").read_text().splitlines()
+    return next(
+        line.partition(": ")[2] for line in reversed(lines) if re.search(f"{name} (is on|has come)", line)
+    )
 
 
 class Caller:
@@ -149,10 +159,11 @@ async def test_no_call_is_lost_or_made_twice_by_a_move(
     await until(lambda: len(caller.made) > answered + 20, 60)
     await caller.end()
     print(f"gap: {caller.gap:.2f} s, as the gateway says {last['gap_ms']} ms; unknown: {caller.unknown}")
+    print(f"load {os.getloadavg()[0]:.1f}; {steps(old, name)}; {steps(new, name)}")
     assert where(new, name) == new.name
     await caller.hold_once()
     # what is not known was under way when the tenant was stopped, and is told so
-    assert len(caller.unknown) <= 3 and caller.gap < _GAP
+    assert len(caller.unknown) <= 3 and caller.gap < _GAP * slack()
     assert (await caller.ask(caller.made[0]))[0] == 200  # answered by its record: it would not be new now
     await until(lambda: not any(one.startswith(("Moving-", "Moved-")) for one in instances(new)), 60)
 
@@ -265,7 +276,13 @@ async def test_what_stands_in_the_way_of_a_move_is_told(
     assert last["state"] == "moved", last
     status, said = await gateway.ask("GET", path)
     assert (said["location"], said["status"], said["asleep"]) == (new.name, "stopped", True)
-    assert (await gateway.visit(domain))[0] == 200  # which wakes it
+    # its first visitor wakes it, as soon as the route leads to its new home
+    await until(lambda: visited(gateway, domain), 30, every=0.3)
+    assert (await gateway.ask("GET", path))[1]["status"] == "running"
+
+
+async def visited(gateway: Served, domain: str) -> bool:
+    return (await gateway.visit(domain))[0] == 200
 
 
 async def heard(gateway: Served, member: Member) -> bool:
@@ -362,5 +379,5 @@ async def test_a_drained_member_is_empty_gets_nothing_and_has_its_tenants_back(
     for caller, name in zip(callers, homes, strict=True):
         await caller.end()
         print(f"{name}: gap {caller.gap:.2f} s, {len(caller.made)} calls, unknown: {caller.unknown}")
-        assert caller.gap < _GAP
+        assert caller.gap < 2 * _GAP * slack()  # two are moved at a time
         await caller.hold_once()

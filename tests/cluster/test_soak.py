@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from tests.cluster.conftest import MakeTenant, Served, heal
+from tests.cluster.conftest import MakeTenant, Served, heal, slack
 from tests.cluster.rig import Member
 from tests.cluster.test_dying import leader
 from tests.cluster.working import Work, working
@@ -32,11 +32,6 @@ pytestmark = [pytest.mark.thorough, pytest.mark.timeout(300 + 120 * KILLS)]
 _LIST: Final = 5.0  # seconds for a list, while no incusd that leads is away
 _WELL: Final = 30.0  # seconds until living members serve their own tenants
 _BACK: Final = 60.0  # seconds until all is as before, once incusd and gateway of the member answer
-
-
-def slack() -> float:
-    """Return how many times as long all may take, by what else this machine has to do."""
-    return max(1.0, os.getloadavg()[0] / (4 * (os.cpu_count() or 1)))
 
 
 def kill_gateway(member: Member) -> None:

@@ -355,6 +355,31 @@ async def test_a_tenant_runs_at_its_new_home_with_its_records(homes: tuple[Home,
         assert last is not None and (last.id, last.state) == (move.id, "moved")
 
 
+async def test_lists_have_it_at_each_moment(homes: tuple[Home, Home], incus: Incus) -> None:
+    """Also while no instance has its name, and of members that were asked before and after it has come."""
+    incus.held["take over"] = asyncio.Event()
+    async with both(homes) as (old, new):
+        assert old.departures.listed() == []
+        move = await old.departures.begin(SHOP, "m2", "me")
+        await until(lambda: "take over" in incus.reached)
+        assert await old.runtime.list() == await new.runtime.list() == []
+        (listed,) = old.departures.listed()
+        assert (listed.name, listed.status, listed.location) == (SHOP, "running", "m2")
+        incus.held["take over"].set()
+        await old.moved(move, "moved")
+        assert old.departures.listed() == [listed]
+        del incus.instances[SHOP]  # it is destroyed there
+        new.cluster.changed()
+        await until(lambda: old.departures.listed() == [])
+
+
+async def test_one_that_stays_is_listed_by_its_runtime_alone(homes: tuple[Home, Home], incus: Incus) -> None:
+    incus.fails["last copy"] = 1
+    async with both(homes) as (old, _):
+        await old.moved(await old.departures.begin(SHOP, "m2", "me"), "failed")
+        assert old.departures.listed() == []
+
+
 async def test_a_stopped_tenant_stays_stopped(homes: tuple[Home, Home], incus: Incus) -> None:
     incus.instances[SHOP]["running"] = False
     async with both(homes) as (old, _):

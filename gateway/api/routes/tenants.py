@@ -28,9 +28,11 @@ async def index(request: Request) -> Response:
     query = queried(request, TenantsQuery)
     here, others = await asyncio.gather(gateway.runtime.tenants.list(), elsewhere(request))
     own = (described(tenant, gateway.settings) for tenant in here if token.covers(tenant.name))
+    left = () if gateway.departures is None else gateway.departures.listed()
+    leaving = (described(tenant, gateway.settings) for tenant in left if token.covers(tenant.name))
     silent = unheard(request, token, others)
     # where two have one name it is about to move: the last word has whoever serves it, the first who is away
-    found = {entry["name"]: entry for entry in chain(silent, others.entries("tenants"), own)}
+    found = {entry["name"]: entry for entry in chain(silent, leaving, others.entries("tenants"), own)}
     tenants = [found[name] for name in sorted(found) if name > query.after]
     shown = tenants if query.limit is None else tenants[: query.limit]
     partly = any("next" in answer for answer in others.answers)
