@@ -25,7 +25,7 @@ _MOST: Final = (1 << 64) - 1
 # objects of the trees, and kinds of items
 _TREE_OF_ROOTS, _TREE_OF_QUOTAS = 1, 8
 _ORPHANS: Final = (1 << 64) - 5
-_ORPHAN, _ROOT, _ROOT_REF, _GROUP_INFO, _GROUP_RELATION = 48, 132, 156, 242, 246
+_INODE, _ORPHAN, _ROOT, _ROOT_REF, _GROUP_INFO, _GROUP_RELATION = 1, 48, 132, 156, 242, 246
 
 _READ, _WRITE = 2, 1  # the direction of an ioctl
 _KEY: Final = struct.Struct("=7Q4I4Q")  # struct btrfs_ioctl_search_key; the items follow
@@ -35,6 +35,7 @@ _HEADER: Final = struct.Struct("=3Q2I")  # transid, objectid, offset, type, leng
 _SEARCH_BYTES: Final = 4096
 _INFO: Final = struct.Struct("=Q256x8x8xQ")  # treeid, name, parent_id, dirid, generation, …
 _INFO_BYTES: Final = 504
+_TRANSID: Final = struct.Struct("=8xQ")  # of an inode, after the generation that made it
 _REFERENCED: Final = struct.Struct("=8xQ")  # after the generation
 LIMIT_REFERENCED: Final = 1
 
@@ -74,6 +75,33 @@ def subvolume(path: Path) -> Subvolume:
     finally:
         os.close(folder)
     return Subvolume(*_INFO.unpack_from(told))
+
+
+def written(volume: int, generation: int) -> Iterator[int]:
+    """Yield the numbers of the subvolume's inodes that have changed after a transaction.
+
+    So has a folder in which something was made, renamed or removed. What was not committed yet may be missed.
+    """
+    key, last = (0, 0, 0), (_MOST, 255, _MOST)
+    while True:
+        told = bytearray(_SEARCH_BYTES)
+        of, kind, offset = key
+        later = (0, of, last[0], offset, last[2], generation + 1, _MOST)  # 0: the subvolume's own tree
+        _KEY.pack_into(told, 0, *later, kind, last[1], _MOST >> 32, 0, 0, 0, 0, 0)
+        fcntl.ioctl(volume, _TREE_SEARCH, told)
+        count, at = _COUNT.unpack_from(told, _COUNT_AT)[0], _KEY.size
+        if not count:
+            return
+        for _ in range(count):  # all of each node that has changed
+            _, of, offset, kind, length = _HEADER.unpack_from(told, at)
+            at += _HEADER.size
+            if kind == _INODE and length and _TRANSID.unpack_from(told, at)[0] > generation:
+                yield of
+            at += length
+        if offset < _MOST:
+            key = of, kind, offset + 1
+        else:
+            key = (of, kind + 1, 0) if kind < last[1] else (of + 1, 0, 0)
 
 
 def exists(volume: int, number: int) -> bool:

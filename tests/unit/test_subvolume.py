@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,17 +12,33 @@ from gateway.rootfs import subvolume
 
 def rootfs(pool: Path) -> str:
     (pool / "containers/shop/rootfs").mkdir(parents=True)
+    (pool / "containers/shop/backup.yaml").touch()
     (pool / "containers-snapshots/shop/taken").mkdir(parents=True)
     return str(pool / "containers/shop/rootfs")
 
 
-@pytest.mark.parametrize(("now", "then", "changed"), [(7, 7, False), (8, 7, True)])
-def test_a_later_generation_is_a_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: int, then: int, changed: bool
+@pytest.mark.parametrize(
+    ("now", "then", "written", "changed"),
+    [
+        (7, 7, [999], False),
+        (8, 7, [999], True),
+        (8, 7, [], False),
+        (8, 7, ["Incus's", 256], False),
+        (8, 7, [256, "Incus's", 999], True),
+    ],
+)
+def test_what_was_written_in_a_later_generation_is_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: int, then: int, written: list[Any], changed: bool
 ) -> None:
-    of = {tmp_path / "containers/shop": now, tmp_path / "containers-snapshots/shop/taken": then}
+    """But for Incus's own description of the instance, and its folder."""
+    where, volume = rootfs(tmp_path), tmp_path / "containers/shop"
+    of = {volume: now, tmp_path / "containers-snapshots/shop/taken": then}
+    own = {"Incus's": (volume / "backup.yaml").stat().st_ino}
     monkeypatch.setattr(subvolume, "generation", of.__getitem__)
-    assert subvolume.changed(rootfs(tmp_path), "taken") == changed
+    monkeypatch.setattr(
+        subvolume, "written", lambda path, since: [own.get(inode, inode) for inode in written if since == 7]
+    )
+    assert subvolume.changed(where, "taken") == changed
 
 
 def test_what_cannot_be_known_counts_as_changed(tmp_path: Path) -> None:
