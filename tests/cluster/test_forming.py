@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.host import HostError
-from tests.cluster.rig import CHECKOUT, Member, Rig
+from tests.cluster.rig import CHECKOUT, PORT, Member, Rig
 from tests.integration.environment import HOST
 from tests.waits import until_true
 
@@ -39,6 +39,7 @@ def quickstart(member: Member, *options: str) -> str:
         timeout=300,
         PYTHONPATH=f"{CHECKOUT}:{CHECKOUT}/clients/python",
         GATEWAY_TEST_CLUSTER="1",
+        GATEWAY_LISTEN=f"0.0.0.0:{PORT}",
         GATEWAY_CADDY_ISSUER="internal",
         GATEWAY_TENANT_DISK="2GiB",
         GATEWAY_TENANT_MEMORY="512MiB",
