@@ -319,6 +319,9 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "more of what tests/integration/test_deployments_pool.py and test_network.py hold": {
         f"{_INTEGRATION}crowd.py": ("test_a_crowd_is_deployed_four_at_a_time",),
     },
+    "a crowd of what tests/integration/test_survive.py holds of a few in each run": {
+        f"{_INTEGRATION}survive.py": ("test_two_hundred_commands_are_adopted_at_once",),
+    },
     "one kill of incusd and of the gateway is in tests/integration/test_gateway_incus.py; here are more": {
         f"{_INTEGRATION}exec_faults.py": (
             "test_a_killed_incusd_with_fifty_commands",

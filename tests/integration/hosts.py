@@ -108,10 +108,10 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def held(settings: Settings, folder: Path) -> AsyncIterator[Host]:
-    """Run a gateway and its holder, which log no traceback."""
+async def held(settings: Settings, folder: Path, **more: str) -> AsyncIterator[Host]:
+    """Run a gateway and its holder, which log no traceback; `more` are settings of the gateway's."""
     folder.mkdir()
-    host = Host(settings, folder)
+    host = Host(settings, folder, **more)
     await host.hold()
     await host.gateway.start()
     try:

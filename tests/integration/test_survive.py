@@ -37,6 +37,7 @@ KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "20"))
 SECONDS = float(os.environ.get("GATEWAY_TEST_SECONDS", "inf"))  # after which nobody is killed any more
 ROUNDS = max(5, KILLS // 4)  # of what starts a gateway several times
 HOLD = 0.5  # seconds
+CROWD, TRIES = 200, 4  # commands, and kills beside them
 
 
 @pytest.mark.timeout(120 + 20 * KILLS)
@@ -47,6 +48,46 @@ async def test_everything_goes_on_over_kills(host: Host, shared_tenant: Containe
     await house.live(RESIDENTS, GUESTS, KILLS, time.monotonic() + SECONDS)
     host.report(", ".join(f"{number} {what}" for what, number in house.seen.items()))
     shared_tenant.sh("rm -r /srv/site/house")
+
+
+async def first_answer(host: Host, tenant: str) -> tuple[float, set[str]]:
+    """Kill the gateway; return in how many seconds the next one has told what runs, and that."""
+    began = 0.0
+
+    async def start() -> None:
+        nonlocal began
+        began = time.monotonic()
+
+    await host.kill(start)
+    async with host.gateway.wire(tenant) as wire:
+        listed = await wire.call("exec/list")
+    took = time.monotonic() - began
+    return took, {one["exec"] for one in listed["execs"] if one["state"] == "running"}
+
+
+@pytest.mark.timeout(300)
+async def test_two_hundred_commands_are_adopted_at_once(
+    incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory, shared_tenant: Container
+) -> None:
+    """All of them at each kill; they delay the first answer, which has them all, by less than a second."""
+    name, folder = shared_tenant.name, tmp_path_factory.mktemp("crowd") / "state"
+    async with held(incus_settings, folder, GATEWAY_MAX_EXECS=str(2 * CROWD)) as host:
+        alone = min([(await first_answer(host, name))[0] for _ in range(TRIES)])
+        started = set[str]()
+        async with host.gateway.wire(name) as wire:
+            for _ in range(CROWD):
+                given = await wire.call("exec/start", argv=["sleep", "1000"], lingerMs=-1)
+                started.add(given["exec"])
+        crowded = list[float]()
+        for _ in range(TRIES):
+            took, running = await first_answer(host, name)
+            assert running == started
+            crowded.append(took)
+        host.report(f"first answer after {min(crowded):.2f} s, with nothing to adopt {alone:.2f} s, at best")
+        assert min(crowded) - alone < 1
+        await host.gateway.stop(signal.SIGTERM)
+        assert shared_tenant.sh("pgrep -c sleep", check=False).strip() == "0"
+        await host.gateway.start()
 
 
 @pytest.mark.timeout(120 + 20 * KILLS)
