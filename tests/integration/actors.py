@@ -8,17 +8,19 @@ import json
 import random
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
+from gateway_client import Client, Event, Retry
 from tests.integration.hosts import held
 from tests.integration.house import Actor, House, dice
 from tests.integration.resuming import ENDLESS, Caller, Resuming, endless_sum, sums
-from tests.live import RpcFailure
+from tests.live import DEADLINE, RpcFailure
 from tests.waits import pause, until
 
 CODES: Final = {0: "exit 0", 3: "exit 3", 126: "exit 126", 127: "exit 127", 137: "kill -KILL $$"}
@@ -55,26 +57,29 @@ async def cancelled(house: House) -> AsyncGenerator[None]:
     assert (await house.ended(tree["exec"]))["reason"] == "cancelled"
 
 
+async def is_being_cancelled(house: House) -> AsyncGenerator[None]:
+    """A cancel that was under way is carried through, though its grace was long and nobody asks again."""
+    tree = await house.start(_TREE.format("trap 'echo told' TERM; "), up=True)
+    await house.wire.start_call("exec/cancel", exec=tree["exec"], graceMs=60_000)
+    await house.wire.until(lambda: b"told" in house.wire.output[tree["channel"], 1])
+    yield
+    exit_ = await house.ended(tree["exec"])
+    assert (exit_["reason"], exit_["left"]) == ("cancelled", 0)
+
+
 async def due(house: House) -> AsyncGenerator[None]:
     """A deadline ends the tree before, amid and after the kill."""
-    late = await _due(house, random.uniform(0.4, 2.0))
+    seconds, began = random.uniform(0.4, 2.0), time.time()
+    tree = await house.start(TREE, timeoutMs=int(seconds * 1000))
     yield
-    await late()
+    assert late(tree, await house.ended(tree["exec"]), began + seconds) > -0.01
 
 
-async def _due(house: House, seconds: float) -> Callable[[], Awaitable[float]]:
-    """Start a tree with a deadline; return what waits for its end, and says how many seconds late it came."""
-    began = time.time()
-    tree = await house.start(TREE, timeoutMs=int(seconds * 1000), lingerMs=-1)
-
-    async def late() -> float:
-        exit_ = await house.ended(tree["exec"])
-        assert exit_["reason"] == "timeout"
-        ended: float = datetime.fromisoformat(tree["startedAt"]).timestamp() + exit_["durationMs"] / 1000
-        assert ended > began + seconds - 0.01
-        return ended - began - seconds
-
-    return late
+def late(started: Mapping[str, Any], exit_: Mapping[str, Any], due: float) -> float:
+    """Return how many seconds after its deadline a command has ended."""
+    assert exit_["reason"] == "timeout"
+    ended = datetime.fromisoformat(started["startedAt"]).timestamp() + float(exit_["durationMs"]) / 1000
+    return ended - due
 
 
 async def lingers(house: House) -> AsyncGenerator[None]:
@@ -128,7 +133,7 @@ async def kills_its_shell(house: House) -> AsyncGenerator[None]:
 
 
 GUESTS: Final[tuple[Actor, ...]] = (
-    *(ends, cancelled, due, lingers, signalled, strange),
+    *(ends, cancelled, is_being_cancelled, due, lingers, signalled, strange),
     *(asks, kills_its_shell),
 )
 
@@ -245,10 +250,15 @@ async def has_a_name(house: House) -> AsyncGenerator[None]:
 
 async def is_due(house: House) -> AsyncGenerator[None]:
     """A deadline counts from the start, though there were several gateways since."""
-    late = await _due(house, 6.0)
+    seconds, began = 6.0, time.time()
+    tree = await house.start(TREE.replace("1000", "3000"), timeoutMs=int(seconds * 1000), lingerMs=-1)
+    exit_ = None
     while not house.over:
         yield
-    assert await late() < AWAY
+        if exit_ is None and tree["exec"] not in await house.listed():
+            exit_ = await house.ended(tree["exec"])
+    exit_ = exit_ or await house.ended(tree["exec"])
+    assert late(tree, exit_, began + seconds) < AWAY
 
 
 async def polls(house: House) -> AsyncGenerator[None]:
@@ -277,6 +287,33 @@ async def polls(house: House) -> AsyncGenerator[None]:
     assert got["stderr"] == [f"e{number}" for number in range(1, last + 1)]
 
 
+async def listens(house: House) -> AsyncGenerator[None]:
+    """A stream of events has each start, and each end once, with no gap."""
+    gateway, retry = house.host.gateway, Retry(first=0.01, most=0.2, patience=2 * DEADLINE)
+    told, seen = Counter[str](), list[Event]()
+    async with Client(gateway.url, token=gateway.token(house.tenant.name, ttl=86_400), retry=retry) as client:
+        async with client.tenant(house.tenant.name).events() as stream:
+
+            async def follow() -> None:
+                async for event in stream:
+                    seen.append(event)
+                    if event.type == "exec.exited":
+                        told[event.data["exec"]] += 1
+
+            following = asyncio.create_task(follow())
+            while not house.over:
+                yield
+            running = await house.listed()
+            await house.start("exec true", execId="last")
+            await until(lambda: told["last"] or following.done())
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+    assert not [event for event in seen if event.type == "gap"]
+    begun = {event.data["exec"] for event in seen if event.type == "exec.started"}
+    assert begun - running.keys() <= told.keys() and set(told.values()) == {1}
+    house.seen["events"] = len(seen)
+
+
 async def comes_back_late(house: House) -> AsyncGenerator[None]:
     """Exits are told that another gateway finds when Incus has long forgotten them."""
     settings = house.host.settings.model_copy(update={"hold": 3600.0})
@@ -301,7 +338,7 @@ async def comes_back_late(house: House) -> AsyncGenerator[None]:
 
 RESIDENTS: Final[tuple[Actor, ...]] = (
     *(reads_on, sends_on, ends_its_input, types, has_a_name, is_due, polls),
-    comes_back_late,
+    *(listens, comes_back_late),
 )
 
 SCREEN = """

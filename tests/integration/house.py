@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +56,7 @@ class House:
                     break
                 await self._begin(number)
                 visiting = [one(self) for one in guests]
-                await asyncio.gather(*(anext(one) for one in [*staying, *visiting]))
+                await _together(_arrive(one) for one in [*staying, *visiting])
                 before = await self.listed()
                 if chance.random() < HOLDERS:
                     await self._replace_the_holder(chance.uniform(0, 0.3), set(before))
@@ -69,10 +69,10 @@ class House:
                     had, has = before[exec_], after[exec_]
                     assert [has[key] for key in SAME] == [had[key] for key in SAME]
                     assert all(has["offsets"][name] >= had["offsets"][name] for name in had["offsets"])
-                await asyncio.gather(*(_leave(one) for one in visiting))
+                await _together(_leave(one) for one in visiting)
                 assert await self.count("sleep 1000") == 0, "of a tree something is left"
             self.over = True
-            await asyncio.gather(*(_leave(one) for one in staying))
+            await _together(_leave(one) for one in staying)
 
     async def _replace_the_holder(self, seconds: float, running: set[str]) -> None:
         """Kill the holder, and start one soon, which the gateway gives everything."""
@@ -135,6 +135,18 @@ class House:
 
 def dice(name: str) -> random.Random:
     return random.Random(f"{SEED} {name}")
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do all at once; if one fails, the others end before anything else does."""
+    async with asyncio.TaskGroup() as group:
+        for work in works:
+            group.create_task(work)
+
+
+async def _arrive(actor: AsyncGenerator[None]) -> None:
+    """Have an actor go on to where it waits for a kill."""
+    await anext(actor)
 
 
 async def _leave(actor: AsyncGenerator[None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import sys
 import time
@@ -101,7 +102,8 @@ async def test_what_ends_all_leaves_nothing(
 
     async def start(host: Host) -> Resuming:
         client = Resuming(host, shared_tenant.name)
-        await client.start(command=TREE)
+        # with an id of its own it is on record before it begins, and not some moment later
+        await client.start(command=TREE, execId=secrets.token_hex(8))
         await until(lambda: client.offsets[1] > 0)
         return client
 
@@ -119,9 +121,8 @@ async def test_what_ends_all_leaves_nothing(
 
             client = await start(host)
             await host.gateway.stop(signal.SIGKILL)
-            await until(
-                lambda: held_at(host.settings.holder_socket) == 0
-            )  # who lists would count as a gateway
+            # whoever lists what is held counts as a gateway
+            await until(lambda: held_at(host.settings.holder_socket) == 0)
             await host.gateway.start()
             exit_ = await client.ended(lost=True)
             assert (exit_["reason"], exit_["exitCode"]) == ("lost", None)
