@@ -28,6 +28,7 @@ hierarchical_memory_limit 268435456
 hierarchical_memsw_limit 268435456
 total_cache 90681344
 total_rss 169156608
+total_shmem 4096
 total_workingset_refault_anon 0
 total_workingset_refault_file 5259160
 total_pgmajfault 6736
@@ -36,6 +37,10 @@ total_pgmajfault 6736
 V2_STAT = """\
 anon 169156608
 file 90681344
+kernel 155189248
+shmem 4096
+slab_reclaimable 151777280
+slab_unreclaimable 1253376
 workingset_refault_anon 12
 workingset_refault_file 5259148
 workingset_activate_file 120034
@@ -50,6 +55,7 @@ def hybrid(folder: Path, **changed: str) -> Place:
         "unified/memory.pressure": PRESSURE,
         "memory/memory.stat": V1_STAT,
         "memory/memory.usage_in_bytes": "267579392\n",
+        "memory/memory.kmem.usage_in_bytes": "3411968\n",
         "memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n",
     }
     return written(folder, files, changed, place)
@@ -83,6 +89,13 @@ def test_both_kinds_of_host_say_the_same(tmp_path: Path, host: object) -> None:
     assert (sample.usage, sample.limit, sample.ended) == (267579392, 256 << 20, 3)
 
 
+@pytest.mark.parametrize("host", [hybrid, pure])
+def test_what_the_kernel_can_take_back_is_not_private(tmp_path: Path, host: object) -> None:
+    """Neither page cache nor, as far as the kernel tells it, what it knows of files that were looked at."""
+    assert callable(host)
+    assert memory.private(host(tmp_path)) == 169156608 + 4096 + 3411968
+
+
 @pytest.mark.parametrize("limit", ["max\n", "9223372036854771712\n"])
 def test_no_limit_is_none(tmp_path: Path, limit: str) -> None:
     sample = memory.sample(pure(tmp_path, max=limit))
@@ -103,6 +116,8 @@ def test_a_group_that_is_gone_has_none(tmp_path: Path) -> None:
     assert memory.sample(Place(tmp_path / "gone", None)) is None
     assert memory.stalled(Place(tmp_path / "gone", tmp_path / "gone")) is None
     assert memory.biggest(Place(tmp_path / "gone", None)) is None
+    assert memory.private(Place(tmp_path / "gone", None)) is None
+    assert memory.private(Place(tmp_path / "gone", tmp_path / "gone")) is None
 
 
 def test_a_file_that_is_read_again_and_again_is_opened_once(tmp_path: Path) -> None:

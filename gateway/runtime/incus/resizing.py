@@ -18,6 +18,7 @@ from typing import Any, Final
 from gateway.errors import Conflict, GatewayError, TenantNotRunning, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
+from gateway.rootfs import memory
 from gateway.runtime import scripts
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import WHOLE, Creation
@@ -44,10 +45,6 @@ _DISK_MARGIN: Final = 64 * MiB  # for writes between the scan and the change, an
 _MEMORY_SHARE: Final = (SITE_SHARE - 5) / 100  # of a limit; a site above its share would be killed
 _APPLYING: Final = 10.0
 _TRIES: Final = 5
-_CGROUPS: Final = Path("/sys/fs/cgroup")
-# memory that cannot be reclaimed, as named by cgroups v2 and v1
-_PRIVATE: Final = (("anon", "shmem", "kernel"), ("total_rss", "total_shmem"))
-_STAT_MAX: Final = 64 << 10
 
 
 class Resizing:
@@ -137,11 +134,11 @@ class Resizing:
             used = await self._on_disk(name) if used is None else used
             if used + max(_DISK_MARGIN, used // 20) > after:
                 raise _in_use("disk", after, used)
-        has, memory = _memory(found, profile), _memory(wanted, profile)
-        if memory and (not has or memory < has) and found["status"] != "Stopped":
+        has, gets = _memory(found, profile), _memory(wanted, profile)
+        if gets and (not has or gets < has) and found["status"] != "Stopped":
             held = await self._in_memory(name)
-            if held > memory * _MEMORY_SHARE:
-                raise _in_use("memory", memory, held)
+            if held > gets * _MEMORY_SHARE:
+                raise _in_use("memory", gets, held)
 
     async def _on_disk(self, name: str) -> int:
         """Return an instance's disk use in bytes; Incus's own count omits the image."""
@@ -156,7 +153,7 @@ class Resizing:
     async def _in_memory(self, name: str) -> int:
         """Return the memory of an instance that cannot be reclaimed, in bytes; if unknown, all its memory."""
         state = await self._state(name)
-        held = await asyncio.to_thread(private_memory, int(state.get("pid") or 0))
+        held = await asyncio.to_thread(_private, int(state.get("pid") or 0))
         return int((state.get("memory") or {}).get("usage") or 0) if held is None else held
 
     async def _state(self, name: str) -> dict[str, Any]:
@@ -181,20 +178,10 @@ class Resizing:
         return ended.said
 
 
-def private_memory(pid: int, cgroups: Path = _CGROUPS) -> int | None:
+def _private(pid: int) -> int | None:
     """Return a container's memory that cannot be reclaimed, in bytes, by its init pid; None if unknown."""
-    try:
-        groups = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-        paths = {names: path for _, names, path in (line.split(":", 2) for line in groups)}
-        v1 = paths.get("memory")
-        path = (paths[""] if v1 is None else v1).removesuffix("/init.scope").strip("/")
-        folder = (cgroups if v1 is None else cgroups / "memory") / path
-        with (folder / "memory.stat").open() as file:
-            stat = {name: int(value) for name, value in map(str.split, file.read(_STAT_MAX).splitlines())}
-        kernel = 0 if v1 is None else int((folder / "memory.kmem.usage_in_bytes").read_text())
-    except (OSError, ValueError, KeyError):
-        return None
-    return kernel + sum(stat.get(name, 0) for name in _PRIVATE[v1 is not None])
+    place = memory.place(pid)
+    return None if place is None else memory.private(place)
 
 
 def _sized(found: Mapping[str, Any], profile: Mapping[str, Any], size: Mapping[str, str]) -> dict[str, Any]:
