@@ -236,6 +236,11 @@ async def test_tenants_of_a_server_without_power_are_back_elsewhere_within_half_
             status, said = await gateway.ask("GET", f"/v1/tenants/{plain}")
             assert (status, said.get("reason")) == (503, "member_away")
         assert ("tenant.recovered", tenant, copy["member"]) in await events(living[0])
+        new_home = next(gateway.member for gateway in living if gateway.member.name == copy["member"])
+        assert host_uids(new_home, tenant, "gateway-recovered")[1] == 65536
+        # and it leaves room for others there
+        later = await make_tenant(new_home)
+        assert not shared(host_uids(new_home, later), host_uids(new_home, tenant, "gateway-recovered"))
     finally:
         calling.cancel()
         await asyncio.gather(calling, return_exceptions=True)
@@ -252,6 +257,16 @@ async def test_tenants_of_a_server_without_power_are_back_elsewhere_within_half_
     for gateway in (home, *living):
         await until(lambda: booted(gateway, tenant), 30, every=0.2)  # noqa: B023 - awaited at once
         await until(lambda: shows(gateway, domain, page), 30, every=0.3)  # noqa: B023 - awaited at once
+
+
+def host_uids(member: Member, tenant: str, project: str = "default") -> tuple[int, int]:
+    """Return the first of the host's uids that a running tenant has, and how many there are."""
+    found = member.query(f"/1.0/instances/{tenant}?project={project}")["config"]["volatile.idmap.current"]
+    return next((one["Hostid"], one["Maprange"]) for one in json.loads(found) if one["Isuid"])
+
+
+def shared(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
 
 
 async def shows(gateway: Served, domain: str, page: str) -> bool:

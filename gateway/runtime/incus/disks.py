@@ -18,6 +18,9 @@ from gateway.settings import Settings
 OURS: Final = "_gateway-"
 """What the names of the gateway's own snapshots begin with, as no user's does: neither shown nor counted."""
 
+_IDMAP: Final = ("volatile.idmap.base", "volatile.idmap.next")
+"""An instance's host uids, which no other one of its server has."""
+
 INHERITED: Final = "user.gateway.inherited"
 """On a clone: the bytes that it shared with other tenants when it was made, in a pool with simple quotas."""
 
@@ -88,6 +91,8 @@ class Disks:
             config = {
                 **_own(before),
                 **{key: value for key, value in after["config"].items() if not _kept(key)},
+                # a snapshot has those that it was taken with, maybe on another server
+                **{key: before["config"][key] for key in _IDMAP if key in before["config"]},
             }
             body = {**after, "config": config, "devices": before["devices"], "profiles": before["profiles"]}
             await self._operate("PUT", instance_path(name), body)
