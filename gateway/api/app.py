@@ -14,10 +14,12 @@ from starlette.requests import ClientDisconnect
 
 from gateway import __version__
 from gateway.api import background, clustered
+from gateway.api.assembly import opened
+from gateway.api.foundation import Prepared, prepared
 from gateway.api.http import RETRY_AFTER_MS, for_own_hosts, problem_handler, with_request_id
 from gateway.api.pages import for_listed_origins
 from gateway.api.routes import ROUTES
-from gateway.api.services import Prepared, Services, opened, prepared
+from gateway.api.services import Services
 from gateway.cluster.cluster import SETTLING
 from gateway.errors import GatewayError, Unavailable
 from gateway.protocol import CloseCode

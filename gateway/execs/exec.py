@@ -56,7 +56,6 @@ class Exec:
         self.asked = spec.digest()
         self.process = process
         self.linger = linger
-        self._grace = grace
         self._kill_left = grace if kill_left else None
         self.share = share
         self.streams = Streams({name: Stream(name, tail, pace, share, room) for name in process.streams})

@@ -372,8 +372,7 @@ class Creation:
     ) -> None:
         """Run an operation to its end even if cancelled, so that nothing happens after an undo."""
         timeout = self._settings.lifecycle_timeout if patience is None else patience
-        more = {} if project is None else {"project": project}
-        await whole(self._incus.operate(method, path, body, timeout=timeout, **more))
+        await whole(self._incus.operate(method, path, body, timeout=timeout, project=project))
 
     async def remove_device(self, name: str, device: str) -> None:
         """Remove a device from an instance's own configuration and change nothing else. Idempotent."""
