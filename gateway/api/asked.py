@@ -1,4 +1,4 @@
-"""Finds out what a request is about, and where that is, from its head alone: its body stays unread."""
+"""Finds out from a request's head, without its body, what the request is about and which member has that."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Asked:
 
     @classmethod
     def of(cls, scope: Scope) -> Asked | None:
-        """Return it, None for a request that any gateway answers."""
+        """Return what a request asks for; None for a request that any gateway can answer."""
         match scope["path"].split("/", 4):
             case ["", "v1", "tenants", name, *_] if name:
                 return cls("tenant", name)
@@ -41,7 +41,7 @@ class Asked:
         return None
 
     def by(self, token: Token) -> Asked:
-        """Return it for this token: all events of one that covers one tenant are about that."""
+        """Return what to look for: all events that a token of one tenant covers are that tenant's."""
         only = token.coverage
         if self.kind == "events" and not self.name and only is not None and len(only) == 1:
             return Asked("tenant", next(iter(only)))

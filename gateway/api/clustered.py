@@ -1,7 +1,7 @@
 """Passes a request on to the tenant's home, before any route sees it.
 
-Whatever is not passed on is answered as it would be without a cluster: a request without a valid token that
-covers the tenant never gets to the look-up, so that its answer tells nothing.
+All other requests are answered as without a cluster. A request without a valid token for the tenant is never
+looked up, so its answer reveals nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WINDOW: Final = 512 << 10  # bytes that are on their way through here, of one r
 
 
 def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
-    """Return `app` with a layer that passes on what is about another member's tenants."""
+    """Return `app` with a layer that passes on requests for other members' tenants."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         found = services()
@@ -72,7 +72,7 @@ def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
 async def _for_peer(
     app: ASGIApp, services: Services, asked: Asked, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Answer what a peer passes on."""
+    """Answer a request that a peer passed on."""
     if PART in Headers(scope=scope) or asked.kind == "events":
         await app(scope, receive, send)
         return
@@ -90,7 +90,7 @@ async def _for_peer(
 
 
 def _inside(services: Services, asked: Asked, scope: Scope) -> contextlib.AbstractContextManager[None]:
-    """Count a call about a tenant as one that is under way; not what stays open until somebody ends it."""
+    """Count a call for a tenant as under way, unless it stays open until somebody ends it."""
     brief = scope["type"] == "http" and not scope["path"].endswith(_LASTING)
     return services.doors.inside(asked.name) if brief and asked.kind == "tenant" else contextlib.nullcontext()
 
@@ -104,7 +104,7 @@ async def _refuse(error: GatewayError, scope: Scope, receive: Receive, send: Sen
 
 @contextlib.asynccontextmanager
 async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterator[None]:
-    """Serve peers by `app`, if there is a cluster, and return once they have told their tenants."""
+    """Serve `app` to the peers, if there is a cluster; return once they have reported their tenants."""
     cluster = services.cluster
     if cluster is None:
         yield
@@ -137,7 +137,7 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
 
 
 def _questions(services: Services) -> Mapping[str, Question]:
-    """Return what peers may ask, besides for tenants: they are gateways of the same cluster."""
+    """Return the questions that peers may ask, apart from who has a tenant."""
 
     async def secret(_: Peer, what: Any) -> Any:
         return {"secret": services.secret}
@@ -170,7 +170,10 @@ def leave(services: Services, retry_after_ms: int, why: str) -> None:
 
 
 async def _may_have(services: Services, asked: Asked) -> bool:
-    """Say whether this gateway has what is asked for, or cannot tell: then the route says why."""
+    """Return whether this gateway has what is asked for.
+
+    True also if it cannot tell: the route then says why.
+    """
     try:
         return await has(services, {asked.kind: asked.name})
     except GatewayError:
@@ -187,7 +190,7 @@ async def _not_home(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class _Relayed:
-    """One request that may be another member's."""
+    """One request, which may belong to another member."""
 
     def __init__(self, app: ASGIApp, services: Services, scope: Scope, receive: Receive, send: Send) -> None:
         assert services.cluster is not None
@@ -205,7 +208,7 @@ class _Relayed:
         return None if raw is None else self._services.verify(raw)
 
     async def _home(self, asked: Asked) -> Peer | None:
-        """Return the peer that has what is asked for; None if that cannot be told: the route says why."""
+        """Return the peer that has what is asked for; None if that is unknown, for the route to say why."""
         try:
             return await home_of(self._services, asked)
         except GatewayError:
@@ -214,7 +217,7 @@ class _Relayed:
     # --- HTTP ---------------------------------------------------------------------------------------
 
     async def http(self, asked: Asked) -> None:
-        """Answer, or have it answered by the tenant's home."""
+        """Answer the request here, or pass it on to the tenant's home."""
         try:
             token = self._token()
             if token is None:
@@ -269,9 +272,9 @@ class _Relayed:
                 return
 
     async def _moved(self, asked: Asked, left: int) -> Peer:
-        """Return the peer that has what another one, which was asked, has no more; `left` may be asked.
+        """Return the peer that now has what the one we asked no longer has; `left` further ones may be asked.
 
-        Raises `NotFound`, and `Unavailable` where that is to be asked again.
+        Raises `NotFound`, or `Unavailable` if the client should ask again.
         """
         if await has(self._services, {asked.kind: asked.name}):
             raise Unavailable("it has just moved here; ask again", reason="moved", retry_after=1)
@@ -285,8 +288,8 @@ class _Relayed:
     async def websocket(self, tenant: str) -> None:
         """Answer a tenant's websocket, or join it to the tenant's home.
 
-        One whose token comes only with `initialize` goes there too, if the home is known: like here it is
-        accepted for any name, and told nothing before its token was seen.
+        A websocket whose token comes only with `initialize` is joined too, if the home is known. As here, it
+        is accepted for any name and learns nothing before its token has been checked.
         """
         try:
             token = self._token()
@@ -320,7 +323,10 @@ class _Relayed:
             await refuse(websocket, CloseCode.UNKNOWN_TENANT, error.message)
 
     async def _join(self, tenant: str, token: Token | None, peer: Peer) -> None:
-        """Join the client to its home. Raises `Unavailable`, `NotFound` and `RateLimited` before that."""
+        """Join the client to its home.
+
+        Raises `Unavailable`, `NotFound` or `RateLimited` before it is joined.
+        """
         services, near = self._services, None
         places = services.places
 
@@ -378,7 +384,7 @@ def _without_id(scope: Scope) -> list[tuple[bytes, bytes]]:
 
 
 class _First:
-    """Looks at what a client sends up to the end of its first message, and tells that one's `params`."""
+    """Reads what a client sends up to the end of its first message, and extracts that message's `params`."""
 
     def __init__(self, told: Callable[[Mapping[str, Any]], None]) -> None:
         self._told = told
@@ -386,7 +392,7 @@ class _First:
         self._text = b""
 
     def __call__(self, data: bytes) -> bool:
-        """Take in what came; return whether more is to be looked at."""
+        """Read these bytes; return whether more are needed."""
         self._wire.receive_data(data)
         for frame in self._wire.events_received():
             assert isinstance(frame, Frame)

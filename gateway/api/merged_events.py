@@ -1,4 +1,4 @@
-"""One stream of the events of all members: this gateway's own, and those that each peer streams to it.
+"""Merges the events of all members into one stream: this gateway's own and those of its peers.
 
 ```
 journal ──► subscription ──┐
@@ -6,7 +6,7 @@ peer ─────► its answer ────┼──► one part at a time �
 peer ─────► its answer ────┘
 ```
 
-The client's pace is everybody's: each of them waits until the client has taken its last part.
+The client sets the pace for all: each source waits until the client has taken its last part.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _Sent = Sequence[tuple[int | None, bytes]]
 
 
 class MergedEvents:
-    """The events of all members, each once, those of one member in their order. It ends with the bus.
+    """The events of all members: each event once, and those of one member in order. It ends with the bus.
 
     `at` is where this stream stands: the position in each member's journal up to which the client has been
     given everything. `last_event_id` is the client's. A member that is away is told by `away`, once, and by
@@ -131,7 +131,7 @@ class MergedEvents:
     # --- the others ---------------------------------------------------------------------------------
 
     def _follow_all(self) -> list[asyncio.Event]:
-        """Follow the peers that there are now; return what is set once each of the new ones answers."""
+        """Follow the present peers; return the events that are set once each new one answers."""
         there = {one for one in self._peers.all.values() if self._only is None or one.name in self._only}
         for peer in self._following.keys() - there:
             self._following.pop(peer).cancel()
@@ -174,7 +174,7 @@ class MergedEvents:
             await asyncio.sleep(_PAUSE)
 
     async def _begin_at(self, peer: Peer, answer: aiohttp.ClientResponse) -> int:
-        """Begin with what happens on a member from now on; return the position."""
+        """Follow a member from now on; return the position."""
         at = int(answer.headers.get("Last-Event-ID", "").rpartition(":")[2])
         if self._missed:
             await self._give_gap(peer.name, at)
@@ -183,7 +183,7 @@ class MergedEvents:
         return at
 
     async def _tell(self, type: str, peer: Peer) -> None:
-        """Tell something of a member that is in nobody's journal, and moves no position."""
+        """Report something about a member that is in no journal and moves no position."""
         now = time.time()
         origin = f"{source(self._member)}/members/{quote(peer.name, safe='')}"
         told = numbered(Draft(type, origin, now, data={"member": peer.name}), int(now * 1000))
@@ -191,9 +191,8 @@ class MergedEvents:
 
 
 def _positions(last_event_id: str | None, members: Iterable[str]) -> dict[str, int]:
-    """Return the positions that a client's id has of these members.
-
-    An id of one journal only, or none of ours, says nothing: then all that is kept is new to the client.
+    """Return the positions of these members in a client's id. An id of a single journal, or one that is not
+    ours, has none: all events that are kept are then new to the client.
     """
     if not last_event_id:
         return {}
@@ -204,7 +203,7 @@ def _positions(last_event_id: str | None, members: Iterable[str]) -> dict[str, i
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[_Sent]:
-    """Yield the events of a peer's answer as they come. Raises `ValueError` for what is none."""
+    """Yield the events of a peer's answer as they arrive. Raises `ValueError` for anything else."""
     rest = bytearray()
     while chunk := await content.readany():
         seen = max(0, len(rest) - 1)

@@ -1,4 +1,4 @@
-"""Lists of all tenants, made of what the gateways of all members answer."""
+"""Merges the lists of tenants that the gateways of all members answer."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Elsewhere:
 
     @property
     def told(self) -> Mapping[str, Any]:
-        """What the merged answer says of members that did not answer."""
+        """What the merged answer says about members that did not answer."""
         return {} if self.silent is None else {"unanswered": self.silent}
 
 
 async def elsewhere(request: Request) -> Elsewhere:
-    """Ask the other members the same, unless it is one of them that asks."""
+    """Ask the other members the same question, unless one of them is asking."""
     cluster = services(request).cluster
     if cluster is None or FROM in request.scope:
         return Elsewhere()
@@ -45,7 +45,7 @@ async def elsewhere(request: Request) -> Elsewhere:
 
 
 def unheard(request: Request, token: Token, others: Elsewhere) -> Iterable[dict[str, Any]]:
-    """Yield the tenants that the token covers of members that did not answer, as they were last known."""
+    """Yield the last known tenants of members that did not answer, as far as the token covers them."""
     gateway = services(request)
     if gateway.cluster is None or others.silent is None:
         return

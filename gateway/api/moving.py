@@ -1,4 +1,4 @@
-"""Builds what moves tenants to and from other members, and tells its clients and its routes."""
+"""Builds what moves tenants to and from other members and informs their clients and routes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ async def moving(
     settings: Settings,
     **uses: Any,
 ) -> AsyncIterator[tuple[Departures, Arrivals]]:
-    """Yield the moves from this member, those of an earlier process among them, and to it.
+    """Yield the moves from this member, including those of an earlier process, and the moves to it.
 
-    `uses` are what `Uses` takes besides.
+    `uses` are the other arguments of `Uses`.
     """
 
     def part(tenant: str) -> None:

@@ -34,7 +34,7 @@ _KEPT: Final = 600  # seconds for which a browser does not ask again
 
 
 class _Listed(CORSMiddleware):
-    """Knows an origin in any spelling, as the check of requests does."""
+    """Allows an origin in any spelling, as the check of requests does."""
 
     def is_allowed_origin(self, origin: str) -> bool:
         return tokens.origin_allowed(origin, None, "", self.allow_origins)

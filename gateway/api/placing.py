@@ -20,10 +20,11 @@ from gateway.runtime import TENANT_NAME
 
 
 async def placed(request: Request, tenant: str, *, here: bool = False) -> Peer | None:
-    """Return the peer that is a tenant's home, or is to be; None where that is this gateway.
+    """Return the peer that is, or will be, a tenant's home; None if it is this gateway.
 
-    A request that a peer has placed here stays. With `here` it is about another tenant, too, which is here:
-    then so is a new one. The token must cover the tenant. Raises `Unavailable` where it cannot be decided.
+    A request that a peer has placed here stays. `here` says that the request is also about another tenant,
+    which is here: a new one is then created here too. The token must cover the tenant. Raises `Unavailable`
+    if this cannot be decided.
     """
     gateway = services(request)
     cluster = gateway.cluster
@@ -40,7 +41,7 @@ async def placed(request: Request, tenant: str, *, here: bool = False) -> Peer |
 
 
 async def roomiest(gateway: Services, cluster: Cluster, *, own: bool = True) -> str | None:
-    """Return the member that has the smallest share of its memory in use; of several, this one.
+    """Return the member with the smallest share of its memory in use, preferring this one among equals.
 
     None where no other takes new tenants, and `own` does not count or is drained too.
     """
@@ -53,7 +54,7 @@ async def roomiest(gateway: Services, cluster: Cluster, *, own: bool = True) -> 
 
 
 async def room_here(gateway: Services) -> Room:
-    """Return the room that this member has."""
+    """Return how much room this member has."""
     tenants = await gateway.runtime.tenants.list()
     running = sum(one.status == "running" for one in tenants)
     return Room(running, await gateway.lifecycle.capacity.takes(tenants))

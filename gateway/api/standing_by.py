@@ -1,4 +1,4 @@
-"""Builds what copies tenants to other members, and what keeps two members from serving one of them."""
+"""Builds what copies tenants to other members, and what keeps two members from serving the same tenant."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def standing_by(
     bus: Bus,
     moving: Callable[[str], bool],
 ) -> AsyncIterator[StandingBy]:
-    """Yield it, with the lease that this member can have now; tenants that are `moving` are not copied."""
+    """Yield them after one attempt to renew the lease. Tenants that are `moving` are not copied."""
     lease = Lease(cluster.own, cluster.peers, shared.keys, settings.lease)
     fence: Fence | None = None
 

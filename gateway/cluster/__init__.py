@@ -1,6 +1,6 @@
-"""The gateway as one of several, one on each member of an Incus cluster.
+"""The gateways of an Incus cluster, one on each member, as one of them sees the others.
 
-`Membership` tells this member and the others; without a cluster there is one, whose name is empty.
+`Membership` returns this member and the others. Without a cluster there is one member, with an empty name.
 """
 
 from gateway.cluster.member import DRAINED, PREFIX, Member, Membership

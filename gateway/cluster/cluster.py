@@ -1,4 +1,4 @@
-"""A gateway among the others of its cluster: its peers, its listener for them, and who has which tenant."""
+"""One gateway of a cluster: its peers, its listener for them, and which member has which tenant."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _FETCH: Final = 0.5  # seconds between two attempts
 
 
 class Cluster:
-    """This member's gateway among its peers. Make it by `joined`, and open it to them by `open`."""
+    """This member's gateway among its peers. Create it with `joined`; `open` lets the peers connect."""
 
     def __init__(self, own: str, peers: Peers, settings: Settings) -> None:
         self.own = own
@@ -73,10 +73,10 @@ class Cluster:
         orders: Mapping[str, Order] = MappingProxyType({}),
         uploads: Mapping[str, Order] = MappingProxyType({}),
     ) -> AsyncIterator[None]:
-        """Tell peers our tenants, and answer the requests that they pass on to `app`.
+        """Report our tenants to peers, and have `app` answer the requests that they pass on.
 
-        `has` says whether we have what a peer looks for. `facts` are told with the tenants. `questions` are
-        what peers may ask besides, `orders` and `uploads` what they may have done, by name; see `Listener`.
+        `has` says whether we have what a peer looks for. `facts` are sent along with the tenants.
+        `questions`, `orders` and `uploads` are what else peers may request, by name; see `Listener`.
         """
         self.homes = Homes(self.peers, store)
         await self.homes.recall()
@@ -112,7 +112,7 @@ class Cluster:
             self._tenants.changed()
 
     def refuse(self) -> None:
-        """Take no more connections nor requests of peers, whose next ones are another process's."""
+        """Accept no more connections or requests of peers: another process takes the next ones."""
         if self._tenants is not None:
             self._tenants.end()
         if self._server is not None:
@@ -173,11 +173,11 @@ class Cluster:
         return sum(count for count in closed if isinstance(count, int)), silent
 
     async def send_records(self, peer: Peer, text: bytes, patience: float) -> None:
-        """Have a peer keep what `Records.export` returned. Raises `OrderRefused` and `MemberAway`."""
+        """Make a peer keep what `Records.export` returned. Raises `OrderRefused` and `MemberAway`."""
         await order(self.peers, peer, f"/peer/put/{PUT_RECORDS}", text, patience)
 
     async def rooms(self) -> Mapping[str, Room]:
-        """Return the room of each peer that is there and takes new tenants; it may be a moment old."""
+        """Return the room of each reachable peer that accepts new tenants, as last reported."""
         now = asyncio.get_running_loop().time()
         if now - self._asked > _ROOMS:
             found, _ = await self.peers.ask_all(f"/peer/ask/{ASK_ROOM}", {})
@@ -186,7 +186,7 @@ class Cluster:
         return {peer.name: Room.parse(self._rooms.get(peer.name), peer.tenants.values()) for peer in there}
 
     def instance_of(self, tenant: str) -> str | None:
-        """Return the instance that another member has under a name, None if none is known to."""
+        """Return the instance of this name on another member, None if no member is known to have one."""
         peer = self.homes.home(tenant)
         return None if peer is None else peer.tenants[tenant].instance
 
@@ -196,13 +196,13 @@ class Cluster:
         return None if told is None else told.domain
 
     def alive(self, member: str) -> bool:
-        """Return whether a member's gateway is there."""
+        """Return whether a member's gateway is reachable."""
         return member == self.own or (member in self.peers.all and self.peers.all[member].alive)
 
     # --- where a tenant is --------------------------------------------------------------------------
 
     async def place(self, tenant: str, member: str) -> str:
-        """Return the member that is to get a new tenant: the one that is wanted, or chosen already.
+        """Return the member for a new tenant: the one chosen earlier, or else the wanted one.
 
         Raises `Unavailable` if the cluster cannot decide, and `MemberAway`.
         """
@@ -212,11 +212,11 @@ class Cluster:
         return chosen
 
     async def find(self, **what: str) -> Peer | None:
-        """Ask all peers that are there who has a tenant, or a deployment; None if none of them does."""
+        """Ask all reachable peers; return the one that has a tenant or a deployment, None if none has."""
         return (await self._look_for(what))[0]
 
     async def find_moved(self, **what: str) -> Peer | None:
-        """Do the same for what some peer had a moment ago. Raises `Unavailable` if one does not answer."""
+        """Like `find`, for what a peer had a moment ago. Raises `Unavailable` if a peer does not answer."""
         peer, silent = await self._look_for(what)
         if peer is None and silent:
             raise Unavailable(

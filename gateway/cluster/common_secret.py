@@ -1,7 +1,7 @@
-"""The secret that signs tokens, which all gateways of a cluster have in common.
+"""The secret that signs tokens, shared by all gateways of a cluster.
 
-The first gateway puts a hash of its secret into a key of the cluster. Each further one gets the secret itself
-from one of the others, by their own channel, and checks it by that.
+The first gateway puts a hash of its secret into a key of the cluster. Each later gateway fetches the secret
+from another one, over their own channel, and checks it against the hash.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ async def common_secret(keys: SharedKeys, configured: str | None, state_dir: Pat
 
 
 def digest(secret: str) -> str:
-    """Return the hash of a secret by which gateways see whether theirs is the same."""
+    """Return the hash by which gateways compare their secrets."""
     return hashlib.sha256(b"incus-gateway secret\0" + secret.encode()).hexdigest()
 
 

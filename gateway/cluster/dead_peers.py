@@ -29,10 +29,10 @@ CutOff = Callable[[str], Awaitable[int]]
 
 
 class DeadPeers:
-    """Looks at the servers of peers that say nothing, and has the connections with dead ones cut.
+    """Checks the servers of silent peers, and has the connections to dead ones cut.
 
-    A gateway that is silent may just be down. So its server is asked for a connection, and one that refuses
-    it lives: only where nothing comes back at all is there nobody who would end a connection.
+    A silent gateway may just be down, on a server that lives. So the server is asked for a connection: one
+    that refuses it is alive, and only one that answers nothing at all counts as dead.
     """
 
     def __init__(self, peers: Peers, cut_off: CutOff) -> None:
@@ -41,7 +41,7 @@ class DeadPeers:
         self._told: set[str] = set()  # dead members of which the log has said so
 
     async def follow(self) -> None:
-        """Look as soon as a peer is silent, forever."""
+        """Check the servers whenever a peer falls silent. Runs forever."""
         self._peers.silent = self._silent.set
         self._silent.set()  # by those that died before
         while True:
@@ -50,7 +50,7 @@ class DeadPeers:
             await self._look_on()
 
     async def _look_on(self) -> None:
-        """Look until all peers are there again."""
+        """Check until all peers are reachable again."""
         loop = asyncio.get_running_loop()
         eager = loop.time() + _ELECTING
         while silent := [peer for peer in self._peers.all.values() if not peer.alive and peer.incus]:
@@ -81,7 +81,7 @@ class DeadPeers:
 
 
 async def answers(address: str) -> bool:
-    """Return whether a server says anything to who wants a connection, be it no.
+    """Return whether a server answers a connection attempt at all, even by refusing it.
 
     The kernel is asked for that, and only after the time: this process may have no CPU meanwhile.
     """

@@ -30,7 +30,7 @@ class Homes:
         self._told = asyncio.Event()
 
     async def recall(self) -> None:
-        """Begin with what an earlier process knew of those that have not told it to this one."""
+        """Load what an earlier process knew about peers that have not reported to this one yet."""
         for member, tenants in await self._store.read(_all):
             peer = self.peers.all.setdefault(member, Peer(member))
             if peer.told.is_set():
@@ -42,18 +42,18 @@ class Homes:
         self.peers.changed = self.changed
 
     def changed(self, peer: Peer) -> None:
-        """Take notice that a peer's tenants are others now."""
+        """Note that a peer's tenants have changed."""
         self._dirty.add(peer.name)
         self._changed.set()
         self._told.set()
         self._told = asyncio.Event()
 
     async def next(self) -> None:
-        """Wait until a peer tells of its tenants again."""
+        """Wait until a peer next reports its tenants."""
         await self._told.wait()
 
     async def write(self) -> None:
-        """Write what is to survive this process, forever."""
+        """Store what must survive this process. Runs forever."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -70,7 +70,7 @@ class Homes:
                     self._dirty.add(member)
 
     def home(self, tenant: str) -> Peer | None:
-        """Return the peer that has a tenant; None if none is known to. One that is there comes first."""
+        """Return the peer that has a tenant, None if none is known to. A reachable peer takes precedence."""
         found = [peer for peer in self.peers.all.values() if tenant in peer.tenants]
         return max(found, key=lambda peer: peer.alive, default=None)
 

@@ -63,7 +63,7 @@ class Identity:
 
 
 def trust(context: ssl.SSLContext, certificate: str) -> None:
-    """Have a context accept a certificate, too. Raises `ValueError` for what is none."""
+    """Let a context accept one more certificate. Raises `ValueError` if it is not one."""
     try:
         context.load_verify_locations(cadata=certificate)
     except ssl.SSLError as error:

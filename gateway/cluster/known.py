@@ -25,7 +25,7 @@ class Known:
 
     @classmethod
     def parse(cls, told: object) -> Known:
-        """Return what a peer told. Raises `ValueError` for anything else."""
+        """Return a tenant from a peer's line. Raises `ValueError` if it is malformed."""
         match told:
             case {"name": str(name), "status": str(status), "asleep": bool(asleep), **more}:
                 domain, instance, created = (
@@ -45,7 +45,7 @@ def _text(told: object) -> str | None:
 
 
 def lines(before: Mapping[str, Known], now: Mapping[str, Known]) -> Iterator[dict[str, Any]]:
-    """Yield what leads from one state to another, in lines of bounded size."""
+    """Yield the difference between two states, in lines of bounded size."""
     gone = [name for name in before if name not in now]
     told = [known for name, known in now.items() if before.get(name) != known]
     for start in range(0, max(len(gone), len(told)), _TOGETHER):
@@ -54,7 +54,7 @@ def lines(before: Mapping[str, Known], now: Mapping[str, Known]) -> Iterator[dic
 
 
 def apply(line: Mapping[str, Any], tenants: dict[str, Known]) -> bool:
-    """Take in one of these lines; return whether it changed anything. Raises `ValueError`."""
+    """Apply one of these lines; return whether it changed anything. Raises `ValueError`."""
     gone, told = line.get("gone", ()), line.get("tenants", ())
     if not isinstance(gone, list | tuple) or not isinstance(told, list | tuple):
         raise ValueError("not a line of tenants")

@@ -97,14 +97,14 @@ class Lease:
         return None
 
     async def clear(self, suspicion: str) -> None:
-        """Have the suspicion against this member stand no longer: it has made sure which tenants it has."""
+        """Lift the suspicion against this member, which has found out which tenants it still has."""
         await self._keys.swap(_key(self._own), suspicion, None)
 
     # --- of others ----------------------------------------------------------------------------------
 
     @property
     def questions(self) -> Mapping[str, Question]:
-        """What peers may ask, by name."""
+        """The questions that peers may ask, by name."""
         return {ASK_LEASE: self.hear, ASK_SILENCE: self.tell}
 
     async def hear(self, peer: Peer, what: Any) -> Mapping[str, Any]:
@@ -123,7 +123,7 @@ class Lease:
         return self._clock() - at, lease
 
     async def silence(self, member: str) -> Silence:
-        """Ask all members since when they have not heard one of them."""
+        """Ask all members since when they have not heard a certain one."""
         found, _ = await self._peers.ask_all(f"/peer/ask/{ASK_SILENCE}", {"member": member})
         told = [self._silence(member)]
         for name, answer in found.items():
@@ -138,7 +138,7 @@ class Lease:
         return Silence(seconds, max(lengths, default=None))
 
     async def suspect(self, member: str, token: str) -> str:
-        """Have a suspicion against a member stand; return it, which is `token` unless another stood before.
+        """Raise a suspicion against a member; return it. It is `token`, unless there was one already.
 
         From then on its lease lasts no longer than for its length. Raises `Unavailable`.
         """

@@ -1,4 +1,4 @@
-"""What a gateway answers to its peers: its tenants, what they ask, and the requests that they pass on."""
+"""Answers a gateway's peers: reports tenants, and takes questions, orders and requests passed on."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Listener:
             await _answer(scope, send, 404)
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Tell this member's tenants until the peer hangs up."""
+        """Report this member's tenants until the peer hangs up."""
         wake = asyncio.Event()
         leaving = begin(_gone(receive))
         leaving.add_done_callback(lambda _: wake.set())

@@ -34,7 +34,7 @@ class Member:
 
     @property
     def drained(self) -> bool:
-        """Return whether it gets no new tenants."""
+        """Return whether the member accepts no new tenants."""
         return self.config.get(DRAINED) == "true"
 
     @property
@@ -57,7 +57,7 @@ class Membership:
         return await self._incus.member()
 
     async def members(self) -> tuple[Member, ...]:
-        """Return all members by name; without a cluster the one that there is.
+        """Return all members by name; without a cluster, the only one.
 
         Without a quorum incusd does not answer: bound the wait. Raises `IncusError`.
         """

@@ -1,4 +1,4 @@
-"""Orders a peer to do something; the peer answers once that is done, or says why it is not."""
+"""Orders a peer to do something. The peer answers once it is done, or says why not."""
 
 from __future__ import annotations
 

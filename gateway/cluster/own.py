@@ -40,17 +40,17 @@ class Own:
         self._ended = False
 
     def changed(self) -> None:
-        """Look again, soon: something happened to a tenant."""
+        """Check the tenants again soon, since one has changed."""
         self._asked.set()
 
     def end(self) -> None:
-        """Tell nobody any more: who follows asks again, and finds the next process."""
+        """End all reports: the peers that follow ask again, and reach the next process."""
         self._ended = True
         for wake in self._followers:
             wake.set()
 
     async def look(self) -> None:
-        """Keep `tenants` as they are, forever."""
+        """Keep `tenants` up to date, forever."""
         while True:
             self._asked.clear()
             again = _RESYNC

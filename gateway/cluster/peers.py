@@ -1,4 +1,4 @@
-"""The gateways of the other members: where each is, whether it is there, and which tenants it has.
+"""The gateways of the other members: their addresses, whether they are reachable, and their tenants.
 
 ```
 membership ──► Peers ──► Peer: one standing request to each, `/peer/watch`, of which a line comes each second
@@ -94,7 +94,7 @@ class Peer:
 
     @property
     def alive(self) -> bool:
-        """Whether something came of it in the last `AWAY` seconds."""
+        """Whether anything has arrived from it in the last `AWAY` seconds."""
         return self._heard is not None
 
     @property
@@ -114,7 +114,7 @@ class Peer:
         return host.strip("[]"), int(port)
 
     def hear(self) -> None:
-        """Count the time of its silence from now on."""
+        """Start measuring its silence from now on."""
         loop = asyncio.get_running_loop()
         if self._heard is None and self._timer is not None:
             self._timer.cancel()  # that of the cut
@@ -140,7 +140,7 @@ class Peer:
         self._timer = loop.call_at(again, self._look, again)
 
     def end(self) -> None:
-        """End what depends on it."""
+        """End all requests that depend on it."""
         if self._timer is not None:
             self._timer.cancel()
         if self.alive:
@@ -221,7 +221,7 @@ class Peers:
                         await peer.told.wait()
 
     async def known(self) -> None:
-        """Return once the members were read, which without a quorum they cannot be."""
+        """Return once the members have been read, which is impossible without a quorum."""
         await self._known.wait()
 
     def of(self, certificate: bytes) -> Peer | None:
@@ -256,7 +256,7 @@ class Peers:
             await asyncio.sleep(_SOON)
 
     def _take(self, members: Sequence[Member]) -> None:
-        """Follow the members that there are now, where they are now."""
+        """Follow the present members at their present addresses."""
         found = {member.name: member for member in members if member.name != self.own}
         self.host = next((member.host for member in members if member.name == self.own), None)
         self.drained = any(member.drained for member in members if member.name == self.own)
@@ -313,7 +313,7 @@ class Peers:
             pause = min(pause * 2, longest)
 
     async def _listen(self, peer: Peer) -> None:
-        """Take in what a peer tells until the connection ends. Raises one of `_FAILED`."""
+        """Process a peer's reports until the connection ends. Raises one of `_FAILED`."""
         assert peer.tls is not None
         patience = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=AWAY)
         tenants: dict[str, Known] = {}
@@ -365,7 +365,7 @@ class Peers:
     async def ask_all(
         self, path: str, body: Any = None, patience: float = ASKING
     ) -> tuple[dict[str, Any], list[str]]:
-        """Ask all peers at once; return what each answered, and the names of those that did not."""
+        """Ask all peers at once; return the answers, and the names of those that gave none."""
         found: dict[str, Any] = {}
         silent: list[str] = []
 

@@ -27,7 +27,7 @@ _LOST: Final = "lost-"  # of such a decision, with the suspicion that led to it
 
 
 class Placements:
-    """The choices that were made lately. `members` returns the names of the cluster's members, or raises.
+    """The recent choices. `members` returns the names of the cluster's members, or raises.
 
     A choice stands for `kept` seconds, and as long as that is a member. A request that is repeated with its
     Idempotency-Key within that time finds the gateway that knows the key.
@@ -40,7 +40,7 @@ class Placements:
         """Return the home of a coming tenant: the member that was chosen before, or now `wish`.
 
         Raises `Unavailable` if the cluster cannot decide, and `RateLimited` if there are too many choices.
-        Ask it only for who may make that tenant.
+        Call it only for callers that may create the tenant.
         """
         key = _KIND + tenant
         for _ in range(_TRIES):
@@ -102,7 +102,7 @@ class Placements:
         raise Unavailable(f"other members keep deciding about {tenant}; ask again", reason="contended")
 
     async def taken(self, member: str) -> Collection[str]:
-        """Return the tenants that are a member's by `after`. Raises `Unavailable`."""
+        """Return the tenants that `after` has given to a member. Raises `Unavailable`."""
         listed = {key: _move(value) for key, value in (await self._keys.listed(_KIND)).items()}
         return {
             key.removeprefix(_KIND)
@@ -143,7 +143,7 @@ class Placements:
         await self._keys.swap(key, found, value)
 
     async def forget(self, tenant: str, member: str) -> None:
-        """Take back a choice of this member, which could not make the tenant and has done nothing of it."""
+        """Take back the choice of this member, which could not create the tenant and left nothing behind."""
         key = _KIND + tenant
         found = await self._keys.get(key)
         if found is not None and _parsed(found)[0] == member:
@@ -151,7 +151,7 @@ class Placements:
 
 
 def _parsed(value: str | None) -> tuple[str, float]:
-    """Return member and end of a choice; none, or one that somebody spoilt, has ended."""
+    """Return a choice's member and end. A missing or malformed one counts as ended."""
     try:
         member, until, *_ = orjson.loads(value or "")
         return str(member), float(until)
@@ -160,7 +160,7 @@ def _parsed(value: str | None) -> tuple[str, float]:
 
 
 def _move(value: str | None) -> tuple[str, str]:
-    """Return the member and the move that decided for it; none for a choice of another kind."""
+    """Return the decided member and its move; no move for a choice of another kind."""
     try:
         member, _, move = orjson.loads(value or "")
         return str(member), str(move)

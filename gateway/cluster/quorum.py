@@ -1,4 +1,4 @@
-"""Notices that Incus's database has no majority, so that what needs it can be refused at once.
+"""Notices when Incus's database has no majority, so that requests that need it can be refused at once.
 
 Incus itself says so after a minute. One whose leader has just died is as silent for some seconds, and then
 answers all that waited: so a silent database counts only where most members' gateways are silent, too.
@@ -20,9 +20,9 @@ _LOOK: Final = 0.5  # seconds
 
 
 class Quorum:
-    """Calls `tell` with whether the cluster can decide, whenever that is another than before.
+    """Calls `tell` with whether the cluster can decide, whenever that changes.
 
-    `ask` asks its database something, and raises `Unavailable` soon if that does not answer.
+    `ask` queries the database, and raises `Unavailable` soon if it does not answer.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Quorum:
             await asyncio.sleep(_LOOK)
 
     async def look(self) -> None:
-        """Look once."""
+        """Check once."""
         there = not self._is_doubtful() or await self._answers()
         if there != self._there:
             self._there = there

@@ -1,4 +1,4 @@
-"""All that a home keeps of one tenant, as text that another home adopts: for a move, or a standby copy.
+"""All records of one tenant, as text that another home can adopt: for a move or a standby copy.
 
 ```
 {"v": 1, "id": …, "tenant": …, "instance": …, "member": …, "ended": …}
@@ -72,7 +72,7 @@ class Records:
 
     A text that has come is kept by `keep` until `adopt` makes it the tenant's records, or `drop` forgets it;
     of a tenant the last one is kept. `most` bounds one text, in bytes. Each of `recall` is called with a
-    tenant whose records are others now, to read again what it has of them in memory.
+    tenant whose records have been replaced, to reload what it keeps in memory.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Records:
         self._recall = recall
 
     async def export(self, tenant: str, instance: str, identity: str) -> bytes:
-        """Return the records of a tenant of ours, with all that was noted before this call.
+        """Return the records of one of our tenants, including everything recorded before this call.
 
         Raises `StoreFailed`, and `TooLarge` if they have more than `most` bytes.
         """
@@ -91,7 +91,7 @@ class Records:
         return await self._store.read(partial(_export, header=header, most=self._most))
 
     async def keep(self, text: bytes) -> Header:
-        """Keep a text that came for later; it replaces an earlier one of its tenant. On disk when it returns.
+        """Keep a text for later, on disk when this returns. It replaces an earlier one of the same tenant.
 
         Raises `CannotAdopt`, `TooLarge` and `StoreFailed`.
         """
@@ -100,7 +100,7 @@ class Records:
         return await self._store.write(partial(_keep, text=text), durable=True)
 
     async def kept(self, tenant: str) -> Header | None:
-        """Return what the text is about that is kept of a tenant, None if there is none."""
+        """Return what a tenant's kept text is about, None if there is none."""
         return await self._store.read(partial(_kept, tenant=tenant))
 
     async def drop(self, tenant: str, identity: str) -> None:
@@ -131,9 +131,9 @@ class Records:
 
 
 def unsure(before: bytes, after: bytes) -> bytes:
-    """Return the text `after` with the outcome of each call unknown that is not the same in `before`.
+    """Return the text `after`, with the outcome of each call set to unknown that differs from `before`.
 
-    For a disk that was copied in between: what such a call did may be on it or not.
+    This is for a disk that was copied in between, which may or may not have that call's changes.
     """
     same, table, columns = frozenset(before.splitlines()), "", list[str]()
     header, *lines = after.splitlines(keepends=True)
@@ -194,7 +194,7 @@ def _drop(connection: sqlite3.Connection, tenant: str, identity: str) -> None:
 
 
 def _adopt(connection: sqlite3.Connection, tenant: str, identity: str) -> tuple[Header, bool]:
-    """Return what was adopted, and whether it was now."""
+    """Return what was adopted, and whether it was by this call."""
     row = connection.execute(
         "SELECT text, adopted FROM arrivals WHERE tenant = ? AND id = ?", (tenant, identity)
     ).fetchone()

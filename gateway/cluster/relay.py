@@ -1,7 +1,7 @@
 """Passes one HTTP request on to the gateway of another member, and its answer back.
 
-Both bodies are streamed at the slower end's pace. What goes wrong on the way looks to the client as if it had
-asked the tenant's home itself: a connection that breaks there breaks here.
+Both bodies are streamed at the slower end's pace. A failure on the way looks to the client as if it had asked
+the tenant's home itself: if that connection breaks, so does this one.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def url_at(scope: Scope, peer: Peer) -> URL:
 
 
 def passed_on(scope: Scope, client: str) -> Iterable[tuple[str, str]]:
-    """Yield the headers of a request as its peer gets them, with the word about its client."""
+    """Yield the headers of a request for its peer, including the one that describes the client."""
     for name, value in scope["headers"]:
         text = name.decode("latin-1").lower()
         if text not in _OF_A_HOP:
@@ -295,7 +295,7 @@ def passed_on(scope: Scope, client: str) -> Iterable[tuple[str, str]]:
 
 
 def client_of(scope: Scope, address: str) -> str:
-    """Return what a peer is to know of a request's client: the scheme that it asked by, and its address."""
+    """Return what a peer must know about a request's client: its scheme and address."""
     return f"{scope['scheme']} {quote(address, safe=':./')}"
 
 

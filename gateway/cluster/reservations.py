@@ -1,4 +1,4 @@
-"""Names that one member has in the whole cluster, such as a domain for one of its tenants."""
+"""Names that belong to one member of the whole cluster, such as the domain of one of its tenants."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Reservations:
         raise Unavailable(f"other members keep taking and releasing {name}; ask again", reason="contended")
 
     async def leave(self, name: str) -> None:
-        """Leave a name to whoever takes it next, if this member has it. Raises `Unavailable`."""
+        """Release a name, if this member has it. Raises `Unavailable`."""
         key = self._key(name)
         found = await self._keys.get(key)
         holder = _parsed(found)

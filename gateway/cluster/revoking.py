@@ -39,7 +39,7 @@ Returns how many websockets they closed, and who did not hear it.
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How far a revocation came: whether the cluster has it, and which members have not heard of it yet.
+    """The reach of a revocation: whether the cluster has it, and which members have not heard of it yet.
 
     `closed` counts the websockets that those closed which heard it.
     """
@@ -61,11 +61,11 @@ class Revoking:
         self._look = asyncio.Event()
 
     def look_soon(self) -> None:
-        """Look at the keys: they may be others now."""
+        """Check the keys, which may have changed."""
         self._look.set()
 
     async def spread(self, token: str) -> Spread:
-        """Bring a revocation that is kept here to all; what cannot be done now is done later."""
+        """Send a stored revocation to all members. Whatever fails now is done later."""
         expires = self._local.standing().get(token, math.inf)
         told, recorded = await asyncio.gather(self._tell(token, expires), self._record(token, expires))
         closed, unheard = told
@@ -139,7 +139,7 @@ def _key(token: str) -> str:
 
 
 def _parsed(value: str) -> tuple[str, float]:
-    """Return id and `exp` that a value has; one that somebody spoilt is nobody's, and stays."""
+    """Return the id and `exp` in a value. A malformed value is ignored, and stays."""
     try:
         found: Mapping[str, Any] = orjson.loads(value)
         return str(found["id"]), float(found["expires"])

@@ -28,7 +28,7 @@ _MEMBER: Final = "member"
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """The part of the member `own` in what all gateways of its cluster share."""
+    """What the gateways of a cluster share, as seen by the member `own`."""
 
     own: str
     members: Callable[[], Awaitable[Collection[str]]]
@@ -53,7 +53,7 @@ class Sharing:
 
 @contextlib.asynccontextmanager
 async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) -> AsyncIterator[Sharing]:
-    """Open what the gateway of the member `own` shares with those of others, which may be `alive` or not."""
+    """Open what this member's gateway shares with the others; `alive` says which of them are reachable."""
     async with Incus(settings.incus_socket, settings.cluster_project, settings.cluster_patience) as incus:
         membership = Membership(incus)
 

@@ -1,4 +1,4 @@
-"""A client's request that is made again at a peer and answered there for as long as the client listens."""
+"""A client's request, repeated at a peer and answered there for as long as the client listens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RESUME: Final = "last-event-id"
 
 
 class Standing:
-    """One request as it is made to any peer, with the client's own token, which that verifies again.
+    """One request, as sent to each peer with the client's own token, which the peer verifies again.
 
     Of each answer about `ahead` bytes are read before they are asked for.
     """

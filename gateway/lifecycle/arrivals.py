@@ -1,4 +1,4 @@
-"""Takes tenants that come from other members, as their old homes order; each order can be repeated."""
+"""Takes in tenants from other members, as ordered by their old homes. Each order can be repeated."""
 
 from __future__ import annotations
 
@@ -102,19 +102,19 @@ class Arrivals:
         return {}
 
     async def _drop(self, move: Move) -> Any:
-        """Forget all of a move that is given up."""
+        """Remove everything that belongs to a cancelled move."""
         await self._records.drop(move.tenant, move.id)
         await self._steps.discard_copy(move.id)
         return {}
 
     async def _tidy(self, move: Move) -> Any:
-        """Remove what the copies left on a tenant that is here."""
+        """Remove what copying left behind on a tenant that has arrived."""
         with contextlib.suppress(NotFound, OnAnotherServer):  # it is gone already
             await self._steps.forget_snapshots(move.tenant)
         return {}
 
     async def _arrive(self, move: Move) -> Any:
-        """Make the copy the tenant, with its records, and start it."""
+        """Turn the copy into the tenant, with its records, and start it."""
         self._names.moving.add(move.tenant)
         try:
             return await whole(self._arrived(move))

@@ -1,4 +1,4 @@
-"""The moves of this member's tenants to another one, with all that is kept of them, while their clients wait.
+"""Moves this member's tenants to other members, with all their records, while their clients wait.
 
 See `gateway.lifecycle.mover` for the steps of one.
 """
@@ -29,7 +29,7 @@ _PROJECTS: Final = 3
 
 
 class Departures:
-    """The moves from this member, of some tenants at a time.
+    """The moves from this member, a limited number at a time.
 
     `deploying` says whether a tenant's site is being deployed, and `changed` is called with one whose move
     has ended.
@@ -58,7 +58,7 @@ class Departures:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def moving(self, tenant: str) -> bool:
-        """Return whether a tenant is about to go, or has a move that is not undone yet."""
+        """Return whether a tenant is moving away, or has a move that has not been undone yet."""
         return tenant in self._moves
 
     def keeps(self, tenant: str) -> bool:
@@ -79,9 +79,9 @@ class Departures:
         return self._moves.get(tenant) or await self._log.last(tenant)
 
     async def begin(self, tenant: str, target: str, by: str, *, drained: bool = False) -> Move:
-        """Begin to move a tenant of this member; return at once. The same again returns the same move.
+        """Begin to move a tenant of this member; return at once. Repeating the call returns the same move.
 
-        Raises `InvalidParams` for what is no member, `MemberAway`, `NotFound`, and `Conflict` if the tenant
+        Raises `InvalidParams` for an unknown member, `MemberAway`, `NotFound`, and `Conflict` if the tenant
         is being moved elsewhere or deployed.
         """
         if self._resting:
@@ -131,7 +131,7 @@ class Departures:
             self._spawn(self._mover.tidy(move) if move.over else self._finish(move))
 
     async def rest(self, seconds: float) -> None:
-        """Begin no move from now on, and wait until those under way have ended.
+        """Begin no more moves, and wait until those under way have ended.
 
         Raises `Unavailable` if some take longer than `seconds`, and begins again.
         """
@@ -177,7 +177,7 @@ class Departures:
         await self._finish(move)
 
     async def _finish(self, move: Move) -> None:
-        """Bring a move to its end, whatever happened so far, however long that takes."""
+        """Finish a move from whatever state it is in, however long that takes."""
         await self._mover.finish(move)
         self._moves.pop(move.tenant, None)
         self._forget(move)

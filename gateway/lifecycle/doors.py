@@ -1,4 +1,4 @@
-"""The door of each tenant, closed while it changes its home: calls wait, and are then made there."""
+"""One door for each tenant. It is closed while the tenant moves: calls wait, and then go to its new home."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Doors:
         self._streams: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)
 
     def close(self, tenant: str) -> None:
-        """Have calls wait from now on. Idempotent."""
+        """Make calls wait from now on. Idempotent."""
         self._closed.setdefault(tenant, asyncio.Event())
 
     def end_streams(self, tenant: str) -> None:
-        """End what would stay open for long."""
+        """End streams, which would otherwise stay open."""
         for end in list(self._streams.get(tenant, ())):
             end()
 
@@ -42,7 +42,7 @@ class Doors:
             door.set()
 
     def closed(self, tenant: str) -> bool:
-        """Return whether a call would not be made now."""
+        """Return whether a call would have to wait."""
         try:
             self.check(tenant)
         except Unavailable:

@@ -5,7 +5,7 @@ lease lost ──► calls are refused, connections closed, the page of an absen
 lease back ──► thawed, and all as before
 ```
 
-Nothing here asks incusd, which answers nothing to a member that is cut off.
+Nothing here asks incusd, since it does not answer on a member that is cut off.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Fence:
             await asyncio.sleep(self._lease.pause if self._lease.held else min(_LOOK, self._lease.pause))
 
     async def once(self) -> None:
-        """Renew it if that can be done now."""
+        """Try once to renew the lease."""
         had = self._lease.held
         try:
             suspicion = await self._lease.renew()
@@ -120,7 +120,7 @@ class Fence:
                     await self._renewed.wait()
 
     async def follow(self) -> None:
-        """Do what there is to do when this member has got its lease, forever."""
+        """Whenever this member regains its lease, do what is due then. Runs forever."""
         while True:
             await self._lifted.wait()
             self._lifted.clear()
@@ -132,7 +132,7 @@ class Fence:
                 await asyncio.sleep(_LOOK)
 
     async def _raise(self) -> None:
-        """Let none of these tenants be reached."""
+        """Make these tenants unreachable."""
         tenants = set(self._copied())
         fresh = tenants - self._frozen
         if fresh:
@@ -148,7 +148,7 @@ class Fence:
                     self._page(domain, True)
 
     async def _remember(self) -> None:
-        """Write down what is frozen, unless the disk is full or takes long: nothing may wait for that."""
+        """Record what is frozen, unless the disk is full or slow: nothing may wait for it."""
         try:
             async with asyncio.timeout(_WRITING):
                 await asyncio.to_thread(_write, self._file, frozenset(self._frozen))
@@ -165,7 +165,7 @@ class Fence:
                 log.error("%s may be answered for without a lease: %s", tenant, error.message)
 
     async def _lift(self) -> None:
-        """Have them as before."""
+        """Undo the fencing of these tenants."""
         await asyncio.gather(*map(self._thaw, sorted(self._frozen)))
         if not self._frozen:
             log.warning("this member has its lease again: all its tenants run on")

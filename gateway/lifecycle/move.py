@@ -1,4 +1,4 @@
-"""The record of a move: where a tenant goes, how far it is, how it ended. Each member keeps the last ones."""
+"""The record of a move: its target, progress and outcome. Each member keeps the latest of each tenant."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Move:
 
 
 def parsed(text: bytes) -> Move:
-    """Return a stored move, or one that a peer tells of; what a newer gateway adds is passed over."""
+    """Return a stored move, or one that a peer reports. Members that a newer gateway added are ignored."""
     said: Mapping[str, Any] = orjson.loads(text)
     known = {name: said[name] for name in Move.__dataclass_fields__ if name in said}
     return Move(**known)
@@ -86,7 +86,7 @@ class MoveLog:
         return None if text is None else parsed(text)
 
     async def unfinished(self) -> list[Move]:
-        """Return the moves that have not ended, or have left something behind."""
+        """Return the moves that have not ended or not been cleaned up."""
         moves = map(parsed, await self._store.read(_all))
         return [move for move in moves if not move.over or move.leftover]
 

@@ -88,7 +88,7 @@ class Uses:
 
 
 class Mover:
-    """Takes tenants through the steps. `leaving` are tenants that the runtime is to leave alone.
+    """Takes tenants through the steps. The runtime leaves the tenants in `leaving` alone.
 
     `deploying` says whether a tenant's site is being deployed.
     """
@@ -127,7 +127,7 @@ class Mover:
         return await self._steps.project(tenant)
 
     def shut(self, tenant: str) -> None:
-        """Let nobody use a tenant, as while it is switched."""
+        """Keep everybody from using a tenant, as during the switch."""
         self._doors.close(tenant)
         self._leave_alone(tenant)
 
@@ -144,7 +144,7 @@ class Mover:
                 return
 
     async def switch(self, move: Move) -> None:
-        """Stop the tenant, bring the rest of it to the new home, and decide."""
+        """Stop the tenant, transfer the rest of it to the new home, and decide."""
         tenant = move.tenant
         if self._deploying(tenant):
             raise Conflict(f"the site of {tenant} is being deployed; wait for that", reason="deploying")
@@ -177,7 +177,7 @@ class Mover:
         )
 
     async def _send_rest(self, move: Move) -> None:
-        """Have the new home get the rest of the disk, and the records.
+        """Have the new home fetch the rest of the disk and the records.
 
         Nothing is on its way any more if one of them fails: it would come there after the order to drop it.
         """
@@ -191,12 +191,12 @@ class Mover:
         await self._cluster.send_records(self.peer(move.target), text, _ORDER)
 
     async def _go_on(self, move: Move) -> None:
-        """Have the new home take the tenant."""
+        """Have the new home start serving the tenant."""
         await self._steps.put_aside(move.tenant, move.instance, move.id)
         await self._order(move, ARRIVE, _ORDER)
 
     async def _arrived(self, move: Move) -> bool:
-        """Go on with a decided move; return False if there is no new home any more, and it is as before."""
+        """Continue a decided move; return False if the new home is gone and everything is as before."""
         if await self._placements.is_member(move.target):
             await self._go_on(move)
             return True
@@ -279,7 +279,7 @@ class Mover:
             await self._order(move, what, _ORDER)
 
     async def _undo(self, move: Move) -> None:
-        """Have the tenant as it was."""
+        """Restore the tenant as it was before the move."""
         tenant, stopped = move.tenant, self._doors.closed(move.tenant)
         if move.state != "undoing":
             await self._enter(move, "undoing")

@@ -1,7 +1,8 @@
 """Keeps a copy of each tenant of this member on another one, and brings back the tenants of a lost member.
 
-A member is lost once the cluster has it no more (`incus cluster remove --force`): then nothing of it comes
-back, and its tenants' names are free. As long as it is a member, it may come back with them.
+A member is lost once it has been removed from the cluster (`incus cluster remove --force`). Nothing of it
+comes back then, and its tenants' names are free. A member that was not removed may still come back with its
+tenants.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Standby:
         return self._standing.keys()
 
     async def recall(self) -> None:
-        """Go on with what an earlier process copied. Raises `StoreFailed`."""
+        """Load what an earlier process copied. Raises `StoreFailed`."""
         for tenant, instance, member, at in await self._store.read(_all):
             self._standing[tenant] = Standing(instance, member, at)
 
@@ -189,7 +190,7 @@ class Standby:
             log.warning("%s has no new copy: %s", name, error.message)
 
     async def _place(self, standing: Standing | None) -> str | None:
-        """Return the member that has the copy or is to have it; None if there is none that can."""
+        """Return the member that has, or will have, the copy; None if no member can have it."""
         peers = self._cluster.peers.all
         if standing is not None and standing.member in peers:
             return standing.member if peers[standing.member].alive else None
@@ -203,7 +204,10 @@ class Standby:
         return None
 
     async def _end(self, name: str, tenant: Tenant | None) -> None:
-        """Delete the copy of a tenant that was destroyed, or is to have none; of one that moved it stays."""
+        """Delete the copy of a tenant that was destroyed or should have none.
+
+        The copy of one that moved stays.
+        """
         if tenant is not None:
             with contextlib.suppress(NotFound):
                 await self._copies.forget(name)
@@ -213,7 +217,7 @@ class Standby:
         await self._note(name, None)
 
     async def gone(self, tenant: str) -> None:
-        """Have this member copy a tenant no more, which is another one's now with its copy."""
+        """Stop copying a tenant that now belongs, with its copy, to another member."""
         await self._note(tenant, None)
 
     async def _note(self, name: str, standing: Standing | None) -> None:
@@ -227,7 +231,7 @@ class Standby:
             log.warning("the copy of %s is not recorded: %s", name, error.message)
 
     async def received(self, tenant: str, snapshot: str) -> None:
-        """Take notice that the copy of another member's tenant, which is here, has got a snapshot."""
+        """Note that the copy of another member's tenant on this member has a new snapshot."""
         try:
             await self._copies.count(tenant, snapshot)
         except GatewayError as error:
@@ -263,7 +267,7 @@ class Standby:
             self._cluster.peers.watchers.discard(looked)
 
     async def _bring_back(self) -> None:
-        """Make the tenants again whose copies are here and whose member is none any more."""
+        """Recreate the tenants whose copies are here and whose member was removed."""
         found = [copy for copy in await self._copies.here() if copy.home != self._cluster.own]
         if not found:
             return
@@ -273,7 +277,7 @@ class Standby:
                 await self.revive(copy)
 
     async def revive(self, copy: StandbyCopy, *, away: bool = False) -> None:
-        """Make a copy that is here the tenant, which it is by decision of the cluster. Idempotent.
+        """Turn a copy on this member into the tenant, as the cluster has decided. Idempotent.
 
         `away`: its old server may come back. Raises `Unavailable`.
         """

@@ -1,4 +1,4 @@
-"""Brings back the tenants of a member that has died, and lets that member know when it returns.
+"""Brings back the tenants of a member that has died, and informs that member when it returns.
 
 ```
 where a copy is   silence ── suspicion ── its lease is over, GATEWAY_FAILOVER too ── decision ── tenant
@@ -44,7 +44,7 @@ _ONLINE: Final = "Online"
 
 @dataclass(slots=True)
 class _Lost:
-    """What is known of a member that is silent: the suspicion that stands, and since when we know of it."""
+    """What is known about a silent member: the present suspicion, and since when we have known of it."""
 
     suspicion: str = ""
     since: float = 0.0
@@ -81,13 +81,13 @@ class Takeover:
         self._said: dict[str, str] = {}  # why the tenants of whom are not brought back yet
 
     async def follow(self) -> None:
-        """Look after members that say nothing, forever."""
+        """Handle silent members, forever."""
         while True:
             await self.look()
             await asyncio.sleep(_LOOK)
 
     async def look(self) -> None:
-        """Do what there is to do now for the tenants of members that are silent."""
+        """Do what is due now for the tenants of silent members."""
         self._lost = {name: lost for name, lost in self._lost.items() if name in self._cluster.peers.all}
         silent = [peer for peer in self._cluster.peers.all.values() if not peer.alive]
         works = {peer.name: self._look(peer) for peer in silent}
@@ -105,7 +105,7 @@ class Takeover:
                 self._said.pop(name, None)
 
     async def _go_on(self) -> None:
-        """Bring back what was decided and did not get to its end, here or in an earlier process."""
+        """Finish bringing back tenants for which the decision was made, here or in an earlier process."""
         async with self._reviving:
             if not self._recalled:
                 if others := [copy for copy in await self._copied() if copy.home != self._cluster.own]:
@@ -118,12 +118,12 @@ class Takeover:
                 self._listed = -math.inf
 
     async def _clear(self, name: str) -> None:
-        """Forget of a member that it was silent, once it has made sure which tenants it has."""
+        """Forget that a member was silent, once it has found out which tenants it still has."""
         if not self._lost[name].suspicion or await self._lease.suspicion(name) is None:
             del self._lost[name]
 
     async def _look(self, peer: Peer) -> None:
-        """Do what there is to do for the tenants of a member that is silent."""
+        """Do what is due for the tenants of a silent member."""
         if not any(copy.home == peer.name for copy in await self._copied()):
             return
         lost = self._lost.setdefault(peer.name, _Lost())
@@ -170,7 +170,7 @@ class Takeover:
 
 
 class Return:
-    """Keeps what is still this member's own when it comes back, and lets go of the rest.
+    """When this member comes back, keeps the tenants that are still its own and gives up the rest.
 
     `leaving` are tenants that the runtime is to leave alone, `changed` is called with a tenant that is
     another member's now.
@@ -194,9 +194,9 @@ class Return:
         self._steps, self._leaving, self._changed = steps, leaving, changed
 
     async def accused(self, suspicion: str) -> None:
-        """Find out whose each tenant is that others have copies of. Can be repeated.
+        """Find out which member each tenant with a copy elsewhere belongs to. Can be repeated.
 
-        Raises `GatewayError`: then it is not known yet.
+        Raises `GatewayError` if that is not known yet.
         """
         # the records of this member may be lost, and what its instances say may be older than these
         tenants = {tenant: self._standby.instance(tenant) for tenant in self._standby.copied}
@@ -206,7 +206,7 @@ class Return:
                 await self._let_go(tenant, instance, home, suspicion)
 
     async def _let_go(self, tenant: str, instance: str, home: str, suspicion: str) -> None:
-        """Delete what is here of a tenant that runs elsewhere; what was lost with it is told there."""
+        """Delete what this member still has of a tenant that runs elsewhere. The loss is reported there."""
         log.warning("%s was brought back by %s: what is here of it is deleted", tenant, home)
         for tenants in (self._leaving, self._names.moving):
             tenants.add(tenant)
@@ -224,7 +224,7 @@ class Return:
         await self._placements.back(tenant, home, suspicion)
 
     async def start(self) -> None:
-        """Start the tenants that ran when this server went down, which Incus leaves to us."""
+        """Start the tenants that were running when this server went down. Incus leaves this to us."""
         for tenant in await self._copies.fallen():
             try:
                 await self._tenants.start(tenant)

@@ -17,11 +17,11 @@ class ClusterSettings(BaseModel):
     peer_listen: str = Field(
         ":8444",
         pattern=r"^.*:[0-9]{1,5}$",
-        description="address to listen on for the gateways of other members, if there are any: HOST:PORT; "
-        "without a host at this member's address in the cluster",
+        description="address to listen on for other members' gateways: HOST:PORT; without a host, this "
+        "member's address in the cluster",
     )
     advertise: str | None = Field(
-        None, description="URL at which clients reach this member's gateway directly; told as `home`"
+        None, description="URL at which clients reach this member's gateway directly; reported as `home`"
     )
     placement: Literal["spread", "local"] = Field(
         "spread",
@@ -30,17 +30,17 @@ class ClusterSettings(BaseModel):
     )
     local_member: Path | None = Field(
         None,
-        description="file of this gateway in a folder by which gateways of the runtime `local` on one "
-        "machine find one another, as if each was a member of a cluster with the file's name",
+        description="file of this gateway in a folder through which gateways of the runtime `local` on one "
+        "machine find one another, each as a cluster member named like its file",
     )
     cluster_project: str = Field(
         "gateway-keys",
-        description="Incus project of the keys that the gateways of a cluster share, and of nothing else",
+        description="Incus project for the keys that the gateways of a cluster share, and for nothing else",
     )
     cluster_patience: float = Field(
         2.0,
         gt=0,
-        description="seconds to wait for a decision of the cluster, which has none without a quorum",
+        description="seconds to wait for a decision of the cluster, which cannot decide without a quorum",
     )
     cluster_home_kept: float = Field(
         3600.0,
@@ -50,54 +50,56 @@ class ClusterSettings(BaseModel):
     standby: float = Field(
         0.0,
         ge=0,
-        description="seconds between two copies of each tenant to another member, from which it comes back "
-        "when its own is lost; 0: none. `user.gateway.standby` of an instance overrides it",
+        description="seconds between two copies of each tenant to another member, from which it is brought "
+        "back if its own member is lost; 0: none. `user.gateway.standby` of an instance "
+        "overrides it",
     )
     standby_project: str = Field(
-        "gateway-standby", description="Incus project of these copies, and of nothing else"
+        "gateway-standby", description="Incus project for these copies, and for nothing else"
     )
     standby_timeout: float = Field(
-        900.0, gt=0, description="seconds that one copy may take, the first one with all of the disk"
+        900.0, gt=0, description="seconds that one copy may take; the first one transfers the whole disk"
     )
     failover: float = Field(
         0.0,
         ge=0,
-        description="seconds after the last sign of a member until its tenants are brought back from their "
-        "copies on others, five more than GATEWAY_LEASE at least; 0: only once it is removed from the "
-        "cluster",
+        description="seconds after a member's last sign of life until its tenants are brought back from "
+        "copies on others, at least five more than GATEWAY_LEASE; 0: only once the member is "
+        "removed from the cluster",
     )
     failover_project: str = Field(
         "gateway-recovered",
-        description="Incus project of the tenants that were brought back while their old server may come "
-        "back with its instance of them, whose name is taken; and of nothing else",
+        description="Incus project for tenants that were brought back while their old server may still "
+        "return with its own instances of the same names; and for nothing else",
     )
     lease: float = Field(
         10.0,
         gt=0,
-        description="seconds without a word of most members and without a quorum, after which a member "
-        "freezes its tenants that others have copies of; with GATEWAY_FAILOVER alone",
+        description="seconds without contact to most members and without a quorum, after which a member "
+        "freezes the tenants that others have copies of; only with GATEWAY_FAILOVER",
     )
     cluster_events_ahead: int = Field(
         64 * KiB,
         gt=0,
-        description="bytes that are read ahead of each other member's events, for one stream of the events "
-        "of all members",
+        description="bytes of each other member's events that are read ahead for one stream of all members' "
+        "events",
     )
     # moves of tenants
-    moves_at_once: int = Field(2, gt=0, description="number of tenants that leave this member at a time")
+    moves_at_once: int = Field(
+        2, gt=0, description="maximum number of tenants that leave this member at once"
+    )
     move_patience: float = Field(
         30.0,
         gt=0,
-        description="seconds that a call waits for its tenant, which is about to run on another member",
+        description="seconds that a call waits for a tenant that is moving to another member",
     )
     move_waiting: int = Field(
-        200, gt=0, description="maximum number of calls and connections that wait so for one tenant"
+        200, gt=0, description="maximum number of calls and connections that wait for one moving tenant"
     )
     move_calls: float = Field(
         1.0,
         ge=0,
-        description="seconds in which calls that are under way may end before their tenant is stopped to "
-        "be moved",
+        description="seconds that calls under way have to finish before their tenant is stopped for its move",
     )
     move_copy_timeout: float = Field(
         3600.0, gt=0, description="seconds that the copy of a tenant's disk to another member may take"

@@ -37,7 +37,7 @@ class ConnectionSettings(BaseModel):
         1024,
         gt=0,
         description="maximum number of HTTP connections that wait for a request's head; beyond it the one "
-        "that is silent longest is closed",
+        "that has been silent longest is closed",
     )
     head_timeout: float = Field(10.0, gt=0, description="seconds within which a request's head must arrive")
     body_timeout: float = Field(

@@ -37,6 +37,6 @@ class LifecycleSettings(BaseModel):
     upgrade_patience: float = Field(
         300.0,
         ge=0,
-        description="seconds that an upgrade waits for running deployments before it is given up "
-        "with nothing changed",
+        description="seconds that an upgrade waits for running deployments before it stops with nothing "
+        "changed",
     )

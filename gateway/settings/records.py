@@ -42,7 +42,7 @@ class RecordSettings(BaseModel):
     records_most: int = Field(
         64 * MiB,
         gt=0,
-        description="maximum size in bytes of all records of one tenant on their way to another member of a "
+        description="maximum size in bytes of one tenant's records when they are sent to another member of a "
         "cluster; the same on all members",
     )
     # events

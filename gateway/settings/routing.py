@@ -28,8 +28,8 @@ class RouteSettings(BaseModel):
         8445,
         gt=0,
         lt=65536,
-        description="port at a cluster member's address where the others' Caddys ask for its sites; the same "
-        "on all members",
+        description="port at a cluster member's address where the other members' Caddys request its sites; "
+        "the same on all members",
     )
     caddy_issuer: Literal["acme", "internal"] = Field(
         "acme",
@@ -46,8 +46,8 @@ class RouteSettings(BaseModel):
     caddy_retry: float = Field(
         2.0,
         ge=0,
-        description="seconds that visitors wait for a site that takes no connection, as while its server is "
-        "started again; 0: not at all",
+        description="seconds that visitors wait for a site that accepts no connections, for example while "
+        "its server restarts; 0: not at all",
     )
     domain: str | None = Field(
         None, description="domain of the gateway itself, behind Caddy; needs GATEWAY_LISTEN to be HOST:PORT"
@@ -66,7 +66,8 @@ class RouteSettings(BaseModel):
     max_previews: int = Field(
         32,
         gt=0,
-        description="maximum number of pages on their way to previews with a console; of one site a quarter",
+        description="maximum number of pages being served to previews with a console; a quarter of it for "
+        "one site",
     )
     templates_dir: Path | None = Field(
         None, description="folder with more site templates besides the built-in ones"

@@ -28,8 +28,8 @@ class ServerSettings(BaseModel):
     hold: float = Field(
         60.0,
         gt=0,
-        description="seconds that running commands wait for a gateway that was restarted or killed, by their "
-        "holder",
+        description="seconds that the holder keeps running commands for a gateway that was restarted or "
+        "killed",
     )
     origins: Origins = Field(
         (), description="origins of web pages that may use the gateway besides its own, comma-separated"

@@ -53,11 +53,13 @@ class ToolSettings(BaseModel):
     )
     turn_timeout: float = Field(60.0, gt=0, description="seconds that git may take for one request")
     turn_file_max: int = Field(
-        8 * MiB, gt=0, description="size in bytes from which on a file is not recorded in the history"
+        8 * MiB, gt=0, description="size in bytes from which a file is not recorded in the history"
     )
     turns_kept: int = Field(1000, gt=0, description="maximum number of turns in the history of a tenant")
     history_bytes: int = Field(
-        256 * MiB, gt=0, description="size in bytes of a tenant's history beyond which its oldest half goes"
+        256 * MiB,
+        gt=0,
+        description="size in bytes of a tenant's history beyond which its oldest half is removed",
     )
     # Bash
     bash_timeout: float = Field(
