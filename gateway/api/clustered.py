@@ -13,18 +13,16 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
-import orjson
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
-from websockets.frames import DATA_OPCODES, Frame
-from websockets.protocol import Protocol, Side, State
 
 from gateway import __version__, protocol
 from gateway.api.access import check_covered, check_origin, raw_token
 from gateway.api.asked import Asked, has, home_of
 from gateway.api.connection import close_code
+from gateway.api.first_message import FirstMessage
 from gateway.api.http import REQUEST_ID, address, ask, hold, problem
 from gateway.api.placing import room_here
 from gateway.api.routes.websocket import refuse
@@ -42,7 +40,7 @@ from gateway.protocol import CloseCode
 from gateway.runtime import Tenant
 from gateway.storage.store import Store
 from gateway.transport.tunnel import Far, Near, Refused, close_frame, text_frame
-from gateway.transport.websocket import LARGE, TAKE
+from gateway.transport.websocket import TAKE
 
 log = logging.getLogger(__name__)
 
@@ -360,7 +358,7 @@ class _Relayed:
                         stack.close()  # which is the stranger's place
                         stack.callback(place)
 
-            near = Near(protocol, far, head, None if token is not None else _First(sent))
+            near = Near(protocol, far, head, None if token is not None else FirstMessage(sent))
             home.cut.add(cut := partial(near.end, close_frame(CloseCode.TRY_LATER, "its server is away")))
             services.tunnels.add(near)
             try:
@@ -381,26 +379,3 @@ class _Relayed:
 
 def _without_id(scope: Scope) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-
-
-class _First:
-    """Reads what a client sends up to the end of its first message, and extracts that message's `params`."""
-
-    def __init__(self, told: Callable[[Mapping[str, Any]], None]) -> None:
-        self._told = told
-        self._wire = Protocol(Side.SERVER, state=State.OPEN, max_size=LARGE)
-        self._text = b""
-
-    def __call__(self, data: bytes) -> bool:
-        """Read these bytes; return whether more are needed."""
-        self._wire.receive_data(data)
-        for frame in self._wire.events_received():
-            assert isinstance(frame, Frame)
-            if frame.opcode not in DATA_OPCODES:
-                continue
-            self._text += bytes(frame.data)
-            if frame.fin:
-                with contextlib.suppress(ValueError, AttributeError, TypeError):
-                    self._told(orjson.loads(self._text).get("params") or {})
-                return False
-        return self._wire.parser_exc is None and len(self._text) <= LARGE
