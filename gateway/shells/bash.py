@@ -68,6 +68,7 @@ class Bash:
             session.cwd = record.cwd = None
             record.notes = [_reset(root)]
             started = await self._commands.start(root, record, command, exec_id, by, begin)
+        record.until = time.time() + seconds  # a busy tenant takes its time to start it
         self._telling[exec_id] = started
         try:
             if background:
