@@ -1,7 +1,8 @@
 """Looks for what grows without end: rounds of starts through the API, and a kill after some of them.
 
-On the tests' own Incus (GATEWAY_TEST_HOST). After each round, and after its kills and adoptions, it prints the
-gateway's descriptors by kind, its memory, what the holder holds, and the commands' groups in the container.
+On the tests' own Incus (GATEWAY_TEST_HOST). After each round, and after its kills and adoptions, it prints
+the gateway's descriptors by kind, its memory, what the holder holds, and the commands' groups in the
+container.
 The first rounds fill what is kept on purpose (ended commands, pools), so the second half is what to look at:
 the exit code is 1 where the last round has more descriptors, names or groups than the middle one, or over a
 tenth more memory of the gateway.
