@@ -189,6 +189,23 @@ async def test_holder_and_gateway_die_in_turn_at_any_moment(start: Start, tmp_pa
         theirs.close()
 
 
+async def test_a_holder_that_lives_on_drops_what_it_was_not_told_to_drop(
+    start: Start, tmp_path: Path
+) -> None:
+    """A word that a broken connection took with it is said again: a command's sockets would stay open."""
+    await start()
+    path = tmp_path / "holder.sock"
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        holder.put("one", [0])
+        holder.put("two", [0])
+        await until(lambda: held_at(path) == 2)
+        assert holder._socket is not None
+        holder._socket.shutdown(socket.SHUT_RDWR)
+        holder.drop("one")
+        await until(lambda: held_at(path) == 1)
+
+
 async def test_without_a_holder_nothing_is_held_and_nothing_fails(tmp_path: Path) -> None:
     async with Holder(tmp_path / "holder.sock") as holder:
         assert await holder.taken_over() == {}
