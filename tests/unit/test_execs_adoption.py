@@ -185,6 +185,28 @@ async def test_an_ended_command_is_kept_with_its_output_and_its_end(settings: Se
                 await until(lambda: held_at(settings.holder_socket) == 0)
 
 
+async def test_an_end_that_nobody_was_told_is_told_once_and_stays_on_record(settings: Settings) -> None:
+    """The gateway was killed right after it had noted the end; so its caller's id is not free again."""
+    key: Key = ("demo", "exec", "mine")
+    asked, told = bytes.fromhex(str(FACTS["asked"])), list[int]()
+    await put(settings, [ended({"format": 1, "own": OWN, "facts": FACTS})])
+    async with Store(settings.state_dir / "records") as store:
+        await (await Idempotency.opened(store, settings)).begin(key, asked)
+    for _ in range(2):
+        async with (
+            Holder(settings.holder_socket) as holder,
+            Adopting(settings, holder) as runtime,
+            Store(settings.state_dir / "records") as store,
+        ):
+            receipts, bus = await Idempotency.opened(store, settings), Bus(MemoryJournal(100))
+            before = bus.last
+            async with Execs(runtime.commands, bus, receipts, settings) as execs:
+                await is_whole(execs)
+                told.append(bus.last - before)
+                assert await receipts.result(key, asked) is not None
+    assert told == [1, 0]
+
+
 async def test_a_command_that_has_just_ended_is_kept_too(settings: Settings) -> None:
     """The holder still has its sockets, of which it is told to let go a moment after the end."""
     noted = {"format": 1, "own": OWN, "facts": FACTS}

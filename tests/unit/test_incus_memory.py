@@ -378,6 +378,33 @@ async def test_an_answer_waits_for_whoever_has_its_descriptor(
     waiting.close()
 
 
+async def test_an_answer_is_the_last_of_its_connection(tmp_path: Path) -> None:
+    """Whoever has the descriptor could otherwise ask incusd for anything, as root."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "incusd"))
+        listener.listen()
+        waiting = await Waiting.ask(tmp_path / "incusd", "1234")
+        with listener.accept()[0] as asked:
+            lines = asked.recv(1000).split(b"\r\n")
+        waiting.close()
+    assert lines[0].startswith(b"GET /1.0/operations/1234/wait") and b"Connection: close" in lines
+
+
+@pytest.mark.parametrize("written", [False, True])
+async def test_a_piece_that_was_written_but_not_noted_counts(memory: Memory, written: bool) -> None:
+    """The kill came between the write into the pipe and the note of it, or before the write."""
+    ours, theirs = socket.socketpair()
+    pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    memory.record("place").write(struct.pack("<QQ", 10, 1 + 15))
+    if written:
+        os.write(pipe[1], b"".join(frame(BINARY, b"hello")))
+    inlet = Inlet(ours, pipe, memory)
+    assert inlet.position == (15 if written else 10)
+    inlet.close()
+    ours.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"ff\r\n{"])
 async def test_an_answer_that_broke_off_is_none(said: bytes) -> None:
     ours, theirs = socket.socketpair()
