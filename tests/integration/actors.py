@@ -258,7 +258,7 @@ async def is_due(house: House) -> AsyncGenerator[None]:
         if exit_ is None and tree["exec"] not in await house.listed():
             exit_ = await house.ended(tree["exec"])
     exit_ = exit_ or await house.ended(tree["exec"])
-    assert late(tree, exit_, began + seconds) < AWAY
+    assert -0.01 < late(tree, exit_, began + seconds) < AWAY
 
 
 async def polls(house: House) -> AsyncGenerator[None]:
