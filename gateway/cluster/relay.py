@@ -282,14 +282,19 @@ def url_at(scope: Scope, peer: Peer) -> URL:
     """Return where a peer answers the same request."""
     query = scope["query_string"].decode("latin-1")
     path = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
-    return URL(peer.url + path, encoded=True)
+    # to this gateway it is a part of a name like any other, as to the home; `URL` would cut it off
+    return URL(peer.url + path.replace("#", "%23"), encoded=True)
 
 
 def passed_on(scope: Scope, client: str) -> Iterable[tuple[str, str]]:
-    """Yield the headers of a request for its peer, including the one that describes the client."""
+    """Yield the headers of a request for its peer, including the one that describes the client.
+
+    A length beside a transfer coding counts for nothing, and must not be passed on (RFC 9112, 6.3).
+    """
+    coded = any(name.lower() == b"transfer-encoding" for name, _ in scope["headers"])
     for name, value in scope["headers"]:
         text = name.decode("latin-1").lower()
-        if text not in _OF_A_HOP:
+        if text not in _OF_A_HOP and not (coded and text == "content-length"):
             yield text, value.decode("utf-8", "surrogateescape")
     yield RELAYED, client
 
