@@ -75,6 +75,11 @@ class Bus:
         draft = Draft(type, self._source, time.time(), tenant, deployment, body)
         return self._journal.append([draft])[0]
 
+    async def recorded(self, event: Event) -> None:
+        """Wait until no crash can lose an event, or until it cannot be recorded for now."""
+        while self.newest < event.id and not self._journal.settled:
+            await self._grown.wait()
+
     def _followed(self) -> bool:
         return any(not subscription.patient for subscription in self._subscriptions)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gateway.errors import GatewayError
-from gateway.events import Bus
 from gateway.execs.ended import Past
 from gateway.execs.exec import Exec
 from gateway.execs.kept import Kept
@@ -31,12 +30,11 @@ class Adoption:
         idempotency: Idempotency,
         runner: Runner,
         kept: Kept,
-        bus: Bus,
         settings: Settings,
         add: Callable[[Exec], None],
     ) -> None:
         self._commands, self._notes, self._idempotency = commands, notes, idempotency
-        self._runner, self._kept, self._bus, self._settings = runner, kept, bus, settings
+        self._runner, self._kept, self._settings = runner, kept, settings
         self._add = add
         self._adopted: set[tuple[str, str]] = set()  # tenants and ids
 
@@ -65,8 +63,7 @@ class Adoption:
                 self._add(exec_)
                 self._kept.add(exec_)
             if earlier.lost:
-                self._bus.publish("exec.exited", exec_.tenant, earlier.ended.on_wire(exec_.id))
-                await self._notes.end(exec_)
+                self._runner.report(exec_, keep=True)
 
     async def _adopt(self, found: Adopted, begun: Mapping[tuple[str, str], bool]) -> None:
         """Continue a command of an earlier process, or keep it if it has ended.
@@ -93,8 +90,7 @@ class Adoption:
             return
         self._kept.add(exec_)
         if begun.get((tenant, exec_id)):  # it ended without an event
-            self._bus.publish("exec.exited", tenant, exec_.over.on_wire(exec_id))
-            await (self._notes.end(exec_) if exec_.once else self._notes.forget(exec_))
+            self._runner.report(exec_, keep=exec_.once)
 
     async def _forget_begin(self, facts: Mapping[str, Any]) -> None:
         """Forget that a command, or the call that it is for, was recorded as begun: it may be made again."""

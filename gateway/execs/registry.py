@@ -48,7 +48,7 @@ class Execs:
         Recorded commands that were still running and not held are reported as lost.
         """
         adoption = Adoption(
-            *(self._commands, self._notes, self._idempotency, self._runner, self._kept, self._bus),
+            *(self._commands, self._notes, self._idempotency, self._runner, self._kept),
             *(self._settings, self._add),
         )
         await adoption.run()

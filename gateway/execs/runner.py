@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from functools import partial
+from typing import Any
 
-from gateway.events import Bus
+from gateway.events import Bus, Event
 from gateway.execs.exec import Exec
 from gateway.execs.input import Spools
 from gateway.execs.kept import Kept
@@ -84,11 +85,26 @@ class Runner:
         facts = {"exec": exec_.id, "pid": exec_.process.pid, "command": _short(exec_.spec), "by": by}
         self._bus.publish("exec.started", exec_.tenant, facts)
 
+    def publish_end(self, exec_: Exec) -> Event:
+        """Report how a command ended."""
+        return self._bus.publish("exec.exited", exec_.tenant, exec_.over.on_wire(exec_.id))
+
     def run(self, exec_: Exec) -> None:
         """Run a command in its own task, independent of the call that started it."""
-        task = asyncio.create_task(self._run(exec_), name=f"exec {exec_.id}")
+        self._begin(self._run(exec_), f"exec {exec_.id}")
+
+    def report(self, exec_: Exec, *, keep: bool) -> None:
+        """Report the end of an earlier process's command, and then `keep` it on record, or forget it."""
+        self._begin(self._reported(exec_, self.publish_end(exec_), keep), f"end {exec_.id}")
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _reported(self, exec_: Exec, event: Event, keep: bool) -> None:
+        await self._bus.recorded(event)
+        await (self._notes.end(exec_) if keep else self._notes.forget(exec_))
 
     async def _run(self, exec_: Exec) -> None:
         timer = None
@@ -115,9 +131,8 @@ class Runner:
         finally:
             exec_.tell_end()
         ended = exec_.ended.result()
-        data = ended.on_wire(exec_.id)
         self._kept.add(exec_)
-        self._bus.publish("exec.exited", exec_.tenant, data)
+        event = self.publish_end(exec_)
         log.info(
             "exec %s of %s: %s, code %s, %d ms, %s bytes",
             exec_.id,
@@ -128,7 +143,8 @@ class Runner:
             sum(ended.offsets.values()),
         )
         await noting
-        if not exec_.once:  # after the event, so that no command is reported as exited and later as lost
+        if not exec_.once:
+            await self._bus.recorded(event)  # or the next process would not know that it has to report it
             await self._notes.forget(exec_)
 
 

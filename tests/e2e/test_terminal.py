@@ -94,6 +94,10 @@ async def test_many_terminals_are_gone_through_by_keys_and_by_the_wheel(editor: 
     await page.mouse.wheel(0, -2000)
     await expect(tabs.nth(0)).to_be_in_viewport(ratio=1)
     await expect(tabs.nth(5)).not_to_be_in_viewport()
+    # who has scrolled away stays there when the strip gets smaller
+    await page.set_viewport_size({"width": 860, "height": 700})
+    await window.prompt()
+    await expect(tabs.nth(0)).to_be_in_viewport(ratio=1)
 
     await expect(keyboard).to_be_focused()
     await page.keyboard.press("Alt+PageUp")

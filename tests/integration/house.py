@@ -70,7 +70,7 @@ class House:
                     assert [has[key] for key in SAME] == [had[key] for key in SAME]
                     assert all(has["offsets"][name] >= had["offsets"][name] for name in had["offsets"])
                 await _together(_leave(one) for one in visiting)
-                assert await self.count("sleep 1000") == 0, "of a tree something is left"
+                assert await self.count("sleep 100") == 0, "of a tree something is left"
             self.over = True
             await _together(_leave(one) for one in staying)
 

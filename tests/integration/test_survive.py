@@ -23,7 +23,7 @@ from gateway.host import holder_process
 from gateway.host.gateway_process import GatewayProcess
 from gateway.host.place import Place
 from gateway.settings import Settings
-from tests.integration.actors import GUESTS, RESIDENTS, TREE
+from tests.integration.actors import GUESTS, RESIDENTS, tree_of
 from tests.integration.conftest import Container
 from tests.integration.hosts import Host, held, host
 from tests.integration.house import House
@@ -103,7 +103,7 @@ async def test_what_ends_all_leaves_nothing(
     async def start(host: Host) -> Resuming:
         client = Resuming(host, shared_tenant.name)
         # with an id of its own it is on record before it begins, and not some moment later
-        await client.start(command=TREE, execId=secrets.token_hex(8))
+        await client.start(command=tree_of(0), execId=secrets.token_hex(8))
         await until(lambda: client.offsets[1] > 0)
         return client
 

@@ -176,8 +176,15 @@ async def test_background_shells_go_on_where_they_stood(host: Host, shared_tenan
     assert not (await poll()).get("stdout")
     written = tenant.sh(f"cat {facts['outputFile']}").split("\n")
     assert sorted(written) == sorted([*got["stdout"], *got["stderr"], ""])
-    parts, _ = await caller.output(after["shellId"])
-    assert (parts["status"], parts["stdout"]) == ("completed", "early\n1\n2\n3\n4\n5\n6\n7\nlate")
+    lines = list[str]()
+
+    async def completed() -> bool:
+        parts, _ = await caller.output(after["shellId"])
+        lines.extend(parts.get("stdout", "").splitlines())
+        return parts["status"] == "completed"
+
+    await until(completed)
+    assert lines == ["early", *map(str, range(1, 8)), "late"]
 
     said = await caller.call("KillShell", {"shell_id": lasting["shellId"]})
     assert not said["isError"] and said["structuredContent"]["killed"] >= 2, said

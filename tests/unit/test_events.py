@@ -680,11 +680,14 @@ async def test_a_full_disk_stops_no_publisher_and_ends_in_a_gap(tmp_path: Path) 
         bus = Bus(journal, "t")
         subscription = bus.subscribe(ALL)
         first = bus.publish("first")
+        await bus.recorded(first)
+        assert await store.read(lambda db: db.execute("SELECT max(id) FROM events").fetchone()) == (first.id,)
         assert await take(subscription, 1) == [first]
         await pages(1)
         lost = bus.publish("large", data={"x": "x" * 100_000})
         await until(lambda: journal.failed is not None)
         assert journal.failed is not None and journal.failed.facts == {"reason": "disk_full"}
+        await bus.recorded(lost)  # waits for no room
         waiting = [bus.publish("small") for _ in range(5)]
         assert journal.newest == first.id
         await pages(1 << 20)

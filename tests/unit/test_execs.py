@@ -138,6 +138,20 @@ async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp
     assert told == [running.id]
 
 
+async def test_an_end_is_to_be_told_until_no_kill_can_lose_its_event(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execs, written = await make(), asyncio.Event()
+    monkeypatch.setattr(execs._bus, "recorded", lambda event: written.wait())
+    running = await execs.start("demo", ExecSpec(("sleep", mark())))
+    await until(lambda: len(noted(execs)) == 1)
+    await running.cancel(0)
+    await turn()
+    assert len(noted(execs)) == 1
+    written.set()
+    await until(lambda: noted(execs) == [])
+
+
 async def test_what_has_ended_by_then_is_not_noted(make: Make) -> None:
     execs = await make()
     exec_ = await ended(execs, "true")

@@ -210,6 +210,9 @@ function Keys({ terminal, current }: { terminal: Terminal; current: Workspace })
   );
 }
 
+/** By which somebody scrolls. */
+const WAYS = ["wheel", "touchmove"] as const;
+
 function TerminalTab({ terminal, current }: { terminal: Terminal; current: Workspace }) {
   const { terminals } = current;
   const active = terminals.active.value === terminal;
@@ -221,10 +224,17 @@ function TerminalTab({ terminal, current }: { terminal: Terminal; current: Works
     if (!active || !tab || !strip) return;
     // who goes from tab to tab by keys stays among them
     if (strip.contains(document.activeElement)) tab.focus({ preventScroll: true });
-    // now, and again when what is beside the tabs leaves them less room, as a terminal's own buttons do
+    // now, and again when what is beside the tabs leaves them less room, as a terminal's own buttons do, or
+    // the tab gets wider; but not for who goes through the strip by wheel or finger meanwhile
     const watching = new ResizeObserver(() => tab.scrollIntoView({ block: "nearest", inline: "nearest" }));
+    const leave = () => watching.disconnect();
     watching.observe(strip);
-    return () => watching.disconnect();
+    watching.observe(tab);
+    for (const way of WAYS) strip.addEventListener(way, leave, { passive: true });
+    return () => {
+      leave();
+      for (const way of WAYS) strip.removeEventListener(way, leave);
+    };
   }, [active]);
   return (
     <div
