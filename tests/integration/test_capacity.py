@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.limits.capacity import host_memory
+from gateway.rootfs.locations import is_tenant
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.sites import hosting
@@ -22,8 +23,9 @@ async def test_of_three_at_a_time_the_last_place_is_given_once(
     incus_settings: Settings, tmp_path: Path
 ) -> None:
     """Others are told why, and nothing is left of them; what is there already is updated as before."""
-    # by a hair more than those of other tests have, which run beside it
-    used = sum(512 << 20 for entry in environment.instances() if entry["status"] != "Stopped")
+    # by a hair more than the tenants of other tests have, which run beside it
+    tenants = [entry for entry in environment.instances() if is_tenant(entry)]
+    used = sum(512 << 20 for entry in tenants if entry["status"] != "Stopped")
     factor = (used + (700 << 20)) / host_memory().total
     async with hosting(incus_settings, tmp_path / "state", overcommit=factor) as host:
         ended = await asyncio.gather(*(host.deploy(f"last{number}.test") for number in range(3)))
