@@ -322,6 +322,9 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "a crowd of what tests/integration/test_survive.py holds of a few in each run": {
         f"{_INTEGRATION}survive.py": ("test_two_hundred_commands_are_adopted_at_once",),
     },
+    "`polls` and `kills_its_shell` of tests/integration/actors.py do so over twenty kills in each run": {
+        f"{_INTEGRATION}survive_tools.py": ("test_background_shells_go_on_where_they_stood",),
+    },
     "one kill of incusd and of the gateway is in tests/integration/test_gateway_incus.py; here are more": {
         f"{_INTEGRATION}exec_faults.py": (
             "test_a_killed_incusd_with_fifty_commands",
