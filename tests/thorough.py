@@ -322,6 +322,11 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "a crowd of what tests/integration/test_survive.py holds of a few in each run": {
         f"{_INTEGRATION}survive.py": ("test_two_hundred_commands_are_adopted_at_once",),
     },
+    "test_the_oldest_kept_site_goes_where_the_disk_is_full holds it for a deployment": {
+        f"{_INTEGRATION}rollback.py": (
+            "TestIncus::test_the_oldest_kept_site_goes_where_an_agent_finds_the_disk_full",
+        ),
+    },
     "`polls` and `kills_its_shell` of tests/integration/actors.py do so over twenty kills in each run": {
         f"{_INTEGRATION}survive_tools.py": ("test_background_shells_go_on_where_they_stood",),
     },

@@ -36,7 +36,6 @@ __all__ = ["host"]
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "20"))
 SECONDS = float(os.environ.get("GATEWAY_TEST_SECONDS", "inf"))  # after which nobody is killed any more
-ROUNDS = max(5, KILLS // 4)  # of what starts a gateway several times
 HOLD = 0.5  # seconds
 CROWD, TRIES = 200, 4  # commands, and kills beside them
 
@@ -95,7 +94,7 @@ async def test_two_hundred_commands_are_adopted_at_once(
 async def test_what_ends_all_leaves_nothing(
     incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory, shared_tenant: Container
 ) -> None:
-    """A kill of both at once, `GATEWAY_HOLD` without a gateway, and a stop, each of which is told."""
+    """A kill of both at once, `GATEWAY_HOLD` without a gateway, and a stop; each is told."""
 
     def running() -> int:
         return int(shared_tenant.sh("pgrep -cf '^sleep 1000'", check=False))
@@ -109,7 +108,7 @@ async def test_what_ends_all_leaves_nothing(
 
     settings = incus_settings.model_copy(update={"hold": HOLD})
     async with held(settings, tmp_path_factory.mktemp("alone") / "state") as host:
-        for _ in range(ROUNDS):
+        for _ in range(KILLS):
             client = await start(host)
             await host.end_holder()
             await host.gateway.stop(signal.SIGKILL)
