@@ -19,7 +19,7 @@ class FirstMessage:
     def __init__(self, told: Callable[[Mapping[str, Any]], None]) -> None:
         self._told = told
         self._wire = Protocol(Side.SERVER, state=State.OPEN, max_size=LARGE)
-        self._text = b""
+        self._text = bytearray()
 
     def __call__(self, data: bytes) -> bool:
         """Read these bytes; return whether more are needed."""
@@ -28,7 +28,7 @@ class FirstMessage:
             assert isinstance(frame, Frame)
             if frame.opcode not in DATA_OPCODES:
                 continue
-            self._text += bytes(frame.data)
+            self._text += frame.data
             if frame.fin:
                 with contextlib.suppress(ValueError, AttributeError, TypeError):
                     self._told(orjson.loads(self._text).get("params") or {})

@@ -63,7 +63,7 @@ class Move:
 
 
 def parsed(text: bytes) -> Move:
-    """Return a stored move, or one that a peer reports. Members that a newer gateway added are ignored."""
+    """Return a stored move, or one that a peer reports. Fields that a newer gateway added are ignored."""
     said: Mapping[str, Any] = orjson.loads(text)
     known = {name: said[name] for name in Move.__dataclass_fields__ if name in said}
     return Move(**known)

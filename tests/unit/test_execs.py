@@ -146,10 +146,26 @@ async def test_an_end_is_to_be_told_until_no_kill_can_lose_its_event(
     running = await execs.start("demo", ExecSpec(("sleep", mark())))
     await until(lambda: len(noted(execs)) == 1)
     await running.cancel(0)
-    await turn()
+    await running.ended
+    await settled()
     assert len(noted(execs)) == 1
     written.set()
     await until(lambda: noted(execs) == [])
+
+
+async def test_a_lost_command_is_to_be_told_until_no_kill_can_lose_its_event(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execs, written = await make(), asyncio.Event()
+    await execs.start("demo", ExecSpec(("sleep", mark())))
+    await until(lambda: len(noted(execs)) == 1)
+    again = Execs(execs._commands, Bus(MemoryJournal(1000)), execs._idempotency, execs._settings)
+    monkeypatch.setattr(again._bus, "recorded", lambda event: written.wait())
+    async with again:
+        await turn()
+        assert [one.state for one in noted(again)] == ["begun"]
+        written.set()
+        await until(lambda: [one.state for one in noted(again)] != ["begun"])
 
 
 async def test_what_has_ended_by_then_is_not_noted(make: Make) -> None:

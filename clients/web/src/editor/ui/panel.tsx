@@ -210,8 +210,8 @@ function Keys({ terminal, current }: { terminal: Terminal; current: Workspace })
   );
 }
 
-/** By which somebody scrolls. */
-const WAYS = ["wheel", "touchmove"] as const;
+/** Events by which somebody scrolls a strip of tabs. */
+const SCROLLS = ["wheel", "touchmove"] as const;
 
 function TerminalTab({ terminal, current }: { terminal: Terminal; current: Workspace }) {
   const { terminals } = current;
@@ -230,10 +230,10 @@ function TerminalTab({ terminal, current }: { terminal: Terminal; current: Works
     const leave = () => watching.disconnect();
     watching.observe(strip);
     watching.observe(tab);
-    for (const way of WAYS) strip.addEventListener(way, leave, { passive: true });
+    for (const kind of SCROLLS) strip.addEventListener(kind, leave, { passive: true });
     return () => {
       leave();
-      for (const way of WAYS) strip.removeEventListener(way, leave);
+      for (const kind of SCROLLS) strip.removeEventListener(kind, leave);
     };
   }, [active]);
   return (
