@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -31,7 +31,7 @@ from gateway.incus.operation import Operation
 from gateway.incus.rest import Elsewhere, IncusError, Rest, instance_path, unreachable
 from gateway.incus.slots import Slots, named
 from gateway.incus.socket import StreamSocket
-from gateway.incus.states import States, start_of
+from gateway.incus.states import Lacks, States, start_of
 from gateway.incus.waiting import Waiting
 
 __all__ = ["Elsewhere", "Incus", "IncusError", "instance_path"]
@@ -130,9 +130,7 @@ class Incus(Rest):
         found: dict[str, Any] = (await self._request("GET", path, most=_STATE_MAX))["metadata"]
         return found
 
-    async def instances(
-        self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
-    ) -> list[dict[str, Any]]:
+    async def instances(self, *, state: Lacks | None = None) -> list[dict[str, Any]]:
         """Return all instances of the project; those for which `state` returns true include their state.
 
         An instance being created or deleted may be missing. Each state costs incusd about 10 ms, because it
@@ -152,6 +150,11 @@ class Incus(Rest):
                 raise
             found = await self.get(path, project=second)  # another member may have it there
         await self._here(found)
+        return found
+
+    async def _listed(self, name: str) -> dict[str, Any]:
+        found = await self._inventory.one(name, self._bare)
+        assert found is not None  # `_bare` raises
         return found
 
     async def _list(self) -> list[dict[str, Any]]:
@@ -175,16 +178,17 @@ class Incus(Rest):
         return None if found.get("config") is None else found
 
     async def instance(
-        self, name: str, *, state: Callable[[Mapping[str, Any]], bool] | None = None
+        self, name: str, *, state: Lacks | None = None, as_listed: bool = False
     ) -> dict[str, Any]:
         """Return an instance with its `state`, which is empty while it stops or if it is too large.
 
         If `state` is given and returns false for the instance, its state is not fetched, since incusd starts
-        two processes for it, and is left empty. Raises `IncusError`.
+        two processes for it, and is left empty. With `as_listed` the rest is what `instances` would return,
+        mostly without a request: a change by others is known some milliseconds later. Raises `IncusError`.
         """
         path = instance_path(name)
         if state is not None:
-            bare = await self._bare(name)
+            bare = await (self._listed(name) if as_listed else self._bare(name))
             if bare.get("config") is not None and not state(bare):
                 return {**bare, "state": {}}
         try:
@@ -205,10 +209,10 @@ class Incus(Rest):
     async def started(self, name: str) -> tuple[dict[str, Any], int]:
         """Return an instance and the host pid of its init process, 0 if it is not running.
 
-        The pid is looked up once per start: on this host if possible (see `monitor`), else in the instance's
-        `state`. Raises `IncusError`.
+        A change by others is known some milliseconds later. The pid is looked up once per start: on this host
+        if possible (see `monitor`), else in the instance's `state`. Raises `IncusError`.
         """
-        found = await self._bare(name)
+        found = await self._listed(name)
         if found.get("config") is None:  # it is stopping
             return await self.instance(name), 0
         if found["status"] == "Stopped":

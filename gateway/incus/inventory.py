@@ -7,6 +7,7 @@ the instances they name are fetched again; without events every list is fetched 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -37,8 +38,10 @@ class Inventory:
         self._fetch_all, self._fetch = fetch_all, fetch
         self._kept: dict[str, dict[str, Any]] | None = None  # None: fetch all
         self._since = 0.0
-        self._changed: set[str] = set()
-        self._heard = False
+        self._changes = itertools.count()
+        self._changed: dict[str, int] = {}  # the last change of each that was not fetched since
+        self._reset = 0  # how often all of it had to be fetched again
+        self._heard = self._asking_for_all = False
         self._refreshing = asyncio.Lock()
         self._profiles: dict[str, tuple[float, dict[str, Any]]] = {}  # with the time of fetching
 
@@ -55,23 +58,42 @@ class Inventory:
                     raise
                 return [*self._kept.values()]
 
-    async def _now(self) -> list[dict[str, Any]]:
-        aged = time.monotonic() - self._since > _AGE
-        if self._kept is None or not self._heard or aged or len(self._changed) > _SINGLY:
-            return await self._ask_for_all()
-        changed, kept = self._changed, self._kept
-        self._changed = set()  # later changes are fetched by the next call
-        try:
-            found = await asyncio.gather(*(self._fetch(name) for name in changed))
-        except BaseException:
-            self._changed |= changed
-            raise
-        for name, entry in zip(changed, found, strict=True):
-            if entry is None:
-                kept.pop(name, None)
+    async def one(
+        self, name: str, fetch: Callable[[str], Awaitable[dict[str, Any]]] | None = None
+    ) -> dict[str, Any] | None:
+        """Return an instance, up to date with every change of it noted before this call; None for none.
+
+        What is not known is fetched by `fetch`, which may raise instead of returning None.
+        """
+        change, kept = self._changed.get(name), self._fresh
+        if change is None and kept is not None and name in kept:
+            return kept[name]
+        found = await (fetch or self._fetch)(name)
+        stopping = found is not None and found.get("config") is None
+        # if the note of the change is gone, somebody has fetched it later
+        if change is not None and name in self._changed and self._kept is not None and not stopping:
+            if self._asking_for_all:  # which may have read it earlier
+                return found
+            if found is None:
+                self._kept.pop(name, None)
             else:
-                kept[name] = entry
-        return [*kept.values()]
+                self._kept[name] = found
+            if self._changed[name] == change:
+                del self._changed[name]
+        return found
+
+    @property
+    def _fresh(self) -> dict[str, dict[str, Any]] | None:
+        """All instances as they were before what `_changed` has; None if all have to be fetched."""
+        aged = time.monotonic() - self._since > _AGE
+        return self._kept if self._heard and not aged else None
+
+    async def _now(self) -> list[dict[str, Any]]:
+        if (kept := self._fresh) is not None and len(self._changed) <= _SINGLY:
+            await asyncio.gather(*(self.one(name) for name in self._changed))
+            if self._kept is kept:
+                return [*kept.values()]
+        return await self._ask_for_all()
 
     async def profile(self, name: str, fetch: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Return a profile from the cache if possible: incusd lists all its instances to answer."""
@@ -83,36 +105,42 @@ class Inventory:
         return kept
 
     async def _ask_for_all(self) -> list[dict[str, Any]]:
-        before, self._changed = self._changed, set()
-        began = time.monotonic()
+        before, reset, began = next(self._changes), self._reset, time.monotonic()
+        self._asking_for_all = True
         try:
             found = await self._fetch_all()
-        except BaseException:
-            self._changed |= before
-            raise
-        self._kept, self._since = {entry["name"]: entry for entry in found}, began
+        finally:
+            self._asking_for_all = False
+        if self._reset == reset:
+            self._kept, self._since = {entry["name"]: entry for entry in found}, began
+            self._changed = {name: change for name, change in self._changed.items() if change > before}
         return found
 
     # --- invalidation -------------------------------------------------------------------------------
 
     def touched(self, *names: str) -> None:
         """Mark instances as changed, to be fetched again before they are next returned."""
-        self._changed.update(names)
+        for name in names:
+            self._changed[name] = next(self._changes)
 
     def listening(self, heard: bool) -> None:
         """Start or stop relying on events: without them, changes made by others go unseen."""
         self._heard = heard
-        self._kept, self._profiles = None, {}
+        self._forget_all()
 
     def noted(self, event: Mapping[str, Any]) -> None:
         """Process one lifecycle event of incusd."""
         metadata = event.get("metadata") or {}
         action, name = str(metadata.get("action", "")), str(metadata.get("name", ""))
         if action.startswith("profile-"):
-            self._kept, self._profiles = None, {}  # any instance may inherit from it
+            self._forget_all()  # any instance may inherit from it
         elif action.startswith("instance-") and not action.startswith(_LOOKS) and name:
             old = (metadata.get("context") or {}).get("old_name")
             self.touched(name.partition("/")[0], *([str(old)] if old else []))
+
+    def _forget_all(self) -> None:
+        self._kept, self._profiles = None, {}
+        self._reset += 1
 
 
 def touched_by(path: str, body: Mapping[str, Any] | None) -> list[str]:

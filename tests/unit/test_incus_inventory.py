@@ -16,21 +16,27 @@ class Table:
     """The instances of a fake incusd, and the requests made to it."""
 
     def __init__(self, *names: str) -> None:
-        self.entries = {name: {"name": name, "n": 0} for name in names}
+        self.entries: dict[str, dict[str, Any]] = {
+            name: {"name": name, "n": 0, "config": {}} for name in names
+        }
         self.asked: list[str] = []
         self.inventory = Inventory(self.fetch_all, self.fetch)
         self.held: asyncio.Event | None = None
+        self.listing: asyncio.Event | None = None
 
     async def fetch_all(self) -> list[dict[str, Any]]:
         self.asked.append("*")
-        return [dict(entry) for entry in self.entries.values()]
+        found = [dict(entry) for entry in self.entries.values()]
+        if self.listing is not None:
+            await self.listing.wait()
+        return found
 
     async def fetch(self, name: str) -> dict[str, Any] | None:
         self.asked.append(name)
-        found = self.entries.get(name)
+        found, held = self.entries.get(name), self.held
         answer = None if found is None else dict(found)
-        if self.held is not None:
-            await self.held.wait()
+        if held is not None:
+            await held.wait()
         return answer
 
     async def names(self) -> dict[str, int]:
@@ -74,7 +80,7 @@ async def test_looks_change_nothing(table: Table, action: str) -> None:
 
 async def test_made_renamed_and_removed_ones_come_and_go(table: Table) -> None:
     await table.names()
-    table.entries["new"] = {"name": "new", "n": 0}
+    table.entries["new"] = {"name": "new", "n": 0, "config": {}}
     table.inventory.noted(lifecycle("instance-created", "new"))
     assert set(await table.names()) == {"one", "two", "new"}
     table.entries["other"] = {**table.entries.pop("one"), "name": "other"}
@@ -181,3 +187,77 @@ async def test_a_profile_that_is_changed_while_it_is_asked_for_is_asked_for_agai
 
     await table.inventory.profile("small", overtaken)
     assert (await table.inventory.profile("small", fetch))["n"] == 2
+
+
+async def test_one_that_is_up_to_date_is_not_asked_for(table: Table) -> None:
+    await table.names()
+    assert await table.inventory.one("one") == {"name": "one", "n": 0, "config": {}}
+    assert table.asked == ["*"]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+async def test_one_that_changed_is_asked_for(table: Table, heard: bool) -> None:
+    await table.names()
+    table.inventory.listening(heard)
+    await table.names()
+    table.entries["one"]["n"] = 1
+    table.inventory.noted(lifecycle("instance-updated", "one"))
+    found = [(await table.inventory.one("one") or {})["n"] for _ in range(2)]
+    assert found == [1, 1]
+    assert table.asked == ["*", "*", "one"] + ["one"] * (not heard)
+    assert (await table.names())["one"] == 1
+
+
+async def test_one_that_is_unknown_is_asked_for(table: Table) -> None:
+    await table.names()
+    table.entries["new"] = {"name": "new", "n": 3, "config": {}}
+    assert (await table.inventory.one("new") or {})["n"] == 3
+    assert await table.inventory.one("none") is None
+
+
+async def test_a_slow_answer_replaces_no_later_one(table: Table) -> None:
+    await table.names()
+    table.held = asyncio.Event()
+    table.inventory.touched("one")
+    slow = asyncio.create_task(table.inventory.one("one"))
+    await settled()
+    held, table.held = table.held, None
+    table.entries["one"]["n"] = 8
+    table.inventory.touched("one")
+    assert (await table.inventory.one("one") or {})["n"] == 8
+    held.set()
+    assert (await slow or {})["n"] == 0
+    assert (await table.names())["one"] == 8
+
+
+async def test_one_that_is_asked_for_during_a_list_is_asked_for_again(table: Table) -> None:
+    table.listing = asyncio.Event()
+    first = asyncio.create_task(table.names())
+    await settled()
+    table.entries["one"]["n"] = 4
+    table.inventory.touched("one")
+    assert (await table.inventory.one("one") or {})["n"] == 4
+    table.listing.set()
+    assert (await first)["one"] == 0
+    assert (await table.names())["one"] == 4
+
+
+async def test_a_profile_that_changes_during_a_list_has_it_asked_for_again(table: Table) -> None:
+    table.listing = asyncio.Event()
+    first = asyncio.create_task(table.names())
+    await settled()
+    table.inventory.noted({"metadata": {"action": "profile-updated", "name": "tenants"}})
+    table.entries["one"]["n"] = 6
+    table.listing.set()
+    assert (await first)["one"] == 0
+    assert (await table.names())["one"] == 6
+
+
+async def test_one_that_is_stopping_is_asked_for_again(table: Table) -> None:
+    await table.names()
+    whole = table.entries["one"]
+    table.entries["one"] = {"name": "one"}
+    table.inventory.touched("one")
+    assert await table.inventory.one("one") == {"name": "one"}
+    table.entries["one"] = whole | {"n": 2}
+    assert (await table.names())["one"] == 2

@@ -92,7 +92,7 @@ class Taken(Full):
         self.done: list[str] = []
         self._identity = ""
 
-    async def instance(self, name: str, *, state: Any = None) -> dict[str, Any]:
+    async def instance(self, name: str, **_: Any) -> dict[str, Any]:
         return {"name": name, "config": {"volatile.uuid": "another's" if self.is_taken else self._identity}}
 
     async def operate(self, method: str, path: str, body: Any = None, **_: Any) -> Any:

@@ -32,8 +32,8 @@ class Incusd(Incus):
         super().__init__(Path("/nowhere"), "default", 1.0)
         self.status = status
 
-    async def started(self, name: str) -> tuple[dict[str, Any], int]:
-        return {"status": self.status}, 0
+    async def instance(self, name: str, **_: Any) -> dict[str, Any]:
+        return {"status": self.status}
 
 
 class Still(IncusShell):

@@ -136,7 +136,7 @@ class Commands:
     async def _running(self, name: str) -> None:
         """Raise `TenantNotRunning` if the tenant is paused or stopped."""
         with translated(name):
-            found, _ = await self._incus.started(name)
+            found = await self._incus.instance(name, state=lambda one: False)
         if (status := str(found["status"]).lower()) != "running":
             raise TenantNotRunning(f"tenant {name} is {status}; start it first", status=status)
 

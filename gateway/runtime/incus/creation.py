@@ -349,7 +349,7 @@ class Creation:
     async def placed(self, name: str) -> Instance:
         """Return an instance, with its `state` only if that is needed for its address."""
         with translated(name):
-            return await self._incus.instance(name, state=lambda one: fixed(one) is None)
+            return await self._incus.instance(name, state=lambda one: fixed(one) is None, as_listed=True)
 
     async def devices(self, size: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
         """Return the devices of an instance of a size that differ from the tenants' profile."""

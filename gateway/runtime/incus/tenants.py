@@ -16,12 +16,12 @@ from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.rootfs.disk_limits import DiskLimits
 from gateway.rootfs.locations import MANAGED, is_tenant
-from gateway.runtime import Tenant
+from gateway.runtime import Status, Tenant
 from gateway.runtime.incus.containers import Containers
 from gateway.runtime.incus.creation import Creation, identity_of
 from gateway.runtime.incus.disks import Disks, inherited
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.records import ASLEEP, PORT, domain_config, lacks_address, tenant_of
+from gateway.runtime.incus.records import ASLEEP, PORT, domain_config, lacks_address, status_of, tenant_of
 from gateway.runtime.incus.resizing import Resizing
 from gateway.settings import Settings
 
@@ -54,10 +54,18 @@ class IncusTenants:
 
     async def get(self, name: str) -> Tenant:
         with translated(name):
-            instance = await self._incus.instance(name, state=lacks_address)
+            instance = await self._incus.instance(name, state=lacks_address, as_listed=True)
         if not is_tenant(instance):
             raise NotFound(f"no tenant {name}")
         return tenant_of(instance)
+
+    async def _status(self, name: str) -> Status:
+        """Return a tenant's status as it is now: that of `get` may lag behind. Raises `NotFound`."""
+        with translated(name):
+            instance = await self._incus.instance(name, state=lambda one: False)
+        if not is_tenant(instance):
+            raise NotFound(f"no tenant {name}")
+        return status_of(instance)
 
     async def instance(self, name: str) -> dict[str, Any]:
         """Return the tenant's instance with its state, as Incus has it. Raises `NotFound`."""
@@ -76,27 +84,27 @@ class IncusTenants:
             return await self._made(name, identity)
 
     async def start(self, name: str) -> None:
-        tenant = await self.get(name)
+        status = await self._status(name)
         self._containers.check(name)
-        if tenant.status == "frozen":
+        if status == "frozen":
             await self._state(name, "unfreeze")
-        elif tenant.status != "running":
+        elif status != "running":
             await self._making.limited(name)
             await self._state(name, "start")
             await self._making.limited(name)
 
     async def stop(self, name: str) -> None:
-        tenant = await self.get(name)
-        if tenant.status == "stopped":
+        status = await self._status(name)
+        if status == "stopped":
             return
-        if tenant.status == "frozen":  # a frozen init cannot shut down
+        if status == "frozen":  # a frozen init cannot shut down
             await self._state(name, "stop", force=True)
             return
         await self._disk_limits.limit(name, ending=True)
         try:
             await self._state(name, "stop")
         except Unavailable:  # it does not shut down cleanly; or it has, and Incus could not tidy a full disk
-            if (await self.get(name)).status != "stopped":
+            if await self._status(name) != "stopped":
                 await self._state(name, "stop", force=True)
 
     async def restart(self, name: str) -> None:
