@@ -199,6 +199,7 @@ async def _deploying(
             await stack.enter_async_context(
                 Hangs(runtime.containers, sites, workers.broker, health.hangs, settings)
             )
+        work.history.rest_until(deployments.quiet)
         yield deployments
 
 

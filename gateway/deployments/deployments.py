@@ -126,6 +126,10 @@ class Deployments:
         await self._verifier.aclose()
         await self._register.write_down()
 
+    async def quiet(self) -> None:
+        """Wait until no deployment waits and half of the places are free."""
+        await self._turns.quiet()
+
     async def end(self) -> None:
         """Cancel what runs and wait until it is undone. What takes too long is left to the next start."""
         tasks = [running.task for running in self._register.running.values() if running.task is not None]

@@ -20,6 +20,7 @@ from gateway.history.recorder import Recorder, Side
 from gateway.history.repository import Repository
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import TenantEvent, TenantRuntime
+from gateway.runtime.sites import Quiet
 from gateway.settings import Settings
 from gateway.tools.file_tools import ToolResult, named_file
 from gateway.tools.session import ToolSession
@@ -60,6 +61,10 @@ class History:
     @property
     def on(self) -> bool:
         return self._settings.history
+
+    def rest_until(self, quiet: Quiet) -> None:
+        """Have what can wait wait until it is `quiet`."""
+        self._recorder.afterwards.quiet = quiet
 
     # --- what sessions do -----------------------------------------------------------------------------
 
@@ -143,6 +148,7 @@ class History:
     async def turns(self, tenant: str, most: int = 50, before: str | None = None) -> dict[str, Any]:
         """Return the turns of a tenant, latest first, and whether there may be more."""
         self._check()
+        self._recorder.afterwards.hurry(tenant)
         if before is not None:
             _check_id(before)
         most = min(max(1, most), _LIST_MAX)
@@ -176,6 +182,8 @@ class History:
             if not self.on or event.tenant is None:
                 continue
             data = event.data
+            if event.type != "deployment.succeeded":
+                self._recorder.afterwards.hurry(event.tenant)  # before more is changed
             match event.type:
                 case "exec.started":
                     self._outside.ran(event.tenant, str(data["exec"]), str(data["by"]))
@@ -211,6 +219,7 @@ class History:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_timeout / 4):
                 await asyncio.gather(*ending)
+                await self._recorder.afterwards.finish()
 
     # --- how a turn ends --------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Coroutine
@@ -11,6 +12,7 @@ from weakref import WeakValueDictionary
 
 from gateway.errors import ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.events import Bus
+from gateway.history.afterwards import Afterwards
 from gateway.history.open_turns import OpenTurn, OpenTurns
 from gateway.history.reading import TITLE_MAX, Turn, name, said
 from gateway.history.repository import Repository
@@ -40,10 +42,13 @@ class Recorder:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._begun: dict[str, asyncio.Task[None]] = {}
         self._told: dict[str, int] = {}  # commits of each tenant
+        self._asleep: dict[str, Turn] = {}  # sites deployed to tenants that stopped before it was recorded
+        self.afterwards = Afterwards()
 
     async def aclose(self) -> None:
         """Cancel all tasks and wait for them."""
         self._closed = True
+        self.afterwards.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -93,13 +98,25 @@ class Recorder:
         self._tell(tenant, found)
 
     async def deployed(self, tenant: str, title: str, by: str) -> None:
-        """Record a site as it was deployed, and make its workspace a repository if it is not one."""
-        made = _made("deployed", name(by), name(by), said(title, TITLE_MAX))
+        """Record a site as it was deployed, and make its workspace a repository if it is not one.
+
+        It costs a fifth of a deployment, so it waits for those that are under way, unless something needs it.
+        """
+        await self._deployed(tenant, _made("deployed", name(by), name(by), said(title, TITLE_MAX)))
+
+    async def _deployed(self, tenant: str, made: Turn) -> None:
         # everything but what open turns are known to have written
         turn = OpenTurn(object(), made.agent, made.by, wide=True)
-        async with self._lock(tenant):
+        lock = self._lock(tenant)
+        # who holds it, or waits for it, could not hurry this one yet
+        resting = contextlib.nullcontext() if lock.locked() else self.afterwards.turn(tenant)
+        async with lock, resting:
             mode, paths = self._open.share(tenant, turn)
-            found = await self._repository.deployed(tenant, mode, paths, made)
+            try:
+                found = await self._repository.deployed(tenant, mode, paths, made)
+            except TenantNotRunning:
+                self._asleep[tenant] = made
+                raise
         self._begun.setdefault(tenant, self.spawn(tenant, asyncio.sleep(0)))
         self._tell(tenant, found)
 
@@ -117,13 +134,16 @@ class Recorder:
         return restored
 
     def again(self, tenant: str) -> None:
-        """Record the turns that waited for the tenant to run again."""
+        """Record what waited for the tenant to run again."""
+        if not self._closed and (made := self._asleep.pop(tenant, None)) is not None:
+            self.spawn(tenant, self._deployed(tenant, made))
         for turn in () if self._closed else self._late.pop(tenant, []):
             self.spawn(tenant, self.record(tenant, turn))
 
     def forget(self, tenant: str) -> None:
         """Forget a destroyed tenant; a new one of that name has a new history."""
-        for of in (self._begun, self._told, self._late):
+        self.afterwards.hurry(tenant)
+        for of in (self._begun, self._told, self._late, self._asleep):
             of.pop(tenant, None)
 
     def _postpone(self, tenant: str, turn: OpenTurn, error: GatewayError) -> None:
@@ -160,6 +180,7 @@ class Recorder:
             await self._repository.tidy(tenant)
 
     def _lock(self, tenant: str) -> asyncio.Lock:
+        self.afterwards.hurry(tenant)  # whoever holds it has no reason to wait any more
         lock = self._locks.get(tenant)
         if lock is None:
             lock = self._locks[tenant] = asyncio.Lock()
