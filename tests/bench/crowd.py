@@ -65,17 +65,27 @@ def own_cpu(host: Hosting) -> float:
     return cpu(host.gateway.process.pid)
 
 
-def spent(host: Hosting) -> dict[str, float]:
-    """Return the CPU seconds so far of what has a part in a deployment, but for the tenants themselves."""
+def spent(host: Hosting, tenants: Sequence[str]) -> dict[str, float]:
+    """Return the CPU seconds so far of what has a part in a deployment."""
     assert host.caddy.process is not None
     own, ended = _times(int(environment.daemon().pidfile.read_text()))
     return {
+        "tenants": sum(map(_inside, tenants)),
         "incusd": own,
         "its commands": ended,
         "gateway": own_cpu(host),
         "Caddy": cpu(host.caddy.process.pid),
         "this": sum(os.times()[:4]),
     }
+
+
+def _inside(tenant: str) -> float:
+    """Return the CPU seconds of a tenant's processes since its start; 0 if it does not run."""
+    for tree in ("unified", "."):
+        with contextlib.suppress(OSError):
+            said = Path(f"/sys/fs/cgroup/{tree}/lxc.payload.{tenant}/cpu.stat").read_text()
+            return int(said.split()[1]) / 1e6  # usage_usec
+    return 0.0
 
 
 def _times(pid: int) -> tuple[float, float]:
@@ -98,18 +108,21 @@ class Crowd:
         self.spent: list[dict[str, float]] = []  # CPU seconds so far, at the end of each deployment
         self.sources: Counter[str] = Counter()
         self.failed: list[Any] = []
+        self._recorded: set[str] = set()  # tenants whose history has begun
         self._ends: defaultdict[str, asyncio.Future[None]] = defaultdict(
             asyncio.get_running_loop().create_future
         )
 
     async def _hear(self, subscribed: asyncio.Event) -> None:
         """Hear how deployments end. To ask for it again and again would cost what is measured here."""
-        async with self._client.get("/v1/events?type=deployment.*") as stream:
+        async with self._client.get("/v1/events?type=deployment.*,turn.committed") as stream:
             subscribed.set()
             async for line in stream.content:
                 if line.startswith(b"data:"):
                     event = orjson.loads(line[5:])
-                    if event["type"].rpartition(".")[2] in ENDED:
+                    if event["type"] == "turn.committed":
+                        self._recorded.add(event["subject"])
+                    elif event["type"].rpartition(".")[2] in ENDED:
                         self._ends[event["data"]["deployment"]].set_result(None)
 
     async def make(self, count: int, deadline: float, template: str = "static") -> None:
@@ -120,11 +133,23 @@ class Crowd:
         hearing = asyncio.create_task(self._hear(subscribed))
         try:
             await asyncio.wait_for(subscribed.wait(), _LONGEST)
-            self.spent.append(spent(self.host))
+            self.spent.append(spent(self.host, self.names))
             await asyncio.gather(*(self._one(number, deadline, template) for number in numbers))
+            await self._all_recorded()
         finally:
             hearing.cancel()
             await asyncio.gather(hearing, return_exceptions=True)
+
+    async def _all_recorded(self) -> None:
+        """Wait until the history of each tenant that is awake has begun, which waits for deployments."""
+        began, left = time.monotonic(), {*self._running} - self._recorded
+        print(f"{len(left)} histories had not begun at the end", end="", flush=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST):
+                while {*self._running} - self._recorded:
+                    await asyncio.sleep(0.1)
+        left = {*self._running} - self._recorded
+        print(f"; {len(left)} have not {time.monotonic() - began:.0f} s later", flush=True)
 
     async def _one(self, number: int, deadline: float, template: str) -> None:
         async with self._slots:
@@ -133,7 +158,7 @@ class Crowd:
             began = time.monotonic()
             record = await self._deployed({"domain": f"crowd{number}.test", "template": template})
             self.times.append((time.monotonic() - began) * 1000)
-            self.spent.append(spent(self.host))
+            self.spent.append(spent(self.host, self.names))
             self.sources[record["source"]] += 1
             for phase in record["phases"]:
                 self.phases[phase["name"]].append(phase["ms"] or 0)
@@ -299,7 +324,13 @@ def of_the_network(wanted: int) -> int:
 
 async def run(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.minutes * 60
-    async with crowd_of(options.awake, full_quotas=options.full_quotas) as crowd:
+    import os as _os
+
+    async with crowd_of(
+        options.awake,
+        full_quotas=options.full_quotas,
+        **({"history": False} if _os.environ.get("NOHIST") else {}),
+    ) as crowd:
         await crowd.make(of_the_network(options.tenants), deadline)
         crowd.report()
         await asyncio.sleep(5)  # what was begun for the next ones ends
