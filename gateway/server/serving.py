@@ -23,6 +23,7 @@ from gateway.caddy import Caddy
 from gateway.errors import Unavailable
 from gateway.notify import notify
 from gateway.runtime.incus.clusters import refuse_cluster
+from gateway.server.failures import report
 from gateway.server.listening import inherited, listen, remove
 from gateway.server.predecessor import Predecessor
 from gateway.server.succession import Succession
@@ -165,6 +166,7 @@ def _serve(settings: Settings, listening: socket.socket, predecessor: Predecesso
     )
 
     async def run() -> bool:
+        asyncio.get_running_loop().set_exception_handler(report)
         async with contextlib.AsyncExitStack() as stack:
             if predecessor is not None:
                 await stack.enter_async_context(gateway.prepared(predecessor.tenants))

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final, NoReturn, Protocol
 
 from gateway.errors import Unavailable
+from gateway.server.failures import report_of_predecessor
 from gateway.server.handover import VERSION, heard, listening_at, path_in, say, trusted
 from gateway.server.listening import bequeath, remove
 from gateway.settings import Settings
@@ -39,12 +40,6 @@ class Handed(Protocol):
     def go_on(self) -> None: ...
 
     async def hand_over(self) -> Sequence[str]: ...
-
-
-def _unless_closed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log a task's failure, unless its cause is that the records now belong to the successor."""
-    if not isinstance(context.get("exception"), Unavailable):
-        loop.default_exception_handler(context)
 
 
 def _waited(times: Sequence[float]) -> str:
@@ -173,7 +168,7 @@ class Succession:
             told = await self._gateway.hand_over()
             times.append(time.monotonic())
             self._gone = True
-            asyncio.get_running_loop().set_exception_handler(_unless_closed)
+            asyncio.get_running_loop().set_exception_handler(report_of_predecessor)
             say(connection, {"go": True, "told": [*told]})
             async with asyncio.timeout(_STARTS):
                 answer = await heard(connection)
