@@ -28,7 +28,7 @@ def claims(**changes: Any) -> dict[str, Any]:
         "sub": "ann",
         "tenants": ["shop"],
         "scope": "exec files:read",
-        "exp": int(time.time()) + 3600,
+        "exp": int(time.time()) + 86_400,
         "jti": "j1",
     }
     good.update(changes)
@@ -124,7 +124,7 @@ def _tampered() -> str:
         pytest.param(signed(tenants=[1]), id="tenants of numbers"),
         pytest.param(signed(scope=["exec"]), id="scope is a list"),
         pytest.param(signed(jti=""), id="empty jti"),
-        pytest.param(signed(nbf=int(time.time()) + 600), id="not yet"),
+        pytest.param(signed(nbf=int(time.time()) + 86_400), id="not yet"),
         pytest.param(signed(sub="x" * tokens.MAX_TOKEN), id="huge"),
         pytest.param("a.b.c", id="no jwt"),
         pytest.param("ü.ü.ü", id="not ascii"),

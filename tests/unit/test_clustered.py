@@ -17,7 +17,7 @@ from gateway.errors import NotFound, Unavailable
 from gateway.lifecycle.doors import Doors
 from gateway.settings import Settings
 
-TOKEN = Token("who", frozenset({"shop"}), frozenset({"exec"}), int(time.time()) + 60, "id")
+TOKEN = Token("who", frozenset({"shop"}), frozenset({"exec"}), int(time.time()) + 86_400, "id")
 
 
 class Silent:

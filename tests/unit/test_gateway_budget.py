@@ -164,14 +164,16 @@ async def test_large_writes_on_one_socket_come_in_as_others_are_done(fresh: Live
                 return time.perf_counter() - began
 
             usual = max([await read() for _ in range(10)])
+            began, slowest = time.perf_counter(), 0.0
             writing = asyncio.create_task(_write(wire, text, 60))
-            slowest = 0.0
             while not writing.done():
                 slowest = max(slowest, await read())
             assert await writing == 60
+            took = time.perf_counter() - began
             # the share, once as text and once parsed, and of one what it is made into for its worker
             assert grown() < 16 * MiB * 3 + 4 * 8 * MiB + SLACK
-        assert slowest < max(2, 20 * usual), usual
+        # on a busy machine a moment of the writes is seconds
+        assert slowest < max(2, 20 * usual, took / 10), (usual, took)
     assert await gauge(fresh, "bytes_in_flight") < MiB
 
 
