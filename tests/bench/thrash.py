@@ -31,7 +31,16 @@ from tests.bench.bench import percentile
 from tests.bench.deploy import Wrong
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
-from tests.integration.test_pressure import DOMAIN, MEMORY, NEXT_DOMAIN, NEXT_DOOR, SITE, TENANT, place
+from tests.integration.test_pressure import (
+    DOMAIN,
+    MEMORY,
+    NEXT_DOMAIN,
+    NEXT_DOOR,
+    SITE,
+    TENANT,
+    place,
+    written,
+)
 from tests.neighbour import reading
 
 KINDS: Final = ("calm", "thrashing", "computing")
@@ -41,6 +50,7 @@ _BEGINS: Final = 90.0  # seconds until it does
 
 async def thrash(host: Hosting) -> asyncio.Task[Any]:
     """Have the site thrash; return once it does."""
+    await written(host)
     visiting = asyncio.create_task(host.visit(DOMAIN, "/thrash"))  # it may never be answered
     async with asyncio.timeout(_BEGINS):
         while True:

@@ -29,23 +29,27 @@ from tests.integration.sites import Hosting, hosting
 from tests.neighbour import reading
 from tests.waits import pause, until
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)  # two deployments and 320 MiB to the disk, and then 100 s
 TENANT, DOMAIN = "thrash-test", "thrash.test"
 NEXT_DOOR, NEXT_DOMAIN = "calm-test", "calm.test"
 MEMORY = 256  # MiB of the tenant
 STRICT = os.environ.get("GATEWAY_TEST_STRICT") == "1"
 
-# Answers. On demand it reads a file that is larger than its memory, all over, beside memory of its own; or it
-# only computes, for a share of a CPU.
+# Answers. On demand it writes a file that is larger than its memory, to the disk; reads it, all over, beside
+# memory of its own; or only computes, for a share of a CPU.
 SITE = b"""\
 import { Worker, isMainThread, workerData } from "node:worker_threads";
 const size = 320 << 20, own = 150 << 20, file = "/home/site/large", threads = 12;
 if (isMainThread) {
+  let written;
+  const write = async () => { await Bun.$`head -c ${size} /dev/urandom >${file} && sync ${file}`; };
   Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", fetch: async (request) => {
     const { pathname, searchParams } = new URL(request.url);
-    if (pathname === "/thrash") await Bun.$`head -c ${size} /dev/urandom >${file}`;
-    const workerData = pathname === "/compute" ? Number(searchParams.get("share")) : 0;
-    if (pathname !== "/") for (let i = 0; i < threads; i++) new Worker(import.meta.path, { workerData });
+    if (pathname === "/write") await (written ??= write());
+    else if (pathname !== "/") {
+      const workerData = pathname === "/compute" ? Number(searchParams.get("share")) : 0;
+      for (let i = 0; i < threads; i++) new Worker(import.meta.path, { workerData });
+    }
     return new Response(`site ${process.pid}`);
   } });
 } else if (workerData) {
@@ -84,6 +88,18 @@ def allowed() -> int:
     return found.limit
 
 
+async def written(host: Hosting) -> None:
+    """Have the site write its file; return once it is on the disk, however long that takes.
+
+    What is still to be written cannot be dropped, and holds up who wants memory while others use the disk.
+    """
+
+    async def all_of_it() -> bool:  # who waits for too long is told to come again
+        return (await host.visit(DOMAIN, "/write"))[0] == 200
+
+    await until(all_of_it, 120, every=0.5)
+
+
 @contextlib.asynccontextmanager
 async def events(host: Hosting, kind: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
     """Yield the tenant's events of a kind: all from the moment at which the block is entered."""
@@ -118,6 +134,7 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
 
         await until(lambda: asyncio.to_thread(applied), every=0.5)
         first = (await host.visit(DOMAIN))[1]
+        await written(host)
         if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
             container = environment.cgroup(TENANT)
             # until the next look
