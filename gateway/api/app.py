@@ -20,7 +20,6 @@ from gateway.api.http import RETRY_AFTER_MS, for_own_hosts, problem_handler, wit
 from gateway.api.pages import for_listed_origins
 from gateway.api.routes import ROUTES
 from gateway.api.services import Services
-from gateway.cluster.cluster import SETTLING
 from gateway.errors import GatewayError, Unavailable
 from gateway.protocol import CloseCode
 from gateway.settings import Settings
@@ -93,7 +92,7 @@ class Gateway:
             await ready.runtime.prepare(tenants)
             await ready.workers.broker.prepare()
             if ready.cluster is not None:
-                await ready.cluster.peers.settle(SETTLING)
+                await ready.cluster.settle()
             self._ready = ready
             yield
 

@@ -28,7 +28,7 @@ from gateway.api.placing import room_here
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
 from gateway.auth.tokens import Token
-from gateway.cluster.cluster import ASK_ROOM, ASK_SECRET, PUT_RECORDS, SETTLING, TELL_REVOKED
+from gateway.cluster.cluster import ASK_ROOM, ASK_SECRET, PUT_RECORDS, TELL_REVOKED
 from gateway.cluster.dialing import dial
 from gateway.cluster.known import Known
 from gateway.cluster.listener import FROM, Question
@@ -130,7 +130,7 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
     uploads = {PUT_RECORDS: keep}
     orders = {} if services.arrivals is None else services.arrivals.orders()
     async with cluster.open(app, store, tenants, partial(has, services), facts, questions, orders, uploads):
-        await cluster.peers.settle(SETTLING)
+        await cluster.settle()
         yield
 
 

@@ -54,6 +54,7 @@ class Cluster:
         self.peers = peers
         self.homes: Homes
         self._tenants: Own | None = None
+        self._settled = False
         self._settings = settings
         self._server: SecureServer | None = None
         self._rooms: Mapping[str, Any] = {}
@@ -106,6 +107,16 @@ class Cluster:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def settle(self) -> None:
+        """Return once each peer has told its tenants, after `SETTLING` seconds in any case.
+
+        This is waited for once: by a process that takes over before the other one lets go, so that no client
+        waits for a peer that is away.
+        """
+        if not self._settled:
+            await self.peers.settle(SETTLING)
+        self._settled = True
+
     def changed(self) -> None:
         """Look at our tenants again: something happened to one."""
         if self._tenants is not None:
@@ -122,7 +133,7 @@ class Cluster:
         """Listen where the settings or the cluster say, and publish that."""
         assert self._server is not None
         await self.peers.known()
-        await self.peers.settle(SETTLING)
+        await self.settle()
         host, port = self._place()
         if not host:
             raise OSError("the address of this member is not known yet; set GATEWAY_PEER_LISTEN to have one")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from gateway.cluster.cluster import SETTLING, Cluster
+from gateway.cluster.cluster import Cluster
 from gateway.cluster.peers import MemberAway
 from gateway.cluster.records import Records, unsure
 from gateway.errors import Conflict, GatewayError, NotFound
@@ -113,7 +113,7 @@ class Standby:
     async def copy(self) -> None:
         """Copy this member's tenants, forever and one at a time."""
         await self.recall()
-        await self._cluster.peers.settle(SETTLING)  # who moved to a peer is not taken for destroyed
+        await self._cluster.settle()  # who moved to a peer is not taken for destroyed
         while True:
             try:
                 await self._copy_all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from gateway.cluster import cluster as clusters
 from gateway.cluster.cluster import ASK_SECRET, TELL_REVOKED, Cluster, joined
 from gateway.cluster.folder import FolderMembers
+from gateway.cluster.identity import Identity
 from gateway.cluster.listener import Question
 from gateway.cluster.member import Member
 from gateway.cluster.peers import KEY, MemberAway, Peer
@@ -157,3 +159,20 @@ async def test_peers_are_listened_for_as_soon_as_it_is_known_where(
             return any(KEY in one.config for one in await late.members())
 
         await until(published, 30)
+
+
+async def test_who_takes_over_waits_for_a_dead_peer_before_the_other_lets_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on its clients wait, and its peers, who would take it for away."""
+    async with members(tmp_path, "m1", "m2") as (m1, _):
+        certificate = Identity(tmp_path / "m2").certificate
+        said = {"address": f"127.0.0.1:{free_ports(1)[0]}", "certificate": certificate}
+        (tmp_path / "members" / "m2").write_text(json.dumps({KEY: json.dumps(said)}))
+        await until(lambda: m1.peers.all["m2"].address)
+        monkeypatch.setattr(clusters, "SETTLING", 0.05)
+        await m1.settle()
+        monkeypatch.setattr(clusters, "SETTLING", 3600.0)
+        async with listening(m1, tmp_path, {}):
+            await asyncio.wait_for(m1.settle(), 10)
+            await until(lambda: json.loads((tmp_path / "members" / "m1").read_text()))
