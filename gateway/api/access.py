@@ -12,12 +12,12 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection, Request
 
 from gateway import protocol
-from gateway.api.http import RETRY_AFTER_MS, USES, ask, read_body, read_json, weighed
+from gateway.api.http import USES, ask, read_body, read_json, shutting_down, weighed
 from gateway.api.operation import operation
 from gateway.api.services import services
 from gateway.auth import tokens
 from gateway.auth.tokens import Token
-from gateway.errors import Forbidden, InvalidParams, NotFound, Unauthorized, Unavailable
+from gateway.errors import Forbidden, InvalidParams, NotFound, Unauthorized
 from gateway.runtime import TENANT_NAME
 from gateway.transport.http1 import ABORT
 
@@ -118,7 +118,7 @@ def check_covered(token: Token | None, tenant: str) -> None:
 def check_serving(request: Request) -> None:
     """Raise `Unavailable` while the gateway drains and takes no new work."""
     if services(request).draining:
-        raise Unavailable("the gateway is shutting down; try again soon", retryAfterMs=RETRY_AFTER_MS)
+        raise shutting_down()
 
 
 def check_live(request: Request, token: Token) -> None:

@@ -23,7 +23,7 @@ from gateway.api.access import check_covered, check_origin, raw_token
 from gateway.api.asked import Asked, has, home_of
 from gateway.api.connection import close_code
 from gateway.api.first_message import FirstMessage
-from gateway.api.http import REQUEST_ID, address, ask, hold, problem
+from gateway.api.http import REQUEST_ID, address, ask, hold, problem, shutting_down
 from gateway.api.placing import room_here
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
@@ -245,7 +245,7 @@ class _Relayed:
     async def _http(self, asked: Asked, token: Token, peer: Peer) -> None:
         services, scope = self._services, self._scope
         if services.draining:
-            raise Unavailable("the gateway is shutting down; try again soon")
+            raise shutting_down()
         share = asked.name if asked.kind == "tenant" else f"sub {token.subject}"
         ask(scope, services.budget.tenant(share))
         hold(scope, _WINDOW)

@@ -307,7 +307,8 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
     """Add `X-Request-Id` to every HTTP answer: the request's, or a new one.
 
     Large answers are sent in parts: what the client has not taken counts as in flight, and if it takes
-    nothing for `patience` seconds, the connection is cut.
+    nothing for `patience` seconds, the connection is cut. A request that takes longer than the server has for
+    its end is answered 503.
     """
 
     async def send_parts(scope: Scope, message: Message, send: Send) -> None:
@@ -333,8 +334,11 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
         asked = Headers(scope=scope).get(_ID_HEADER, "")
         request_id = asked if 0 < len(asked) <= 128 and asked.isprintable() else secrets.token_hex(8)
         scope[REQUEST_ID] = request_id
+        begun = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[_ID_HEADER] = request_id
             elif len(message.get("body", b"")) > _SLICE and not message.get("more_body"):
@@ -342,7 +346,18 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
                 return
             await send(message)
 
-        with contextlib.ExitStack() as scope[USES]:
-            await app(scope, receive, send_with_id)
+        try:
+            with contextlib.ExitStack() as scope[USES]:
+                await app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # by the server, which ends and would answer 500 as if there were a fault
+            if begun:
+                raise
+            await problem(shutting_down())(scope, receive, send_with_id)
 
     return wrapped
+
+
+def shutting_down() -> Unavailable:
+    """Return what is said to a client whose request the next process has to answer."""
+    return Unavailable("the gateway is shutting down; try again soon", retryAfterMs=RETRY_AFTER_MS)
