@@ -55,7 +55,8 @@ def test_setup_makes_pool_and_bridge_on_each_member(cluster: Rig) -> None:
         assert (member.state / "incus/storage-pools/gwother").is_dir()
     own = third.ours("setup", **OTHER)
     changed = [line for line in own.splitlines() if line.startswith("changed")]
-    assert [line.split(":")[0].split(None, 1)[1] for line in changed] == ["addresses of gwother"], own
+    steps = [line.split(":")[0].split(None, 1)[1] for line in changed]
+    assert steps == ["disk quotas", "addresses of gwother"], own
     again = third.ours("setup", **OTHER)
     assert not [line for line in again.splitlines() if line.startswith("changed")], again
 
