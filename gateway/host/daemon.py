@@ -165,6 +165,9 @@ class Daemon:
         for folder in (self.root, self.logfile.parent):
             folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.socket.unlink(missing_ok=True)
+        for pidfile, pid in self._name_servers():
+            if pid is None:
+                pidfile.unlink()
         command: list[str] = [str(INCUSD), "--logfile", str(self.logfile)]
         if _group_exists(GROUP):
             command += ["--group", GROUP]
@@ -288,13 +291,26 @@ class Daemon:
         for mount in reversed(mounts):
             if Path(mount).is_relative_to(self.root):
                 subprocess.run(["umount", "--lazy", mount], check=False, capture_output=True)
-        for pidfile in self.root.glob("networks/*/dnsmasq.pid"):
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                number = int(pidfile.read_text().split("pid:")[-1].split()[0])
-                command = (Path("/proc") / str(number) / "cmdline").read_bytes()
-                if os.fsencode(self.root) in command:
-                    os.kill(number, signal.SIGTERM)
+        for _, pid in self._name_servers():
+            if pid is not None:
+                self._signal(pid, signal.SIGTERM)
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _name_servers(self) -> list[tuple[Path, int | None]]:
+        """Return the pid files of the bridges' name servers, each with its pid, None for one that is gone.
+
+        To restart one, incusd kills the process of that number without a look at what it is. After a power
+        cut it may be any: a gateway, or incusd itself.
+        """
+        found: list[tuple[Path, int | None]] = []
+        for file in self.root.glob("networks/*/dnsmasq.pid"):
+            pid = None
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                number = int(file.read_text().split("pid:")[-1].split()[0])
+                if os.fsencode(self.root) in (processes.PROC / str(number) / "cmdline").read_bytes():
+                    pid = number
+            found.append((file, pid))
+        return found
 
 
 # Children of this process must be reaped, or a killed daemon stays as a zombie.

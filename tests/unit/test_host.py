@@ -368,6 +368,24 @@ def test_a_lock_is_held_by_the_programs_of_a_step(tmp_path: Path) -> None:
             run(["sh", "-c", f"test -e /proc/self/fd/{number}"], fix="")
 
 
+def test_a_start_leaves_no_number_by_which_incusd_would_kill_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a number is another process's; a name server that lives on keeps its file."""
+    root = tmp_path / "incus"
+    monkeypatch.setattr("gateway.host.daemon.INCUSD", Path("/bin/true"))
+    lives = subprocess.Popen(["sh", "-c", "read line", f"--dhcp-leasefile={root}/"], stdin=subprocess.PIPE)
+    try:
+        files = {"alive": lives.pid, "reused": os.getpid(), "gone": 2**22 + 1}
+        for bridge, pid in files.items():
+            (root / "networks" / bridge).mkdir(parents=True)
+            (root / "networks" / bridge / "dnsmasq.pid").write_text(f"name: dnsmasq\npid: {pid}\nuid: 0\n")
+        Daemon(root).start()
+        assert [file.parent.name for file in root.glob("networks/*/dnsmasq.pid")] == ["alive"]
+    finally:
+        lives.communicate()
+
+
 def test_erase_leaves_nothing_of_a_dead_daemon(tmp_path: Path) -> None:
     """All files of a folder without a daemon are removed."""
     daemon = Daemon(tmp_path / "incus")
