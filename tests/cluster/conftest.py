@@ -164,7 +164,8 @@ async def make_tenant(cluster: Rig) -> AsyncIterator[MakeTenant]:
             await asyncio.to_thread(member.incus, "delete", "--force", name)
         except HostError as error:
             said = error.message.lower()
-            if "is busy running" in said:  # it is just being copied
+            # it is just being copied, or what is left of that is being sent still
+            if "is busy running" in said or "send may be in progress" in said:
                 return False
             assert "not found" in said, said  # a test may have destroyed it itself
         return True
