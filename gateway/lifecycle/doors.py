@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Final
 
 from gateway.errors import RateLimited, Unavailable
@@ -21,8 +23,8 @@ class Doors:
         self._patience, self._most = settings.move_patience, settings.move_waiting
         self._closed: dict[str, asyncio.Event] = {}
         self._waiting: Counter[str] = Counter()
-        self._inside: Counter[str] = Counter()
-        self._left = asyncio.Event()
+        self._inside: dict[str, int] = {}  # calls under way, of tenants that have any
+        self._emptied: dict[str, asyncio.Event] = {}  # of tenants whose last call is waited for
         self.check: Callable[[str], None] = lambda tenant: None
         """Raises `Unavailable` for a tenant that may not be served here at all."""
         self._streams: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)
@@ -76,16 +78,20 @@ class Doors:
         finally:
             _less(self._waiting, tenant)
 
-    @contextlib.contextmanager
-    def inside(self, tenant: str) -> Iterator[None]:
+    def inside(self, tenant: str) -> AbstractContextManager[None]:
         """Count as a call under way while the context is open."""
-        self._inside[tenant] += 1
-        try:
-            yield
-        finally:
-            _less(self._inside, tenant)
-            self._left.set()
-            self._left = asyncio.Event()
+        return _Inside(self, tenant)
+
+    def _enter(self, tenant: str) -> None:
+        self._inside[tenant] = self._inside.get(tenant, 0) + 1
+
+    def _leave(self, tenant: str) -> None:
+        if (left := self._inside[tenant] - 1) > 0:
+            self._inside[tenant] = left
+            return
+        del self._inside[tenant]
+        if (emptied := self._emptied.pop(tenant, None)) is not None:
+            emptied.set()
 
     @contextlib.contextmanager
     def stream(self, tenant: str, end: Callable[[], None]) -> Iterator[None]:
@@ -102,9 +108,27 @@ class Doors:
         """Wait until no call is under way any more; return False if some take longer."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._inside[tenant]:
-                    await self._left.wait()
-        return not self._inside[tenant]
+                while tenant in self._inside:
+                    await self._emptied.setdefault(tenant, asyncio.Event()).wait()
+        return tenant not in self._inside
+
+
+class _Inside:
+    """One call. A class by hand, since each call has one: a generator's context costs four times as much."""
+
+    __slots__ = ("_doors", "_tenant")
+
+    def __init__(self, doors: Doors, tenant: str) -> None:
+        self._doors = doors
+        self._tenant = tenant
+
+    def __enter__(self) -> None:
+        self._doors._enter(self._tenant)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._doors._leave(self._tenant)
 
 
 def _less(counter: Counter[str], tenant: str) -> None:
