@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
@@ -25,7 +25,8 @@ from gateway.settings import Settings
 from gateway.tools.file_tools import ToolResult, named_file
 from gateway.tools.session import ToolSession
 
-_CHANGING: Final = frozenset({"Write", "Edit", "Bash"})
+_WRITING: Final = frozenset({"Write", "Edit"})
+_CHANGING: Final = _WRITING | {"Bash"}
 _LIST_MAX: Final = 200
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted"})
 _FOLLOWED: Final = ("deployment.succeeded", "exec.started", "file.written")
@@ -73,48 +74,33 @@ class History:
     ) -> AbstractAsyncContextManager[Callable[[ToolResult], None]]:
         """Note what a tool call may change; it is recorded later. Yields a function for the call's result."""
         key = _key(session, by)
-        if not self.on or (tool not in _CHANGING and self._open.get(root.tenant, key) is None):
-            return _NOTHING
-        return self._during(root, key, session, tool, arguments, by)
-
-    @contextlib.asynccontextmanager
-    async def _during(
-        self,
-        root: FilesystemRoot,
-        key: Hashable,
-        session: ToolSession,
-        tool: str,
-        arguments: Mapping[str, Any],
-        by: str,
-    ) -> AsyncIterator[Callable[[ToolResult], None]]:
         turn = self._open.get(root.tenant, key)
-        if tool in _CHANGING:
-            path = (
-                None
-                if tool == "Bash"
-                else named_file(arguments, session.cwd or root.workspace, root.workspace)
-            )
-            if turn is None or (path not in turn.paths and not turn.wide):
-                first = turn is None or not turn.changed
-                await self._outside.before(root.tenant, path, first=first)
-                turn = self._open.get(root.tenant, key)
-            if tool != "Write":  # only the result of a Write says whether it created its file
-                self._recorder.expect(root.tenant)
-            if turn is None:
-                turn = self._open.open(root.tenant, OpenTurn(key, name(by), name(by)))
-            if tool == "Bash" or path is not None:
-                turn.wrote(None if tool == "Bash" else path)
+        if not self.on or (turn is None and tool not in _CHANGING):
+            return _NOTHING
+        path = None
+        if tool in _WRITING:
+            path = named_file(arguments, session.cwd or root.workspace, root.workspace)
+        return _Call(self, root.tenant, key, turn, tool, path, by)
+
+    async def changing(self, tenant: str, key: Hashable, tool: str, path: str | None, by: str) -> OpenTurn:
+        """Return the session's turn, which has noted what a call is about to change; for `_Call`."""
+        turn = self._open.get(tenant, key)
+        if turn is None or (path not in turn.paths and not turn.wide):
+            first = turn is None or not turn.changed
+            await self._outside.before(tenant, path, first=first)
+            turn = self._open.get(tenant, key)
+        if tool != "Write":  # only the result of a Write says whether it created its file
+            self._recorder.expect(tenant)
         if turn is None:
-            yield _unheard
-            return
-        turn.calls += 1
-        self._rest(turn)
-        try:
-            yield partial(_note, turn, path) if tool == "Write" and path is not None else _unheard
-        finally:
-            turn.calls -= 1
-            if not turn.calls and self._open.get(root.tenant, key) is turn:
-                self._wait(root.tenant, turn)
+            turn = self._open.open(tenant, OpenTurn(key, name(by), name(by)))
+        if tool == "Bash" or path is not None:
+            turn.wrote(path)
+        return turn
+
+    def called(self, tenant: str, turn: OpenTurn) -> None:
+        """Have a turn rest from now on, unless it has ended; for `_Call`."""
+        if not turn.calls and self._open.get(tenant, turn.key) is turn:
+            self._wait(tenant, turn)
 
     async def begin(
         self, tenant: str, session: ToolSession, title: str, agent: str | None, by: str
@@ -228,12 +214,23 @@ class History:
             timer.cancel()
 
     def _wait(self, tenant: str, turn: OpenTurn) -> None:
-        self._rest(turn)
+        """End a turn that rests for long enough from now on.
+
+        Calls are many: a timer that already runs looks later whether there was one since.
+        """
         loop = asyncio.get_running_loop()
-        self._timers[turn] = loop.call_later(self._settings.turn_rest, self._rested, tenant, turn)
+        turn.rested = loop.time() + self._settings.turn_rest
+        if turn not in self._timers:
+            self._timers[turn] = loop.call_at(turn.rested, self._rested, tenant, turn)
 
     def _rested(self, tenant: str, turn: OpenTurn) -> None:
-        if not turn.calls:
+        del self._timers[turn]
+        loop = asyncio.get_running_loop()
+        if turn.calls:
+            return  # the last of them waits anew
+        if loop.time() < turn.rested:
+            self._timers[turn] = loop.call_at(turn.rested, self._rested, tenant, turn)
+        else:
             self._recorder.spawn(tenant, self._finish(tenant, turn))
 
     async def _finish(self, tenant: str, turn: OpenTurn) -> Turn | None:
@@ -245,6 +242,49 @@ class History:
     def _check(self) -> None:
         if not self.on:
             raise NotFound("this gateway keeps no history: GATEWAY_HISTORY is off", reason="off")
+
+
+class _Call:
+    """A tool call inside a turn. Written by hand, since a generator's context costs four times as much."""
+
+    __slots__ = ("_by", "_history", "_key", "_path", "_tenant", "_tool", "_turn")
+
+    def __init__(
+        self,
+        history: History,
+        tenant: str,
+        key: Hashable,
+        turn: OpenTurn | None,
+        tool: str,
+        path: str | None,
+        by: str,
+    ) -> None:
+        """`turn` is that of a call that changes nothing."""
+        self._history = history
+        self._tenant = tenant
+        self._key = key
+        self._turn = turn
+        self._tool = tool
+        self._path = path
+        self._by = by
+
+    async def __aenter__(self) -> Callable[[ToolResult], None]:
+        if self._tool in _CHANGING:
+            self._turn = await self._history.changing(
+                self._tenant, self._key, self._tool, self._path, self._by
+            )
+        assert self._turn is not None
+        self._turn.calls += 1
+        if self._tool == "Write" and self._path is not None:
+            return partial(_note, self._turn, self._path)
+        return _unheard
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._turn is not None
+        self._turn.calls -= 1
+        self._history.called(self._tenant, self._turn)
 
 
 def _note(turn: OpenTurn, path: str, result: ToolResult) -> None:

@@ -17,7 +17,8 @@ class OpenTurn:
     """A session's work until it ends its turn or rests.
 
     `paths` were written by its file tools; if `wide`, a command of it may have changed any other.
-    `made` are the paths that it created. `calls` counts its running calls, `tries` failed recordings.
+    `made` are the paths that it created. `calls` counts its running calls, `tries` failed recordings. It ends
+    at `rested`, of the loop's clock, if no call comes before.
     """
 
     key: Hashable
@@ -26,6 +27,7 @@ class OpenTurn:
     title: str = ""
     wide: bool = False
     calls: int = 0
+    rested: float = 0.0
     paths: set[str] = field(default_factory=set)
     made: set[str] = field(default_factory=set)
     tries: int = 0
