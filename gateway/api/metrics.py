@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter as Tally
 from collections.abc import Callable, Sized
 from functools import cache
 from typing import Final
@@ -112,8 +113,9 @@ class Metrics:
         events, tools = cache(self._events.labels), cache(self._tools.labels)
         subscription = bus.subscribe(Filter(), patient=True)
         while batch := await subscription.batch():
+            for type_, count in Tally(event.type for event in batch).items():
+                events(type_).inc(count)
             for event in batch:
-                events(event.type).inc()
                 if event.type == "tool.finished":
                     data = event.data
                     error = str(data.get("isError", False)).lower()

@@ -52,9 +52,9 @@ _SCOPES: Final[Mapping[str, str]] = {
     "KillShell": "exec",
 }
 # the parts of a call's input that its events contain; never contents of files
-_TOLD: Final = (
-    *("file_path", "path", "pattern", "glob", "type", "output_mode"),
-    *("command", "description", "bash_id", "shell_id", "filter"),
+_TOLD: Final = frozenset(
+    {"file_path", "path", "pattern", "glob", "type", "output_mode"}
+    | {"command", "description", "bash_id", "shell_id", "filter"}
 )
 _WRITES: Final = frozenset({"Write", "Edit"})
 _WRITTEN: Final = 1.0  # seconds for calls of these to end while clients wait for the next process
@@ -159,7 +159,8 @@ class Toolbox:
             try:
                 return await self._call(tenant, session, name, arguments, by, None, exec_id=exec_id)
             finally:
-                self._shells.told(exec_id)
+                if exec_id:
+                    self._shells.told(exec_id)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
         key: Key = (tenant, "call", call_id)
         running = self._running.get(key)
@@ -339,7 +340,9 @@ class Toolbox:
         call: LastingCall | None = None,
         begin: Callable[[], Awaitable[None]] | None = None,
     ) -> ToolResult:
-        told = {key: str(arguments[key])[:200] for key in _TOLD if isinstance(arguments.get(key), str)}
+        told = {
+            key: value[:200] for key, value in arguments.items() if key in _TOLD and isinstance(value, str)
+        }
         who = {"call": _event_id() if call is None else call.event, "by": by}  # in both events of the call
         if call_id is not None:
             who["callId"] = call_id

@@ -131,7 +131,8 @@ class Connection:
         """Act on a message; its lease ends with the work it began."""
         event = await self._understood(arrived)
         size, lease = arrived.size, arrived.lease
-        lease.hold(size - lease.size if lease.size else 0)
+        if lease.size:
+            lease.hold(size - lease.size)
         match event:
             case protocol.Request() if self._hub.doors.closed(self._peer.tenant):
                 pass  # unanswered: the connection is about to be closed, and the call is made at the new home
