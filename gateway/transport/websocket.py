@@ -34,6 +34,7 @@ LARGE: Final = 64 << 10  # bytes of a message above which the application is ask
 
 _WAITING: Final = 8  # messages that wait to be taken while more are read
 _SMALL: Final = 16 << 10  # bytes of one such message
+_JOINED: Final = 16 << 10  # bytes of an answer: to copy so few costs less than to write it in pieces
 _LINGER: Final = 5.0  # seconds in which the peer of a connection that is over must take something
 _FAREWELL: Final = 1 << 20  # bytes that a client may still send once the socket is closed
 
@@ -229,7 +230,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             head = struct.pack("!BBH", kind, 126, length)
         else:
             head = struct.pack("!BBQ", kind, 127, length)
-        self.transport.writelines([head, *parts])
+        if length <= _JOINED:
+            self.transport.write(b"".join((head, *parts)))
+        else:
+            self.transport.writelines([head, *parts])
         if text and length > LARGE:
             await self.writable.wait()  # until the client has taken it, it counts as in flight
 
