@@ -54,7 +54,9 @@ class LocalDisks:
     def record(self, name: str) -> dict[str, Any]:
         """Return what is recorded of a tenant."""
         try:
-            record: dict[str, Any] = orjson.loads((self.home / name / "tenant.json").read_bytes())
+            # by hand, since each call of a tool reads it: a Path and a buffer cost twice as much
+            with open(f"{self.home}/{name}/tenant.json", "rb", buffering=0) as file:  # noqa: PTH123
+                record: dict[str, Any] = orjson.loads(file.read())
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(f"no tenant {name}") from None
         return record

@@ -45,7 +45,7 @@ class LocalRuntime:
         await self.commands.aclose()
 
     async def filesystem(self, name: str) -> FilesystemRoot:
-        self.disks.get(name)
+        self.disks.record(name)  # raises `NotFound`
         return FilesystemRoot(name, self._settings.workspace, prefix=f"{self._real_home}/{name}/root")
 
     async def ready(self) -> None:
