@@ -30,7 +30,7 @@ from tests.waits import until
 
 SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "0.5"))
 SECRET = "host-secret-9d1f"
-DEADLINE = 5.0  # seconds for every call to answer
+DEADLINE = 15.0  # seconds for every call to answer, on a machine that others use, too
 
 # Perl is part of every Debian. Its arguments: the attack, and the number of the system call renameat2.
 ATTACKER = r"""
@@ -354,9 +354,11 @@ async def test_crowded_folder(arena: Arena) -> None:
             ("Grep", {"pattern": "needle"}),
         )
     ]
+    began = time.monotonic()
     while not all(search.done() for search in searching):
         assert await arena.call("Read", file_path="prey.txt") is None
-    assert arena.slowest < 1.0
+    # one that waited for a search would take as long; a busy machine makes both slow
+    assert arena.slowest < max(1.0, (time.monotonic() - began) / 4)
     for search in searching:
         if error := search.exception():  # on a busy machine it was ended, and says so
             assert isinstance(error, RpcFailure) and error.code == "timeout"

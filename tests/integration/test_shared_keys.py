@@ -46,4 +46,4 @@ async def test_without_incusd_the_refusal_comes_in_time(incus_settings: Settings
         with pytest.raises(Unavailable) as refused:
             await keys.swap("t.a", None, "1")
         assert refused.value.facts["reason"] == NO_QUORUM
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10  # 2 s, and who asks may wait for its turn on the CPU

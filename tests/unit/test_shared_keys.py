@@ -143,7 +143,7 @@ async def test_without_a_quorum_the_refusal_comes_in_time(
             await asked
         assert refused.value.facts["reason"] == NO_QUORUM
         assert "cowsql" not in refused.value.message
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10  # it would wait for ever
     incus.silent, incus.error = False, None
 
 
