@@ -1067,7 +1067,7 @@ class ShutdownContract:
                 await tree.grown()
                 waiting = asyncio.create_task(response.content.read())
                 code = await disposable.stop(signal.SIGTERM)
-                text = (await asyncio.wait_for(waiting, 5)).decode()
+                text = (await asyncio.wait_for(waiting, 30)).decode()
             assert code == 0, disposable.log.read_text()
             assert tree.alive() == 0
             assert await wire.closed() == 1012

@@ -224,7 +224,7 @@ async def test_an_interrupt_ends_the_commands_whole_tree_and_the_session_goes_on
             await agent.interrupt()
             ended = [one async for one in agent.receive_response() if isinstance(one, ResultMessage)]
             assert ended[0].subtype == "error_during_execution"
-            await until(lambda: tree.alive() == 0, 5)
+            await until(lambda: tree.alive() == 0)
             await agent.query("go on")
             ended = [one async for one in agent.receive_response() if isinstance(one, ResultMessage)]
             assert ended[0].subtype == "success"
@@ -239,7 +239,7 @@ async def test_a_call_that_takes_too_long_is_given_up_with_its_tree(shop: Tenant
     assert ended.subtype == "success"
     assert "timed out" in scripted.result(call).text and scripted.result(call).is_error
     assert scripted.result(after).text == "on"
-    await until(lambda: tree.alive() == 0, 5)
+    await until(lambda: tree.alive() == 0)
 
 
 async def test_an_agent_that_leaves_takes_its_command_along(shop: Tenant, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ async def test_an_agent_that_leaves_takes_its_command_along(shop: Tenant, tmp_pa
         async with ClaudeSDKClient(options(shop, **given(scripted, tmp_path))) as agent:
             await agent.query("go")
             await tree.grown()
-        await until(lambda: tree.alive() == 0, 5)
+        await until(lambda: tree.alive() == 0)
 
 
 async def test_two_megabytes_are_written_and_an_image_is_seen(shop: Tenant, tmp_path: Path) -> None:

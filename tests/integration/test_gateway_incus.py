@@ -31,6 +31,8 @@ from tests.waits import until
 
 INPUT = int(os.environ.get("GATEWAY_TEST_INPUT", "48"))  # MiB that a command is sent
 
+SOON = 5.0  # seconds; within one, where others do not have the CPU
+
 
 @contextlib.asynccontextmanager
 async def live(settings: Settings, log: Path, **more: str) -> AsyncIterator[LiveGateway]:
@@ -225,10 +227,10 @@ class TestIncusLife(LifeContract):
             ):
                 await asyncio.to_thread(environment.incus, command[0], fresh, *command[1:])
                 assert (await ask(http, "GET", url))["status"] == status
-                await wire.until(lambda kind=kind: wire.notified("event", type=kind, subject=fresh), 1.0)
+                await wire.until(lambda kind=kind: wire.notified("event", type=kind, subject=fresh), SOON)
             await asyncio.to_thread(environment.incus, "delete", "--force", fresh)
             await ask(http, "GET", url, status=404)
-            await wire.until(lambda: wire.notified("event", type="tenant.destroyed", subject=fresh), 1.0)
+            await wire.until(lambda: wire.notified("event", type="tenant.destroyed", subject=fresh), SOON)
 
     async def test_a_process_that_takes_too_much_memory_is_told(
         self, gateway: LiveGateway, fresh: str, tenant: Container
