@@ -31,7 +31,7 @@ async def test_nobody_is_told_that_these_are_all_before_it_is_known(monkeypatch:
     telling = Own(listed, {"member": "m1"})
     looking = asyncio.create_task(telling.look())
     try:
-        async with asyncio.timeout(5), contextlib.aclosing(telling.follow(asyncio.Event())) as told:
+        async with asyncio.timeout(30), contextlib.aclosing(telling.follow(asyncio.Event())) as told:
             assert (await anext(told))["member"] == "m1"
             assert [await anext(told) for _ in range(3)] == [{}, {}, {}]
             answering.set()
@@ -54,7 +54,7 @@ async def test_that_there_are_none_is_told_too() -> None:
     telling = Own(listed, {"member": "m1"})
     looking = asyncio.create_task(telling.look())
     try:
-        async with asyncio.timeout(5), contextlib.aclosing(telling.follow(asyncio.Event())) as told:
+        async with asyncio.timeout(30), contextlib.aclosing(telling.follow(asyncio.Event())) as told:
             assert (await anext(told))["member"] == "m1"
             while not (line := await anext(told)):
                 pass

@@ -257,7 +257,7 @@ async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() 
     cursor, _ = stream.attach(0, Reading(text=True))
     read = ""
     while len(read) < len(text):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             parts = await cursor.next()
         read += b"".join(parts).decode()
         cursor.taken(parts)
@@ -273,7 +273,7 @@ async def test_a_window_is_kept_to_by_text_too() -> None:
     stream = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 1 << 20), roomy())
     stream.tail.append("€".encode() * 100_000)
     cursor, _ = stream.attach(0, Reading(text=True, acks=True, window=7))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         for size in (6, 3):
             parts = await cursor.next()
             assert b"".join(parts) == "€".encode() * (size // 3)

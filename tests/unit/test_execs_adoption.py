@@ -455,7 +455,7 @@ async def test_shells_that_do_not_begin_hold_up_a_start_once(
         Holder(settings.holder_socket) as holder,
         Adopting(settings, holder) as runtime,
     ):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await runtime.commands.adopt() == []
         await until(lambda: held_at(settings.holder_socket) == 0)
         await until(lambda: all(shell.hung_up() for shell in shells))

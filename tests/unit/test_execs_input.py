@@ -99,7 +99,7 @@ async def test_beyond_both_limits_a_sender_waits_and_loses_nothing(tmp_path: Pat
     await asyncio.wait([fourth], timeout=0.2)
     assert not fourth.done() and by.taken == 12 * KiB
     process.open.set()
-    await asyncio.wait_for(fourth, 5)
+    await asyncio.wait_for(fourth, 30)
     input_.end()
     await running
     assert process.got == b"x" * 12 * KiB + b"y" * 4 * KiB
@@ -129,7 +129,7 @@ async def test_a_disk_that_fails_makes_the_sender_wait(tmp_path: Path) -> None:
     await asyncio.wait([second], timeout=0.2)
     assert not second.done()
     process.open.set()
-    await asyncio.wait_for(second, 5)
+    await asyncio.wait_for(second, 30)
     input_.end()
     await running
     assert process.got == b"12" and spools._free == 20 * KiB

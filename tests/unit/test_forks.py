@@ -88,7 +88,7 @@ async def test_a_forked_gateway_is_as_a_started_one(tmp_path: Path, monkeypatch:
                 return bool(process(pid)["files"] == found[False]["process"]["files"])
 
             with contextlib.suppress(AssertionError):  # told below, with what differs
-                await until(settled, 5)
+                await until(settled)
         shown = process(pid)
         assert await gateway.stop() == 0
         found[forking] = {

@@ -28,7 +28,7 @@ class Open:
         self.ended.set_result(why)  # raises where it was said before: once is the rule
 
     async def why(self) -> str:
-        return await asyncio.wait_for(self.ended, 5)
+        return await asyncio.wait_for(self.ended, 30)
 
 
 class Clock:

@@ -115,7 +115,7 @@ async def test_a_call_waits_for_what_it_would_hide_and_for_nothing_else() -> Non
     world.recorded.free.clear()
     world.outside.saved("t", "page", "eve")
     world.start("make")
-    async with asyncio.timeout(1):  # of another file, beside a command, and of another tenant
+    async with asyncio.timeout(30):  # of another file, beside a command, and of another tenant
         await world.outside.before("t", "other", first=False)
         await world.outside.before("t", "other", first=True)
         await world.outside.before("u", None, first=True)

@@ -237,7 +237,7 @@ async def test_a_cluster_without_a_quorum_is_not_ready(tmp_path: Path) -> None:
     runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=incus)
     with mock.patch.dict(os.environ, {"GATEWAY_TEST_CLUSTER": "1"}):
         with pytest.raises(Unavailable) as caught:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await runtime.ready()
         assert caught.value.facts["reason"] == "no_quorum"
         incus.quorum.set()

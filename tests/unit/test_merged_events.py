@@ -89,9 +89,9 @@ async def test_the_end_of_the_stream_ends_what_is_asked_of_peers() -> None:
     parts = stream.parts()
     await anext(parts)
     stream.close()
-    await until(lambda: others.answers[0].closed, 5)
+    await until(lambda: others.answers[0].closed)
     assert not others.watchers
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert len([part async for part in parts]) <= 2  # what was under way
 
 
@@ -121,11 +121,11 @@ async def test_a_member_whose_silence_broke_its_answer_off_is_away_at_once() -> 
     others.there.clear()
     for cut in list(others.all["m2"].cut):
         cut()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         while b"event: away" not in await anext(parts):
             pass
     others.there.set()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         told = [await anext(parts) for _ in range(2)]
     assert b"event: back" in told[0] and b"event: t\n" in told[1]
     stream.end()
@@ -170,7 +170,7 @@ async def test_members_come_and_go() -> None:
     del others.all["m2"]
     for changed in others.watchers:
         changed()
-    await until(lambda: others.answers[0].closed, 5)
+    await until(lambda: others.answers[0].closed)
     others.all["m3"] = Peer("m3")
     for changed in others.watchers:
         changed()

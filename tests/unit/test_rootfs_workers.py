@@ -637,7 +637,7 @@ async def test_a_crashed_brokers_numbers_are_nobodys(workers: Workers, root: Lai
     workers.broker._process.kill()
     await workers.broker._process.wait()
     pid = None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while pid is None:
             with suppress(Unavailable):  # a call or two, whose worker or broker is gone
                 pid = await pid_of(workers, root)

@@ -138,7 +138,7 @@ async def test_a_reader_does_not_wait_for_the_writer(tmp_path: Path) -> None:
     async with Store(tmp_path) as store:
         await store.write(make)
         await store.write(add(1))
-        async with Held(store), asyncio.timeout(5):
+        async with Held(store), asyncio.timeout(30):
             assert await store.read(numbers) == [1]
 
 
@@ -296,7 +296,7 @@ async def test_a_note_waits_for_nothing_and_is_written_with_others_in_their_orde
         statements: list[str] = []
         await store.write(lambda connection: connection.set_trace_callback(statements.append))
         written: list[int] = []
-        async with Held(store), asyncio.timeout(5):
+        async with Held(store), asyncio.timeout(30):
             for n in range(50):
                 done = partial(written.append, n)
                 await store.note(insert(n), ("DELETE FROM t WHERE n < ?", (n,)), written=done)

@@ -34,7 +34,7 @@ async def test_all_are_told(ending: str) -> None:
     if ending == "given up":
         running.work.cancel()
     gate.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         told = await asyncio.gather(*waiting[1:], return_exceptions=True)
         late = await asyncio.gather(running.result(60), return_exceptions=True)
     assert waiting[0].cancelled()
@@ -91,4 +91,4 @@ async def test_calls_that_take_long_are_waited_for_before_a_hand_over() -> None:
     gate.set()
     await running[0].work
     running.clear()
-    await asyncio.wait_for(waiting, 5)
+    await asyncio.wait_for(waiting, 30)
