@@ -91,7 +91,7 @@ class Audit:
         try:
             await self._write([Entry(time.time(), who, action, tenant, facts, operator=operator)])
         except StoreFailed as failed:
-            log.error("%s of %s by %s is not in the audit: %s", action, tenant, who, failed.message)
+            log.error("cannot record %s of %s by %s in the audit: %s", action, tenant, who, failed.message)
 
     async def entries(self, limit: int, tenant: str | None = None, before: int | None = None) -> list[Any]:
         """Return the latest entries, newest first; `before` is the id of the last one already seen."""
@@ -106,7 +106,7 @@ class Audit:
                 except StoreFailed:
                     await asyncio.sleep(_RETRY)  # before the next try; the journal has logged the cause
                 except Exception:  # later events must still be recorded
-                    log.exception("events from %d on are not in the audit", events[0].id)
+                    log.exception("cannot record the events from %d on in the audit", events[0].id)
                     break
 
     async def _write(self, entries: Sequence[Entry]) -> None:

@@ -25,7 +25,7 @@ Status: TypeAlias = Literal["running", "stopped", "frozen", "starting", "stoppin
 def _number(given: object) -> object:
     if isinstance(given, str):
         if not protocol.NUMBER.fullmatch(given):
-            raise ValueError("this is a whole number")
+            raise ValueError("must be a whole number")
         return int(given)
     return given
 

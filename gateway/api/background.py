@@ -133,9 +133,9 @@ class Background:
             self._seen.set()
             if event.type == "gateway.resynced" and not swept:
                 swept = True
-                with apart("the look for what an earlier gateway left"):
+                with apart("the search for what an earlier gateway left"):
                     await services.runtime.sweep()
-            with apart(f"letting go of what changed with {event.type} of {event.tenant}"):
+            with apart(f"the clean-up after {event.type} of {event.tenant}"):
                 await self._let_go(event)
             if event.type in _STARTED:
                 self._unbound.add(event.tenant)
@@ -144,7 +144,7 @@ class Background:
             if cluster is not None:
                 cluster.changed()
             for notice in notices:
-                with apart(f"taking notice of {event.type} of {event.tenant}"):
+                with apart(f"the handling of {event.type} of {event.tenant}"):
                     notice(event)
             if event.type == "gateway.resynced":
                 self._resynced.set()
@@ -165,9 +165,7 @@ class Background:
             try:
                 await services.idempotency.forget_tenant(event.ended)
             except StoreFailed as failed:
-                log.warning(
-                    "the records of calls of %s could not be removed: %s", event.ended, failed.message
-                )
+                log.warning("cannot remove the call records of %s: %s", event.ended, failed.message)
             await services.lifecycle.forget(event.ended)
         # not when the old one is destroyed: its last clients may still ask how their commands ended
         if event.tenant is not None and event.type in _MADE:
@@ -207,7 +205,7 @@ class Background:
                     failed = error.message
                     self._unbound.add(name)  # retry with the next start
             if failed:
-                log.warning("tenants' addresses could not be bound to their ports: %s", failed)
+                log.warning("cannot bind tenants' addresses to their ports: %s", failed)
 
     async def _enforce_quotas(self) -> None:
         """Keep the disk quotas enforced, which any restart of incusd may end; see `rootfs.quotas`."""
@@ -221,7 +219,7 @@ class Background:
                 failed = ""
             except GatewayError as error:
                 if error.message != failed:
-                    log.warning("the disk quotas could not be looked at: %s", error.message)
+                    log.warning("cannot check the disk quotas: %s", error.message)
                 failed = error.message
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(services.settings.reconcile_interval):

@@ -264,7 +264,7 @@ class _Relayed:
             except NotHome:
                 again = await self._moved(asked, left)
                 if body.lost:
-                    raise Unavailable("the tenant has just moved; ask again", reason="moved") from None
+                    raise Unavailable("the tenant has just moved; try again", reason="moved") from None
                 peer = again
             else:
                 return
@@ -275,7 +275,11 @@ class _Relayed:
         Raises `NotFound`, or `Unavailable` if the client should ask again.
         """
         if await has(self._services, {asked.kind: asked.name}):
-            raise Unavailable("it has just moved here; ask again", reason="moved", retry_after=1)
+            raise Unavailable(
+                f"{asked.kind} {asked.name[:63]} has just moved here; try again",
+                reason="moved",
+                retry_after=1,
+            )
         again = await self._cluster.find_moved(**{asked.kind: asked.name}) if left else None
         if again is None:
             raise NotFound(f"no {asked.kind} {asked.name[:63]}")

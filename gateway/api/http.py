@@ -106,7 +106,7 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+        raise TooLarge(f"the body exceeds {limit} bytes", limit=limit)
     known = SHARE in request.scope
     held = int(declared) if declared.isdigit() else 0
     if known:
@@ -120,9 +120,9 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
         except StopAsyncIteration:
             return bytes(body)
         except TimeoutError:
-            raise Timeout(f"the body did not arrive: nothing came for {patience:.0f} s") from None
+            raise Timeout(f"the body timed out: no data for {patience:.0f} s") from None
         if len(body) > limit:
-            raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+            raise TooLarge(f"the body exceeds {limit} bytes", limit=limit)
         if known and len(body) > held:
             hold(request.scope, step := max(SMALL, len(body) - held))
             held += step
@@ -211,7 +211,7 @@ class InParts(Response):
                 async with asyncio.timeout(self._patience):
                     await send({"type": "http.response.body", "body": part, "more_body": True})
             except TimeoutError:
-                log.info("an answer was not taken for %.0f s", self._patience)
+                log.info("an answer timed out: the client read nothing for %.0f s", self._patience)
                 return  # without the rest of the body the server cuts the connection
             await asyncio.sleep(0)  # others have their turn, even if this never waits
         await send({"type": "http.response.body", "body": b""})
@@ -323,7 +323,7 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
                         await send(part)
                 except TimeoutError:
                     # without the rest of the body the server cuts the connection
-                    log.info("an answer was not taken for %.0f s", patience)
+                    log.info("an answer timed out: the client read nothing for %.0f s", patience)
                     return
         await send({**message, "body": b""})
 

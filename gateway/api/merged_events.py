@@ -124,7 +124,7 @@ class MergedEvents:
             while events := await self._own.batch():
                 await self._give(self._member, [(event.id, sse.body(event)) for event in events])
         except Unavailable as error:
-            log.warning("a stream of events ends: %s", error.message)
+            log.warning("an event stream ended: %s", error.message)
         self._leave()
         await self._given.put(None)
 
@@ -169,7 +169,7 @@ class MergedEvents:
                         after = events[-1][0]
                         await self._give(peer.name, events)
             except (*BROKEN, ValueError) as error:
-                log.info("the events of %s broke off: %r", peer.name, error)
+                log.info("the event stream of %s broke: %r", peer.name, error)
             patience = AWAY if peer.alive else 0.0  # that is over where its silence broke it off
             await asyncio.sleep(_PAUSE)
 

@@ -99,7 +99,7 @@ def origin_of(given: str | None) -> str:
     """Return the origin of the requesting page. Raises `InvalidParams` if there is none."""
     origin = (given or "").lower()
     if not _ORIGIN.fullmatch(origin):
-        raise InvalidParams("only a page can have a preview: this request has no Origin")
+        raise InvalidParams("only a web page can open a preview: this request has no Origin header")
     return origin
 
 
@@ -129,9 +129,7 @@ class Previews:
     def key(self, domain: str | None, origin: str) -> tuple[str, int]:
         """Return a key for a domain, and when it ends. Raises `NotFound` if Caddy serves no such site."""
         if domain is None or self._caddy.get(domain) is None:
-            raise NotFound(
-                "this tenant has no domain, so nothing can be put into its pages", reason="no_domain"
-            )
+            raise NotFound("this tenant has no domain, so it has no preview", reason="no_domain")
         ends = int(time.time()) + TTL
         return key(self._secret, domain, origin, ends), ends
 

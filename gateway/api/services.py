@@ -86,7 +86,7 @@ class Services(Hub):
         if peer is not None and not peer.alive:
             raise MemberAway(peer.name)
         if peer is not None:
-            raise Unavailable(f"tenant {tenant} is another member's; connect again", reason="elsewhere")
+            raise Unavailable(f"tenant {tenant} is on another member; connect again", reason="elsewhere")
 
 
 def services(asked: HTTPConnection) -> Services:

@@ -107,4 +107,4 @@ def _end(grant: Grant, why: str) -> None:
     try:
         grant._end(why)
     except Exception:  # the others must still end
-        log.exception("what was open under a token could not be ended")
+        log.exception("cannot close what a token had opened")

@@ -159,7 +159,7 @@ def _read_secret(path: Path) -> str:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode) or mode & 0o077:
             raise InvalidParams(
-                "the secret in the state dir is open to others: chmod 600 it, and see who has read it"
+                "other users may read the secret in the state dir: chmod 600 it, and check who has read it"
             )
         return checked(file.read(4096).strip())
 
@@ -188,5 +188,7 @@ def _write_secret(path: Path, secret: str, *, replace: bool = False) -> None:
 def checked(secret: str) -> str:
     """Return a secret if it is long enough. Raises `InvalidParams`."""
     if len(secret.encode()) < MIN_SECRET:
-        raise InvalidParams(f"the secret has at least {MIN_SECRET} bytes; `openssl rand -hex 32` makes one")
+        raise InvalidParams(
+            f"the secret must have at least {MIN_SECRET} bytes; `openssl rand -hex 32` makes one"
+        )
     return secret

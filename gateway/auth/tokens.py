@@ -205,8 +205,8 @@ def cookie_token(cookie: str | None, slot: str | None = None, *, secure: bool = 
         found = [value for given, value in cookies if given == name]
         if len(found) > 1:
             raise Unauthorized(
-                f"two cookies named {name} came: another site of this domain has set one; delete this site's "
-                "cookies in the browser, then sign in again"
+                f"the request has two cookies named {name}: another site of this domain has set one; delete "
+                "this site's cookies in the browser, then sign in again"
             )
         if found:
             return found[0] or None

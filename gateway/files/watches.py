@@ -100,7 +100,9 @@ class Watches:
         watches = self._watches.setdefault(tenant, {})
         if len(watches) >= settings.max_tenant_watches:
             limit = settings.max_tenant_watches
-            raise RateLimited("this tenant has too many file watches; end some by files/unwatch", limit=limit)
+            raise RateLimited(
+                "this tenant has too many file watches; end some with files/unwatch", limit=limit
+            )
         watch = Watch(next(self._numbers), tenant, settings.watch_changes)
         watches[watch.number] = watch
         link.holds += 1

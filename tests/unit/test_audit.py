@@ -78,4 +78,4 @@ async def test_what_cannot_be_recorded_holds_up_nothing_that_follows(
     await until(lambda: audit.entries(10))  # nobody tells when an event was taken over
     entries = await audit.entries(10)
     assert [entry["facts"]["path"] for entry in entries] == ["second"]
-    assert "are not in the audit" in caplog.text
+    assert "cannot record the events from" in caplog.text

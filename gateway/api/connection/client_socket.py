@@ -86,7 +86,9 @@ class ClientSocket:
     async def _admit(self, size: int, large: bool) -> None:
         """Accept a large message once there is room for it; nothing more is read until then."""
         if not large:
-            raise Closed(CloseCode.FRAME_TOO_LARGE, f"before initialize a message has at most {LARGE} bytes")
+            raise Closed(
+                CloseCode.FRAME_TOO_LARGE, f"a message before initialize is limited to {LARGE} bytes"
+            )
         self._arriving.append(await self.share.wait(size))
         self._flow["admit"]()
 
@@ -101,7 +103,7 @@ class ClientSocket:
             except TimeoutError:
                 if self._flow["received"]() == received:
                     raise Closed(
-                        CloseCode.TOO_MANY, f"nothing came of a message for {patience:.0f} s"
+                        CloseCode.TOO_MANY, f"a message timed out: no data for {patience:.0f} s"
                     ) from None
 
     # --- sending ------------------------------------------------------------------------------------

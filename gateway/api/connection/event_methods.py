@@ -45,13 +45,13 @@ class EventMethods(Family):
         token = self._peer.require("events")
         if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
             raise RateLimited(
-                "this connection has too many event subscriptions; end some by events/unsubscribe"
+                "this connection has too many event subscriptions; end some with events/unsubscribe"
             )
         # every event of any tenant wakes each of them
         most, of = self._hub.settings.max_tenant_subscriptions, self._tenant
         if sum(len(peer.subscriptions) for peer in self._hub.connections if peer.tenant == of) >= most:
             raise RateLimited(
-                "this tenant has too many event subscriptions; end some by events/unsubscribe",
+                "this tenant has too many event subscriptions; end some with events/unsubscribe",
                 limit=most,
                 retry_after=RETRY_AFTER,
             )

@@ -129,8 +129,8 @@ class Requests:
         size = protocol.size(reply)
         if most and (full := self._socket.share.above.full(size)) is not None:
             raise RateLimited(
-                f"{full.name} has no room for an answer of {size} bytes; take those that wait, "
-                "then ask again",
+                f"{full.name} has no room for an answer of {size} bytes; read the answers that "
+                "wait, then try again",
                 limit=full.limit,
                 retry_after=RETRY_AFTER,
             )
@@ -142,4 +142,4 @@ class Requests:
         try:
             await method.fence(params)
         except GatewayError as error:
-            log.warning("a cancel of tenant %s could not be noted: %s", self._peer.tenant, error.message)
+            log.warning("cannot record a cancellation for tenant %s: %s", self._peer.tenant, error.message)

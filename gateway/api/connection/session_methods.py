@@ -95,7 +95,7 @@ class SessionMethods(Family):
         assert before is not None
         token = self._hub.verify(params.token)
         if token.subject != before.subject:
-            raise Forbidden("this token is another subject's; open a separate websocket with it")
+            raise Forbidden("this token belongs to another subject; open a separate websocket with it")
         if not token.covers(self._tenant):
             raise Forbidden(
                 "this token does not cover the tenant of this websocket; renew with one that does"

@@ -43,7 +43,7 @@ class WatchMethods(Family):
         limit = self._hub.settings.max_watches
         if len(self._watches) >= limit:
             raise RateLimited(
-                "this connection has too many file watches; end some by files/unwatch", limit=limit
+                "this connection has too many file watches; end some with files/unwatch", limit=limit
             )
         self._last += 1
         number = self._last

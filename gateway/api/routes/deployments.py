@@ -88,7 +88,7 @@ async def publish(request: Request) -> Response:
     served = (await gateway.runtime.tenants.get(name)).domain
     if domain == served or name == (body.tenant or tenant_name(domain)):
         raise InvalidParams(
-            f"{body.domain[:80]} is where {name} itself is served; name another domain to publish it at",
+            f"{name} itself is served at {body.domain[:80]}; publish it at another domain",
             field="domain",
         )
     archive = await gateway.sources.of(name)

@@ -64,7 +64,7 @@ def _operated(request: Request) -> tuple[Services, str, Token]:
 
 def _departures(gateway: Services) -> Departures:
     if gateway.departures is None:
-        raise Unavailable("there is no cluster to move tenants in", reason="no_cluster")
+        raise Unavailable("this gateway is in no cluster, so tenants cannot move", reason="no_cluster")
     return gateway.departures
 
 

@@ -52,7 +52,7 @@ async def audit(request: Request) -> Response:
         return as_json({"entries": await gateway.audit.entries(query.limit, query.tenant, last)})
     own = gateway.cluster.own
     if last is not None and query.member is None:
-        raise InvalidParams("each member has ids of its own; name the member of this entry", field="member")
+        raise InvalidParams("each member has its own ids; give the entry's member too", field="member")
     others = await elsewhere(request)
     found = others.entries("entries")
     if query.member in (None, own):

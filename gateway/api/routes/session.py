@@ -55,7 +55,7 @@ async def close(request: Request) -> Response:
     check_origin(request)
     named = slot(request)
     if named is not None and not re.fullmatch(tokens.SLOT, named):
-        raise InvalidParams("a slot has 1 to 32 of a-z and 0-9", field="slot")
+        raise InvalidParams("a slot must have 1 to 32 characters of a-z and 0-9", field="slot")
     response = Response(status_code=204)
     _set_cookie(request, response, tokens.cookie_name(named, secure=secure(request)), "", 0)
     return response
