@@ -87,8 +87,9 @@ class Caddy(Routes):
                 if self.serves(running):
                     return False  # an operator's own
                 raise CaddyFailed(
-                    f"the Caddy at {self._admin.address} serves something else, which stays as it is; "
-                    "let it import our sites as docs/operations.md says, or start one of our own "
+                    f"the Caddy at {self._admin.address} serves something else, which is left as it is; "
+                    "make it import the gateway's sites, as docs/operations.md says, or start a separate "
+                    "Caddy "
                     "(deploy/quickstart does) with another GATEWAY_CADDY_ADMIN",
                     reason="caddy_foreign",
                 )
@@ -117,12 +118,12 @@ class Caddy(Routes):
         if status != 200:
             raise CaddyFailed(
                 f"the Caddy at port {self._settings.caddy_ask} does not find the routes in {self.routes}: it "
-                "looks into another folder, or may not enter this one; set GATEWAY_CADDY_DIR, and see "
+                "reads another folder, or has no access to this one; set GATEWAY_CADDY_DIR, and see "
                 "docs/operations.md",
                 reason="caddy_foreign",
             )
         if configuration.written(self.folder) != self.rendered():
-            log.warning("Caddy's configuration is not that of these settings; run deploy/quickstart as root")
+            log.warning("Caddy's configuration does not match these settings; run deploy/quickstart as root")
 
     async def _adapted(self) -> Any:
         """Return the configuration as Caddy's own JSON.

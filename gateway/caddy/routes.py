@@ -119,13 +119,13 @@ class Routes:
         if reserved(domain, self._own):
             raise DomainReserved(domain)
         if normalized(domain) != domain:
-            raise ValueError(f"{domain!r} is no domain as Caddy looks it up")
+            raise ValueError(f"{domain!r} is not a normalized domain")
         return self._lead(domain, target)
 
     def _lead(self, domain: str, target: str) -> str | None:
         peer = target.startswith(_ELSEWHERE) and is_address(target.removeprefix(_ELSEWHERE))
         if not peer and not TARGET.fullmatch(target):
-            raise ValueError(f"{target!r} is no target of a route")
+            raise ValueError(f"{target!r} is not a target of a route")
         with self._setting:
             place = self._targets / target
             place.mkdir(mode=0o755, exist_ok=True)
@@ -195,7 +195,7 @@ class Routes:
                 try:
                     self.set(domain, target)
                 except (GatewayError, ValueError) as error:
-                    log.warning("%r points nowhere: %s", domain, error)
+                    log.warning("cannot route %r: %s", domain, error)
                 else:
                     changed.append(domain)
         for entry in list(self.routes.iterdir()):
