@@ -19,7 +19,7 @@ def enable(
     name: Annotated[str, typer.Argument(help="This server's name in the cluster; default: the host's")] = "",
     address: Annotated[str, typer.Option(help="This host's address for the other members")] = "",
 ) -> None:
-    """Make this server the first member of a cluster. Its tenants run on."""
+    """Make this server the first member of a cluster. Its tenants keep running."""
     from gateway.host.forming import enable as run
 
     run(load(), name or socket.gethostname().partition(".")[0], address, out.say)
@@ -54,31 +54,32 @@ def remove(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="One that is lost for good: tenants without a standby copy are lost too"
+            "--force",
+            help="Remove a member that is lost for good; tenants without a standby copy are lost with it",
         ),
     ] = False,
     yes: Yes = False,
 ) -> None:
-    """Remove another member, which has no instances left."""
+    """Remove another member that has no instances left."""
     from gateway.host.forming import remove as run
 
     if force and not yes:
         confirm(
             f"Remove {name} for good? Its tenants come back from their standby copies; those without one are "
-            "forgotten. It must never be started again as it is.",
+            "forgotten. Never start it again as it is.",
             "nothing was removed",
         )
     run(load(), name, force=force)
 
 
 def recover(yes: Yes = False) -> None:
-    """Have this server go on alone, after most members were lost for good. Its tenants run on."""
+    """Make this server work alone after most members were lost for good. Its tenants keep running."""
     from gateway.host.forming import recover as run
 
     if not yes:
         confirm(
-            "Are the other members lost for good? One that is started again would be a second cluster, with "
-            "the same tenants.",
+            "Are the other members lost for good? If one is started again, it is a second cluster with the "
+            "same tenants.",
             "nothing was changed",
         )
     run(load(), out.say)

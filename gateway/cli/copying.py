@@ -38,7 +38,7 @@ def cp(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Copy a file or a folder from a tenant or to one.
+    """Copy a file or a folder from or to a tenant.
 
     PATH is relative to the workspace. If the target is a folder or ends with /, the copy goes into it and
     keeps its name. Links are left out. Executable files stay executable when copied out, but not in.
@@ -123,7 +123,7 @@ async def _plan_download(
         there.mkdir(parents=True, exist_ok=True)
         inside, cut = await files.list(path)
         if cut:
-            raise Failed(f"{path} has more entries than one listing holds; pack it: exec … tar -cz {path}")
+            raise Failed(f"{path} has too many entries to list; pack it: exec … tar -cz {path}")
         for one in inside:
             name = PurePosixPath(one.path).name
             # no name chosen by a tenant may lead outside the target folder

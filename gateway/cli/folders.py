@@ -83,10 +83,10 @@ def _measure(folder: Path, settings: Settings, ignored: Ignored) -> None:
         return
     largest = ", ".join(f"{show(name)} ({_bytes(has)})" for name, has in sizes.most_common(3))
     raise TooLarge(
-        f"{folder} has {'' if files < _LOOKED_AT else 'over '}{_bytes(size)} in {files} files, and a site at "
-        f"most {_bytes(settings.template_bytes)} (GATEWAY_TEMPLATE_BYTES) in {settings.template_files} "
-        f"(GATEWAY_TEMPLATE_FILES). The largest are {largest}: leave out what the site does not need by a "
-        "line in .gitignore, and keep large files elsewhere",
+        f"{folder} has {'' if files < _LOOKED_AT else 'over '}{_bytes(size)} in {files} files, and a site "
+        f"may have at most {_bytes(settings.template_bytes)} (GATEWAY_TEMPLATE_BYTES) in "
+        f"{settings.template_files} (GATEWAY_TEMPLATE_FILES). The largest are {largest}: list what the site "
+        "does not need in .gitignore, and keep large files elsewhere",
         limit=settings.template_bytes,
     )
 

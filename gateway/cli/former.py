@@ -79,7 +79,7 @@ def env(
         list[str] | None,
         typer.Argument(
             metavar="[NAME=VALUE … | NAME …]",
-            help="To set, or to unset; without any, `set` reads lines as in a .env file from its input",
+            help="Variables to set or unset; without any, `set` reads .env lines from standard input",
         ),
     ] = None,
     values: Annotated[bool, typer.Option("--values", help="List the values too.")] = False,
@@ -87,7 +87,7 @@ def env(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """List, set or unset variables of a site. It is restarted with them, without a failed request."""
+    """List, set or unset a site's variables. A change restarts the site without failing a request."""
     given = words or []
     if action is Action.LIST:
         if given:
@@ -134,7 +134,9 @@ async def _list(domain: str, *, values: bool, as_json: bool, url: str | None, to
 def _lines() -> list[str]:
     """Return the assignments on standard input, since a command line shows in the list of processes."""
     if somebody_is_there():
-        raise typer.BadParameter("set takes NAME=VALUE, or such lines from its input: env … set <.env")
+        raise typer.BadParameter(
+            "set takes NAME=VALUE arguments, or such lines on standard input: env … set <.env"
+        )
     found = (entry.strip() for entry in sys.stdin.read().splitlines())
     return [entry.removeprefix("export ") for entry in found if entry and not entry.startswith("#")]
 

@@ -65,7 +65,7 @@ def undo(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Restore the files to what they were before a turn. That is a turn too, and can be undone."""
+    """Restore the files to what they were before a turn. The undo is a turn too, and can be undone."""
     if to and turn is None:
         raise typer.BadParameter("--to needs a TURN")
 
@@ -82,11 +82,11 @@ def undo(
             later = ids.index(wanted) if wanted in ids else 0
             if later and not yes and somebody_is_there():
                 word = "turn" if later == 1 else "turns"
-                question = f"That undoes {later} later {word} too. Go on?"
+                question = f"That undoes {later} later {word} too. Continue?"
                 confirm(question, "nothing was changed")
             done = await asked.restore_turn(wanted, "after" if to else "before")
         if done is None:
-            out.say("Nothing to do: the files are like that already.")
+            out.say("Nothing to do: the files are already in that state.")
             return
         files = f"{done['files']} file{'' if done['files'] == 1 else 's'}"
         out.say(f"{_first(done['title'])}: {files}. To take it back: incus-gateway undo {tenant}")

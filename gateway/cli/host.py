@@ -27,23 +27,23 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
     take_over: Annotated[
         bool,
-        typer.Option("--take-over", help="Take the place of the gateway that runs, as `upgrade` does."),
+        typer.Option("--take-over", help="Replace the running gateway, as `upgrade` does."),
     ] = False,
 ) -> None:
-    """Serve until SIGTERM."""
+    """Run the gateway until SIGTERM."""
     from gateway.server import serve as run  # only this command needs uvicorn and uvloop
 
     run(load(), log_level=log_level, take_over=take_over)
 
 
 def upgrade(
-    back: Annotated[bool, typer.Option("--back", help="Have the version before this one take over.")] = False,
+    back: Annotated[bool, typer.Option("--back", help="Go back to the version before this one.")] = False,
     reload: Annotated[bool, typer.Option("--reload", hidden=True, help="As the unit's ExecReload=.")] = False,
 ) -> None:
-    """Have this version take over from the gateway that runs, with the settings of now and no gap.
+    """Replace the running gateway with this version and the current settings, without a gap.
 
-    Clients are answered all the time; connections resume, and commands go on. If it cannot serve, the old
-    gateway goes on, and this says why.
+    Clients get answers all the time, connections resume, and commands keep running. If the new gateway
+    cannot serve, the old one keeps running, and this says why.
     """
     from gateway.host import upgrade as upgrading
 
@@ -64,7 +64,7 @@ def broker() -> None:
 
 
 def hold() -> None:
-    """Hold the commands of a gateway while it is restarted, until SIGTERM; as the gateway's user."""
+    """Keep a gateway's commands running while it restarts, until SIGTERM. Run it as the gateway's user."""
     from gateway.host.holder_process import run
 
     run(load())
@@ -82,7 +82,7 @@ def setup(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check that the gateway has what it needs and runs; change nothing. Exit code 1 if not."""
+    """Check that the gateway runs and has all it needs; change nothing. Exit code 1 if not."""
     from gateway.host.doctor import doctor as run
 
     found = run(load())
@@ -116,9 +116,7 @@ def capacity(as_json: Json = False) -> None:
 
 
 def image_build(
-    rebuild: Annotated[
-        bool, typer.Option(help="Build it again even if this definition was built before.")
-    ] = False,
+    rebuild: Annotated[bool, typer.Option(help="Build it even if this definition was built before.")] = False,
 ) -> None:
     """Build the base image and import it into Incus."""
     from gateway.host.image import build

@@ -33,7 +33,7 @@ def move(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Move a tenant to another member of the cluster. Its calls wait for some seconds, its commands end."""
+    """Move a tenant to another member of the cluster. Its calls wait a few seconds; its commands end."""
 
     async def run() -> Mapping[str, Any]:
         async with client_of(url, token) as client:
@@ -47,7 +47,7 @@ def move(
 
 
 def drain(member: Member, url: Url = None, token: TokenOption = None) -> None:
-    """Move all tenants of a member to the others, which have room for them. New ones go elsewhere."""
+    """Move all tenants of a member to others that have room for them. New tenants go elsewhere."""
     from gateway.host.forming import set_drained
 
     set_drained(load(), member, True)
@@ -69,7 +69,7 @@ def drain(member: Member, url: Url = None, token: TokenOption = None) -> None:
 
 
 def restore(member: Member, url: Url = None, token: TokenOption = None) -> None:
-    """Let a member have tenants again, and bring back those that were moved away by a drain."""
+    """Let a member take tenants again, and move back those that a drain moved away."""
     from gateway.host.forming import set_drained
 
     set_drained(load(), member, False)
@@ -95,7 +95,7 @@ def restore(member: Member, url: Url = None, token: TokenOption = None) -> None:
 
 
 async def _all(client: Client, wanted: Mapping[str, str | None], *, drained: bool) -> Mapping[str, str]:
-    """Move these tenants, some at a time; return why some were not."""
+    """Move these tenants, a few at a time; return the errors by tenant."""
     failed: dict[str, str] = {}
     few = asyncio.Semaphore(_AT_ONCE)
 
@@ -118,7 +118,9 @@ def _moved(done: Mapping[str, Any]) -> str:
 
 def _report(failed: Mapping[str, str], well: str) -> None:
     if failed:
-        raise Failed(f"not moved: {_listed(sorted(failed))}; see above why, and repeat the command")
+        raise Failed(
+            f"not moved: {_listed(sorted(failed))}; see the reasons above, then run the command again"
+        )
     out.say(well)
 
 

@@ -56,7 +56,7 @@ def deploy(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Deploy a site at a domain, or update it, until it answers. Ctrl-C cancels and undoes it.
+    """Deploy a site at a domain, or update it, and wait until it answers. Ctrl-C cancels and undoes it.
 
     How the folder is installed and started is detected, unless its site.toml says so.
     """
@@ -68,7 +68,7 @@ def deploy(
             raise typer.BadParameter(f"the domain comes first: incus-gateway deploy DOMAIN {here}") from None
         raise typer.BadParameter(error.message) from None
     if folder is not None and template is not None:
-        raise typer.BadParameter("FOLDER and --template name two sites; leave one out")
+        raise typer.BadParameter("give FOLDER or --template, not both")
     given = folder or template or "."
     mode: Literal["production"] | None = "production" if production else None
     overrides = _overrides(start, install, port, mode)
@@ -158,7 +158,7 @@ def migrate(
     ] = False,
     back: Annotated[bool, typer.Option("--back", help="Undo the last step instead")] = False,
     port: Annotated[int | None, typer.Option(help="The port of the site, if it listens on several")] = None,
-    size: Annotated[Size, typer.Option(help="Of the tenant")] = Size.SMALL,
+    size: Annotated[Size, typer.Option(help="The tenant's size")] = Size.SMALL,
     start: Annotated[
         str | None, typer.Option(help="Its command in the tenant; default: the one it runs with now")
     ] = None,
@@ -187,7 +187,7 @@ def migrate(
             tuple(path.strip("/") for path in leave or ()),
         )
     if plan and wanted is None:
-        raise typer.BadParameter("--plan takes --from FOLDER")
+        raise typer.BadParameter("--plan needs --from FOLDER")
 
     async def run() -> None:
         async with opened(load(), domain, _silent if as_json else out.say) as migration:

@@ -92,7 +92,7 @@ def stop(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOpti
 
 
 def sleep(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
-    """Put a tenant to sleep until the next visitor or command, as happens when idle. Not while in use."""
+    """Put a tenant to sleep until the next visitor or command, as if it were idle. Refused while in use."""
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -117,7 +117,8 @@ def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenO
     """Destroy a tenant with all its files and snapshots. Asks first; without a terminal, give --yes."""
     if not yes and not somebody_is_there():
         err.say(
-            f"incus-gateway: nothing was destroyed: there is no terminal to ask at. To destroy {tenant} "
+            "incus-gateway: nothing was destroyed: without a terminal this cannot ask first. To destroy "
+            f"{tenant} "
             f"with all its files and snapshots: incus-gateway destroy {tenant} --yes"
         )
         raise typer.Exit(2)
@@ -154,7 +155,7 @@ def snapshot(
 ) -> None:
     """Take a snapshot of a tenant's disk, list its snapshots, or delete one."""
     if (name is not None) + list_ + (delete is not None) > 1:
-        raise typer.BadParameter("NAME, --list and --delete exclude one another")
+        raise typer.BadParameter("give only one of NAME, --list and --delete")
 
     async def run() -> None:
         async with client_of(url, token) as client:

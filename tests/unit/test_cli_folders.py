@@ -34,10 +34,10 @@ def test_a_folder_of_three_gigabytes_is_refused_before_it_is_read(tmp_path: Path
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     assert refused(tmp_path) == (
-        f"{tmp_path} has 3.1 GiB in 5 files, and a site at most 64.0 MiB (GATEWAY_TEMPLATE_BYTES) in 10000 "
-        "(GATEWAY_TEMPLATE_FILES). The largest are videos/ (3.0 GiB), data.bin (100.0 MiB), index.html "
-        "(1 bytes): leave out what the site does not need by a line in .gitignore, and keep large files "
-        "elsewhere"
+        f"{tmp_path} has 3.1 GiB in 5 files, and a site may have at most 64.0 MiB (GATEWAY_TEMPLATE_BYTES) "
+        "in "
+        "10000 (GATEWAY_TEMPLATE_FILES). The largest are videos/ (3.0 GiB), data.bin (100.0 MiB), index.html "
+        "(1 bytes): list what the site does not need in .gitignore, and keep large files elsewhere"
     )
     (tmp_path / ".gitignore").write_text("videos\n*.bin\n")
     template, left = folders.read(tmp_path, Settings(), NOTHING)

@@ -78,7 +78,7 @@ export class History {
       const done = await this.#tenant().history.restore(turn, to);
       say(
         done === null
-          ? "Nothing to do: the files are like that already."
+          ? "Nothing to do: the files are already in that state."
           : `${done.title.split("\n")[0]}: done. It can be undone too.`,
       );
       await this.look();
