@@ -136,7 +136,7 @@ class Cluster:
         await self.settle()
         host, port = self._place()
         if not host:
-            raise OSError("the address of this member is not known yet; set GATEWAY_PEER_LISTEN to have one")
+            raise OSError("the address of this member is not known yet; set GATEWAY_PEER_LISTEN")
         told = False
         while True:
             try:
@@ -231,7 +231,7 @@ class Cluster:
         peer, silent = await self._look_for(what)
         if peer is None and silent:
             raise Unavailable(
-                "it has just moved, and not all members say whether they have it; ask again",
+                "it has just moved, and some members do not answer; try again",
                 reason="moved",
                 retry_after=1,
             )

@@ -43,14 +43,14 @@ async def common_secret(keys: SharedKeys, configured: str | None, state_dir: Pat
         except Unavailable:
             if known is None:
                 raise
-            log.warning("whether this gateway's secret is the cluster's is not known without a quorum")
+            log.warning("cannot compare this gateway's secret with the cluster's without a quorum")
             return known
         if wanted is not None:
             break
         own = await asyncio.to_thread(load_secret, None, candidate) if known is None else known
         await keys.swap(KEY, None, digest(own))
     else:
-        raise Unavailable("the cluster's secret keeps being set and removed; start the gateway again")
+        raise Unavailable("the cluster's secret keeps being set and removed; restart the gateway")
     if known is not None:
         return _same(known, wanted, configured is not None)
     fetched = await asyncio.to_thread(known_secret, None, candidate)
@@ -58,8 +58,8 @@ async def common_secret(keys: SharedKeys, configured: str | None, state_dir: Pat
         fetched = await fetch()
     if fetched is None or digest(fetched) != wanted:
         raise Unavailable(
-            "no other gateway of the cluster hands out the secret; start one that has it, or put the secret "
-            "into GATEWAY_SECRET",
+            "cannot get the secret from any other gateway of the cluster; start one that has it, or set "
+            "GATEWAY_SECRET",
             reason="secret_missing",
         )
     await asyncio.to_thread(keep_secret, fetched, state_dir)
@@ -79,6 +79,6 @@ def _same(known: str, wanted: str, configured: bool) -> str:
         "set GATEWAY_SECRET to that of the cluster's other gateways, or unset it"
         if configured
         else "move `secret` in the state dir away, and the gateway gets the cluster's at its next start; "
-        "tokens that were made with the old one end then"
+        "tokens that the old one signed are no longer valid then"
     )
-    raise Unavailable(f"this gateway has another secret than its cluster: {cure}", reason="secret_differs")
+    raise Unavailable(f"this gateway's secret is not its cluster's: {cure}", reason="secret_differs")

@@ -70,12 +70,12 @@ class DeadPeers:
         try:
             ended = await self._cut_off(peer.incus)
         except GatewayError as error:
-            log.warning("what connects Incus to %s, which is dead, is not cut: %s", peer.name, error.message)
+            log.warning("cannot close Incus's connections to %s, which is dead: %s", peer.name, error.message)
         else:
             # Incus calls it again and again
             log.log(
                 logging.DEBUG if peer.name in self._told else logging.WARNING,
-                *("%s is dead: %d connections of Incus with it are cut", peer.name, ended),
+                *("%s is dead: closed %d connections of Incus to it", peer.name, ended),
             )
             self._told.add(peer.name)
 

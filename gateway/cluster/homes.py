@@ -38,7 +38,7 @@ class Homes:
             try:
                 apply(orjson.loads(tenants), peer.tenants)
             except ValueError:
-                log.warning("what was known of %s cannot be read", member)
+                log.warning("cannot read the recorded tenants of %s", member)
         self.peers.changed = self.changed
 
     def changed(self, peer: Peer) -> None:
@@ -66,7 +66,7 @@ class Homes:
                 try:
                     await self._store.write(lambda database: _put(database, member, told))  # noqa: B023
                 except StoreFailed as error:
-                    log.warning("the tenants of %s are not recorded: %s", member, error.message)
+                    log.warning("cannot record the tenants of %s: %s", member, error.message)
                     self._dirty.add(member)
 
     def home(self, tenant: str) -> Peer | None:

@@ -41,7 +41,7 @@ class Known:
 def _text(told: object) -> str | None:
     if told is None or (isinstance(told, str) and len(told) <= _TEXT):
         return told
-    raise ValueError("not what a gateway tells of a tenant")
+    raise ValueError("not a property of a tenant")
 
 
 def lines(before: Mapping[str, Known], now: Mapping[str, Known]) -> Iterator[dict[str, Any]]:

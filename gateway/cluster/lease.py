@@ -149,7 +149,7 @@ class Lease:
             if await self._keys.swap(_key(member), None, token):
                 self._suspected.add(member)
                 return token
-        raise Unavailable(f"{member} comes and goes all the time; ask again", reason="contended")
+        raise Unavailable(f"{member} keeps leaving and returning; try again", reason="contended")
 
     async def suspicion(self, member: str) -> str | None:
         """Return the suspicion that stands against a member. Raises `Unavailable`."""

@@ -107,7 +107,7 @@ class Listener:
             given = orjson.loads(body) if body else dict(parse_qsl(scope["query_string"].decode("latin-1")))
             found = await question(peer, given)
         except (GatewayError, ValueError, KeyError, TypeError) as error:
-            log.info("a question of %s was not answered: %r", peer.name, error)
+            log.info("cannot answer a question of %s: %r", peer.name, error)
             await _answer(scope, send, 503)
             return
         await _answer(scope, send, 404 if found is None else 200, found)
@@ -125,10 +125,10 @@ class Listener:
         try:
             found = await order(peer, body)
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("an order of %s is not understood: %r", peer.name, error)
+            log.warning("malformed order from %s: %r", peer.name, error)
             await _answer(scope, send, 400)
         except GatewayError as error:
-            log.info("an order of %s is not done: %s", peer.name, error.message)
+            log.info("an order from %s failed: %s", peer.name, error.message)
             told = {"code": error.code, "message": error.message, "facts": error.facts}
             await _answer(scope, send, 409, told)
         else:

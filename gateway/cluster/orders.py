@@ -41,7 +41,7 @@ async def order(peers: Peers, peer: Peer, path: str, body: bytes, patience: floa
         async with limit, await _posted(peers, peer, path, body) as answer:
             text = await first(answer.content.readany, _ANSWER, most=_ANSWER)
             if answer.status == 404:
-                raise OrderRefused(f"the gateway of {peer.name} is older; upgrade it first", reason="older")
+                raise OrderRefused(f"the gateway of {peer.name} is too old; upgrade it first", reason="older")
             if answer.status == 409:
                 told = orjson.loads(text)
                 raise OrderRefused(str(told["message"]), **_facts(told["facts"]))

@@ -57,7 +57,7 @@ class Own:
             try:
                 found = first(await self._list())
             except GatewayError as error:
-                log.info("this member's tenants cannot be reported now: %s", error.message)
+                log.info("cannot list this member's tenants now: %s", error.message)
                 again = BEAT
             else:
                 if not self._looked or found != self.tenants:

@@ -129,7 +129,7 @@ class Peer:
         if loop.time() > at + _LATE:
             again = loop.time() + _LATE  # this process was busy: what came meanwhile is read first
         elif (again := self._heard + AWAY) <= loop.time():
-            log.warning("%s says nothing: it is away", self.name)
+            log.warning("no heartbeat from %s: it is away", self.name)
             self._heard = None
             self.told.clear()
             self._timer = loop.call_later(_CUT, self.end)
@@ -244,9 +244,7 @@ class Peers:
                     self._take(await self._members.members())
             except (IncusError, GatewayError, TimeoutError, OSError) as error:
                 if read:
-                    log.warning(
-                        "the members of the cluster cannot be read now: %s", str(error) or "no answer"
-                    )
+                    log.warning("cannot list the members of the cluster now: %s", str(error) or "no answer")
                 read = False  # what is known of them stays
             else:
                 read = True
@@ -261,7 +259,7 @@ class Peers:
         self.host = next((member.host for member in members if member.name == self.own), None)
         self.drained = any(member.drained for member in members if member.name == self.own)
         for name in self.all.keys() - found.keys():
-            log.info("%s is no member any more", name)
+            log.info("%s is no longer a member", name)
             if name in self._following:
                 self._following.pop(name).cancel()
             peer = self.all.pop(name)
@@ -306,7 +304,7 @@ class Peers:
                 log.debug("%s is not heard: %r", peer.name, error)
             if peer.told.is_set():
                 pause = _PAUSES[0]
-                log.info("the connection to %s broke off", peer.name)
+                log.info("lost the connection to %s", peer.name)
             peer.told.clear()
             self._look.set()
             await asyncio.sleep(pause)

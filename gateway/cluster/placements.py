@@ -52,7 +52,7 @@ class Placements:
             expired = [(old, value) for old, value in listed.items() if _parsed(value)[1] <= now]
             if len(listed) - len(expired) >= _MOST:
                 raise RateLimited(
-                    f"{_MOST} tenants were begun in {self._kept:.0f} s, which is the limit; ask again later",
+                    f"{_MOST} tenants were placed in {self._kept:.0f} s, which is the limit; try again later",
                     retry_after=_RETRY_AFTER,
                 )
             for old, value in expired[:_SWEPT]:
@@ -61,7 +61,7 @@ class Placements:
             wanted = orjson.dumps([wish, round(now + self._kept)]).decode()
             if await self._keys.swap(key, found, wanted):
                 return wish
-        raise Unavailable(f"other members keep choosing a home for {tenant}; ask again", reason="contended")
+        raise Unavailable(f"other members keep choosing a home for {tenant}; try again", reason="contended")
 
     async def move(self, tenant: str, member: str, move: str) -> None:
         """Decide that a tenant's home is another member from now on. Idempotent.
@@ -78,7 +78,7 @@ class Placements:
             value = orjson.dumps([member, until, move]).decode()
             if await self._keys.swap(key, found, value):
                 return
-        raise Unavailable(f"other members keep choosing a home for {tenant}; ask again", reason="contended")
+        raise Unavailable(f"other members keep choosing a home for {tenant}; try again", reason="contended")
 
     async def decided(self, tenant: str, move: str) -> bool:
         """Return whether a move was decided. Raises `Unavailable` if the cluster cannot say."""
@@ -99,7 +99,7 @@ class Placements:
             until = round(time.time() + (self._kept if wish == home else _AWAY))
             if await self._keys.swap(key, found, orjson.dumps([wish, until, mark]).decode()):
                 return wish
-        raise Unavailable(f"other members keep deciding about {tenant}; ask again", reason="contended")
+        raise Unavailable(f"other members keep deciding about {tenant}; try again", reason="contended")
 
     async def taken(self, member: str) -> Collection[str]:
         """Return the tenants that `after` has given to a member. Raises `Unavailable`."""

@@ -262,7 +262,7 @@ def _header(text: bytes) -> Header:
         raise CannotAdopt("a tenant's records cannot be read", reason="damaged") from error
     if version > VERSION:
         raise CannotAdopt(
-            f"the records of {names['tenant']} are of a newer gateway: upgrade this one first",
+            f"the records of {names['tenant']} are from a newer gateway: upgrade this one first",
             reason="newer",
         )
     return Header(**names, ended=ended)

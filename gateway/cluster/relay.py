@@ -182,7 +182,7 @@ async def _relay(
             await _pass(send, part, answer, patience)
         await _pass(send, b"", answer, patience)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        log.info("an answer of %s broke off: %r", peer.name, error)
+        log.info("an answer of %s was cut off: %r", peer.name, error)
         return False
     finally:
         answer.release()

@@ -44,7 +44,7 @@ class RemoteSites:
             try:
                 members = await self._members()
             except Unavailable as error:
-                log.info("where other members serve sites is not looked up: %s", error.message)
+                log.info("cannot look up where other members serve sites: %s", error.message)
             else:
                 self._addresses = {one.name: self._address(one.host) for one in members if one.host}
                 self._read = time.monotonic()
@@ -52,7 +52,7 @@ class RemoteSites:
         answers = await asyncio.gather(*(_answers(self._addresses[name]) for name in silent))
         away = {name for name, answered in zip(silent, answers, strict=True) if not answered}
         for name in away - self._away:
-            log.warning("the sites of %s are not served: its Caddy does not answer", name)
+            log.warning("cannot serve the sites of %s: its Caddy does not answer", name)
         self._away = frozenset(away)
 
     def address(self, member: str) -> str | None:

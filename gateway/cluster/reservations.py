@@ -59,7 +59,7 @@ class Reservations:
                     return False
             if await self._keys.swap(key, found, _text(wanted)):
                 return True
-        raise Unavailable(f"other members keep taking and releasing {name}; ask again", reason="contended")
+        raise Unavailable(f"other members keep taking and releasing {name}; try again", reason="contended")
 
     async def leave(self, name: str) -> None:
         """Release a name, if this member has it. Raises `Unavailable`."""

@@ -109,20 +109,22 @@ class Revoking:
                 try:
                     await self.heard(token, expires, "cluster")
                 except GatewayError as error:
-                    log.warning("a token that was revoked elsewhere is not refused here: %s", error.message)
+                    log.warning(
+                        "this member still accepts a token that was revoked on another one: %s", error.message
+                    )
         for token, expires in self._local.standing().items():
             if expires >= now and _key(token) not in there:
                 try:
                     await self._write(token, expires)
                 except RateLimited as error:
-                    log.warning("not every revoked token is known to the cluster: %s", error.message)
+                    log.warning("cannot tell the cluster of every revoked token: %s", error.message)
                     break
 
     async def _record(self, token: str, expires: float) -> bool:
         try:
             await self._write(token, expires)
         except GatewayError as error:
-            log.warning("a revocation is not known to the whole cluster yet: %s", error.message)
+            log.warning("the whole cluster does not know of a revocation yet: %s", error.message)
             return False
         return True
 
@@ -130,7 +132,7 @@ class Revoking:
         until = time.time() + MAX_TTL if expires == math.inf else expires
         key, value = _key(token), orjson.dumps({"id": token[:_ID_MAX], "expires": until}).decode()
         if not await self._keys.swap(key, None, value) and await self._keys.get(key) is None:
-            raise Unavailable("other members keep changing it", reason="contended")
+            raise Unavailable("other members keep changing this revocation; try again", reason="contended")
 
 
 def _key(token: str) -> str:

@@ -140,7 +140,7 @@ class IncusKeys:
                     return True
                 await asyncio.sleep(random.uniform(0, _PAUSE * (number + 1)))  # noqa: S311 - not a secret
         raise Unavailable(
-            "other members keep changing what the cluster shares; ask again", reason="contended"
+            "other members keep changing what the cluster shares; try again", reason="contended"
         )
 
     async def changes(self) -> AsyncIterator[None]:
@@ -245,7 +245,7 @@ def _value(found: Mapping[str, Sequence[_Version]], key: str) -> str | None:
 def check(key: str, value: str | None = None) -> None:
     """Raise `ValueError` for what cannot be a shared key or its value."""
     if not _KEY.fullmatch(key):
-        raise ValueError(f"{key[:80]!r} is no key that gateways share")
+        raise ValueError(f"{key[:80]!r} is not a key that gateways share")
     if value is not None and not 0 < len(value) <= VALUE_MAX:
         raise ValueError(f"a shared value has 1 to {VALUE_MAX} characters")
 
@@ -253,7 +253,7 @@ def check(key: str, value: str | None = None) -> None:
 def _unavailable(error: IncusError) -> Unavailable:
     return Unavailable(
         "the cluster cannot decide this now: Incus's database has no majority of its members, or does not "
-        "answer; ask again soon",
+        "answer; try again soon",
         reason=NO_QUORUM,
         retry_after=_RETRY_AFTER,
     )

@@ -63,7 +63,7 @@ async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) ->
                     return await membership.members()
             except (IncusError, TimeoutError) as error:
                 raise Unavailable(
-                    "the members of the cluster are not known now; ask again soon", reason=NO_QUORUM
+                    "cannot list the members of the cluster now; try again soon", reason=NO_QUORUM
                 ) from error
 
         async def names() -> Collection[str]:
@@ -91,7 +91,7 @@ async def own_member(incus: Incus, state_dir: Path) -> str:
         async with asyncio.timeout(_LOOK):
             own = await incus.member()
     except (IncusError, TimeoutError):
-        log.warning("incusd does not answer: whether it is in a cluster is taken from the last start")
+        log.warning("incusd does not answer: assuming the cluster membership of the last start")
         return await asyncio.to_thread(_noted, noted)
     await asyncio.to_thread(_note, noted, own)
     return own

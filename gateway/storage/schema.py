@@ -143,7 +143,7 @@ def version_of(connection: sqlite3.Connection) -> int:
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise StoreFailed(
-            "the records in the state dir are of a newer gateway: upgrade this one, or restore a backup",
+            "the records in the state dir are from a newer gateway: upgrade this one, or restore a backup",
             reason="newer",
         )
     return version

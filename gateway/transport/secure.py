@@ -78,7 +78,7 @@ class _Connection(http1.HttpProtocol):
         shown = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
         super().connection_made(transport)
         if not shown or not self.known(shown):
-            log.warning("somebody with a certificate of no peer was refused")
+            log.warning("refused a connection whose certificate is no peer's")
             transport.abort()
             return
         self.app_state = {**self.app_state, PEER: shown}
