@@ -69,8 +69,8 @@ class EnvironmentPhases(_Changed):
         _, self._lives = await self._sites.former.live(tenant)
         if self._lives is None:
             raise Conflict(
-                f"it is not known how the site of {tenant} is started; deploy it once more, then change its "
-                "environment"
+                f"the gateway does not know how the site of {tenant} is started; deploy it once more, then "
+                "change its environment"
             )
         await self._begin(self._lives)
 
@@ -97,7 +97,7 @@ class EnvironmentPhases(_Changed):
             try:
                 await self._sites.former.copy(tenant)
             except (GatewayError, TimeoutError, OSError) as error:
-                log.info("the site of %s is copied later: %s", tenant, error)
+                log.info("cannot copy the site of %s yet: %s", tenant, error)
 
     async def _stop_copying(self) -> None:
         self._copying.cancel()
@@ -119,16 +119,16 @@ async def chosen(former: FormerSites, tenant: str, wanted: Rollback) -> str:
         if kept:
             return kept[0]
         raise NotFound(
-            f"tenant {tenant} keeps no earlier site; one is kept with each deployment after the first",
+            f"tenant {tenant} has no earlier site to go back to; each deployment after the first keeps one",
             reason="not_kept",
         )
     if wanted.to in kept:
         return wanted.to
     live, _ = await former.live(tenant)
     if wanted.to == live:
-        raise Conflict(f"{wanted.to} is live already")
+        raise Conflict(f"{wanted.to} is already live")
     raise NotFound(
-        f"tenant {tenant} keeps no site of {wanted.to}; it keeps {', '.join(kept) or 'none'}",
+        f"tenant {tenant} does not keep the site of {wanted.to}; it keeps {', '.join(kept) or 'none'}",
         reason="not_kept",
     )
 

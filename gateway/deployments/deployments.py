@@ -155,7 +155,7 @@ class Deployments:
                         await asyncio.sleep(0)
         except TimeoutError:
             raise Unavailable(
-                f"{len(running)} deployments are still under way after {seconds:.0f} s; try again later, or "
+                f"{len(running)} deployments are still running after {seconds:.0f} s; try again later, or "
                 "restart the gateway, which undoes them"
             ) from None
         self._resting = True
@@ -171,7 +171,7 @@ class Deployments:
         runs for the tenant or the key was used for another request, and `RateLimited`.
         """
         if self._resting:
-            raise Unavailable("the gateway is just being replaced; ask again", retry_after=1)
+            raise Unavailable("the gateway is being replaced; try again", retry_after=1)
         tenant, domain = await self._admission.check(request, token)
         by = token.subject
         fresh = Record(tenant, domain, self._caddy.url(domain), _told(request), by)

@@ -145,7 +145,7 @@ def _read_file(path: Path, room: int) -> Entry:
     with os.fdopen(descriptor, "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
-            raise refused("a file changed into something else while it was read")
+            raise refused("a file was replaced by something else while it was read")
         content = file.read(room + 1)
     return Entry(content, executable=bool(mode & 0o100))
 
@@ -205,7 +205,7 @@ def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
             if len(entries) >= settings.template_files:
                 raise too_many(settings)
             if path in entries and entries[path] != Entry():
-                raise refused(f"{show(path[:SHOWN])} is there twice")
+                raise refused(f"{show(path[:SHOWN])} appears twice")
             if content is not None:
                 entries[path] = Entry(content, executable=bool(member.mode & 0o100))
             elif member.issym():

@@ -27,4 +27,4 @@ async def keep_former(context: Context, record: Record) -> None:
         most = context.settings.rollbacks_kept
         await context.sites.former.put(record.tenant, record.former, record.id, most)
     except (GatewayError, TimeoutError, OSError) as error:
-        log.warning("the former site of %s cannot be kept: %s", record.tenant, error)
+        log.warning("cannot keep the former site of %s: %s", record.tenant, error)

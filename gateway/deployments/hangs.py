@@ -76,9 +76,9 @@ class Hangs:
                 if found:
                     await self._look(found)
             except (GatewayError, OSError) as error:
-                log.info("who waits for a site could not be seen: %s", error)
+                log.info("cannot list the visitors that wait for a site: %s", error)
             except Exception:
-                log.exception("who waits for a site could not be seen")
+                log.exception("cannot list the visitors that wait for a site")
 
     async def _look(self, found: Sequence[tcp.Connection]) -> None:
         """Begin to probe each site that has not read what one of these visitors sent."""
@@ -101,7 +101,7 @@ class Hangs:
     def _over(self, tenant: str, task: asyncio.Task[None]) -> None:
         del self._asking[tenant]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("whether a site hangs could not be seen", exc_info=error)
+            log.error("cannot check whether a site hangs", exc_info=error)
 
     async def _asked(self, site: Site) -> None:
         where, limit = site.exposure, self._settings.hang_timeout
@@ -122,5 +122,5 @@ class Hangs:
                 await asyncio.sleep(_PAUSE)  # there is no event for when Caddy tries again
         except GatewayError as error:
             log.info(
-                "visitors of %s who came before it was seen to hang wait for it: %s", tenant, error.message
+                "cannot disconnect the visitors that wait for %s, which hangs: %s", tenant, error.message
             )

@@ -160,9 +160,9 @@ class Health:
             try:
                 parts = self._due(await self._sites.listed())
             except GatewayError as error:
-                log.info("sites could not be looked at: %s", error.message)
+                log.info("cannot check the sites: %s", error.message)
             except Exception:
-                log.exception("sites could not be looked at")
+                log.exception("cannot check the sites")
             for part in parts:
                 for site in part:
                     self._look(site)
@@ -209,7 +209,7 @@ class Health:
         if self._looks.get(tenant) is task:
             del self._looks[tenant]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a site could not be looked at", exc_info=error)
+            log.error("cannot check a site", exc_info=error)
 
     def _look_no_more(self, tenant: str) -> None:
         if (task := self._looks.pop(tenant, None)) is not None:
@@ -233,8 +233,8 @@ class Health:
         except OSError:
             why = "no connection"
         except Exception:  # an unexpected error with one site must not end the checks
-            log.exception("the site of %s could not be looked at", tenant)
-            why = "it could not be looked at"
+            log.exception("cannot check the site of %s", tenant)
+            why = "it cannot be checked"
         self._hangs(tenant, site.domain if silent else None)
         if why:
             self._failed(site, self._failures.get(tenant, 0) + 1, why, at_once=silent)

@@ -47,7 +47,9 @@ class DeployBody(BaseModel):
             template = self.template
             if overrides.said:
                 field = next(iter(overrides.said))
-                raise InvalidParams(f"{field} is for an archive; a template has its own", field=field)
+                raise InvalidParams(
+                    f"{field} is only for an archive; a named template has its own", field=field
+                )
         else:
             try:
                 template = base64.b64decode(self.template.archive, validate=True)

@@ -68,7 +68,7 @@ def _words(said: Any) -> Any:
             raise PydanticCustomError("quotes", "it has an unclosed quote") from None
     if not isinstance(said, list | tuple):
         raise PydanticCustomError(
-            "command", 'it is a list of words, such as ["bun", "serve.ts"], or a string'
+            "command", 'it must be a list of words, such as ["bun", "serve.ts"], or a string'
         )
     return said
 
@@ -179,7 +179,7 @@ def read_manifest(said: Entry | None) -> Manifest:
     if len(said.content) > _MANIFEST_MAX:
         raise refused(f"{MANIFEST} has over {_MANIFEST_MAX >> 10} KiB")
     if any(line.count(b".") > _DOTS_MAX for line in said.content.split(b"\n")):
-        raise refused(f"{MANIFEST} has a line with over {_DOTS_MAX} dots; part it into several")
+        raise refused(f"{MANIFEST} has a line with over {_DOTS_MAX} dots; split it")
     try:
         return Manifest.model_validate(tomllib.loads(said.content.decode()))
     except ValidationError as error:

@@ -118,7 +118,7 @@ class Phases:
         if there is None:
             if len(tenants) >= settings.max_tenants:
                 raise RateLimited(
-                    f"{len(tenants)} tenants are the limit; raise GATEWAY_MAX_TENANTS",
+                    f"the limit of {settings.max_tenants} tenants is reached; raise GATEWAY_MAX_TENANTS",
                     reason="quota",
                 )
             memory = sizes.SIZES[self._request.size].get("memory", settings.tenant_memory)
@@ -129,7 +129,7 @@ class Phases:
             if there.domain not in (None, record.domain):
                 raise Conflict(
                     f"tenant {record.tenant} has another domain; deploy that one to update it, or name "
-                    "another tenant for this site by `tenant`",
+                    "another tenant for this site with `tenant`",
                     reason="domain_owned",
                 )
             if there.migration:

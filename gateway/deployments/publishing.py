@@ -76,7 +76,7 @@ async def _packed(runtime: TenantRuntime, tenant: str, settings: Settings) -> by
             code = (await process.wait()).code
     except TimeoutError:
         await asyncio.shield(process.kill(0))
-        raise Timeout(f"the files of {tenant} took over {_SECONDS:g} s to pack; leave some out") from None
+        raise Timeout(f"packing the files of {tenant} took over {_SECONDS:g} s; leave some out") from None
     except Flood:
         await asyncio.shield(process.kill(0))
         raise too_large(settings) from None
@@ -90,5 +90,5 @@ async def _packed(runtime: TenantRuntime, tenant: str, settings: Settings) -> by
         raise too_large(settings)
     if code != 0 or not archive:
         last = said.decode("utf-8", "replace").strip()[-500:]
-        raise ExecFailed(f"the files of {tenant} cannot be packed: {last}", reason="script_failed")
+        raise ExecFailed(f"cannot pack the files of {tenant}: {last}", reason="script_failed")
     return archive

@@ -76,7 +76,7 @@ class DeploymentQueue:
         full = self._bytes.total() + size > room and self._bytes.total() > 0
         if full or (self._bytes[owner] + size > room // 2 and self._bytes[owner] > 0):
             raise RateLimited(
-                "the uploads of waiting deployments are too large together; try again when some have ended",
+                "the waiting deployments' uploads are too large in total; try again when some have ended",
                 limit=room // 2,
                 retry_after=_RETRY_AFTER,
             )

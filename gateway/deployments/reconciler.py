@@ -52,9 +52,9 @@ class Reconciler:
             try:
                 await self.reconcile()
             except GatewayError as error:
-                log.warning("routes could not be looked after: %s", error.message)
+                log.warning("cannot reconcile the routes: %s", error.message)
             except Exception:
-                log.exception("routes could not be looked after")
+                log.exception("cannot reconcile the routes")
             took += time.monotonic()
             await asyncio.sleep(min(took * _REST, _REST_MOST))
 
@@ -89,10 +89,10 @@ class Reconciler:
             changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy, sockets)
         self._look_again(found)
         if changed:
-            log.info("routes put right: %s", ", ".join(changed))
+            log.info("corrected routes: %s", ", ".join(changed))
         for site in found:
             await self._remove_left(site)
-        with apart("the removal of copies that nobody needs"):
+        with apart("the removal of unneeded copies"):
             await self._sites.copies.tidy()
         if wanted or busy or self._remote is not None:
             await self._caddy.ensure()
@@ -129,4 +129,4 @@ class Reconciler:
                 try:
                     await self._sites.anchor(site.tenant)
                 except GatewayError as error:
-                    log.warning("tenant %s has no fixed address: %s", site.tenant, error.message)
+                    log.warning("cannot give tenant %s a fixed address: %s", site.tenant, error.message)

@@ -40,7 +40,7 @@ class Recovery:
                 await self._undo(record, progress)
             await context.register.end(record, progress, began - (time.time() - record.created))
         except GatewayError as error:
-            log.warning("deployment %s cannot be undone yet: %s", record.id, error.message)
+            log.warning("cannot undo deployment %s yet: %s", record.id, error.message)
 
     async def _finish(self, record: Record) -> None:
         """Clean up after a site that works: only its end was not recorded."""

@@ -81,7 +81,7 @@ class Register:
         try:
             await self.save(record)
         except StoreFailed as failed:
-            log.warning("the end of deployment %s cannot be stored: %s", record.id, failed.message)
+            log.warning("cannot store the end of deployment %s: %s", record.id, failed.message)
             self._unwritten[record.id] = record
         told = ("ms", "domain", "url", "template", "rollback", "env", "by")
         facts: dict[str, Any] = {name: getattr(record, name) for name in told}

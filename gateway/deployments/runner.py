@@ -68,7 +68,7 @@ class Runner:
                 progress.tell("cancelled", {**place(PHASES[0]), "error": record.error})
                 await _whatever_comes(self._register.end(record, progress, began))
         except Exception:
-            log.exception("deployment %s broke off; it is recovered soon", record.id)
+            log.exception("deployment %s failed unexpectedly; its recovery follows", record.id)
         finally:
             self._register.running.pop(record.id, None)
 
@@ -88,7 +88,7 @@ class Runner:
     def _prepared(self, template: str, error: GatewayError | None) -> None:
         """Report that no golden copy of a template could be made, or that it could again."""
         if error is not None:
-            log.warning("template %s could not be made ready: %s", template, error.message)
+            log.warning("cannot prepare template %s: %s", template, error.message)
             self._unprepared.add(template)
             # no message: everybody sees this, and a template's output is for the operator
             facts = {"code": error.code, "reason": error.facts.get("reason")}

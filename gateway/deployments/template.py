@@ -168,7 +168,7 @@ def checked(
     manifest = read_manifest(entries.get(MANIFEST)).but(overrides or Overrides())
     if overrides is not None and overrides.mode and (manifest.start or manifest.static):
         raise InvalidParams(
-            f"`mode` is for a folder whose start command is detected; here {MANIFEST} or `start` says it",
+            f"`mode` is only for a detected start command; here {MANIFEST} or `start` gives one",
             field="mode",
         )
     if manifest.static not in (None, ".") and not manifest.install:

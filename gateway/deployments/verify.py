@@ -248,7 +248,7 @@ class Verifier:
         if self._watching.get(tenant) is task:
             del self._watching[tenant]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the site of %s could not be watched", tenant, exc_info=error)
+            log.error("cannot watch the site of %s", tenant, exc_info=error)
 
     async def _watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
         began = time.monotonic()
@@ -261,7 +261,7 @@ class Verifier:
         except Unsteady as error:
             await tell(error.why)
         except GatewayError as error:
-            log.info("the site of %s could not be watched: %s", site.tenant, error.message)
+            log.info("cannot watch the site of %s: %s", site.tenant, error.message)
 
     async def _stays(
         self,

@@ -79,7 +79,7 @@ class Warming:
                 error = refused
             if error is not None:
                 # not an event: others must not learn of this owner's upload
-                log.info("no golden copy of an upload was made: %s", error.message)
+                log.info("cannot make a golden copy of an upload: %s", error.message)
 
 
 def _ended(over: asyncio.Future[GatewayError | None], error: GatewayError | None) -> None:

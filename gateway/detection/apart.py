@@ -30,12 +30,11 @@ def detect_apart(clues: Clues) -> Detected:
     except (OSError, subprocess.SubprocessError, ValidationError, ValueError) as error:
         log.warning("detection failed: %s", type(error).__name__)
         raise Unavailable(
-            "what this folder is could not be detected; give a command with `start` (--start) or in a "
-            "site.toml",
+            "cannot detect what this folder is; give a command with `start` (--start) or in a site.toml",
             reason="undetected",
         ) from None
     if not all(words.isprintable() for words in (found.name, found.title, found.trouble, *found.lines())):
-        raise Unavailable("what this folder is could not be detected", reason="undetected")
+        raise Unavailable("cannot detect what this folder is", reason="undetected")
     return found
 
 

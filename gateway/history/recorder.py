@@ -191,7 +191,7 @@ async def _quiet(tenant: str, work: Coroutine[Any, Any, Any]) -> None:
     try:
         await work
     except GatewayError as error:
-        log.warning("the history of %s could not be written: %s", tenant, error.message)
+        log.warning("cannot write the history of %s: %s", tenant, error.message)
 
 
 def _made(kind: str, agent: str, by: str, title: str) -> Turn:

@@ -174,8 +174,8 @@ class Repository:
         except TimeoutError:
             await asyncio.shield(process.kill(0))
             raise Timeout(
-                f"git took over {seconds:g} s in the workspace of {tenant} and was ended: there is too much "
-                "to look at, or a .gitignore of a folder there is a pipe or has too many patterns"
+                f"git took over {seconds:g} s in the workspace of {tenant} and was stopped: there is too "
+                "much to look at, or a .gitignore of a folder there is a pipe or has too many patterns"
             ) from None
         except Flood:
             await asyncio.shield(process.kill(0))

@@ -205,7 +205,7 @@ async def test_the_command_line_shows_goes_back_and_changes_variables(local: Hos
     assert (code, orjson.loads(out)["deployments"][0]["rollback"]) == (0, first)
     code, _, err = await command(local, "rollback", domain, first)
     assert code == 1
-    assert f"keeps no site of {first}; it keeps d-" in err
+    assert f"does not keep the site of {first}; it keeps d-" in err
 
     lines = b"# of a file\n\nexport SECRET='a b'\nGREETING=three=3\n"
     code, out, err = await command(local, "env", domain, "set", given=lines)

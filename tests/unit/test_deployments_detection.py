@@ -326,7 +326,7 @@ def test_what_has_no_production_says_so() -> None:
     data = archive(("package.json", text.encode()), manifest=None)
     with pytest.raises(InvalidParams, match="use @sveltejs/adapter-node"):
         uploaded(data, Settings(), Overrides(mode="production"))
-    with pytest.raises(InvalidParams, match=r"here site\.toml or `start` says it"):
+    with pytest.raises(InvalidParams, match=r"here site\.toml or `start` gives one"):
         uploaded(archive(), Settings(), Overrides(mode="production"))
 
 
@@ -504,14 +504,14 @@ os.write(1, repr((os.getuid() != 0, said, done)).encode())
 def test_the_answer_of_that_process_is_a_strangers(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f"import sys; sys.stdout.buffer.write({answer!r})"
     monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", said))
-    with pytest.raises(Unavailable, match="could not be detected"):
+    with pytest.raises(Unavailable, match="cannot detect what"):
         detect_apart(Clues.of({"index.html": b""}))
 
 
 def test_a_process_that_spins_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", "while True: pass"))
     monkeypatch.setattr("gateway.detection.apart._WAIT", 0.5)
-    with pytest.raises(Unavailable, match="could not be detected"):
+    with pytest.raises(Unavailable, match="cannot detect what"):
         detect_apart(Clues.of({"index.html": b""}))
 
 
@@ -520,6 +520,6 @@ def test_a_process_that_answers_without_end_is_ended(monkeypatch: pytest.MonkeyP
     endless = "import os\nwhile True: os.write(1, bytes(1 << 20))"
     monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", endless))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(Unavailable, match="could not be detected"):
+    with pytest.raises(Unavailable, match="cannot detect what"):
         detect_apart(Clues.of({"index.html": b""}))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10  # KiB

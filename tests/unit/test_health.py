@@ -278,6 +278,6 @@ async def test_what_nobody_foresaw_of_one_site_is_told_and_ends_no_watch(
             patch.setattr("gateway.deployments.health.ask", fail)
             async with watching(told, {"odd": port}):
                 kind, _, data = await told.events.get()
-                assert (kind, data["why"]) == ("tenant.unhealthy", "it could not be looked at")
+                assert (kind, data["why"]) == ("tenant.unhealthy", "it cannot be checked")
                 patch.undo()
                 assert (await told.events.get())[0] == "tenant.healthy"
