@@ -119,7 +119,7 @@ class StoredJournal:
             if not handing_over:
                 await self._store.write(statements.end_process, durable=True)
         except StoreFailed as failed:
-            log.error("%d events are lost: %s", len(self._waiting), failed.message)
+            log.error("lost %d events: %s", len(self._waiting), failed.message)
 
     @property
     def oldest(self) -> int:

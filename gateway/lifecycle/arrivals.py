@@ -74,7 +74,7 @@ class Arrivals:
             async def run(peer: Peer, body: bytes) -> Any:
                 move = parsed(body)
                 if move.target != self._own or move.source != peer.name:
-                    raise NotFound(f"{move.id} is no move from {peer.name} to this member")
+                    raise NotFound(f"{move.id} is not a move from {peer.name} to this member")
                 async with self._turns.setdefault(move.id, asyncio.Lock()):
                     return await work(move)
 
@@ -142,7 +142,7 @@ class Arrivals:
         await self._log.save(move)
         self._changed(move.tenant)
         log.info(
-            "%s has come from %s: named in %.2f s, started in %.2f",
+            "%s arrived from %s: named in %.2f s, started in %.2f",
             *(move.tenant, move.source, named - began, time.monotonic() - named),
         )
         return {}

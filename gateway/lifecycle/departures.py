@@ -172,7 +172,7 @@ class Departures:
         except GatewayError as error:
             move.error = {"code": error.code, "message": error.message, **error.facts}
         except Exception:
-            log.exception("the move of %s broke off", move.tenant)
+            log.exception("the move of %s failed", move.tenant)
             move.error = {"code": "unavailable", "message": "the gateway failed; its log says why"}
         await self._finish(move)
 

@@ -71,7 +71,7 @@ class Doors:
                     door = self._closed.get(tenant)
         except TimeoutError:
             raise Unavailable(
-                f"tenant {tenant} is moving to another server; ask again soon",
+                f"tenant {tenant} is moving to another server; try again soon",
                 reason="moving",
                 retry_after=_RETRY_AFTER,
             ) from None

@@ -93,7 +93,7 @@ class Fence:
         try:
             suspicion = await self._lease.renew()
             if suspicion is not None:
-                log.warning("other members take this one for lost")
+                log.warning("other members suspect that this one is lost")
                 await self._accused(suspicion)
                 await self._lease.clear(suspicion)
                 suspicion = await self._lease.renew()
@@ -127,7 +127,7 @@ class Fence:
             try:
                 await self._back()
             except GatewayError as error:
-                log.warning("not all is as before the lease was lost: %s", error.message)
+                log.warning("cannot restore everything after the lease was lost: %s", error.message)
                 self._lifted.set()
                 await asyncio.sleep(_LOOK)
 
@@ -153,7 +153,7 @@ class Fence:
             async with asyncio.timeout(_WRITING):
                 await asyncio.to_thread(_write, self._file, frozenset(self._frozen))
         except (OSError, TimeoutError) as error:
-            log.error("what is frozen is not written down, for a next process: %s", error or "it takes long")
+            log.error("cannot record for the next process what is frozen: %s", error or "it takes long")
 
     async def _freeze(self, tenant: str) -> None:
         async with self._few:
@@ -162,13 +162,13 @@ class Fence:
             except NotFound:
                 pass  # it does not run
             except GatewayError as error:
-                log.error("%s may be answered for without a lease: %s", tenant, error.message)
+                log.error("cannot freeze %s, which still runs without a lease: %s", tenant, error.message)
 
     async def _lift(self) -> None:
         """Undo the fencing of these tenants."""
         await asyncio.gather(*map(self._thaw, sorted(self._frozen)))
         if not self._frozen:
-            log.warning("this member has its lease again: all its tenants run on")
+            log.warning("this member has its lease again: its tenants run again")
         await self._remember()
 
     async def _thaw(self, tenant: str) -> None:
@@ -177,7 +177,7 @@ class Fence:
                 with contextlib.suppress(NotFound):
                     await self._hands.fence(tenant, frozen=False)
             except GatewayError as error:
-                log.warning("%s is not thawed yet: %s", tenant, error.message)
+                log.warning("cannot thaw %s yet: %s", tenant, error.message)
                 await asyncio.sleep(_LOOK)
                 return
         if (domain := self._pages.pop(tenant, None)) is not None:

@@ -192,10 +192,10 @@ class Idle:
                 limit = self._settings.wake_timeout
                 await answer(where.address, where.port, site.health, limit, host=site.domain)
             except HostRefused:
-                log.warning("the site of %s refuses its domain since it was woken", tenant)
+                log.warning("the site of %s refuses its domain after it was woken", tenant)
             except TimeoutError:
                 # requests for it find out by themselves
-                log.warning("the site of %s does not answer since it was woken", tenant)
+                log.warning("the site of %s does not answer after it was woken", tenant)
         await self._unmark(tenant)
         log.info("woke %s in %d ms", tenant, (time.monotonic() - began) * 1000)
 
@@ -211,9 +211,9 @@ class Idle:
             try:
                 await self._look()
             except GatewayError as error:
-                log.info("it is not known who uses which tenant: %s", error.message)
+                log.info("cannot tell which tenants are in use: %s", error.message)
             except Exception:
-                log.exception("it is not known who uses which tenant")
+                log.exception("cannot tell which tenants are in use")
             await asyncio.sleep(self._settings.idle_look)
 
     async def _look(self) -> None:
@@ -260,7 +260,7 @@ class Idle:
                 return
             raise TenantNotRunning(f"{name} is {found.status}; only a running tenant can be put to sleep")
         if self._asleep is None:
-            raise Unavailable("the gateway does not know yet which tenants are used; ask again soon")
+            raise Unavailable("the gateway does not know yet which tenants are in use; try again soon")
         task = self._dozing.get(name)
         if task is None:
             task = asyncio.create_task(self._put_to_sleep(name, _ON_THE_WAY), name=f"{name} to sleep")
@@ -272,7 +272,7 @@ class Idle:
             why = "a visitor is connected to its site, or was a moment ago"
             if commands or clients:
                 why = f"commands that run in it: {commands}, clients that use it: {clients}"
-            raise Conflict(f"{name} stays awake ({why}); ask again later, or stop it", reason="in_use")
+            raise Conflict(f"{name} stays awake ({why}); try again later, or stop it", reason="in_use")
 
     async def _put_to_sleep(self, name: str, limit: float) -> None:
         async with self._slots, self._lifecycle.alone(name):
@@ -290,7 +290,7 @@ class Idle:
         visited = (await self._usage.visited([tenant])).get(name)
         if name in self._waking or self._in_use(name) or (visited is not None and visited < limit):
             await self._unmark(name)
-            log.info("%s is used after all", name)
+            log.info("%s is in use again and stays awake", name)
             return
         await self._lifecycle.let_go(name)
         self._stops.add(name)

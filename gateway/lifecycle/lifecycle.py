@@ -215,17 +215,19 @@ class Lifecycle:
         body = protocol.validate(SnapshotBody, ask.body)
         name = body.name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         if not SNAPSHOT_NAME.fullmatch(name):
-            raise InvalidParams("a snapshot's name may have letters, digits, dots and dashes", field="name")
+            raise InvalidParams(
+                "a snapshot's name may only have letters, digits, dots and dashes", field="name"
+            )
         async with self.alone(ask.tenant):
             kept = await self._snapshots.list(ask.tenant)
             if len(kept) >= self._settings.max_snapshots:
                 raise RateLimited(
-                    f"the tenant has {len(kept)} snapshots, as many as it may have; raise "
+                    f"the tenant has {len(kept)} snapshots, its limit; raise "
                     "GATEWAY_MAX_SNAPSHOTS, or delete one",
                     limit=self._settings.max_snapshots,
                 )
             if any(one.name == name for one in kept):
-                raise Conflict(f"tenant {ask.tenant} has a snapshot {name}; choose another name")
+                raise Conflict(f"tenant {ask.tenant} already has a snapshot {name}; choose another name")
             async with self._room.snapshot(ask.tenant, name):
                 with self._asking(ask, "tenant.snapshot.created", name):
                     return _to_dict(await self._snapshots.create(ask.tenant, name))

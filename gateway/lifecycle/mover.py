@@ -116,7 +116,7 @@ class Mover:
     def peer(self, member: str) -> Peer:
         """Return another member. Raises `InvalidParams` if it is none, or this one."""
         if member == self._cluster.own:
-            raise InvalidParams(f"it is on {member} already", field="member")
+            raise InvalidParams(f"it is already on {member}", field="member")
         peer = self._cluster.peers.all.get(member)
         if peer is None:
             raise InvalidParams(f"{member[:63]} is not a member of the cluster", field="member")
@@ -242,9 +242,9 @@ class Mover:
             try:
                 return await work()
             except GatewayError as error:
-                log.warning("the move of %s (%s) waits: %s", move.tenant, move.state, error.message)
+                log.warning("the move of %s (%s) is held up: %s", move.tenant, move.state, error.message)
             except Exception:
-                log.exception("the move of %s (%s) waits", move.tenant, move.state)
+                log.exception("the move of %s (%s) is held up", move.tenant, move.state)
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 

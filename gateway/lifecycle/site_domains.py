@@ -67,4 +67,4 @@ class SiteDomains:
         except (OSError, ValueError):  # TimeoutError among them
             return  # so it does not refuse the domain
         except GatewayError as error:
-            log.warning("the site of %s was not given its new domain: %s", tenant, error.message)
+            log.warning("cannot give the site of %s its new domain: %s", tenant, error.message)

@@ -34,7 +34,7 @@ class SiteLogs:
             raise InvalidParams(f"lines must be a number up to {self._settings.logs_max}", field="lines")
         open_ = sum(one == tenant for one in self._following.values())
         if open_ >= self._settings.max_followers:
-            raise RateLimited("the tenant's log has as many followers as it may", limit=open_)
+            raise RateLimited("too many clients follow this tenant's log; end one first", limit=open_)
         process = await self._commands.exec(tenant, self._commands.logs(lines, follow))
         following = Following(process, self._following.pop)
         self._following[following] = tenant
@@ -89,7 +89,7 @@ class Following(Response):
         try:
             await self._process.kill(0)
         except (GatewayError, TimeoutError) as error:
-            log.warning("a log that was followed could not be ended: %s", error)
+            log.warning("cannot stop following a log: %s", error)
         finally:
             await self._process.aclose()
 

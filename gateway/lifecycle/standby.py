@@ -118,7 +118,7 @@ class Standby:
             try:
                 await self._copy_all()
             except GatewayError as error:
-                log.info("tenants are not copied now: %s", error.message)
+                log.info("cannot copy tenants now: %s", error.message)
             await asyncio.sleep(self._pause)
 
     async def _copy_all(self) -> None:
@@ -131,7 +131,7 @@ class Standby:
                 try:
                     await self._end(name, tenant)
                 except GatewayError as error:
-                    log.info("the copy of %s is not deleted yet: %s", name, error.message)
+                    log.info("cannot delete the copy of %s yet: %s", name, error.message)
         # incusd 6.0.4 crashes where a copy is begun while its source is just being started or stopped
         before, self._seen = self._seen, {name: (one.instance, one.status) for name, one in tenants.items()}
         for tenant in tenants.values():
@@ -187,7 +187,7 @@ class Standby:
         except NotFound:
             return  # it has just been destroyed
         except GatewayError as error:
-            log.warning("%s has no new copy: %s", name, error.message)
+            log.warning("cannot make a new copy of %s: %s", name, error.message)
 
     async def _place(self, standing: Standing | None) -> str | None:
         """Return the member that has, or will have, the copy; None if no member can have it."""
@@ -228,14 +228,14 @@ class Standby:
         try:
             await self._store.write(lambda connection: _put(connection, name, standing))
         except StoreFailed as error:
-            log.warning("the copy of %s is not recorded: %s", name, error.message)
+            log.warning("cannot record the copy of %s: %s", name, error.message)
 
     async def received(self, tenant: str, snapshot: str) -> None:
         """Note that the copy of another member's tenant on this member has a new snapshot."""
         try:
             await self._copies.count(tenant, snapshot)
         except GatewayError as error:
-            log.warning("what the copy of %s has got counts for nobody: %s", tenant, error.message)
+            log.warning("the disk usage of the copy of %s is not counted: %s", tenant, error.message)
 
     # --- lost members -------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class Standby:
                 try:
                     await self._bring_back()
                 except GatewayError as error:
-                    log.warning("whether tenants of lost servers are here is not known: %s", error.message)
+                    log.warning("cannot look for copies of lost servers' tenants: %s", error.message)
                     lost.set()
                     await asyncio.sleep(_AGAIN)
         finally:
@@ -296,26 +296,26 @@ class Standby:
         try:
             await self._copies.revive(copy, away=away)
         except Conflict as error:
-            log.warning("%s of the lost %s is not brought back: %s", name, copy.home, error.message)
+            log.warning("cannot recover %s of the lost %s: %s", name, copy.home, error.message)
             self._refused.add(name)
             return
         try:
             await self._records.adopt(name, copy.snapshot)
         except GatewayError as error:
-            log.error("the records of %s are lost with %s: %s", name, copy.home, error.message)
+            log.error("cannot recover the records of %s of the lost %s: %s", name, copy.home, error.message)
         try:
             if copy.running:
                 async with self._capacity.promise(name):
                     await self._tenants.start(name)
         except GatewayError as error:
-            log.warning("%s, which was brought back, waits for a visitor: %s", name, error.message)
+            log.warning("the recovered %s is asleep until a visitor comes: %s", name, error.message)
             await self._tenants.mark_asleep(name, True)
         for _ in range(_LOOKS):  # what is told before that is of an earlier tenant of the name
             if self._names.holder(name) == copy.instance:
                 break
             await asyncio.sleep(_NOTICED)
         lost = round(max(0.0, time.time() - copy.at))
-        log.warning("%s of the lost %s is here now, as it was %d s ago", name, copy.home, lost)
+        log.warning("recovered %s of the lost %s, as it was %d s ago", name, copy.home, lost)
         told = {"from": copy.home, "to": self._cluster.own, "of": _iso(copy.at), "lostSeconds": lost}
         self._bus.publish("tenant.recovered", name, told)
         with contextlib.suppress(GatewayError):  # or with its next copy

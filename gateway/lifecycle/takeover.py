@@ -97,7 +97,7 @@ class Takeover:
         for name, error in zip(works, ended, strict=True):
             if isinstance(error, GatewayError):
                 if self._said.get(name) != error.message:
-                    log.warning("tenants of %s are not brought back yet: %s", name, error.message)
+                    log.warning("cannot recover the tenants of %s yet: %s", name, error.message)
                 self._said[name] = error.message
             elif isinstance(error, BaseException):
                 raise error
@@ -139,7 +139,7 @@ class Takeover:
         suspicion = await self._lease.suspect(peer.name, secrets.token_hex(8))
         if suspicion != lost.suspicion:
             lost.suspicion, lost.since = suspicion, now()
-            log.warning("%s is suspected of being lost, after %.0f s", peer.name, silence.seconds)
+            log.warning("%s is suspected of being lost, after %.0f s of silence", peer.name, silence.seconds)
         if silence.seconds < patience or now() - lost.since < silence.lease + _ACTING:
             return
         if (await self._statuses()).get(peer.name, _ONLINE) == _ONLINE:
@@ -158,7 +158,7 @@ class Takeover:
             return
         own = self._cluster.own
         if await self._placements.after(copy.tenant, peer.name, own, suspicion) == own:
-            log.warning("%s has died: %s is brought back here", peer.name, copy.tenant)
+            log.warning("%s is lost: recovering %s here", peer.name, copy.tenant)
             self._taken[copy.tenant] = copy
             await self._go_on()
 
@@ -207,7 +207,7 @@ class Return:
 
     async def _let_go(self, tenant: str, instance: str, home: str, suspicion: str) -> None:
         """Delete what this member still has of a tenant that runs elsewhere. The loss is reported there."""
-        log.warning("%s was brought back by %s: what is here of it is deleted", tenant, home)
+        log.warning("%s was recovered by %s: deleting what is left of it here", tenant, home)
         for tenants in (self._leaving, self._names.moving):
             tenants.add(tenant)
         try:
@@ -229,4 +229,4 @@ class Return:
             try:
                 await self._tenants.start(tenant)
             except GatewayError as error:
-                log.warning("%s is not started after its server: %s", tenant, error.message)
+                log.warning("cannot start %s after its server was down: %s", tenant, error.message)

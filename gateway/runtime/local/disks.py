@@ -145,7 +145,7 @@ class LocalDisks:
         kept = self.home / name / "snapshots" / snapshot
         disk = self.disk(name)
         if kept.exists():
-            raise Conflict(f"tenant {name} has a snapshot {snapshot}; choose another name")
+            raise Conflict(f"tenant {name} already has a snapshot {snapshot}; choose another name")
         await _copy(disk, kept)
         return await asyncio.to_thread(_snapshot, kept)
 
