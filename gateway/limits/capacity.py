@@ -98,7 +98,7 @@ class Capacity:
             awake[name] = max(awake.get(name, 0), held)
         if tenant not in found and len({*found, *awake, tenant}) > self._settings.max_tenants:
             raise RateLimited(
-                f"{self._settings.max_tenants} tenants are the limit; raise GATEWAY_MAX_TENANTS",
+                f"the limit of {self._settings.max_tenants} tenants is reached; raise GATEWAY_MAX_TENANTS",
                 reason="quota",
             )
         if awake.get(tenant, 0) >= need:

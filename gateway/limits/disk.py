@@ -62,8 +62,8 @@ class DiskSpace:
             left += await spare(reserve - left)  # the pool itself reports it only seconds later
         if left < reserve:
             raise Unavailable(
-                f"the storage pool has {left // _MiB} MiB left, and {reserve // _MiB} are kept in reserve: "
-                "ask the operator for a larger pool, or delete snapshots",
+                f"the storage pool has {left // _MiB} MiB left, but {reserve // _MiB} are kept in "
+                "reserve: ask the operator for a larger pool, or delete snapshots",
                 reason="disk_full",
                 retry_after=_RETRY_AFTER,
             )

@@ -116,7 +116,7 @@ class Claims:
                 if domain not in self._claims:  # otherwise somebody has taken it again
                     await shared.leave(domain)
         except Unavailable as error:  # `agree` tries again
-            log.warning("%s cannot be left to others yet: %s", domain, error.message)
+            log.warning("cannot release %s yet: %s", domain, error.message)
 
     async def agree(self) -> None:
         """Put right what this member has in the cluster, and give up claims that others have there.
@@ -173,7 +173,7 @@ class Claims:
         try:
             await self._store.write(partial(_write, domain=domain, claim=self._claims.get(domain)))
         except StoreFailed as failed:  # it stands in memory; there may be room later
-            log.warning("the owner of %s cannot be stored: %s", domain, failed.message)
+            log.warning("cannot store the owner of %s: %s", domain, failed.message)
             self._unwritten.add(domain)
 
 

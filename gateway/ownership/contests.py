@@ -72,13 +72,13 @@ class Contests:
         for (domain, tenant), contest in contested.items():
             if self._told.get((domain, tenant)) is not contest.keeps:
                 log.warning(
-                    "%s is contested; %s %s it", domain, tenant, "keeps" if contest.keeps else "is not given"
+                    "%s is contested; %s %s it", domain, tenant, "keeps" if contest.keeps else "does not get"
                 )
                 reason = "reserved" if contest.reserved else "owned"
                 facts = {"domain": domain, "keeps": contest.keeps, "reason": reason}
                 self._bus.publish("tenant.domain.contested", tenant, facts)
         self._told = {key: contest.keeps for key, contest in contested.items()}
         for tenant in sorted(sharing - self._sharing):
-            log.warning("%s has one address with another instance", tenant)
+            log.warning("%s shares its address with another instance", tenant)
             self._bus.publish("tenant.address.contested", tenant, {})
         self._sharing = sharing

@@ -278,7 +278,7 @@ class Domains:
             try:
                 await self._decisions.decide(domain, carried.get(domain, ()), serving)
             except Unavailable as error:  # the cluster decides about none of the others either
-                log.warning("whose %s is cannot be decided yet: %s", domain, error.message)
+                log.warning("cannot decide yet who owns %s: %s", domain, error.message)
                 break
         sharing = frozenset(site.tenant for site in sites if site.shares_address)
         self._contests.tell(self._decisions.contested(carried), sharing)

@@ -154,7 +154,7 @@ class Names:
                 while instance and self.holder(name) == instance:
                     await self._changed.wait()
         except TimeoutError:
-            log.warning("the end of %s is not told yet", name)
+            log.warning("the end of %s is not reported yet", name)
 
     def _spans(self, names: Iterable[str]) -> Mapping[str, Span]:
         found = {name: self._holders[name] for name in names if name in self._holders}
@@ -186,7 +186,7 @@ class Names:
             except GatewayError:
                 continue
             except Exception:  # see `_found`
-                log.exception("what is said of %s cannot be understood", name)
+                log.exception("cannot understand what the runtime says of %s", name)
                 continue
             if self._is_another(there):
                 kinds = ["tenant.destroyed", "tenant.created"]
@@ -223,7 +223,7 @@ class Names:
             await self._store.write(work)
         except StoreFailed as failed:
             # this process knows it; the next one finds another instance than the recorded one
-            log.warning("who has which name cannot be written down: %s", failed.message)
+            log.warning("cannot record which tenant has which name: %s", failed.message)
 
 
 _NOBODY: Final = _Holder()
@@ -237,7 +237,7 @@ async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
         return None
     except Exception:
         # one odd answer must not end the watch forever
-        log.exception("what is said of %s cannot be understood", name)
+        log.exception("cannot understand what the runtime says of %s", name)
         return None
 
 
@@ -246,9 +246,9 @@ async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
         try:
             return await runtime.tenants.list(addresses=False)
         except GatewayError as error:
-            log.warning("it is not known yet whether tenants have been replaced: %s", error.message)
+            log.warning("cannot check yet whether tenants have been replaced: %s", error.message)
         except Exception:  # see `_found`
-            log.exception("the list of tenants cannot be understood")
+            log.exception("cannot understand the list of tenants")
         await asyncio.sleep(_RETRY)  # nothing else tells when Incus answers again
 
 
