@@ -33,7 +33,7 @@ async def opened(
     Raises `HostError` without root or Incus, `Conflict` if another run of it is under way.
     """
     if os.geteuid() != 0:
-        raise HostError("moving a site in needs root: it stops services and mounts folders")
+        raise HostError("a migration needs root: it stops services and mounts folders")
     if settings.runtime != "incus":
         raise HostError("the local runtime has no containers to move a site into")
     PLACES.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ async def opened(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Conflict(f"another migrate of {domain} runs; wait for it") from None
+            raise Conflict(f"another migration of {domain} is running; wait for it") from None
         async with IncusRuntime(settings) as runtime, Caddy(settings) as caddy:
             # not entered as a context, which would remove what the gateway keeps ready
             sites = IncusSites(settings, runtime)

@@ -26,8 +26,8 @@ async def led(caddy: Caddy, domain: str, target: str | None) -> None:
     while caddy.get(domain) != target:
         if time.monotonic() > until:
             raise HostError(
-                f"the gateway has not routed {domain} to {target}: it must run, and the domain must be this "
-                "tenant's (incus-gateway doctor says what is wrong); run the command again then"
+                f"the gateway has not routed {domain} to {target}: it must be running, and the domain must "
+                "be this tenant's (incus-gateway doctor says what is wrong); then run the command again"
             )
         await asyncio.sleep(_LOOK)  # another process does it and notifies nobody
 

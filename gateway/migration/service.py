@@ -79,7 +79,7 @@ class Systemctl:
         said = self._run("systemctl", "show", f"--property={wanted}", "--", name)
         facts = dict(line.partition("=")[::2] for line in said.splitlines())
         if facts.get("LoadState") != "loaded":
-            raise HostError(f"systemd has no unit {name} that it could load; see: systemctl status {name}")
+            raise HostError(f"systemd cannot load a unit {name}; see: systemctl status {name}")
         words: tuple[str, ...] = ()
         # the exact words; `systemctl show` joins them with spaces
         with contextlib.suppress(HostError, ValueError, LookupError, TypeError):
@@ -153,7 +153,7 @@ def bus_label(name: str) -> str:
 def of_unit(unit: Unit, name: str, port: int | None) -> Old:
     """Return the old service of a unit. Raises `HostError` if it is not running."""
     if not unit.pid:
-        raise HostError(f"{name} does not run; start it: what it listens on is read from its processes")
+        raise HostError(f"{name} is not running; start it: its processes show where it listens")
     found = _old(unit.pid, tuple(below(unit.pid)), port, unit.words)
     kept = {
         key: value
@@ -171,13 +171,13 @@ def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
     heads = {_head(pid, set(inside) - ours) for pid in listening}
     if not heads:
         raise HostError(
-            f"nothing that listens was started in {folder}; start the old service, or name its unit with "
+            f"no listening service was started in {folder}; start the old service, or name its unit with "
             "--unit"
         )
     if port is not None:
         heads = {head for head in heads if any(found[1] == port for found in listens(tuple(below(head))))}
     if len(heads) != 1:
-        raise HostError(f"{len(heads)} services run in {folder}; say by --port which is the site")
+        raise HostError(f"{len(heads)} services run in {folder}; choose the site's with --port")
     head = heads.pop()
     found = _old(_unwrapped(head), tuple(below(head)), port, ())
     kept = {key: value for key, value in found.environment.items() if key in names}
@@ -208,10 +208,10 @@ def _old(pid: int, pids: tuple[int, ...], port: int | None, words: tuple[str, ..
     chosen = [found for found in places if found[1] == wanted] or ([] if port else places)
     if not chosen or len({found[1] for found in chosen}) > 1:
         seen = ", ".join(f"{address}:{number}" for address, number in places) or "nothing"
-        raise HostError(f"the old service listens on {seen}; say by --port which is the site's")
+        raise HostError(f"the old service listens on {seen}; choose the site's port with --port")
     address, number = chosen[0]
     if address == "::1":
-        raise HostError(f"the old service listens on [::1]:{number} alone; have it listen on {_LOOPBACK}")
+        raise HostError(f"the old service listens on [::1]:{number} alone; make it listen on {_LOOPBACK}")
     if address in _EVERY:
         address = _LOOPBACK
     return Old(words, folder, uid, pids, address, number, environment)

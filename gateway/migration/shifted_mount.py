@@ -83,6 +83,6 @@ def inside(config: Mapping[str, Any], uid: int) -> Owner:
             found |= {kind: host for kind, key in (("uid", "Isuid"), ("gid", "Isgid")) if line[key]}
     if found.keys() != {"uid", "gid"}:
         raise HostError(
-            "Incus reports no id map for this tenant; a privileged container cannot be moved into"
+            "Incus reports no id map for this tenant; a site cannot move into a privileged container"
         )
     return Owner(found["uid"], found["gid"])

@@ -94,7 +94,9 @@ class Migration:
                 raise NotFound(f"no migration of {domain} is under way; start one with --from FOLDER")
             await self._begin(await self._beginnable(domain, tenant, wanted, found))
         elif wanted is not None and str(_real(wanted.folder)) != found["config"].get(FOLDER):
-            raise Conflict(f"{domain} moves from {found['config'].get(FOLDER)} already; go on without --from")
+            raise Conflict(
+                f"{domain} is already moving from {found['config'].get(FOLDER)}; continue without --from"
+            )
         moving = await self._settled(tenant)
         for number, step in enumerate(STEPS[: STEPS.index(until) + 1], 1):
             if _DONE.get(moving.state, 0) < number:
@@ -129,10 +131,10 @@ class Migration:
         self, domain: str, tenant: str, wanted: Wanted, found: Mapping[str, Any] | None
     ) -> Plan:
         if found is not None:
-            raise Conflict(f"tenant {tenant} exists already; a site moves into a new one")
+            raise Conflict(f"tenant {tenant} already exists; a site can only move into a new one")
         for other in await self._runtime.tenants.list():
             if plain(other.domain) == domain:
-                raise Conflict(f"{domain} is tenant {other.name}'s; take it from that one first")
+                raise Conflict(f"{domain} belongs to tenant {other.name}; take it from that one first")
         plan = await self.plan(domain, wanted)
         if plan.stops:
             raise Conflict("this folder cannot be moved yet: " + "; ".join(plan.stops))
@@ -161,15 +163,16 @@ class Migration:
         instance = await self._runtime.making.instance(tenant)
         if not sure and not await asyncio.to_thread(self._own_block, domain) and self._caddy.get(domain):
             raise Conflict(
-                "visitors may come to the old service by the gateway's route, which goes with the tenant: "
-                f"first have your Caddy serve {domain} itself (reverse_proxy {moving.old}), then say --yes"
+                "visitors may reach the old service through the gateway's route, which is removed with the "
+                f"tenant: first make your Caddy serve {domain} itself (reverse_proxy {moving.old}), then "
+                "give --yes"
             )
         if not sure and instance["status"] == "Running":
             kept = await self._there.kept(tenant)
             if kept:
                 raise Conflict(
-                    "the tenant has what was written since a switch, which the folder does not have: "
-                    f"{kept}; copy it out (incus file pull), then say --yes"
+                    "the tenant has files that were written since a switch and are not in the folder: "
+                    f"{kept}; copy them out (incus file pull), then give --yes"
                 )
         await self._runtime.making.destroy(tenant, instance["config"].get("volatile.uuid", ""))
         await asyncio.to_thread(close_door, tenant)
@@ -200,8 +203,8 @@ class Migration:
         await led(self._caddy, domain, moving.old)
         if await asyncio.to_thread(self._own_block, domain):
             raise Conflict(
-                f"Caddy has a block of its own for {domain}, which goes before the gateway's routes; "
-                "comment it out and reload Caddy: visitors then come to the old service by the gateway's "
+                f"Caddy has its own block for {domain}, which takes precedence over the gateway's routes; "
+                "comment it out and reload Caddy: visitors then reach the old service through the gateway's "
                 "route. Then run this again"
             )
         await self._there.mirror(moving)  # what has changed since; the last pass has little left to do
@@ -254,8 +257,8 @@ class Migration:
         except TimeoutError:
             if moving.state == "switched":
                 raise HostError(
-                    "the old service does not answer; the tenant goes on serving. Mend the old one, then say "
-                    "--back"
+                    "the old service does not answer; the tenant keeps serving. Repair the old one, then "
+                    "give --back"
                 ) from None
         await self._there.change(tenant, {STATE: "returning", ASLEEP: ""})
         await led(self._caddy, moving.domain, moving.old)

@@ -180,7 +180,7 @@ def test_a_unit_that_does_not_run_is_refused() -> None:
 
 
 def test_a_process_is_found_by_where_it_was_started_and_listens(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="nothing that listens"):
+    with pytest.raises(HostError, match="no listening service"):
         service.of_folder(tmp_path, None)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -189,7 +189,7 @@ def test_a_process_is_found_by_where_it_was_started_and_listens(tmp_path: Path) 
         found = service.of_unit(Unit(os.getpid(), ("a", "b c"), True), "shop.service", port)
     assert (found.words, found.address, found.port) == (("a", "b c"), "127.0.0.1", port)
     assert "PATH" not in found.environment and found.uid == os.geteuid()
-    with pytest.raises(HostError, match="say by --port"):
+    with pytest.raises(HostError, match="with --port"):
         service.of_unit(Unit(os.getpid(), (), True), "shop.service", 1)
 
 
