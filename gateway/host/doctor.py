@@ -215,8 +215,8 @@ def _domains(settings: Settings) -> str:
 def _guard(settings: Settings) -> str:
     if not guarded_port.hook(settings.incus_socket.parent, settings.network).exists():
         raise Hint(
-            "Incus's own filter keeps each tenant to its address: the more tenants, the longer it takes each "
-            f"packet; {SETUP}, unless this kernel or a network of this size has no other"
+            "Incus's own filter keeps each tenant to its address, and takes longer for each packet the more "
+            f"tenants there are; {SETUP}, unless this kernel or a network of this size supports no other"
         )
     if os.geteuid() == 0 and not address_guard.in_force(settings):
         raise HostError(f"the table that keeps tenants to their addresses is missing; {SETUP}")

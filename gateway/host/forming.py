@@ -59,7 +59,7 @@ def enable(settings: Settings, name: str, address: str, report: Report) -> None:
     incus = Incus(settings.incus_socket)
     _served(settings)
     if member := member_of(incus.get()):
-        report(f"this server is the member {member} already")
+        report(f"this server is already the member {member}")
         return
     if not _NAME.fullmatch(name):
         raise HostError(f"{name} is not a member's name: use letters, digits and dashes")
@@ -96,8 +96,8 @@ def join(settings: Settings, text: str, report: Report) -> None:
     _served(settings)
     if member := member_of(incus.get()):
         if member != token.name:
-            raise HostError(f"this server is the member {member} already, not {token.name}")
-        report(f"this server is the member {member} already")
+            raise HostError(f"this server is already the member {member}, not {token.name}")
+        report(f"this server is already the member {member}")
         return
     for what in ("instances", "storage-pools", "networks"):
         there = [one for one in incus.list(what) if one.get("managed", True)]
@@ -196,7 +196,7 @@ def own_address(peer: str = "192.0.2.1:9") -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((host, int(port)))
             return str(probe.getsockname()[0])
-    raise HostError(f"this host has no address on its way to {host}; give it: --address")
+    raise HostError(f"this host has no route to {host}; give its own address: --address")
 
 
 def _is_wildcard(listens: str) -> bool:
@@ -211,6 +211,8 @@ def _bracketed(address: str) -> str:
 def _served(settings: Settings) -> None:
     """Raise `HostError` where a gateway would refuse the cluster that is about to be."""
     if clustered({"environment": {"server_clustered": True, "server_name": "any"}}, settings):
-        raise HostError("this version of the gateway does not serve a cluster's sites yet, so it forms none")
+        raise HostError(
+            "this version of the gateway does not serve a cluster's sites yet, so it cannot form one"
+        )
     if shutil.which("incus") is None:
         raise HostError("incus is not installed; install it: apt-get install incus-client")

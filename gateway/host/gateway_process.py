@@ -122,7 +122,7 @@ class GatewayProcess:
         """Have the previous version take over again; return its path. Raises `HostError`, as `replace`."""
         previous = self._environments.previous
         if previous is None:
-            raise HostError("there is no version before this one: an upgrade keeps one")
+            raise HostError("there is no earlier version to go back to: an upgrade keeps one")
         self.replace(previous, report)
         self._place.stamp.unlink(missing_ok=True)  # so that the next quickstart checks everything
         return str(previous)

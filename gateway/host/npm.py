@@ -66,6 +66,6 @@ def check_integrity(file: Path, expected: str, name: str = "") -> None:
     if found != base64.b64decode(digest):
         raise HostError(
             f"{name or file.name} is not what was published: its {algorithm} is "
-            f"{base64.b64encode(found).decode()}, not {digest}; it was damaged or altered on the way: "
+            f"{base64.b64encode(found).decode()}, not {digest}; it was damaged or altered in transit: "
             "run again, and if this repeats, do not use this registry"
         )

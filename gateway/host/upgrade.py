@@ -20,7 +20,7 @@ def upgrade(settings: Settings, report: Report, *, back: bool) -> None:
     process = GatewayProcess(settings, Place(settings.state_dir), None, _program(), {})
     if not process.can_be_replaced():
         raise HostError(
-            f"no gateway of {settings.state_dir} runs that could be handed over; start it: deploy/quickstart"
+            f"no running gateway of {settings.state_dir} can be replaced; start one: deploy/quickstart"
         )
     try:
         if back:
@@ -35,7 +35,7 @@ def upgrade(settings: Settings, report: Report, *, back: bool) -> None:
 def reload(settings: Settings, report: Report) -> None:
     """Start the successor inside the unit, for its `ExecReload=`. Raises `HostError`."""
     if not successor.possible(settings.state_dir):
-        raise HostError("no gateway runs that could be handed over; restart the unit")
+        raise HostError("no running gateway can be replaced; restart the unit")
     successor.start(_program(), os.environ, None, report, patience=settings.upgrade_patience)
 
 

@@ -35,11 +35,11 @@ class Predecessor:
             answer = received(self._connection)
         except (OSError, ValueError) as error:
             self._connection.close()
-            raise Unavailable(f"no gateway at {path} lets another take its place: {error}") from error
+            raise Unavailable(f"no gateway at {path} can be replaced: {error}") from error
         said, descriptors = answer or ({}, [])
         if said.get("v") != VERSION or len(descriptors) != 1:
             self._connection.close()
-            raise Unavailable(said.get("refused") or "the gateway that runs speaks another version")
+            raise Unavailable(said.get("refused") or "the running gateway speaks another version")
         self._connection.setblocking(False)
         self.listening = socket.socket(fileno=descriptors[0])
         self.address = str(said["listen"])

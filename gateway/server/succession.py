@@ -77,7 +77,7 @@ class Succession:
         try:
             listener = listening_at(self._path)
         except OSError as error:
-            log.warning("no successor can take over, so that an upgrade is a restart: %s", error)
+            log.warning("no successor can take over, so an upgrade is a restart: %s", error)
         else:
             self._attending = asyncio.create_task(self._attend(listener), name="succession")
         return self
@@ -111,7 +111,7 @@ class Succession:
             try:
                 await self._converse(connection)
             except OSError:
-                log.info("a successor is gone before it was ready; this gateway goes on")
+                log.info("a successor ended before it was ready; this gateway keeps running")
 
     async def _converse(self, connection: socket.socket) -> None:
         """Talk to a successor. Raises `OSError` if it hangs up while nothing has changed."""
@@ -129,7 +129,7 @@ class Succession:
         log.info("a successor is starting")
         ready = await heard(connection)
         if ready is None or ready[0].get("ready") is not True:
-            log.info("the successor ended before it was ready; this gateway goes on")
+            log.info("the successor ended before it was ready; this gateway keeps running")
             return
         if await self._rested(connection):
             await self._let_go(connection)
@@ -146,7 +146,7 @@ class Succession:
         try:
             await asyncio.wait([resting, hearing], return_when=asyncio.FIRST_COMPLETED)
             if hearing.done():
-                log.info("the successor ended while it waited; this gateway goes on")
+                log.info("the successor ended while it waited; this gateway keeps running")
                 self._gateway.go_on()
                 return False
             resting.result()
@@ -184,7 +184,7 @@ class Succession:
         except (OSError, TimeoutError):
             pass
         except Exception:
-            log.exception("the gateway cannot be handed over")
+            log.exception("cannot hand over to a successor")
         log.error("the successor does not serve: this gateway starts again")
         self._anew()
 

@@ -456,7 +456,7 @@ async def test_a_successor_that_cannot_serve_changes_nothing(
             with sqlite3.connect(host.settings.state_dir / "gateway.db") as records:
                 records.execute(f"PRAGMA user_version={version}")
             records.close()
-            assert "no version before this one" in await upgrade(host.gateway, "--back", fails=True)
+            assert "no earlier version to go back to" in await upgrade(host.gateway, "--back", fails=True)
             await some(hail)
         hail.report("failed upgrades")
     assert host.gateway.process.pid == pid and host.gateway.process.returncode is None
