@@ -106,8 +106,8 @@ class Idempotency:
     async def result(self, key: Key, digest: bytes) -> bytes | None:
         """Return the result stored under an id, or None if the call has to be made.
 
-        Raises `Conflict` if the id was used with another input, `Cancelled` if the call was cancelled, `Gone`
-        if it was begun and its outcome is unknown.
+        Raises `Conflict` if the id was used with a different input, `Cancelled` if the call was cancelled,
+        `Gone` if it was begun and its outcome is unknown.
         """
         record = self._find(key)
         if record is None:
@@ -116,7 +116,7 @@ class Idempotency:
         if record.state == "fenced":
             raise Cancelled(f"{id_} was cancelled; use a new id to do it", id=id_)
         if record.digest != digest:
-            raise Conflict(f"{id_} was used with another input", id=id_)
+            raise Conflict(f"{id_} was used with a different input", id=id_)
         if record.state == "begun":
             raise Gone(
                 f"{id_} was started, and how it ended is not known: check what it did, then use a new id",

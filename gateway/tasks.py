@@ -54,10 +54,10 @@ async def lasting(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> N
             return await work()
         except GatewayError as error:
             pause = next_pause(pause, loop.time() - began)
-            log.warning("%s broke off: %s; it begins again in %.0f s", name, error.message, pause)
+            log.warning("%s failed: %s; it starts again in %.0f s", name, error.message, pause)
         except Exception:
             pause = next_pause(pause, loop.time() - began)
-            log.exception("%s broke off; it begins again in %.0f s", name, pause)
+            log.exception("%s failed; it starts again in %.0f s", name, pause)
         await asyncio.sleep(pause)
 
 

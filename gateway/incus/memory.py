@@ -109,7 +109,7 @@ class Memory:
     def claim(self, number: int) -> None:
         """Take over a segment that an earlier process used, before any is taken. Raises `ValueError`."""
         if number in self._claimed or not 0 <= number < SEGMENTS - 1:
-            raise ValueError("a segment that cannot be")
+            raise ValueError("not a free segment")
         self._claimed.add(number)
 
     @property

@@ -53,7 +53,7 @@ class DiskLimits:
             elif os.geteuid() == 0:
                 await asyncio.to_thread(self._tenants.free_disks)
         except (GatewayError, OSError) as error:
-            log.warning("what was deleted counts for up to half a minute more: %s", error)
+            log.warning("deleted data counts for up to half a minute more: %s", error)
 
     async def aclose(self) -> None:
         for broker in (self._broker, self._freeing):

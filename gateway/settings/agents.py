@@ -23,7 +23,7 @@ def _url(value: str | None) -> str | None:
     if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host) or (port and int(port) > 65535):
         raise ValueError("must be http://HOST… or https://HOST…, without a user")
     if parts.fragment or not value.isascii() or not value.isprintable() or " " in value:
-        raise ValueError("must have no fragment, and nothing that a URL has to escape")
+        raise ValueError("must have no fragment, and no characters that a URL must escape")
     return value
 
 

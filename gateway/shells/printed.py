@@ -85,7 +85,7 @@ class OutputFile:
             await self._workers.call(self._root, f"output/{what}", given)
         except GatewayError as error:
             # a full disk, or a tenant that removed the folder: the command itself must not suffer
-            log.info("output file of %s not written: %s", self._root.tenant, error.message)
+            log.info("cannot write the output file of %s: %s", self._root.tenant, error.message)
             self.path, self.broken = None, True
 
 

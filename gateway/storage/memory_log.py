@@ -125,7 +125,7 @@ def _mapped(path: Path, folder: os.stat_result) -> mmap.mmap:
         status = os.fstat(descriptor)
         ours = status.st_uid in (os.geteuid(), folder.st_uid) and status.st_mode & 0o7177 == 0
         if not (ours and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
-            raise PermissionError(1, f"{path} is somebody else's")
+            raise PermissionError(1, f"{path} belongs to another user")
         if os.geteuid() == 0:  # root may be creating a file that the folder's owner must be able to use
             os.fchown(descriptor, folder.st_uid, folder.st_gid)
         # now, not when a page is first touched: with full memory that would kill this process

@@ -157,4 +157,4 @@ def _write_notes(connection: sqlite3.Connection, notes: Iterable[_Note]) -> None
             # a faulty note must not hold up all later ones
             if isinstance(failure(error), StoreFailed):
                 raise
-            log.exception("a note cannot be written")
+            log.exception("cannot write a note")

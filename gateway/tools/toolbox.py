@@ -177,7 +177,7 @@ class Toolbox:
             work = partial(self._first, key, digest, session, name, arguments, by, stays)
             running = self._begin(key, name, digest, work)
         elif running.digest != digest:
-            raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
+            raise Conflict(f"callId {call_id} was used with a different input", callId=call_id)
         longest = self._settings.call_linger
         return await running.result(longest if linger is None else min(linger, longest))
 

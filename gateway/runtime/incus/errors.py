@@ -74,7 +74,7 @@ def translated(name: str) -> Iterator[None]:
         lowered = said.lower()
         if isinstance(error, NoQuorum):
             raise Unavailable(
-                f"Incus decides nothing now: {said}; running sites and commands keep running",
+                f"Incus cannot decide anything now: {said}; running sites and commands keep running",
                 reason=NO_QUORUM,
                 retry_after=_RETRY_AFTER,
             ) from error

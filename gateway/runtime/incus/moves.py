@@ -211,7 +211,7 @@ class Moves:
         except NotFound:
             return
         if found["config"].get(MANAGED) != "false":
-            raise Conflict(f"{name} is no move's")
+            raise Conflict(f"{name} does not belong to a move")
         with translated(name):
             if found["status"] != "Stopped":
                 await self._operate(
@@ -233,7 +233,7 @@ class Moves:
         except IncusError as error:
             if "already exists" not in error.message:
                 raise
-            log.info("%s %s was done before", method, path)
+            log.info("%s %s was already done", method, path)
 
 
 def _travels(key: str) -> bool:

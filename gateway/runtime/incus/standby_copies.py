@@ -301,7 +301,7 @@ class StandbyCopies:
         await self._project(second, "tenants that were brought back while their old server is away")
         with translated(name):
             if name in await self._incus.names(second):
-                raise Conflict(f"instances on two servers that are away are called {name}")
+                raise Conflict(f"two servers that are away each have an instance {name}")
         return second
 
     async def _operate(

@@ -89,5 +89,5 @@ def unpack(tar: tarfile.TarFile, folder: Path) -> None:
         leads = (at.parent / member.linkname).resolve() if member.issym() else at
         plain = member.isreg() or member.isdir() or member.issym()
         if not (plain and at.is_relative_to(top) and leads.is_relative_to(top)):
-            raise tarfile.ExtractError(f"{member.name!r} is no plain entry of the site's folder")
+            raise tarfile.ExtractError(f"{member.name!r} is not a plain entry of the site's folder")
         tar.extract(member, top)
