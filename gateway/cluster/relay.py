@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -21,9 +22,10 @@ from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
 
 from gateway.bounds import Flood, first
+from gateway.cluster.large_body import is_large, pass_on
 from gateway.cluster.peers import ASKING, MemberAway, Peer, Peers
 from gateway.tasks import begin
-from gateway.transport.http1 import ABORT
+from gateway.transport.http1 import ABORT, UNBUFFERED
 from gateway.transport.tunnel import CLOSED, tcp_state
 
 log = logging.getLogger(__name__)
@@ -178,23 +180,36 @@ async def _relay(
         kept = [(name.lower(), value) for name, value in answer.raw_headers]
         headers = [pair for pair in kept if pair[0].decode("latin-1") not in _OF_A_HOP]
         await start({"type": "http.response.start", "status": answer.status, "headers": headers})
-        async for part in answer.content.iter_any():
-            await _pass(send, part, answer, patience)
-        await _pass(send, b"", answer, patience)
+        unbuffered = scope.get("state", {}).get(UNBUFFERED)
+        passing = partial(_pass, send, answer, patience)
+        if unbuffered is not None and is_large(scope["method"], answer):
+            whole = await pass_on(answer, unbuffered, passing)
+        else:
+            async for part in answer.content.iter_any():
+                await passing(part)
+            whole = True
+        if whole:
+            await passing(b"", more=False)
+        else:
+            log.info("an answer of %s broke off", peer.name)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         log.info("an answer of %s was cut off: %r", peer.name, error)
         return False
     finally:
         answer.release()
-    return True
+    return whole
 
 
-async def _pass(send: Send, part: bytes, answer: aiohttp.ClientResponse, patience: float) -> None:
-    """Hand the client a part of the answer, empty for its end. Raises `TimeoutError` if it takes nothing.
+async def _pass(
+    send: Send, answer: aiohttp.ClientResponse, patience: float, part: bytes, *, more: bool = True
+) -> None:
+    """Hand the client a part of the answer, the last one without `more`.
+
+    Raises `TimeoutError` if it takes nothing.
 
     Meanwhile nothing is read of the peer, which may have cut off a client that takes nothing sooner.
     """
-    message: Message = {"type": "http.response.body", "body": part, "more_body": bool(part)}
+    message: Message = {"type": "http.response.body", "body": part, "more_body": more}
     loop = asyncio.get_running_loop()
     until = loop.time() + patience
     while True:

@@ -7,6 +7,8 @@ comes. The application itself limits how long it waits for a body that it reads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -18,6 +20,8 @@ from gateway.transport.websocket import drop
 
 # in a scope's state: cuts the connection, for an answer that must end and is not read
 ABORT: Final = "gateway.abort"
+# in a scope's state: `HttpProtocol.unbuffered`
+UNBUFFERED: Final = "gateway.unbuffered"
 
 
 class Silent:
@@ -72,7 +76,7 @@ class HttpProtocol(H11Protocol):
         super().connection_made(transport)
         self._made = self._asked = self.loop.time()
         self._answered = None
-        self.app_state = {**self.app_state, ABORT: partial(drop, transport)}
+        self.app_state = {**self.app_state, ABORT: partial(drop, transport), UNBUFFERED: self.unbuffered}
         self.silent.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -90,6 +94,29 @@ class HttpProtocol(H11Protocol):
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         self.silent.discard(self)
         super().handle_websocket_upgrade(event)
+
+    @contextlib.contextmanager
+    def unbuffered(self) -> Iterator[Callable[[memoryview], bool]]:
+        """Yield what writes a part of the body of an answer that has begun, without copying it.
+
+        It returns whether the kernel has taken all. If not, the memory must stay as it is until the next
+        `send` of the application has returned, which waits for that.
+        """
+        if not self.transport.is_closing():
+            self.transport.set_write_buffer_limits(0)
+        try:
+            yield self._write
+        finally:
+            if not self.transport.is_closing():
+                self.transport.set_write_buffer_limits()
+
+    def _write(self, part: memoryview) -> bool:
+        if self.transport.is_closing():
+            return True
+        body = h11.Data(data=part)  # type: ignore[arg-type]  # it only counts what it passes through
+        for piece in self.conn.send_with_data_passthrough(body) or ():
+            self.transport.write(piece)
+        return not self.transport.get_write_buffer_size()
 
     def asked(self, fresh: float, long: float) -> bool:
         """Return whether an answer is owed that has not begun, and will soon.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -109,6 +111,42 @@ async def test_a_client_that_does_not_read_has_neither_gateway_hold_its_download
         assert left == 0
     grown = [one.memory("VmHWM") - had for one, had in zip(both, before, strict=True)]
     assert max(grown) < HELD, grown
+
+
+async def test_a_large_download_is_whole_however_the_client_takes_it(gateway: Relayed) -> None:
+    """In parts of any size, with a small buffer, and waiting meanwhile. The connection serves on then."""
+    size, first = 48 << 20, 12_345
+    sent = b"".join(number.to_bytes(8) for number in range(size // 8))
+    async with gateway.http(TENANT) as http, http.put(f"{FILES}/counted", data=io.BytesIO(sent)) as answer:
+        assert answer.status == 201
+    small = f"GET {FILES}/none HTTP/1.1".encode()
+    whole, part = f"GET {FILES}/counted", b"Range: bytes=%d-" % first
+    for line, more, wanted in ((whole, (), sent), (whole, (part,), sent[first:])):
+        async with asyncio.timeout(60), asking(gateway, line, *more) as (reader, writer):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b"content-length: %d\r\n" % len(wanted) in head
+            came = bytearray()
+            for number in range(1 << 20):
+                came += await reader.read(min(1 + number * 997 % 300_000, len(wanted) - len(came)))
+                if number % 7 == 0:
+                    await pause(0.005)
+                if len(came) == len(wanted):
+                    break
+            assert bytes(came) == wanted
+            token = f"Authorization: Bearer {gateway.token(TENANT)}".encode()
+            writer.write(b"\r\n".join([small, b"Host: 127.0.0.1", token, b"", b""]))
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 404 ")
+
+
+async def test_a_client_that_leaves_a_large_download_ends_it_at_the_home(gateway: Relayed) -> None:
+    await made(gateway, "left", LARGE)
+    start = read_of(gateway.home)
+    async with asyncio.timeout(60), asking(gateway, f"GET {FILES}/left") as (reader, _):
+        await reader.readexactly(1 << 20)
+    assert gateway.home.process is not None
+    opened = Path(f"/proc/{gateway.home.process.pid}/fd")
+    await until(lambda: not any(os.path.realpath(one).endswith("/left") for one in opened.iterdir()), 30)
+    assert read_of(gateway.home) - start < LARGE / 2
 
 
 async def test_a_body_of_a_home_that_is_killed_is_cut_where_it_was(mortal: Relayed) -> None:
