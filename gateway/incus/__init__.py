@@ -10,7 +10,7 @@ from gateway.incus.exec_sockets import RELIEF, ExecSockets, outputs
 from gateway.incus.frame_socket import Lost
 from gateway.incus.memory import Memory, Record
 from gateway.incus.operation import Operation
-from gateway.incus.rest import NoQuorum
+from gateway.incus.rest import NoQuorum, NotAwaited
 
 __all__ = [
     "RELIEF",
@@ -21,6 +21,7 @@ __all__ = [
     "Lost",
     "Memory",
     "NoQuorum",
+    "NotAwaited",
     "Operation",
     "Record",
     "member_of",

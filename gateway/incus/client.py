@@ -23,12 +23,13 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from gateway.incus.exec_sockets import ExecSockets, connect
+from gateway.incus.frame_socket import HandshakeRefused
 from gateway.incus.hearing import concerns, heard
 from gateway.incus.inventory import Inventory, touched_by
 from gateway.incus.memory import Memory
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
-from gateway.incus.rest import Elsewhere, IncusError, Rest, instance_path, unreachable
+from gateway.incus.rest import Elsewhere, IncusError, NotAwaited, Rest, instance_path, unreachable
 from gateway.incus.slots import Slots, named
 from gateway.incus.socket import StreamSocket
 from gateway.incus.states import Lacks, States, start_of
@@ -362,6 +363,8 @@ class Incus(Rest):
                 waiting.close()
             if memory is not None:
                 memory.close()
+            if isinstance(error, HandshakeRefused):
+                raise NotAwaited from error
             if isinstance(error, OSError):
                 raise unreachable(error) from error
             raise

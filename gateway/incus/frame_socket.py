@@ -37,6 +37,10 @@ class Lost(Exception):
     """The connection broke before the end of the stream or the wait status arrived."""
 
 
+class HandshakeRefused(ConnectionRefusedError):
+    """Incusd answered, but opened no websocket: the operation that it belongs to is over."""
+
+
 class FrameSocket(asyncio.BufferedProtocol):
     """The connection below a `StreamSocket`, which is the only one to use it.
 
@@ -184,7 +188,7 @@ class FrameSocket(asyncio.BufferedProtocol):
                 self._upgraded.set_result(None)
                 return view
             status = head[9:12].decode("latin-1")
-            self._upgraded.set_exception(ConnectionRefusedError(f"incusd refused the handshake: {status}"))
+            self._upgraded.set_exception(HandshakeRefused(f"incusd refused the handshake: {status}"))
         return view[:0]
 
     def _take_in(self, view: memoryview) -> None:

@@ -45,6 +45,13 @@ class NoQuorum(IncusError):
         super().__init__("most members of the cluster are away", 0)
 
 
+class NotAwaited(IncusError):
+    """A command did not start, as incusd does not wait for its sockets for longer than five seconds."""
+
+    def __init__(self) -> None:
+        super().__init__("incusd did not wait for the sockets of a command; this host is busy", 503)
+
+
 class Elsewhere(IncusError):
     """The instance exists, but on another member of the cluster, `location`."""
 

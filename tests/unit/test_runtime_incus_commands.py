@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError, TenantNotRunning, Timeout, Unavailable
-from gateway.incus import ExecSockets, Incus, IncusError, Operation, client
+from gateway.incus import ExecSockets, Incus, IncusError, NotAwaited, Operation, client
 from gateway.incus.socket import StreamSocket
 from gateway.incus.waiting import Waiting
 from gateway.rootfs.command_cgroup import CommandCgroup
@@ -73,6 +73,63 @@ async def test_a_command_for_a_tenant_that_was_just_paused_says_so(
         await commands.exec("shop", ExecSpec(("true",)))
     assert caught.value.facts.get("status") == (None if raised is Timeout else status.lower())
     assert shell.abandoned
+
+
+class Late(Incusd):
+    """One that did not wait for the sockets of the first commands, so that their shells never ran."""
+
+    def __init__(self, late: int) -> None:
+        super().__init__("Running")
+        self.late, self.asked = late, 0
+
+    async def exec(self, instance: str, command: list[str], **given: Any) -> ExecSockets:
+        self.asked += 1
+        if self.asked <= self.late:
+            raise NotAwaited
+        return object.__new__(ExecSockets)
+
+
+@pytest.mark.parametrize(("late", "asked"), [(0, 1), (2, 3), (9, 3)])
+async def test_a_shell_whose_sockets_came_too_late_is_started_again(late: int, asked: int) -> None:
+    async def pid(tenant: str) -> int:
+        return 0
+
+    incusd = Late(late)
+    commands = Commands(Settings(), incusd, pid)
+    if late < asked:
+        assert await commands._begin("shop", ["sh"], None)
+    else:
+        with pytest.raises(NotAwaited):
+            await commands._begin("shop", ["sh"], None)
+    assert incusd.asked == asked
+
+
+async def test_a_refused_handshake_is_told_apart_from_an_incusd_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Incusd answers 404 once it has waited for five seconds."""
+    created = {"metadata": {"id": "o", "metadata": {"fds": {"control": "c", "0": "s", "1": "s", "2": "s"}}}}
+
+    async def request(*_: Any, **__: Any) -> Any:
+        return created
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        if b"/wait" in asked:
+            await reader.read()
+        else:
+            writer.write(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        writer.close()
+
+    incusd = Incus(tmp_path / "s", "default", 1.0)
+    monkeypatch.setattr(incusd, "_request", request)
+    async with await asyncio.start_unix_server(serve, str(tmp_path / "s")):
+        with pytest.raises(NotAwaited):
+            await incusd.exec("shop", ["sh"])
+    (tmp_path / "s").unlink(missing_ok=True)
+    with pytest.raises(IncusError) as away:
+        await incusd.exec("shop", ["sh"])
+    assert away.value.status == 0
 
 
 class Ended(ExecSockets):

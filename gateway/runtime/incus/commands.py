@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from gateway.errors import ExecFailed, InvalidParams, TenantNotRunning, Timeout, Unavailable
 from gateway.holder.holder import Holder
-from gateway.incus import ExecSockets, Incus, Memory
+from gateway.incus import ExecSockets, Incus, Memory, NotAwaited
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.command_cgroup import CommandCgroup, commands, lives, of_init
 from gateway.rootfs.process_tree import of_command
@@ -42,6 +42,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _CGROUP_LOOKS: Final = 40  # attempts, two seconds in all, for a container that is booting
+_BEGINS: Final = 3  # attempts to start a shell, of five seconds each, within `exec_start_timeout`
 _DESCRIPTORS: Final = (6, 8)  # number of a held command's descriptors, with and without a terminal
 _FILLED: Final = 2.0  # seconds until shells wait
 # seconds for a shell that an earlier process has told what to run; nobody is served until then
@@ -150,14 +151,29 @@ class Commands:
         size = None if pty is None else (pty.cols, pty.rows)
         with translated(name), in_time(name, "incusd"):
             async with asyncio.timeout(self.settings.exec_start_timeout):
-                outlive = self._holder is not None and self._holder.there
-                sockets = await self._incus.exec(name, command, pty=size, outlive=outlive)
+                sockets = await self._begin(name, command, size)
         # from here on nothing waits: whoever is cancelled closes the sockets by way of the shell
         cgroup = None if root is None else self.cgroup(name, root, exec_id)
         limit = self.settings.cancel_timeout
         shell = IncusShell(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
         self._ours.add(shell)
         return shell
+
+    async def _begin(self, name: str, command: list[str], pty: tuple[int, int] | None) -> ExecSockets:
+        """Have incusd start a shell; again if it did not wait for its sockets, since nothing has run then.
+
+        On a busy host this process may have its turn too late.
+        """
+        left = _BEGINS
+        while True:
+            left -= 1
+            try:
+                outlive = self._holder is not None and self._holder.there
+                return await self._incus.exec(name, command, pty=pty, outlive=outlive)
+            except NotAwaited as error:
+                if not left:
+                    raise
+                log.warning("starting a command of %s again: %s", name, error.message)
 
     async def _hand_over(self, shell: IncusShell, order: Assignment) -> IncusProcess:
         """Make a shell run the command; if that fails, kill the shell."""
