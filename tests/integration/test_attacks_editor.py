@@ -114,7 +114,7 @@ async def test_races(arena: Arena, gateway: LiveGateway) -> None:
                 print(f"{what} {user}: slowest {editor.slowest * 1000:.0f} ms, told {len(told)} times")
     assert {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))} == before
     assert arena.secret.read_text() == SECRET
-    assert calls["done"] > 100 and calls["200"] > 100  # the races were no mere refusals
+    assert min(calls["done"], calls["200"]) > calls.total() / 20  # the races were no mere refusals
     print(dict(calls))
     async with asyncio.timeout(10):
         while arena.container.sh("find / -xdev -name '.gateway-*' 2>/dev/null").strip():
