@@ -22,9 +22,18 @@ LONGEST: Final = (
     *(
         f"tests/integration/test_{name}.py"
         for name in (
-            *("gateway_incus", "domains", "rollback", "quotas", "upgrade", "stalls", "runtime_incus"),
+            *(
+                "survive",
+                "gateway_incus",
+                "domains",
+                "rollback",
+                "quotas",
+                "upgrade",
+                "stalls",
+                "runtime_incus",
+            ),
             *("deployments_faults", "survive_tools", "files", "deployments_pool", "deployments_refusals"),
-            *("network", "agent_commands", "deployments", "host_isolation", "idle", "survive", "claude"),
+            *("network", "agent_commands", "deployments", "host_isolation", "idle", "claude"),
         )
     ),
     # with calls that have their time: most of these are made before those on Incus begin, see tests/run

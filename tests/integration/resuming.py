@@ -10,6 +10,7 @@ import secrets
 import time
 from typing import Any
 
+from tests import thorough
 from tests.integration.hosts import Host
 from tests.live import DEADLINE, RpcFailure, Wire
 from tests.waits import pause
@@ -17,7 +18,8 @@ from tests.waits import pause
 ENDLESS = "exec seq 1 1000000000000"
 # no more is sent ahead than can be had again, however much the kernel takes for a client that is late
 READING = {"acks": True, "window": 8 << 20}
-BURST, PACE = 8 << 20, 8 << 20  # bytes that are read as they come on each connection; then bytes a second
+# bytes that are read as they come on each connection; then bytes a second
+BURST, PACE = (8 << 20, 8 << 20) if thorough.ALL else (4 << 20, 2 << 20)
 
 
 class Sent:
