@@ -20,6 +20,7 @@ import pytest
 
 from gateway.host import HostError, quotas
 from gateway.host.daemon import Daemon
+from gateway.rootfs import process_tree
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.waits import until, until_true
@@ -59,6 +60,18 @@ class Container:
         """Run a shell script inside and return its output and errors as text."""
         done = self.run("sh", "-c", script, user=user, check=check, timeout=timeout)
         return (done.stdout + done.stderr).decode(errors="replace")
+
+    def count(self, words: str) -> int:
+        """Return how many of its processes have a command line that begins so.
+
+        As the host sees them: a command inside, again and again, takes more CPU than what is waited for.
+        """
+        found = 0
+        for pid in process_tree.pids(environment.cgroup(self.name)):
+            with contextlib.suppress(OSError):  # it has just ended
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                found += line.startswith(words.encode())
+        return found
 
     def address(self, timeout: float = 20.0) -> str:
         """Return the IPv4 address of eth0, waiting up to `timeout` seconds for DHCP."""

@@ -70,7 +70,7 @@ class House:
                     assert [has[key] for key in SAME] == [had[key] for key in SAME]
                     assert all(has["offsets"][name] >= had["offsets"][name] for name in had["offsets"])
                 await _together(_leave(one) for one in visiting)
-                assert await self.count("sleep 100") == 0, "of a tree something is left"
+                assert self.tenant.count("sleep 100") == 0, "of a tree something is left"
             self.over = True
             await _together(_leave(one) for one in staying)
 
@@ -126,11 +126,6 @@ class House:
         """Return what `exec/list` says of the running commands."""
         found = await self.wire.call("exec/list")
         return {one["exec"]: one for one in found["execs"] if one["state"] == "running"}
-
-    async def count(self, pattern: str) -> int:
-        """Return how many processes in the container have such a command line."""
-        said = await asyncio.to_thread(self.tenant.sh, f"pgrep -cf '^{pattern}'", check=False)
-        return int(said.strip() or 0)
 
 
 def dice(name: str) -> random.Random:

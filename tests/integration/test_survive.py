@@ -97,7 +97,7 @@ async def test_what_ends_all_leaves_nothing(
     """A kill of both at once, `GATEWAY_HOLD` without a gateway, and a stop; each is told."""
 
     def running() -> int:
-        return int(shared_tenant.sh("pgrep -cf '^sleep 1000'", check=False))
+        return shared_tenant.count("sleep 1000")
 
     async def start(host: Host) -> Resuming:
         client = Resuming(host, shared_tenant.name)
