@@ -380,6 +380,8 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_an_interrupt_before_the_first_message_leaves_the_session_usable",
             "test_a_call_that_takes_too_long_is_given_up_with_its_tree",
             "test_results_are_cut_by_us_within_the_clis_limits",
+            "test_two_megabytes_are_written_and_an_image_is_seen",
+            "test_a_tenant_that_is_away_is_told_to_the_model",
             "test_twelve_reads_of_one_turn_run_at_once",
             "test_a_callback_that_fails_harms_no_command",
             "test_hooks_run_where_it_is_not_bare",
