@@ -142,6 +142,29 @@ def test_the_base_of_the_bad_ones_is_good() -> None:
     assert tokens.verify(SECRET, signed()).subject == "ann"
 
 
+def test_a_signature_is_computed_once_and_all_else_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was verified still expires, can be revoked, and counts for its own secret alone."""
+    raw = signed(jti="remembered")
+    token = tokens.verify(SECRET, raw)
+    computed: list[Any] = []
+    decode = jwt.decode
+
+    def counted(*given: Any, **more: Any) -> Any:
+        computed.append(given)
+        return decode(*given, **more)
+
+    monkeypatch.setattr(jwt, "decode", counted)
+    assert tokens.verify(SECRET, raw) == token
+    assert not computed
+    with pytest.raises(Unauthorized, match="not valid"):
+        tokens.verify(SECRET, raw, {"remembered"}.__contains__)
+    with pytest.raises(Unauthorized, match="not valid"):
+        tokens.verify(OTHER, raw)
+    monkeypatch.setattr(time, "time", lambda: float(token.expires))
+    with pytest.raises(Unauthorized, match="expired"):
+        tokens.verify(SECRET, raw)
+
+
 @pytest.mark.parametrize("raw", [None, ""])
 def test_no_token_says_how_to_send_one(raw: str | None) -> None:
     with pytest.raises(Unauthorized, match="Bearer"):
