@@ -183,21 +183,22 @@ async def _relay(
         unbuffered = scope.get("state", {}).get(UNBUFFERED)
         passing = partial(_pass, send, answer, patience)
         if unbuffered is not None and is_large(scope["method"], answer):
-            whole = await pass_on(answer, unbuffered, passing)
+            if not await pass_on(answer, unbuffered, passing):
+                log.info("an answer of %s broke off", peer.name)
+                return False
         else:
             async for part in answer.content.iter_any():
+                if answer.content.at_eof():
+                    await passing(part, more=False)
+                    return True
                 await passing(part)
-            whole = True
-        if whole:
-            await passing(b"", more=False)
-        else:
-            log.info("an answer of %s broke off", peer.name)
+        await passing(b"", more=False)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         log.info("an answer of %s was cut off: %r", peer.name, error)
         return False
     finally:
         answer.release()
-    return whole
+    return True
 
 
 async def _pass(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 from websockets.frames import Opcode
 from websockets.protocol import Protocol, Side, State
 
 from gateway.cluster.known import MOST, Known, apply, lines
-from gateway.cluster.relay import Body, as_client, client_of, passed_on
+from gateway.cluster.peers import Peer
+from gateway.cluster.relay import Body, as_client, client_of, passed_on, relay
+from gateway.transport.http1 import ABORT
 from gateway.transport.tunnel import close_frame, text_frame
 from gateway.transport.websocket import Lengths
 
@@ -80,6 +85,70 @@ async def test_a_client_that_goes_breaks_its_body_off() -> None:
 async def test_a_request_without_a_body_has_none() -> None:
     for headers in ([], [(b"content-length", b"0")]):
         assert asked(headers=headers).parts() is None
+
+
+# --- an answer ------------------------------------------------------------------------------------------
+
+
+class Plain(Peer):
+    """A peer without TLS."""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+
+@pytest.mark.parametrize(
+    ("said", "bodies"),
+    [
+        (b"Content-Length: 5\r\n\r\nhello", [(b"hello", False)]),
+        (b"Content-Length: 0\r\n\r\n", [(b"", False)]),
+        (b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", [(b"hello", False)]),
+        (b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", [(b"hello", True)]),
+        (b"Content-Length: 9\r\n\r\nhello", [(b"hello", True)]),
+    ],
+)
+async def test_a_short_answer_ends_with_its_only_part(said: bytes, bodies: list[tuple[bytes, bool]]) -> None:
+    """And one that breaks off does not end."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n" + said)
+        writer.close()
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    gone = asyncio.Event()
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": [],
+    }
+    scope["state"] = {ABORT: gone.set}
+    peer = Plain("other")
+    peer.tls = ssl.create_default_context()
+    peer.hear()
+    async with (
+        asyncio.timeout(30),
+        await asyncio.start_server(answer, "127.0.0.1", 0) as server,
+        aiohttp.ClientSession() as session,
+    ):
+        peer.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        peers: Any = SimpleNamespace(session=session)
+        body = Body(scope, receive)
+        await relay(scope, receive, send, peers, peer, body=body, client="http 192.0.2.7", patience=10)
+    peer.end()
+    assert [(message["body"], message["more_body"]) for message in sent[1:]] == bodies
+    assert gone.is_set() == bodies[-1][1]
 
 
 # --- its head -------------------------------------------------------------------------------------------
