@@ -41,7 +41,7 @@ def check_origin(asked: HTTPConnection) -> None:
 
 def secure(asked: HTTPConnection) -> bool:
     """Return whether the browser uses https, according to the proxy that terminates TLS."""
-    scheme = asked.headers.get("x-forwarded-proto", asked.url.scheme)
+    scheme = asked.headers.get("x-forwarded-proto", asked.scope.get("scheme", "http"))
     return scheme.partition(",")[0].strip().lower() in ("https", "wss")
 
 
