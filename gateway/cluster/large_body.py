@@ -8,18 +8,17 @@ Both gateways together need an eighth less CPU so than with aiohttp's stream, an
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, suppress
 from typing import Any, Final
 
 import aiohttp
 
 LARGE: Final = 16 << 20
 """Bytes of a body from which on this pays: its connection is not used again, and a new one costs CPU, too."""
-_ROOM: Final = 320 << 10  # bytes; TLS reads up to 256 KiB at once
 _AT_ONCE: Final = 512 << 10  # bytes that the kernel collects before it wakes us, as long as much is to come
+_ROOM: Final = 640 << 10  # bytes: those, which TLS hands over in two or three pieces
 _WHOLE: Final = (200, 206)
 
 Write = Callable[[memoryview], bool]
@@ -50,8 +49,7 @@ async def pass_on(
         transport.pause_reading()
         length = answer.content_length
         assert length is not None
-        with unbuffered() as write:
-            taken = _Taken(transport, length - len(came), write)
+        with unbuffered() as write, closing(_Taken(transport, length - len(came), write)) as taken:
             transport.set_protocol(taken)
             await send(came)
             while taken.left and not taken.lost:
@@ -61,8 +59,7 @@ async def pass_on(
                 await send(b"")
         return not taken.left
     finally:
-        transport.abort()  # aiohttp does not know how much was read
-        answer.close()
+        answer.close()  # aiohttp does not know how much was read
 
 
 class _Taken(asyncio.BufferedProtocol):
@@ -77,14 +74,29 @@ class _Taken(asyncio.BufferedProtocol):
         self._before: Any = transport.get_protocol()
         self._write = write
         self._room = memoryview(bytearray(_ROOM))
+        self._filled = 0  # bytes of it that are not written yet
+        self._flushing: asyncio.Handle | None = None
         self._wire: socket.socket = transport.get_extra_info("socket")
         self._collect(_AT_ONCE)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._room
+        return self._room[self._filled :]
 
     def buffer_updated(self, count: int) -> None:
-        part = self._room[: min(count, self.left)]
+        self._filled += count
+        if self._filled >= min(len(self._room), self.left):
+            self._flush()
+        elif self._flushing is None:  # the rest of what the kernel has comes in this turn of the loop
+            self._flushing = asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        if not self._filled:
+            return
+        part = self._room[: min(self._filled, self.left)]
+        self._filled = 0
         self.left -= len(part)
         if self._collecting and self.left < 4 * _AT_ONCE:
             self._collect(1)  # of what is left, some may have been read by TLS already
@@ -93,11 +105,17 @@ class _Taken(asyncio.BufferedProtocol):
             self.stopped.set()
 
     def _collect(self, count: int) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it is closed already
+        with suppress(OSError, ValueError):  # it is closed already
             self._wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
         self._collecting = count > 1
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._flush()
         self.lost = True
         self.stopped.set()
         self._before.connection_lost(error)
+
+    def close(self) -> None:
+        """Write nothing any more, and hang up."""
+        self._filled = 0
+        self._transport.abort()
