@@ -39,6 +39,9 @@ class Transport:
     def is_closing(self) -> bool:
         return False
 
+    def write(self, data: bytes) -> None:
+        self.written = data
+
     def writelines(self, parts: list[bytes]) -> None:
         self.written = b"".join(parts)
 
