@@ -134,9 +134,8 @@ class Incus(Rest):
     async def instances(self, *, state: Lacks | None = None) -> list[dict[str, Any]]:
         """Return all instances of the project; those for which `state` returns true include their state.
 
-        An instance being created or deleted may be missing. Each state costs incusd about 10 ms, because it
-        starts a process in the container's network namespace: see `states`. The result is shared: do not
-        modify it.
+        An instance being created or deleted may be missing. Each state costs incusd some 10 ms: see `states`.
+        The result is shared: do not modify it.
         """
         found = await self._inventory.all()
         return found if state is None else await self._states.added(found, state)
