@@ -36,15 +36,6 @@ LONGEST: Final = (
             *("network", "agent_commands", "deployments", "host_isolation", "idle", "claude"),
         )
     ),
-    # with calls that have their time: most of these are made before those on Incus begin, see tests/run
-    *(
-        f"tests/unit/test_{name}.py"
-        for name in (
-            *("gateway_local", "gateway_relayed", "gateway_budget", "shells_local", "cluster_events", "cli"),
-            *("rootfs_workers", "cluster_gateways", "history_local", "client_gateway", "forks"),
-            *("moves", "holder", "client_credentials", "idle_local", "terminal", "tools_conformance"),
-        )
-    ),
 )
 # tests of what a gateway is from its start: what it takes of memory, who finds it, what takes its place
 STARTS: Final = frozenset(
