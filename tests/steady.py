@@ -29,6 +29,7 @@ _AGAIN: Final = 0.2  # seconds until one that was put off is repeated
 _BASH: Final = 10  # one call of so many is a command
 _COUNT: Final = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.05; done"
 _PUT_OFF: Final = (429, 502, 503, 504)
+_CALM: Final = 20  # answers of each tenant through each gateway before anything is done
 _DECIDED: Final = 120.0  # seconds until the last call is decided and told, once all is well
 
 
@@ -113,7 +114,7 @@ class Caller:
                     said = await answer.json()
             assert said["exit_code"] == 0, said
             found = Counter(map(int, said["stdout"].split()))
-            made, unknown = {*self.made[tenant]}, {*self.unknown[tenant]}
+            made, unknown = {*self.made.get(tenant, ())}, {*self.unknown.get(tenant, ())}
             doubled = [number for number, times in found.items() if times > 1]
             lost, more = sorted(made - found.keys()), sorted(found.keys() - made - unknown)
             assert not (doubled or lost or more), f"{tenant} at {self.at}: {doubled=} {lost=} {more=}"
@@ -198,27 +199,29 @@ class Steady:
             Watcher(entrances[(number + 1) % len(entrances)], tenant) for number, tenant in enumerate(tenants)
         ]
         self.followers = [Follower(gateway) for gateway in entrances]
+        self.calm = 0.0  # the longest gap of a caller before anything is done
 
-    async def served(self, within: float = 120.0) -> None:
+    async def served(self, within: float = 120.0, answers: int = 4) -> None:
         """Return once each caller has had answers of each tenant, and each command has said more."""
         began, lines = time.monotonic(), [watcher.lines for watcher in self.watchers]
 
         def all_are() -> bool:
-            return all(min(caller.since(began).values()) > 3 for caller in self.callers) and all(
+            return all(min(caller.since(began).values()) >= answers for caller in self.callers) and all(
                 watcher.lines > before for watcher, before in zip(self.watchers, lines, strict=True)
             )
 
         try:
             await until(all_are, within, every=0.1)
         except AssertionError:
-            answers = {caller.at: caller.since(began) for caller in self.callers}
-            raise AssertionError(f"not all is served after {within:.0f} s: {answers}\n{self}") from None
+            had = {caller.at: caller.since(began) for caller in self.callers}
+            raise AssertionError(f"not all is served after {within:.0f} s: {had}\n{self}") from None
 
     def __str__(self) -> str:
         made = sum(len(caller.keys) for caller in self.callers)
         unknown = [number for caller in self.callers for some in caller.unknown.values() for number in some]
         lines = [
-            f"{made} calls made, {len(unknown)} unknown, load {os.getloadavg()[0]:.0f}",
+            f"{made} calls made, {len(unknown)} unknown, load {os.getloadavg()[0]:.0f};"
+            f" before: {self.calm:.2f} s without an answer",
             *(
                 f"through {caller.at}: {caller.gap:.2f} s without an answer of a tenant at most,"
                 f" the slowest call took {caller.slowest:.2f} s; put off: {dict(caller.put_off)}"
@@ -260,7 +263,8 @@ async def steady(gateways: Mapping[str, LiveGateway], tenants: Sequence[str]) ->
         async with asyncio.TaskGroup() as calling:
             for caller in clients.callers:
                 calling.create_task(caller.go())
-            await clients.served()
+            await clients.served(answers=_CALM)
+            clients.calm = max(caller.gap for caller in clients.callers)
             yield clients
             await clients.served()
             for caller in clients.callers:

@@ -22,14 +22,7 @@ from tests.live import SECRET
 from tests.waits import until_true
 
 CHECKOUT: Final = Path(__file__).parents[2]
-_OTHER: Final = """#!{python}
-import sys
-from gateway.cluster import own
-from gateway.cli.main import main
-
-own.PROTOCOL = {version}
-sys.exit(main())
-"""
+PROGRAM: Final = Path(sys.executable).with_name("incus-gateway")
 
 
 def settings() -> Settings:
@@ -56,26 +49,14 @@ def gateway(of: Settings) -> GatewayProcess:
         "GATEWAY_DOMAIN_SUFFIXES": ",".join(of.domain_suffixes),
         "GATEWAY_TEST_CLUSTER": "1",
     }
-    return GatewayProcess(of, Place(of.state_dir), None, _program(), variables)
-
-
-def _program() -> Path:
-    """Return the gateway's command; with TEST_PROTOCOL one that says that it speaks that version to peers."""
-    ours, version = Path(sys.executable).with_name("incus-gateway"), os.environ.get("TEST_PROTOCOL")
-    if version is None:
-        return ours
-    other = Path("/run/other-version/bin", ours.name)
-    other.parent.mkdir(parents=True, exist_ok=True)
-    other.write_text(_OTHER.format(python=sys.executable, version=int(version)))
-    other.chmod(0o755)
-    return other
+    return GatewayProcess(of, Place(of.state_dir), None, PROGRAM, variables)
 
 
 def start_gateway() -> None:
-    """Have the gateway and its Caddy run; those that do go on."""
+    """Have the gateway and its Caddy run; those that do go on, but for a gateway of another checkout."""
     caddy_service.move_out(settings())
     print(CaddyService(settings()).start(CHECKOUT / "deploy"))
-    print(gateway(settings()).ensure("tests"))
+    print(gateway(settings()).ensure(f"tests of {CHECKOUT}", print))
 
 
 def end_gateway(number: signal.Signals) -> None:
@@ -86,13 +67,20 @@ def end_gateway(number: signal.Signals) -> None:
         until_true(lambda: running.pid() != pid, 60)
 
 
+def stop_incusd() -> None:
+    """Have incusd end by itself, as an upgrade of its package does, which waits longer than this."""
+    pid = Daemon().pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGTERM)
+    until_true(lambda: Daemon().pid() != pid, 60)
+
+
 def command(*words: str) -> int:
     """Run the command line, as an operator of this member would."""
     of = settings()
     variables = {**os.environ, **environment.variables(of), "GATEWAY_STATE_DIR": str(of.state_dir)}
     variables |= {"GATEWAY_SECRET": SECRET, "GATEWAY_LISTEN": f"127.0.0.1:{of.listen.rpartition(':')[2]}"}
-    program = Path(sys.executable).with_name("incus-gateway")
-    return subprocess.run([program, *words], env=variables, check=False).returncode
+    return subprocess.run([PROGRAM, *words], env=variables, check=False).returncode
 
 
 def main(words: list[str]) -> int:
@@ -126,13 +114,13 @@ def main(words: list[str]) -> int:
             case ["all"]:
                 Daemon().ensure(print)
                 start_gateway()
-            case ["upgrade"]:  # to the version of TEST_PROTOCOL, or back to today's
-                gateway(settings()).replace(_program().parents[1], print)
             case [("kill" | "term") as how, "incusd"]:
                 if how == "kill":
                     Daemon().kill()
                 else:  # it would wait for commands under way, for minutes
                     Daemon().stop(instances=False, timeout=10)
+            case ["stop", "incusd"]:
+                stop_incusd()
             case [("kill" | "term") as how, "gateway"]:
                 end_gateway(signal.SIGKILL if how == "kill" else signal.SIGTERM)
             case ["ungateway"]:

@@ -167,11 +167,15 @@ class Member:
 
     def ours(self, *action: str, **environment: str) -> str:
         """Have the member do an action of `tests.cluster.inside`."""
+        return self.of(CHECKOUT, *action, **environment)
+
+    def of(self, checkout: Path, *action: str, **environment: str) -> str:
+        """Have it do an action by the code of another checkout."""
         python = [sys.executable, "-m", "tests.cluster.inside", *action]
         return self.run(
-            *("env", f"--chdir={CHECKOUT}", *python),
+            *("env", f"--chdir={checkout}", *python),
             timeout=300,
-            PYTHONPATH=f"{CHECKOUT}:{CHECKOUT}/clients/python",
+            PYTHONPATH=f"{checkout}:{checkout}/clients/python",
             PYTHONDONTWRITEBYTECODE="1",
             GATEWAY_LISTEN=f"0.0.0.0:{PORT}",
             GATEWAY_TEST_CLUSTER="1",
