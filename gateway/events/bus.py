@@ -80,6 +80,11 @@ class Bus:
         while self.newest < event.id and not self._journal.settled:
             await self._grown.wait()
 
+    async def latest(self, many: int, type: str) -> Sequence[Event]:
+        """Return those of a type among the latest events that are on record."""
+        newest = self._journal.newest
+        return (await self._journal.read(max(0, newest - many), many, Filter(types=(type,)))).events
+
     def _followed(self) -> bool:
         return any(not subscription.patient for subscription in self._subscriptions)
 

@@ -37,6 +37,7 @@ class Adoption:
         self._runner, self._kept, self._settings = runner, kept, settings
         self._add = add
         self._adopted: set[tuple[str, str]] = set()  # tenants and ids
+        self._told: Mapping[tuple[str | None, str], float] | None = None  # see `Runner.told`
 
     async def run(self) -> None:
         """Adopt the held commands of earlier processes, and load the recorded ends of the others.
@@ -63,7 +64,7 @@ class Adoption:
                 self._add(exec_)
                 self._kept.add(exec_)
             if earlier.lost:
-                self._runner.report(exec_, keep=True)
+                await self._report(exec_, keep=True)
 
     async def _adopt(self, found: Adopted, begun: Mapping[tuple[str, str], bool]) -> None:
         """Continue a command of an earlier process, or keep it if it has ended.
@@ -90,7 +91,15 @@ class Adoption:
             return
         self._kept.add(exec_)
         if begun.get((tenant, exec_id)):  # it ended without an event
-            self._runner.report(exec_, keep=exec_.once)
+            await self._report(exec_, keep=exec_.once)
+
+    async def _report(self, exec_: Exec, *, keep: bool) -> None:
+        """Report an end that was not noted as told, unless a kill came between its event and the note."""
+        if self._told is None:
+            self._told = await self._runner.told()
+        at = self._told.get((exec_.tenant, exec_.id), 0.0)
+        # an earlier command may have had the same id
+        self._runner.report(exec_, told=at >= exec_.process.started_at, keep=keep)
 
     async def _forget_begin(self, facts: Mapping[str, Any]) -> None:
         """Forget that a command, or the call that it is for, was recorded as begun: it may be made again."""

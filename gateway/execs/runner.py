@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection, Coroutine, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from gateway.events import Bus, Event
 from gateway.execs.exec import Exec
@@ -20,6 +20,8 @@ from gateway.runtime import ExecSpec, Process
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_LATEST: Final = 4096  # events; one that a kill separated from the record of its command is among the last
 
 
 class Runner:
@@ -93,17 +95,26 @@ class Runner:
         """Run a command in its own task, independent of the call that started it."""
         self._begin(self._run(exec_), f"exec {exec_.id}")
 
-    def report(self, exec_: Exec, *, keep: bool) -> None:
-        """Report the end of an earlier process's command, and then `keep` it on record, or forget it."""
-        self._begin(self._reported(exec_, self.publish_end(exec_), keep), f"end {exec_.id}")
+    async def told(self) -> Mapping[tuple[str | None, str], float]:
+        """Return of which commands, by tenant and id, the latest events tell the end, and when they did."""
+        return {
+            (event.tenant, event.data["exec"]): event.time
+            for event in await self._bus.latest(_LATEST, "exec.exited")
+        }
+
+    def report(self, exec_: Exec, *, told: bool, keep: bool) -> None:
+        """Report the end of an earlier process's command unless it was `told`; then `keep` or forget it."""
+        event = None if told else self.publish_end(exec_)
+        self._begin(self._reported(exec_, event, keep), f"end {exec_.id}")
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _reported(self, exec_: Exec, event: Event, keep: bool) -> None:
-        await self._bus.recorded(event)
+    async def _reported(self, exec_: Exec, event: Event | None, keep: bool) -> None:
+        if event is not None:
+            await self._bus.recorded(event)
         await (self._notes.end(exec_) if keep else self._notes.forget(exec_))
 
     async def _run(self, exec_: Exec) -> None:

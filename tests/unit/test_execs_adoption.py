@@ -209,6 +209,33 @@ async def test_an_end_that_nobody_was_told_is_told_once_and_stays_on_record(sett
     assert told == [1, 0]
 
 
+@pytest.mark.parametrize("before", [False, True])
+async def test_an_end_is_not_told_again_after_a_kill_before_that_was_noted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """An event from before its start is of an earlier command with the same id."""
+    key: Key = ("demo", "exec", "mine")
+    asked = bytes.fromhex(str(FACTS["asked"]))
+    await put(settings, [ended({"format": 1, "own": OWN, "facts": FACTS})])
+    async with (
+        Holder(settings.holder_socket) as holder,
+        Adopting(settings, holder) as runtime,
+        Store(settings.state_dir / "records") as store,
+    ):
+        receipts, bus = await Idempotency.opened(store, settings), Bus(MemoryJournal(100))
+        await receipts.begin(key, asked)
+        with monkeypatch.context() as patched:
+            if before:
+                patched.setattr("gateway.events.bus.time.time", lambda: 1_600_000_000.0)
+            bus.publish("exec.exited", "demo", {"exec": "mine"})
+        bus.publish("exec.exited", "demo", {"exec": "another"})
+        last = bus.last
+        async with Execs(runtime.commands, bus, receipts, settings):
+            while receipts.begun(key, asked):  # noted now, and not told for ever
+                await turn()
+        assert bus.last - last == before
+
+
 async def test_a_command_that_has_just_ended_is_kept_too(settings: Settings) -> None:
     """The holder still has its sockets, of which it is told to let go a moment after the end."""
     noted = {"format": 1, "own": OWN, "facts": FACTS}
