@@ -547,7 +547,7 @@ async def test_an_upgrade_that_would_cut_a_deployment_is_given_up(
     place = tmp_path_factory.mktemp("impatient") / "state"
     async with hosting(incus_settings, place, upgrade_patience=0.1) as hosted:
         begun = await begin(hosted, "three.example.com")
-        assert "1 deployments are still under way" in await upgrade(hosted.gateway, fails=True)
+        assert "1 deployments are still running" in await upgrade(hosted.gateway, fails=True)
         await go_on(begun)
         assert (await hosted.ended(begun["id"]))["state"] == "succeeded"
         assert (await hosted.deploy("four.example.com"))["state"] == "succeeded"

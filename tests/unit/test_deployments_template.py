@@ -301,7 +301,7 @@ def test_a_command_is_words_or_a_string_with_its_port(start: str, words: tuple[s
     ("manifest", "told"),
     [
         (b"start = []", "start"),
-        (b"start = 1", "start: it is a list of words"),
+        (b"start = 1", "start: it must be a list of words"),
         (b'start = ""', "start"),
         (b'start = "a \'b"', "start: it has an unclosed quote"),
         (b'start = "' + b"x" * 5000 + b'"', "start: it has over 4096 characters"),

@@ -175,7 +175,7 @@ async def test_a_service_has_rested_only_once_nobody_waits() -> None:
 
 
 def test_a_unit_that_does_not_run_is_refused() -> None:
-    with pytest.raises(HostError, match="does not run"):
+    with pytest.raises(HostError, match="is not running"):
         service.of_unit(Unit(0, (), True), "shop.service", None)
 
 

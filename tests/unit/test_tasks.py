@@ -26,7 +26,7 @@ async def test_what_breaks_off_begins_again_and_what_ends_has_ended(
     async with asyncio.timeout(30):
         await tasks.lasting("the watch", work)
     assert begun == 4
-    assert caplog.text.count("the watch broke off") == 3
+    assert caplog.text.count("the watch failed") == 3
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR, logging.ERROR]
 
 
