@@ -264,7 +264,7 @@ async def test_files_are_dropped_moved_found_and_replaced_in(editor: OpenEditor,
     side = await window.view("Search")
     await side.get_by_label("Search all files").fill("more words")
     await side.get_by_role("button", name="Replace in files").click()
-    await side.get_by_label("Replace by").fill("fewer words")
+    await side.get_by_label("Replace with").fill("fewer words")
     await expect(side.locator(".found-line")).to_have_count(1)
     await side.get_by_role("button", name="Replace all matches").click()
     await page.get_by_role("dialog").get_by_role("button", name="Replace", exact=True).click()
@@ -507,7 +507,7 @@ async def test_a_deployment_is_watched_to_its_end_and_its_site_opened(
     await deploy.locator("summary", has_text="Clone or destroy").click()
     await deploy.get_by_label("Clone to a new tenant").fill("news-copy")
     await deploy.get_by_role("button", name="Clone", exact=True).click()
-    await expect(window.page.get_by_text("news-copy is there.")).to_be_visible(timeout=2 * DEADLINE)
+    await expect(window.page.get_by_text("news-copy was created.")).to_be_visible(timeout=2 * DEADLINE)
     await window.page.locator(".tenant-switch").click()
     await expect(window.page.get_by_role("option").filter(has_text="news-copy")).to_be_visible()
     assert not await violations(window.page)
@@ -535,7 +535,9 @@ async def test_a_deployment_that_fails_says_why_and_what_was_undone(editor: Open
     await deploy.get_by_role("button", name="Deploy", exact=True).click()
     card = deploy.get_by_role("article", name="Deployment of broken.localhost")
     await expect(card.get_by_role("log")).to_contain_text("no such thing")
-    await expect(card.get_by_role("alert")).to_contain_text("What was done is undone.", timeout=2 * DEADLINE)
+    await expect(card.get_by_role("alert")).to_contain_text(
+        "Everything it did was undone.", timeout=2 * DEADLINE
+    )
     await expect(card.locator("[data-phase=install]")).to_have_class(re.compile("failed"))
 
 

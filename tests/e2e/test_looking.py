@@ -68,7 +68,7 @@ async def test_what_one_likes_holds_for_this_browser(editor: OpenEditor, desk: s
     await dialog.get_by_label("Size of code").select_option("18")
     await dialog.get_by_label("Width of a tab").select_option("8")
     await dialog.get_by_label("Wrap long lines").check()
-    await dialog.get_by_label("Save by itself").check()
+    await dialog.get_by_label("Save automatically").check()
     await dialog.get_by_role("button", name="Done").click()
 
     async def liked() -> None:

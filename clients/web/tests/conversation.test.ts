@@ -41,7 +41,7 @@ test("a turn is shown as it happens: text that grows, calls with their results, 
 });
 
 test.each([
-  [{ subtype: "error_max_turns" }, "as many steps"],
+  [{ subtype: "error_max_turns" }, "limit of steps"],
   [{ subtype: "error_during_execution", errors: ["the key is gone"] }, "the key is gone"],
   [{ subtype: "success", is_error: true, result: "API Error: 500" }, "API Error: 500"],
   [{ subtype: "error_during_execution", terminal_reason: "aborted_tools" }, "Stopped."],

@@ -13,14 +13,14 @@ import {
 } from "@codemirror/search";
 import { type EditorView, type Panel, runScopeHandlers, type ViewUpdate } from "@codemirror/view";
 
-/** More places are not counted: it would take longer than a key may. */
+/** More matches are not counted: it would take longer than a key may. */
 const MOST = 2000;
 
 export function findPanel(view: EditorView): Panel {
   const dom = element("div", { class: "find", role: "search", "aria-label": "Find in this file" });
   const find = field("Find", "Find");
   find.setAttribute("main-field", "true");
-  const replace = field("Replace by", "Replace by");
+  const replace = field("Replace with", "Replace with");
   const count = element("output", { class: "count", "aria-live": "polite" });
   const toggles = {
     caseSensitive: toggle("Aa", "Match case"),
@@ -38,16 +38,16 @@ export function findPanel(view: EditorView): Panel {
     find,
     ...Object.values(toggles),
     count,
-    step("Previous place", "↑", findPrevious),
-    step("Next place", "↓", findNext),
-    step("Select all places", "all", selectMatches),
+    step("Previous match", "↑", findPrevious),
+    step("Next match", "↓", findNext),
+    step("Select all matches", "all", selectMatches),
     close,
   );
   const second = element("div", { class: "row" });
   second.append(
     replace,
-    step("Replace this place", "Replace", replaceNext),
-    step("Replace all places", "Replace all", replaceAll),
+    step("Replace this match", "Replace", replaceNext),
+    step("Replace all matches", "Replace all", replaceAll),
   );
   dom.append(first);
   if (!view.state.readOnly) dom.append(second);

@@ -36,7 +36,7 @@ export class Frames {
         const end = endOfHeader(bytes);
         if (end === null) {
           if (bytes.length > HEADER_MAX)
-            throw new Error("The language server sent something else than messages.");
+            throw new Error("The language server sent something other than messages.");
           this.#wanted = bytes.length + 1;
           break;
         }

@@ -2,7 +2,7 @@
 
 /** Characters of one message, at most: the largest contain a file. */
 const LONGEST = 32 << 20;
-const FOREIGN = "The agent's server sent something that is no message of the Agent SDK.";
+const FOREIGN = "The agent's server sent something that is not a message of the Agent SDK.";
 
 export class BrokenStream extends Error {}
 

@@ -59,7 +59,7 @@ export class Agent {
     this.draft.value = kept?.draft ?? "";
     if (kept?.running) {
       this.#conversation.rest();
-      this.#conversation.note("The page was loaded again, which stopped the agent. Ask it to go on.");
+      this.#conversation.note("The page was loaded again, which stopped the agent. Ask it to continue.");
     }
     this.#draw();
     const leaving = () => this.#keep();
@@ -129,7 +129,7 @@ export class Agent {
     const prompt = this.draft.value.trim();
     if (agentUrl === null || prompt === "" || this.running.value) return;
     if (prompt.length > LONGEST) {
-      this.#conversation.note(`This is too long: ${LONGEST} characters are the most.`, true);
+      this.#conversation.note(`This is too long: the limit is ${LONGEST} characters.`, true);
       this.#draw();
       return;
     }
@@ -182,7 +182,7 @@ export class Agent {
     }).catch((error: unknown) => {
       if (signal.aborted) throw error;
       throw new BrokenStream(
-        "The agent's server cannot be reached. Whoever runs the gateway can see whether it is up and lets this page ask it.",
+        "The agent's server cannot be reached. The gateway's operator can check that it is up and allows this page to use it.",
       );
     });
     if (!response.ok || response.body === null) throw new BrokenStream(await refusal(response));
@@ -197,7 +197,7 @@ export class Agent {
       over = false;
     }
     if (!over)
-      throw new BrokenStream("The connection to the agent broke, which stopped it. Ask it to go on.");
+      throw new BrokenStream("The connection to the agent broke, which stopped it. Ask it to continue.");
   }
 
   /** Handles events: the command of a call, and the agent's turn. */
@@ -245,7 +245,7 @@ function alike(kept: string, name: string): boolean {
 /** Returns why a server refuses, in its own words if it gives any. */
 async function refusal(response: Response): Promise<string> {
   if (response.status === 401 || response.status === 403)
-    return "The agent's server does not accept your token. Whoever runs the gateway can say why.";
+    return "The agent's server does not accept your token. The gateway's operator can say why.";
   let said = "";
   try {
     const told = JSON.parse((await response.text()).slice(0, 10_000)) as Record<string, unknown> | null;

@@ -27,13 +27,13 @@ export type Said =
 const [MOST, TEXT, RESULT, WORDS] = [400, 100_000, 4000, 300];
 
 const ENDS: Readonly<Record<string, string>> = {
-  error_max_turns: "The agent stopped: it has taken as many steps as its server allows.",
-  error_max_budget_usd: "The agent stopped: it has cost as much as its server allows.",
+  error_max_turns: "The agent stopped: it reached its server's limit of steps.",
+  error_max_budget_usd: "The agent stopped: it reached its server's cost limit.",
 };
 const FAILURES: Readonly<Record<string, string>> = {
   authentication_failed: "The model does not accept the key of the agent's server.",
   billing_error: "The account of the agent's server cannot pay for the model.",
-  rate_limit: "The model is asked too much just now. Try again in a while.",
+  rate_limit: "The model gets too many requests right now. Try again in a while.",
   overloaded: "The model is overloaded. Try again in a while.",
 };
 
@@ -190,7 +190,7 @@ export class Conversation {
     else if (String(terminal_reason).startsWith("aborted")) this.note("Stopped.");
     else if (is_error === true || subtype !== "success")
       this.note(
-        failed || `The agent could not go on: ${text(why, 1000) || "its server does not say why"}`,
+        failed || `The agent could not continue: ${text(why, 1000) || "its server does not say why"}`,
         true,
       );
   }

@@ -156,7 +156,7 @@ export class Workspace {
     await opening;
     if (drafts.length > 0) {
       const names = drafts.map(({ path }) => basename(path));
-      say(`Unsaved text is back: ${names.slice(0, 3).join(", ")}${names.length > 3 ? "…" : ""}.`);
+      say(`Unsaved text was restored: ${names.slice(0, 3).join(", ")}${names.length > 3 ? "…" : ""}.`);
     }
   }
 

@@ -124,7 +124,7 @@ function Prompt({ current }: { current: Workspace }) {
       />
       <div class="prompt-ways">
         <span class="hint" id="prompt-keys">
-          {running ? "Esc stops it" : "Enter sends, Shift-Enter begins a line"}
+          {running ? "Esc stops it" : "Enter sends, Shift-Enter starts a new line"}
         </span>
         <span class="grow" />
         {running ? (

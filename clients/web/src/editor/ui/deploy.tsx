@@ -159,7 +159,7 @@ function Card({ deploy, current }: { deploy: Deploy; current: Workspace }) {
       {deploy.error !== null && (
         <p class="problem" role="alert">
           {deploy.error}
-          {deploy.undone && " What was done is undone."}
+          {deploy.undone && " Everything it did was undone."}
         </p>
       )}
       {deploy.log.length > 0 && (

@@ -305,7 +305,7 @@ function Closing({ doc, current }: { doc: Doc; current: Workspace }) {
       <p>Its changes exist only in this window.</p>
       <footer>
         <button type="button" onClick={end}>
-          Go on editing
+          Keep editing
         </button>
         <button
           type="button"

@@ -30,7 +30,7 @@ export function HistoryView({ current }: { current: Workspace }) {
       )}
       {turns.length === 0 && failure === null && !history.busy.value ? (
         <Empty icon="undo" title="No turns yet">
-          What an agent changes appears here once it ends its turn, and can be taken back.
+          What an agent changes appears here when its turn ends, and can be undone.
         </Empty>
       ) : (
         <div class="scroll">

@@ -106,7 +106,7 @@ export function Replacing({ asked, current }: { asked: Bringing; current: Worksp
         Replace {names.length === 1 ? names[0] : `${names.length} files`}
         {asked.folder === "." ? "" : ` in ${asked.folder}`}?
       </h2>
-      <p>{names.slice(0, 8).join(", ")}: the present text is lost.</p>
+      <p>{names.slice(0, 8).join(", ")}: the current text is lost.</p>
       <footer>
         <button type="button" onClick={close}>
           Upload nothing

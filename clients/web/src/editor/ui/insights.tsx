@@ -136,7 +136,7 @@ function Stopping(props: {
       <p>
         {word === "stop"
           ? "Its site is down until the tenant is started again. Everything that runs in it ends, including other people's terminals and commands. Files stay."
-          : "Its site is down for some seconds. Everything that runs in it ends, including other people's terminals and commands. Files stay."}
+          : "Its site is down for a few seconds. Everything that runs in it ends, including other people's terminals and commands. Files stay."}
       </p>
       {running !== null && running.length > 0 && (
         <ul aria-label="What ends">

@@ -60,8 +60,8 @@ export function Instead({ doc, current }: { doc: Doc; current: Workspace }) {
       );
     case "binary":
       return (
-        <Empty icon="file" title="Not a text">
-          {doc.name} has {bytes(doc.size.value)} of data that no editor of text can show.
+        <Empty icon="file" title="Not text">
+          {doc.name} has {bytes(doc.size.value)} of data that a text editor cannot show.
         </Empty>
       );
     case "failed":

@@ -99,7 +99,7 @@ export function Preview({ current }: { current: Workspace }) {
   }, []);
   const hush = useCallback(() => {
     const why =
-      "This page reports nothing: its Content-Security-Policy refuses the script, or it is no page of the site.";
+      "This page reports nothing: its Content-Security-Policy refuses the script, or it is not a page of the site.";
     setLines((before) => told(before, "note", why));
   }, []);
   const inspect = async () => {

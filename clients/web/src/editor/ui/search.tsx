@@ -89,8 +89,8 @@ export function SearchView({ current }: { current: Workspace }) {
         {search.replacing.value && (
           <div class="field">
             <input
-              placeholder="Replace by"
-              aria-label="Replace by"
+              placeholder="Replace with"
+              aria-label="Replace with"
               value={search.replacement.value}
               spellcheck={false}
               onInput={(event) => {
@@ -191,9 +191,9 @@ function Replacing({ current }: { current: Workspace }) {
     try {
       const { files, places, failed } = await search.replace();
       say(
-        `Replaced ${places} ${places === 1 ? "place" : "places"} in ${files} ${files === 1 ? "file" : "files"}.`,
+        `Replaced ${places} ${places === 1 ? "match" : "matches"} in ${files} ${files === 1 ? "file" : "files"}.`,
       );
-      for (const { path, why } of failed.slice(0, 3)) say(`${path} is as it was: ${why}`, "error");
+      for (const { path, why } of failed.slice(0, 3)) say(`${path} was not changed: ${why}`, "error");
     } catch (error) {
       complain(error, "Replacing");
     }
@@ -205,10 +205,10 @@ function Replacing({ current }: { current: Workspace }) {
         Replace in {count} {count === 1 ? "file" : "files"}?
       </h2>
       <p>
-        <code>{search.query.value}</code> becomes <code>{search.replacement.value || "nothing"}</code> at
-        every place in the files that are listed, at once.
-        {found?.truncated && " There are more files, which stay as they are."} What is unsaved in open files
-        stays unsaved.
+        <code>{search.query.value}</code> becomes <code>{search.replacement.value || "nothing"}</code> wherever
+        it was found in the listed files, at once.
+        {found?.truncated && " There are more files, which are not changed."} Unsaved changes in open
+        files stay unsaved.
       </p>
       <footer>
         <button type="button" onClick={close}>

@@ -16,11 +16,11 @@ const WORDS: Readonly<Record<ServerState, string>> = {
 
 const TITLES: Readonly<Record<ServerState, string>> = {
   installing: "The language server is being installed in the tenant",
-  starting: "The language server reads the site",
-  running: "The language server runs in the tenant, within its memory",
-  resting: "The language server has ended, for nobody has used it for a while; the next key starts it",
-  again: "The language server has ended and is started again",
-  failed: "The language server does not run",
+  starting: "The language server is reading the site",
+  running: "The language server is running in the tenant, within its memory",
+  resting: "The language server has ended after a while without use; the next key starts it again",
+  again: "The language server has ended and is being restarted",
+  failed: "The language server is not running",
 };
 
 export function Servers({ current }: { current: Workspace }) {

@@ -76,7 +76,7 @@ function Left() {
     <>
       This session ends at {at}
       <span aria-hidden="true">{left >= 60 ? `, in ${Math.ceil(left / 60)} min` : `, in ${left} s`}</span>. A
-      new token lets it go on.
+      new token extends it.
     </>
   );
 }
@@ -106,14 +106,14 @@ function Ended({ current, onWrite }: { current: Workspace; onWrite: () => void }
           autofocus={false}
           footer={
             <button type="button" onClick={onWrite}>
-              Go on writing
+              Keep writing
             </button>
           }
         >
           <p>
-            Sign in to go on with {current.name}. Files, terminals and your text stay as they are
+            Sign in to continue with {current.name}. Files, terminals and your text stay as they are
             {unsaved > 0 && `, ${unsaved === 1 ? "one file" : `${unsaved} files`} unsaved`}; what you save
-            meanwhile waits, and is saved then.
+            until then waits, and is saved when you sign in.
           </p>
         </SignInCard>
       </div>

@@ -25,7 +25,7 @@ export function Settings() {
   return (
     <Dialog label="Settings" class="small settings" onClose={close}>
       <h2>Settings</h2>
-      <p>They hold for this browser.</p>
+      <p>They apply to this browser.</p>
       <Choice
         label="Colours"
         of={theme}
@@ -46,9 +46,9 @@ export function Settings() {
         named={(value) => ({ default: "as usual", vim: "Vim" })[value]}
       />
       <Switch label="Wrap long lines" of={wrap} />
-      <Switch label="Save by itself, a second after the last key" of={autosave} />
+      <Switch label="Save automatically, a second after the last key" of={autosave} />
       <Switch label="Format a file before it is saved" of={formatOnSave} />
-      <Switch label="Completions and errors by language servers in the tenant" of={languageServers} />
+      <Switch label="Completions and errors from language servers in the tenant" of={languageServers} />
       <footer>
         <button type="button" class="primary" onClick={close}>
           Done

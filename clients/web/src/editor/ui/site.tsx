@@ -67,7 +67,7 @@ export function SiteView({ current }: { current: Workspace }) {
           hint="A copy of the disk, with a new address and no domain yet."
           run={async (typed) => {
             const done = await site.clone(typed, null);
-            if (done) say(`${typed} is there.`);
+            if (done) say(`${typed} was created.`);
             return done;
           }}
         />
