@@ -79,7 +79,7 @@ class Background:
         jobs: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "the watch of tenants": self._watch,
             "the count of events": partial(services.metrics.follow, services.bus),
-            "the measure of the loop": services.metrics.sample_lag,
+            "the measurement of the event loop": services.metrics.sample_lag,
             "the recovery of deployments": self._recover,
             "the watch of tokens": services.grants.watch,
             "the history of deployments": services.history.follow,
@@ -90,9 +90,9 @@ class Background:
                 quorum = Quorum(
                     services.cluster.peers, services.shared.members, services.runtime.incus.has_quorum
                 )
-                jobs["the look for a quorum"] = quorum.follow
+                jobs["the check for a quorum"] = quorum.follow
         if services.dead_peers is not None:
-            jobs["the look at silent servers"] = services.dead_peers.follow
+            jobs["the check of silent servers"] = services.dead_peers.follow
         if (standing := services.standing) is not None:
             jobs["the copies of tenants"] = standing.standby.copy
             jobs["the tenants of lost servers"] = standing.standby.bring_back
@@ -113,7 +113,7 @@ class Background:
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._bind_ports
             jobs["the watch of disk quotas"] = self._enforce_quotas
-            jobs["the kernel's word of memory"] = partial(self._tell_starved, services.runtime)
+            jobs["the kernel's reports on memory"] = partial(self._tell_starved, services.runtime)
         return jobs
 
     async def _watch(self) -> None:

@@ -276,7 +276,7 @@ def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
             by_caddy = near and scope["path"] in _BY_CADDY
             if not by_caddy and not host_allowed(host, own, near=near):
                 error = Misdirected(
-                    f"this gateway is not {(host or '')[:100]!r}: ask it by its address, or list the name in "
+                    f"this gateway is not {(host or '')[:100]!r}: use its address, or list the name in "
                     "GATEWAY_HOSTS"
                 )
                 if scope["type"] == "http":

@@ -56,7 +56,7 @@ _UNSHOWN: Final = (
     "extra `pdf`. Until then a program in the container may read it, if there is one."
 )
 _INSTRUCTIONS: Final = (
-    "These tools work in a Linux container of its own, not on this machine. Its project lies in {workspace}; "
+    "These tools work in a separate Linux container, not on this machine. Its project is in {workspace}; "
     "paths are absolute there or relative to it."
 )
 

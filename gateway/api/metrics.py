@@ -62,7 +62,7 @@ class Metrics:
         ).set_function(shared)
         for name, told, now in (
             ("bytes_in_flight", "Bytes of requests and answers in flight.", lambda: budget.held),
-            ("bytes_in_flight_most", "Those of the tenant that has most.", lambda: budget.most),
+            ("bytes_in_flight_most", "Bytes of the tenant with the most.", lambda: budget.most),
             ("messages_waiting", "Large messages that wait for room.", lambda: budget.waiting),
             ("connections_anonymous", "Websockets without a token yet.", lambda: places.anonymous),
         ):

@@ -31,7 +31,7 @@ _PATH: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
 _SHORT: Final[dict[str, Any]] = {"type": "string", "minLength": 1, "maxLength": 200}
 _ON: Final[dict[str, Any]] = {"type": "string", "enum": ["0", "1", "false", "true"]}
 _HEADERS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
-    "Idempotency-Key": ("The caller's id: what it names is done once.", _SHORT),
+    "Idempotency-Key": ("An id of the caller's: requests with the same id are done once.", _SHORT),
     "X-Tool-Session": ("Names the tool session.", {"type": "string", "minLength": 1, "maxLength": 128}),
     "X-Read-Before-Write": ("Refuse to write files that the session has not read.", _ON),
     "X-Call-Linger": (
@@ -43,9 +43,9 @@ _HEADERS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
         {"type": "string", "pattern": "^[a-z0-9]{1,32}$"},
     ),
     "If-Match": ("Only if the file has this etag.", {"type": "string"}),
-    "If-None-Match": ("Only if the file has not this etag; `*` is any file.", {"type": "string"}),
+    "If-None-Match": ("Only if the file does not have this etag; `*` means any file.", {"type": "string"}),
     "Range": ("One range of bytes.", {"type": "string"}),
-    "Last-Event-ID": ("Go on after this event.", {"type": "string"}),
+    "Last-Event-ID": ("Continue after this event.", {"type": "string"}),
 }
 
 

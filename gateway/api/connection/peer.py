@@ -109,7 +109,7 @@ class Peer:
             self._leave = self.hub.places.customer(self.tenant)
 
     def _displaced(self) -> None:
-        self.close(CloseCode.TOO_MANY, "too many connections without a token; say initialize sooner")
+        self.close(CloseCode.TOO_MANY, "too many connections without a token; send initialize sooner")
 
     def become(self, token: Token) -> None:
         """Serve the client under `token`. Raises `RateLimited` if that gives an anonymous client no place."""

@@ -60,7 +60,7 @@ async def mcp(request: Request) -> Response:
     gateway = services(request)
     name, token = for_tenant(request, None)
     if gateway.mcp is None:
-        missing = NotFound("this gateway serves no MCP: install its extra mcp and start it again")
+        missing = NotFound("this gateway does not serve MCP: install its extra mcp and restart it")
         return problem(missing, 501)
     await gateway.runtime.tenants.get(name)
     await using_tenant(request, None)
