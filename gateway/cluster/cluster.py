@@ -94,7 +94,7 @@ class Cluster:
             listener, self._settings, self.peers.accepting, lambda shown: self.peers.of(shown) is not None
         )
         jobs = {
-            "the look at this member's tenants": tell.look,
+            "the list of this member's tenants": tell.look,
             "the record of peers' tenants": self.homes.write,
             "the listener for peers": self._listen,
         }

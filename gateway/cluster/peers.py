@@ -63,7 +63,7 @@ class MemberAway(Unavailable):
 
     def __init__(self, member: str) -> None:
         super().__init__(
-            f"the server {member} does not answer; its tenants are back when it is",
+            f"the server {member} does not answer; its tenants will be back when it is",
             reason="member_away",
             location=member,
         )
@@ -190,7 +190,7 @@ class Peers:
             read_bufsize=_LINE,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )
-        self._looking = begin(lasting("the look at the cluster's members", self._look_on))
+        self._looking = begin(lasting("the list of the cluster's members", self._look_on))
         return self
 
     async def __aexit__(
@@ -301,7 +301,7 @@ class Peers:
                 if peer.address:
                     await self._listen(peer)
             except _FAILED as error:
-                log.debug("%s is not heard: %r", peer.name, error)
+                log.debug("lost contact to %s: %r", peer.name, error)
             if peer.told.is_set():
                 pause = _PAUSES[0]
                 log.info("lost the connection to %s", peer.name)

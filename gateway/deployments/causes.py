@@ -32,7 +32,7 @@ _NO_PROGRAM: Final = re.compile(
     r"^(?:/usr/bin/)?env: \W{0,3}([\w./@+-]{1,60})\W{0,3}: No such file", re.MULTILINE
 )
 _IMAGE: Final = (
-    "whoever runs the gateway can add it with `incus-gateway image build`, or give other commands with "
+    "the gateway's operator can add it with `incus-gateway image build`, or give other commands with "
     "`start` and `install`"
 )
 

@@ -89,7 +89,7 @@ def _django(packages: frozenset[str], install: Command, installed: str, clues: C
     return Detected(
         *("django", "Django", "there is a manage.py", install, installed),
         trouble="for production Django is served by gunicorn or uvicorn, and no requirement names one of "
-        "them: add it, say another way by `start` (--start), or deploy its dev server",
+        "them: add it, give another command with `start` (--start), or deploy its dev server",
     )
 
 

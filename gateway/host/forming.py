@@ -119,7 +119,7 @@ def join(settings: Settings, text: str, report: Report) -> None:
     run(
         ["incus", "admin", "init", "--preseed"],
         env=Daemon.at(settings.incus_socket).environment,
-        fix="see incusd's log; a token is used up by each try: make another one",
+        fix="see incusd's log; each try uses up a token: make another one",
         timeout=_JOIN,
         given=json.dumps(preseed),  # which is YAML too
     )

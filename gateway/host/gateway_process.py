@@ -62,7 +62,7 @@ class GatewayProcess:
             try:
                 self.replace(Path(sys.prefix), report)
             except HostError as error:
-                why = f"the new gateway does not start, the old one goes on: {error.message}"
+                why = f"the new gateway does not start, the old one keeps running: {error.message}"
                 raise HostError(why) from error
             self._await_ready()
             write_private(self._place.stamp, stamp)

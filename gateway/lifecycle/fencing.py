@@ -153,7 +153,7 @@ class Fence:
             async with asyncio.timeout(_WRITING):
                 await asyncio.to_thread(_write, self._file, frozenset(self._frozen))
         except (OSError, TimeoutError) as error:
-            log.error("cannot record for the next process what is frozen: %s", error or "it takes long")
+            log.error("cannot record for the next process what is frozen: %s", error or "it takes too long")
 
     async def _freeze(self, tenant: str) -> None:
         async with self._few:

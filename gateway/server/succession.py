@@ -102,7 +102,7 @@ class Succession:
                     connection.close()
                 elif self._handing is not None and not self._handing.done():
                     with connection, contextlib.suppress(OSError):
-                        say(connection, {"refused": "another upgrade is under way; wait for its end"})
+                        say(connection, {"refused": "another upgrade is running; wait until it ends"})
                 else:
                     self._handing = asyncio.create_task(self._hand_on(connection), name="hand over")
 
@@ -121,7 +121,7 @@ class Succession:
             return
         said = asked[0]
         if said.get("v") != VERSION or said.get("take") is not True:
-            say(connection, {"refused": "the gateway that runs speaks another version"})
+            say(connection, {"refused": "the running gateway speaks another version"})
             return
         told: dict[str, Any] = {"v": VERSION, "listen": self._settings.listen}
         told["tenants"] = [*self._gateway.tenants][:_TENANTS]

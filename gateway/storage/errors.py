@@ -22,7 +22,7 @@ ADVICE: Final = {
     "disk_full": "the disk of the state dir is full; free some space there",
     "read_only": "the records in the state dir cannot be written; check its owner and how it is mounted",
     "corrupt": "the records in the state dir are damaged; restore a backup of gateway.db, or move it away",
-    "in_use": "another program holds the records in the state dir; end it",
+    "in_use": "another program has locked the records in the state dir; stop it",
     "io": "the records in the state dir cannot be read or written; see the kernel's log",
 }
 

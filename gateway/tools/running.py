@@ -101,4 +101,4 @@ async def only_brief(calls: Callable[[], Iterable[Running]], seconds: float) -> 
 
 
 def given_up() -> Cancelled:
-    return Cancelled("the caller gave up the call")
+    return Cancelled("the caller cancelled the call")

@@ -122,7 +122,7 @@ def test_joining_again_is_done_and_joining_as_another_is_refused(on: Any) -> Non
     said: list[str] = []
     forming.join(Settings(), token(), said.append)
     assert "already" in said[0]
-    with pytest.raises(HostError, match="the member m2 already, not m3"):
+    with pytest.raises(HostError, match="already the member m2, not m3"):
         forming.join(Settings(), token(server_name="m3"), said.append)
 
 

@@ -105,4 +105,4 @@ class IncusFormerSites:
 
 
 def _gone(tenant: str, former: str) -> NotFound:
-    return NotFound(f"tenant {tenant} keeps no deployment {former}; it has been removed", reason="not_kept")
+    return NotFound(f"tenant {tenant} no longer keeps deployment {former}", reason="not_kept")

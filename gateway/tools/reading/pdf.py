@@ -68,7 +68,7 @@ def pdf(
             for image in document.images(shown, IMAGE_SIDE_MAX, call.deadline):
                 room -= len(image)
                 if room < 0:
-                    words = "the pages are too large together; ask for fewer"
+                    words = "the pages are too large in total; ask for fewer"
                     raise failure("Read", TooLarge(words, limit=PDF_RESULT_MAX))
                 blocks.append({"type": "image", "data": base64(image), "mimeType": "image/jpeg"})
     except pdfium.Locked:
@@ -77,7 +77,7 @@ def pdf(
     except pdfium.Broken:
         raise ToolFailure("binary_file", "PDF file is corrupted or invalid.", tagged=False) from None
     except TimeoutError:
-        words = "Rendering the pages took too long; ask for fewer by the pages parameter."
+        words = "Rendering the pages took too long; ask for fewer with the pages parameter."
         raise ToolFailure("timeout", words, tagged=False) from None
     return Answer(blocks, {**facts, "pages": [shown[0], shown[-1]]})
 
@@ -117,6 +117,6 @@ def _shown_pages(pages: tuple[int, int] | None, wanted: str | None, total: int, 
         pages = (1, total)
     first, last = pages
     if first > total:
-        words = f'Page range "{wanted}" lies behind the end: the PDF has {total} pages.'
+        words = f'Page range "{wanted}" is beyond the end: the PDF has {total} pages.'
         raise ToolFailure("invalid_params", words, tagged=False, pages=total)
     return range(first, min(last, total) + 1)
