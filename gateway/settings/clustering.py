@@ -70,12 +70,12 @@ class ClusterSettings(BaseModel):
     failover_project: str = Field(
         "gateway-recovered",
         description="Incus project for tenants that were brought back while their old server may still "
-        "return with its own instances of the same names; and for nothing else",
+        "return with its own instances of the same names, and for nothing else",
     )
     lease: float = Field(
         10.0,
         gt=0,
-        description="seconds without contact to most members and without a quorum, after which a member "
+        description="seconds without contact with most members and without a quorum, after which a member "
         "freezes the tenants that others have copies of; only with GATEWAY_FAILOVER",
     )
     cluster_events_ahead: int = Field(
@@ -99,7 +99,7 @@ class ClusterSettings(BaseModel):
     move_calls: float = Field(
         1.0,
         ge=0,
-        description="seconds that calls under way have to finish before their tenant is stopped for its move",
+        description="seconds that running calls have to finish before their tenant is stopped for its move",
     )
     move_copy_timeout: float = Field(
         3600.0, gt=0, description="seconds that the copy of a tenant's disk to another member may take"

@@ -43,7 +43,7 @@ class CommandSettings(BaseModel):
     exec_hold: float = Field(
         10.0,
         ge=0,
-        description="seconds that a command waits for a reader that acknowledges after its connection broke",
+        description="seconds that a command waits for an acknowledging reader whose connection broke",
     )
     exec_stdin_buffer: int = Field(
         4 * MiB,
@@ -62,7 +62,9 @@ class CommandSettings(BaseModel):
         600.0, gt=0, description="seconds without progress after which a reader is detached"
     )
     exec_linger: float = Field(
-        60.0, ge=-1, description="seconds that a command runs on after its last reader left; -1: forever"
+        60.0,
+        ge=-1,
+        description="seconds that a command keeps running after its last reader left; -1: forever",
     )
     exec_keep: float = Field(600.0, ge=0, description="seconds that the result of an ended command is kept")
     exec_keep_exits: int = Field(
@@ -117,7 +119,9 @@ class CommandSettings(BaseModel):
     standby_idle: float = Field(
         120.0, ge=0, description="seconds that warm shells are kept after a tenant's last client left"
     )
-    cancel_grace: float = Field(2.0, ge=0, description="seconds between TERM and KILL")
+    cancel_grace: float = Field(
+        2.0, ge=0, description="seconds between TERM and KILL when a command is cancelled"
+    )
     cancel_timeout: float = Field(
         15.0, gt=0, description="seconds after which a cancel answers even if processes survived"
     )

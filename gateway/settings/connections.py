@@ -41,7 +41,7 @@ class ConnectionSettings(BaseModel):
     )
     head_timeout: float = Field(10.0, gt=0, description="seconds within which a request's head must arrive")
     body_timeout: float = Field(
-        30.0, gt=0, description="seconds without progress after which a request's body is given up"
+        30.0, gt=0, description="seconds without progress after which a request's body times out"
     )
     bytes_in_flight: int = Field(
         512 * MiB, gt=0, description="maximum size of all requests and answers in flight in bytes"

@@ -44,7 +44,7 @@ class DeploymentSettings(BaseModel):
         3.0,
         ge=0,
         description="seconds that a site must stay up after its first answer for its deployment to "
-        "succeed; a copy of a site that did so is watched for as long after it",
+        "succeed; a site that is made as a copy of one that did is watched for as long after its deployment",
     )
     warm_pool: int = Field(
         2, ge=0, description="number of instances kept ready for each template that was deployed; 0: none"
