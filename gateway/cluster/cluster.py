@@ -118,7 +118,7 @@ class Cluster:
         self._settled = True
 
     def changed(self) -> None:
-        """Look at our tenants again: something happened to one."""
+        """Check our tenants again: one of them has changed."""
         if self._tenants is not None:
             self._tenants.changed()
 
@@ -157,7 +157,7 @@ class Cluster:
     # --- what all gateways have in common -----------------------------------------------------------
 
     async def fetch_secret(self) -> str | None:
-        """Ask peers for the secret that signs tokens, before we listen ourselves; None if none gives it."""
+        """Ask peers for the secret that signs tokens, before we listen ourselves; None if no peer has it."""
         await self.peers.settle(SETTLING)
         host, port = self._place()
         if host:
@@ -202,7 +202,7 @@ class Cluster:
         return None if peer is None else peer.tenants[tenant].instance
 
     def domain(self, tenant: str) -> str | None:
-        """Return the domain that a tenant of this member had when it was last looked at."""
+        """Return the domain that a tenant of this member had when it was last checked."""
         told = None if self._tenants is None else self._tenants.tenants.get(tenant)
         return None if told is None else told.domain
 

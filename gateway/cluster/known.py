@@ -67,5 +67,5 @@ def apply(line: Mapping[str, Any], tenants: dict[str, Known]) -> bool:
 
 
 def first(tenants: Iterable[Known]) -> dict[str, Known]:
-    """Return as many as are kept, by name."""
+    """Return the tenants by name, at most `MOST`."""
     return {known.name: known for known, _ in zip(tenants, range(MOST), strict=False)}

@@ -1,11 +1,12 @@
 """The right of a member to serve tenants that another one could bring back from a copy.
 
-A member has it for `GATEWAY_LEASE` seconds from each moment at which it began to ask, where most members
-answered that they hear it, or where the cluster's keys, which need a quorum, had no suspicion of it. Who
-would bring its tenants back waits until most members have not heard it for longer than that, and until a
-suspicion has stood as long. So at no time two members have the right to serve one tenant, whoever hears whom.
+A member renews it for `GATEWAY_LEASE` seconds by asking the others: it succeeds if most members answer that
+they hear it, or if the cluster's keys, which need a quorum, hold no suspicion against it. The seconds count
+from the question. A member that wants to bring back its tenants waits until most members have not heard it
+for longer than that, and until a suspicion has stood as long. So two members never have the right to serve
+one tenant at the same time, whoever hears whom.
 
-Once a lease has run out, only the keys give it back: its tenants may be another member's by then.
+Once a lease has run out, only the keys can give it back: its tenants may belong to another member by then.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ _LONGEST: Final = 3600.0  # seconds of a lease that somebody may ask for
 
 
 def now() -> float:
-    """Return the time by a clock that goes on while the machine is suspended."""
+    """Return the time of a clock that keeps running while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """Since when, in seconds, most members have not heard a member, and how long its lease lasts.
+    """For how many seconds most members have not heard a member, and how long its lease lasts.
 
-    `lease` is None if none of those that answered knows of one: then it must not be taken for dead.
+    `lease` is None if no member that answered knows of one: then the member must not be considered dead.
     """
 
     seconds: float
@@ -49,7 +50,7 @@ class Silence:
 
 
 class Lease:
-    """The lease of the member `own`, of so many `seconds`, and what it knows of those of others."""
+    """The lease of the member `own`, which lasts `seconds`, and what it knows of the others' leases."""
 
     def __init__(
         self, own: str, peers: Peers, keys: Keys, seconds: float, clock: Callable[[], float] = now
@@ -67,12 +68,12 @@ class Lease:
 
     @property
     def left(self) -> float:
-        """The seconds that it lasts without another renewal."""
+        """Seconds left until the lease ends, unless it is renewed."""
         return max(0.0, self._until - self._clock())
 
     @property
     def pause(self) -> float:
-        """The seconds between two renewals."""
+        """Seconds between two renewals."""
         return self._seconds / _PARTS
 
     async def renew(self) -> str | None:
@@ -123,7 +124,7 @@ class Lease:
         return self._clock() - at, lease
 
     async def silence(self, member: str) -> Silence:
-        """Ask all members since when they have not heard a certain one."""
+        """Ask all members how long they have not heard a given one."""
         found, _ = await self._peers.ask_all(f"/peer/ask/{ASK_SILENCE}", {"member": member})
         told = [self._silence(member)]
         for name, answer in found.items():

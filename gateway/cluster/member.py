@@ -44,7 +44,7 @@ class Member:
 
 
 class Membership:
-    """The cluster of one incusd. Its members are read at each call, which of them this is only once."""
+    """The cluster of one incusd. Its members are read at each call; which of them this one is, only once."""
 
     def __init__(self, incus: Incus) -> None:
         self._incus = incus

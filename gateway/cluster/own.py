@@ -25,9 +25,9 @@ _RESYNC: Final = 10.0  # seconds after which is looked without being asked to
 
 
 class Own:
-    """The tenants of this member. `list` returns them and is asked when `changed` was called.
+    """The tenants of this member. `list` returns them; it is called again after each `changed`.
 
-    `facts` is told with each first line: what peers want to know of this gateway itself.
+    `facts` is sent with each first line: what peers need to know about this gateway itself.
     """
 
     def __init__(self, list: Callable[[], Awaitable[Iterable[Known]]], facts: Mapping[str, Any]) -> None:
@@ -72,9 +72,9 @@ class Own:
     async def follow(self, wake: asyncio.Event) -> AsyncGenerator[dict[str, Any]]:
         """Yield all tenants, then `{"whole": true}`, then each change; an empty line where nothing happens.
 
-        Until it is known which tenants there are only empty lines come.
-        Who is slow gets the difference to what it was told last, however many changes there were. To set
-        `wake` has the next line come at once.
+        Until the tenants are known, only empty lines come.
+        A slow reader gets only the difference to what it was sent last, however many changes there were.
+        Setting `wake` makes the next line come at once.
         """
         told: Mapping[str, Known] = {}
         yield {"v": PROTOCOL, **self._facts}

@@ -2,8 +2,8 @@
 
 ```
 membership ──► Peers ──► Peer: one standing request to each, `/peer/watch`, of which a line comes each second
-                          ├ alive, until nothing came for `AWAY` seconds
-                          └ tenants, as its gateway tells them
+                          ├ alive, until nothing has arrived for `AWAY` seconds
+                          └ tenants, as its gateway reports them
 ```
 """
 
@@ -99,7 +99,7 @@ class Peer:
 
     @property
     def version(self) -> int:
-        """Of the protocol that its gateway speaks, see `own.PROTOCOL`; 1 where it does not say."""
+        """The version of its gateway's protocol, see `own.PROTOCOL`; 1 if it reports none."""
         version = self.facts.get("v")
         return version if isinstance(version, int) else 1
 
@@ -209,9 +209,9 @@ class Peers:
         self._look.set()
 
     async def settle(self, seconds: float) -> None:
-        """Return once each peer has told its tenants; after `seconds` in any case.
+        """Return once each peer has reported its tenants, or after `seconds`.
 
-        One that has never said where it is, as where gateways start for the first time, is not waited for.
+        It does not wait for a peer that has never published its address, as when gateways first start.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -337,7 +337,7 @@ class Peers:
     # --- what they are asked ------------------------------------------------------------------------
 
     async def ask(self, peer: Peer, path: str, body: Any = None, patience: float = ASKING) -> Any:
-        """Return what a peer answers as JSON, None where it has none of it.
+        """Return a peer's answer as JSON, None if it does not have what was asked for.
 
         With a body it is a POST. Raises `MemberAway` where no answer comes in time.
         """

@@ -37,7 +37,7 @@ class Placements:
         self._keys, self._members, self._kept = keys, members, kept
 
     async def choose(self, tenant: str, wish: str) -> str:
-        """Return the home of a coming tenant: the member that was chosen before, or now `wish`.
+        """Return the home of a tenant to be created: the member that was chosen before, or now `wish`.
 
         Raises `Unavailable` if the cluster cannot decide, and `RateLimited` if there are too many choices.
         Call it only for callers that may create the tenant.
@@ -85,9 +85,9 @@ class Placements:
         return _move(await self._keys.get(_KIND + tenant))[1] == move
 
     async def after(self, tenant: str, home: str, wish: str, suspicion: str) -> str:
-        """Return the member that has a tenant of `home`, which is suspected of being lost; now `wish`.
+        """Return the member that gets a tenant of `home`, maybe lost: the one chosen earlier, or `wish`.
 
-        Whoever asks first decides: the home itself, once it is back, or who has the copy. Raises
+        The first to ask decides: the home itself, once it is back, or the member with the copy. Raises
         `Unavailable` if the cluster cannot decide.
         """
         key, mark = _KIND + tenant, _LOST + suspicion
@@ -115,9 +115,9 @@ class Placements:
         return name in await self._members()
 
     async def back(self, tenant: str, member: str, suspicion: str) -> None:
-        """Let a decision of `after` go like any other, once the lost home is back without the tenant.
+        """Let a decision of `after` expire, once the lost home is back without the tenant.
 
-        So does the decision of a move of it since.
+        The decision of a later move of the tenant expires too.
         """
         key = _KIND + tenant
         found = await self._keys.get(key)
@@ -129,9 +129,9 @@ class Placements:
             await self._keys.swap(key, found, value)
 
     async def settle(self, tenant: str, member: str, move: str) -> None:
-        """Let a move's decision go like any other, once all have seen where the tenant is.
+        """Let a move's decision expire, once all members have seen where the tenant is.
 
-        That of one whose lost home may come back with it stays until `back`.
+        If the tenant's lost home may return with it, the decision stays until `back`.
         """
         key = _KIND + tenant
         found = await self._keys.get(key)

@@ -32,7 +32,7 @@ class Quorum:
         self._there = True
 
     async def follow(self) -> None:
-        """Look, forever."""
+        """Check, forever."""
         while True:
             await self.look()
             await asyncio.sleep(_LOOK)

@@ -55,7 +55,7 @@ class CannotAdopt(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a text is about: `id` tells it from all others, `member` is the home that it comes from.
+    """The header of a text: its unique `id`; `member` is the home that it comes from.
 
     `ended` is when the last owner of the tenant's name ended there, 0.0 if there was none.
     """
@@ -100,7 +100,7 @@ class Records:
         return await self._store.write(partial(_keep, text=text), durable=True)
 
     async def kept(self, tenant: str) -> Header | None:
-        """Return what a tenant's kept text is about, None if there is none."""
+        """Return the header of a tenant's kept text, None if there is none."""
         return await self._store.read(partial(_kept, tenant=tenant))
 
     async def drop(self, tenant: str, identity: str) -> None:
@@ -253,7 +253,7 @@ def _value(said: object) -> object:
 
 
 def _header(text: bytes) -> Header:
-    """Return what a text is about. Raises `CannotAdopt`."""
+    """Return the header of a text. Raises `CannotAdopt`."""
     try:
         said = orjson.loads(text[: text.index(b"\n")])
         version, ended = int(said["v"]), float(said["ended"])

@@ -104,7 +104,7 @@ class Body:
         return part
 
     async def left(self) -> None:
-        """Return when the client has gone. While its body comes, whoever sends that finds out."""
+        """Return when the client has gone. While its body arrives, its sender notices that."""
         await self._over.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
@@ -265,7 +265,7 @@ async def _break(scope: Scope, receive: Receive) -> None:
 
 
 async def ask_same(scope: Scope, peers: Peers, client: str) -> tuple[list[Any], list[str]]:
-    """Ask all peers what a client asks, a GET; return their answers as JSON, and who gave none in time.
+    """Repeat a client's GET at all peers; return their answers as JSON, and who gave none in time.
 
     A refusal is no answer.
     """

@@ -39,7 +39,7 @@ class RemoteSites:
         self._read = -math.inf  # when the members were read, by the monotonic clock
 
     async def look(self) -> None:
-        """Look where the members are; what is known stays if the cluster cannot say."""
+        """Look up the members' addresses; the last known ones stay if the cluster does not answer."""
         if time.monotonic() - self._read >= _KEPT:
             try:
                 members = await self._members()

@@ -16,14 +16,14 @@ _TRIES: Final = 10  # of a name that other members keep taking and releasing at 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who has a name: a tenant, and the member that decides about it for that tenant."""
+    """The holder of a name: a tenant, and the member that decides about the name for it."""
 
     member: str
     tenant: str
 
 
 class Reservations:
-    """The names of one kind. Each is held by the gateway of one member until it leaves it.
+    """The names of one kind. Each is held by the gateway of one member until that releases it.
 
     What a member holds while it is away stays its own, since its tenants are there when it is back. Once it
     is no longer a member of the cluster, anybody may take it.

@@ -82,7 +82,7 @@ class Revoking:
         return self._end(token)
 
     async def follow(self) -> None:
-        """Keep keys and revocations the same, until the cluster cannot be asked.
+        """Keep keys and revocations in agreement, until the cluster cannot be reached.
 
         Then it raises `Unavailable`.
         """
@@ -95,7 +95,7 @@ class Revoking:
                     await self._look.wait()
 
     async def agree(self) -> None:
-        """Take what others have written, write what they lack, and remove what has expired."""
+        """Adopt what others have written, write what they lack, and remove what has expired."""
         now = time.time()
         listed = await self._keys.listed(_KIND)
         there = set[str]()

@@ -21,7 +21,7 @@ class Room:
 
     @classmethod
     def parse(cls, told: object, tenants: Iterable[Known]) -> Room:
-        """Return what a peer told; what an older one does not tell is counted from its `tenants`."""
+        """Parse a peer's report; what an older peer does not report is counted from its `tenants`."""
         match told:
             case {"running": int(running), "takes": int() | None as takes}:
                 return cls(running, takes)
