@@ -32,7 +32,7 @@ TIDY: Final = "move-tidy"
 
 
 class NewHome(Protocol):
-    """What a runtime does for a tenant that comes; see `gateway.runtime.incus.moves`."""
+    """What a runtime does for a tenant that arrives; see `gateway.runtime.incus.moves`."""
 
     async def copy(
         self, tenant: str, instance: str, move: str, *, project: str = "", last: bool = False
@@ -46,7 +46,7 @@ class NewHome(Protocol):
 
 
 class Arrivals:
-    """The tenants that come to this member. `changed` is called when one is here."""
+    """The tenants that arrive at this member. `changed` is called for each that is here."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Arrivals:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def orders(self) -> Mapping[str, Order]:
-        """Return what old homes order, by name."""
+        """Return the orders that old homes may give, by name."""
 
         def order(work: Callable[[Move], Any]) -> Order:
             async def run(peer: Peer, body: bytes) -> Any:

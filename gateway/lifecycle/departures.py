@@ -66,10 +66,10 @@ class Departures:
         return tenant in self._mover.leaving
 
     def listed(self) -> Sequence[Tenant]:
-        """Return the tenants that are at their new home as good as, for lists that say so of ours.
+        """Return the tenants that have all but arrived at their new home, for our lists to include them.
 
-        One on its way has no instance for a moment. And who asks all members may have the answer of its new
-        home from before it came, so that ours has it for as long as such an answer may take.
+        A tenant on its way has no instance for a moment. A request to all members may get its new home's
+        answer from before it arrived, so our answer includes it for as long as such an answer may take.
         """
         elsewhere = self._cluster.homes.home
         return [one for name, one in self._gone.items() if self.keeps(name) or elsewhere(name) is not None]

@@ -39,7 +39,7 @@ class Doors:
             end()
 
     def open(self, tenant: str) -> None:
-        """Let all calls go on. Idempotent."""
+        """Let all calls continue. Idempotent."""
         if (door := self._closed.pop(tenant, None)) is not None:
             door.set()
 

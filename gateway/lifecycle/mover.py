@@ -51,7 +51,7 @@ _SEEN: Final = 2.0  # seconds until this gateway has heard that the tenant is at
 
 
 class OldHome(Protocol):
-    """What a runtime does for a tenant that goes; see `gateway.runtime.incus.moves`."""
+    """What a runtime does for a tenant that leaves; see `gateway.runtime.incus.moves`."""
 
     async def managed(self, tenant: str) -> str | None: ...
 
@@ -114,7 +114,7 @@ class Mover:
         self._settings, self._deploying = settings, deploying
 
     def peer(self, member: str) -> Peer:
-        """Return another member. Raises `InvalidParams` if it is none, or this one."""
+        """Return the peer of a member. Raises `InvalidParams` if there is none, or if it is this one."""
         if member == self._cluster.own:
             raise InvalidParams(f"it is already on {member}", field="member")
         peer = self._cluster.peers.all.get(member)

@@ -1,4 +1,4 @@
-"""Has a running site answer at its tenant's new domain: its route, its address, and whether it allows it."""
+"""Makes a running site answer at its tenant's new domain: its route, its address, its permission."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ Changed = Callable[[str, str, str], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The copy that a member has of the tenant `instance`, as that was `at`, in seconds since the epoch.
+    """The copy that a member has of the tenant's `instance`, made `at`, in seconds since the epoch.
 
     It is 0.0 while the first one is made: the member may have it all the same.
     """

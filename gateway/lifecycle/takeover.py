@@ -44,7 +44,7 @@ _ONLINE: Final = "Online"
 
 @dataclass(slots=True)
 class _Lost:
-    """What is known about a silent member: the present suspicion, and since when we have known of it."""
+    """What is known about a silent member: the current suspicion, and since when we have known of it."""
 
     suspicion: str = ""
     since: float = 0.0

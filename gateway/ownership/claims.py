@@ -39,7 +39,7 @@ class Claim:
 
 
 class Claims:
-    """The claim of each domain, in memory and in the store. Make it by `opened`.
+    """The claim of each domain, in memory and in the store. Create it with `opened`.
 
     `shared` has the domains of all members of a cluster; without one, there is no other gateway.
     """
@@ -119,7 +119,7 @@ class Claims:
             log.warning("cannot release %s yet: %s", domain, error.message)
 
     async def agree(self) -> None:
-        """Put right what this member has in the cluster, and give up claims that others have there.
+        """Correct this member's reservations in the cluster, and give up claims that others hold there.
 
         They differ where the cluster could not decide for a while, where this server has just joined it, and
         where a tenant has moved here. Raises `Unavailable`.

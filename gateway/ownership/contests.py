@@ -47,9 +47,9 @@ class Contest:
 
 
 class Contests:
-    """The contests that tenants were told of: each change is an event and a line of the log, once.
+    """The contests that were reported to tenants: each change once, as an event and a log line.
 
-    A tenant hears nothing about whose else the domain is.
+    A tenant does not learn who else has the domain.
     """
 
     def __init__(self, bus: Bus) -> None:
@@ -59,16 +59,16 @@ class Contests:
 
     @property
     def domains(self) -> int:
-        """How many domains are contested."""
+        """Number of contested domains."""
         return len({domain for domain, _ in self._told})
 
     @property
     def addresses(self) -> int:
-        """How many tenants with a domain share their address with another instance."""
+        """Number of tenants with a domain that share their address with another instance."""
         return len(self._sharing)
 
     def tell(self, contested: Mapping[tuple[str, str], Contest], sharing: frozenset[str]) -> None:
-        """Take the present contests by domain and tenant, and the tenants that share their address."""
+        """Report what has changed: contests by domain and tenant, and tenants that share their address."""
         for (domain, tenant), contest in contested.items():
             if self._told.get((domain, tenant)) is not contest.keeps:
                 log.warning(

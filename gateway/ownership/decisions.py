@@ -13,7 +13,7 @@ from gateway.runtime import Tenants
 
 
 class Decisions:
-    """Who has each domain, by the claims and by what tenants carry. `own` are the gateway's own names."""
+    """The owner of each domain, by claims and by what tenants carry. `own` are the gateway's own names."""
 
     def __init__(self, tenants: Tenants, claims: Claims, own: Collection[str]) -> None:
         self._tenants, self._claims, self._own = tenants, claims, own

@@ -262,7 +262,7 @@ class Domains:
         return self._claims.elsewhere
 
     async def agree(self) -> None:
-        """Put right what this member has of the cluster's domains. Raises `Unavailable`."""
+        """Correct this member's reservations of the cluster's domains. Raises `Unavailable`."""
         await self._claims.agree()
 
     async def look(self, sites: Sequence[Site], serving: Collection[str], alive: Collection[str]) -> None:

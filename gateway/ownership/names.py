@@ -50,7 +50,7 @@ class _Holder:
 
 
 class Names:
-    """The names of all tenants there are, and of the latest that were. Make it by `opened`."""
+    """The names of all existing tenants, and of the latest destroyed ones. Create it with `opened`."""
 
     def __init__(self, store: Store, bus: Bus, settings: Settings) -> None:
         self._store = store
@@ -66,7 +66,7 @@ class Names:
 
     @classmethod
     async def opened(cls, store: Store, bus: Bus, settings: Settings) -> Names:
-        """Go on with the records of the last process; readers of names' earlier events wait for `watch`."""
+        """Continue from the records of the last process; readers of earlier events wait for `watch`."""
         self = cls(store, bus, settings)
         next_ = bus.last + 1  # what was not written may have had an id that another event gets
         for tenant, instance, ended, begun, at, arrived, gone in await store.read(_all):
@@ -79,7 +79,7 @@ class Names:
         return self
 
     async def watch(self, runtime: TenantRuntime) -> AsyncIterator[TenantEvent]:
-        """Yield the runtime's events of tenants, and what became of names while no gateway watched.
+        """Yield the runtime's events of tenants, and what happened to names while no gateway watched.
 
         Call `took` for each event that was published before you ask for the next one.
         """
@@ -95,7 +95,7 @@ class Names:
             yield event
 
     async def took(self, runtime: TenantRuntime, event: TenantEvent, told: Event) -> None:
-        """Take notice of what happened, once all that is to be forgotten of a name is forgotten."""
+        """Record an event's effect on names, once everything kept under an ended name has been forgotten."""
         if event.ended is not None:
             await self._end(event.ended, told)
         name = event.tenant
@@ -105,14 +105,14 @@ class Names:
                 await self._begin(there, told.id)
 
     def holder(self, name: str) -> str:
-        """Return the id of the name's present instance, "" if there is none."""
+        """Return the id of the name's current instance, "" if there is none."""
         found = self._holders.get(name, _NOBODY)
         return "" if found.gone else found.instance
 
     async def arrive(self, name: str, instance: str, ended: float) -> None:
-        """Take a tenant that comes from another member; its name's last owner ended there at that time.
+        """Record a tenant that arrives from another member, where the name's last owner ended at that time.
 
-        Whoever resumes its events from before that is told that some may be missing.
+        A client that resumes its events from before that is told that some may be missing.
         """
         before, next_ = self._holders.get(name, _NOBODY), self._bus.last + 1
         if before.instance == instance and not before.gone:
@@ -122,7 +122,7 @@ class Names:
         await self._keep(name, _Holder(instance, before.ended, begun, at, arrived=next_))
 
     async def leave(self, name: str) -> None:
-        """Let go of a tenant that has another home now. Idempotent."""
+        """Forget a tenant that has another home now. Idempotent."""
         before = self._holders.get(name, _NOBODY)
         if before.instance and not before.gone:
             await self._keep(name, replace(before, gone=True))
@@ -140,15 +140,15 @@ class Names:
         return 0 if positions.is_plain(last_event_id) or after < arrived - 1 else after
 
     def ended(self, name: str) -> float:
-        """Return when the last one of that name ended, 0 if there was none."""
+        """Return when the last tenant of that name ended, 0 if there was none."""
         return self._holders.get(name, _NOBODY).at
 
     def is_present(self, name: str, at: float) -> bool:
-        """Say whether what began at that time belongs to the present owner of the name, or a coming one."""
+        """Return whether what began at that time belongs to the name's current owner, or a future one."""
         return at >= self.ended(name)
 
     async def over(self, name: str, instance: str) -> None:
-        """Wait until it is noticed that this instance was destroyed; a while at most."""
+        """Wait, for a while at most, until this instance's destruction has been noticed."""
         try:
             async with asyncio.timeout(_TOLD):
                 while instance and self.holder(name) == instance:
@@ -173,7 +173,7 @@ class Names:
         return tenant.instance not in (None, self.holder(tenant.name))
 
     async def _missed(self, runtime: TenantRuntime) -> Sequence[TenantEvent]:
-        """Return the ends and beginnings that nothing told of, and take note of tenants that are new here."""
+        """Return the ends and beginnings that no event reported, and record tenants that are new here."""
         now = {tenant.name: tenant for tenant in await _listed(runtime)}
         missed = list[TenantEvent]()
         for name in [name for name in self._holders if self.holder(name) and name not in self.moving]:
