@@ -29,7 +29,7 @@ _OVERHEAD: Final = 500
 
 @dataclass(slots=True)
 class IdempotencyRecord:
-    """What is known of one id. `result` is None if it is only in the store, or if there is none.
+    """What is known about one id. `result` is None if it is only in the store, or if there is none.
 
     For a call that has begun, it is what `note` stored.
     """
@@ -78,7 +78,7 @@ class _Shelf:
 
 
 class Idempotency:
-    """The latest records of each tenant. Make it by `opened`; used from the event loop only.
+    """The latest records of each tenant. Create it with `opened`; used from the event loop only.
 
     The store keeps `receipts_kept` of one tenant, of at most `receipts_bytes`, for `receipts_age` seconds.
     Memory keeps the latest reading calls of all tenants in `receipts_memory` bytes; above that, the tenant
@@ -209,7 +209,7 @@ class Idempotency:
         await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
 
     async def recall(self, tenant: str) -> None:
-        """Read a tenant's records again, which are others in the store now."""
+        """Read a tenant's records again, since those in the store have been replaced."""
         self._unload(tenant)
         for key, record in await self._store.read(partial(_all, tenant=tenant)):
             self._shelf(key).put(key, record)

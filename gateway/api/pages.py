@@ -41,7 +41,7 @@ class _Listed(CORSMiddleware):
 
 
 def for_listed_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Answer what browsers ask before a page's request, and have their pages read the answers."""
+    """Answer browsers' preflight requests, and let pages of the listed origins read the answers."""
     listed = [origin for origin in origins if origin != "*"]  # that would be every origin, and is none here
     if not listed:
         return app

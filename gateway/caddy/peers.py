@@ -1,7 +1,7 @@
-"""How the Caddys of a cluster's members reach one another: by TLS with one certificate for all of them.
+"""How the Caddys of a cluster's members connect to each other: by TLS, with one certificate for all of them.
 
-Every gateway of the cluster makes the same one of the secret that they have in common. So no member needs to
-learn another's, and none has to be told of a new one. What it opens are sites, which are open to the world.
+Every gateway of the cluster derives the same certificate from their common secret. So no member needs to
+learn another's, and none has to be told of a new one. It gives access to sites, which are public anyway.
 """
 
 from __future__ import annotations

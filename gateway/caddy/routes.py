@@ -93,7 +93,7 @@ class Routes:
             ) from error
 
     def leave(self) -> None:
-        """Answer no other member's Caddy, and lead to none, from the next `ensure` on. Idempotent."""
+        """Answer no other member's Caddy, and route to none, from the next `ensure` on. Idempotent."""
         with contextlib.suppress(OSError):
             remove_peers(self.folder)
 

@@ -105,7 +105,7 @@ class Bus:
         return subscription
 
     def part(self, spans: Spans | None) -> None:
-        """Set the function that tells where the events of the current tenants with given names begin.
+        """Set the function that returns where the events of the current tenants with given names begin.
 
         While `spans` is None, meaning unknown, a subscriber limited to names that wants earlier events has to
         wait.

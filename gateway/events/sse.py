@@ -23,7 +23,7 @@ _SENT: Final = b"id: %s\n" + _BODY
 class Streaming(EventSourceResponse):
     """An endless response with `parts`, each of whole events.
 
-    `close` ends them at once, `finish` once they have told what there is to tell.
+    `close` ends them at once, `finish` after everything recorded so far has been sent.
     `last_id` is where they begin. It is in the headers, so that a client knows it even if the body is cut off
     before its first byte; one that resumes nothing is told in the body too. A comment is sent every
     `settings.events_keepalive` seconds.

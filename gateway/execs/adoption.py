@@ -1,4 +1,4 @@
-"""Takes up the commands of earlier processes: those that run on, and the recorded ends of the others."""
+"""Adopts the commands of earlier processes: those that still run, and the recorded ends of the others."""
 
 from __future__ import annotations
 

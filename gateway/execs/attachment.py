@@ -39,7 +39,7 @@ class Attached(Protocol):
 
 
 class Attachment:
-    """One reader of a command, with a cursor per stream. Close it when done; the command runs on.
+    """One reader of a command, with a cursor per stream. Close it when done; the command keeps running.
 
     A later attachment names `id` to resume this one. `taken` counts the bytes of input accepted from this
     attachment and those it resumed; `consumed` counts those written to the command or dropped.

@@ -174,7 +174,7 @@ class Exec:
         return began
 
     def lose(self, cause: str) -> None:
-        """Kill a running command, whose exit nobody is told: its tenant goes away."""
+        """Kill a running command and report it as lost: its tenant goes away."""
         self._cause = cause
         self.end("lost", 0)
 
@@ -201,7 +201,7 @@ class Exec:
         self.let_go()
 
     def let_go(self) -> None:
-        """Keep nothing for the next process any more; of a command that has ended."""
+        """Keep nothing of an ended command for the next process any more."""
         self.streams.let_go()
         self.purpose.leave()
         if self._holding is not None:
@@ -218,7 +218,7 @@ class Exec:
         return self.left
 
     def note_unattached(self) -> None:
-        """Record it, unless a reader has come and did."""
+        """Record that nobody is attached, unless a reader has attached since."""
         if not self.readers:
             self.note()
 

@@ -1,4 +1,4 @@
-"""The end of a command's input, where what was sent before it may have to come again."""
+"""The end of a command's input, when input before it may have to be sent again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Place(Protocol):
 
 
 class Owed:
-    """Whether the input is to end, and how far each slot of its accounts must have come before."""
+    """Whether the input is to end, and how many bytes each slot of its accounts must have before that."""
 
     def __init__(self) -> None:
         self._closing = False
@@ -27,14 +27,14 @@ class Owed:
         self._closing, self._sizes = True, {}
 
     def facts(self, places: Iterable[Place]) -> list[list[int]] | None:
-        """Return what another process needs: what waits now may have to come again. None without an end."""
+        """Return what another process needs: waiting input may have to be sent again. None without an end."""
         if not self._closing:
             return None
         waits = {place.slot: place.taken for place in places if place.taken > place.consumed}
         return [list(one) for one in (waits | self._sizes).items()]
 
     def take_over(self, owed: Iterable[Sequence[int]], passed: Sequence[int]) -> None:
-        """Go on from an earlier process's facts; `passed` is how far each slot has come."""
+        """Continue from an earlier process's facts; `passed` is how far each slot has come."""
         self._closing = True
         self._sizes = {slot: size for slot, size in owed if passed[slot] < size}
 

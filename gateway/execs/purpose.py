@@ -9,9 +9,9 @@ from gateway.runtime import Holding
 
 
 class Purpose:
-    """What the room that started a command needs to continue it; without a `holding` nothing is kept.
+    """What the package that started a command needs to continue it; without a `holding` nothing is kept.
 
-    `found` is what an earlier process noted, empty for a command that only its own reader wants.
+    `found` is what an earlier process recorded, empty for a command that only its own reader wants.
     """
 
     def __init__(self, holding: Holding | None) -> None:
@@ -23,7 +23,7 @@ class Purpose:
         return self._holding is not None
 
     def take_over(self, holding: Holding) -> None:
-        """Go on with what an earlier process noted."""
+        """Continue with what an earlier process recorded."""
         self._holding = holding
         self.found = holding.purpose()
 
@@ -42,5 +42,5 @@ class Purpose:
         return b"" if self._holding is None else self._holding.beginning(size)
 
     def leave(self) -> None:
-        """Note nothing more: it is another process's now."""
+        """Record nothing more: it belongs to another process now."""
         self._holding = None

@@ -51,7 +51,7 @@ class Runner:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Wait until commands that were killed have ended, for a while, and give up the others."""
+        """Wait a while for killed commands to end, and abandon the others."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=self._settings.cancel_timeout)
             for task in late:

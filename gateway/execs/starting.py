@@ -25,7 +25,7 @@ class Starting:
     before: Callable[[], Awaitable[None]] | None
 
     async def note(self, holding: Holding | None) -> None:
-        """Note it; called when nothing of it has happened.
+        """Record the command, before anything of it has happened.
 
         What is held comes first, so that of whatever `before` recorded the next process can tell whether it
         has begun.

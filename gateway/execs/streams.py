@@ -144,7 +144,7 @@ class Stream:
         self.progress()
 
     def let_go(self) -> None:
-        """Count what is kept once: the next process of the gateway is kept none of it any more."""
+        """Keep nothing for the next process any more: count the kept bytes only once."""
         self._lease.hold(min(0, self.tail.end - self.tail.start - self._lease.size))
 
     def release(self) -> None:

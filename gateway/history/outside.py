@@ -31,7 +31,7 @@ class _Change:
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """What goes on in one workspace outside of turns."""
+    """The changes under way in one workspace outside of turns."""
 
     saves: dict[str, _Change] = field(default_factory=dict)  # by subject
     commands: _Change | None = None
@@ -134,7 +134,7 @@ class Outside:
         return bool(busy or ended)
 
     def record(self, tenant: str) -> list[asyncio.Task[None]]:
-        """Record what has changed until now; return what is under way, also of earlier."""
+        """Record what has changed until now; return the records under way, earlier ones included."""
         if (place := self._of.get(tenant)) is None:
             return []
         self._notice(tenant, place)
@@ -199,7 +199,7 @@ class Outside:
         self._tidy(tenant, place)
 
     def _tidy(self, tenant: str, place: _Place) -> None:
-        """Let go of a workspace in which nothing goes on."""
+        """Forget a workspace in which nothing happens."""
         busy = place.saves or place.commands or place.looking or place.under_way
         if not busy and self._of.get(tenant) is place:
             del self._of[tenant]

@@ -105,7 +105,7 @@ class Holder:
         self._tell(name, soon)
 
     def keep(self, name: str, descriptors: Sequence[int]) -> None:
-        """Go on with what was taken over under a name; it is not sent, since the holder has it."""
+        """Keep holding what was taken over under a name; it is not sent, since the holder has it."""
         self._held[name] = descriptors
 
     def drop(self, name: str, *, soon: bool = False) -> None:
