@@ -72,7 +72,7 @@ class Rest:
         self._waiting: set[asyncio.Timeout] = set()  # of requests that only the database answers
 
     def has_quorum(self, has: bool) -> None:
-        """Note whether the cluster's database answers; else what waits for that fails, and what comes."""
+        """Record whether the cluster's database answers; if not, all requests that need it fail."""
         self._quorum = has
         if not has:
             now = asyncio.get_running_loop().time()

@@ -1,8 +1,8 @@
 """Which of this server's instances are in a second project.
 
-Incus gives a name once in a project, also while the member of a cluster is away that has the instance. So a
-tenant that is brought back meanwhile gets its name in another project. All that is asked about an instance by
-its name is about that project then.
+A name is unique within an Incus project, even while the cluster member with the instance is away. So a tenant
+that is brought back in the meantime gets its name in another project. Requests about an instance by its name
+then go to that project.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Slots:
         return event.get("project") in (None, "", self.first, self.second)
 
     def noted(self, event: Mapping[str, Any]) -> None:
-        """Take notice of one lifecycle event of this server's instances."""
+        """Process one lifecycle event of this server's instances."""
         metadata = event.get("metadata") or {}
         action, name = str(metadata.get("action", "")), str(metadata.get("name", ""))
         if not self.second or event.get("project") != self.second or self.names is None or not name:
@@ -44,7 +44,7 @@ class Slots:
             self.names.discard(str((metadata.get("context") or {}).get("old_name", "")))
 
     def did(self, method: str, path: str, body: Mapping[str, Any] | None, project: str | None) -> None:
-        """Take notice of what this process has done to an instance of this server, before Incus tells it."""
+        """Record what this process has done to an instance of this server, before Incus reports it."""
         if self.names is None:
             return
         given, name = str((body or {}).get("name", "")), named(path)

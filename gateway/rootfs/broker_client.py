@@ -132,13 +132,13 @@ class BrokerClient:
         return [str(words) for words in answer["changed"]]
 
     async def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
-        """Have a disk limited, see `locations.Tenants.limit_disk`. Raises `NotFound` and `Unavailable`."""
+        """Limit a disk, see `locations.Tenants.limit_disk`. Raises `NotFound` and `Unavailable`."""
         what = {"do": "limit_disk", "instance": instance, "ending": ending, "standby": standby}
         answer, _ = await self.request(what)
         return None if answer["counted"] is None else int(answer["counted"])
 
     async def free_disks(self) -> None:
-        """Have what was deleted counted no more. Raises `Unavailable`."""
+        """Stop counting what was deleted. Raises `Unavailable`."""
         await self.request({"do": "free_disks"})
 
     async def changed(self, tenant: str, workspace: str, since: str) -> bool:

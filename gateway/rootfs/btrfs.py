@@ -127,7 +127,7 @@ def commit(volume: int) -> None:
 
 
 def enable_simple_quotas(volume: int) -> None:
-    """Have the file system count by simple quotas, which must have none yet. Linux 6.7."""
+    """Enable simple quotas on a file system that has no quotas yet. Linux 6.7."""
     fcntl.ioctl(volume, _QUOTA_CTL, bytearray(struct.pack("=2Q", ENABLE_SIMPLE, 0)))
 
 

@@ -50,7 +50,7 @@ class DiskGroups:
         self._pool, self._counting = pool, counting
 
     def limit(self, folder: str, identity: str, size: int, *, slack: bool = False, former: str = "") -> int:
-        """Have all subvolumes of an instance counted and limited as one; return the bytes that count.
+        """Count and limit all subvolumes of an instance as one; return the bytes that count.
 
         `folder` is the instance's in the pool, `size` the limit in bytes, 0 for none. With `slack`, a full
         disk has room for what Incus writes to it. What the instance `former` has written counts, too. Repeat
@@ -85,7 +85,7 @@ class DiskGroups:
                         yield place.name
 
     def free(self, patience: float) -> None:
-        """Have the kernel free what was deleted, for which it takes up to half a minute by itself.
+        """Make the kernel free what was deleted; by itself it takes up to half a minute.
 
         Returns once all of it is counted no more, or after `patience` seconds.
         """

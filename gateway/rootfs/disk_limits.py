@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class DiskLimits:
-    """Has disks limited by who may: the broker at a socket, or without one this process, as root.
+    """Limits disks through the broker at a socket or, without one, in this process as root.
 
     Not by the connection of the file tools: their requests would wait meanwhile.
     """
@@ -27,7 +27,7 @@ class DiskLimits:
         self._freeing = None if broker is None else BrokerClient(at=broker)
 
     async def limit(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
-        """Have an instance's disk limited as its size says; return the bytes that count.
+        """Limit an instance's disk as its size says; return the bytes that count.
 
         Call it before and after each start, before each stop as `ending`, and when the size has changed:
         while it does not run, a full disk has some slack for Incus. Of a `standby` copy each time that it has
@@ -46,7 +46,7 @@ class DiskLimits:
         return await asyncio.to_thread(limit)
 
     async def free(self) -> None:
-        """Have what was deleted counted no more; after some seconds or a failure, leave it to the kernel."""
+        """Stop counting what was deleted; after some seconds or a failure, leave it to the kernel."""
         try:
             if self._freeing is not None:
                 await self._freeing.free_disks()

@@ -22,7 +22,7 @@ _BYTES: Final = 4096
 
 
 def freeze(incus: Path, container: str) -> None:
-    """Have nothing in a container run any more. `incus` is the folder of its incusd. Idempotent. Needs root.
+    """Freeze everything in a container. `incus` is the folder of its incusd. Idempotent. Needs root.
 
     `container` is its name in host paths. Raises `NotFound` if it is not running, and `Unavailable`.
     """
@@ -36,7 +36,7 @@ def freeze(incus: Path, container: str) -> None:
 
 
 def thaw(incus: Path, container: str) -> None:
-    """Have all in a container run again. Idempotent. Raises as `freeze`."""
+    """Let everything in a container run again. Idempotent. Raises as `freeze`."""
     _write(_group(incus, container), "0")
 
 

@@ -63,6 +63,6 @@ def at_bridge(nic: Mapping[str, str], bridge: str) -> dict[str, str]:
 def hook(incus: Path, network: str) -> Path:
     """Return the program that LXC runs before it starts a tenant with a guarded port; setup writes it.
 
-    It has the table in force, whoever starts the tenant. `incus` is Incus's folder.
+    It puts the table in force, whoever starts the tenant. `incus` is Incus's folder.
     """
     return incus / "gateway-guard" / network

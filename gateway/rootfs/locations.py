@@ -68,7 +68,7 @@ class Tenants(Protocol):
         ...
 
     def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
-        """Have the disk of an instance of ours counted and limited; return the bytes that count.
+        """Count and limit the disk of an instance of ours; return the bytes that count.
 
         One that does not run, or is `ending`, has slack for Incus. `standby` means the standby copy of that
         name, which is only counted. Does nothing and returns None in a pool without simple quotas, see
@@ -77,11 +77,11 @@ class Tenants(Protocol):
         ...
 
     def limit_disks(self) -> int:
-        """Do so for all that are not yet, at most some dozens; return how many."""
+        """Do so for disks that are not limited yet, at most some dozens; return how many."""
         ...
 
     def free_disks(self) -> None:
-        """Have what was deleted counted no more, where disks are limited so. Takes up to some seconds."""
+        """Stop counting what was deleted, where disks are limited this way. Takes up to some seconds."""
         ...
 
     def members(self) -> Collection[str]:

@@ -62,7 +62,7 @@ class Quotas:
         return DiskGroups(self._path, counting)
 
     def begin_simple(self) -> None:
-        """Have a btrfs pool without quotas count by simple ones. Raises `OSError`; needs root."""
+        """Enable simple quotas on a btrfs pool without quotas. Raises `OSError`; needs root."""
         folder = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             btrfs.enable_simple_quotas(folder)
