@@ -243,7 +243,7 @@ class Changes(Protocol):
         ...
 
     def skip(self, told: Sequence[str]) -> None:
-        """Have `watch` yield none of these, which an earlier process has told; call it before `watch`."""
+        """Make `watch` skip these changes, which an earlier process has reported; call it before `watch`."""
         ...
 
 
@@ -287,7 +287,7 @@ class TenantRuntime(Protocol):
         ...
 
     async def leave(self) -> None:
-        """Leave what goes on without this process to the one that adopts it: touch nothing of it any more."""
+        """Leave what outlives this process to the one that adopts it: do not touch it any more."""
         ...
 
     async def sweep(self) -> int:

@@ -244,7 +244,7 @@ class PreparedCopies(Protocol):
 
 
 class SiteServices(Protocol):
-    """How the services of sites fare, each the process of one side of a tenant's site."""
+    """The state of sites' services, each the process of one side of a tenant's site."""
 
     async def state(self, tenant: str, side: Side) -> Service | None:
         """Return the state of a side's service, None if it cannot be determined."""

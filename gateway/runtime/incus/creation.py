@@ -56,7 +56,7 @@ Which = Callable[[Instance], bool]
 
 
 class Limited(Protocol):
-    """Has an instance's disk limited, or a standby copy's counted: `DiskLimits.limit`."""
+    """Limits an instance's disk, or counts a standby copy's: `DiskLimits.limit`."""
 
     def __call__(self, instance: str, /, *, standby: bool = False) -> Awaitable[int | None]: ...
 
@@ -81,7 +81,7 @@ def is_ours(instance: Instance) -> bool:
 class Creation:
     """Creates and removes the instances of one Incus project. `removed` is told of each removal.
 
-    `limited` has an instance's disk limited, see `DiskLimits.limit`.
+    `limited` limits an instance's disk, see `DiskLimits.limit`.
     """
 
     def __init__(

@@ -55,16 +55,16 @@ class Held:
         return self._holder.there
 
     def runs(self, own: Mapping[str, Any]) -> None:
-        """Have these facts in the place of those before, from the next `note` on."""
+        """Replace the runtime's facts, from the next `note` on."""
         self._own = own
 
     def prepare(self) -> None:
-        """Do ahead what would delay a start."""
+        """Do in advance what would delay a start."""
         self._memory.prepare()
         self._put_descriptors()
 
     def go_on(self) -> None:
-        """Have what an earlier process gave to the holder."""
+        """Take over what an earlier process gave to the holder."""
         if self._sockets is not None:
             self._put = True
             self._holder.keep(self._name, self._sockets.descriptors)

@@ -82,7 +82,7 @@ class Moves:
                     await self._operate("DELETE", instance_path(tenant, "snapshots", name))
 
     async def put_aside(self, tenant: str, instance: str, move: str) -> None:
-        """Free the name of the stopped tenant, which is none from now on."""
+        """Free the name of the stopped tenant, which is no tenant from now on."""
         with contextlib.suppress(NotFound):
             await self._making.instance(MOVED + move)
             return  # the name is free already, or the new home's
@@ -102,7 +102,7 @@ class Moves:
         await self._discard(MOVED + move)
 
     async def give_up(self, tenant: str, instance: str, move: str) -> None:
-        """Delete a tenant's instance that is another member's by now, whatever it does. Can be repeated."""
+        """Delete, in any state, the instance of a tenant that another member has by now. Can be repeated."""
         try:
             found = await self._making.instance(tenant)
             if identity_of(found) == instance and found["status"] != "Stopped":

@@ -152,7 +152,7 @@ class IncusProcess:
         return None if cgroup is None else await cgroup.members()
 
     def leave(self) -> None:
-        """Stop following a command that is held, and writing to it; it runs on for another process."""
+        """Stop reading from and writing to a held command; it keeps running for another process."""
         self._sockets.leave()
         if isinstance(self.holding, Held):
             self.holding.leave()

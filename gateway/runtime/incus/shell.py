@@ -1,4 +1,4 @@
-"""A shell in an Incus container, from its start until it is the command that it was told to become."""
+"""A shell in an Incus container, from its start until it has become its command."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class IncusShell:
         cgroup: CommandCgroup | None,
         holding: Held,
     ) -> IncusShell:
-        """Continue a shell that an earlier process was telling what to run, from its recorded facts."""
+        """Continue a shell to which an earlier process was sending its command, from its recorded facts."""
         self = cls(inside, limit, str(own["tenant"]), str(own["exec"]), sockets, cgroup)
         self.holding = holding
         return self
@@ -108,11 +108,11 @@ class IncusShell:
         return process
 
     def was_told(self, starting: int) -> bool:
-        """Return whether an earlier process has sent the whole line, of so many bytes, of what to run."""
+        """Return whether an earlier process has sent the command's whole line, of `starting` bytes."""
         return self._sockets.position >= starting
 
     async def go_on(self, own: Mapping[str, Any], *, stdin: bool) -> IncusProcess:
-        """Return the command that an earlier process told to run once it does. Raises what `begin` raises."""
+        """Return the command that an earlier process sent, once it runs. Raises what `begin` raises."""
         if not stdin and not self._sockets.terminal:  # once more does no harm
             await self._sockets.close_stdin()
         return await self._become(bool(own.get("merged")))
@@ -166,7 +166,7 @@ class IncusShell:
             self._waiting = None
 
     def leave(self) -> None:
-        """Stop following it and writing to it; it goes on for another process."""
+        """Stop reading from and writing to it; it continues for another process."""
         self._sockets.leave()
         if self.holding is not None:
             self.holding.leave()
@@ -181,7 +181,7 @@ class IncusShell:
             self.holding = self._waiting = None
 
     async def end(self) -> None:
-        """Kill it, but leave what is known of it to its holder.
+        """Kill it, but leave its facts to the holder.
 
         First the shell, so that it goes no further, then whatever it has started meanwhile.
         """

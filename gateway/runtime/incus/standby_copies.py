@@ -55,7 +55,7 @@ _FEATURES: Final = ("images", "profiles", "storage.volumes", "storage.buckets", 
 
 @dataclass(frozen=True, slots=True)
 class StandbyCopy:
-    """A copy of a tenant as it was `at`, in seconds since the epoch; `instance` is that one's id.
+    """A copy of a tenant as it was `at`, in seconds since the epoch; `instance` is the tenant's instance id.
 
     `home` is the member that had the tenant, `running` whether it ran.
     """
@@ -72,7 +72,7 @@ class StandbyCopy:
         return f"{_SNAPSHOT}{round(self.at * 1000)}"
 
     def of(self, snapshot: str) -> StandbyCopy:
-        """Return it as of another snapshot of that tenant. Raises `ValueError` for what is none of ours."""
+        """Return it as of another snapshot of that tenant. Raises `ValueError` if it is not ours."""
         return replace(self, at=int(snapshot.removeprefix(_SNAPSHOT)) / 1000)
 
 
@@ -112,7 +112,7 @@ class StandbyCopies:
         return int(found["total"]), int(found["used"])
 
     async def count(self, tenant: str, snapshot: str) -> None:
-        """Have what a copy of this member has got count for the tenant, should that be brought back.
+        """Count what a copy on this member has received for the tenant, in case that is brought back.
 
         Call it before the next one comes, whose refresh removes the snapshot that has written it. Does
         nothing for a `snapshot` that is no copy's. Raises `GatewayError`.
@@ -132,7 +132,7 @@ class StandbyCopies:
         return copy
 
     async def send(self, copy: StandbyCopy, member: str) -> None:
-        """Have a member's copy of a tenant get what `take` has taken; make it if there is none.
+        """Send the snapshot of `take` to a member's copy of a tenant; make the copy if there is none.
 
         It counts as the copy of before until `confirm`. Raises `GatewayError`.
         """
@@ -148,7 +148,7 @@ class StandbyCopies:
         await self._operate(self._copies, "POST", "/1.0/instances", body, target=member)
 
     async def confirm(self, copy: StandbyCopy) -> None:
-        """Have what was sent be the copy, and delete what only the one before needed.
+        """Make what was sent the current copy, and delete what only the previous one needed.
 
         Raises `GatewayError`: then the copy is still that of before.
         """
@@ -171,12 +171,12 @@ class StandbyCopies:
             await self._operate(self._copies, "DELETE", instance_path(tenant))
 
     async def forget(self, tenant: str) -> None:
-        """Have a tenant keep nothing any more for its copies. Raises `GatewayError`."""
+        """Remove what a tenant keeps for its copies. Raises `GatewayError`."""
         await self._delete_snapshots(tenant, lambda snapshot: True)
         await self.hold_back(tenant, held=False)
 
     async def hold_back(self, tenant: str, *, held: bool) -> None:
-        """Have Incus start a tenant with its server, or leave that to us. Raises `GatewayError`."""
+        """Set whether Incus starts a tenant with its server or leaves that to us. Raises `GatewayError`."""
         config = (await self._runtime.making.instance(tenant))["config"]
         if held == (_AUTOSTART in config):
             return

@@ -97,11 +97,11 @@ class Watch:
 
     @property
     def told(self) -> Sequence[str]:
-        """The marks of the latest events that `watch` has yielded all changes of."""
+        """The marks of the latest events of which `watch` has yielded all changes."""
         return tuple(self._told)
 
     def skip(self, told: Sequence[str]) -> None:
-        """Yield nothing for the events with these marks, which an earlier process has told."""
+        """Yield nothing for the events with these marks, which an earlier process has reported."""
         self._skip = frozenset(told)
 
     def _next(self) -> AsyncGenerator[dict[str, Any], None]:

@@ -31,6 +31,6 @@ class LocalChanges:
         pass
 
     def add(self, kind: str, name: str, **facts: str) -> None:
-        """Have `watch` yield a change."""
+        """Make `watch` yield a change."""
         with contextlib.suppress(asyncio.QueueFull):  # a full queue has no reader
             self._events.put_nowait(TenantEvent(kind, name, facts))
