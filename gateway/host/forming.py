@@ -1,4 +1,4 @@
-"""Form a cluster of servers: enable, add and join members, remove a lost one, go on without a quorum."""
+"""Form a cluster of servers: enable, add and join members, remove a lost one, continue without a quorum."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Token:
 
 
 def enable(settings: Settings, name: str, address: str, report: Report) -> None:
-    """Make this server the first member of a cluster; its tenants run on. Idempotent.
+    """Make this server the first member of a cluster; its tenants keep running. Idempotent.
 
     `address` is this host's for the other members, found out if it is empty. Raises `HostError`.
     """
@@ -145,7 +145,7 @@ def rows(settings: Settings) -> list[Mapping[str, Any]]:
 
 
 def set_drained(settings: Settings, name: str, drained: bool) -> None:
-    """Have a member get no new tenants, or get them again. Raises `HostError`."""
+    """Keep new tenants from a member, or allow them again. Raises `HostError`."""
     incus = Incus(settings.incus_socket)
     if not member_of(incus.get()):
         raise HostError("this server is not in a cluster")
@@ -169,7 +169,7 @@ def remove(settings: Settings, name: str, *, force: bool) -> None:
 
 
 def recover(settings: Settings, report: Report) -> None:
-    """Have this server go on alone after most members were lost for good, with its own tenants.
+    """Make this server continue alone, with its own tenants, after most members were lost for good.
 
     Its incusd is restarted, its tenants run on. No other voter may ever be started again: it would be a
     second cluster with the same tenants. Raises `HostError`.
@@ -188,7 +188,7 @@ def recover(settings: Settings, report: Report) -> None:
 
 
 def own_address(peer: str = "192.0.2.1:9") -> str:
-    """Return this host's address on its way to another, HOST:PORT; nothing is sent. Raises `HostError`."""
+    """Return this host's address on the route to a peer, HOST:PORT; nothing is sent. Raises `HostError`."""
     host, _, port = peer.rpartition(":")
     host = host.strip("[]")
     with contextlib.suppress(OSError, ValueError):

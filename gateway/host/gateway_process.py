@@ -89,7 +89,7 @@ class GatewayProcess:
         return successor.possible(Path(self.folders().get("GATEWAY_STATE_DIR", self._settings.state_dir)))
 
     def replace(self, environment: Path, report: Report) -> None:
-        """Have a gateway of a Python environment take over. Raises `HostError`; nothing has changed then."""
+        """Replace the gateway by that of a Python environment, or change nothing and raise `HostError`."""
         old, before, previous = self.pid(), self._environments.current, self._environments.previous
         program = environment / "bin" / "incus-gateway"
         ours = self._environments.holds(environment)
@@ -119,7 +119,7 @@ class GatewayProcess:
             self._environments.tidy()
 
     def back(self, report: Report) -> str:
-        """Have the previous version take over again; return its path. Raises `HostError`, as `replace`."""
+        """Go back to the previous version; return its path. Raises `HostError`, as `replace`."""
         previous = self._environments.previous
         if previous is None:
             raise HostError("there is no earlier version to go back to: an upgrade keeps one")

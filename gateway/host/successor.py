@@ -41,7 +41,7 @@ def possible(state_dir: Path) -> bool:
 def start(
     program: Path, variables: Mapping[str, str], log: Path | None, report: Report, *, patience: float
 ) -> int:
-    """Have a gateway of `program` take over; return its pid once it serves.
+    """Start a gateway of `program` that takes over; return its pid once it serves.
 
     `variables` are its environment. It logs to `log`, or else to our stderr, and waits up to `patience`
     seconds for deployments. Raises `HostError` with its reason; the old gateway then keeps running.

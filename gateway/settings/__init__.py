@@ -36,7 +36,7 @@ def load() -> Settings:
 
 
 def load_client() -> ClientSettings:
-    """Read by what a client finds this machine's gateway, and no other setting. Raises as `load` does."""
+    """Read only the settings by which a client finds this machine's gateway. Raises as `load` does."""
     found = ClientSettings.read()
     if found is None:
         settings = load()

@@ -31,7 +31,7 @@ class ClientSettings:
 
     @classmethod
     def read(cls) -> ClientSettings | None:
-        """Return what `Settings` would say; None where only that can tell what is wrong."""
+        """Return the values as `Settings` would; None if only `Settings` can report what is wrong."""
         found: dict[str, Any] = {"listen": LISTEN, "state_dir": STATE_DIR, "secret": None}
         try:
             found |= _of_file(config_file())

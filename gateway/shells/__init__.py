@@ -1,4 +1,4 @@
-"""The tools Bash, BashOutput and KillShell, on `execs` and `tools`. Other rooms use `Shells`."""
+"""The tools Bash, BashOutput and KillShell, on `execs` and `tools`. Other packages use `Shells`."""
 
 from gateway.shells.shells import Shells
 

@@ -27,7 +27,7 @@ class Folders:
         return cls(store, {(tenant, session): folder for tenant, session, folder in rows})
 
     async def recall(self, tenant: str) -> None:
-        """Read a tenant's folders again, which are others in the store now."""
+        """Read a tenant's folders again, since those in the store have been replaced."""
         rows = await self._store.read(
             lambda connection: connection.execute(
                 "SELECT session, folder FROM folders WHERE tenant = ?", (tenant,)

@@ -102,7 +102,7 @@ class Sessions:
         return self
 
     async def recall(self, tenant: str) -> None:
-        """Continue the tenant's stored sessions, which are others now; end those that it no longer has."""
+        """Continue the tenant's stored sessions, which have been replaced; end the others."""
         if self._folders is None:
             return
         await self._folders.recall(tenant)
