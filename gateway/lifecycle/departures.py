@@ -85,7 +85,7 @@ class Departures:
         is being moved elsewhere or deployed.
         """
         if self._resting:
-            raise Unavailable("the gateway is just being replaced; ask again", retry_after=1)
+            raise Unavailable("the gateway is being replaced; try again", retry_after=1)
         peer = self._mover.peer(target)
         found, project = await self._tenants.get(tenant), await self._mover.project(tenant)
         if (move := self._moves.get(tenant)) is not None:

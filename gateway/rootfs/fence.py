@@ -44,7 +44,7 @@ def _group(incus: Path, container: str) -> Path:
     """Return the cgroup (v2) of a container of the incusd of a folder."""
     mount = process_tree.mount_point()
     if mount is None:
-        raise Unavailable("this host has no cgroup v2, by which containers are frozen")
+        raise Unavailable("this host has no cgroup v2, which freezing containers needs")
     # of another incusd on this host a container may have the same name
     title = f"[lxc monitor] {incus}/containers {container}".encode()
     for monitors in mount.glob(f"lxc.monitor.{container}*/cgroup.procs"):

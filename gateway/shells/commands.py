@@ -138,7 +138,7 @@ class Commands:
         try:
             await self.cancel(one)
         except (GatewayError, TimeoutError) as error:
-            log.warning("shell %s of %s could not be ended: %s", one.id, one.tenant, error)
+            log.warning("cannot end shell %s of %s: %s", one.id, one.tenant, error)
         await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
 
     def drop(self, one: Shell) -> None:

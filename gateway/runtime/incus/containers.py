@@ -53,7 +53,7 @@ class Containers:
     async def _find(self, name: str) -> _Found:
         self.check(name)
         if name in self.leaving:
-            raise Unavailable(f"tenant {name} is moving to another server; ask again", reason="moving")
+            raise Unavailable(f"tenant {name} is moving to another server; try again", reason="moving")
         if (found := self._found.get(name)) is not None:
             return found
         standing = self._standing()  # or a change during the lookup could be missed

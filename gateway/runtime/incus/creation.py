@@ -200,7 +200,7 @@ class Creation:
                             log.info("cannot remove %s yet: %s", instance["name"], error.message)
                             await asyncio.sleep(_PAUSE)
         except TimeoutError:
-            raise Timeout("an instance could not be removed in time; see the gateway's log") from None
+            raise Timeout("cannot remove an instance in time; see the gateway's log") from None
         finally:
             still = {identity_of(one) for one in left}
             for identity, gone in asked.items():
