@@ -138,7 +138,7 @@ class TextEditor(BetaAsyncBuiltinFunctionTool):
             words = f"The path {path} does not exist. Please provide a valid path. ({error.message})"
             raise ToolError(words) from None
         except Conflict:
-            raise ToolError(f"{path} was changed by others meanwhile: view it and try again.") from None
+            raise ToolError(f"{path} has been changed by others: view it and try again.") from None
         except GatewayError as error:
             raise ToolError(error.message) from None
 

@@ -110,7 +110,7 @@ class Attachment:
     def connection(self) -> Connection:
         """Return the connection that carries the command. Raises `Disconnected` before there was one."""
         if self._connection is None:
-            raise Disconnected("a command is used inside its `async with`")
+            raise Disconnected("use a command inside its `async with`")
         return self._connection
 
     def attached(self, connection: Connection) -> None:

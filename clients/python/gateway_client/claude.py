@@ -131,7 +131,7 @@ def options(
     if bare and more.get("hooks"):
         raise ValueError("hooks need bare=False: the CLI runs none in its bare mode")
     if not persist_session and any(more.get(name) for name in _OF_KEPT):
-        raise ValueError("only a stored session can be resumed: set persist_session=True, for it and now")
+        raise ValueError("only a stored session can be resumed: set persist_session=True, also at its start")
     if SERVER in (mcp_servers or {}):
         raise ValueError(f"the name {SERVER!r} is taken by the tenant's own tools")
     place = _PROMPT.format(workspace=workspace)
@@ -319,7 +319,7 @@ class _Live:
                 elif event.type == "exec.started" and exec_id in self._starting:
                     self._follow(self._starting.pop(exec_id), exec_id)
         except GatewayError as error:
-            log.warning("output comes only at a call's end, since the events broke off: %s", error.message)
+            log.warning("output comes only at a call's end, since the event stream broke: %s", error.message)
 
     def _follow(self, call: str, exec_id: str) -> asyncio.Task[None]:
         if exec_id not in self._followed:
@@ -339,6 +339,6 @@ class _Live:
                     await command.detach()  # otherwise leaving would end it
                     raise
         except GatewayError as error:
-            log.warning("output of exec %s could not be followed: %s", exec_id, error.message)
+            log.warning("cannot follow the output of exec %s: %s", exec_id, error.message)
         except Exception:
             log.exception("on_output failed; the rest of the output of exec %s is not delivered", exec_id)

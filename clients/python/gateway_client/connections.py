@@ -198,7 +198,7 @@ class Connections:
 
     def not_renewed(self, error: GatewayError) -> None:
         """Report that there is no newer token; the connections last until the present one ends."""
-        log.warning("the token for tenant %s could not be renewed: %s", self.tenant, error.message)
+        log.warning("cannot renew the token for tenant %s: %s", self.tenant, error.message)
         self._tell(error)
 
     def _tell(self, error: GatewayError | None) -> None:

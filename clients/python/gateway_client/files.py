@@ -150,7 +150,7 @@ class Files:
                     raise refusal(response.status, answer)
                 return response.headers["ETag"].strip('"')
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Disconnected(f"the upload broke off: {error}") from error
+            raise Disconnected(f"the upload was cut off: {error}") from error
 
     async def download(self, path: str, *, start: int = 0) -> AsyncIterator[bytes]:
         """Yield a file's bytes from `start` at the reader's pace. Raises `Disconnected` if they break off."""
@@ -164,7 +164,7 @@ class Files:
                 async for chunk in response.content.iter_chunked(CHUNK):
                     yield chunk
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Disconnected(f"the download broke off: {error}") from error
+            raise Disconnected(f"the download was cut off: {error}") from error
 
     @asynccontextmanager
     async def watch(self, *paths: str, ignore: Iterable[str] | None = None) -> AsyncIterator[Watch]:

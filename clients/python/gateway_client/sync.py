@@ -53,7 +53,7 @@ class _Loop:
         """Run it on the loop and wait for the result."""
         if self._loop is None:
             work.close()
-            raise Disconnected("this client is used inside its `with`")
+            raise Disconnected("use this client inside its `with`")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -95,7 +95,7 @@ export function claudeOptions(tenant: Tenant, options: ClaudeOptions = {}): Opti
       throw new TypeError(`${name} need bare: false; the CLI has none in its bare mode`);
   }
   if (!persistSession && OF_KEPT.some((name) => more[name]))
-    throw new TypeError("only a stored session can be resumed: set persistSession: true, for it and now");
+    throw new TypeError("only a stored session can be resumed: set persistSession: true, also at its start");
   if (more.mcpServers !== undefined && SERVER in more.mcpServers)
     throw new TypeError(`the name "${SERVER}" is taken by the tenant's own tools`);
   if (systemPrompt !== undefined && typeof systemPrompt !== "string")
