@@ -304,7 +304,7 @@ def validate(model: type[P], params: object) -> P:
         where = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "model_type":
-            message = "this is an object, with names and values" if where else "params is an object"
+            message = "this must be an object" if where else "params must be an object"
         raise InvalidParams(f"{where}: {message}" if where else message, field=where) from None
 
 

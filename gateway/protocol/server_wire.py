@@ -123,13 +123,13 @@ class ServerWire:
 
     def receive_binary(self, data: bytes) -> ServerEvent:
         if not self._initialized:
-            return Close(CloseCode.PROTOCOL_ERROR, "initialize comes first")
+            return Close(CloseCode.PROTOCOL_ERROR, "initialize must come first")
         try:
             frame = unpack_frame(data)
         except InvalidParams as error:
             return Close(CloseCode.PROTOCOL_ERROR, error.message)
         if frame.stream is not StreamId.STDIN:
-            return Close(CloseCode.PROTOCOL_ERROR, "a client sends stream 0 only")
+            return Close(CloseCode.PROTOCOL_ERROR, "a client may only send stream 0")
         if frame.channel in self._open:
             return Input(frame.channel, frame.data)
         if 0 < frame.channel <= self._last_channel:
@@ -142,24 +142,28 @@ class ServerWire:
         except ValueError:
             return self._refuse(*_unreadable(text))
         if not isinstance(message, dict):
-            what = "batches are not served" if isinstance(message, list) else "a message is a JSON object"
+            what = (
+                "batches are not supported"
+                if isinstance(message, list)
+                else "a message must be a JSON object"
+            )
             return self._refuse(None, -32600, what)
         request_id = message.get("id")
         if "id" in message and (isinstance(request_id, bool) or not isinstance(request_id, str | int)):
-            return self._refuse(None, -32600, "id is a string or an integer")
+            return self._refuse(None, -32600, "id must be a string or an integer")
         if isinstance(request_id, str) and len(request_id) > 256:
             return self._refuse(None, -32600, "id is longer than 256 characters")
         if message.get("jsonrpc") != "2.0":
-            return self._refuse(request_id, -32600, 'jsonrpc is "2.0"')
+            return self._refuse(request_id, -32600, 'jsonrpc must be "2.0"')
         method = message.get("method")
         if not isinstance(method, str):
-            return self._refuse(request_id, -32600, "method is a string")
+            return self._refuse(request_id, -32600, "method must be a string")
         params = message.get("params")
         return self._receive(request_id, method, {} if params is None else params)
 
     def _receive(self, request_id: RequestId | None, method: str, params: object) -> ServerEvent:
         if not self._initialized and method != "initialize":
-            return self._refuse(request_id, -32600, "initialize comes first")
+            return self._refuse(request_id, -32600, "initialize must come first")
         try:
             if method == CANCEL_REQUEST:
                 return self._cancel(validate(CancelRequest, params).id)
@@ -169,7 +173,7 @@ class ServerWire:
                     return Ignored()  # JSON-RPC: a notification is never answered
                 return Refused(error_reply(request_id, -32601, f"no method {method[:100]!r}", "not_found"))
             if method == "initialize" and self._initialized:
-                return self._refuse(request_id, -32600, "initialize was said before")
+                return self._refuse(request_id, -32600, "initialize was already sent")
             return self._take(Request(request_id, method, validate(model, params)))
         except (InvalidParams, RateLimited) as error:
             if request_id is None:
@@ -233,5 +237,5 @@ def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
             request_id = message.get("id") if isinstance(message, dict) else None
             whole = orjson.loads(orjson.dumps(request_id))  # refuses an id that no answer could contain
             if isinstance(whole, str | int) and not isinstance(whole, bool) and len(str(whole)) <= 256:
-                return whole, -32700, "the message is not JSON that is text: half of a surrogate pair, or NaN"
+                return whole, -32700, "the message is not valid JSON: half of a surrogate pair, or NaN"
     return None, -32700, "the message is not JSON"

@@ -102,7 +102,10 @@ def test_half_of_a_surrogate_pair_is_answered_with_the_calls_id(wire: ServerWire
 def test_a_refusal_names_the_wrong_field(wire: ServerWire) -> None:
     error = refusal(wire.receive_text(message("exec/start", {"argv": ["a"], "pty": {"cols": "x"}})))
     assert error["data"]["field"] == "pty.cols"
-    for params, said in (([], "params is an object"), ({"argv": ["a"], "pty": 1}, "pty: this is an object")):
+    for params, said in (
+        ([], "params must be an object"),
+        ({"argv": ["a"], "pty": 1}, "pty: this must be an object"),
+    ):
         error = refusal(wire.receive_text(message("exec/start", params)))
         assert error["message"].startswith(said)
 
