@@ -98,7 +98,7 @@ class Fence:
                 await self._lease.clear(suspicion)
                 suspicion = await self._lease.renew()
         except GatewayError as error:
-            log.log(logging.INFO if had else logging.DEBUG, "the lease is not renewed: %s", error.message)
+            log.log(logging.INFO if had else logging.DEBUG, "cannot renew the lease: %s", error.message)
         if self._lease.held:
             self._renewed.set()
 

@@ -126,18 +126,18 @@ def decided(
 
 def _stops(wanted: Wanted, old: Old, found: Found, disk: int | None) -> Iterator[str]:
     if old.port < 1024:
-        yield f"port {old.port} is root's in a tenant too; have the old service listen on 1024 or above"
+        yield f"port {old.port} needs root in a tenant too; make the old service listen on 1024 or above"
     if disk is not None and found.size + _IMAGE > disk:
         fits = [name for name, size in SIZES.items() if size_of(size.get("disk", "0")) > found.size + _IMAGE]
         fix = f"--size {fits[0]}" if fits else "--leave for what the site does not need"
-        yield f"{_mib(found.size)} do not fit on a disk of {_mib(disk)} beside the system; take {fix}"
+        yield f"{_mib(found.size)} do not fit on a disk of {_mib(disk)} beside the system; use {fix}"
     if found.unreadable.count:
         yield (
             f"the folder's owner cannot read {found.unreadable}: give them to that user, or leave them out "
-            "by --leave PATH"
+            "with --leave PATH"
         )
     if found.mounts.count:
-        yield f"other file systems, mounted at {found.mounts}, would not go along; take --leave PATH"
+        yield f"other file systems, mounted at {found.mounts}, are not copied; use --leave PATH"
 
 
 def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: bool) -> Iterator[str]:
@@ -151,32 +151,33 @@ def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: b
         yield "while it is attached, what the tenant writes runs on this host, as the old service's user"
     if own_block:
         yield (
-            "Caddy has a block of its own for this domain, which goes before the gateway's routes: comment "
-            "it out once the folder is attached (visitors then come to the old service by the gateway's "
-            "route), else the switch is refused"
+            "Caddy has its own block for this domain, which takes precedence over the gateway's routes: "
+            "comment it out once the folder is attached (visitors then reach the old service through the "
+            "gateway's route), or the switch is refused"
         )
     if found.out.count:
         yield f"links that lead out of the folder are copied as they are, and lead nowhere: {found.out}"
     if found.special.count:
         yield f"sockets, pipes and devices are not copied: {found.special}"
     if found.foreign.count:
-        yield f"of other owners, and the site's own once copied: {found.foreign}"
+        yield f"of other owners, and of the site's user once copied: {found.foreign}"
     if found.setuid.count:
         yield f"set-uid and set-gid bits are not copied: {found.setuid}"
     if found.native.count and not wanted.install:
         yield (
-            f"modules of machine code were built for this host: {found.native}. The copy is tried before "
-            "the switch; --install 'bun install' makes node_modules again in the tenant instead"
+            f"native modules were built for this host: {found.native}. The copy is tried before "
+            "the switch; --install 'bun install' reinstalls node_modules in the tenant instead"
         )
     if found.secret.count:
         yield (
-            f"by their names these hold secrets: {found.secret}. From the attach on the tenant's commands "
-            "and agents can read them; --leave PATH keeps one out of the copy"
+            f"judging by their names, these hold secrets: {found.secret}. Once attached, the tenant's "
+            "commands and agents can read them; --leave PATH keeps one out of the copy"
         )
     if wanted.unit is None:
         yield (
-            "without --unit the old process is paused for a moment at the switch and then goes on: stop it "
-            "yourself once the site is moved. Of its variables only those of --env go along"
+            "without --unit the old process is paused for a moment at the switch and then continues: stop "
+            "it yourself once the site has moved. Of its variables only those named with --env are taken "
+            "over"
         )
 
 

@@ -22,7 +22,7 @@ from gateway.host import HostError, run
 PLACES: Final = Path("/run/incus-gateway-migrate")
 _FIX: Final = (
     "mount (util-linux) 2.39 or later and a file system that takes a map of ids (ext4, xfs, btrfs, tmpfs) "
-    "are needed; the old site runs on as before"
+    "are needed; the old site keeps running"
 )
 
 

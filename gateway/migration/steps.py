@@ -215,11 +215,11 @@ class Migration:
             await self._exchange(moving, exposure)
             await self._verifier.answering(Subject(tenant, "live", domain, recipe, exposure))
         except BaseException as error:
-            self._say("the switch is taken back: the old service is started again")
+            self._say("the switch is undone: the old service is started again")
             try:
                 await whole(self._return(moving))
             except GatewayError as failed:
-                self._say(f"that is not finished: {failed.message}; run the command again")
+                self._say(f"this is not finished: {failed.message}; run the command again")
             if isinstance(error, TimeoutError):
                 raise HostError(
                     "the last pass of the copy took too long; the old service keeps running"
@@ -234,13 +234,15 @@ class Migration:
         """Stop the old service and start the copy, while visitors wait in Caddy for the gateway."""
         await led(self._caddy, moving.domain, asleep(exposure.target))
         if not await drained(*moving.listens):
-            self._say("  some who had no answer of the old service yet, or a websocket, were cut off")
+            self._say("  clients that waited for the old service, or had a websocket, were disconnected")
         began = time.monotonic()
         await asyncio.to_thread(self._old.pause, moving.folder, moving.unit, moving.recipe.port)
         await self._there.mirror(moving)
         await self._there.move_in(moving.tenant)
         await self._sites.start(moving.tenant, "live", moving.recipe)
-        self._say(f"  the old service rested {time.monotonic() - began:.2f} s until the copy was started")
+        self._say(
+            f"  the old service was paused for {time.monotonic() - began:.2f} s until the copy was started"
+        )
 
     async def _switched(self, moving: Moving) -> None:
         """Do what is left once the domain leads to the tenant. Idempotent."""
@@ -286,7 +288,7 @@ class Migration:
         """Return a migration once what a killed run left half done is taken back."""
         moving = await self._there.moving(tenant)
         if moving.state in ("switching", "returning"):
-            self._say("an earlier run was ended in the middle; it is taken back first")
+            self._say("an earlier run was interrupted; it is undone first")
             await self._return(moving)
         elif moving.state in ("attached", "copied"):
             await self._there.show_folder(moving)  # the host may have been rebooted

@@ -459,7 +459,7 @@ async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, doma
         await killed.wait()
         visitor = asyncio.create_task(told(host, domain))
         code, text = await migrate()
-        assert code == 0 and "taken back first" in text, text
+        assert code == 0 and "undone first" in text, text
         assert (await told(host, domain))["where"] == "/srv/site"
         # visitors during the interruption were told to come again, or waited long enough
         await asyncio.gather(visitor, return_exceptions=True)
