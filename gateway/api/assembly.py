@@ -199,7 +199,7 @@ async def _deploying(
             await stack.enter_async_context(
                 Hangs(runtime.containers, sites, workers.broker, health.hangs, settings)
             )
-        work.history.rest_until(deployments.quiet)
+        work.history.afterwards.quiet = deployments.quiet
         yield deployments
 
 

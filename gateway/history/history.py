@@ -18,9 +18,9 @@ from gateway.history.outside import Outside
 from gateway.history.reading import ID, TITLE_MAX, Turn, deployed, name, said
 from gateway.history.recorder import Recorder, Side
 from gateway.history.repository import Repository
+from gateway.history.rests import Rests
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import TenantEvent, TenantRuntime
-from gateway.runtime.sites import Quiet
 from gateway.settings import Settings
 from gateway.tools.file_tools import ToolResult, named_file
 from gateway.tools.session import ToolSession
@@ -45,7 +45,9 @@ class History:
         self._repository = Repository(runtime, settings)
         self._open = OpenTurns()
         self._recorder = Recorder(self._repository, self._open, bus, settings)
-        self._timers: dict[OpenTurn, asyncio.TimerHandle] = {}
+        self.afterwards = self._recorder.afterwards
+        """What waits until few deployments are under way."""
+        self._rests = Rests(settings.turn_rest, self._rested)
         self._outside = Outside(execs.list, self._open, self._recorder, settings.turn_rest)
 
     async def __aenter__(self) -> History:
@@ -54,20 +56,13 @@ class History:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for timer in self._timers.values():
-            timer.cancel()
+        self._rests.close()
         self._outside.close()
         await self._recorder.aclose()
 
     @property
     def on(self) -> bool:
         return self._settings.history
-
-    def rest_until(self, quiet: Quiet) -> None:
-        """Have what can wait wait until it is `quiet`."""
-        self._recorder.afterwards.quiet = quiet
-
-    # --- what sessions do -----------------------------------------------------------------------------
 
     def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
@@ -100,7 +95,7 @@ class History:
     def called(self, tenant: str, turn: OpenTurn) -> None:
         """Have a turn rest from now on, unless it has ended; for `_Call`."""
         if not turn.calls and self._open.get(tenant, turn.key) is turn:
-            self._wait(tenant, turn)
+            self._rests.begin(tenant, turn)
 
     async def begin(
         self, tenant: str, session: ToolSession, title: str, agent: str | None, by: str
@@ -115,7 +110,7 @@ class History:
         await asyncio.gather(*self._outside.record(tenant))
         key = _key(session, by)
         turn = OpenTurn(key, name(agent or by), name(by), said(title, TITLE_MAX))
-        self._wait(tenant, self._open.open(tenant, turn))
+        self._rests.begin(tenant, self._open.open(tenant, turn))
         return before
 
     async def end(self, tenant: str, session: ToolSession, by: str) -> Turn | None:
@@ -134,7 +129,7 @@ class History:
     async def turns(self, tenant: str, most: int = 50, before: str | None = None) -> dict[str, Any]:
         """Return the turns of a tenant, latest first, and whether there may be more."""
         self._check()
-        self._recorder.afterwards.hurry(tenant)
+        self.afterwards.hurry(tenant)
         if before is not None:
             _check_id(before)
         most = min(max(1, most), _LIST_MAX)
@@ -169,7 +164,7 @@ class History:
                 continue
             data = event.data
             if event.type != "deployment.succeeded":
-                self._recorder.afterwards.hurry(event.tenant)  # before more is changed
+                self.afterwards.hurry(event.tenant)  # before more is changed
             match event.type:
                 case "exec.started":
                     self._outside.ran(event.tenant, str(data["exec"]), str(data["by"]))
@@ -194,7 +189,7 @@ class History:
         self._recorder.forget(tenant)
         self._outside.forget(tenant)
         for turn in self._open.forget(tenant):
-            self._rest(turn)
+            self._rests.end(turn)
 
     async def close_turns(self) -> None:
         """Record every open turn: the gateway is ending."""
@@ -205,36 +200,15 @@ class History:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_timeout / 4):
                 await asyncio.gather(*ending)
-                await self._recorder.afterwards.finish()
+                await self.afterwards.finish()
 
     # --- how a turn ends --------------------------------------------------------------------------------
 
-    def _rest(self, turn: OpenTurn) -> None:
-        if (timer := self._timers.pop(turn, None)) is not None:
-            timer.cancel()
-
-    def _wait(self, tenant: str, turn: OpenTurn) -> None:
-        """End a turn that rests for long enough from now on.
-
-        Calls are many: a timer that already runs looks later whether there was one since.
-        """
-        loop = asyncio.get_running_loop()
-        turn.rested = loop.time() + self._settings.turn_rest
-        if turn not in self._timers:
-            self._timers[turn] = loop.call_at(turn.rested, self._rested, tenant, turn)
-
     def _rested(self, tenant: str, turn: OpenTurn) -> None:
-        del self._timers[turn]
-        loop = asyncio.get_running_loop()
-        if turn.calls:
-            return  # the last of them waits anew
-        if loop.time() < turn.rested:
-            self._timers[turn] = loop.call_at(turn.rested, self._rested, tenant, turn)
-        else:
-            self._recorder.spawn(tenant, self._finish(tenant, turn))
+        self._recorder.spawn(tenant, self._finish(tenant, turn))
 
     async def _finish(self, tenant: str, turn: OpenTurn) -> Turn | None:
-        self._rest(turn)
+        self._rests.end(turn)
         if self._open.get(tenant, turn.key) is turn:
             self._open.take(tenant, turn.key)
         return await self._recorder.record(tenant, turn) if turn.changed else None

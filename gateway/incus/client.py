@@ -152,11 +152,6 @@ class Incus(Rest):
         await self._here(found)
         return found
 
-    async def _listed(self, name: str) -> dict[str, Any]:
-        found = await self._inventory.one(name, self._bare)
-        assert found is not None  # `_bare` raises
-        return found
-
     async def _list(self) -> list[dict[str, Any]]:
         found = [*await self.own("/1.0/instances", recursion="1"), *await self._second()]
         # Incus 6.0.4 lists a stopping instance by its name alone, for up to a second: see `instance`.
@@ -188,7 +183,7 @@ class Incus(Rest):
         """
         path = instance_path(name)
         if state is not None:
-            bare = await (self._listed(name) if as_listed else self._bare(name))
+            bare = await (self._inventory.one(name, self._bare) if as_listed else self._bare(name))
             if bare.get("config") is not None and not state(bare):
                 return {**bare, "state": {}}
         try:
@@ -212,7 +207,7 @@ class Incus(Rest):
         A change by others is known some milliseconds later. The pid is looked up once per start: on this host
         if possible (see `monitor`), else in the instance's `state`. Raises `IncusError`.
         """
-        found = await self._listed(name)
+        found = await self._inventory.one(name, self._bare)
         if found.get("config") is None:  # it is stopping
             return await self.instance(name), 0
         if found["status"] == "Stopped":

@@ -10,12 +10,14 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from gateway.incus.rest import NoQuorum
 
 Fetch = Callable[[str], Awaitable[dict[str, Any] | None]]
 """Returns an instance by name, None if it does not exist."""
+
+_Found = TypeVar("_Found", dict[str, Any], dict[str, Any] | None)
 
 _AGE: Final = 30.0  # seconds until everything is fetched again: incusd drops events for a slow reader
 _SINGLY: Final = 16  # most changed instances fetched one by one; above that the whole list is
@@ -58,17 +60,15 @@ class Inventory:
                     raise
                 return [*self._kept.values()]
 
-    async def one(
-        self, name: str, fetch: Callable[[str], Awaitable[dict[str, Any]]] | None = None
-    ) -> dict[str, Any] | None:
-        """Return an instance, up to date with every change of it noted before this call; None for none.
+    async def one(self, name: str, fetch: Callable[[str], Awaitable[_Found]]) -> dict[str, Any] | _Found:
+        """Return an instance, up to date with every change of it noted before this call.
 
-        What is not known is fetched by `fetch`, which may raise instead of returning None.
+        What is not known is what `fetch` returns.
         """
         change, kept = self._changed.get(name), self._fresh
         if change is None and kept is not None and name in kept:
             return kept[name]
-        found = await (fetch or self._fetch)(name)
+        found = await fetch(name)
         stopping = found is not None and found.get("config") is None
         # if the note of the change is gone, somebody has fetched it later
         if change is not None and name in self._changed and self._kept is not None and not stopping:
@@ -90,7 +90,7 @@ class Inventory:
 
     async def _now(self) -> list[dict[str, Any]]:
         if (kept := self._fresh) is not None and len(self._changed) <= _SINGLY:
-            await asyncio.gather(*(self.one(name) for name in self._changed))
+            await asyncio.gather(*(self.one(name, self._fetch) for name in self._changed))
             if self._kept is kept:
                 return [*kept.values()]
         return await self._ask_for_all()

@@ -37,14 +37,14 @@ class Noted(History):
         return None
 
     def timer(self) -> asyncio.TimerHandle:
-        (timer,) = self._timers.values()
+        (timer,) = self._rests._timers.values()
         return timer
 
     def elapse(self, tenant: str) -> OpenTurn:
         """Do what the timer does when its time has come."""
-        ((turn, timer),) = self._timers.items()
+        ((turn, timer),) = self._rests._timers.items()
         timer.cancel()
-        self._rested(tenant, turn)
+        self._rests._look(tenant, turn)
         return turn
 
 

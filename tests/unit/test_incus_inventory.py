@@ -39,6 +39,9 @@ class Table:
             await held.wait()
         return answer
 
+    async def one(self, name: str) -> dict[str, Any] | None:
+        return await self.inventory.one(name, self.fetch)
+
     async def names(self) -> dict[str, int]:
         return {entry["name"]: entry["n"] for entry in await self.inventory.all()}
 
@@ -191,7 +194,7 @@ async def test_a_profile_that_is_changed_while_it_is_asked_for_is_asked_for_agai
 
 async def test_one_that_is_up_to_date_is_not_asked_for(table: Table) -> None:
     await table.names()
-    assert await table.inventory.one("one") == {"name": "one", "n": 0, "config": {}}
+    assert await table.one("one") == {"name": "one", "n": 0, "config": {}}
     assert table.asked == ["*"]
 
 
@@ -202,7 +205,7 @@ async def test_one_that_changed_is_asked_for(table: Table, heard: bool) -> None:
     await table.names()
     table.entries["one"]["n"] = 1
     table.inventory.noted(lifecycle("instance-updated", "one"))
-    found = [(await table.inventory.one("one") or {})["n"] for _ in range(2)]
+    found = [(await table.one("one") or {})["n"] for _ in range(2)]
     assert found == [1, 1]
     assert table.asked == ["*", "*", "one"] + ["one"] * (not heard)
     assert (await table.names())["one"] == 1
@@ -211,20 +214,20 @@ async def test_one_that_changed_is_asked_for(table: Table, heard: bool) -> None:
 async def test_one_that_is_unknown_is_asked_for(table: Table) -> None:
     await table.names()
     table.entries["new"] = {"name": "new", "n": 3, "config": {}}
-    assert (await table.inventory.one("new") or {})["n"] == 3
-    assert await table.inventory.one("none") is None
+    assert (await table.one("new") or {})["n"] == 3
+    assert await table.one("none") is None
 
 
 async def test_a_slow_answer_replaces_no_later_one(table: Table) -> None:
     await table.names()
     table.held = asyncio.Event()
     table.inventory.touched("one")
-    slow = asyncio.create_task(table.inventory.one("one"))
+    slow = asyncio.create_task(table.one("one"))
     await settled()
     held, table.held = table.held, None
     table.entries["one"]["n"] = 8
     table.inventory.touched("one")
-    assert (await table.inventory.one("one") or {})["n"] == 8
+    assert (await table.one("one") or {})["n"] == 8
     held.set()
     assert (await slow or {})["n"] == 0
     assert (await table.names())["one"] == 8
@@ -236,7 +239,7 @@ async def test_one_that_is_asked_for_during_a_list_is_asked_for_again(table: Tab
     await settled()
     table.entries["one"]["n"] = 4
     table.inventory.touched("one")
-    assert (await table.inventory.one("one") or {})["n"] == 4
+    assert (await table.one("one") or {})["n"] == 4
     table.listing.set()
     assert (await first)["one"] == 0
     assert (await table.names())["one"] == 4
@@ -258,6 +261,6 @@ async def test_one_that_is_stopping_is_asked_for_again(table: Table) -> None:
     whole = table.entries["one"]
     table.entries["one"] = {"name": "one"}
     table.inventory.touched("one")
-    assert await table.inventory.one("one") == {"name": "one"}
+    assert await table.one("one") == {"name": "one"}
     table.entries["one"] = whole | {"n": 2}
     assert (await table.names())["one"] == 2
