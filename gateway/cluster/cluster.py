@@ -21,6 +21,7 @@ from gateway.cluster.own import Own
 from gateway.cluster.peers import MemberAway, Members, Peer, Peers
 from gateway.cluster.placements import Placements
 from gateway.cluster.room import Room
+from gateway.cluster.search import FIND, Search
 from gateway.errors import Unavailable
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -40,7 +41,6 @@ PUT_RECORDS: Final = "records"
 SETTLING: Final = 3.0
 """Seconds in which peers tell their tenants at the start; longer than a peer may be silent."""
 _BINDING: Final = 0.05  # seconds between two attempts, where the process before still has the port
-_FIND: Final = "find"
 _FETCHING: Final = 30.0  # seconds in which peers learn our certificate and give their secret
 _ROOMS: Final = 1.0  # seconds for which the room of members is taken for what it was
 _FETCH: Final = 0.5  # seconds between two attempts
@@ -57,6 +57,7 @@ class Cluster:
         self._settled = False
         self._settings = settings
         self._server: SecureServer | None = None
+        self._search = Search(peers)
         self._rooms: Mapping[str, Any] = {}
         self._asked = -math.inf  # when, by the loop's clock
         self.placements: Placements | None = None
@@ -87,7 +88,7 @@ class Cluster:
         async def find(_: Peer, what: Mapping[str, Any]) -> Any:
             return {} if await has(what) else None
 
-        listener.questions |= {**questions, _FIND: find}
+        listener.questions |= {**questions, FIND: find}
         listener.orders |= orders
         listener.uploads |= uploads
         self._server = SecureServer(
@@ -238,7 +239,7 @@ class Cluster:
         return peer
 
     async def _look_for(self, what: Mapping[str, str]) -> tuple[Peer | None, Sequence[str]]:
-        found, silent = await self.peers.ask_all(f"/peer/ask/{_FIND}", what)
+        found, silent = await self._search.ask(what)
         names = [name for name, answer in found.items() if answer is not None]
         return (self.peers.all.get(names[0]) if names else None), silent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from gateway.cluster.listener import FROM
 from gateway.errors import NotFound, Unavailable
 from gateway.lifecycle.doors import Doors
 from gateway.settings import Settings
+from tests.waits import turn, until
 
 TOKEN = Token("who", frozenset({"shop"}), frozenset({"exec"}), int(time.time()) + 86_400, "id")
 
@@ -103,6 +105,31 @@ async def test_what_has_just_moved_is_not_gone_while_a_peer_does_not_say() -> No
         await cluster({"m2": None}, ["m3"]).find_moved(tenant="shop")
     assert refused.value.facts["reason"] == "moved"
     assert await cluster({"m2": None}, ["m3"]).find(tenant="shop") is None
+
+
+async def test_all_that_look_for_one_tenant_at_once_ask_each_peer_once() -> None:
+    """Those that come while it is asked share the next question, since this one may be answered already."""
+    asked, answers = list[Any](), [asyncio.Event(), asyncio.Event()]
+    there = cluster({}, [])
+
+    async def ask_all(path: str, body: Any) -> tuple[dict[str, Any], list[str]]:
+        asked.append(body)
+        number = len(asked) - 1
+        await answers[number].wait()
+        return {"m2": {} if number else None}, []
+
+    there.peers.ask_all = ask_all  # type: ignore[method-assign, assignment]
+    there.peers.all = {"m2": SimpleNamespace(name="m2")}  # type: ignore[dict-item]
+    first = [asyncio.create_task(there.find(tenant="shop")) for _ in range(100)]
+    await until(lambda: asked)
+    later = [asyncio.create_task(there.find(tenant="shop")) for _ in range(100)]
+    await turn()
+    later.pop().cancel()  # its client has gone
+    answers[0].set()
+    assert await asyncio.gather(*first) == [None] * 100
+    answers[1].set()
+    assert [peer and peer.name for peer in await asyncio.gather(*later)] == ["m2"] * 99
+    assert asked == [{"tenant": "shop"}] * 2
 
 
 async def test_what_has_moved_here_meanwhile_is_to_be_asked_for_again() -> None:
