@@ -85,6 +85,7 @@ async def test_a_copy_follows_its_tenant_and_goes_with_it(
         one["name"] for one in json.loads(home.incus("list", "--format=json")) if one["location"] != home.name
     ]
 
+    await write(gateway, name, "a.txt", "three")  # the stop alone may change nothing
     await asyncio.to_thread(home.incus, "stop", "--force", name)
     await copied(gateway, name, second["of"])
     await pause(40)  # what was written late is on the disk by now, which counts as a change, and copied
