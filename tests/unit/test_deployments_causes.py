@@ -65,7 +65,9 @@ def test_a_program_that_the_image_lacks_is_named() -> None:
     assert told("sh: 1: uv: not found\n", 127, *words).startswith(first)
     missing = ExecFailed("command not found: npm", reason="not_found", exitCode=127)
     error = install_failed(missing, ("npm", "ci"), 0)
-    assert error.message.startswith("the tenant's image has no npm, which `npm ci` needs: whoever runs")
+    assert error.message.startswith(
+        "the tenant's image has no npm, which `npm ci` needs: the gateway's operator can"
+    )
     assert error.facts["reason"] == "not_found"
 
 

@@ -146,12 +146,12 @@ class World:
                 raise NotFound("no tenant")
             return name not in self.unchanged
 
-        async def settle(seconds: float) -> None:
+        async def settle() -> None:
             pass
 
-        peers = SimpleNamespace(all=self.peers, watchers=self.watchers, settle=settle)
+        peers = SimpleNamespace(all=self.peers, watchers=self.watchers)
         names = SimpleNamespace(holder=lambda name: f"id-{name}")
-        cluster = SimpleNamespace(own="m1", peers=peers, send_records=self.send_records)
+        cluster = SimpleNamespace(own="m1", peers=peers, settle=settle, send_records=self.send_records)
         world = cast(Any, self)
         return Standby(
             cast(Any, self.copies),

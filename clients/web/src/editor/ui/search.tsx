@@ -205,10 +205,10 @@ function Replacing({ current }: { current: Workspace }) {
         Replace in {count} {count === 1 ? "file" : "files"}?
       </h2>
       <p>
-        <code>{search.query.value}</code> becomes <code>{search.replacement.value || "nothing"}</code> wherever
-        it was found in the listed files, at once.
-        {found?.truncated && " There are more files, which are not changed."} Unsaved changes in open
-        files stay unsaved.
+        <code>{search.query.value}</code> becomes <code>{search.replacement.value || "nothing"}</code>{" "}
+        wherever it was found in the listed files, at once.
+        {found?.truncated && " There are more files, which are not changed."} Unsaved changes in open files
+        stay unsaved.
       </p>
       <footer>
         <button type="button" onClick={close}>
