@@ -214,8 +214,9 @@ class Background:
         while True:
             self._connected.clear()
             try:
-                for words in await services.workers.broker.enforce_quotas():
-                    log.warning("disk quotas: %s", words)
+                ahead = services.settings.pool_read_ahead
+                for words in await services.workers.broker.enforce_quotas(ahead):
+                    log.warning("%s", words)
                 failed = ""
             except GatewayError as error:
                 if error.message != failed:

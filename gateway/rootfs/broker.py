@@ -16,7 +16,8 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "cut_off", "member": "HOST:PORT"}` | `{"ended": n}` connections with it, see `dead_members` |
 | `{"do": "fence", "tenant", "frozen": bool}` | `{}`: its container is frozen, or no longer, see `fence` |
 | `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `subvolume` |
-| `{"do": "quotas"}` | `{"changed": [words]}`: the disk quotas are enforced, see `quotas` |
+| `{"do": "quotas", "read_ahead": N}` | `{"changed": [words], "read_ahead": words}`: the disk quotas are
+  enforced, see `quotas`, and N bytes are read ahead at most, see `read_ahead` |
 | `{"do": "free_disks"}` | `{}` once what was deleted counts no more for these limits |
 | `{"do": "limit_disk", "instance", "ending", "standby"}` | `{"counted": bytes or null}`: its disk is so |
 
@@ -154,7 +155,10 @@ class Broker:
                     answer = {}
                 case "quotas":
                     quotas = self._tenants.quotas()
-                    answer = {"changed": [] if quotas is None else quotas.enforce()}
+                    answer = {
+                        "changed": [] if quotas is None else quotas.enforce(),
+                        "read_ahead": self._tenants.read_ahead(int(request.get("read_ahead") or 0)),
+                    }
                     self._tenants.limit_disks()
                 case "free_disks":
                     self._tenants.free_disks()

@@ -126,10 +126,14 @@ class BrokerClient:
         """Bind a tenant's MAC address to its port, see `rootfs.bridge_port`. Raises as `relieve`."""
         await self.request({"do": "bind_ports", "tenant": tenant})
 
-    async def enforce_quotas(self) -> list[str]:
-        """Enforce the disk quotas; return what was changed. Raises `Unavailable`."""
-        answer, _ = await self.request({"do": "quotas"})
-        return [str(words) for words in answer["changed"]]
+    async def enforce_quotas(self, read_ahead: int) -> list[str]:
+        """Enforce the disk quotas, and have at most so many bytes read ahead in the tenants' pool.
+
+        Returns what was changed. Raises `Unavailable`.
+        """
+        answer, _ = await self.request({"do": "quotas", "read_ahead": read_ahead})
+        ahead = str(answer.get("read_ahead") or "")  # an earlier broker leaves it as it is
+        return [*(f"disk quotas: {words}" for words in answer["changed"]), *([ahead] if ahead else [])]
 
     async def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         """Limit a disk, see `locations.Tenants.limit_disk`. Raises `NotFound` and `Unavailable`."""

@@ -11,11 +11,13 @@ import errno
 import fcntl
 import os
 import struct
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+SYSFS: Final = Path("/sys/fs/btrfs")
 ENABLE_SIMPLE: Final = 4  # BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA
 
 FIRST: Final = 256  # the id of the first subvolume, and the inode number of each one's folder
@@ -45,6 +47,8 @@ def _ioctl(direction: int, number: int, size: int) -> int:
 
 
 _SYNC: Final = 0x94 << 8 | 8
+_FS_INFO: Final = _ioctl(_READ, 31, 1024)
+_FS_ID: Final = slice(16, 32)  # after max_id and num_devices
 _TREE_SEARCH: Final = _ioctl(_READ | _WRITE, 17, _SEARCH_BYTES)
 _QUOTA_CTL: Final = _ioctl(_READ | _WRITE, 40, 16)
 _GROUP_ASSIGN: Final = _ioctl(_WRITE, 41, 24)
@@ -124,6 +128,20 @@ def deleted(volume: int) -> Iterator[int]:
 def commit(volume: int) -> None:
     """Commit the transaction, and have the kernel begin to free what was deleted."""
     fcntl.ioctl(volume, _SYNC)
+
+
+def in_sysfs(mounted: Path, sysfs: Path = SYSFS) -> Path | None:
+    """Return the sysfs folder of the file system mounted at a path, None for another one than btrfs."""
+    if not mounted.is_mount():
+        return None
+    folder = os.open(mounted, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        told = fcntl.ioctl(folder, _FS_INFO, bytes(1024))
+    except OSError:  # another file system
+        return None
+    finally:
+        os.close(folder)
+    return sysfs / str(uuid.UUID(bytes=told[_FS_ID]))
 
 
 def enable_simple_quotas(volume: int) -> None:

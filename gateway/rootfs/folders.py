@@ -60,6 +60,9 @@ class Folders:
     def quotas(self) -> Quotas | None:
         return None
 
+    def read_ahead(self, most: int) -> str:
+        return ""
+
     def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         return None
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import orjson
 
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs import IdMap, asking, bridge_port, dead_members, fence, process_tree
+from gateway.rootfs import IdMap, asking, bridge_port, dead_members, fence, process_tree, read_ahead
 from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.disk import Disk, relative
 from gateway.rootfs.folders import Folders as Folders
@@ -65,6 +65,10 @@ class Tenants(Protocol):
 
     def quotas(self) -> Quotas | None:
         """Return the quotas of the tenants' disks; None for folders, which have none."""
+        ...
+
+    def read_ahead(self, most: int) -> str:
+        """Bound how far the kernel reads ahead in the tenants' pool, see `read_ahead.bound`."""
         ...
 
     def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
@@ -230,6 +234,9 @@ class Instances:
 
     def quotas(self) -> Quotas:
         return Quotas(Path(self._pools, self._pool))
+
+    def read_ahead(self, most: int) -> str:
+        return read_ahead.bound(Path(self._pools, self._pool), most)
 
     def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         if (groups := self.quotas().groups()) is None:

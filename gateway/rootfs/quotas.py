@@ -16,7 +16,6 @@ import errno
 import fcntl
 import os
 import struct
-import uuid
 from pathlib import Path
 from typing import Final, Literal
 
@@ -30,11 +29,8 @@ Before, the group of a living subvolume could be removed, which Incus tries when
 """
 
 _NEVER: Final = "8"  # more levels than any tree has (BTRFS_MAX_LEVEL)
-_SYSFS: Final = Path("/sys/fs/btrfs")
 
 # linux/btrfs.h: numbers of ioctls, by direction, size, type and number
-_FS_INFO: Final = (2 << 30) | (1024 << 16) | (0x94 << 8) | 31
-_FS_ID: Final = slice(16, 32)  # after max_id and num_devices
 _RESCAN: Final = (1 << 30) | (64 << 16) | (0x94 << 8) | 44
 _RESCAN_WAIT: Final = (0x94 << 8) | 46
 
@@ -45,7 +41,7 @@ Kind = Literal["simple", "full", "off"]
 class Quotas:
     """The disk quotas of the pool mounted at `path`, which may have none."""
 
-    def __init__(self, path: Path, sysfs: Path = _SYSFS) -> None:
+    def __init__(self, path: Path, sysfs: Path = btrfs.SYSFS) -> None:
         self._path = path
         self._sysfs = sysfs
 
@@ -100,17 +96,7 @@ class Quotas:
         return None if folder is None or not (folder / "qgroups").is_dir() else folder / "qgroups"
 
     def _kernels(self) -> Path | None:
-        """Return the sysfs folder of the pool's file system, None for another one than btrfs."""
-        if not self._path.is_mount():
-            return None
-        folder = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            told = fcntl.ioctl(folder, _FS_INFO, bytes(1024))
-        except OSError:  # another file system
-            return None
-        finally:
-            os.close(folder)
-        return self._sysfs / str(uuid.UUID(bytes=told[_FS_ID]))
+        return btrfs.in_sysfs(self._path, self._sysfs)
 
     def _recount(self, *, wait: bool) -> bool:
         """Start a rescan; return False if one is already running."""

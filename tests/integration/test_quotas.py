@@ -165,9 +165,12 @@ async def test_a_gateway_enforces_them_once_incusd_is_back(
     async with serving(full, tmp_path / "state", GATEWAY_RECONCILE_INTERVAL="3600") as gateway:
         await incusd.kill()
         with given_up(full) as threshold:
+            ahead = threshold.parent.parent / "bdi" / "read_ahead_kb"
+            ahead.write_text("4096")
             await asyncio.to_thread(Daemon.at(full.incus_socket).ensure, lambda line: None)
             await until(lambda: quotas.in_force(full))
             assert threshold.read_text().strip() == "8"
+            await until(lambda: ahead.read_text().strip() == "128")
         assert "disk quotas: what each tenant uses was counted again" in gateway.log.read_text()
 
 

@@ -1,0 +1,37 @@
+"""How far the kernel reads ahead in the tenants' pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.rootfs import btrfs, read_ahead
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "bdi").mkdir()
+    setting = tmp_path / "bdi" / "read_ahead_kb"
+    setting.write_text("4096\n")
+    monkeypatch.setattr(btrfs, "in_sysfs", lambda pool, sysfs: tmp_path)
+    return setting
+
+
+def test_it_is_bounded_once_and_told(setting: Path, tmp_path: Path) -> None:
+    assert read_ahead.bound(tmp_path, 128 << 10) == (
+        "the kernel reads 128 KiB ahead in the tenants' pool, not 4096"
+    )
+    assert setting.read_text() == "128"
+    assert read_ahead.bound(tmp_path, 128 << 10) == ""
+
+
+@pytest.mark.parametrize("most", [0, 8 << 20])
+def test_it_is_left_where_that_is_wanted_or_less_already(setting: Path, tmp_path: Path, most: int) -> None:
+    assert read_ahead.bound(tmp_path, most) == ""
+    assert setting.read_text() == "4096\n"
+
+
+def test_another_file_system_is_left_alone(tmp_path: Path) -> None:
+    assert read_ahead.bound(tmp_path, 1) == ""
+    assert read_ahead.bound(Path("/proc"), 1) == ""
