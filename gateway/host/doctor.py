@@ -110,7 +110,6 @@ def _state(settings: Settings) -> str:
 def _daemon(settings: Settings) -> str:
     if not Daemon.at(settings.incus_socket).answers():
         raise HostError(f"nothing answers at {settings.incus_socket}; start Incus: systemctl start incus")
-    steps.alone(Looking(settings.incus_socket), settings)
     return "answers"
 
 

@@ -20,7 +20,6 @@ from gateway.host.daemon import INCUSD, Daemon
 from gateway.host.incus import Incus
 from gateway.host.setup import host_addresses, new_pool
 from gateway.incus import member_of
-from gateway.runtime.incus.clusters import clustered
 from gateway.settings import Settings
 
 PORT: Final = 8443
@@ -57,7 +56,7 @@ def enable(settings: Settings, name: str, address: str, report: Report) -> None:
     `address` is this host's for the other members, found out if it is empty. Raises `HostError`.
     """
     incus = Incus(settings.incus_socket)
-    _served(settings)
+    _need_incus()
     if member := member_of(incus.get()):
         report(f"this server is already the member {member}")
         return
@@ -93,7 +92,7 @@ def join(settings: Settings, text: str, report: Report) -> None:
     """
     token = Token.parse(text)
     incus = Incus(settings.incus_socket, timeout=_JOIN)
-    _served(settings)
+    _need_incus()
     if member := member_of(incus.get()):
         if member != token.name:
             raise HostError(f"this server is already the member {member}, not {token.name}")
@@ -208,11 +207,7 @@ def _bracketed(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _served(settings: Settings) -> None:
-    """Raise `HostError` where a gateway would refuse the cluster that is about to be."""
-    if clustered({"environment": {"server_clustered": True, "server_name": "any"}}, settings):
-        raise HostError(
-            "this version of the gateway does not serve a cluster's sites yet, so it cannot form one"
-        )
+def _need_incus() -> None:
+    """Raise `HostError` where there is no command `incus`, by which servers join."""
     if shutil.which("incus") is None:
         raise HostError("incus is not installed; install it: apt-get install incus-client")

@@ -23,7 +23,6 @@ from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
 from gateway.rootfs import bridge_port
 from gateway.rootfs.locations import MANAGED
-from gateway.runtime.incus.clusters import REASON, clustered
 from gateway.runtime.incus.creation import FIRST_TO_GO
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
@@ -69,7 +68,6 @@ def setup(settings: Settings, report: Report) -> list[Change]:
         return steps.changes
     steps.run("inotify limits", raise_limits, unchanged="high enough, or cannot be raised here")
     root = Incus(settings.incus_socket)
-    steps.run("Incus", lambda: alone(root, settings))
     steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
     incus = Incus(settings.incus_socket, settings.incus_project)
     if cluster.members(root):
@@ -84,12 +82,6 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     steps.run(f"ports of {settings.network}", lambda: pin(settings))
     return steps.changes
-
-
-def alone(incus: Incus, settings: Settings) -> None:
-    """Raise `HostError` if the server is clustered."""
-    if why := clustered(incus.get(), settings):
-        raise HostError(why, reason=REASON)
 
 
 def _project(incus: Incus, settings: Settings) -> str | None:

@@ -22,7 +22,6 @@ from gateway.api.app import Gateway
 from gateway.caddy import Caddy
 from gateway.errors import Unavailable
 from gateway.notify import notify
-from gateway.runtime.incus.clusters import refuse_cluster
 from gateway.server.failures import report
 from gateway.server.listening import inherited, listen, remove
 from gateway.server.predecessor import Predecessor
@@ -173,8 +172,6 @@ def _serve(settings: Settings, listening: socket.socket, predecessor: Predecesso
                 config.load()
                 gc.collect()
                 gateway.skip(await predecessor.release())
-            elif settings.runtime == "incus":
-                await refuse_cluster(settings)
             await stack.enter_async_context(gateway.store)
             # uvicorn re-raises the signal that stopped it for the previous handler; an orderly end must not
             # look like death by signal

@@ -47,7 +47,6 @@ def gateway(of: Settings) -> GatewayProcess:
         "GATEWAY_STATE_DIR": str(of.state_dir),
         "GATEWAY_SECRET": SECRET,
         "GATEWAY_DOMAIN_SUFFIXES": ",".join(of.domain_suffixes),
-        "GATEWAY_TEST_CLUSTER": "1",
     }
     return GatewayProcess(of, Place(of.state_dir), None, PROGRAM, variables)
 

@@ -178,7 +178,6 @@ class Member:
             PYTHONPATH=f"{checkout}:{checkout}/clients/python",
             PYTHONDONTWRITEBYTECODE="1",
             GATEWAY_LISTEN=f"0.0.0.0:{PORT}",
-            GATEWAY_TEST_CLUSTER="1",
             **environment,
         )
 

@@ -23,7 +23,6 @@ def command(member: Member, *words: str, check: bool = True) -> str:
         return member.run(
             *("env", f"--chdir={CHECKOUT}", sys.executable, "-m", "gateway", *words),
             PYTHONPATH=f"{CHECKOUT}:{CHECKOUT}/clients/python",
-            GATEWAY_TEST_CLUSTER="1",
         )
     except HostError as error:
         if check:
@@ -38,7 +37,6 @@ def quickstart(member: Member, *options: str) -> str:
         *("env", f"--chdir={CHECKOUT}", *words),
         timeout=300,
         PYTHONPATH=f"{CHECKOUT}:{CHECKOUT}/clients/python",
-        GATEWAY_TEST_CLUSTER="1",
         GATEWAY_LISTEN=f"0.0.0.0:{PORT}",
         GATEWAY_CADDY_ISSUER="internal",
         GATEWAY_TENANT_DISK="2GiB",

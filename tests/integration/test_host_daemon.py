@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from gateway.host import HostError
 from gateway.host.daemon import Daemon
 from gateway.host.doctor import doctor
 from gateway.host.findings import Finding
-from gateway.host.setup import setup
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container
-from tests.live import free_ports
+from tests.live import LiveGateway, free_ports
 
 
 @pytest.fixture(scope="module")
@@ -106,27 +104,27 @@ def test_a_container_that_stops_waits_for_no_hook_of_lxcfs(shared_tenant: Contai
     ]
 
 
-def test_a_clustered_one_is_refused(daemon: Daemon, tmp_path: Path) -> None:
-    """By setup, doctor and serve, in one line that says why, and before anything is changed."""
+async def test_a_clustered_one_is_served(daemon: Daemon, tmp_path: Path) -> None:
+    """By doctor, which looks at each member, and by serve; what setup does is held by `tests/cluster`."""
     daemon.ensure(silent)
-    settings = Settings(incus_socket=daemon.socket, state_dir=tmp_path / "state", listen="127.0.0.1:0")
+    settings = Settings(incus_socket=daemon.socket, state_dir=tmp_path / "state")
+    api, peers = free_ports(2)
 
     def incus(*words: str) -> None:
         subprocess.run(["incus", *words], env=daemon.environment, check=True, capture_output=True, timeout=60)
 
-    def of_incus() -> Finding:
-        return next(finding for finding in doctor(settings) if finding.what == "Incus")
+    def found(what: str) -> Finding:
+        return next(finding for finding in doctor(settings) if finding.what == what)
 
-    assert of_incus().ok
-    incus("config", "set", f"core.https_address=127.0.0.1:{free_ports(1)[0]}")
+    assert (found("Incus").ok, found("cluster").detail) == (True, "a single server")
+    incus("config", "set", f"core.https_address=127.0.0.1:{api}")
     incus("cluster", "enable", "alone")
-    with pytest.raises(HostError, match="member of a cluster") as caught:
-        setup(settings, silent)
-    assert caught.value.facts["step"] == "Incus"
-    assert not of_incus().ok and "GATEWAY_INCUS_SOCKET" in of_incus().detail
-    command = [sys.executable, "-m", "gateway", "serve"]
-    told = {"PATH": os.environ["PATH"], **environment.variables(settings), "GATEWAY_CONFIG": "/nonexistent"}
-    done = subprocess.run(command, env=told, check=False, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "member of a cluster" in line and str(daemon.socket) in line
+    assert found("Incus").ok and "bridge gatewaybr0 of alone" in found("cluster").detail
+    given = {**environment.variables(settings), "GATEWAY_PEER_LISTEN": f"127.0.0.1:{peers}"}
+    gateway = LiveGateway(given, tmp_path / "log")
+    await gateway.start()
+    try:
+        async with gateway.http("*") as http, http.get("/v1/tenants") as answer:
+            assert (answer.status, (await answer.json())["unanswered"]) == (200, [])
+    finally:
+        assert await gateway.stop() == 0

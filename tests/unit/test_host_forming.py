@@ -56,7 +56,6 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
         return server
 
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setenv("GATEWAY_TEST_CLUSTER", "1")
     return use
 
 
@@ -168,12 +167,12 @@ def test_where_incusd_listens_already_is_fine_if_others_reach_it_there(
     assert server.changed[-1] == ("cluster", {"server_name": "m1", "enabled": True})
 
 
-def test_while_gateways_refuse_clusters_none_is_formed(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GATEWAY_TEST_CLUSTER")
+def test_without_the_command_incus_none_is_formed(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server = on(Server())
-    with pytest.raises(HostError, match="does not serve a cluster's sites yet"):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(HostError, match="incus is not installed"):
         forming.enable(Settings(), "m1", "127.0.0.1", silent)
-    with pytest.raises(HostError, match="does not serve a cluster's sites yet"):
+    with pytest.raises(HostError, match="incus is not installed"):
         forming.join(Settings(), token(), silent)
     assert server.changed == []
 

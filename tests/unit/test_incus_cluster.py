@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -235,14 +233,13 @@ async def test_a_cluster_without_a_quorum_is_not_ready(tmp_path: Path) -> None:
 
     incus = Deciding({})
     runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=incus)
-    with mock.patch.dict(os.environ, {"GATEWAY_TEST_CLUSTER": "1"}):
-        with pytest.raises(Unavailable) as caught:
-            async with asyncio.timeout(30):
-                await runtime.ready()
-        assert caught.value.facts["reason"] == "no_quorum"
-        incus.quorum.set()
-        with pytest.raises(Unavailable, match="event stream"):
+    with pytest.raises(Unavailable) as caught:
+        async with asyncio.timeout(30):
             await runtime.ready()
+    assert caught.value.facts["reason"] == "no_quorum"
+    incus.quorum.set()
+    with pytest.raises(Unavailable, match="event stream"):
+        await runtime.ready()
 
 
 async def test_one_that_came_into_a_cluster_since_is_not_ready(tmp_path: Path) -> None:
@@ -251,9 +248,8 @@ async def test_one_that_came_into_a_cluster_since_is_not_ready(tmp_path: Path) -
     runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=incus)
     await incus.instances()
     incus.clustered = True
-    with mock.patch.dict(os.environ, {"GATEWAY_TEST_CLUSTER": "1"}):
-        with pytest.raises(Unavailable, match="restart the gateway"):
-            await runtime.ready()
+    with pytest.raises(Unavailable, match="restart the gateway"):
+        await runtime.ready()
 
 
 async def test_a_dead_members_name_is_taken(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.disk_limits import DiskLimits
 from gateway.rootfs.locations import Instances
 from gateway.runtime import Removed, unheard
-from gateway.runtime.incus.clusters import REASON, clustered, serving
+from gateway.runtime.incus.clusters import serving
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.containers import Containers
 from gateway.runtime.incus.creation import Creation
@@ -85,8 +85,6 @@ class IncusRuntime:
 
     async def prepare(self, tenants: Sequence[str]) -> None:
         with translated(""):
-            if why := clustered(await self.incus.get("/1.0"), self._settings):
-                raise Unavailable(why, reason=REASON)
             await self.changes.prepare()
             await self.incus.instances()  # kept from now on, since the events tell of changes
         for tenant in tenants:
