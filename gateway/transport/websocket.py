@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 PARTS: Final = "gateway.parts"
 FLOW: Final = "gateway.flow"
@@ -138,7 +139,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._given_up = self.handshake_complete = True
 
     def shutdown(self) -> None:
-        if self._given_up:
+        # uvicorn would answer the close of a peer once more, and with that error end without an orderly end
+        answered = not self.close_sent and self.conn.state in (State.CLOSING, State.CLOSED)
+        if self._given_up or answered:
+            self.stop_keepalive()
             self.transport.close()
         else:
             super().shutdown()

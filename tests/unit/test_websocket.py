@@ -16,7 +16,7 @@ from websockets.asyncio.client import connect
 from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidStatus
 from websockets.frames import Frame, Opcode
-from websockets.protocol import OPEN
+from websockets.protocol import OPEN, State
 from websockets.uri import parse_uri
 
 from gateway.transport.websocket import _SMALL, _WAITING, TEXT, WebSocketProtocol
@@ -29,6 +29,7 @@ class Transport:
     def __init__(self) -> None:
         self.reading = True
         self.pauses = 0
+        self.closed = False
 
     def pause_reading(self) -> None:
         self.reading, self.pauses = False, self.pauses + 1
@@ -41,6 +42,9 @@ class Transport:
 
     def write(self, data: bytes) -> None:
         self.written = data
+
+    def close(self) -> None:
+        self.closed = True
 
     def writelines(self, parts: list[bytes]) -> None:
         self.written = b"".join(parts)
@@ -131,3 +135,14 @@ async def test_parts_make_one_message(
     assert isinstance(frame, Frame)
     assert frame.opcode is (Opcode.TEXT if text else Opcode.BINARY)
     assert frame.data == b"ab" + b"x" * size
+
+
+async def test_the_end_of_the_server_closes_a_connection_whose_peer_has_just_closed_it(
+    socket: tuple[WebSocketProtocol, Transport],
+) -> None:
+    """Between the answer to its close and the end of the connection; all others would be cut by an error."""
+    protocol, transport = socket
+    protocol.handshake_complete = True
+    protocol.conn.state = State.CLOSING
+    protocol.shutdown()
+    assert transport.closed
