@@ -26,7 +26,7 @@ def test_second_setup_changes_nothing_and_says_so(incus_settings: Settings) -> N
     lines: list[str] = []
     changes = setup(incus_settings, lines.append) + image.build(incus_settings, lines.append)
     assert altered(changes) == set()
-    assert len(lines) == len(changes) == 12
+    assert len(lines) == len(changes) == 11
     assert all(line.endswith(" s)") for line in lines)
 
 
