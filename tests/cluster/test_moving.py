@@ -74,7 +74,7 @@ def steps(member: Member, name: str) -> str:
     """Return what the log of a member's gateway says of how long a move's steps took."""
     lines = (member.state / "gateway/gateway.log").read_text().splitlines()
     return next(
-        line.partition(": ")[2] for line in reversed(lines) if re.search(f"{name} (is on|has come)", line)
+        line.partition(": ")[2] for line in reversed(lines) if re.search(f"{name} (is on|arrived from)", line)
     )
 
 
