@@ -216,7 +216,7 @@ class Background:
             try:
                 ahead = services.settings.pool_read_ahead
                 for words in await services.workers.broker.enforce_quotas(ahead):
-                    log.warning("%s", words)
+                    log.warning("disk quotas: %s", words)
                 failed = ""
             except GatewayError as error:
                 if error.message != failed:

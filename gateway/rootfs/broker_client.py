@@ -129,11 +129,12 @@ class BrokerClient:
     async def enforce_quotas(self, read_ahead: int) -> list[str]:
         """Enforce the disk quotas, and have at most so many bytes read ahead in the tenants' pool.
 
-        Returns what was changed. Raises `Unavailable`.
+        Returns what was changed of the quotas. Raises `Unavailable`.
         """
         answer, _ = await self.request({"do": "quotas", "read_ahead": read_ahead})
-        ahead = str(answer.get("read_ahead") or "")  # an earlier broker leaves it as it is
-        return [*(f"disk quotas: {words}" for words in answer["changed"]), *([ahead] if ahead else [])]
+        if ahead := answer.get("read_ahead"):  # a broker of an earlier version leaves it as it is
+            _log.info("%s", ahead)
+        return [str(words) for words in answer["changed"]]
 
     async def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         """Limit a disk, see `locations.Tenants.limit_disk`. Raises `NotFound` and `Unavailable`."""

@@ -7,6 +7,7 @@ once memory was full of it, everything took longer. The value belongs to a mount
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from gateway.rootfs import btrfs
@@ -15,14 +16,15 @@ from gateway.rootfs import btrfs
 def bound(pool: Path, most: int, sysfs: Path = btrfs.SYSFS) -> str:
     """Have the kernel read at most so many bytes ahead in a btrfs pool; return what was changed, if anything.
 
-    0 leaves it as it is. Raises `OSError`; needs root.
+    Less than that is left as it is, and so is all by 0, or where the kernel does not let us. Needs root.
     """
-    folder = btrfs.in_sysfs(pool, sysfs) if most > 0 else None
-    if folder is None:
-        return ""
-    setting = folder / "bdi" / "read_ahead_kb"
-    before, wanted = int(setting.read_text()), max(4, most >> 10)
-    if before <= wanted:
-        return ""
-    setting.write_text(str(wanted))
-    return f"the kernel reads {wanted} KiB ahead in the tenants' pool, not {before}"
+    with contextlib.suppress(OSError):
+        folder = btrfs.in_sysfs(pool, sysfs) if most > 0 else None
+        if folder is None:
+            return ""
+        setting = folder / "bdi" / "read_ahead_kb"
+        before, wanted = int(setting.read_text()), max(4, most >> 10)
+        if before > wanted:
+            setting.write_text(str(wanted))
+            return f"the kernel reads {wanted} KiB ahead in the tenants' pool, not {before}"
+    return ""

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from gateway.errors import TenantNotRunning
 from gateway.events import Bus, MemoryJournal
+from gateway.execs import Execs
 from gateway.history import afterwards
 from gateway.history.afterwards import Afterwards
+from gateway.history.history import History
 from gateway.history.open_turns import Mode, OpenTurn, OpenTurns
 from gateway.history.reading import Turn
 from gateway.history.recorder import Recorder
 from gateway.history.repository import Repository
+from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from tests.waits import settled
 
@@ -148,6 +153,9 @@ class Written(Repository):
         self.done.append(f"commit {mode}")
         return None
 
+    async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
+        return []
+
 
 @dataclass(slots=True)
 class Told:
@@ -215,3 +223,59 @@ async def test_the_end_of_a_tenant_ends_the_wait_for_its_record(told: Told) -> N
     deployed = await told.deployed()
     told.recorder.forget("shop")
     await asyncio.wait_for(deployed, 5)
+
+
+# --- what needs a record at once ------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def followed() -> AsyncIterator[tuple[History, Bus, Written]]:
+    """A history that follows the events of a host that is never quiet, after a site was deployed."""
+    bus, written = Bus(MemoryJournal(10), "t"), Written()
+    execs = cast(Execs, SimpleNamespace(list=lambda tenant: []))
+    async with History(cast(TenantRuntime, None), execs, bus, Settings(history=True)) as history:
+
+        async def never() -> None:
+            await asyncio.Event().wait()
+
+        history.afterwards.quiet = never
+        history._recorder._repository = history._repository = written
+        following = asyncio.create_task(history.follow())
+        await settled()
+        bus.publish("deployment.succeeded", "shop", {"deployment": "d-1", "by": "eve", "template": "static"})
+        await settled()
+        assert written.done == []
+        yield history, bus, written
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("type", "data"),
+    [("exec.started", {"exec": "x-1", "by": "eve"}), ("file.written", {"path": "page", "by": "eve"})],
+)
+async def test_a_command_or_a_saved_file_has_it_recorded_at_once(
+    followed: tuple[History, Bus, Written], type: str, data: dict[str, str]
+) -> None:
+    _, bus, written = followed
+    bus.publish(type, "other", data)
+    await settled()
+    assert written.done == []
+    bus.publish(type, "shop", data)
+    await settled()
+    assert written.done == ["deployed all "]
+
+
+async def test_who_looks_at_the_list_has_it_recorded_at_once(
+    followed: tuple[History, Bus, Written],
+) -> None:
+    history, _, written = followed
+    await history.turns("shop")
+    await settled()
+    assert "deployed all " in written.done
+
+
+async def test_at_the_end_of_the_gateway_it_is_recorded(followed: tuple[History, Bus, Written]) -> None:
+    history, _, written = followed
+    await asyncio.wait_for(history.close_turns(), 5)
+    assert written.done == ["deployed all "]

@@ -78,10 +78,11 @@ async def test_a_turn_does_not_end_within_a_call() -> None:
         async with call(history, session):
             pass
         async with call(history, session, "Read"):
-            turn = history.elapse("t")
+            (turn,) = history._open.of("t")
             turn.rested = 0.0
-        await turn_of_the_loop()
-        assert history.ended == []
+            history.elapse("t")
+            await turn_of_the_loop()
+            assert history.ended == []
         assert history.timer().when() > asyncio.get_running_loop().time()
 
 

@@ -245,6 +245,21 @@ async def test_one_that_is_asked_for_during_a_list_is_asked_for_again(table: Tab
     assert (await table.names())["one"] == 4
 
 
+async def test_a_list_of_all_replaces_nothing_that_was_asked_for_meanwhile_for_good(table: Table) -> None:
+    """A list that is old by then begins before the change, and ends after the answer of that one."""
+    await table.names()
+    table.inventory.touched(*(f"t{number}" for number in range(100)))
+    table.listing = asyncio.Event()
+    first = asyncio.create_task(table.names())
+    await settled()
+    table.entries["one"]["n"] = 4
+    table.inventory.touched("one")
+    assert (await table.one("one") or {})["n"] == 4
+    table.listing.set()
+    assert (await first)["one"] == 0
+    assert (await table.names())["one"] == 4
+
+
 async def test_a_profile_that_changes_during_a_list_has_it_asked_for_again(table: Table) -> None:
     table.listing = asyncio.Event()
     first = asyncio.create_task(table.names())

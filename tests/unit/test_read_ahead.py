@@ -35,3 +35,9 @@ def test_it_is_left_where_that_is_wanted_or_less_already(setting: Path, tmp_path
 def test_another_file_system_is_left_alone(tmp_path: Path) -> None:
     assert read_ahead.bound(tmp_path, 1) == ""
     assert read_ahead.bound(Path("/proc"), 1) == ""
+
+
+def test_a_kernel_that_lets_nothing_be_set_is_left_alone(setting: Path, tmp_path: Path) -> None:
+    """As in a container; the disks' limits, which are looked at next, are worth more."""
+    setting.unlink()
+    assert read_ahead.bound(tmp_path, 128 << 10) == ""
