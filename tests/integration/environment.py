@@ -247,7 +247,7 @@ def up(report: Report) -> bool:
 
 
 def _remove_leftovers(report: Report) -> None:
-    """Remove the projects, profiles, networks and pools of tests that were killed."""
+    """Remove the projects, profiles, networks, pools and bridges of tests that were killed."""
     own = settings()
     keep = {
         "project": {"default"},
@@ -263,6 +263,11 @@ def _remove_leftovers(report: Report) -> None:
                 # --force: with what is in it, which only a project's deletion has, and asks about
                 force = ("--force",) if kind == "project" else ()
                 incus(kind, "delete", *force, name, check=False, stdin=b"yes\n")
+    # where its folder was removed beneath a running Incus, its bridge stays, unknown to the new one
+    for entry in json.loads(incus("network", "list", "--format=json").stdout):
+        if entry["name"] == own.network and not entry["managed"]:
+            report(f"removing the bridge {own.network}, left by an earlier run")
+            subprocess.run(["ip", "link", "delete", own.network], check=True)
 
 
 def simplify(report: Report) -> None:
