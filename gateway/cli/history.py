@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -57,7 +58,9 @@ def history(
 
 def undo(
     tenant: TenantName,
-    turn: Annotated[str | None, typer.Argument(metavar="TURN", help="The turn; default: the latest")] = None,
+    turn: Annotated[
+        str | None, typer.Argument(metavar="TURN", help="The turn; default: an agent's latest")
+    ] = None,
     to: Annotated[
         bool, typer.Option("--to", help="Go back to the state right after TURN, not before it")
     ] = False,
@@ -75,9 +78,7 @@ def undo(
             turns = await asked.history(_LOOKED)
             if not turns:
                 raise Failed(f"{tenant} has no turns yet: there is nothing to undo")
-            # what a person saved is not an agent's work
-            latest = next((one["turn"] for one in turns if one["kind"] != "outside"), turns[0]["turn"])
-            wanted = latest if turn is None else await _whole(asked, turn, turns)
+            wanted = _latest(tenant, turns) if turn is None else await _whole(asked, turn, turns)
             ids = [one["turn"] for one in turns]
             later = ids.index(wanted) if wanted in ids else 0
             if later and not yes and somebody_is_there():
@@ -92,6 +93,20 @@ def undo(
         out.say(f"{_first(done['title'])}: {files}. To take it back: incus-gateway undo {tenant}")
 
     run_to_end(run())
+
+
+def _latest(tenant: str, turns: Sequence[Mapping[str, Any]]) -> str:
+    """Return the turn that is undone by default: since the last deployment, an agent's latest if any.
+
+    Raises `Failed` if there is none: files are not taken back to before their site was deployed.
+    """
+    since = [*itertools.takewhile(lambda one: one["kind"] not in ("deployed", "first"), turns)]
+    if not since:
+        raise Failed(
+            f"nothing has changed since {tenant} was deployed; for an earlier turn, "
+            f"name it: incus-gateway history {tenant}"
+        )
+    return str(next((one for one in since if one["kind"] != "outside"), since[0])["turn"])
 
 
 async def _whole(tenant: Tenant, turn: str, turns: Sequence[Mapping[str, Any]] | None = None) -> str:

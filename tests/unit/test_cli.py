@@ -15,6 +15,8 @@ import orjson
 import pytest
 
 from gateway.auth import tokens
+from gateway.cli.confirming import Failed
+from gateway.cli.history import _latest
 from tests.contracts.processes import alive, mark
 from tests.live import SECRET, LiveGateway
 from tests.unit.command_line import run, served, start
@@ -360,6 +362,26 @@ async def test_what_agents_changed_is_listed_shown_and_taken_back(gateway: LiveG
     assert (await run(gateway, "undo", "turns", before["turn"], "--yes"))[0] == 0
     assert (await run(gateway, "exec", "turns", "--", "ls"))[1] == b""
     assert (await run(gateway, "undo", "turns", "--to"))[0] == 2
+
+
+@pytest.mark.parametrize(
+    "kinds, undone",
+    [
+        (("turn", "first"), 0),
+        (("outside", "turn", "first"), 1),
+        (("outside", "restored", "turn"), 1),
+        (("outside", "outside", "deployed", "turn"), 0),  # not the deployment, nor what was before it
+    ],
+)
+def test_undo_takes_back_the_latest_since_the_deployment(kinds: tuple[str, ...], undone: int) -> None:
+    turns = [{"turn": str(number), "kind": kind} for number, kind in enumerate(kinds)]
+    assert _latest("demo", turns) == str(undone)
+
+
+@pytest.mark.parametrize("kind", ["deployed", "first"])
+def test_undo_does_not_take_back_a_deployment(kind: str) -> None:
+    with pytest.raises(Failed, match="incus-gateway history demo"):
+        _latest("demo", [{"turn": "1", "kind": kind}, {"turn": "0", "kind": "turn"}])
 
 
 async def test_the_sites_log_is_printed_and_followed(gateway: LiveGateway) -> None:
