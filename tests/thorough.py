@@ -290,7 +290,7 @@ _INTEGRATION: Final = "tests/integration/test_"
 _E2E: Final = "tests/e2e/test_"
 
 LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
-    "over the `local` runtime tests/unit/test_gateway_local.py holds it": {
+    "over the `local` runtime tests/unit/test_gateway_local.py and test_tokens_local.py hold it": {
         f"{_INTEGRATION}gateway_incus.py": _CONTRACT_OF_INCUS,
         "tests/unit/test_gateway_relayed.py": _CONTRACT_OF_A_RELAY,
     },
@@ -388,7 +388,7 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_claude_code_works_in_a_tenant_over_mcp[legacy]",
             "test_claude_code_has_a_session_of_its_own_only_in_the_handshake_protocol[legacy]",
             "test_claude_code_that_is_ended_takes_its_command_along[legacy]",
-            "test_progress_keeps_a_long_call_of_claude_code_alive[legacy]",
+            "test_progress_keeps_a_long_call_of_claude_code_alive",
         ),
         f"{_INTEGRATION}claude_typescript.py": (
             "test_an_agent_works_in_the_tenant_and_reaches_nothing_else[bun-False]",
@@ -403,6 +403,7 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         f"{_INTEGRATION}docs_clients.py": (
             "test_without_asyncio",
             "test_a_turn_that_is_shown_and_taken_back",
+            "test_a_token_that_is_read_when_it_is_needed",
             "test_the_agent_sdk",
             "test_the_messages_api",
         ),

@@ -491,13 +491,16 @@ async def test_small_search_needs_no_worker_of_its_own(root: LaidRoot) -> None:
     """A short search is run by the worker for other calls."""
     site = root.path / "srv" / "site"
     (site / "a.ts").write_text("form\n")
-    async with Workers(Settings(), folders(root.path.parent)) as workers:
-        tools = FileTools(workers, Settings())
-        for tool, given in (("Glob", {"pattern": "*.ts"}), ("Grep", {"pattern": "form"})):
-            result = await tools.call(root, ToolSession(), tool, given)
-            assert "a.ts" in result.data()["content"][0]["text"]
-        assert workers.layers(root.tenant) is not None
-        assert workers.layers(root.tenant, search=True) is None
+    for _ in range(20):  # one that is kept from the CPU for 20 ms is not short
+        async with Workers(Settings(), folders(root.path.parent)) as workers:
+            tools = FileTools(workers, Settings())
+            for tool, given in (("Glob", {"pattern": "*.ts"}), ("Grep", {"pattern": "form"})):
+                result = await tools.call(root, ToolSession(), tool, given)
+                assert "a.ts" in result.data()["content"][0]["text"]
+            assert workers.layers(root.tenant) is not None
+            if workers.layers(root.tenant, search=True) is None:
+                return
+    pytest.fail("each search had a worker of its own")
 
 
 @pytest.mark.parametrize("much", ["files", "bytes"])
