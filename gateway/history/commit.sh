@@ -78,6 +78,8 @@ if [ -e "$GIT_DIR/HEAD" ]; then
 else
   anew || exit 1
 fi
+indexed
+whole=$?
 : >"$left"
 case "$mode" in
 only | but | begin) cat >"$paths" ;;
@@ -94,13 +96,15 @@ before | after)
   fi
   ;;
 esac
-record
-case $? in
-0) exit ;;
-2) exit 68 ;;
-esac
-# what a killed git, or the tenant, left is mended, and the index made anew from the last turn
-mend && rm -f "$GIT_DIR/index" && git read-tree turns && record && exit
+if [ "$whole" = 0 ]; then
+  record
+  case $? in
+  0) exit ;;
+  2) exit 68 ;;
+  esac
+fi
+# what a killed git, or the tenant, left is mended
+mend && indexed && record && exit
 # where that cannot be read either, the history begins again, and the broken one is kept for whoever wants to look
 ! git ls-tree -r turns >/dev/null 2>&1 || exit 1
 rm -rf "$GIT_DIR.broken"

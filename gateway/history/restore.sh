@@ -18,6 +18,7 @@ command -v git >/dev/null || exit 69
 cd "$GIT_WORK_TREE" || exit 1
 [ -e "$GIT_DIR/HEAD" ] || exit 66
 writing "$wait"
+indexed || exit 1
 of=$(git rev-parse -q --verify "$2^{commit}") && git merge-base --is-ancestor "$of" turns || exit 66
 parent=$(git rev-parse turns) || exit 1
 if [ "$side" = before ]; then

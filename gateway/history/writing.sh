@@ -23,11 +23,18 @@ writing() { # WAIT
   trap 'case $? in 0 | 6? | 75) rm -f "$begun" ;; esac' EXIT
 }
 
-# Removes what is in the way of git, and writes anew what is ours.
+# Removes what is in the way of git, and the index, which may have what no turn has; writes anew what is ours.
 mend() {
   find "$GIT_DIR/" '(' -name '*.lock' -o ! -type d ! -type f -o -path '*/objects/info/*' ')' -exec rm -rf {} +
-  rm -rf "$GIT_DIR/commondir" "$GIT_DIR/turn.begun"
+  rm -rf "$GIT_DIR/commondir" "$GIT_DIR/turn.begun" "$GIT_DIR/index"
   configure
+}
+
+# Makes the index from the last turn where it was removed.
+indexed() {
+  [ ! -e "$GIT_DIR/index" ] && git rev-parse -q --verify refs/heads/turns >/dev/null || return 0
+  git read-tree turns || return 1
+  git update-index -q --refresh || : # some have changed since
 }
 
 # Writes what git reads of a history beside its commits. All is recorded as the files are, byte for byte, whatever the

@@ -172,6 +172,29 @@ def test_turns_are_recorded_listed_and_gone_back_to(folder: Folder) -> None:
     assert folder.held() == {"a": "2"}
 
 
+@pytest.mark.parametrize("step", ["write-tree", "commit-tree", "update-ref"])
+def test_what_a_killed_one_was_recording_is_in_the_next_turn(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Alone, though its index has it already; and going back is still possible."""
+    folder.put(a="1", b="1")
+    first = folder.commit()
+    folder.put(a="2")
+    git = tmp_path / "bin/git"
+    git.parent.mkdir()
+    git.write_text(f'#!/bin/sh\n[ "$1" != {step} ] || kill -9 $PPID $$\nexec {shutil.which("git")} "$@"\n')
+    git.chmod(0o755)
+    with monkeypatch.context() as killing:
+        killing.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
+        code, _ = folder.run("commit", "all", "1000", "1", "title")
+    assert code == -9 and first is not None
+    turn = folder.commit()
+    assert turn is not None and turn.files == 1
+    assert folder.commit() is None
+    assert folder.run("restore", "before", turn.id, "1", "back")[0] == 0
+    assert folder.held() == {"a": "1", "b": "1"}
+
+
 def test_what_is_large_or_cannot_be_read_keeps_its_last_state(folder: Folder) -> None:
     folder.put(grows="small", stays="1", goes="1")
     folder.commit()

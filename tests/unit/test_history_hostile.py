@@ -123,8 +123,11 @@ def test_whatever_a_history_is_made_the_next_attempt_has_the_turn(tmp_path: Path
     """Where the first took too long and was ended; and the turns before are still there."""
     folder = Hostile(tmp_path)
     folder.does(script)
+    turn = folder.attempt(1)
+    if turn is None and not (folder.history / "turn.begun").exists():
+        turn = folder.attempt(1)  # on a busy machine the first one had not even begun
     # one that was ended may have recorded it just before, so that nothing is left for the next
-    turn = folder.attempt(1) or folder.attempt(30)
+    turn = turn or folder.attempt(30)
     known = folder.known()
     assert len(known) == 2 and known >= {folder.first.id, *(() if turn is None else (turn.id,))}
     assert not list(tmp_path.rglob("pwned"))
@@ -144,7 +147,8 @@ def test_a_killed_one_stands_in_nobodys_way(tmp_path: Path) -> None:
     for number in range(8):
         folder.put(a=str(number), **{f"f{one}": str(number) for one in range(40)})
         folder.attempt(0.002 + number * 0.004)
-        turn = folder.attempt(30)
-        changed = folder.run("diff", "turns", "9999", "0")[1]
-        assert turn is not None or b"a" in changed
+        folder.attempt(30)
+        git = {**os.environ, "GIT_DIR": str(folder.history)}
+        shown = subprocess.run(["git", "show", "turns:a"], env=git, stdout=subprocess.PIPE, check=True)
+        assert shown.stdout == str(number).encode(), "whichever of both recorded it"
         assert folder.attempt(30) is None, "all is on record"
