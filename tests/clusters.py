@@ -27,7 +27,12 @@ async def clustered(
         found[member] = await member_gateway(folder, member, *names, **environment)
     await asyncio.gather(*(gateway.start() for gateway in found.values()))
     try:
-        await asyncio.gather(*(known(gateway, *tenants.values()) for gateway in found.values()))
+        try:
+            await asyncio.gather(*(known(gateway, *tenants.values()) for gateway in found.values()))
+        except AssertionError as error:
+            for member, gateway in found.items():
+                error.add_note(f"{member} said: {gateway.log.read_text()[-2000:]}")
+            raise
         yield found
     finally:
         for gateway in found.values():
