@@ -357,10 +357,15 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     },
     "the stricter one of the two is in each run": {
         f"{_INTEGRATION}systemd.py": ("test_a_restart_leaves_commands_and_a_stop_ends_them[root]",),
+    },
+    "a clone is woken as test_a_sleeping_site_is_woken_by_its_first_visitors holds for any site": {
         f"{_INTEGRATION}idle.py": (
-            "test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors[False]",
+            "test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors",
             "test_a_clone_that_sleeps_since_an_earlier_version_is_woken",
         ),
+    },
+    "a variant of test_a_domain_is_served_when_its_patch_answers_and_the_old_one_no_more": {
+        f"{_INTEGRATION}domains.py": ("test_a_clone_is_led_to_when_its_patch_answers",),
     },
     "how long is what tests/unit/test_rootfs_workers.py holds": {
         f"{_INTEGRATION}files.py": ("test_idle_workers_end",),

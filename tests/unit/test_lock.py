@@ -94,7 +94,7 @@ def test_every_file_has_its_hash_and_no_place_is_named(name: str) -> None:
 def test_both_install_by_it() -> None:
     prepare = (ROOT / "deploy" / "prepare.sh").read_text()
     assert prepare.count("pip install") == 1 and prepare.count('"${pip[@]}"') == 2
-    assert '"${pip[@]}" --require-hashes --only-binary :all: -r "$lock"' in prepare
+    assert '"${pip[@]}" --quiet --no-deps --require-hashes --only-binary :all: -r\n' in prepare
     assert '"${pip[@]}" --no-deps --no-build-isolation "$@"' in prepare
     for script, name in (("deploy/quickstart", GATEWAY), ("tests/run", TESTS)):
         text = (ROOT / script).read_text()
