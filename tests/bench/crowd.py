@@ -2,9 +2,9 @@
 
 Every deployment must succeed; no time passes or fails, but each that has a goal is shown as a ratio of it.
 Times grow with whatever else the machine does; the CPU seconds of a deployment, by whose they are, hardly do.
-Tenants beyond `--awake` are stopped, the eldest first, where memory asks for it; from then on the numbers of
-a deployment include the stop of another tenant, which costs incusd about as much. It ends after `--minutes`
-whatever is done by then, says how far it came, and removes what it made.
+Tenants beyond `--awake` are stopped, the eldest first, where memory asks for it: after every twenty, while no
+deployment is under way, and what that costs is not counted. It ends after `--minutes` whatever is done by
+then, says how far it came, and removes what it made.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class Crowd:
         self.times: list[float] = []
         self.phases: defaultdict[str, list[float]] = defaultdict(list)  # milliseconds, by name
         self.spent: list[dict[str, float]] = []  # CPU seconds so far, at the end of each deployment
+        self._apart = defaultdict[str, float](float)  # those that are not counted
         self.sources: Counter[str] = Counter()
         self.failed: list[Any] = []
         self._recorded: set[str] = set()  # tenants whose history has begun
@@ -133,12 +134,28 @@ class Crowd:
         hearing = asyncio.create_task(self._hear(subscribed))
         try:
             await asyncio.wait_for(subscribed.wait(), _LONGEST)
-            self.spent.append(spent(self.host, self.names))
-            await asyncio.gather(*(self._one(number, deadline, template) for number in numbers))
+            self.spent.append(self._spent())
+            together = count if count <= self._awake else _TOLD
+            for first in range(0, count, together):
+                part = numbers[first : first + together]
+                await asyncio.gather(*(self._one(number, deadline, template) for number in part))
+                await self._lay_to_rest()
             await self._all_recorded()
         finally:
             hearing.cancel()
             await asyncio.gather(hearing, return_exceptions=True)
+
+    def _spent(self) -> dict[str, float]:
+        return {who: seconds - self._apart[who] for who, seconds in spent(self.host, self.names).items()}
+
+    async def _lay_to_rest(self) -> None:
+        """Stop the eldest beyond those that may be awake."""
+        before = self._spent()
+        while len(self._running) > self._awake:
+            await self.host.call("POST", f"/v1/tenants/{self._running.popleft()}/stop")
+        after = self._spent()
+        for who in after:
+            self._apart[who] += after[who] - before[who]
 
     async def _all_recorded(self) -> None:
         """Wait until the history of each tenant that is awake has begun, which waits for deployments."""
@@ -158,7 +175,7 @@ class Crowd:
             began = time.monotonic()
             record = await self._deployed({"domain": f"crowd{number}.test", "template": template})
             self.times.append((time.monotonic() - began) * 1000)
-            self.spent.append(spent(self.host, self.names))
+            self.spent.append(self._spent())
             self.sources[record["source"]] += 1
             for phase in record["phases"]:
                 self.phases[phase["name"]].append(phase["ms"] or 0)
@@ -171,8 +188,6 @@ class Crowd:
             if len(self.names) % _TOLD == 0:
                 last = f"of the last {_TOLD} p50 {median(self.times[-_TOLD:]):.0f} ms"
                 print(f"{len(self.names)} tenants; {last}; {costs(self.spent[-_TOLD - 1 :])}", flush=True)
-            while len(self._running) > self._awake:
-                await self.host.call("POST", f"/v1/tenants/{self._running.popleft()}/stop")
 
     async def _deployed(self, request: dict[str, str]) -> dict[str, Any]:
         """Deploy, and return the record once it is over."""
@@ -324,13 +339,7 @@ def of_the_network(wanted: int) -> int:
 
 async def run(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.minutes * 60
-    import os as _os
-
-    async with crowd_of(
-        options.awake,
-        full_quotas=options.full_quotas,
-        **({"history": False} if _os.environ.get("NOHIST") else {}),
-    ) as crowd:
+    async with crowd_of(options.awake, full_quotas=options.full_quotas) as crowd:
         await crowd.make(of_the_network(options.tenants), deadline)
         crowd.report()
         await asyncio.sleep(5)  # what was begun for the next ones ends
