@@ -281,7 +281,7 @@ class Daemon:
             os.kill(pid, number)
 
     def erase(self) -> None:
-        """Remove everything of a stopped daemon: its mounts, its bridges' DHCP servers, its files.
+        """Remove everything of a stopped daemon: its mounts, its bridges with their DHCP servers, its files.
 
         For tests and for starting afresh; refuses while the daemon is running.
         """
@@ -294,6 +294,9 @@ class Daemon:
         for _, pid in self._name_servers():
             if pid is not None:
                 self._signal(pid, signal.SIGTERM)
+        for bridge in self.root.glob("networks/*"):  # no later daemon would take one over
+            if Path("/sys/class/net", bridge.name, "bridge").is_dir():
+                subprocess.run(["ip", "link", "delete", bridge.name], check=False, capture_output=True)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _name_servers(self) -> list[tuple[Path, int | None]]:

@@ -128,3 +128,15 @@ async def test_a_clustered_one_is_served(daemon: Daemon, tmp_path: Path) -> None
             assert (answer.status, (await answer.json())["unanswered"]) == (200, [])
     finally:
         assert await gateway.stop() == 0
+
+
+def test_erasing_takes_bridges_along(daemon: Daemon) -> None:
+    """Else the next daemon in that folder could not have one of that name."""
+    daemon.ensure(silent)
+    bridge = f"gwerased{environment.HOST}"
+    words = ["incus", "network", "create", bridge, "ipv4.address=none", "ipv6.address=none"]
+    subprocess.run(words, env=daemon.environment, check=True, capture_output=True)
+    assert Path("/sys/class/net", bridge).exists()
+    daemon.kill()
+    daemon.erase()
+    assert not Path("/sys/class/net", bridge).exists()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gateway.caddy import Caddy
+from gateway.caddy.admin import Admin
+from gateway.caddy.errors import CaddyFailed
 from gateway.errors import InvalidParams
 from gateway.hostnames import DomainReserved
 from gateway.settings import Settings
@@ -81,3 +83,31 @@ async def test_what_is_no_name_as_caddy_looks_it_up_makes_no_link(tmp_path: Path
             caddy.set(name, "10.0.0.9:3000")
         assert caddy.reconcile({name: "10.0.0.9:3000"}, (), ()) == []
         assert [*caddy.routes.iterdir()] == []
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+async def test_an_api_that_is_just_being_replaced_is_asked_again(tmp_path: Path, cut: int) -> None:
+    """Another configuration, by whomever, cuts off what is asked then; one that stays away is told."""
+    asked = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await reader.readuntil(b"\r\n\r\n")
+        if asked > cut:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    place = str(tmp_path / "admin.sock")
+    async with await asyncio.start_unix_server(serve, place):
+        admin = Admin(place)
+        admin.open()
+        try:
+            if cut == 3:
+                with pytest.raises(CaddyFailed, match="does not answer"):
+                    await admin.ask("POST", "/load", {})
+            else:
+                assert await admin.ask("POST", "/load", {}) == {}
+        finally:
+            await admin.close()
+    assert asked == min(cut + 1, 3)
