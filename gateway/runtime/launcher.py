@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from gateway.errors import ExecFailed, InvalidParams, TooLarge, Unavailable
-from gateway.runtime import Killed
+from gateway.runtime import Killed, Pty
 
 START_SCRIPT: Final = Path(__file__).with_name("start.sh").read_text()
 WAIT_SCRIPT: Final = Path(__file__).with_name("wait.sh").read_text()
@@ -99,11 +99,11 @@ def command_line(
     cwd: str,
     env: Mapping[str, str],
     merged: bool = False,
-    terminal: bool = False,
+    pty: Pty | None = None,
 ) -> bytes:
     """Return the input that makes a waiting shell run `argv`: one line, which if long reads the rest itself.
 
-    On a terminal it is always one line, because bash reads ahead there.
+    On a terminal it is always one line, because bash reads ahead there; the shell gives it the size `pty`.
 
     The shell exports the environment last. Variables special to a shell are passed under other names, and
     `env` restores them; as arguments of `env` they would appear in the tenant's process list. Raises
@@ -123,14 +123,15 @@ def command_line(
         names += [f"{name}=${{{place}}}" for name, place in held.items()]
         words = ["/usr/bin/env", "-S", quote(" ".join(names)), *words]
     path = quote(env["PATH"]) if "PATH" in env else '"$PATH"'
-    steps = [f"enter {quote(cwd)} {quote(argv[0])} {path}"]
+    size = "" if pty is None else f" {pty.rows} {pty.cols}"
+    steps = [f"enter {quote(cwd)} {quote(argv[0])} {path}{size}"]
     if env:
         exported = (f"{held.get(name, name)}={quote(value)}" for name, value in env.items())
         steps.append(f"export {' '.join(exported)}")
     steps.append("printf '\\001K\\n' >&2")
     steps.append(f"exec {' '.join(words)}{' 3>&2 2>&1' if merged else ''}")
     line = "; ".join(steps).encode("utf-8", "surrogateescape")
-    if terminal or len(line) <= _LINE:
+    if pty is not None or len(line) <= _LINE:
         return line + b"\n"
     # in braces, so that nothing runs if the end is missing
     line = b"{ %b\n}" % line

@@ -12,8 +12,9 @@
 #         program's own exit codes.
 # Exit:   0 if the input ends without a line, 126 or 127 after an E, else that of the command.
 
-enter() { # FOLDER PROGRAM PATH: enters the folder and checks whether the program can be run
-  [ -z "$_gateway_modes" ] || stty "$_gateway_modes"
+enter() { # FOLDER PROGRAM PATH [ROWS COLUMNS]: enters the folder and checks whether the program can be run
+  # Incus changes the size, too, but perhaps only when the command has looked
+  [ -z "$_gateway_modes" ] || stty ${4:+rows "$4" cols "$5"} "$_gateway_modes"
   cd -- "$1" 2>/dev/null || {
     printf '\001E cwd\n' >&2
     exit 126

@@ -742,9 +742,16 @@ async def test_what_one_forked_ahead_holds(workers: Workers, root: LaidRoot) -> 
     waiting = await forked_ahead(workers, [first])
     assert workers.broker._process is not None
     broker = workers.broker._process.pid
-    # just forked: the broker holds that end too, and its group is still being entered
-    await until(lambda: len(held(waiting) - held(broker)) == 1, every=0.01)
-    (control,) = held(waiting) - held(broker)
+    found = set[str]()
+
+    def only_its_own() -> bool:
+        # just forked: the broker holds that end too, and its group is still being entered
+        found.clear()
+        found.update(held(waiting) - held(broker))
+        return len(found) == 1
+
+    await until(only_its_own, every=0.01)
+    (control,) = found
     assert control.startswith("socket:")
     assert Path(f"/proc/{waiting}/status").read_text().count("\nUid:\t0\t0\t0\t0\n") == 1
     other = make_root(root.path.parent, "other")

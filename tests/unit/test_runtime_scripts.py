@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 
 from gateway.errors import ExecFailed
 from gateway.rootfs.process_tree import MARKER, PARENT
-from gateway.runtime import Killed
+from gateway.runtime import Killed, Pty
 from gateway.runtime.launcher import (
     DRAIN_SCRIPT,
     KILL_SCRIPT,
@@ -402,7 +402,7 @@ def test_a_terminal_is_drained_and_keeps_its_modes(shell: tuple[str, ...]) -> No
 
 
 def test_a_line_for_a_terminal_is_neither_echoed_nor_cut(shell: tuple[str, ...]) -> None:
-    """Its modes are restored for the command."""
+    """Its modes are restored for the command, and it has the size that was asked for."""
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
     command = start_command(f"test-{secrets.token_hex(8)}", None, looks=0, terminal=True)
@@ -416,7 +416,10 @@ def test_a_line_for_a_terminal_is_neither_echoed_nor_cut(shell: tuple[str, ...])
                 preamble.feed(os.read(master, 65536))
             assert termios.tcgetattr(slave) != before
             line = command_line(
-                ("sh", "-c", "stty -a; echo $TERM ${#1}", "sh", "x" * 9000), cwd="/", env={}, terminal=True
+                ("sh", "-c", "stty size; stty -a; echo $TERM ${#1}", "sh", "x" * 9000),
+                cwd="/",
+                env={},
+                pty=Pty(cols=91, rows=21),
             )
             while line:
                 line = line[os.write(master, line[:1000]) :]
@@ -426,6 +429,7 @@ def test_a_line_for_a_terminal_is_neither_echoed_nor_cut(shell: tuple[str, ...])
             while b"9000" not in said:
                 said += os.read(master, 65536)
             assert b"xxxx" not in said and b"xterm-256color 9000\r\n" in said
+            assert said.startswith(b"21 91\r\n")
             assert waiting.wait(10) == 0
             assert termios.tcgetattr(slave) == before
         finally:

@@ -32,10 +32,8 @@ class Assignment:
     def line(self) -> bytes:
         """Return the line to send to the shell. Raises `InvalidParams` if a line cannot carry it."""
         spec = self.spec
-        terminal = spec.pty is not None
-        return command_line(
-            spec.argv, cwd=self.cwd, env=spec.env, merged=spec.merged and not terminal, terminal=terminal
-        )
+        merged = spec.merged and spec.pty is None
+        return command_line(spec.argv, cwd=self.cwd, env=spec.env, merged=merged, pty=spec.pty)
 
 
 class IncusShell:

@@ -40,10 +40,8 @@ class LocalCommands:
             raise InvalidParams("the local runtime runs commands only as its own user", field="user")
         exec_id = secrets.token_hex(8)
         cwd = self._folder(name, spec.cwd)
-        terminal = spec.pty is not None
-        line = command_line(
-            spec.argv, cwd=cwd, env=spec.env, merged=spec.merged and not terminal, terminal=terminal
-        )
+        merged = spec.merged and spec.pty is None
+        line = command_line(spec.argv, cwd=cwd, env=spec.env, merged=merged, pty=spec.pty)
         preamble = Preamble()
         preamble.asked(spec.argv[0][:200], (spec.cwd or "")[:200], "")
         process = LocalProcess(exec_id, preamble, settings.cancel_timeout)
