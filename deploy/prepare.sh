@@ -274,7 +274,7 @@ installer() { # VENV: sets $pip
 # Most of an installation is waiting for answers: parts at the same time take half as long. The file has all that is
 # needed. By xargs, since a shell would have its background jobs ignore interrupts.
 in_parts() { # installs what the files in $parts name with $pip
-  printf '%s\n' "$parts"/* | xargs -n 1 -P 3 "${pip[@]}" --quiet --no-deps --require-hashes --only-binary :all: -r
+  printf '%s\0' "$parts"/* | xargs -0 -n 1 -P 3 "${pip[@]}" --quiet --no-deps --require-hashes --only-binary :all: -r
 }
 
 ensure_venv_packages() { # VENV LOCKFILE

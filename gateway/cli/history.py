@@ -102,9 +102,10 @@ def _latest(tenant: str, turns: Sequence[Mapping[str, Any]]) -> str:
     """
     since = [*itertools.takewhile(lambda one: one["kind"] not in ("deployed", "first"), turns)]
     if not since:
+        began = "it was deployed" if turns[0]["kind"] == "deployed" else "its history began"
         raise Failed(
-            f"nothing has changed since {tenant} was deployed; for an earlier turn, "
-            f"name it: incus-gateway history {tenant}"
+            f"nothing has changed in {tenant} since {began}; to undo an earlier turn, name it "
+            f"(incus-gateway history {tenant} lists them)"
         )
     return str(next((one for one in since if one["kind"] != "outside"), since[0])["turn"])
 

@@ -378,9 +378,11 @@ def test_undo_takes_back_the_latest_since_the_deployment(kinds: tuple[str, ...],
     assert _latest("demo", turns) == str(undone)
 
 
-@pytest.mark.parametrize("kind", ["deployed", "first"])
-def test_undo_does_not_take_back_a_deployment(kind: str) -> None:
-    with pytest.raises(Failed, match="incus-gateway history demo"):
+@pytest.mark.parametrize(
+    ("kind", "since"), [("deployed", "since it was deployed"), ("first", "since its history began")]
+)
+def test_undo_does_not_take_back_a_deployment(kind: str, since: str) -> None:
+    with pytest.raises(Failed, match=rf"{since}; .*incus-gateway history demo"):
         _latest("demo", [{"turn": "1", "kind": kind}, {"turn": "0", "kind": "turn"}])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,35 @@ def test_turns_are_recorded_listed_and_gone_back_to(folder: Folder) -> None:
     assert folder.held() == {"a": "2"}
 
 
+@contextlib.contextmanager
+def killed_at(step: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have a script killed where it runs this word of git."""
+    git = place / "bin/git"
+    git.parent.mkdir(exist_ok=True)
+    git.write_text(f'#!/bin/sh\n[ "$1" != {step} ] || kill -9 $PPID $$\nexec {shutil.which("git")} "$@"\n')
+    git.chmod(0o755)
+    with monkeypatch.context() as killing:
+        killing.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
+        yield
+
+
+def test_going_back_after_a_kill_changes_what_it_should(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The killed one had gone back already, but not recorded it."""
+    folder.put(a="1")
+    first = folder.commit()
+    folder.put(a="2", b="2")
+    second = folder.commit()
+    assert first is not None and second is not None
+    with killed_at("commit-tree", tmp_path, monkeypatch):
+        assert folder.run("restore", "after", first.id, "1", "back")[0] == -9
+    assert folder.held() == {"a": "1"}
+    folder.put(a="2", b="2")  # as somebody made it again
+    assert folder.run("restore", "after", first.id, "1", "back")[0] == 0
+    assert folder.held() == {"a": "1"}
+
+
 @pytest.mark.parametrize("step", ["write-tree", "commit-tree", "update-ref"])
 def test_what_a_killed_one_was_recording_is_in_the_next_turn(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -180,14 +211,9 @@ def test_what_a_killed_one_was_recording_is_in_the_next_turn(
     folder.put(a="1", b="1")
     first = folder.commit()
     folder.put(a="2")
-    git = tmp_path / "bin/git"
-    git.parent.mkdir()
-    git.write_text(f'#!/bin/sh\n[ "$1" != {step} ] || kill -9 $PPID $$\nexec {shutil.which("git")} "$@"\n')
-    git.chmod(0o755)
-    with monkeypatch.context() as killing:
-        killing.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
-        code, _ = folder.run("commit", "all", "1000", "1", "title")
-    assert code == -9 and first is not None
+    with killed_at(step, tmp_path, monkeypatch):
+        assert folder.run("commit", "all", "1000", "1", "title")[0] == -9
+    assert first is not None
     turn = folder.commit()
     assert turn is not None and turn.files == 1
     assert folder.commit() is None
