@@ -141,7 +141,7 @@ class Routes:
     def get(self, domain: str) -> str | None:
         """Return the target of a domain, or None."""
         try:
-            return (self.routes / domain).readlink().name
+            return os.path.basename(os.readlink(f"{self.routes}/{domain}"))
         except OSError:
             return None
 
@@ -177,7 +177,7 @@ class Routes:
 
     def listed(self) -> dict[str, str]:
         """Return the target of each domain."""
-        found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir() if entry.name != PROBE}
+        found = {name: self.get(name) for name in os.listdir(self.routes) if name != PROBE}
         return {domain: target for domain, target in found.items() if target is not None}
 
     def reconcile(
@@ -190,7 +190,7 @@ class Routes:
         changed = []
         leave = {*leave, self._home(), PROBE}
         for domain, target in wanted.items():
-            healthy = self.get(domain) == target and (self._targets / target / target).exists()
+            healthy = self.get(domain) == target and os.path.exists(f"{self._targets}/{target}/{target}")
             if domain not in leave and not healthy:
                 try:
                     self.set(domain, target)
@@ -198,18 +198,19 @@ class Routes:
                     log.warning("cannot route %r: %s", domain, error)
                 else:
                     changed.append(domain)
-        for entry in list(self.routes.iterdir()):
-            if (entry.name not in wanted or reserved(entry.name, self._own)) and entry.name not in leave:
-                self.unset(entry.name)
-                changed.append(entry.name)
-        for entry in list(self.sockets.iterdir()):
-            if entry.name not in sockets:
-                entry.unlink(missing_ok=True)
+        for name in os.listdir(self.routes):
+            if (name not in wanted or reserved(name, self._own)) and name not in leave:
+                self.unset(name)
+                changed.append(name)
+        for name in os.listdir(self.sockets):
+            if name not in sockets:
+                (self.sockets / name).unlink(missing_ok=True)
         with self._setting:
             used = {*self.listed().values(), self.get(PROBE)}
-            for place in list(self._targets.iterdir()):
+            for name in {*os.listdir(self._targets)} - used:
+                place = self._targets / name
                 if place.is_symlink():  # left by a gateway that was killed before it was a route
                     place.unlink()
-                elif place.name not in used:
+                else:
                     shutil.rmtree(place, ignore_errors=True)
         return changed

@@ -3,8 +3,10 @@
 Every deployment must succeed; no time passes or fails, but each that has a goal is shown as a ratio of it.
 Times grow with whatever else the machine does; the CPU seconds of a deployment, by whose they are, hardly do.
 Tenants beyond `--awake` are stopped, the eldest first, where memory asks for it: after every twenty, while no
-deployment is under way, and what that costs is not counted. It ends after `--minutes` whatever is done by
-then, says how far it came, and removes what it made.
+deployment is under way, and what that costs is not counted. The host of a virtual machine may take back what
+memory is free, and the first use of a page is slow then: `--touch` uses so much of it once before, as on a
+server of its own. It ends after `--minutes` whatever is done by then, says how far it came, and removes what
+it made.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import mmap
 import os
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -39,6 +42,22 @@ _TOUCHES: Final = 40
 _TOLD: Final = 20  # deployments, or removals, between two lines of progress
 _LONGEST: Final = 300.0  # seconds of one of either
 _REMOVALS: Final = 8  # at once
+
+
+@contextlib.contextmanager
+def touched(mebibytes: int) -> Iterator[None]:
+    """Use so much memory once and free it, but for a page of each MiB: the host takes back whole blocks."""
+    if not mebibytes:
+        yield
+        return
+    with mmap.mmap(-1, mebibytes * MiB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        for start in range(0, len(memory), MiB):
+            memory[start : start + MiB] = b"x" * MiB
+        for start in range(0, len(memory), MiB):
+            memory.madvise(mmap.MADV_DONTNEED, start + mmap.PAGESIZE, MiB - mmap.PAGESIZE)
+        print(f"{mebibytes} MiB of memory were used once", flush=True)
+        yield
 
 
 def at(values: Sequence[float], share: float) -> float:
@@ -359,10 +378,13 @@ def main() -> int:
     parser.add_argument("--tenants", type=int, default=200, help="sites to deploy (default: 200)")
     parser.add_argument("--awake", type=int, help="that run at a time (default: by the memory that is free)")
     parser.add_argument("--full-quotas", action="store_true", help="instead of simple ones")
+    parser.add_argument("--touch", type=int, default=0, metavar="MIB", help="memory to use once before")
     parser.add_argument("--minutes", type=float, default=10.0, help="after which no further one is begun")
     parser.add_argument("--rest", type=float, default=30.0, help="seconds of the look at the gateway's CPU")
     try:
-        return asyncio.run(run(parser.parse_args()))
+        options = parser.parse_args()
+        with touched(options.touch):
+            return asyncio.run(run(options))
     except HostError as error:
         print(f"failed: {error.message}", file=sys.stderr)
         return 1
