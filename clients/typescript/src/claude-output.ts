@@ -59,9 +59,10 @@ export class LiveOutput {
   /** Waits until all output of an ended command has been delivered. */
   async finish(call: string, { structuredContent: { exec, status } }: ToolResult): Promise<void> {
     if (typeof exec !== "string") return;
-    // a short command may have ended before its start event comes; do not follow it then
-    const following = this.#follow(call, exec);
+    // a short command may have ended before its start is told; do not follow it then
+    this.#expected.delete(call);
     this.#starting.delete(exec);
+    const following = this.#follow(call, exec);
     void following.then(() => this.#followed.delete(exec));
     if (status === "running") return;
     let timer: ReturnType<typeof setTimeout> | undefined;
