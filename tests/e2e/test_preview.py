@@ -92,6 +92,30 @@ async def test_a_page_is_gone_back_from_and_its_errors_are_shown_only_where_one_
     assert "native code" in said
 
 
+async def test_a_link_that_is_followed_before_its_page_has_loaded_leads_to_a_page_that_reports(
+    editor: OpenEditor, pages: str
+) -> None:
+    window, view = await opened(editor)
+    window.watched.expected.append("nothing is not defined")
+    address = view.get_by_label("Address of the site")
+    errors = view.get_by_role("log", name="Errors and warnings")
+    await view.get_by_role("button", name="Show the page's errors").click()
+    held = asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await held.wait()
+        await route.abort()
+
+    await window.page.route("**/none.png", hold)
+    await address.fill("/pages/broken.html")
+    await address.press("Enter")
+    await expect(errors).to_contain_text("nothing is not defined")
+    await window.site.get_by_role("link", name="second").click(no_wait_after=True)
+    await expect(errors).to_contain_text("of the second")
+    await expect(address).to_have_value(f"http://shop.localhost:{_port(window)}/pages/second.html")
+    held.set()
+
+
 def _port(window: Editor) -> str:
     return window.watched.address.rpartition(":")[2]
 

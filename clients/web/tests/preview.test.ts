@@ -1,5 +1,5 @@
-import { expect, test } from "vitest";
-import { here, type Line, NOWHERE, reported, step, told, visit } from "../src/editor/state/preview.js";
+import { expect, test, vi } from "vitest";
+import { here, type Line, NOWHERE, Pages, reported, step, told, visit } from "../src/editor/state/preview.js";
 
 const SITE = "https://shop.example.com";
 
@@ -41,6 +41,51 @@ test.each([
   { gatewayPreview: "error", text: "x", url: `${SITE}/${"x".repeat(2000)}` },
 ])("nothing else is heard: %j", (data) => {
   expect(reported(data, SITE)).toBeNull();
+});
+
+const SECOND = `${SITE}/second`;
+const load = (pages: Pages) => pages.loaded();
+const report = (kind: "page" | "going" | "error") => (pages: Pages) => {
+  pages.hear({ kind, text: kind === "going" ? SECOND : "", url: `${SITE}/` });
+};
+const [page, going, error] = [report("page"), report("going"), report("error")];
+const late = () => vi.advanceTimersByTimeAsync(600);
+
+test.each([
+  ["one that reports", [page, load], ["reports"]],
+  ["one that reports late", [load, late, page], ["reports"]],
+  ["one without the script", [load], ["silent"]],
+  ["one that a link leads to", [page, load, going, late, load], ["reports", SECOND]],
+  ["a link followed before its page had loaded", [page, going, load], [SECOND]],
+  ["a link followed as its page was loaded", [page, going, load, late, load], ["reports", SECOND]],
+  [
+    "a link's page that reports",
+    [page, load, going, load, late, page, load],
+    ["reports", "reports", "reports"],
+  ],
+  [
+    "a link that leads nowhere",
+    [page, load, going, page, load, error, load],
+    ["reports", "reports", "silent"],
+  ],
+])("each page that loads is known: %s", async (_, happens, known) => {
+  vi.useFakeTimers();
+  const pages = new Pages();
+  const loads: Promise<unknown>[] = [];
+  for (const happen of happens) {
+    const done: unknown = happen(pages);
+    if (happen === load) loads.push(done as Promise<unknown>);
+    else await done;
+  }
+  await vi.advanceTimersByTimeAsync(2000);
+  expect((await Promise.all(loads)).map(String)).toEqual(known);
+  vi.useRealTimers();
+});
+
+test("so many reports of one page are shown at most", () => {
+  const pages = new Pages();
+  const told = Array.from({ length: 1000 }, () => pages.hear({ kind: "error", text: "", url: SITE }));
+  expect(told.filter(Boolean)).toHaveLength(500);
 });
 
 test("lines are counted where they repeat, and are so many at most", () => {

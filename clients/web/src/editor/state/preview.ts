@@ -58,6 +58,45 @@ function printable(text: string): string {
   return text.replace(/(?!\n)[\p{Cc}\p{Bidi_Control}]/gu, " ");
 }
 
+/** Milliseconds after a page has loaded for its script to report. */
+const SILENCE = 700;
+/** Reports read from one page; any more are ignored. */
+const HEARD = 500;
+
+/** Tells from the reports of a frame's pages, and from their loads, which page came without the script. */
+export class Pages {
+  #count = 0;
+  #reports = false;
+  /** Where a link of the last page that reports leads. */
+  #going: string | null = null;
+  #loads = 0;
+
+  /** Returns whether to show this report. */
+  hear({ kind, text }: Report): boolean {
+    if (++this.#count > HEARD) return false;
+    if (kind === "page") [this.#reports, this.#going] = [true, null];
+    if (kind === "going") this.#going = text;
+    return kind !== "going";
+  }
+
+  /**
+   * To be called when a page has loaded. Returns "silent" for one without the script, or, if a link led to it, its address:
+   * to be loaded again with the script.
+   */
+  async loaded(): Promise<"reports" | "silent" | URL> {
+    const load = ++this.#loads;
+    const left = this.#going !== null; // perhaps before it had loaded, and this is the next one
+    const known = this.#reports && !left;
+    [this.#count, this.#reports] = [0, false];
+    if (known) return "reports";
+    await new Promise((resolve) => setTimeout(resolve, SILENCE));
+    if (this.#reports || load !== this.#loads) return "reports"; // or will be told of the later one
+    const going = this.#going;
+    this.#going = null;
+    return going === null ? "silent" : new URL(going);
+  }
+}
+
 export interface Line {
   readonly kind: "error" | "warning" | "note";
   readonly text: string;

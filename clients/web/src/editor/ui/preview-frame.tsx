@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import { remembered } from "../state/layout.js";
-import { type Report, reported } from "../state/preview.js";
+import { Pages, type Report, reported } from "../state/preview.js";
 import { allows, session } from "../state/session.js";
 import type { Workspace } from "../state/workspace.js";
 import { Empty, Spinner } from "./parts.js";
@@ -65,12 +65,13 @@ export function Frame(props: {
     return () => clearTimeout(timer);
   }, [shown.is, round]);
   const frame = useRef<HTMLIFrameElement>(null);
-  const next = useHearing(frame, inspected === null ? null : new URL(url).origin, hear, hush);
+  const pages = useHearing(frame, inspected === null ? null : new URL(url).origin, hear);
   const loaded = async () => {
     if (shown.is === "loading") setShown({ ...shown, is: "there" });
-    const page = await next();
-    if (page !== null && inspected !== null && frame.current !== null)
-      frame.current.src = withKey(page, inspected);
+    const page = await pages.current?.loaded();
+    if (page === "silent") hush();
+    if (page instanceof URL && inspected !== null && frame.current !== null)
+      frame.current.src = withKey(page.href, inspected);
     if (asked && !(await answers(current))) askAgain((before) => before + 1);
   };
   const host = useRef<HTMLDivElement>(null);
@@ -128,46 +129,29 @@ function withKey(url: string, { parameter, key }: { parameter: string; key: stri
   return address.href;
 }
 
-/** Milliseconds after a page has loaded for its script to report. */
-const SILENCE = 700;
-/** Messages read from one page; any more are ignored. */
-const HEARD = 500;
-
-/**
- * Receives the reports of a frame's page. Returns a function to call when a page has loaded: it returns the page to load
- * again with the script, if a link has led to it and it came without, or null.
- */
+/** Receives the reports of a frame's pages. Returns what each page is that has loaded, once one is inspected. */
 function useHearing(
   frame: { readonly current: HTMLIFrameElement | null },
   site: string | null,
   hear: (report: Report) => void,
-  hush: () => void,
-): () => Promise<string | null> {
-  const state = useRef({ count: 0, there: false, going: null as string | null });
+): { readonly current: Pages | null } {
+  const pages = useRef<Pages | null>(null);
   useEffect(() => {
-    state.current = { count: 0, there: false, going: null };
     if (site === null) return;
+    const its = new Pages();
+    pages.current = its;
     const listen = ({ source, origin, data }: MessageEvent) => {
       if (origin !== site || source !== frame.current?.contentWindow) return;
-      if (++state.current.count > HEARD) return;
       const report = reported(data, site);
-      if (report === null) return;
-      if (report.kind === "page") state.current.there = true;
-      if (report.kind === "going") state.current.going = report.text;
-      else hear(report);
+      if (report !== null && its.hear(report)) hear(report);
     };
     addEventListener("message", listen);
-    return () => removeEventListener("message", listen);
+    return () => {
+      removeEventListener("message", listen);
+      pages.current = null;
+    };
   }, [site, frame, hear]);
-  return async () => {
-    if (site === null) return null;
-    if (!state.current.there) await new Promise((resolve) => setTimeout(resolve, SILENCE));
-    const { there, going } = state.current;
-    state.current = { count: 0, there: false, going: null };
-    if (there) return null;
-    if (going === null) hush();
-    return going;
-  };
+  return pages;
 }
 
 /** Whether there is something to show: a page, even the site's own error, or a site to wake. */
