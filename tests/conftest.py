@@ -64,7 +64,7 @@ _left_out: dict[str, int] = {}  # by worker: each collects all tests
 class Progress:
     """Names what fails at once: a run that is cut off tells nothing at its end.
 
-    Then tells which files took longest, for LONGEST: who ends long before the other worker, waits for it.
+    Then tells which files took longest, for LONGEST: a worker that ends long before another waits for it.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -86,7 +86,7 @@ class Progress:
         terminalreporter.line(f"the files that took longest: {', '.join(told)}")
         if self._ended:
             early = max(self._ended.values()) - min(self._ended.values())
-            terminalreporter.line(f"one worker ended {early:.0f} s before the other")
+            terminalreporter.line(f"one worker ended {early:.0f} s before another")
 
 
 def pytest_configure(config: pytest.Config) -> None:

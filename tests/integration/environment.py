@@ -25,11 +25,13 @@ from gateway.host.setup import setup
 from gateway.rootfs import process_tree
 from gateway.settings import Settings
 
-_HOSTS = 100  # for first workers; those of second workers follow
+_HOSTS = 100  # for first workers; those of the next ones follow
 HOST = int(os.environ.get("GATEWAY_TEST_HOST", "0")) + _HOSTS * int(
     os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
 )
 INCUS_DIR = Path(f"/var/lib/incus-gateway-test{HOST or ''}")
+NETWORK = f"10.{83 + HOST // 200}.{HOST % 200}"
+"""The first three numbers of its addresses."""
 RUNNER = INCUS_DIR / "tests-run"
 """Names the `tests/run` that started the daemon, `PID:START`, so that the next one knows a killed one's."""
 
@@ -42,7 +44,7 @@ def settings(**changes: Any) -> Settings:
     fields: dict[str, Any] = {
         "incus_socket": INCUS_DIR / "unix.socket",
         "network": f"gwtestbr{HOST}",
-        "network_ipv4": f"10.83.{HOST}.1/24",
+        "network_ipv4": f"{NETWORK}.1/24",
         "pool": "gwtest",
         "tenant_disk": "2GiB",
         "tenant_memory": "512MiB",  # enough for the tests, on a machine of any size

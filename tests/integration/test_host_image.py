@@ -17,8 +17,8 @@ def test_boots_without_a_failed_unit(shared_tenant: Container) -> None:
 
 def test_an_instance_without_an_address_asks_for_one(shared_tenant: Container) -> None:
     """networkd takes address and route from the bridge, which is its resolver too."""
-    bridge = f"10.83.{environment.HOST}.1"
-    assert shared_tenant.address().startswith("10.83.")
+    bridge = f"{environment.NETWORK}.1"
+    assert shared_tenant.address().startswith(f"{environment.NETWORK}.")
     assert shared_tenant.sh("ip -4 route show default").startswith(f"default via {bridge} ")
     assert shared_tenant.sh("cat /etc/resolv.conf") == f"nameserver {bridge}\n"
     assert shared_tenant.sh("cat /etc/default/bridge") == f"BRIDGE={bridge}\n"

@@ -191,7 +191,7 @@ def test_a_stolen_mac_draws_no_traffic(
     mac = other.sh("cat /sys/class/net/eth0/address").strip()
     one.sh(f"ip link set eth0 down; ip link set eth0 address {mac}; ip link set eth0 up; sleep 1")
     one.sh(
-        "ip address add 10.83.99.9/16 dev eth0; "
+        f"ip address add {environment.NETWORK.rpartition('.')[0]}.99.9/16 dev eth0; "
         f"for i in 1 2 3; do ping -c1 -W1 {_gateway(other)}; done; true",
         check=False,
     )
