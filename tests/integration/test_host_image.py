@@ -6,6 +6,7 @@ import subprocess
 
 from tests.integration import environment
 from tests.integration.conftest import BOOTED, Container
+from tests.waits import until_true
 
 
 def test_boots_without_a_failed_unit(shared_tenant: Container) -> None:
@@ -39,8 +40,9 @@ def test_one_with_an_address_runs_next_to_nothing(tenant: Container) -> None:
     tenant.sh(BOOTED)
     assert tenant.sh("systemctl is-system-running; systemctl --failed --no-legend").strip() == "running"
     assert tenant.address() == address
-    assert mac in subprocess.run(["ip", "neighbour", "show", address], capture_output=True, text=True).stdout
-    tenant.sh("while pgrep -x ping >/dev/null; do sleep 0.05; done")  # it told the bridge its address
+    known = ["ip", "neighbour", "show", address]
+    until_true(lambda: mac in subprocess.run(known, capture_output=True, text=True).stdout)  # by a ping
+    tenant.sh("while pgrep -x ping >/dev/null; do sleep 0.05; done")
     assert tenant.sh("ps -e -o comm= | sort").split() == ["ps", "sh", "sort", "systemd", "systemd-journal"]
     assert tenant.sh("getent ahostsv4 localhost; ip -4 route show default").count("\n") > 1
     # a user of the tenant asks systemd over the bus
