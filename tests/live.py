@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import functools
+import itertools
 import os
 import random
 import signal
 import socket
+import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +170,34 @@ class Wire:
         await asyncio.gather(self._reader, return_exceptions=True)
 
 
+# below those from which the kernel takes one for any connection
+_PORTS = range(10_240, 32_768)
+_OF_A_PROCESS = 256
+
+
+@functools.cache
+def _own_ports() -> Iterator[int]:
+    """Return ports that no other test process takes while this one runs, again and again."""
+    folder = Path(tempfile.gettempdir()) / "gateway-test-ports"
+    folder.mkdir(mode=0o777, exist_ok=True)
+    firsts = _PORTS[::_OF_A_PROCESS]
+    for first in random.sample(firsts, len(firsts)):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder / str(first), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            return itertools.cycle(range(first, first + _OF_A_PROCESS))
+    raise AssertionError(f"all ports of {_PORTS} are taken by other tests")
+
+
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody uses, below those from which the kernel takes one for any connection."""
-    found: set[int] = set()
+    """Return ports that nobody uses, nor another test gets before 200 more are asked for."""
+    found: list[int] = []
     while len(found) < count:
-        port = random.randrange(10_240, 32_768)
+        port = next(_own_ports())
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
-            found.add(port)
-    return list(found)
+            found.append(port)
+    return found
 
 
 class LiveGateway:

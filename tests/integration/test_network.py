@@ -11,7 +11,6 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -28,7 +27,7 @@ from tests.contracts.gateway import no_traceback, sse
 from tests.contracts.idle import told
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
-from tests.live import Wire
+from tests.live import Wire, free_ports
 from tests.waits import until
 
 GATEWAY = "gateway.localhost"
@@ -81,14 +80,10 @@ async def pair(
 
 
 def some_ports() -> int:
-    """Return the first of several consecutive free ports outside the range for connections."""
-    below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for first in range(below - PORTS - 50 * environment.HOST, 1024, -PORTS):
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + PORTS):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return first
-    raise AssertionError
+    """Return the first of several consecutive free ports."""
+    while (found := free_ports(PORTS)) != [*range(found[0], found[0] + PORTS)]:
+        pass
+    return found[0]
 
 
 def ports(host: Hosting) -> set[int]:
