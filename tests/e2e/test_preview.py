@@ -99,6 +99,7 @@ async def test_a_link_that_is_followed_before_its_page_has_loaded_leads_to_a_pag
     window.watched.expected.append("nothing is not defined")
     address = view.get_by_label("Address of the site")
     errors = view.get_by_role("log", name="Errors and warnings")
+    await expect(address).to_have_value(re.compile("^http"))  # of which site is known
     await view.get_by_role("button", name="Show the page's errors").click()
     held = asyncio.Event()
 
