@@ -92,9 +92,7 @@ async def test_a_page_is_gone_back_from_and_its_errors_are_shown_only_where_one_
     assert "native code" in said
 
 
-async def test_a_link_that_is_followed_before_its_page_has_loaded_leads_to_a_page_that_reports(
-    editor: OpenEditor, pages: str
-) -> None:
+async def test_a_page_reports_however_one_came_to_it(editor: OpenEditor, pages: str) -> None:
     window, view = await opened(editor)
     window.watched.expected.append("nothing is not defined")
     address = view.get_by_label("Address of the site")
@@ -115,6 +113,18 @@ async def test_a_link_that_is_followed_before_its_page_has_loaded_leads_to_a_pag
     await expect(errors).to_contain_text("of the second")
     await expect(address).to_have_value(f"http://shop.localhost:{_port(window)}/pages/second.html")
     held.set()
+    # what was asked for before is asked for again
+    await address.fill("/pages/broken.html")
+    await address.press("Enter")
+    await window.site_shows("Broken")
+    await expect(errors).to_contain_text("careful")
+    # a page tells where it goes, and may be gone when that is heard, on a slow machine
+    site = f"http://shop.localhost:{_port(window)}"
+    told = {"gatewayPreview": "going", "text": f"{site}/pages/second.html", "url": site}
+    hear = "([data, origin]) => dispatchEvent(new MessageEvent('message', {data, origin, source: null}))"
+    await window.page.evaluate(hear, [told, site])
+    await frame(window).goto(f"{site}/pages/second.html")
+    await expect(errors).to_contain_text("of the second")
 
 
 def _port(window: Editor) -> str:

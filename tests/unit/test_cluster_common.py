@@ -169,7 +169,7 @@ async def test_who_takes_over_waits_for_a_dead_peer_before_the_other_lets_go(
         certificate = Identity(tmp_path / "m2").certificate
         said = {"address": f"127.0.0.1:{free_ports(1)[0]}", "certificate": certificate}
         (tmp_path / "members" / "m2").write_text(json.dumps({KEY: json.dumps(said)}))
-        await until(lambda: m1.peers.all["m2"].address)
+        await until(lambda: "m2" in m1.peers.all and m1.peers.all["m2"].address)
         monkeypatch.setattr(clusters, "SETTLING", 0.05)
         await m1.settle()
         monkeypatch.setattr(clusters, "SETTLING", 3600.0)

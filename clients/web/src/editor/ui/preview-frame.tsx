@@ -141,9 +141,12 @@ function useHearing(
     const its = new Pages();
     pages.current = its;
     const listen = ({ source, origin, data }: MessageEvent) => {
-      if (origin !== site || source !== frame.current?.contentWindow) return;
+      // a page that the next one has replaced by now has no window any more; it may have said where it goes
+      const gone = source === null;
+      if (origin !== site || !(gone || source === frame.current?.contentWindow)) return;
       const report = reported(data, site);
-      if (report !== null && its.hear(report)) hear(report);
+      if (report === null || (gone && report.kind !== "going")) return;
+      if (its.hear(report)) hear(report);
     };
     addEventListener("message", listen);
     return () => {

@@ -63,6 +63,7 @@ export function Preview({ current }: { current: Workspace }) {
     choose(address.origin);
     setVisited(url === null ? visit(from, address.href) : visit(visit(from, url), address.href));
     setLoad(address.href);
+    reloads.value += 1; // it may be what was asked for last, before a link led elsewhere
   };
   /** What opens a page as things are by then: a menu waits for its items, and for a choice. */
   const opens = useRef(open);
