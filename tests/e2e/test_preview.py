@@ -153,6 +153,7 @@ async def test_a_hostile_page_writes_nothing_but_some_lines_of_text(editor: Open
     window, view = await opened(editor)
     address = view.get_by_label("Address of the site")
     errors = view.get_by_role("log", name="Errors and warnings")
+    await expect(address).to_have_value(re.compile("^http"))  # of which site is known
     await view.get_by_role("button", name="Show the page's errors").click()
     await address.fill("/pages/hostile.html")
     await address.press("Enter")
