@@ -190,7 +190,7 @@ def _own_ports() -> Iterator[int]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody uses, nor another test gets before 200 more are asked for."""
+    """Return ports that nobody uses. No other process of tests gets them, nor does this one soon again."""
     found: list[int] = []
     while len(found) < count:
         port = next(_own_ports())

@@ -45,11 +45,12 @@ test.each([
 
 const SECOND = `${SITE}/second`;
 const load = (pages: Pages) => pages.loaded();
-const report = (kind: "page" | "going" | "error") => (pages: Pages) => {
+const report = (kind: "page" | "title" | "going" | "error") => (pages: Pages) => {
   pages.hear({ kind, text: kind === "going" ? SECOND : "", url: `${SITE}/` });
 };
-const [page, going, error] = [report("page"), report("going"), report("error")];
+const [page, title, going, error] = [report("page"), report("title"), report("going"), report("error")];
 const late = () => vi.advanceTimersByTimeAsync(600);
+const later = () => vi.advanceTimersByTimeAsync(800);
 
 test.each([
   ["one that reports", [page, load], ["reports"]],
@@ -57,7 +58,9 @@ test.each([
   ["one without the script", [load], ["silent"]],
   ["one that a link leads to", [page, load, going, late, load], ["reports", SECOND]],
   ["a link followed before its page had loaded", [page, going, load], [SECOND]],
-  ["a link followed as its page was loaded", [page, going, load, late, load], ["reports", SECOND]],
+  ["a link followed as its page was loaded", [page, title, going, load, late, load], ["reports", SECOND]],
+  ["such a link to a slow page", [page, going, load, title, later, load], ["reports", SECOND]],
+  ["one that starts a download", [page, going, title, load], ["reports"]],
   [
     "a link's page that reports",
     [page, load, going, load, late, page, load],

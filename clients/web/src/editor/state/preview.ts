@@ -63,34 +63,39 @@ const SILENCE = 700;
 /** Reports read from one page; any more are ignored. */
 const HEARD = 500;
 
-/** Tells from the reports of a frame's pages, and from their loads, which page came without the script. */
+/** Tells which pages of a frame came without the script, from what the others report and from the frame's loads. */
 export class Pages {
   #count = 0;
+  /** Whether the page that loads now has the script. */
   #reports = false;
-  /** Where a link of the last page that reports leads. */
+  /** Whether the last page that reports has loaded, by its own account. */
+  #complete = false;
+  /** Where a link of that page leads. */
   #going: string | null = null;
   #loads = 0;
 
   /** Returns whether to show this report. */
   hear({ kind, text }: Report): boolean {
     if (++this.#count > HEARD) return false;
-    if (kind === "page") [this.#reports, this.#going] = [true, null];
+    if (kind === "page") [this.#reports, this.#complete, this.#going] = [true, false, null];
+    if (kind === "title") this.#complete = true;
     if (kind === "going") this.#going = text;
     return kind !== "going";
   }
 
   /**
-   * To be called when a page has loaded. Returns "silent" for one without the script, or, if a link led to it, its address:
-   * to be loaded again with the script.
+   * Call this when the frame has loaded a page. Returns "silent" for a page without the script; if a link led to it, its
+   * address instead, to load it again with the script. Of loads in quick succession only the last is judged.
    */
   async loaded(): Promise<"reports" | "silent" | URL> {
     const load = ++this.#loads;
-    const left = this.#going !== null; // perhaps before it had loaded, and this is the next one
-    const known = this.#reports && !left;
+    const reported = this.#reports;
     [this.#count, this.#reports] = [0, false];
-    if (known) return "reports";
+    if (reported && this.#going === null) return "reports";
     await new Promise((resolve) => setTimeout(resolve, SILENCE));
-    if (this.#reports || load !== this.#loads) return "reports"; // or will be told of the later one
+    if (this.#reports || load !== this.#loads) return "reports";
+    // it was this page that loaded, and it starts a download, or the next one is still on its way
+    if (reported && this.#complete) return "reports";
     const going = this.#going;
     this.#going = null;
     return going === null ? "silent" : new URL(going);
