@@ -12,7 +12,7 @@ from gateway.caddy import Caddy
 from gateway.caddy.admin import Admin
 from gateway.caddy.errors import CaddyFailed
 from gateway.errors import InvalidParams
-from gateway.hostnames import DomainReserved
+from gateway.hostnames import PROBE, DomainReserved
 from gateway.settings import Settings
 
 
@@ -34,6 +34,28 @@ async def test_a_route_that_is_set_while_others_are_put_right_stays_whole(
         await asyncio.to_thread(caddy.reconcile, {}, {"a.test"}, ())
         setting.join()
         assert (caddy.routes / "a.test" / "127.0.0.1:9").exists()
+
+
+async def test_routes_are_put_right_and_what_none_has_is_removed(tmp_path: Path) -> None:
+    async with Caddy(Settings(state_dir=tmp_path)) as caddy:
+        targets = caddy.folder / "targets"
+        for domain, target in (
+            ("a.test", "10.0.0.1:80"),
+            ("b.test", "10.0.0.2:80"),
+            ("c.test", "10.0.0.3:80"),
+        ):
+            caddy.set(domain, target)
+        (caddy.routes / PROBE).symlink_to("../targets/probe.sock")
+        caddy._lead("d.test", "probe.sock")
+        caddy.unset("d.test")
+        (targets / "10.0.0.2:80" / "10.0.0.2:80").unlink()
+        (targets / ".new-0").symlink_to("../targets/10.0.0.1:80")  # of a gateway that was killed
+        wanted = {"a.test": "10.0.0.1:80", "b.test": "10.0.0.2:80"}
+        assert caddy.reconcile(wanted, (), ()) == ["b.test", "c.test"]
+        assert caddy.reconcile(wanted, (), ()) == []
+        assert caddy.listed() == wanted  # without the probe's
+        assert (caddy.routes / "b.test" / "10.0.0.2:80").exists()
+        assert {path.name for path in targets.iterdir()} == {*wanted.values(), "probe.sock"}
 
 
 async def test_only_the_sockets_that_are_needed_stay(tmp_path: Path) -> None:

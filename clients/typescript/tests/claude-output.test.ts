@@ -48,6 +48,7 @@ class Late {
 
 test.each([
   ["before the result", "while its output is delivered"],
+  ["before the result", "after that"],
   ["while its output is delivered", "after that"],
   ["after that", "after that"],
 ])("what began %s and started %s is handed over once", async (began, started) => {

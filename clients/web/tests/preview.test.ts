@@ -62,6 +62,12 @@ test.each([
   ["such a link to a slow page", [page, going, load, title, later, load], ["reports", SECOND]],
   ["one that starts a download", [page, going, title, load], ["reports"]],
   [
+    "one after a link to a page without the script",
+    [page, load, going, load, later, load],
+    ["reports", SECOND, "silent"],
+  ],
+  ["an early link of the second page", [page, title, load, page, going, load], ["reports", SECOND]],
+  [
     "a link's page that reports",
     [page, load, going, load, late, page, load],
     ["reports", "reports", "reports"],
