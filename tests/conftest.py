@@ -56,6 +56,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 
+# what a helper of the tests asserts is told as whole as what a test does; see that none is imported above
+pytest.register_assert_rewrite(
+    *(f"tests.{folder}" for folder in ("cluster", "contracts", "e2e", "integration", "starters", "unit")),
+    *(f"tests.{module}" for module in ("live", "messages", "neighbour", "shapes", "steady", "waits")),
+    "tests.typescript",
+)
+
 _FILES: Final = 25  # that are told
 
 _left_out: dict[str, int] = {}  # by worker: each collects all tests

@@ -82,8 +82,14 @@ class Bus:
 
     async def latest(self, many: int, type: str) -> Sequence[Event]:
         """Return those of a type among the latest events that are on record."""
+        found: list[Event] = []
         newest = self._journal.newest
-        return (await self._journal.read(max(0, newest - many), many, Filter(types=(type,)))).events
+        at = newest - many
+        while at < newest:  # a read examines some hundreds
+            stretch = await self._journal.read(at, many, Filter(types=(type,)))
+            found += stretch.events
+            at = stretch.end
+        return found
 
     def _followed(self) -> bool:
         return any(not subscription.patient for subscription in self._subscriptions)

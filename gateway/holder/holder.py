@@ -171,7 +171,7 @@ class Holder:
         while True:
             try:
                 connection = _connected(self._path, patience=0)  # a thread for each attempt would cost more
-                stale = await asyncio.to_thread(_welcomed, connection)
+                stale = await self._already_held(connection)
             except (OSError, ValueError):
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.2, _RARELY)
@@ -180,6 +180,21 @@ class Holder:
             self._waiting = OrderedDict.fromkeys([*self._held, *stale])
             log.info("connected to the holder at %s; sending %d names", self._path, len(self._held))
             return
+
+    async def _already_held(self, connection: socket.socket) -> list[str]:
+        listing = asyncio.get_running_loop().run_in_executor(None, _welcomed, connection)
+        try:
+            return await asyncio.shield(listing)
+        except asyncio.CancelledError:
+
+            def over(done: asyncio.Future[list[str]]) -> None:
+                _ = done.cancelled() or done.exception()  # nobody waits for it any more
+                connection.close()
+
+            with contextlib.suppress(OSError):  # whoever reads it in the thread stops at once
+                connection.shutdown(socket.SHUT_RDWR)
+            listing.add_done_callback(over)
+            raise
 
     async def _followed(self, connection: socket.socket) -> None:
         """Send the waiting names as fast as the holder accepts them, until the connection ends."""

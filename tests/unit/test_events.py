@@ -672,6 +672,15 @@ async def test_a_hand_over_waits_for_no_flush_of_the_disk(
             assert later.id > after.id + 10_000
 
 
+async def test_the_latest_of_a_type_are_found_among_many_others(make: Make) -> None:
+    bus = Bus(await make(kept=4000), "t")
+    bus.publish("rare")
+    among = [bus.publish("rare" if number % 900 == 0 else "other") for number in range(2000)]
+    await bus.recorded(among[-1])
+    assert await bus.latest(len(among), "rare") == [among[0], among[900], among[1800]]
+    assert await bus.latest(100_000, "other") == [event for event in among if event.type == "other"]
+
+
 async def test_a_full_disk_stops_no_publisher_and_ends_in_a_gap(tmp_path: Path) -> None:
     async def pages(count: int) -> None:
         await store.write(lambda db: db.execute(f"PRAGMA max_page_count={count}").fetchall())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import select
 import signal
 import socket
 import stat
@@ -67,6 +68,11 @@ async def hung_up(connection: socket.socket) -> None:
     """Wait until the other end of a socket is closed everywhere."""
     connection.setblocking(False)
     assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 1), 30) == b""
+
+
+async def accepted(listener: socket.socket) -> socket.socket:
+    async with asyncio.timeout(10):
+        return (await asyncio.get_running_loop().sock_accept(listener))[0]
 
 
 async def test_what_can_wait_is_told_a_moment_later(start: Start, tmp_path: Path) -> None:
@@ -219,19 +225,20 @@ async def test_no_thread_is_used_to_look_for_a_holder(
 ) -> None:
     """A gateway without one looks all the time: by threads it took more CPU than all else of it at rest."""
     looks, threads = Counter[str](), list[object]()
-    connected, to_thread = holder_client._connected, asyncio.to_thread
+    connected, loop = holder_client._connected, asyncio.get_running_loop()
+    in_thread = loop.run_in_executor
 
     def look(*given: Any, **more: Any) -> socket.socket:
         looks["all"] += 1
         return connected(*given, **more)
 
-    async def aside(*given: Any) -> Any:
+    def aside(*given: Any) -> Any:
         threads.append(given)
-        return await to_thread(*given)
+        return in_thread(*given)
 
     monkeypatch.setattr(holder_client, "_connected", look)
     monkeypatch.setattr(holder_client, "_AGAIN", 0.001)
-    monkeypatch.setattr(asyncio, "to_thread", aside)
+    monkeypatch.setattr(loop, "run_in_executor", aside)
     async with Holder(tmp_path / "holder.sock") as holder:
         await holder.taken_over()
         await until(lambda: looks["all"] > 5)
@@ -335,6 +342,30 @@ async def test_a_list_that_breaks_off_leaves_no_descriptor(tmp_path: Path) -> No
             theirs.close()
             await hung_up(ours)
     ours.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_leaving_amid_a_reconnect_closes_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    """At once, whether a thread waits for the holder's answer, or none is free to ask."""
+    monkeypatch.setattr(holder_client, "_PATIENCE", 60)
+    path, free = tmp_path / "holder.sock", threading.Event()
+    loop = asyncio.get_running_loop()
+    waiting = [loop.run_in_executor(None, free.wait) for _ in range(100 if busy else 0)]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.ExitStack() as last:
+        last.callback(free.set)
+        async with Holder(path) as holder:
+            await holder.taken_over()  # nobody is there
+            listener.bind(str(path))
+            listener.listen()
+            listener.setblocking(False)
+            client = last.enter_context(await accepted(listener))
+            if not busy:
+                await until(lambda: select.select([client], [], [], 0)[0])
+                client.recv(1000)
+        await hung_up(client)
+    await asyncio.gather(*waiting)
 
 
 async def test_what_waits_for_room_is_sent_before_the_holder_is_left(start: Start, tmp_path: Path) -> None:
