@@ -28,7 +28,7 @@ from gateway.host.permissions import loose, modes, swaps
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.incus import member_of
 from gateway.rootfs import guarded_port
-from gateway.rootfs.locations import MANAGED, is_tenant
+from gateway.rootfs.instance_record import MANAGED, is_tenant
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
 from gateway.settings import Settings

@@ -22,7 +22,7 @@ from gateway.host.definition import BRIDGE, CA_BUNDLE, TRUST
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
 from gateway.rootfs import bridge_port
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.runtime.incus.creation import FIRST_TO_GO
 from gateway.settings import Settings
 from gateway.storage.state_dir import close

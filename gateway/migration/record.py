@@ -11,7 +11,7 @@ import orjson
 
 from gateway.migration.plan import Plan
 from gateway.migration.shifted_mount import Owner
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.runtime.incus.marks import ROLE
 from gateway.runtime.incus.migrations import FACTS, FOLDER, OLD, STATE, UNIT
 from gateway.runtime.incus.records import DOMAIN, IDLE_STOP, PORT

@@ -17,13 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
-import orjson
-
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.rootfs import IdMap, asking, bridge_port, dead_members, fence, process_tree, read_ahead
 from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.disk import Disk, relative
 from gateway.rootfs.folders import Folders as Folders
+from gateway.rootfs.instance_record import (
+    COPY,
+    folder_of,
+    identity_of,
+    idmap_of,
+    is_ours,
+    is_tenant,
+    mounts_of,
+)
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
 from gateway.rootfs.size import size_of
@@ -31,8 +38,6 @@ from gateway.rootfs.size import size_of
 if TYPE_CHECKING:  # a broker does not need the settings, which are slow to load
     from gateway.settings import Settings
 
-MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
-COPY = "user.gateway.standby.copy"  # the key of a standby copy, and of a tenant that is just made of one
 
 _GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
@@ -159,8 +164,8 @@ class Instances:
             )
         instance = self._instance(tenant)
         config = instance["config"]
-        idmap = _idmap(config.get("volatile.idmap.current") or config.get("volatile.idmap.next"))
-        mounts = _mounts(instance["expanded_devices"])
+        idmap = idmap_of(config.get("volatile.idmap.current") or config.get("volatile.idmap.next"))
+        mounts = mounts_of(instance["expanded_devices"])
         above = max((at for at in mounts if _holds(at, workspace)), key=len, default=None)
         if above is None:
             raise Unavailable(f"tenant {tenant} has no root disk")
@@ -169,9 +174,9 @@ class Instances:
         read_only = device.get("readonly") in ("true", "1")
         inside = relative(workspace[len(above.rstrip("/")) :])
         if above == "/":
-            path = f"{self._pools}/{_part(device['pool'])}/containers/{_folder(instance)}/rootfs"
+            path = f"{self._pools}/{_part(device['pool'])}/containers/{folder_of(instance)}/rootfs"
             # an empty last idmap means that the kernel maps ids at the mount, so they are unshifted on disk
-            shifted, real = bool(_idmap(config.get("volatile.last_state.idmap"))), False
+            shifted, real = bool(idmap_of(config.get("volatile.last_state.idmap"))), False
         elif device.get("pool"):
             path, shifted = self._volume(tenant, name, device)
             real = False
@@ -195,7 +200,7 @@ class Instances:
         path = f"{self._pools}/{pool}/custom/{_part(volume['project'])}_{source}"
         if not os.path.isdir(path):
             raise _unsupported(tenant, name, "is not mounted on this host")
-        return path, bool(_idmap(config.get("volatile.idmap.last")))
+        return path, bool(idmap_of(config.get("volatile.idmap.last")))
 
     def group(self, tenant: str) -> Path:
         known = self._groups.get(tenant)
@@ -205,7 +210,7 @@ class Instances:
         pid = int((instance.get("state") or {}).get("pid") or 0)
         path, began = process_tree.of_init(pid) if pid > 0 else None, started(pid)
         # LXC's name of the cgroup, in case the pid of a container that has just ended was reused
-        wanted = re.compile(rf"lxc\.payload\.{re.escape(_folder(instance))}(-\d+)?")
+        wanted = re.compile(rf"lxc\.payload\.{re.escape(folder_of(instance))}(-\d+)?")
         if path is None or not began or not wanted.fullmatch(path.name):
             raise NotFound(f"tenant {tenant} is not running")
         if len(self._groups) >= _GROUPS_MAX:
@@ -229,7 +234,7 @@ class Instances:
         if not _NAME.fullmatch(tenant):
             raise NotFound(f"no tenant {tenant[:100]}")
         step = fence.freeze if frozen else fence.thaw
-        folder = _folder({"name": tenant, "project": self._project_of(tenant)})
+        folder = folder_of({"name": tenant, "project": self._project_of(tenant)})
         step(Path(self._socket).parent, folder)
 
     def quotas(self) -> Quotas:
@@ -246,12 +251,12 @@ class Instances:
         root: Mapping[str, str] = next(disks, {})
         if root.get("pool") != self._pool:
             return None
-        identity, size = _identity(found), root.get("size", "")
-        former = _identity(self._copy(instance)) if COPY in found["config"] and not standby else ""
+        identity, size = identity_of(found), root.get("size", "")
+        former = identity_of(self._copy(instance)) if COPY in found["config"] and not standby else ""
         try:
             limit = 0 if standby else size_of(size)
             slack = ending or found.get("status") != "Running"
-            return groups.limit(_folder(found), identity, limit, slack=slack, former=former)
+            return groups.limit(folder_of(found), identity, limit, slack=slack, former=former)
         except (OSError, ValueError) as error:
             words = error.strerror if isinstance(error, OSError) else "it has no id"
             raise Unavailable(f"the disk of {instance} cannot be limited: {words}") from error
@@ -262,7 +267,7 @@ class Instances:
         done = 0
         for folder in groups.lacking():
             name = folder.rpartition("_")[2]
-            if folder != _folder({"name": name, "project": self._project_of(name)}):
+            if folder != folder_of({"name": name, "project": self._project_of(name)}):
                 continue  # another project's
             with contextlib.suppress(GatewayError):  # not one of ours, or just being made
                 done += self.limit_disk(name) is not None
@@ -342,44 +347,6 @@ def found_by(told: Mapping[str, Any]) -> Tenants:
     return Folders(told["home"], told["below"], told["uid"], idmap)
 
 
-def _identity(instance: Mapping[str, Any]) -> str:
-    return str(instance["config"].get("volatile.uuid", ""))
-
-
-def is_tenant(instance: Mapping[str, Any]) -> bool:
-    """Return whether an instance, as reported by Incus, is a tenant: a container with our mark."""
-    # an instance being created has no expanded configuration yet
-    expanded = instance.get("expanded_config") or {}
-    return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
-
-
-def is_ours(instance: Mapping[str, Any]) -> bool:
-    """Return whether an instance is a container with our mark, be it a tenant or not."""
-    return instance.get("type") == "container" and MANAGED in (instance.get("expanded_config") or {})
-
-
-def _folder(instance: Mapping[str, Any]) -> str:
-    """Return an instance's name in host paths."""
-    name, project = str(instance["name"]), instance["project"]
-    return name if project == "default" else f"{project}_{name}"
-
-
-def _idmap(text: str | None) -> tuple[IdMap, ...]:
-    return tuple(
-        IdMap(line["Isuid"], line["Isgid"], line["Nsid"], line["Hostid"], line["Maprange"])
-        for line in orjson.loads(text or "[]") or ()
-    )
-
-
-def _mounts(devices: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, Mapping[str, str]]]:
-    """Return the names and devices of a container's disks by their paths inside."""
-    return {
-        "/" + relative(os.path.normpath(device["path"])): (name, device)
-        for name, device in devices.items()
-        if device.get("type") == "disk" and device.get("path")
-    }
-
-
 def _holds(above: str, path: str) -> bool:
     return f"{path}/".startswith(above.rstrip("/") + "/")
 
@@ -398,6 +365,3 @@ def _unsupported(tenant: str, device: str, why: str) -> Unavailable:
         reason="device",
         device=name,
     )
-
-
-__all__ = ["MANAGED", "Disk", "Folders", "Instances", "Tenants", "found_by", "is_tenant"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.limits.capacity import host_memory
-from gateway.rootfs.locations import is_tenant
+from gateway.rootfs.instance_record import is_tenant
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.sites import hosting

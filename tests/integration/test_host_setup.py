@@ -10,7 +10,7 @@ from gateway.host import Change, HostError, image
 from gateway.host.daemon import Daemon
 from gateway.host.incus import Incus, Missing
 from gateway.host.setup import acl_name, setup
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant

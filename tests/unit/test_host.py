@@ -23,7 +23,7 @@ from gateway.host.npm import check_integrity
 from gateway.host.place import Place
 from gateway.host.quotas import can_be_simple
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.rootfs.quotas import Quotas
 from gateway.settings import Settings
 

@@ -12,7 +12,8 @@ import pytest
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.rootfs.disk import Disk
 from gateway.rootfs.disk_groups import DiskGroups, number_of
-from gateway.rootfs.locations import COPY, Instances, found_by
+from gateway.rootfs.instance_record import COPY
+from gateway.rootfs.locations import Instances, found_by
 from gateway.rootfs.quotas import Quotas
 from tests.unit.incusd import IDMAP, answering, instance
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gateway.errors import NotFound, Unavailable
 from gateway.incus import Incus
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.locations import is_tenant
+from gateway.rootfs.instance_record import is_tenant
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.records import disk_state
 from gateway.settings import Settings

@@ -21,7 +21,7 @@ from gateway.errors import Conflict, GatewayError, NotFound, Timeout, Unavailabl
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import guarded_port
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.runtime import Removal, Removed, unheard
 from gateway.runtime.incus.addresses import Instance, fixed, leased
 from gateway.runtime.incus.errors import translated

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final, Literal
 
 from gateway.incus import Incus
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.creation import is_ours
 from gateway.settings import Settings

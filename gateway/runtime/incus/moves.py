@@ -26,7 +26,7 @@ from typing import Any, Final
 from gateway.errors import Conflict, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.runtime import OnAnotherServer
 from gateway.runtime.incus.creation import IDENTITY, MADE, STATIC, Creation, identity_of
 from gateway.runtime.incus.disks import OURS

@@ -10,7 +10,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.hostnames import plain
-from gateway.rootfs.locations import is_tenant
+from gateway.rootfs.instance_record import is_tenant
 from gateway.runtime import Status, Tenant
 from gateway.runtime.incus.addresses import Instance, address_of
 from gateway.runtime.incus.migrations import STATE as MIGRATION

@@ -11,7 +11,7 @@ from typing import Final
 
 from gateway.hostnames import plain
 from gateway.incus.client import instance_path
-from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.instance_record import MANAGED
 from gateway.runtime.incus.addresses import exposure, fixed, sharers
 from gateway.runtime.incus.baking import Baking
 from gateway.runtime.incus.commands import Commands

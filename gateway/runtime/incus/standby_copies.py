@@ -27,7 +27,7 @@ import orjson
 from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs.locations import COPY
+from gateway.rootfs.instance_record import COPY
 from gateway.runtime import Tenant
 from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.creation import STATIC, identity_of

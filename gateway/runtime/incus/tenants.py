@@ -15,7 +15,7 @@ from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.rootfs.disk_limits import DiskLimits
-from gateway.rootfs.locations import MANAGED, is_tenant
+from gateway.rootfs.instance_record import MANAGED, is_tenant
 from gateway.runtime import Status, Tenant
 from gateway.runtime.incus.containers import Containers
 from gateway.runtime.incus.creation import Creation, identity_of
