@@ -3,6 +3,7 @@
 import type { Connection } from "./connection.js";
 import { Emitter } from "./emitter.js";
 import { Disconnected, GatewayError } from "./errors.js";
+import type { AttachOptions, Encoding } from "./exec-options.js";
 import type { Link } from "./link.js";
 import { merged, Output, type StreamName } from "./output.js";
 import { SentInput } from "./sent-input.js";
@@ -12,30 +13,6 @@ import { type Frame, type Notification, STDERR } from "./wire.js";
 const MiB = 1 << 20;
 /** Read bytes after which they are acknowledged: the gateway sends no more ahead than 8 MiB, whatever our window. */
 const ACK = 1 * MiB;
-
-export interface ExecOptions {
-  readonly cwd?: string | undefined;
-  readonly env?: Readonly<Record<string, string>> | undefined;
-  readonly user?: string | number | undefined;
-  /** A terminal of this size; includes `stdin`, and joins both outputs in `stdout`. */
-  readonly pty?: Size | undefined;
-  readonly stdin?: boolean | undefined;
-  readonly timeoutMs?: number | undefined;
-  /** How long it continues with nobody attached: default 60 000, −1 without end. */
-  readonly lingerMs?: number | undefined;
-  readonly execId?: string | undefined;
-  /** How many unread bytes may wait here; see `Exec`. */
-  readonly buffer?: number | undefined;
-  /** With `"utf-8"` no chunk of output ends inside a character. */
-  readonly encoding?: Encoding | undefined;
-  /** An abort ends a started command with its process tree, or detaches from one that was attached to. */
-  readonly signal?: AbortSignal | undefined;
-}
-
-/** Options of an attachment. */
-export type AttachOptions = Pick<ExecOptions, "buffer" | "encoding" | "signal">;
-
-export type Encoding = "binary" | "utf-8";
 
 export interface ExecEvents {
   data: { readonly stream: StreamName; readonly data: Uint8Array };

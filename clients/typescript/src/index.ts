@@ -6,13 +6,8 @@ export type { SocketConstructor, SocketLike } from "./connection.js";
 export type { TokenSource } from "./credential.js";
 export { Deployment, type DeploymentRequest } from "./deployment.js";
 export { Disconnected, type ErrorCode, type Facts, GatewayError } from "./errors.js";
-export {
-  type AttachOptions,
-  type Encoding,
-  Exec,
-  type ExecEvents,
-  type ExecOptions,
-} from "./exec.js";
+export { Exec, type ExecEvents } from "./exec.js";
+export type { AttachOptions, Encoding, ExecOptions } from "./exec-options.js";
 export type { TenantEvents, Watch } from "./feed.js";
 export type { Files, UploadBody, UploadOptions, WriteOptions } from "./files.js";
 export { type EventFilter, Gateway, type GatewayOptions } from "./gateway.js";

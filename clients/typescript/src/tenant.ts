@@ -1,7 +1,8 @@
 /** One tenant: its tools, files, commands and events over one connection, which is replaced when it breaks. */
 
 import { GatewayError } from "./errors.js";
-import { type AttachOptions, Exec, type ExecOptions } from "./exec.js";
+import { Exec } from "./exec.js";
+import type { AttachOptions, ExecOptions } from "./exec-options.js";
 import { TenantEvents, Watch } from "./feed.js";
 import { Files } from "./files.js";
 import { History } from "./history.js";

@@ -47,7 +47,7 @@ export function DeployView({ current }: { current: Workspace }) {
         <h2>Deploy</h2>
       </header>
       <div class="scroll">
-        <SiteView current={current} />
+        <SiteView current={current} key={current.name} />
         {newest !== undefined && <Card deploy={newest} current={current} />}
         <h3 class="deploy-new">A new site</h3>
         <form class="deploy-form" onSubmit={submit}>

@@ -59,7 +59,13 @@ export function Asking({ question }: { question: Question }) {
   );
 }
 
-/** One field with a button, which is emptied once it is done. */
+interface Draft {
+  readonly text: string;
+  /** It was not changed since it was submitted. */
+  readonly sent: boolean;
+}
+
+/** One field with a button. It shows the `initial` value as that changes, but for what was typed and not done yet. */
 export function Typed(props: {
   label: string;
   initial?: string;
@@ -69,18 +75,22 @@ export function Typed(props: {
   empty?: boolean;
   run: (typed: string) => Promise<boolean>;
 }) {
-  const initial = props.initial ?? "";
-  const [typed, setTyped] = useState(initial);
+  const { initial } = props;
+  const [draft, setDraft] = useState<Draft | null>(null);
   const [busy, setBusy] = useState(false);
-  useEffect(() => setTyped(initial), [initial]);
+  const typed = draft?.text ?? initial ?? "";
   const text = typed.trim();
+  useEffect(() => setDraft((now) => (now?.sent || now?.text === initial ? null : now)), [initial]);
   return (
     <form
       class="typed"
       onSubmit={async (event) => {
         event.preventDefault();
         setBusy(true);
-        if ((await props.run(text)) && props.initial === undefined) setTyped("");
+        setDraft({ text: typed, sent: true });
+        const done = await props.run(text);
+        if (!done) setDraft((now) => (now === null || now.sent ? { text: typed, sent: false } : now));
+        else if (initial === undefined) setDraft((now) => (now?.sent ? null : now));
         setBusy(false);
       }}
     >
@@ -92,11 +102,11 @@ export function Typed(props: {
             spellcheck={false}
             autocapitalize="off"
             value={typed}
-            onInput={(event) => setTyped(event.currentTarget.value)}
+            onInput={(event) => setDraft({ text: event.currentTarget.value, sent: false })}
           />
         </span>
       </label>
-      <button type="submit" disabled={busy || text === props.initial || (text === "" && !props.empty)}>
+      <button type="submit" disabled={busy || text === initial || (text === "" && !props.empty)}>
         {props.verb}
       </button>
       <p class="hint">{props.hint}</p>
