@@ -11,7 +11,7 @@ from gateway.errors import GatewayError
 from gateway.execs.ended import Past
 from gateway.execs.exec import Exec
 from gateway.execs.kept import Kept
-from gateway.execs.notes import Notes
+from gateway.execs.notes import Earlier, Notes
 from gateway.execs.runner import Runner
 from gateway.idempotency import Idempotency, Key
 from gateway.runtime import Adopted, Commands, ExecSpec, Pty
@@ -44,33 +44,36 @@ class Adoption:
 
         Recorded commands that were still running and not held are reported as lost.
         """
-        earlier_ones = list(await self._notes.earlier())
-        begun = {(earlier.tenant, earlier.exec_id): earlier.lost for earlier in earlier_ones}
-        for found in await self._commands.adopt():
+        earlier_ones = sorted(await self._notes.earlier(), key=lambda one: -one.age)
+        recorded = {(one.tenant, one.exec_id): one for one in earlier_ones}
+        adopted = await self._commands.adopt()
+        held = {(str(found.facts.get("tenant")), str(found.facts.get("id"))) for found in adopted}
+        # those on record alone first: they have no output, and above the limits what was kept first goes first
+        lost = [self._restored(one) for name, one in recorded.items() if name not in held]
+        for found in adopted:
             try:
-                await self._adopt(found, begun)
+                await self._adopt(found, recorded)
             except Exception as error:  # a broken record must not keep the others from being adopted
                 log.warning("cannot continue a command of an earlier process: %r", error)
                 await _let_go(found)
-        for earlier in earlier_ones:
-            key: Key = (earlier.tenant, "exec", earlier.exec_id)
-            if (earlier.tenant, earlier.exec_id) in self._adopted:
-                continue
-            if earlier.lost and not self._idempotency.begun(key, earlier.asked):
-                continue  # it never began, and may be started under that id
-            exec_ = self._runner.make(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
-            exec_.ended_before(earlier.asked, earlier.ended)
-            if earlier.lost or earlier.age < self._settings.exec_keep:
-                self._add(exec_)
-                self._kept.add(exec_)
-            if earlier.lost:
-                await self._report(exec_, keep=True)
+        lost += [self._restored(recorded[name]) for name in recorded.keys() & held - self._adopted]
+        for exec_ in filter(None, lost):
+            await self._report(exec_, keep=True)
 
-    async def _adopt(self, found: Adopted, begun: Mapping[tuple[str, str], bool]) -> None:
-        """Continue a command of an earlier process, or keep it if it has ended.
+    def _restored(self, earlier: Earlier) -> Exec | None:
+        """Keep the recorded end of a command; return the command if it is lost, since its end is missing."""
+        key: Key = (earlier.tenant, "exec", earlier.exec_id)
+        if earlier.lost and not self._idempotency.begun(key, earlier.asked):
+            return None  # it never began, and may be started under that id
+        exec_ = self._runner.make(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
+        exec_.ended_before(earlier.asked, earlier.ended)
+        if earlier.lost or earlier.age < self._settings.exec_keep:
+            self._add(exec_)
+            self._kept.add(exec_)
+        return exec_ if earlier.lost else None
 
-        `begun` tells of each recorded command whether its end is missing.
-        """
+    async def _adopt(self, found: Adopted, recorded: Mapping[tuple[str, str], Earlier]) -> None:
+        """Continue a command of an earlier process, or keep it if it has ended."""
         facts = found.facts
         if not found.begun:
             await self._forget_begin(facts)
@@ -90,7 +93,8 @@ class Adoption:
                 self._runner.publish_start(exec_, str(starting["by"]))
             return
         self._kept.add(exec_)
-        if begun.get((tenant, exec_id)):  # it ended without an event
+        record = recorded.get((tenant, exec_id))
+        if record is not None and record.lost:  # it ended without an event
             await self._report(exec_, keep=exec_.once)
 
     async def _report(self, exec_: Exec, *, keep: bool) -> None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from gateway.errors import Conflict
@@ -183,6 +184,27 @@ async def test_an_ended_command_is_kept_with_its_output_and_its_end(settings: Se
                 await is_whole(execs)
                 execs.forget_tenant("demo")
                 await until(lambda: held_at(settings.holder_socket) == 0)
+
+
+async def test_records_of_earlier_ends_take_no_output_from_what_is_held(settings: Settings) -> None:
+    """They have none themselves, though they count as kept: as the oldest, and so go first."""
+    settings = settings.model_copy(update={"exec_keep_count": 2, "exec_keep_exits": 4})
+    await put(settings, [ended({"format": 1, "own": OWN, "facts": FACTS})])
+    async with Store(settings.state_dir / "records") as store:
+        records = await Idempotency.opened(store, settings)
+        for number in range(6):
+            key: Key = ("demo", "exec", f"x-{number}")
+            await records.begin(key, b"asked")
+            await records.finish(key, b"asked", orjson.dumps({"exit": FACTS["over"]}))
+    async with (
+        Holder(settings.holder_socket) as holder,
+        Adopting(settings, holder) as runtime,
+        Store(settings.state_dir / "records") as store,
+    ):
+        records = await Idempotency.opened(store, settings)
+        async with Execs(runtime.commands, Bus(MemoryJournal(100)), records, settings) as execs:
+            await is_whole(execs)
+            assert [one.id for one in execs.list("demo")] == ["x-3", "x-4", "x-5", "mine"]
 
 
 async def test_an_end_that_nobody_was_told_is_told_once_and_stays_on_record(settings: Settings) -> None:
