@@ -48,7 +48,7 @@ class Adoption:
         recorded = {(one.tenant, one.exec_id): one for one in earlier_ones}
         adopted = await self._commands.adopt()
         held = {(str(found.facts.get("tenant")), str(found.facts.get("id"))) for found in adopted}
-        # those on record alone first: they have no output, and above the limits what was kept first goes first
+        # those on record alone first: they have no output, and above a limit what was kept first goes first
         lost = [self._restored(one) for name, one in recorded.items() if name not in held]
         for found in adopted:
             try:
