@@ -222,7 +222,10 @@ class Idempotency:
             self._reads_bytes -= reads.bytes
 
     async def earlier(self, kind: Kind) -> list[tuple[Key, IdempotencyRecord]]:
-        """Return the records of one kind of earlier processes, with their results. For the start."""
+        """Return the records of one kind of earlier processes, with their results. For the start.
+
+        Those of a tenant come in the order in which they were made.
+        """
         await self._store.settled()
         results = await self._store.read(partial(_results, kind=kind))
         return [

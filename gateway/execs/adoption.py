@@ -44,8 +44,7 @@ class Adoption:
 
         Recorded commands that were still running and not held are reported as lost.
         """
-        earlier_ones = sorted(await self._notes.earlier(), key=lambda one: -one.age)
-        recorded = {(one.tenant, one.exec_id): one for one in earlier_ones}
+        recorded = {(one.tenant, one.exec_id): one for one in await self._notes.earlier()}
         adopted = await self._commands.adopt()
         held = {(str(found.facts.get("tenant")), str(found.facts.get("id"))) for found in adopted}
         # those on record alone first: they have no output, and above a limit what was kept first goes first

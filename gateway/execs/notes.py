@@ -45,7 +45,7 @@ class Notes:
         self._idempotency = idempotency
 
     async def earlier(self) -> Iterator[Earlier]:
-        """Return the recorded commands of earlier processes."""
+        """Return the recorded commands of earlier processes, of each tenant the oldest first."""
         return (_earlier(key, record) for key, record in await self._idempotency.earlier("exec"))
 
     async def start(self, exec_: Exec, once: bool) -> None:

@@ -217,7 +217,7 @@ async def test_a_stream_comes_back_where_it_was_and_misses_nothing() -> None:
                 got.append((await anext(stream)).id)
     assert got == [5, 6, 7]
     assert asked[:4] == [None, "4", "6", "6"]
-    assert set(asked[4:]) == {"7"} and len(asked) > 6
+    assert set(asked[4:]) == {"7"}
 
 
 async def test_an_id_over_several_members_is_sent_back_as_it_came() -> None:
