@@ -12,6 +12,7 @@ from gateway.rootfs import IdMap
 from gateway.rootfs.disk import relative
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
+IDENTITY = "volatile.uuid"  # the key of an instance's unique id
 COPY = "user.gateway.standby.copy"  # the key of a standby copy, and of a tenant that is just made of one
 
 
@@ -22,14 +23,14 @@ def is_tenant(instance: Mapping[str, Any]) -> bool:
     return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
 
 
-def is_ours(instance: Mapping[str, Any]) -> bool:
+def is_marked(instance: Mapping[str, Any]) -> bool:
     """Return whether an instance is a container with our mark, be it a tenant or not."""
     return instance.get("type") == "container" and MANAGED in (instance.get("expanded_config") or {})
 
 
 def identity_of(instance: Mapping[str, Any]) -> str:
-    """Return what tells an instance from a later one of the same name."""
-    return str(instance["config"].get("volatile.uuid", ""))
+    """Return an instance's unique id; earlier instances with its name had other ones."""
+    return str(instance["config"].get(IDENTITY, ""))
 
 
 def folder_of(instance: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from gateway.rootfs.instance_record import (
     folder_of,
     identity_of,
     idmap_of,
-    is_ours,
+    is_marked,
     is_tenant,
     mounts_of,
 )
@@ -292,7 +292,7 @@ class Instances:
         found, project = None, self._project_of(tenant)
         if _NAME.fullmatch(tenant):
             found = self._get(f"/1.0/instances/{quote(tenant)}", query, project)
-        accepts = is_ours if ours else is_tenant
+        accepts = is_marked if ours else is_tenant
         if found is None or found.get("name") != tenant or not accepts(found):
             raise NotFound(f"no tenant {tenant[:100]}")
         location = found.get("location")

@@ -21,7 +21,7 @@ from gateway.errors import Conflict, GatewayError, NotFound, Timeout, Unavailabl
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import guarded_port
-from gateway.rootfs.instance_record import MANAGED
+from gateway.rootfs.instance_record import IDENTITY, MANAGED, identity_of
 from gateway.runtime import Removal, Removed, unheard
 from gateway.runtime.incus.addresses import Instance, fixed, leased
 from gateway.runtime.incus.errors import translated
@@ -30,7 +30,6 @@ from gateway.tasks import whole
 
 log = logging.getLogger(__name__)
 
-IDENTITY: Final = "volatile.uuid"
 MADE: Final = "user.gateway.made"
 """The instance's identity when the gateway created it; a copy made by an operator has another one."""
 
@@ -64,11 +63,6 @@ class Limited(Protocol):
 async def by_incus(instance: str, *, standby: bool = False) -> int | None:
     """A `Limited` for disks that Incus itself counts and limits."""
     return None
-
-
-def identity_of(instance: Instance) -> str:
-    """Return an instance's unique id; earlier instances with its name had other ones."""
-    return str(instance["config"].get(IDENTITY, ""))
 
 
 def is_ours(instance: Instance) -> bool:

@@ -17,9 +17,9 @@ from typing import Any, Final
 from gateway.errors import GatewayError, NotFound, Timeout, Unavailable
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
-from gateway.rootfs.instance_record import MANAGED
+from gateway.rootfs.instance_record import MANAGED, identity_of
 from gateway.runtime.incus import service_unit
-from gateway.runtime.incus.creation import Creation, identity_of
+from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.marks import KEY, OWNER, Marks, owner
 from gateway.runtime.incus.pool import Pool

@@ -26,9 +26,9 @@ from typing import Any, Final
 from gateway.errors import Conflict, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs.instance_record import MANAGED
+from gateway.rootfs.instance_record import IDENTITY, MANAGED, identity_of
 from gateway.runtime import OnAnotherServer
-from gateway.runtime.incus.creation import IDENTITY, MADE, STATIC, Creation, identity_of
+from gateway.runtime.incus.creation import MADE, STATIC, Creation
 from gateway.runtime.incus.disks import OURS
 from gateway.runtime.incus.errors import translated
 from gateway.settings import Settings

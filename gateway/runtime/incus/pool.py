@@ -16,8 +16,9 @@ from uuid import uuid4
 
 from gateway.errors import GatewayError
 from gateway.incus.client import instance_path
+from gateway.rootfs.instance_record import identity_of
 from gateway.runtime.incus.addresses import Instance
-from gateway.runtime.incus.creation import Creation, identity_of
+from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.marks import KEY, OWNER, Marks
 from gateway.runtime.sites import Quiet

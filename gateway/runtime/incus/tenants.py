@@ -15,10 +15,10 @@ from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.rootfs.disk_limits import DiskLimits
-from gateway.rootfs.instance_record import MANAGED, is_tenant
+from gateway.rootfs.instance_record import MANAGED, identity_of, is_tenant
 from gateway.runtime import Status, Tenant
 from gateway.runtime.incus.containers import Containers
-from gateway.runtime.incus.creation import Creation, identity_of
+from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks, inherited
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.records import ASLEEP, PORT, domain_config, lacks_address, status_of, tenant_of

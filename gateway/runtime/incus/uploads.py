@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway.runtime.incus.creation import identity_of
+from gateway.rootfs.instance_record import identity_of
 from gateway.settings import Settings
 
 CONTENT: Final = "user.gateway.content"
