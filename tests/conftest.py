@@ -56,7 +56,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 
-# what a helper of the tests asserts is told as whole as what a test does; see that none is imported above
+# a failed assertion of a helper shows its values too, unless the helper is imported above
 pytest.register_assert_rewrite(
     *(f"tests.{folder}" for folder in ("cluster", "contracts", "e2e", "integration", "starters", "unit")),
     *(f"tests.{module}" for module in ("live", "messages", "neighbour", "shapes", "steady", "waits")),

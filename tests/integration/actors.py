@@ -262,7 +262,7 @@ async def is_due(house: House) -> AsyncGenerator[None]:
         if exit_ is None and tree["exec"] not in await house.listed():
             exit_ = await house.ended(tree["exec"])
     exit_ = exit_ or await house.ended(tree["exec"])
-    # from each gateway's start it would never be due, until the last one
+    # counted from each gateway's start it would only be due after the last kill
     assert -0.01 < late(tree, exit_, began + seconds) < AWAY + max(house.host.away)
 
 

@@ -130,6 +130,17 @@ class Adopting(LocalRuntime):
         self.commands = HeldCommands(settings, self.disks, holder)
 
 
+@contextlib.asynccontextmanager
+async def successor(settings: Settings) -> AsyncIterator[tuple[LocalRuntime, Idempotency]]:
+    """Yield the runtime and the records of a gateway that starts after another."""
+    async with (
+        Holder(settings.holder_socket) as holder,
+        Adopting(settings, holder) as runtime,
+        Store(settings.state_dir / "records") as store,
+    ):
+        yield runtime, await Idempotency.opened(store, settings)
+
+
 @pytest.fixture
 async def settings(tmp_path: Path) -> AsyncIterator[Settings]:
     """Settings with a state dir in which a holder listens."""
@@ -177,13 +188,11 @@ async def is_whole(execs: Execs) -> None:
 
 async def test_an_ended_command_is_kept_with_its_output_and_its_end(settings: Settings) -> None:
     await put(settings, [ended({"format": 1, "own": OWN, "facts": FACTS})])
-    async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
-        async with Store(settings.state_dir / "records") as store:
-            receipts = await Idempotency.opened(store, settings)
-            async with Execs(runtime.commands, Bus(MemoryJournal(100)), receipts, settings) as execs:
-                await is_whole(execs)
-                execs.forget_tenant("demo")
-                await until(lambda: held_at(settings.holder_socket) == 0)
+    async with successor(settings) as (runtime, receipts):
+        async with Execs(runtime.commands, Bus(MemoryJournal(100)), receipts, settings) as execs:
+            await is_whole(execs)
+            execs.forget_tenant("demo")
+            await until(lambda: held_at(settings.holder_socket) == 0)
 
 
 async def test_records_of_earlier_ends_take_no_output_from_what_is_held(settings: Settings) -> None:
@@ -196,12 +205,7 @@ async def test_records_of_earlier_ends_take_no_output_from_what_is_held(settings
             key: Key = ("demo", "exec", f"x-{number}")
             await records.begin(key, b"asked")
             await records.finish(key, b"asked", orjson.dumps({"exit": FACTS["over"]}))
-    async with (
-        Holder(settings.holder_socket) as holder,
-        Adopting(settings, holder) as runtime,
-        Store(settings.state_dir / "records") as store,
-    ):
-        records = await Idempotency.opened(store, settings)
+    async with successor(settings) as (runtime, records):
         async with Execs(runtime.commands, Bus(MemoryJournal(100)), records, settings) as execs:
             await is_whole(execs)
             assert [one.id for one in execs.list("demo")] == ["x-3", "x-4", "x-5", "mine"]
@@ -215,12 +219,8 @@ async def test_an_end_that_nobody_was_told_is_told_once_and_stays_on_record(sett
     async with Store(settings.state_dir / "records") as store:
         await (await Idempotency.opened(store, settings)).begin(key, asked)
     for _ in range(2):
-        async with (
-            Holder(settings.holder_socket) as holder,
-            Adopting(settings, holder) as runtime,
-            Store(settings.state_dir / "records") as store,
-        ):
-            receipts, bus = await Idempotency.opened(store, settings), Bus(MemoryJournal(100))
+        async with successor(settings) as (runtime, receipts):
+            bus = Bus(MemoryJournal(100))
             before = bus.last
             async with Execs(runtime.commands, bus, receipts, settings) as execs:
                 await is_whole(execs)
@@ -239,12 +239,8 @@ async def test_an_end_is_not_told_again_after_a_kill_before_that_was_noted(
     key: Key = ("demo", "exec", "mine")
     asked = bytes.fromhex(str(FACTS["asked"]))
     await put(settings, [ended({"format": 1, "own": OWN, "facts": FACTS})])
-    async with (
-        Holder(settings.holder_socket) as holder,
-        Adopting(settings, holder) as runtime,
-        Store(settings.state_dir / "records") as store,
-    ):
-        receipts, bus = await Idempotency.opened(store, settings), Bus(MemoryJournal(100))
+    async with successor(settings) as (runtime, receipts):
+        bus = Bus(MemoryJournal(100))
         await receipts.begin(key, asked)
         with monkeypatch.context() as patched:
             if before:
@@ -263,11 +259,8 @@ async def test_a_command_that_has_just_ended_is_kept_too(settings: Settings) -> 
     noted = {"format": 1, "own": OWN, "facts": FACTS}
     async with (
         all_left_waiting(settings, 1, noted, 0, [b"hello\n", b"\x01K\nerr\n"]) as (shell,),
-        Holder(settings.holder_socket) as holder,
-        Adopting(settings, holder) as runtime,
-        Store(settings.state_dir / "records") as store,
+        successor(settings) as (runtime, receipts),
     ):
-        receipts = await Idempotency.opened(store, settings)
         async with Execs(runtime.commands, Bus(MemoryJournal(100)), receipts, settings) as execs:
             await is_whole(execs)
             await until(shell.hung_up)
@@ -289,12 +282,7 @@ async def test_a_command_that_goes_on_is_sent_to_the_next_holder_alone(
     noted = {"format": 1, "own": {**OWN, "cgroup": None}, "facts": facts}
     async with all_left_waiting(settings, 1, noted, 0):
         sent.clear()
-        async with (
-            Holder(settings.holder_socket) as holder,
-            Adopting(settings, holder) as runtime,
-            Store(settings.state_dir / "records") as store,
-        ):
-            receipts = await Idempotency.opened(store, settings)
+        async with successor(settings) as (runtime, receipts):
             async with Execs(runtime.commands, Bus(MemoryJournal(100)), receipts, settings) as execs:
                 exec_ = execs.get("demo", "mine")
                 assert exec_.state == "running"
@@ -456,11 +444,9 @@ async def test_a_call_whose_command_had_not_begun_is_made_again(
             await receipts.begin(key, asked)
     async with (
         left_waiting(settings, noted, STARTING["starting"] - 1) as shell,
-        Holder(settings.holder_socket) as holder,
-        Adopting(settings, holder) as runtime,
-        Store(settings.state_dir / "records") as store,
+        successor(settings) as (runtime, receipts),
     ):
-        receipts, bus = await Idempotency.opened(store, settings), Bus(MemoryJournal(100))
+        bus = Bus(MemoryJournal(100))
         told, forget = bus.last, receipts.forget
 
         async def held(key: Key) -> None:  # another kill may come before
