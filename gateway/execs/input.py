@@ -104,11 +104,11 @@ class Input:
                     async with asyncio.timeout(_PATIENCE):
                         await self._room.wait()
             while not (self._ending or self._over or by.closed):
+                self._room.clear()  # before the disk is tried: room may come meanwhile
                 if not self._full and not self._spool.size:
                     self._queue.append((data, by))
                     self._holds(len(data))
                 elif not await self._spool.put(data, by):
-                    self._room.clear()
                     await self._room.wait()
                     continue
                 by.took(len(data))

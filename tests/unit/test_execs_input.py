@@ -135,6 +135,30 @@ async def test_a_disk_that_fails_makes_the_sender_wait(tmp_path: Path) -> None:
     assert process.got == b"12" and spools._free == 20 * KiB
 
 
+async def test_room_that_comes_while_the_disk_fails_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, input_, _, running = make(tmp_path, memory=1, each=20 * KiB, limit=20 * KiB)
+    by, fail, storing = Sender(), threading.Event(), threading.Event()
+
+    def full(*_: Any) -> None:
+        storing.set()
+        assert fail.wait(30)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(module._Spool, "_write", full)
+    await input_.put(b"1", by)
+    second = asyncio.create_task(input_.put(b"2", by))
+    await until(storing.is_set)
+    process.open.set()
+    await until(lambda: by.consumed == 1)
+    fail.set()
+    await asyncio.wait_for(second, 10)
+    input_.end()
+    await running
+    assert process.got == b"12"
+
+
 async def test_a_cancel_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
     """In whichever iteration of the loop it arrives, during the write to disk and right after it."""
     loop = asyncio.get_running_loop()
