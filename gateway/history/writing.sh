@@ -14,8 +14,7 @@ writing() { # WAIT
   flock -w "$1" 9 || exit 75
   begun="$GIT_DIR/turn.begun"
   if [ -d "$GIT_DIR" ] && [ ! -L "$GIT_DIR" ]; then
-    if [ -e "$begun" ] || [ -L "$begun" ]; then mend || exit 1; fi
-    : >"$begun"
+    if [ -e "$begun" ] || [ -L "$begun" ]; then mend || exit 1; else : >"$begun"; fi
   elif [ -e "$GIT_DIR" ] || [ -L "$GIT_DIR" ]; then
     rm -rf "$GIT_DIR"
   fi
@@ -25,8 +24,10 @@ writing() { # WAIT
 
 # Removes what is in the way of git, and the index, which may have what no turn has; writes anew what is ours.
 mend() {
+  rm -rf "$GIT_DIR/index"
   find "$GIT_DIR/" '(' -name '*.lock' -o ! -type d ! -type f -o -path '*/objects/info/*' ')' -exec rm -rf {} +
-  rm -rf "$GIT_DIR/commondir" "$GIT_DIR/turn.begun" "$GIT_DIR/index"
+  rm -rf "$GIT_DIR/commondir" "$GIT_DIR/turn.begun"
+  : >"$GIT_DIR/turn.begun" # whoever mends may be killed, too
   configure
 }
 

@@ -203,14 +203,17 @@ def test_going_back_after_a_kill_changes_what_it_should(
     assert folder.held() == {"a": "1"}
 
 
+@pytest.mark.parametrize("index", ["whole", "broken"])
 @pytest.mark.parametrize("step", ["write-tree", "commit-tree", "update-ref"])
 def test_what_a_killed_one_was_recording_is_in_the_next_turn(
-    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, index: str
 ) -> None:
-    """Alone, though its index has it already; and going back is still possible."""
+    """Alone, though an index has it already, even one made anew; and going back is still possible."""
     folder.put(a="1", b="1")
     first = folder.commit()
     folder.put(a="2")
+    if index == "broken":
+        (folder.history / "index").write_bytes(b"\0" * 1000)
     with killed_at(step, tmp_path, monkeypatch):
         assert folder.run("commit", "all", "1000", "1", "title")[0] == -9
     assert first is not None
