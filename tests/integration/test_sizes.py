@@ -115,7 +115,8 @@ async def test_limits_change_while_a_command_and_the_site_run(host: Hosting) -> 
     assert (await host.visit(DOMAIN))[0] == 200
     for change in ("restart", "update", "sleep"):
         if change == "update":
-            assert (await host.deploy(DOMAIN))["state"] == "succeeded"
+            record = await host.deploy(DOMAIN)
+            assert record["state"] == "succeeded", record["error"]
         elif change == "sleep":
             environment.configure(TENANT, "user.gateway.idle_stop", "0.1")
             await until(lambda: asleep(host), every=0.2)
