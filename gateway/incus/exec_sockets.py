@@ -10,6 +10,8 @@ Facts about incusd that shape this module (measured on 6.0.4):
 - Those pings, one every 10 s, are writes with a deadline of 5 s. If a socket's buffer is full and the command
  is silent, a ping fails, and what the command prints later is lost; a ping does no harm while incusd is
  blocked writing output. So output held back for long is drained (`take`) every `RELIEF` seconds.
+- If a command prints and ends just when incusd, which looks for output every second, was about to do so, its
+ last output stays in the pipe (see `gateway.rootfs.command_pipes`). `guard` reads it from there.
 - With a terminal, the operation lasts until the client closes socket 0.
 - Return codes 126 and 127 are reported as a failed operation, even if they are the program's own.
 """
@@ -17,21 +19,24 @@ Facts about incusd that shape this module (measured on 6.0.4):
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 import orjson
 
+from gateway.errors import GatewayError
 from gateway.incus.frames import Frames
-from gateway.incus.inlet import Inlet
+from gateway.incus.inlet import Inlet, in_pipe
 from gateway.incus.memory import Log, Memory, Odometer
 from gateway.incus.operation import Operation
 from gateway.incus.socket import StreamSocket
 from gateway.incus.waiting import Waiting
 
+_GUARDED: Final = 0.25  # seconds until the pipes are opened: well before incusd first looks again
 RELIEF: Final = 3.0  # seconds an output may stay unread; less than the deadline of a ping
 
 
@@ -104,6 +109,9 @@ class ExecSockets:
         self._waiting = waiting
         self._result: asyncio.Task[Operation] | None = None
         self._sending: asyncio.Task[None] | None = None  # sends the input an earlier process accepted last
+        self._timer: asyncio.TimerHandle | None = None
+        self._guarding: asyncio.Task[None] | None = None
+        self._pipes: dict[str, int] = {}  # reading ends of the outputs
         self._inlet: Inlet | None = None
         if memory is not None and (own := sockets["0"].own) is not None:
             self._inlet = Inlet.made(own, memory) if pipe is None else Inlet(own, pipe, memory)
@@ -176,6 +184,7 @@ class ExecSockets:
         for task in (self._result, self._sending):
             if task is not None:
                 task.cancel()
+        self._unguard()
 
     def forgo(self) -> None:
         """Give up the memory: this command will not be held."""
@@ -187,6 +196,31 @@ class ExecSockets:
                 stream.forgo()
             self.memory.close()
             self.memory = None
+
+    def guard(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
+        """Lose no output that incusd does not read: `pipes` opens the outputs' reading ends, "1" first.
+
+        It is called if the command runs for longer than a moment. Not for terminals.
+        """
+        if not self.terminal:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_GUARDED, self._begin_guarding, pipes)
+
+    def _begin_guarding(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
+        self._guarding = asyncio.create_task(self._guard(pipes), name="open the outputs of a command")
+
+    async def _guard(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
+        with contextlib.suppress(GatewayError):  # without a broker, or it is an earlier version
+            self._pipes = dict(zip(("1", "2"), await pipes(), strict=False))
+
+    def _unguard(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._guarding is not None:
+            self._guarding.cancel()
+        for descriptor in self._pipes.values():
+            os.close(descriptor)
+        self._pipes = {}
 
     def start(self, fd: str) -> int:
         """Return the offset of the first byte `read` returns of an output."""
@@ -203,7 +237,16 @@ class ExecSockets:
 
     async def read(self, fd: str) -> bytes:
         """Return the next bytes of an output, b"" at its end. Raises `Lost` if it breaks."""
-        return await self._sockets[fd].read()
+        stream = self._sockets[fd]
+        data = await stream.read()
+        if not data and (pipe := self._pipes.pop(fd, None)) is not None:
+            try:
+                if size := in_pipe(pipe):
+                    stream.add(os.read(pipe, size))
+                    data = await stream.read()
+            finally:
+                os.close(pipe)
+        return data
 
     def take(self, fd: str) -> bytes:
         """Return all unread bytes of an output that have arrived, b"" if none. Does not wait."""
@@ -266,6 +309,7 @@ class ExecSockets:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._unguard()
         self._waiting.close()
         if self._inlet is not None:
             self._inlet.close()

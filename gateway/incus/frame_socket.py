@@ -128,7 +128,7 @@ class FrameSocket(asyncio.BufferedProtocol):
 
     def _pause_if_full(self) -> None:
         """Stop receiving if too much is unread."""
-        if self._size >= _HIGH and not self._paused:
+        if self._size >= _HIGH and not self._paused and not self._frames.ended:
             self._paused = True
             self._transport.pause_reading()
 

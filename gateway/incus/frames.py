@@ -21,8 +21,9 @@ _HEADER: Final = 10  # most bytes of a frame header
 class Frames:
     """Incremental parser of one socket's frames; the payload is returned as views of the received bytes.
 
-    `ended`: the stream has ended properly. `closed`: incusd sent a close frame. `start`: the offset of the
-    first byte. A `log` stores the received bytes, and is told where frames begin.
+    `ended`: the stream has ended properly; what follows is only what incusd left behind (`StreamSocket.add`).
+    `closed`: incusd sent a close frame. `start`: the offset of the first byte. A `log` stores the received
+    bytes, and is told where frames begin.
     """
 
     def __init__(self, log: Log | None = None) -> None:
@@ -41,7 +42,7 @@ class Frames:
         pieces: list[memoryview] = []
         if self.rest:
             view = self._split(view)
-        while view and not self.ended:
+        while view:
             if self._left:
                 piece, view = view[: self._left], view[self._left :]
                 self._left -= len(piece)
@@ -75,7 +76,7 @@ class Frames:
         if kind in (TEXT, BINARY):
             self._kind = kind
         self._wanted = kind == BINARY or (kind == _CONTINUATION and self._kind == BINARY)
-        self.ended = kind == TEXT  # incusd sends only empty text frames, each at the end of a stream
+        self.ended |= kind == TEXT  # incusd sends only empty text frames, each at the end of a stream
         if kind == CLOSE:
             self.closed = True
         if kind == BINARY and self.log is not None:
@@ -96,6 +97,11 @@ def header(view: memoryview) -> tuple[int, int, int] | None:
     if len(view) < size:
         return None
     return kind, struct.unpack_from(form, view, 2)[0], size
+
+
+def arrived(data: bytes) -> bytes:
+    """Return bytes of a stream as a server's frame, which is not masked."""
+    return struct.pack("!BBQ", 0x80 | BINARY, 127, len(data)) + data
 
 
 def frame(kind: int, data: bytes) -> tuple[bytes, ...]:

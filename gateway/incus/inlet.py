@@ -37,7 +37,7 @@ class Inlet:
         self._turn = asyncio.Lock()
         self._closed = False
         self.position, after = _PLACE.unpack_from(self._record.read())
-        self._waiting = _in_pipe(pipe[0])  # bytes
+        self._waiting = in_pipe(pipe[0])  # bytes
         if after and self._waiting:
             self.position = after - 1
         self._commit()
@@ -115,5 +115,6 @@ class Inlet:
         self._record.write(_PLACE.pack(self.position, 0 if after is None else after + 1))
 
 
-def _in_pipe(descriptor: int) -> int:
+def in_pipe(descriptor: int) -> int:
+    """Return the number of bytes in a pipe, by either end."""
     return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0])

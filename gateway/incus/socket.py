@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 
 from gateway.incus.frame_socket import FrameSocket
-from gateway.incus.frames import BINARY, CLOSE, TEXT, Frames, frame
+from gateway.incus.frames import BINARY, CLOSE, TEXT, Frames, arrived, frame
 from gateway.incus.memory import Log, Memory, Odometer
 
 
@@ -73,6 +73,15 @@ class StreamSocket(FrameSocket):
     def start(self) -> int:
         """Offset of the first byte `read` returns; not 0 only for a stream of an earlier process."""
         return self._frames.start
+
+    def add(self, data: bytes) -> None:
+        """Add bytes to what has arrived, as if incusd had sent them; also after the end of the stream."""
+        view = memoryview(arrived(data))
+        while view:
+            room = self.get_buffer(-1)[: len(view)]
+            room[:] = view[: len(room)]
+            view = view[len(room) :]
+            self.buffer_updated(len(room))
 
     def keep(self, offset: int) -> int:
         """Drop the log's bytes before an offset, and return the size of the rest in bytes."""

@@ -1,7 +1,7 @@
 """Start workers on tenants' workspaces: the only part of the file tools that needs root.
 
 A small process beside the gateway. It has no network socket and reads nothing written by tenants. It accepts
-a few typed requests on a unix socket and answers each with one JSON object and at most one descriptor.
+a few typed requests on a unix socket and answers each with one JSON object and at most two descriptors.
 
 | request | answer |
 |---|---|
@@ -9,6 +9,7 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the same folder? |
 | `{"do": "kill", "worker": n}` | `{}` once the process has ended |
 | `{"do": "tree", "tenant", "group", "step"}` | `{}` after `process_tree.STEPS[step]` on a command's cgroup |
+| `{"do": "pipes", "tenant", "group"}` | `{}` and the outputs of a command, see `command_pipes` |
 | `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest process, now killed; or `{}` |
 | `{"do": "reserve", "tenant"}` | `{}`: its CPU is divided between site and commands, see `reserve` |
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections that it does not read |
@@ -39,12 +40,13 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.rootfs import kernel, memory, process_tree, reserve, tcp
+from gateway.rootfs import command_pipes, kernel, memory, process_tree, reserve, tcp
 from gateway.rootfs.confine import Namespaces, Plan
 from gateway.rootfs.dead_members import cut_off
 from gateway.rootfs.disk import Disk
@@ -125,11 +127,10 @@ class Broker:
                     answer = {}
                 case "tree":
                     step = process_tree.STEPS[request["step"]]
-                    step(
-                        process_tree.of_command(
-                            self._tenants.group(str(request["tenant"])), str(request["group"])
-                        )
-                    )
+                    step(self._command(request))
+                    answer = {}
+                case "pipes":
+                    passed += command_pipes.opened(self._command(request))
                     answer = {}
                 case "relieve":
                     ended = memory.relieve(self._tenants.group(str(request["tenant"])))
@@ -177,6 +178,11 @@ class Broker:
         finally:
             for descriptor in passed:
                 os.close(descriptor)
+
+    def _command(self, request: dict[str, Any]) -> Path:
+        """Return the cgroup of the command that a request names."""
+        container = self._tenants.group(str(request["tenant"]))
+        return process_tree.of_command(container, str(request["group"]))
 
     @staticmethod
     def _open(disk: Disk) -> int:

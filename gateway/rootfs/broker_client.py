@@ -110,6 +110,11 @@ class BrokerClient:
         with suppress(NotFound):
             await self.request({"do": "tree", "tenant": tenant, "group": group, "step": step})
 
+    async def pipes(self, tenant: str, group: str) -> list[int]:
+        """Open a command's outputs, see `command_pipes.opened`. Raises as `relieve`."""
+        _, descriptors = await self.request({"do": "pipes", "tenant": tenant, "group": group})
+        return descriptors
+
     async def relieve(self, tenant: str) -> tuple[str, int] | None:
         """Kill the biggest process of a tenant's site; return its name and bytes, None if there is none.
 
@@ -170,7 +175,7 @@ class BrokerClient:
                 connection = self._socket or await (self._connect() if self._at else self._start())
                 connection.send(orjson.dumps(message))
                 await self._until_readable(connection)
-                data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 1)
+                data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 2)
                 for descriptor in descriptors:  # recv_fds makes them inheritable
                     os.set_inheritable(descriptor, False)
         except (OSError, TimeoutError) as error:

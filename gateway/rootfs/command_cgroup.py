@@ -16,13 +16,14 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Final, ParamSpec, TypeVar
 
 from gateway.bounds import aside
 from gateway.errors import Timeout
-from gateway.rootfs import process_tree
+from gateway.rootfs import command_pipes, process_tree
 from gateway.rootfs.process_tree import PARENT
 
 P = ParamSpec("P")
@@ -34,6 +35,13 @@ _STEP: Final = 10.0  # seconds per step; usually instant, and no other tenant wa
 
 # Runs one of `process_tree.STEPS` on a path: here, or through the broker if this process lacks the rights.
 Hands = Callable[[str, Path], Awaitable[None]]
+
+
+Pipes = Callable[[], Awaitable[list[int]]]
+
+
+async def _opened(path: Path) -> list[int]:
+    return command_pipes.opened(path)
 
 
 async def here(step: str, path: Path) -> None:
@@ -77,11 +85,16 @@ class Ended:
 
 
 class CommandCgroup:
-    """An exec's cgroup, as seen from the host. `hands` runs the steps that need root."""
+    """An exec's cgroup, as seen from the host. `hands` and `pipes` do what needs root."""
 
-    def __init__(self, path: Path, hands: Hands = here) -> None:
+    def __init__(self, path: Path, hands: Hands = here, pipes: Pipes | None = None) -> None:
         self.path = path
         self._hands = hands
+        self._pipes = pipes or partial(_opened, path)
+
+    async def pipes(self) -> list[int]:
+        """Open the outputs of the command in it, see `command_pipes.opened`. Raises `GatewayError`."""
+        return await self._pipes()
 
     async def reachable(self) -> bool:
         """Return whether it can be used to kill: it is writable, or it is gone but its parent exists."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.server import ServerConnection, unix_serve
 
+from gateway.errors import Unavailable
+from gateway.incus import exec_sockets
+from gateway.incus.exec_sockets import ExecSockets, connect, outputs
 from gateway.incus.frame_socket import Lost
+from gateway.incus.memory import Memory
 from gateway.incus.socket import StreamSocket
 from tests.thorough import examples
 from tests.waits import turn, until
@@ -200,3 +206,100 @@ async def test_what_is_written_after_the_end_leaves_no_trace_in_the_loop(peer: A
         async with asyncio.timeout(30):
             assert await again.read() == b"hello"
         again.close()
+
+
+class Waits:
+    """In place of the wait for an operation, which no test here needs."""
+
+    def close(self) -> None: ...
+
+
+async def command(
+    peer: Any, memory: Memory | None, *, terminal: bool = False
+) -> tuple[ExecSockets, dict[str, ServerConnection]]:
+    """Return the sockets of a command, and incusd's ends of them."""
+    path, came = peer
+    names = ("control", "0") if terminal else ("control", "0", "1", "2")
+    opened = await connect(path, "op", {name: name for name in names}, memory, terminal=terminal)
+    ends = [await came.get() for _ in names]
+    by_name = {end.request.path.rpartition("=")[2]: end for end in ends if end.request is not None}
+    waits: Any = Waits()
+    return ExecSockets(opened, waits, memory, terminal=terminal), by_name
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("size", [0, 5, 65_536, 400_000])
+async def test_what_incusd_left_in_a_pipe_follows_what_it_sent(
+    peer: Any, monkeypatch: pytest.MonkeyPatch, held: bool, size: int
+) -> None:
+    """And is kept with it for the next process; the pipes are closed then."""
+    monkeypatch.setattr(exec_sockets, "_GUARDED", 0.0)
+    memory = Memory.made() if held else None
+    sockets, ends = await command(peer, memory)
+    pipes = {name: os.pipe2(os.O_NONBLOCK) for name in ("1", "2")}
+    left = os.urandom(size)
+
+    async def opened() -> list[int]:
+        return [out for out, _ in pipes.values()]
+
+    sockets.guard(opened)
+    await until(lambda: bool(sockets._pipes))
+    if size > 65_536:
+        fcntl.fcntl(pipes["1"][1], fcntl.F_SETPIPE_SZ, 1 << 20)
+    if left:
+        assert os.write(pipes["1"][1], left) == size
+    for name in ("1", "2"):
+        await ends[name].send(name.encode() * 3)
+        await ends[name].send("")
+    found = {"1": b"", "2": b""}
+    for name in found:
+        while data := await sockets.read(name):
+            found[name] += data
+        assert await sockets.read(name) == b""
+    assert found == {"1": b"111" + left, "2": b"222"}
+    for out, into in pipes.values():
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(out)
+        os.close(into)
+    sockets.ended()
+    await sockets.aclose()
+    if memory is not None:
+        again = memory.reopened()
+        assert outputs(again, terminal=False) == {name: (0, data) for name, data in found.items()}
+        again.close()
+
+
+@pytest.mark.parametrize("way", ["soon", "asking", "opened", "left", "refused", "none", "terminal"])
+async def test_pipes_are_opened_once_and_always_closed(
+    peer: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(exec_sockets, "_GUARDED", 60.0 if way == "soon" else 0.0)
+    sockets, _ = await command(peer, None, terminal=way == "terminal")
+    asked, answer = asyncio.Event(), asyncio.Event()
+    out, into = ([*ends] for ends in zip(os.pipe(), os.pipe(), strict=True))
+
+    async def opened() -> list[int]:
+        asked.set()
+        if way == "asking":
+            await answer.wait()
+        if way == "refused":
+            raise Unavailable("no broker")
+        return [] if way == "none" else out
+
+    sockets.guard(opened)
+    if way in ("soon", "terminal"):
+        await asyncio.sleep(0.01)
+        assert not asked.is_set()
+    else:
+        await asked.wait()
+        await turn()
+    if way == "left":
+        sockets.leave()
+    await sockets.aclose()
+    await sockets.aclose()
+    taken = way in ("opened", "left")
+    for descriptor in out if taken else ():
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+    for descriptor in into if taken else (*out, *into):
+        os.close(descriptor)

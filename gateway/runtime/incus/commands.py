@@ -154,6 +154,8 @@ class Commands:
                 sockets = await self._begin(name, command, size)
         # from here on nothing waits: whoever is cancelled closes the sockets by way of the shell
         cgroup = None if root is None else self.cgroup(name, root, exec_id)
+        if cgroup is not None:
+            sockets.guard(cgroup.pipes)
         limit = self.settings.cancel_timeout
         shell = IncusShell(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
         self._ours.add(shell)
@@ -303,6 +305,7 @@ class Commands:
             cgroup = None
             if own["cgroup"] is not None:
                 cgroup = self._group(own["tenant"], Path(own["cgroup"]), own["exec"])
+                sockets.guard(cgroup.pipes)
             limit = self.settings.cancel_timeout
             outputs: dict[StreamName, tuple[int, bytes]] = {}
             if "starting" in own:
@@ -342,4 +345,6 @@ class Commands:
         broker = self._broker
         if broker is None:
             return CommandCgroup(path)
-        return CommandCgroup(path, lambda step, _: broker.on_tree(name, group, step))
+        return CommandCgroup(
+            path, lambda step, _: broker.on_tree(name, group, step), lambda: broker.pipes(name, group)
+        )
