@@ -104,6 +104,19 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     assert left == b".site-kept\nsite\n"
 
 
+async def test_an_update_waits_for_a_container_that_is_just_starting(host: Hosting) -> None:
+    """Its systemd does not listen yet, and its /run is not mounted, for longer than on a busy machine."""
+    record = await host.deploy("slow.example.com")
+    assert record["state"] == "succeeded", record["error"]
+    init = "rm /sbin/init; cat >/sbin/init; chmod +x /sbin/init"
+    slow = b'#!/bin/sh\nsleep 2\nexec /lib/systemd/systemd "$@"\n'
+    environment.incus("exec", "slow-example-com", "--", "sh", "-ec", init, stdin=slow)
+    for change in ("restart", "stop"):  # an update starts what is stopped
+        assert (await host.call("POST", f"/v1/tenants/slow-example-com/{change}"))[0] == 200
+        record = await host.deploy("slow.example.com")
+        assert record["state"] == "succeeded", (change, record["error"])
+
+
 async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host: Hosting) -> None:
     """But not what it says to keep, with what the live site writes there meanwhile; no request fails.
 

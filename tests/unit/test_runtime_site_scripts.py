@@ -22,14 +22,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
 import gateway
-from gateway.runtime.incus import provisioning
+from gateway.runtime.incus import provisioning, script_files
+from gateway.runtime.incus.script_files import script, systemd_script
 from tests.thorough import examples
 
 SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
 SCRIPTS: Final = [
     path for path in sorted(Path(gateway.__file__).parent.rglob("*.sh")) if "overlay" not in path.parts
 ] + sorted((Path(__file__).parents[2] / "clients/web/src").rglob("*.sh"))
-INCUS: Final = Path(provisioning.__file__).parent
+INCUS: Final = Path(script_files.__file__).parent
+SYSTEMD: Final = ("start_service", "allow_domain", "apply_limits", "settle", "unsettle", "clear")
+"""The scripts that wait for systemd."""
 UID: Final = 65534
 NAMES: Final = (
     strategies.sampled_from(["-n", "-rf", "a b", "\n", "a\nb", "'", '"', "$HOME", "*", "\udc81", "é", " "])
@@ -75,7 +78,8 @@ def run(
     shell: tuple[str, ...], name: str, *words: str | Path, given: bytes = b"", within: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a script as the gateway does, with both outputs merged."""
-    argv = [*within, *shell, "-c", (INCUS / f"{name}.sh").read_text(), "sh", *words]
+    text = systemd_script(name) if name in SYSTEMD else script(name)
+    argv = [*within, *shell, "-c", text, "sh", *words]
     return subprocess.run(
         argv, input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", timeout=30
     )
@@ -251,6 +255,37 @@ def test_both_services_are_told_the_domain(shell: tuple[str, ...], machine: Mach
     for side in ("site", "site-next"):
         told = machine.place / f"run/systemd/system/{side}.service.d/domain.conf"
         assert told.read_text() == '[Service]\nEnvironment="NAME=shop.example"\n'
+
+
+@pytest.mark.parametrize("name", SYSTEMD)
+def test_a_container_that_has_just_started_is_waited_for(
+    shell: tuple[str, ...], machine: Machine, name: str
+) -> None:
+    """Until systemd listens. What is in /run before goes as soon as systemd has mounted its own."""
+    run = machine.place / "run"
+    (run / "systemd/private").rename(machine.place / "socket")
+    (machine.place / "bin/sleep").write_text(
+        f"#!/bin/sh\nfind {run} -type f >>{machine.place}/asked\nrm -rf {run}/*\n"
+        f"mkdir -p {run}/systemd/system\ncp -a {machine.place}/socket {run}/systemd/private\n"
+        f"echo up >>{machine.place}/asked\n"
+    )
+    (machine.place / "bin/sleep").chmod(0o755)
+    machine.note.write_text(f"{machine.live.stat().st_ino}\n")
+    machine.unit.write_text(UNIT)
+    shutil.copy(machine.unit, f"{machine.unit}.old")
+    words = {
+        "start_service": ("/run/systemd/system/site-next.service", "next", "site-next.service"),
+        "allow_domain": ("NAME=shop.example",),
+        "apply_limits": ("85%",),
+        "settle": (*machine.sides, "update"),
+        "unsettle": machine.sides,
+        "clear": (*machine.sides, machine.kept, str(UID)),
+    }
+    machine.run(shell, name, *words[name], given=UNIT.encode())
+    first, *asked = machine.asked()
+    assert first == "up" and "daemon-reload" in asked
+    made = {path.name for path in run.rglob("*") if path.is_file()}
+    assert made == {"start_service": {"site-next.service"}, "allow_domain": {"domain.conf"}}.get(name, set())
 
 
 def test_a_sealed_container_shares_no_id_and_no_log(shell: tuple[str, ...], machine: Machine) -> None:

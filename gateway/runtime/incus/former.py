@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
 from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound
@@ -17,14 +16,15 @@ from gateway.incus import Incus
 from gateway.runtime.incus import service_unit
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.provisioning import Provisioning
+from gateway.runtime.incus.script_files import script
 from gateway.runtime.sites import FORMER_ID, Former, Recipe
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_TAKE: Final = Path(__file__).with_name("take_former.sh").read_text()
-_COPY: Final = Path(__file__).with_name("copy_former.sh").read_text()
-_PUT: Final = Path(__file__).with_name("put_former.sh").read_text()
+_TAKE: Final = script("take_former")
+_COPY: Final = script("copy_former")
+_PUT: Final = script("put_former")
 _NONE: Final = 3  # exit code of take_former.sh if no such site is kept
 _LIST_MAX: Final = 64 << 10  # most bytes of each file
 _UNIT_MAX: Final = 512 << 10

@@ -17,6 +17,7 @@ from gateway.runtime.incus.addresses import exposure
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.errors import DISK_FULL, POOL_FULL, translated
+from gateway.runtime.incus.script_files import script, systemd_script
 from gateway.runtime.incus.uploads import number
 from gateway.runtime.installs import failure
 from gateway.runtime.probe import network_up
@@ -40,27 +41,22 @@ _PATH_SHOWN: Final = 500
 _SIZE: Final = 12  # characters of the size that seal.sh prints
 _PRINTED: Final = 4 << 20  # bytes that a script may print; ours print a few lines
 LOOK: Final = 10.0  # seconds for a script that only reads
+_ALLOWS: Final = 30.0  # seconds to tell a domain to systemd, which may just be starting
 _DROPS: Final = 60.0  # seconds to remove a kept site
 _UNREADABLE: Final = "\ncannot be read: "  # as stage.sh prints it
-
-
-def _script(name: str) -> str:
-    return Path(__file__).with_name(f"{name}.sh").read_text()
-
-
-_STAGE: Final = _script("stage")
-_DISCARD: Final = _script("discard")
-_UNPACK: Final = _script("unpack")
-_CARRY: Final = _script("carry")
-_KEEP_ENVIRONMENT: Final = _script("keep_environment")
-_START_SERVICE: Final = _script("start_service")
-_ALLOW_DOMAIN: Final = _script("allow_domain")
-_SETTLE: Final = _script("settle")
-_UNSETTLE: Final = _script("unsettle")
-_CLEAR: Final = _script("clear")
-_SEAL: Final = _script("seal")
+_STAGE: Final = script("stage")
+_DISCARD: Final = script("discard")
+_UNPACK: Final = script("unpack")
+_CARRY: Final = script("carry")
+_KEEP_ENVIRONMENT: Final = script("keep_environment")
+_START_SERVICE: Final = systemd_script("start_service")
+_ALLOW_DOMAIN: Final = systemd_script("allow_domain")
+_SETTLE: Final = systemd_script("settle")
+_UNSETTLE: Final = systemd_script("unsettle")
+_CLEAR: Final = systemd_script("clear")
+_SEAL: Final = script("seal")
 _ACCESS_TIMES: Final = Path(__file__).with_name("access_times.py").read_text()
-_DROP: Final = _script("drop_former")
+_DROP: Final = script("drop_former")
 
 
 class Provisioning:
@@ -168,7 +164,7 @@ class Provisioning:
         await self.run(tenant, ("systemctl", "restart", service_unit.NAMES["live"]))
 
     async def allow(self, tenant: str, domain: str) -> None:
-        await self.script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=LOOK)
+        await self.script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=_ALLOWS)
 
     # --- the exchange -------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from gateway.errors import Conflict, GatewayError, TenantNotRunning, Unavailable
@@ -23,6 +22,7 @@ from gateway.runtime import scripts
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import WHOLE, Creation
 from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.script_files import systemd_script
 from gateway.runtime.sizes import SITE_SHARE, SIZES, MiB, size_of
 from gateway.settings import Settings
 from gateway.tasks import whole
@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 UPDATING: Final = "user.gateway.memory"
 """Set while an update has doubled the memory: the former limit (`-`: the profile's), and the double."""
 
-_APPLY: Final = Path(__file__).with_name("apply_limits.sh").read_text()
-APPLY: Final = ("/bin/sh", "-c", _APPLY, "sh", f"{SITE_SHARE}%")
+APPLY: Final = ("/bin/sh", "-c", systemd_script("apply_limits"), "sh", f"{SITE_SHARE}%")
 """Makes a container's systemd recompute the site's shares of the new limits; run it as root."""
 
 _KEYS: Final = ("cpu", "memory", "processes")
@@ -43,8 +42,9 @@ _LOOKING: Final = 120.0  # seconds to scan a whole disk
 _PRINTED: Final = 64 << 10
 _DISK_MARGIN: Final = 64 * MiB  # for writes between the scan and the change, and for metadata
 _MEMORY_SHARE: Final = (SITE_SHARE - 5) / 100  # of a limit; a site above its share would be killed
-_APPLYING: Final = 10.0
+_APPLYING: Final = 30.0
 _TRIES: Final = 5
+_SHOWN: Final = 500  # characters of output to log
 
 
 class Resizing:
@@ -142,7 +142,7 @@ class Resizing:
 
     async def _on_disk(self, name: str) -> int:
         """Return an instance's disk use in bytes; Incus's own count omits the image."""
-        said = await self._root(name, _USED, _LOOKING)
+        said = (await self._root(name, _USED, _LOOKING)).said  # an error, too, for a file that has just gone
         number = said.split()[-2:][:1]
         state = await self._state(name)
         own = int(((state.get("disk") or {}).get("root") or {}).get("usage") or 0)
@@ -165,17 +165,19 @@ class Resizing:
     async def _applied(self, name: str) -> None:
         """Make the instance's systemd recompute its services' shares of the new limits."""
         try:
-            await self._root(name, APPLY, _APPLYING)
-        except (GatewayError, TimeoutError) as error:
-            log.warning("the site of %s keeps its old limits until it restarts: %s", name, error)
+            ended = await self._root(name, APPLY, _APPLYING)
+            why = ended.said.strip()[-_SHOWN:] if ended.code else ""
+        except GatewayError as error:
+            why = error.message
+        if why:
+            log.warning("the site of %s keeps its old limits until it restarts: %s", name, why)
 
-    async def _root(self, name: str, argv: tuple[str, ...], seconds: float) -> str:
-        """Run a command as the container's root; return the end of its output, whatever its exit code."""
+    async def _root(self, name: str, argv: tuple[str, ...], seconds: float) -> scripts.Ended:
+        """Run a command as the container's root, and wait until it has ended."""
         try:
-            ended = await scripts.run(self._commands.exec, name, argv, seconds=seconds, printed=_PRINTED)
+            return await scripts.run(self._commands.exec, name, argv, seconds=seconds, printed=_PRINTED)
         except TimeoutError:
             raise Unavailable(f"tenant {name} did not answer in time; try again later") from None
-        return ended.said
 
 
 def _private(pid: int) -> int | None:

@@ -9,11 +9,6 @@
 # Exit:   0 once it has been told to start.
 set -eu
 cat >"$1"
-# right after a container's start, systemd does not listen yet
-for _ in $(seq 400); do
-  [ -S /run/systemd/private ] && break
-  sleep 0.05
-done
 [ "$2" = next ] || systemctl --quiet --no-reload enable site.service
 systemctl daemon-reload
 systemctl restart "$3"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
+from gateway.runtime.incus.script_files import script
 from gateway.runtime.listening import listener
 from gateway.runtime.sites import Service, ServiceState
 
-SCRIPT: Final = Path(__file__).with_name("unit_status.sh").read_text()
+SCRIPT: Final = script("unit_status")
 
 _DIGITS: Final = 18
 _STATES: Final[dict[str, ServiceState]] = {

@@ -8,11 +8,6 @@
 set -eu
 live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
 [ -e "$note" ] || exit 0
-# right after a container's start, systemd does not listen yet
-for _ in $(seq 400); do
-  [ -S /run/systemd/private ] && break
-  sleep 0.05
-done
 if [ -f "$note.moved" ]; then
   while read -r name; do
     if [ -e "$live/$name" ] && [ ! -e "$next/$name" ]; then mv -T "$live/$name" "$next/$name"; fi
