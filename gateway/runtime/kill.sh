@@ -28,16 +28,22 @@ list() { # EXEC: prints the pids in the cgroup and those with the marker in thei
   } | sort -u
 }
 
+seen=none
+look() { # EXEC: sets `left`, and `new` to what was not seen before: a process that just becomes a program is not found
+  left=$(list "$1")
+  new=$(printf %s "$left" | grep -vxFe "$seen")
+  [ -z "$new" ] || seen=$(printf '%s\n%s' "$seen" "$new")
+}
+
 killed=0
-left=$(list "$1")
-found=$(printf %s "$left" | wc -w)
-# shellcheck disable=SC2086 # a list of numbers
-[ "$2" -le 0 ] || [ -z "$left" ] || kill -TERM $left 2>/dev/null
+look "$1"
 waited=0
 while [ -n "$left" ] && [ "$waited" -lt "$2" ]; do
+  # shellcheck disable=SC2086 # a list of numbers
+  [ -z "$new" ] || kill -TERM $new 2>/dev/null
   sleep 0.02
   waited=$((waited + 20))
-  left=$(list "$1")
+  look "$1"
 done
 waited=0
 while [ -n "$left" ] && [ "$waited" -lt "$3" ]; do
@@ -47,8 +53,8 @@ while [ -n "$left" ] && [ "$waited" -lt "$3" ]; do
   kill -KILL $left 2>/dev/null
   sleep 0.02
   waited=$((waited + 20))
-  left=$(list "$1")
+  look "$1"
 done
 rmdir "$group" 2>/dev/null
 # shellcheck disable=SC2046 # splitting removes the blanks that some `wc` print
-echo $((found)) "$killed" $(printf %s "$left" | wc -w) "$how"
+echo $(printf %s "$seen" | grep -c '[0-9]') "$killed" $(printf %s "$left" | wc -w) "$how"

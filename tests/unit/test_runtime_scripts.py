@@ -370,6 +370,22 @@ def test_a_marked_tree_ends(shell: tuple[str, ...], grace: str, trap: str, escal
             leader.kill()
 
 
+def test_what_is_found_late_hears_term_too(shell: tuple[str, ...], tmp_path: Path) -> None:
+    """Such as a process that was just becoming a program, whose environment is then empty for a moment."""
+    exec_id = f"test-{secrets.token_hex(8)}"
+    late = f"until [ -e go ]; do sleep 0.01; done; exec env {MARKER}={exec_id} sleep 1000"
+    script = f"trap ': >go' TERM; env -u {MARKER} sh -c '{late}' & echo; wait; wait"
+    env = BASE | {MARKER: exec_id}
+    with subprocess.Popen(["sh", "-c", script], env=env, stdout=subprocess.PIPE, cwd=tmp_path) as leader:
+        try:
+            assert leader.stdout is not None and leader.stdout.readline() == b"\n"
+            asked = [*shell, "-c", KILL_SCRIPT, "sh", exec_id, "20000", "5000"]
+            said = subprocess.run(asked, env=BASE, stdout=subprocess.PIPE, timeout=30).stdout
+            assert killed(said) == Killed(2, False, 0, "scan")
+        finally:
+            leader.kill()
+
+
 def test_a_process_cannot_pass_for_a_zombie_by_its_name(shell: tuple[str, ...], workspace: bytes) -> None:
     exec_id = f"test-{secrets.token_hex(8)}"
     program = Path(os.fsdecode(workspace)) / "a) Z b"
