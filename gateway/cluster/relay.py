@@ -230,6 +230,7 @@ async def _answer(
 ) -> aiohttp.ClientResponse | None:
     """Return the peer's answer, None where it hung up instead. Raises `MemberAway`."""
     expects = Headers(scope=scope).get("expect", "").lower() == "100-continue"
+    again = scope["method"] in _REPEATABLE and body.empty
     loop = asyncio.get_running_loop()
     until = loop.time() + _PATIENCE
     while True:
@@ -249,10 +250,12 @@ async def _answer(
             # nothing was sent: it may be about to start again
             if loop.time() > until:
                 raise MemberAway(peer.name) from error
-            await asyncio.sleep(_PAUSE)
         except (aiohttp.ClientError, OSError) as error:
             log.info("%s did not answer a request: %r", peer.name, error)
-            return None
+            # one that ends hangs up on what is asked of it just then; who takes its place answers
+            if not again or loop.time() > until:
+                return None
+        await asyncio.sleep(_PAUSE)
 
 
 async def _break(scope: Scope, receive: Receive) -> None:

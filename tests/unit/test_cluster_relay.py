@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from websockets.frames import Opcode
 from websockets.protocol import Protocol, Side, State
 
 from gateway.cluster.known import MOST, Known, apply, lines
-from gateway.cluster.peers import Peer
+from gateway.cluster.peers import MemberAway, Peer
 from gateway.cluster.relay import Body, as_client, client_of, passed_on, relay
 from gateway.transport.http1 import ABORT
 from gateway.transport.tunnel import close_frame, text_frame
@@ -98,6 +98,47 @@ class Plain(Peer):
         return f"http://{self.address}"
 
 
+Serves = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def relayed(serves: Serves, method: str) -> tuple[list[Any], bool]:
+    """Pass a request on to a peer; return what its client is sent, and whether it is cut off."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    gone = asyncio.Event()
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": method,
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": [],
+    }
+    scope["state"] = {ABORT: gone.set}
+    peer = Plain("other")
+    peer.tls = ssl.create_default_context()
+    peer.hear()
+    try:
+        async with (
+            asyncio.timeout(30),
+            await asyncio.start_server(serves, "127.0.0.1", 0) as server,
+            aiohttp.ClientSession() as session,
+        ):
+            peer.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            peers: Any = SimpleNamespace(session=session)
+            body = Body(scope, receive)
+            await relay(scope, receive, send, peers, peer, body=body, client="http 192.0.2.7", patience=10)
+    finally:
+        peer.end()
+    return sent, gone.is_set()
+
+
 @pytest.mark.parametrize(
     ("said", "bodies"),
     [
@@ -116,39 +157,37 @@ async def test_a_short_answer_ends_with_its_only_part(said: bytes, bodies: list[
         writer.write(b"HTTP/1.1 200 OK\r\n" + said)
         writer.close()
 
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    gone = asyncio.Event()
-    scope: dict[str, Any] = {
-        "type": "http",
-        "method": "POST",
-        "raw_path": b"/",
-        "query_string": b"",
-        "headers": [],
-    }
-    scope["state"] = {ABORT: gone.set}
-    peer = Plain("other")
-    peer.tls = ssl.create_default_context()
-    peer.hear()
-    async with (
-        asyncio.timeout(30),
-        await asyncio.start_server(answer, "127.0.0.1", 0) as server,
-        aiohttp.ClientSession() as session,
-    ):
-        peer.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        peers: Any = SimpleNamespace(session=session)
-        body = Body(scope, receive)
-        await relay(scope, receive, send, peers, peer, body=body, client="http 192.0.2.7", patience=10)
-    peer.end()
+    sent, cut = await relayed(answer, "POST")
     assert [(message["body"], message["more_body"]) for message in sent[1:]] == bodies
-    assert gone.is_set() == bodies[-1][1]
+    assert cut == bodies[-1][1]
+
+
+@pytest.mark.parametrize(("method", "times"), [("GET", 5), ("HEAD", 5), ("GET", 1000), ("POST", 1)])
+async def test_a_peer_that_hangs_up_is_asked_again_for_what_only_reads(
+    monkeypatch: pytest.MonkeyPatch, method: str, times: int
+) -> None:
+    """As it does where it ends just then: who takes its place answers, and it is not told as away."""
+    asked = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        asked += 1
+        if asked > times:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    if times == 1000:
+        monkeypatch.setattr("gateway.cluster.relay._PATIENCE", 0.3)
+        with pytest.raises(MemberAway):
+            await relayed(answer, method)
+        return
+    sent, cut = await relayed(answer, method)
+    if method == "POST":
+        assert (sent, cut) == ([], True)
+    else:
+        assert (sent[0]["status"], cut) == (200, False)
+    assert asked == times + (method != "POST")
 
 
 # --- its head -------------------------------------------------------------------------------------------
