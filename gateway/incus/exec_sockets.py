@@ -238,15 +238,13 @@ class ExecSockets:
     async def read(self, fd: str) -> bytes:
         """Return the next bytes of an output, b"" at its end. Raises `Lost` if it breaks."""
         stream = self._sockets[fd]
-        data = await stream.read()
-        if not data and (pipe := self._pipes.pop(fd, None)) is not None:
-            try:
-                if size := in_pipe(pipe):
-                    stream.add(os.read(pipe, size))
-                    data = await stream.read()
-            finally:
-                os.close(pipe)
-        return data
+        if data := await stream.read():
+            return data
+        pipe = self._pipes.pop(fd, None)
+        if pipe is None or not (left := _left_in(pipe)):
+            return b""
+        stream.add(left)
+        return await stream.read()
 
     def take(self, fd: str) -> bytes:
         """Return all unread bytes of an output that have arrived, b"" if none. Does not wait."""
@@ -318,3 +316,14 @@ class ExecSockets:
             self._sockets[name].close()
         # what is known of an ended command is kept for a while: not with all of this
         self._sockets, self._result, self._inlet = {}, None, None
+
+
+def _left_in(pipe: int) -> bytes:
+    """Return what incusd has left in a pipe, and close it."""
+    try:
+        size = in_pipe(pipe)
+        return os.read(pipe, size) if size else b""
+    except BlockingIOError:  # a tenant put a pipe of its own in its place, and reads it
+        return b""
+    finally:
+        os.close(pipe)

@@ -303,3 +303,18 @@ async def test_pipes_are_opened_once_and_always_closed(
             os.fstat(descriptor)
     for descriptor in into if taken else (*out, *into):
         os.close(descriptor)
+
+
+async def test_a_pipe_that_a_tenant_reads_too_is_taken_for_empty(
+    peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exec_sockets, "in_pipe", lambda pipe: 5)  # what it had is gone when it is read
+    sockets, ends = await command(peer, None)
+    out, into = os.pipe2(os.O_NONBLOCK)
+    sockets._pipes["1"] = out
+    await ends["1"].send("")
+    assert await sockets.read("1") == b""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(out)
+    os.close(into)
+    await sockets.aclose()
