@@ -37,6 +37,7 @@ from gateway.incus.socket import StreamSocket
 from gateway.incus.waiting import Waiting
 
 _GUARDED: Final = 0.25  # seconds until the pipes are opened: well before incusd first looks again
+_TRIES: Final = 8  # of these times, as on a busy host or in a container that boots the shell may not run yet
 RELIEF: Final = 3.0  # seconds an output may stay unread; less than the deadline of a ping
 
 
@@ -210,8 +211,12 @@ class ExecSockets:
         self._guarding = asyncio.create_task(self._guard(pipes), name="open the outputs of a command")
 
     async def _guard(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
-        with contextlib.suppress(GatewayError):  # without a broker, or it is an earlier version
-            self._pipes = dict(zip(("1", "2"), await pipes(), strict=False))
+        with contextlib.suppress(GatewayError):  # the broker is away, or of an earlier version
+            for _ in range(_TRIES):
+                if found := await pipes():
+                    self._pipes = dict(zip(("1", "2"), found, strict=True))
+                    return
+                await asyncio.sleep(_GUARDED)
 
     def _unguard(self) -> None:
         if self._timer is not None:
