@@ -80,6 +80,8 @@ def incus(
             said = done.stderr.decode(errors="replace")
             raise AssertionError(f"incus {' '.join(words)}: {done.returncode}: {said}")
         return done
+    if words[0] == "exec":
+        words = _lingering(words)
     done = subprocess.run(
         ["incus", *words],
         env=daemon().environment,
@@ -93,6 +95,16 @@ def incus(
             f"incus {' '.join(words)}: {done.returncode}: {done.stderr.decode(errors='replace')}"
         )
     return done
+
+
+def _lingering(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Have a command end a second after its last output, which incusd may otherwise not read any more.
+
+    See `gateway.rootfs.command_pipes`.
+    """
+    at = words.index("--") + 1
+    linger = '"$@"; code=$?; sleep 1.1; exit "$code"'
+    return *words[:at], "sh", "-c", linger, "sh", *words[at:]
 
 
 def _executed(name: str, *words: str, timeout: float) -> subprocess.CompletedProcess[bytes]:

@@ -399,13 +399,26 @@ def container_root_has_no_power(tenant: str, folder: Path) -> None:
         (folder / "mine").unlink()
 
 
+class SystemctlOf(Systemctl):
+    """The systemd of a container."""
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__()
+        self._tenant = tenant
+
+    def _run(self, *words: str) -> str:
+        done = environment.incus("exec", self._tenant, "--", *words, check=False)
+        if done.returncode != 0:
+            raise HostError(done.stderr.decode())
+        return done.stdout.decode()
+
+
 def the_real_systemd(tenant: str) -> None:
     """Reading and changing a unit with systemd's commands; the words of its command are exact."""
     unit = "[Service]\nExecStart=/bin/sleep \"1 2\" 'a;b' infinity\n[Install]\nWantedBy=multi-user.target\n"
     words = ("file", "push", "-", f"{tenant}/etc/systemd/system/old@1.service")
     environment.incus(*words, stdin=unit.replace("\"1 2\" 'a;b' ", "").encode())
-    before = ("env", f"INCUS_DIR={environment.INCUS_DIR}", "incus", "exec", tenant, "-T", "--")
-    units = Systemctl(before)
+    units = SystemctlOf(tenant)
     inside(tenant, "systemctl daemon-reload")
     assert units.unit("old@1.service") == Unit(0, ("/bin/sleep", "infinity"), False)
     units.enable("old@1.service", True)
