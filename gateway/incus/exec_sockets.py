@@ -11,7 +11,7 @@ Facts about incusd that shape this module (measured on 6.0.4):
  is silent, a ping fails, and what the command prints later is lost; a ping does no harm while incusd is
  blocked writing output. So output held back for long is drained (`take`) every `RELIEF` seconds.
 - If a command prints and ends just when incusd, which looks for output every second, was about to do so, its
- last output stays in the pipe (see `gateway.rootfs.command_pipes`). `guard` reads it from there.
+ last output stays in the pipe (see `gateway.rootfs.command_pipes`). It is read from there (`open_pipes`).
 - With a terminal, the operation lasts until the client closes socket 0.
 - Return codes 126 and 127 are reported as a failed operation, even if they are the program's own.
 """
@@ -36,7 +36,7 @@ from gateway.incus.operation import Operation
 from gateway.incus.socket import StreamSocket
 from gateway.incus.waiting import Waiting
 
-_GUARDED: Final = 0.25  # seconds until the pipes are opened: well before incusd first looks again
+_OPENING: Final = 0.25  # seconds until the pipes are opened: well before incusd first looks again
 _TRIES: Final = 8  # of these times, as on a busy host or in a container that boots the shell may not run yet
 RELIEF: Final = 3.0  # seconds an output may stay unread; less than the deadline of a ping
 
@@ -111,7 +111,7 @@ class ExecSockets:
         self._result: asyncio.Task[Operation] | None = None
         self._sending: asyncio.Task[None] | None = None  # sends the input an earlier process accepted last
         self._timer: asyncio.TimerHandle | None = None
-        self._guarding: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._pipes: dict[str, int] = {}  # reading ends of the outputs
         self._inlet: Inlet | None = None
         if memory is not None and (own := sockets["0"].own) is not None:
@@ -185,7 +185,7 @@ class ExecSockets:
         for task in (self._result, self._sending):
             if task is not None:
                 task.cancel()
-        self._unguard()
+        self._close_pipes()
 
     def forgo(self) -> None:
         """Give up the memory: this command will not be held."""
@@ -198,31 +198,32 @@ class ExecSockets:
             self.memory.close()
             self.memory = None
 
-    def guard(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
-        """Lose no output that incusd does not read: `pipes` opens the outputs' reading ends, "1" first.
+    def open_pipes(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
+        """Open the command's own output pipes soon, to read at the end what incusd leaves in them.
 
-        It is called if the command runs for longer than a moment. Not for terminals.
+        `pipes` returns their reading ends, "1" first, or [] if the command does not run yet. A command that
+        ends within a moment needs none; a terminal has none.
         """
         if not self.terminal:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_GUARDED, self._begin_guarding, pipes)
+            self._timer = loop.call_later(_OPENING, self._begin_opening, pipes)
 
-    def _begin_guarding(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
-        self._guarding = asyncio.create_task(self._guard(pipes), name="open the outputs of a command")
+    def _begin_opening(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
+        self._opening = asyncio.create_task(self._open(pipes), name="open the outputs of a command")
 
-    async def _guard(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
+    async def _open(self, pipes: Callable[[], Awaitable[list[int]]]) -> None:
         with contextlib.suppress(GatewayError):  # the broker is away, or of an earlier version
             for _ in range(_TRIES):
                 if found := await pipes():
                     self._pipes = dict(zip(("1", "2"), found, strict=True))
                     return
-                await asyncio.sleep(_GUARDED)
+                await asyncio.sleep(_OPENING)
 
-    def _unguard(self) -> None:
+    def _close_pipes(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if self._guarding is not None:
-            self._guarding.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
         for descriptor in self._pipes.values():
             os.close(descriptor)
         self._pipes = {}
@@ -312,7 +313,7 @@ class ExecSockets:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._unguard()
+        self._close_pipes()
         self._waiting.close()
         if self._inlet is not None:
             self._inlet.close()

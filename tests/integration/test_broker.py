@@ -31,6 +31,7 @@ from tests.contracts.processes import Tree
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
 from tests.integration.sites import Hosting
+from tests.integration.unread import last_words
 from tests.live import LiveGateway, free_ports
 from tests.waits import until
 
@@ -214,6 +215,12 @@ async def test_ends_trees_by_the_broker(
     assert left.strip() == "0"
 
 
+async def test_what_incusd_does_not_read_comes_by_the_broker(place: Place, tenant: Container) -> None:
+    async with IncusRuntime(place.settings) as runtime:
+        process = await runtime.commands.exec(tenant.name, ExecSpec(("sleep", "1")))
+        await last_words(process)
+
+
 @pytest.fixture
 async def foreign(incus_settings: Settings) -> AsyncIterator[Container]:
     """A running foreign container on the same pool, with a command's cgroup like ours."""
@@ -264,9 +271,11 @@ async def test_a_gateway_that_was_taken_over(place: Place, tenant: Container, fo
             await refused(do="tree", tenant=name, group="own/x", step=step)
         for what in ("relieve", "reserve"):
             await refused(do=what, tenant=name)
+        await refused(do="pipes", tenant=name, group="own/x")
         await refused(do="break_off", tenant=name, port=80, leave=[])
     for group in ("..", "../init.scope", "own/../..", f"../../lxc.payload.{foreign.name}/gateway/own", ""):
         await refused(do="tree", tenant=tenant.name, group=group, step="end")
+        await refused(do="pipes", tenant=tenant.name, group=group)
     for folder in ("/", "/etc", "/srv/site/../../etc"):
         await refused(**(spawn | {"workspace": folder}))
     assert await broker.relieve(tenant.name) is None  # no site, and a command is none

@@ -24,6 +24,7 @@ from tests.contracts.processes import Tree, alive, mark
 from tests.contracts.runtime import RuntimeContract, finish, run
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
+from tests.integration.unread import last_words
 from tests.waits import until
 
 _fresh = itertools.count()
@@ -225,16 +226,7 @@ class TestIncus(RuntimeContract):
         """Its end of the outputs is closed; what is in them by then is the command's last output."""
         words = "exec >/dev/null; sleep 60 & exec sleep 1"  # its own output is another one by then
         process = await runtime.commands.exec(tenant.name, ExecSpec(("sh", "-c", words)))
-        sockets = process._sockets  # type: ignore[attr-defined]
-        await until(lambda: bool(sockets._pipes))
-        pipes = {name: os.open(f"/proc/self/fd/{sockets._pipes[name]}", os.O_WRONLY) for name in ("1", "2")}
-        assert (await sockets.result()).metadata["return"] == 0
-        for name, descriptor in pipes.items():
-            os.write(descriptor, f"last {name}".encode())
-            os.close(descriptor)
-        exit_, found = await finish(process)
-        assert (exit_.code, found) == (0, [b"last 1", b"last 2"])
-        assert not sockets._pipes
+        await last_words(process)
 
     async def test_no_cgroup_is_left_by_ended_commands(
         self, runtime: IncusRuntime, tenant: Container

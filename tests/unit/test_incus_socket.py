@@ -233,7 +233,7 @@ async def test_what_incusd_left_in_a_pipe_follows_what_it_sent(
     peer: Any, monkeypatch: pytest.MonkeyPatch, held: bool, size: int
 ) -> None:
     """And is kept with it for the next process; the pipes are closed then."""
-    monkeypatch.setattr(exec_sockets, "_GUARDED", 0.0)
+    monkeypatch.setattr(exec_sockets, "_OPENING", 0.0)
     memory = Memory.made() if held else None
     sockets, ends = await command(peer, memory)
     pipes = {name: os.pipe2(os.O_NONBLOCK) for name in ("1", "2")}
@@ -243,7 +243,7 @@ async def test_what_incusd_left_in_a_pipe_follows_what_it_sent(
         return [out for out, _ in pipes.values()] if next(looks) else []
 
     looks = iter([False, True])  # at first the shell does not run yet
-    sockets.guard(opened)
+    sockets.open_pipes(opened)
     await until(lambda: bool(sockets._pipes))
     if size > 65_536:
         fcntl.fcntl(pipes["1"][1], fcntl.F_SETPIPE_SZ, 1 << 20)
@@ -274,23 +274,26 @@ async def test_what_incusd_left_in_a_pipe_follows_what_it_sent(
 async def test_pipes_are_opened_once_and_always_closed(
     peer: Any, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr(exec_sockets, "_GUARDED", 60.0 if way == "soon" else 0.0)
+    monkeypatch.setattr(exec_sockets, "_OPENING", 60.0 if way == "soon" else 0.0)
     sockets, _ = await command(peer, None, terminal=way == "terminal")
-    asked, answer = asyncio.Event(), asyncio.Event()
+    asked, answer, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
     out, into = ([*ends] for ends in zip(os.pipe(), os.pipe(), strict=True))
 
     async def opened() -> list[int]:
         asked.set()
         if way == "asking":
-            await answer.wait()
+            try:
+                await answer.wait()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
         if way == "refused":
             raise Unavailable("no broker")
         return [] if way == "none" else out
 
-    sockets.guard(opened)
+    sockets.open_pipes(opened)
     if way in ("soon", "terminal"):
-        await asyncio.sleep(0.01)
-        assert not asked.is_set()
+        assert (sockets._timer is None) == (way == "terminal") and not asked.is_set()
     else:
         await asked.wait()
         await turn()
@@ -298,6 +301,10 @@ async def test_pipes_are_opened_once_and_always_closed(
         sockets.leave()
     await sockets.aclose()
     await sockets.aclose()
+    if way == "soon":
+        assert sockets._timer is not None and sockets._timer.cancelled()
+    if way == "asking":
+        await asyncio.wait_for(cancelled.wait(), 10)
     taken = way in ("opened", "left")
     for descriptor in out if taken else ():
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -319,3 +326,19 @@ async def test_a_pipe_that_a_tenant_reads_too_is_taken_for_empty(
         os.fstat(out)
     os.close(into)
     await sockets.aclose()
+
+
+async def test_what_is_added_after_the_end_pauses_nothing() -> None:
+    """The connection is closed by then, and some loops refuse it."""
+
+    class Closed:
+        def pause_reading(self) -> None:
+            raise RuntimeError("closed")
+
+    stream: Any = StreamSocket()
+    stream._transport = Closed()
+    sent = b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + frame(1, b"")
+    stream.get_buffer(-1)[: len(sent)] = sent
+    stream.buffer_updated(len(sent))
+    stream.add(bytes(1 << 20))
+    assert await whole(stream) == bytes(1 << 20)

@@ -155,7 +155,7 @@ class Commands:
         # from here on nothing waits: whoever is cancelled closes the sockets by way of the shell
         cgroup = None if root is None else self.cgroup(name, root, exec_id)
         if cgroup is not None:
-            sockets.guard(cgroup.pipes)
+            sockets.open_pipes(cgroup.pipes)
         limit = self.settings.cancel_timeout
         shell = IncusShell(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
         self._ours.add(shell)
@@ -305,7 +305,7 @@ class Commands:
             cgroup = None
             if own["cgroup"] is not None:
                 cgroup = self._group(own["tenant"], Path(own["cgroup"]), own["exec"])
-                sockets.guard(cgroup.pipes)
+                sockets.open_pipes(cgroup.pipes)
             limit = self.settings.cancel_timeout
             outputs: dict[StreamName, tuple[int, bytes]] = {}
             if "starting" in own:
