@@ -23,7 +23,9 @@ import orjson
 
 from gateway.errors import InvalidParams, Unavailable
 
-SCOPES: Final = frozenset({"files:read", "files:write", "exec", "deploy", "events", "admin"})
+SCOPES: Final = frozenset({"files:read", "files:write", "exec", "deploy", "manage", "events", "admin"})
+# the claim `ver` of tokens in which `deploy` does not include `manage`; earlier tokens have none
+VERSION: Final = 2
 EVERY_TENANT: Final = "*"
 # RFC 7518 §3.2: a key of HS256 has at least as many bits as the hash, 256
 MIN_SECRET: Final = 32
@@ -69,6 +71,7 @@ def issue(
         "sub": subject,
         "tenants": names,
         "scope": " ".join(granted),
+        "ver": VERSION,
         "iat": round(time.time(), 3),
         "exp": now + ttl,
         "jti": secrets.token_hex(16) if id is None else id,

@@ -30,7 +30,7 @@ SLOT: Final = r"[a-z0-9]{1,32}"
 MOST_SLOTS: Final = 8
 
 _AGENT: Final = " (agent)"
-_OF_AGENTS: Final = ("files:read", "files:write", "exec", "events")  # neither `deploy` nor `admin`
+_OF_AGENTS: Final = ("files:read", "files:write", "exec", "events")  # not `deploy`, `manage` or `admin`
 _HOST_ONLY: Final = "__Host-"
 _ALGORITHM: Final = "HS256"
 # the same for `initialize`; a longer token is refused before it is parsed
@@ -129,10 +129,13 @@ def _verified(secret: str, raw: str) -> Token:
         and (domains is None or (isinstance(domains, list) and all(isinstance(one, str) for one in domains)))
     ):
         raise Unauthorized("this token is not valid")
+    scopes = SCOPES.intersection(scope.split())
+    if "deploy" in scopes and claims.get("ver") != issuing.VERSION:
+        scopes |= {"manage"}  # what `deploy` allowed when this token was made
     return Token(
         subject=subject,
         tenants=frozenset(tenants),
-        scopes=SCOPES.intersection(scope.split()),
+        scopes=scopes,
         expires=int(claims["exp"]),
         id=identifier,
         domains=None if domains is None else frozenset(domains),

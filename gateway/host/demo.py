@@ -25,7 +25,7 @@ from gateway.terminal import out
 TENANT = "demo"
 DOMAIN = "demo.localhost"  # browsers resolve it to this machine
 TEMPLATE = "static"
-SCOPES = "files:read files:write exec deploy events"
+SCOPES = "files:read files:write exec deploy manage events"
 TOKEN_DAYS = 30
 SITE_TIMEOUT = 30.0  # seconds for an already deployed site to answer
 

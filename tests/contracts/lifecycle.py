@@ -356,6 +356,20 @@ class LifeContract:
                 assert (await ask(less, method, url, {}, 403))["code"] == "forbidden"
                 assert (await ask(other, method, url, {}, 404))["code"] == "not_found"
 
+    async def test_deploying_does_not_allow_what_costs_or_destroys(
+        self, gateway: LiveGateway, fresh: str
+    ) -> None:
+        url = f"/v1/tenants/{fresh}"
+        changes = (("PATCH", "", {"size": "large"}), ("DELETE", "/snapshots/s1", None), ("DELETE", "", None))
+        async with gateway.http(fresh, scopes=("deploy",)) as http:
+            await ask(http, "POST", f"{url}/snapshots", {"name": "s1"}, 201)
+            for method, path, body in changes:
+                refused = await ask(http, method, url + path, body, 403)
+                assert (refused["code"], refused["scope"]) == ("forbidden", "manage")
+            assert len((await ask(http, "GET", f"{url}/snapshots"))["snapshots"]) == 1
+        async with gateway.http(fresh, scopes=("manage",)) as http:
+            await ask(http, "DELETE", f"{url}/snapshots/s1", status=204)
+
     async def test_a_destroyed_tenant_is_gone(self, gateway: LiveGateway, fresh: str) -> None:
         url = f"/v1/tenants/{fresh}"
         async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:

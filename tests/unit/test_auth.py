@@ -51,6 +51,15 @@ def test_a_token_says_what_was_issued() -> None:
     assert len(token.id) == 32
 
 
+def test_deploying_includes_managing_only_in_tokens_from_before_that_scope() -> None:
+    issued = tokens.verify(SECRET, tokens.issue(SECRET, "ann", ["shop"], ["deploy"], 60))
+    assert not issued.allows("manage")
+    assert tokens.verify(SECRET, signed(scope="deploy")).scopes == {"deploy", "manage"}
+    for scope, ver in (("deploy", 2), ("exec files:read", None), ("exec files:read", 1)):
+        assert not tokens.verify(SECRET, signed(scope=scope, ver=ver)).allows("manage")
+    assert tokens.verify(SECRET, signed(scope="manage", ver=2)).scopes == {"manage"}
+
+
 def test_two_tokens_have_two_ids() -> None:
     raws = [tokens.issue(SECRET, "ann", ["*"], ["exec"], 60) for _ in range(2)]
     first, second = (tokens.verify(SECRET, raw) for raw in raws)

@@ -9,7 +9,7 @@ import { join } from "node:path";
 
 const ROOT = new URL("../../..", import.meta.url).pathname;
 const SECRET = "a secret of the tests, long enough to sign with";
-const SCOPES = "files:read files:write exec deploy events";
+const SCOPES = "files:read files:write exec deploy manage events";
 
 export function freePort(): Promise<number> {
   return new Promise((resolve) => {

@@ -60,13 +60,14 @@ async def restart(request: Request) -> Response:
 
 async def destroy(request: Request) -> Response:
     """Destroy a tenant and everything in it."""
-    return await _change(request, "destroy", Lifecycle.destroy, 204)
+    return await _change(request, "destroy", Lifecycle.destroy, 204, scope="manage")
 
 
 async def patch(request: Request) -> Response:
-    """Change the size or the domain, whichever the body names."""
+    """Change the size, which also needs the scope `manage`, or the domain, whichever the body names."""
     ask = await _asked(request)
     if isinstance(ask.body, dict) and "size" in ask.body:
+        ask.token.require("manage")
         resize = as_declared(request, ResizeBody, ask.body)
         ask = replace(ask, body=resize)
         return await _done(request, ask, "resize", Lifecycle.resize, facts={"size": resize.size})
@@ -100,7 +101,7 @@ async def restore(request: Request) -> Response:
 
 async def delete_snapshot(request: Request) -> Response:
     """Delete a snapshot."""
-    return await _change(request, "delete_snapshot", Lifecycle.delete_snapshot, 204)
+    return await _change(request, "delete_snapshot", Lifecycle.delete_snapshot, 204, scope="manage")
 
 
 async def logs(request: Request) -> Response:
@@ -113,12 +114,14 @@ async def logs(request: Request) -> Response:
     return following
 
 
-async def _change(request: Request, action: str, work: _Work, status: int = 200) -> Response:
-    return await _done(request, await _asked(request), action, work, status)
+async def _change(
+    request: Request, action: str, work: _Work, status: int = 200, *, scope: str = "deploy"
+) -> Response:
+    return await _done(request, await _asked(request, scope=scope), action, work, status)
 
 
-async def _asked(request: Request, model: type[BaseModel] | None = None) -> Ask:
-    name, token = for_tenant(request, "deploy")
+async def _asked(request: Request, model: type[BaseModel] | None = None, *, scope: str = "deploy") -> Ask:
+    name, token = for_tenant(request, scope)
     body = await optional_json(request, token)
     if model is not None:
         body = as_declared(request, model, body)
@@ -158,7 +161,7 @@ ROUTES: Final = (
     Operation("/v1/tenants/{tenant}/stop", stop, "POST", scope="deploy", answers={200: Tenant}),
     Operation("/v1/tenants/{tenant}/sleep", sleep, "POST", scope="deploy", answers={200: Tenant}),
     Operation("/v1/tenants/{tenant}/restart", restart, "POST", scope="deploy", answers={200: Tenant}),
-    Operation("/v1/tenants/{tenant}", destroy, "DELETE", scope="deploy", answers={204: None}),
+    Operation("/v1/tenants/{tenant}", destroy, "DELETE", scope="manage", answers={204: None}),
     Operation(
         "/v1/tenants/{tenant}",
         patch,
@@ -196,7 +199,7 @@ ROUTES: Final = (
         "/v1/tenants/{tenant}/snapshots/{snapshot}",
         delete_snapshot,
         "DELETE",
-        scope="deploy",
+        scope="manage",
         answers={204: None},
     ),
     Operation(

@@ -59,7 +59,7 @@ export function SiteView({ current }: { current: Workspace }) {
       <Part title="Snapshots" count={site.snapshots.value.length}>
         <Snapshots current={current} />
       </Part>
-      <Part title="Clone or destroy">
+      <Part title={allows("manage") ? "Clone or destroy" : "Clone"}>
         <Typed
           label="Clone to a new tenant"
           placeholder={`${current.name}-2`}
@@ -71,9 +71,11 @@ export function SiteView({ current }: { current: Workspace }) {
             return done;
           }}
         />
-        <button type="button" class="danger" onClick={() => destroying(current)}>
-          Destroy {current.name}…
-        </button>
+        {allows("manage") && (
+          <button type="button" class="danger" onClick={() => destroying(current)}>
+            Destroy {current.name}…
+          </button>
+        )}
       </Part>
       {asking.value !== null && <Asking question={asking.value} key={asking.value.title} />}
     </section>
@@ -293,19 +295,21 @@ function Snapshots({ current }: { current: Workspace }) {
             >
               Restore
             </button>
-            <IconButton
-              icon="trash"
-              size={13}
-              label={`Delete ${name}`}
-              onClick={() => {
-                asking.value = {
-                  title: `Delete ${name}?`,
-                  text: "The tenant stays as it is, but cannot be restored to this snapshot any more.",
-                  verb: "Delete",
-                  run: () => void site.deleteSnapshot(name),
-                };
-              }}
-            />
+            {allows("manage") && (
+              <IconButton
+                icon="trash"
+                size={13}
+                label={`Delete ${name}`}
+                onClick={() => {
+                  asking.value = {
+                    title: `Delete ${name}?`,
+                    text: "The tenant stays as it is, but cannot be restored to this snapshot any more.",
+                    verb: "Delete",
+                    run: () => void site.deleteSnapshot(name),
+                  };
+                }}
+              />
+            )}
           </li>
         ))}
       </ul>
