@@ -113,6 +113,7 @@ class Background:
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._bind_ports
             jobs["the watch of disk quotas"] = self._enforce_quotas
+            jobs["the watch of limits"] = partial(self._enforce_limits, services.runtime)
             jobs["the kernel's reports on memory"] = partial(self._tell_starved, services.runtime)
         return jobs
 
@@ -180,6 +181,13 @@ class Background:
         async with contextlib.aclosing(runtime.changes.starved()) as told:
             async for event in told:
                 self._services.bus.publish(event.type, event.tenant, event.data)
+
+    async def _enforce_limits(self, runtime: IncusRuntime) -> None:
+        """Keep the limits of tenants in force; see `Resizing.enforce`."""
+        while True:
+            await asyncio.sleep(self._services.settings.reconcile_interval)
+            with apart("the look at the limits in force"):
+                await runtime.resizing.enforce()
 
     async def _bind_ports(self) -> None:
         """Bind each starting tenant's hardware address to its port; see `rootfs.bridge_port`."""

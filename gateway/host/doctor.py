@@ -27,10 +27,12 @@ from gateway.host.local_gateway import ask
 from gateway.host.permissions import loose, modes, swaps
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.incus import member_of
+from gateway.incus.monitor import first_process
 from gateway.rootfs import guarded_port
-from gateway.rootfs.instance_record import MANAGED, is_tenant
+from gateway.rootfs.instance_record import MANAGED, folder_of, is_tenant
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
+from gateway.runtime.incus.resizing import not_in_force, words
 from gateway.settings import Settings
 
 GiB: Final = 1 << 30
@@ -56,6 +58,7 @@ def doctor(settings: Settings) -> list[Finding]:
             (f"profile {settings.profile}", lambda: steps._profile(Looking(root, project), settings)),
             (f"image {settings.image}", lambda: _image(settings)),
             ("templates", lambda: _templates(settings)),
+            ("limits in force", lambda: _in_force(settings)),
             ("domains", lambda: _domains(settings)),
             ("addresses", lambda: _addresses(settings)),
             ("inotify limits", _limits),
@@ -157,6 +160,26 @@ def _pool(settings: Settings) -> str:
             "docs/operations.md says how to change to simple ones, GATEWAY_SIMPLE_QUOTAS=false keeps them"
         )
     return f"{found['driver']}, {free / GiB:.1f} GiB free"
+
+
+def _in_force(settings: Settings) -> str:
+    """Compare the limits of running tenants with those that the kernel has."""
+    project, folder = settings.incus_project, settings.incus_socket.parent
+    looked, wrong = 0, []
+    for instance in Looking(settings.incus_socket, project).instances():
+        instance["project"] = project
+        if not is_tenant(instance) or instance["status"] != "Running":
+            continue
+        if init := first_process(folder, folder_of(instance), instance["last_used_at"]):
+            looked += 1
+            if found := not_in_force(instance, init, folder / "storage-pools" / settings.pool):
+                wrong.append(f"{instance['name']} has {words(found)}")
+    if wrong:
+        raise HostError(
+            f"{'; '.join(wrong[:5])}: a running gateway mends that within "
+            f"{2 * settings.reconcile_interval:.0f} s: see its log; else restart the tenant"
+        )
+    return f"of {looked} running tenants, as configured"
 
 
 def _image(settings: Settings) -> None:

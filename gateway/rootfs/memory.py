@@ -35,7 +35,7 @@ _NAME: Final = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
 _INNER: Final = re.compile(rb"^NSpid:\t\d+\t(\d{1,10})", re.MULTILINE)
 _RESIDENT: Final = re.compile(rb"^VmRSS:\s*(\d{1,15}) kB", re.MULTILINE)
 _STATUS: Final = 1 << 20  # bytes of a process's status, which lists its supplementary groups
-_UNLIMITED: Final = 1 << 60  # bytes; a limit from here on means no limit
+UNLIMITED: Final = 1 << 60  # bytes; a limit from here on means no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def sample(of: Place) -> Sample | None:
     if not known and waited is None:
         return None
     return Sample(
-        now, waited, refaults, usage or 0, None if limit is None or limit >= _UNLIMITED else limit, ended
+        now, waited, refaults, usage or 0, None if limit is None or limit >= UNLIMITED else limit, ended
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from gateway.rootfs import btrfs
-from gateway.rootfs.disk_groups import DiskGroups
+from gateway.rootfs.disk_groups import DiskGroups, number_of
 
 SIMPLE: Final = (6, 8)
 """The Linux from which on simple quotas count what is written by deleted subvolumes, too.
@@ -56,6 +56,27 @@ class Quotas:
         if (counting := self._counting()) is None or _read(counting / "mode") != "squota":
             return None
         return DiskGroups(self._path, counting)
+
+    def limit_of(self, folder: str, identity: str) -> int | None:
+        """Return the bytes that an instance's disk may have, None if nothing limits it.
+
+        Raises `LookupError` for a pool without quotas, `ValueError` for an `identity` that is no UUID, and
+        `OSError`; needs root.
+        """
+        if (counting := self._counting()) is None:
+            raise LookupError("this pool has no quotas")
+        own = btrfs.group(0, btrfs.subvolume(self._path / "containers" / folder).number)
+        volume = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            ours = {btrfs.group(1, number_of(identity))} & set(btrfs.relatives(volume, own))
+        finally:
+            os.close(volume)
+        found = []
+        for level, number in map(btrfs.level_of, (own, *ours)):
+            group = counting / f"{level}_{number}"
+            if int(_read(group / "limit_flags") or 0) & btrfs.LIMIT_REFERENCED:
+                found.append(int(_read(group / "max_referenced") or 0))
+        return min(found, default=None)
 
     def begin_simple(self) -> None:
         """Enable simple quotas on a btrfs pool without quotas. Raises `OSError`; needs root."""

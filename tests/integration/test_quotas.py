@@ -19,8 +19,9 @@ from gateway.host.daemon import Daemon
 from gateway.host.doctor import doctor
 from gateway.host.findings import Finding
 from gateway.host.setup import setup
-from gateway.rootfs import disk_groups
+from gateway.rootfs import btrfs, disk_groups
 from gateway.rootfs.locations import Instances
+from gateway.rootfs.quotas import Quotas
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests import thorough
@@ -172,6 +173,27 @@ async def test_a_gateway_enforces_them_once_incusd_is_back(
             assert threshold.read_text().strip() == "8"
             await until(lambda: ahead.read_text().strip() == "128")
         assert "disk quotas: what each tenant uses was counted again" in gateway.log.read_text()
+
+
+async def test_a_restored_disk_has_its_limit(full: Settings) -> None:
+    """Incus makes a new subvolume for it. A limit that was lifted comes back with the second look.
+
+    `test_limits_in_force` has the same of simple ones.
+    """
+    pool, name = Quotas(_pool(full)), "quotas-restored"
+    async with IncusRuntime(full) as runtime:
+        await runtime.tenants.create(name)
+        await runtime.snapshots.create(name, "s")
+        await runtime.snapshots.restore(name, "s")
+        identity = (await runtime.tenants.get(name)).instance or ""
+        assert pool.limit_of(name, identity) == SIZE
+        own = btrfs.subvolume(_pool(full) / "containers" / name).number
+        _btrfs("qgroup", "limit", "none", f"0/{own}", _pool(full))
+        assert pool.limit_of(name, identity) is None
+        for _ in range(2):
+            await runtime.resizing.enforce()
+        assert pool.limit_of(name, identity) == SIZE
+        await runtime.tenants.destroy(name)
 
 
 # --- simple quotas ----------------------------------------------------------------------------------------

@@ -370,17 +370,29 @@ class Creation:
 
     async def remove_device(self, name: str, device: str) -> None:
         """Remove a device from an instance's own configuration and change nothing else. Idempotent."""
+
+        def without(found: Instance) -> Mapping[str, Any] | None:
+            kept = {key: value for key, value in found["devices"].items() if key != device}
+            return {"devices": kept} if device in found["devices"] else None
+
+        await self.edit(name, without)
+
+    async def edit(self, name: str, change: Callable[[Instance], Mapping[str, Any] | None]) -> None:
+        """Change an instance's own configuration by a PUT of all of it.
+
+        Only so does Incus remove a device, and apply the profile's limit in place of one that is removed.
+        `change` gets the instance and returns what becomes of some of its parts, or None to leave it; it is
+        called again if others change the instance meanwhile.
+        """
         path, limit = instance_path(name), self._settings.lifecycle_timeout
         for attempt in range(_TRIES):
             with translated(name):
                 found, tag = await self._incus.get_tagged(path)
-                if device not in found["devices"]:
+                if (changed := change(found)) is None:
                     return
-                # Incus removes a device only by a PUT of the instance's whole configuration
-                kept = {key: found[key] for key in WHOLE}
-                kept["devices"] = {key: value for key, value in found["devices"].items() if key != device}
+                body = {**{key: found[key] for key in (*WHOLE, "devices")}, **changed}
                 try:
-                    await whole(self._incus.operate("PUT", path, kept, timeout=limit, if_match=tag))
+                    await whole(self._incus.operate("PUT", path, body, timeout=limit, if_match=tag))
                     return
                 except IncusError as error:
                     if error.status != 412 or attempt == _TRIES - 1:  # 412: changed by others meanwhile

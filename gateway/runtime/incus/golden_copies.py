@@ -174,13 +174,17 @@ class GoldenCopies:
             with translated(name):
                 body = {"action": "stop", "timeout": -1, "force": True}
                 await self._making.operate("PUT", instance_path(name, "state"), body)
-                # limits are set on each copy
-                change = dict.fromkeys(limits, "")
+                measured = {}
                 if recipe.owner:
                     disk = ((await self._incus.state(name)).get("disk") or {}).get("root") or {}
-                    change[BYTES] = str(disk.get("usage") or held)
-                if change:
-                    await self._making.operate("PATCH", instance_path(name), {"config": change})
+                    measured[BYTES] = str(disk.get("usage") or held)
+
+                def unlimited(found: Mapping[str, Any]) -> Mapping[str, Any]:
+                    """Limits are set on each copy."""
+                    kept = {key: value for key, value in found["config"].items() if key not in limits}
+                    return {"config": kept | measured}
+
+                await self._making.edit(name, unlimited)
                 await self._making.operate(
                     "POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT}
                 )

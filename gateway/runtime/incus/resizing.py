@@ -1,24 +1,32 @@
-"""Resize a running Incus container: all limits at once or none.
+"""Limits of Incus containers: change them all at once or none, and keep those in force that are configured.
 
 A limit must never be set below current use. A btrfs pool applies such a disk quota, reports an error, and
 then refuses every other one, even a larger one (measured with Incus 6.0.4). A memory limit below current use
 is refused by the kernel with cgroups v1; with v2 it kills processes until they fit. So both are checked
 before anything is changed, and the refusal names the number. Page cache does not count, because the kernel
 can reclaim it.
+
+Incus applies a limit when it changes. So `Resizing.enforce` compares all with the kernel's
+(`rootfs.kernel_limits`) and mends one that differs by a change to an equivalent spelling, and back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from gateway.errors import Conflict, GatewayError, TenantNotRunning, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs import memory
+from gateway.rootfs import kernel_limits, memory
+from gateway.rootfs.disk_groups import SLACK
+from gateway.rootfs.instance_record import folder_of, identity_of, is_tenant
 from gateway.runtime import scripts
+from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import WHOLE, Creation
 from gateway.runtime.incus.errors import translated
@@ -34,6 +42,12 @@ UPDATING: Final = "user.gateway.memory"
 
 APPLY: Final = ("/bin/sh", "-c", systemd_script("apply_limits"), "sh", f"{SITE_SHARE}%")
 """Makes a container's systemd recompute the site's shares of the new limits; run it as root."""
+
+_SURE: Final = 2  # looks in a row that find the same
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")  # the kernel rounds a limit of memory down to it
+
+Differing = Mapping[str, tuple[int, int | None]]
+"""Limits that are not in force, by key: what is configured, and what the kernel has, None for no limit."""
 
 _KEYS: Final = ("cpu", "memory", "processes")
 # disk use of a container in bytes, including its image but no other file systems
@@ -53,6 +67,9 @@ class Resizing:
     def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: Commands) -> None:
         self._settings, self._incus = settings, incus
         self._making, self._commands = making, commands
+        self._pool = settings.incus_socket.parent / "storage-pools" / settings.pool
+        self._grown: set[str] = set()  # by updates of this process that are under way
+        self._looks: dict[str, tuple[Differing, int]] = {}  # that found it so, in a row
 
     async def resize(self, name: str, size: str) -> None:
         """Apply the limits of a size to an instance. Raises `Conflict` if it uses more than they allow."""
@@ -103,18 +120,118 @@ class Resizing:
         """Make Incus distribute CPUs by the current limit.
 
         When a limit changes, Incus distributes by the previous one (measured with 6.0.4) until the next
-        change of any instance. So the limit is written in an equivalent spelling, and then back.
+        change of any instance.
         """
         name = found["name"]
-        both = ({**profile["config"], **one["config"]} for one in (found, wanted))
-        before, after = (one.get("limits.cpu") for one in both)
-        if before == after or after is None or not after.isdecimal():
+        before, after = ({**profile["config"], **one["config"]}.get("limits.cpu") for one in (found, wanted))
+        if before != after:
+            try:
+                await self._apply_again(name, ["cpu"])
+            except GatewayError as error:
+                log.warning("tenant %s gets its CPUs only with the next change: %s", name, error.message)
+
+    # --- more memory for an update --------------------------------------------------------------------
+
+    async def grow(self, name: str) -> None:
+        """Double the memory of an instance that has a limit, for two sites side by side. Idempotent."""
+
+        def doubled(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            limit = found["expanded_config"].get("limits.memory", "")
+            number, unit = limit.rstrip("KMGTiB"), limit.lstrip("0123456789")
+            if UPDATING in found["config"] or not number.isdigit():
+                return None
+            twice = f"{int(number) * 2}{unit}"
+            mark = f"{found['config'].get('limits.memory', '-')} {twice}"
+            return {"config": {**found["config"], UPDATING: mark, "limits.memory": twice}}
+
+        self._grown.add(name)
+        await self._making.edit(name, doubled)
+
+    async def shrink(self, name: str) -> None:
+        """Restore the memory limit from before `grow`. Idempotent; `enforce` does so where it has failed."""
+
+        def restored(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            config = dict(found["config"])
+            if (mark := config.pop(UPDATING, None)) is None:
+                return None
+            before, _, twice = mark.partition(" ")
+            if config.get("limits.memory") == twice:  # otherwise someone has changed it
+                del config["limits.memory"]
+                config |= {} if before == "-" else {"limits.memory": before}
+            return {"config": config}
+
+        self._grown.discard(name)
+        if UPDATING not in (await self._making.placed(name))["config"]:
             return
         try:
-            for spelling in (f"0{after}", wanted["config"].get("limits.cpu", "")):
-                await self._making.operate("PATCH", instance_path(name), {"config": {"limits.cpu": spelling}})
-        except IncusError as error:
-            log.warning("tenant %s gets its CPUs only with the next change: %s", name, error.message)
+            await self._making.edit(name, restored)
+        except (Conflict, Unavailable) as error:
+            log.warning("tenant %s keeps the memory of an update for now: %s", name, error.message)
+        else:
+            await self._applied(name)  # its site was started with a share of twice as much
+
+    # --- what is in force -----------------------------------------------------------------------------
+
+    async def enforce(self) -> None:
+        """Mend the limits of running instances that are not in force; call it every half minute.
+
+        Only what differs at two looks in a row is mended: before, it may be just changing. Memory that an
+        update has left doubled is taken back, too.
+        """
+        looks = dict[str, tuple[Differing, int]]()
+        for instance in await self._making.instances():
+            name = instance["name"]
+            if not is_tenant(instance) or instance["status"] != "Running":
+                continue
+            if UPDATING in instance["config"] and name not in self._grown:
+                await self.shrink(name)
+                continue
+            instance, init = await self._incus.started(name)
+            instance = {**instance, "project": self._incus.slots.of(name)}
+            found = await asyncio.to_thread(not_in_force, instance, init, self._pool) if init else {}
+            if found:
+                before, count = self._looks.get(name, (found, 0))
+                looks[name] = found, count + 1 if before == found else 1
+        self._looks = looks
+        for name, (found, count) in looks.items():
+            if count == _SURE:
+                log.warning("tenant %s has %s: applying its limits again", name, words(found))
+                try:
+                    await self._apply_again(name, found)
+                    await self._applied(name)
+                except GatewayError as error:
+                    log.error("the limits of tenant %s cannot be applied: %s", name, error.message)
+            elif count == _SURE + 1:
+                log.error("tenant %s still has %s: restart it", name, words(found))
+
+    async def _apply_again(self, name: str, keys: Collection[str]) -> None:
+        """Make Incus apply limits that it has: it applies what changes, so spell them otherwise and back."""
+        names = [f"limits.{'memory' if key == 'swap' else key}" for key in keys if key != "disk"]
+        own: dict[str, Any] = {}
+        other: dict[str, str] = {}
+
+        def respelled(found: Instance) -> Mapping[str, Any]:
+            limits, devices = found["expanded_config"], found["devices"]
+            own.update(found)
+            other.update({key: f"0{limits[key]}" for key in names if limits.get(key, "")[:1].isdecimal()})
+            if "disk" in keys:
+                root = found["expanded_devices"]["root"]
+                devices = {**devices, "root": {**root, "size": f"0{root['size']}"}}
+            return {"config": {**found["config"], **other}, "devices": devices}
+
+        def restored(found: Instance) -> Mapping[str, Any]:
+            mine = {key for key, value in other.items() if found["config"].get(key) == value}
+            config = {key: value for key, value in found["config"].items() if key not in mine}
+            config |= {key: value for key, value in own["config"].items() if key in mine}
+            devices = dict(found["devices"])
+            if "disk" in keys and devices.pop("root")["size"].startswith("0"):
+                devices |= {key: value for key, value in own["devices"].items() if key == "root"}
+            return {"config": config, "devices": devices}
+
+        await self._making.edit(name, respelled)
+        await self._making.edit(name, restored)
+        if "disk" in keys:
+            await self._making.limited(name)
 
     # --- current use --------------------------------------------------------------------------------
 
@@ -178,6 +295,38 @@ class Resizing:
             return await scripts.run(self._commands.exec, name, argv, seconds=seconds, printed=_PRINTED)
         except TimeoutError:
             raise Unavailable(f"tenant {name} did not answer in time; try again later") from None
+
+
+def not_in_force(instance: Mapping[str, Any], init: int, pool: Path) -> Differing:
+    """Return the limits of a running instance that the kernel does not have: as configured, as found.
+
+    `init` is its init process, `pool` where its pool is mounted, and `project` is added to Incus's record.
+    """
+    config, root = instance["expanded_config"], instance["expanded_devices"].get("root", {})
+    found = kernel_limits.in_force(init, pool, folder_of(instance), identity_of(instance))
+    memory, cpus = config.get("limits.memory", ""), config.get("limits.cpu", "")
+    wanted = {"disk": size_of(root.get("size", "")), "processes": int(config.get("limits.processes") or 0)}
+    if cpus.isdecimal():
+        wanted["cpu"] = min(int(cpus), os.cpu_count() or 1)
+    if size_of(memory) and config.get("limits.memory.enforce", "hard") == "hard":
+        wanted["memory"] = size_of(memory)
+        wanted["swap"] = size_of(config.get("limits.memory.swap", ""))  # true and false are 0 (Incus 6.0)
+    differing = dict[str, tuple[int, int | None]]()
+    for key, limit in wanted.items():
+        slack = {"memory": _PAGE, "disk": SLACK + 1}.get(key, 1)
+        if key in found and (limit or key == "swap"):
+            has = found[key]
+            if has is None or not 0 <= (limit - has if key == "memory" else has - limit) < slack:
+                differing[key] = limit, has
+    return differing
+
+
+def words(found: Differing) -> str:
+    """Return a line about limits that are not in force."""
+    return ", ".join(
+        f"{key} {'no limit' if has is None else has} instead of {limit}"
+        for key, (limit, has) in found.items()
+    )
 
 
 def _private(pid: int) -> int | None:

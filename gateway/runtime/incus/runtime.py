@@ -53,10 +53,11 @@ class IncusRuntime:
         self.moves = Moves(settings, self.incus, self.making)
         self.containers = Containers(settings, self.incus, lambda: self.changes.standing)
         self.commands = Commands(settings, self.incus, self.containers.init_pid, holder)
+        self.resizing = Resizing(settings, self.incus, self.making, self.commands)
         disks = Disks(settings, self.incus)
         self.tenants = IncusTenants(
             *(settings, self.incus, self.making, disks, self._disk_limits),
-            resizing=Resizing(settings, self.incus, self.making, self.commands),
+            resizing=self.resizing,
             containers=self.containers,
             changed=self._changed,
         )

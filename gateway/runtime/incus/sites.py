@@ -19,7 +19,6 @@ from gateway.runtime.incus.creation import is_ours
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.former import IncusFormerSites
 from gateway.runtime.incus.golden_copies import UNMARKED, GoldenCopies
-from gateway.runtime.incus.headroom import Headroom
 from gateway.runtime.incus.marks import ROLE, Marks
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.pool import Pool
@@ -62,14 +61,13 @@ class IncusSites:
 
     def __init__(self, settings: Settings, runtime: IncusRuntime) -> None:
         self._settings = settings
-        self._incus, self._making = runtime.incus, runtime.making
+        self._incus, self._making, self._resizing = runtime.incus, runtime.making, runtime.resizing
         # separate, because it also runs commands in instances that are not tenants
         self._commands = Commands(settings, self._incus, self._init_pid)
         self._provisioning = Provisioning(settings, self._incus, self._making, self._commands)
         self._services = IncusServices(self._provisioning, self._init_pid)
         self.services: SiteServices = self._services
         self.former: FormerSites = IncusFormerSites(settings, self._incus, self._provisioning)
-        self._headroom = Headroom(settings, self._incus, self._making)
         self._ports = Ports(settings, self._making)
         baking = Baking(settings, self._incus, self._making, self._provisioning, self._services)
         marks = Marks(settings, self._incus)
@@ -192,7 +190,7 @@ class IncusSites:
 
     async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
         if side == "next" and not recipe.alone:
-            await self._headroom.grow(tenant)
+            await self._resizing.grow(tenant)
         await self._provisioning.start(tenant, side, recipe)
 
     async def restart(self, tenant: str) -> None:
@@ -210,7 +208,7 @@ class IncusSites:
     async def clear(self, tenant: str) -> None:
         await self._provisioning.clear(tenant)
         await self._making.remove_device(tenant, DEVICES["next"])
-        await self._headroom.shrink(tenant)
+        await self._resizing.shrink(tenant)
 
 
 def _content(recipe: Recipe) -> dict[str, str]:
