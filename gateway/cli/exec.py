@@ -89,10 +89,10 @@ async def _attend(process: Exec, terminal: bool) -> int:
     interrupts = 0
 
     def interrupted(name: str) -> None:
-        # a second Ctrl-C ends the whole process tree
+        # to all processes, as a terminal's Ctrl-C does; a second one ends those that ignore the first
         nonlocal interrupts
         interrupts += 1
-        later(process.signal(name) if interrupts == 1 else process.cancel())
+        later(process.signal(name, tree=True) if interrupts == 1 else process.cancel())
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, interrupted, number.name.removeprefix("SIG"))

@@ -84,7 +84,7 @@ class Past:
     async def resize(self, cols: int, rows: int) -> None:
         pass
 
-    async def signal(self, number: int) -> None:
+    async def signal(self, number: int, *, tree: bool = False) -> None:
         pass
 
     async def flush(self) -> None:

@@ -150,6 +150,7 @@ _SIGNAL: Final = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1
 
 class ExecSignal(ExecRef):
     signal: Annotated[int, PlainValidator(_signal_number), WithJsonSchema(_SIGNAL)]
+    tree: bool = False
 
 
 class ExecCancel(ExecRef):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +114,10 @@ class CommandCgroup:
         """Return up to a hundred of these processes, as the tenant sees them."""
         return await _look(self.path, process_tree.members, self.path)
 
+    async def send(self, number: int) -> None:
+        """Send a signal to every process in the cgroup and below it."""
+        await self._hands(f"signal {int(number)}", self.path)
+
     async def kill(self, grace: float, limit: float) -> Ended:
         """Send TERM, after `grace` seconds KILL; return once no process is left or `limit` seconds passed."""
         with contextlib.suppress(Timeout):  # the processes in the cgroup are killed anyway
@@ -135,7 +140,7 @@ class CommandCgroup:
     async def _terminate(self, seen: set[int]) -> None:
         """Send TERM to all processes; several are frozen first, so that no new one can miss it."""
         if len(seen) == 1:  # the usual case, which is not worth the milliseconds of freezing
-            await self._hands("terminate", self.path)
+            await self.send(signal.SIGTERM)
             return
         await self._hands("freeze", self.path)
         try:
@@ -145,7 +150,7 @@ class CommandCgroup:
                     break
                 await asyncio.sleep(0.001)  # an event loop cannot wait on cgroup.events
             seen.update(await self.pids())
-            await self._hands("terminate", self.path)
+            await self.send(signal.SIGTERM)
         finally:
             await self._hands("thaw", self.path)
 

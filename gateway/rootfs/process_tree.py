@@ -16,7 +16,7 @@ import os
 import re
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -180,8 +180,8 @@ def thaw(path: Path) -> None:
     _write(path / "cgroup.freeze", "0")
 
 
-def terminate(path: Path) -> None:
-    """Send TERM to every process."""
+def send(path: Path, number: int) -> None:
+    """Send a signal to every process."""
     found = pids(path)
     for first in range(0, len(found), _HELD):
         with contextlib.ExitStack() as stack:
@@ -193,7 +193,7 @@ def terminate(path: Path) -> None:
             # a pid may have been reused since it was read: check again, now that they are held
             for pid in held.keys() & set(pids(path)):
                 with contextlib.suppress(OSError):
-                    signal.pidfd_send_signal(held[pid], signal.SIGTERM)
+                    signal.pidfd_send_signal(held[pid], number)
 
 
 def end(path: Path) -> None:
@@ -218,13 +218,13 @@ def remove(path: Path) -> None:
             folder.rmdir()
 
 
-STEPS = {
+STEPS: dict[str, Callable[[Path], None]] = {
     "catch": catch,
     "freeze": freeze,
-    "terminate": terminate,
     "thaw": thaw,
     "end": end,
     "remove": remove,
+    **{f"signal {number}": functools.partial(send, number=number) for number in range(1, signal.NSIG)},
 }
 
 

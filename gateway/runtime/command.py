@@ -108,8 +108,8 @@ class Process(Protocol):
 
     async def resize(self, cols: int, rows: int) -> None: ...
 
-    async def signal(self, number: int) -> None:
-        """Send a signal to the command itself."""
+    async def signal(self, number: int, *, tree: bool = False) -> None:
+        """Send a signal to the command itself; with `tree`, to all its processes if they can be found."""
         ...
 
     async def wait(self) -> Exit:

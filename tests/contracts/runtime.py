@@ -213,6 +213,17 @@ class RuntimeContract:
         exit_, outputs = await finish(process)
         assert (exit_.code, outputs[0]) == (9, b"caught\n")
 
+    async def test_a_signal_reaches_the_whole_tree(self, runtime: TenantRuntime, name: str) -> None:
+        """By bash: dash takes no notice of a signal while a child of it is just starting."""
+        seconds = mark()
+        # without control groups the signal reaches the command alone
+        script = f"sleep {seconds}; echo after" if self.whole_trees else f"exec sleep {seconds}"
+        process = await runtime.commands.exec(name, ExecSpec(("bash", "-c", script)))
+        await until(lambda: alive(seconds) == 1)
+        await process.signal(2, tree=True)
+        exit_, outputs = await finish(process)
+        assert (exit_, outputs[0], alive(seconds)) == (Exit(130, "INT"), b"", 0)
+
     @pytest.mark.parametrize("grace", [0, 2.0])
     async def test_a_kill_leaves_nothing_of_the_tree(
         self, runtime: TenantRuntime, name: str, grace: float

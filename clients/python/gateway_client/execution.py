@@ -149,9 +149,10 @@ class Exec:
         """Change the terminal's size."""
         await self._connections.request("exec/resize", {"exec": self.id, "cols": cols, "rows": rows})
 
-    async def signal(self, signal: str | int) -> None:
-        """Send one signal, such as `INT`, to the command itself."""
-        await self._connections.request("exec/signal", {"exec": self.id, "signal": signal})
+    async def signal(self, signal: str | int, *, tree: bool = False) -> None:
+        """Send one signal, such as `INT`, to the command itself; with `tree`, to all its processes."""
+        params = {"exec": self.id, "signal": signal, **({"tree": True} if tree else {})}
+        await self._connections.request("exec/signal", params)
 
     async def cancel(self, grace: float | None = None) -> Killed:
         """End the whole tree: TERM, `grace` seconds, KILL. Returns when nothing of it is left."""

@@ -350,9 +350,9 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     await this.#link.request("exec/resize", { exec: this.id, ...size });
   }
 
-  /** Sends one signal, such as `"INT"`, to the command itself, not to its tree. */
-  async signal(signal: string | number): Promise<void> {
-    await this.#link.request("exec/signal", { exec: this.id, signal });
+  /** Sends one signal, such as `"INT"`, to the command itself; with `tree`, to all its processes. */
+  async signal(signal: string | number, { tree = false } = {}): Promise<void> {
+    await this.#link.request("exec/signal", { exec: this.id, signal, ...(tree ? { tree } : {}) });
   }
 
   /** Ends its whole process tree: TERM, the grace period, KILL. Returns when it is gone. */

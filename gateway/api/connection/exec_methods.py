@@ -133,7 +133,7 @@ class ExecMethods(Family):
         return Answer({})
 
     async def _signal(self, params: protocol.ExecSignal) -> Answer:
-        await self._exec(params.exec).process.signal(params.signal)
+        await self._exec(params.exec).process.signal(params.signal, tree=params.tree)
         return Answer({})
 
     async def _cancel(self, params: protocol.ExecCancel) -> Answer:

@@ -102,8 +102,12 @@ class IncusProcess:
     async def resize(self, cols: int, rows: int) -> None:
         await self._sockets.resize(cols, rows)
 
-    async def signal(self, number: int) -> None:
-        await self._sockets.signal(number)
+    async def signal(self, number: int, *, tree: bool = False) -> None:
+        cgroup = self._cgroup if tree else None
+        if cgroup is not None and await cgroup.reachable():
+            await cgroup.send(number)
+        else:
+            await self._sockets.signal(number)
 
     async def wait(self) -> Exit:
         if self._merged:

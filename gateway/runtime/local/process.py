@@ -188,8 +188,11 @@ class LocalProcess:
             window = struct.pack("HHHH", rows, cols, 0, 0)
             fcntl.ioctl(self._input.descriptor, termios.TIOCSWINSZ, window)
 
-    async def signal(self, number: int) -> None:
-        if self._process is not None:
+    async def signal(self, number: int, *, tree: bool = False) -> None:
+        cgroup = self._cgroup() if tree else None
+        if cgroup is not None and await cgroup.reachable():
+            await cgroup.send(number)
+        elif self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
