@@ -21,10 +21,12 @@ from tests.integration import environment
 from tests.integration.conftest import BOOTED, Container
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(sys.executable).with_name("incus-gateway")
 HOME = "/var/lib/incus-gateway"
+PROGRAM = f"{HOME}/venv/bin/incus-gateway"
+CHECKOUT, PACKAGES = "/opt/checkout", "/opt/packages"
 LINES = "".join(f"{number}\n" for number in range(1, 141))
-COMMAND = "for i in $(seq 1 140); do echo $i; sleep 0.05; done; exit 7"
+# a shell may still say that what it waited for was terminated
+COMMAND = "exec 2>/dev/null; for i in $(seq 1 140); do echo $i; sleep 0.05; done; exit 7"
 READY = "until curl -sf 127.0.0.1:8080/readyz; do sleep 0.1; done"
 # the successor is the main process, and one that cannot serve is not
 RELOAD = """
@@ -40,11 +42,18 @@ RELOAD = """
 """
 KILL = "systemctl kill --signal=KILL incus-gateway"
 
+# an environment of its own with what ours has: the units cannot look into a home folder, where ours may be
+PYTHON = Path(os.path.realpath(sys.executable))
+LIBRARY = f"{HOME}/venv/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 UNITS = f"""
-    mkdir -p {HOME} {HOME}-caddy /etc/systemd/system/incus-gateway.service.d
+    mkdir -p {HOME}/venv/bin {LIBRARY} {HOME}-caddy /etc/systemd/system/incus-gateway.service.d
     mkdir -p /etc/systemd/system/incus-gateway-hold.service.d
-    ln -sfn {PROGRAM.parents[1]} {HOME}/venv
-    cp {ROOT}/deploy/*.service /etc/systemd/system
+    echo 'home = {PYTHON.parent}' > {HOME}/venv/pyvenv.cfg
+    ln -sfn {PYTHON} {HOME}/venv/bin/python
+    printf '%s\\n' {CHECKOUT} {CHECKOUT}/clients/python {PACKAGES} > {LIBRARY}/checkout.pth
+    sed '1s:.*:#!{HOME}/venv/bin/python:' {CHECKOUT}-bin/incus-gateway > {PROGRAM}
+    chmod +x {PROGRAM}
+    cp {CHECKOUT}/deploy/*.service /etc/systemd/system
     printf '[Service]\\nExecStartPre=\\n' > /etc/systemd/system/incus-gateway.service.d/zz.conf
 """
 # docs/operations.md has the same; what there `setup` does follows
@@ -52,8 +61,8 @@ OWN_USER = f"""
     useradd --system --user-group --no-create-home incus-gateway
     groupadd incus-admin
     chgrp incus-admin $INCUS_SOCKET && chmod 660 $INCUS_SOCKET
-    cp {ROOT}/deploy/incus-gateway-unprivileged.conf /etc/systemd/system/incus-gateway.service.d
-    cp {ROOT}/deploy/incus-gateway-hold-unprivileged.conf /etc/systemd/system/incus-gateway-hold.service.d
+    cp {CHECKOUT}/deploy/incus-gateway-unprivileged.conf /etc/systemd/system/incus-gateway.service.d
+    cp {CHECKOUT}/deploy/incus-gateway-hold-unprivileged.conf /etc/systemd/system/incus-gateway-hold.service.d
     chgrp incus-gateway {HOME} && chmod 710 {HOME} && chown incus-gateway {HOME}-caddy
 """
 
@@ -62,8 +71,13 @@ OWN_USER = f"""
 async def machine(incus_settings: Settings) -> AsyncIterator[Container]:
     """A container with systemd that has the checkout, its Python, and the incusd of the tests."""
     made = Container(f"t-systemd-{os.getpid()}")
-    folders = {ROOT, Path(sys.prefix), incus_settings.incus_socket.parent}
-    python = {Path(os.path.realpath(sys.executable)), Path(sysconfig.get_path("stdlib"))}
+    shares = {
+        CHECKOUT: ROOT,
+        f"{CHECKOUT}-bin": Path(sys.prefix, "bin"),
+        PACKAGES: Path(sysconfig.get_path("platlib")),
+        **{str(path): path for path in (incus_settings.incus_socket.parent, PYTHON)},
+        sysconfig.get_path("stdlib"): Path(sysconfig.get_path("stdlib")),
+    }
     try:
         await asyncio.to_thread(
             environment.incus,
@@ -71,9 +85,9 @@ async def machine(incus_settings: Settings) -> AsyncIterator[Container]:
             *("--network", incus_settings.network, "--config", "security.privileged=true"),
             *("--config", f"{environment.OWNER}={environment.owner(os.getpid())}"),
         )
-        for number, path in enumerate(sorted(folders | python)):
+        for number, (path, source) in enumerate(shares.items()):
             words = ("config", "device", "add", made.name, f"share{number}", "disk")
-            await asyncio.to_thread(environment.incus, *words, f"source={path}", f"path={path}")
+            await asyncio.to_thread(environment.incus, *words, f"source={source}", f"path={path}")
         await asyncio.to_thread(environment.incus, "start", made.name)
         await asyncio.to_thread(made.sh, BOOTED)
         yield made
@@ -116,7 +130,7 @@ async def test_a_restart_leaves_commands_and_a_stop_ends_them(
         await sh("systemctl daemon-reload; systemctl restart incus-gateway-hold incus-gateway")
         await sh(READY)
 
-        survived = await during(f"{RELOAD}systemctl restart incus-gateway; {READY}; {KILL}")
+        survived = await during(f"{RELOAD}systemctl restart incus-gateway; {READY}; {KILL}; {READY}")
         assert survived == f"{LINES}code 7\n"
         stopped = await during("systemctl stop incus-gateway")
         assert stopped.endswith("code 143\n") and LINES.startswith(stopped.removesuffix("code 143\n"))
