@@ -16,8 +16,8 @@ from gateway.host import HostError, Report
 from gateway.hostnames import normalized, tenant_name
 from gateway.migration.plan import Plan, Wanted
 from gateway.migration.service import Systemctl, Units
-from gateway.migration.shifted_mount import PLACES
 from gateway.migration.steps import STEPS, Migration
+from gateway.rootfs.shown_folders import PLACES
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.settings import Settings
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from gateway.errors import NotFound
 from gateway.incus.client import instance_path
 from gateway.migration.record import Moving
 from gateway.migration.scripts import inside
+from gateway.migration.shifted_mount import close_door, open_door, shows
 from gateway.migration.shifted_mount import inside as mapped
-from gateway.migration.shifted_mount import open_door
+from gateway.rootfs.instance_record import identity_of
+from gateway.rootfs.shown_folders import place
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.migrations import STATE
+from gateway.runtime.incus.migrations import DEVICE, STATE
 from gateway.settings import Settings
 
-_DEVICE: Final = "migrate"
 _SCRIPT: Final = 60.0  # seconds for a script that copies nothing
 
 
@@ -56,24 +58,36 @@ class Destination:
         """Mount the host's folder as the workspace while the tenant is stopped, and start it."""
         tenant, making = moving.tenant, self._runtime.making
         instance = await making.instance(tenant)
-        there = _DEVICE in instance["devices"]
-        if not there:
+        where = self.place(instance)
+        there = instance["devices"].get(DEVICE, {}).get("source") == str(where)
+        ours = mapped(instance["config"], self._settings.workspace_uid)
+        if not there or not await asyncio.to_thread(
+            shows, where, moving.folder, ours, read_only=moving.read_only
+        ):
             await self._runtime.tenants.stop(tenant)
             instance = await making.instance(tenant)
-        ours = mapped(instance["config"], self._settings.workspace_uid)
-        where = await asyncio.to_thread(
-            open_door, tenant, moving.folder, moving.owner, ours, read_only=moving.read_only
-        )
-        if not there:
+            ours = mapped(instance["config"], self._settings.workspace_uid)
+            await asyncio.to_thread(
+                open_door, where, moving.folder, moving.owner, ours, read_only=moving.read_only
+            )
             device = {"type": "disk", "path": self._settings.workspace, "source": str(where)}
             device |= {"readonly": "true"} if moving.read_only else {}
             with translated(tenant):
-                await making.operate("PATCH", instance_path(tenant), {"devices": {_DEVICE: device}})
+                await making.operate("PATCH", instance_path(tenant), {"devices": {DEVICE: device}})
         await self._runtime.tenants.start(tenant)
+
+    def place(self, instance: Mapping[str, Any]) -> Path:
+        """Return where an instance's view of its folder is mounted."""
+        return place(self._settings.incus_socket.parent, identity_of(instance))
+
+    async def hide_folder(self, tenant: str) -> None:
+        """Take away the mount of a tenant that has its own files."""
+        where = self.place(await self._runtime.making.instance(tenant))
+        await asyncio.to_thread(close_door, where)
 
     async def shows_folder(self, tenant: str) -> bool:
         """Return whether the host's folder is the workspace."""
-        return _DEVICE in (await self._runtime.making.instance(tenant))["devices"]
+        return DEVICE in (await self._runtime.making.instance(tenant))["devices"]
 
     # --- the tenant's own copy ----------------------------------------------------------------------
 
@@ -87,7 +101,7 @@ class Destination:
 
     async def move_in(self, tenant: str) -> None:
         """Replace the folder by the copy as the workspace."""
-        await self._runtime.making.remove_device(tenant, _DEVICE)
+        await self._runtime.making.remove_device(tenant, DEVICE)
         await self.run(tenant, "move_in", self._settings.workspace, self._next)
 
     async def move_out(self, tenant: str) -> str:

@@ -9,7 +9,6 @@ out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any, Final
 import orjson
 
 from gateway.host import HostError, run
+from gateway.rootfs.shown_folders import mounts, unmount
 
-PLACES: Final = Path("/run/incus-gateway-migrate")
 _FIX: Final = (
     "mount (util-linux) 2.39 or later and a file system that takes a map of ids (ext4, xfs, btrfs, tmpfs) "
     "are needed; the old site keeps running"
@@ -34,43 +33,51 @@ class Owner:
     gid: int
 
 
-def place(tenant: str) -> Path:
-    """Return where a tenant's view of its folder is mounted."""
-    return PLACES / tenant
+def open_door(where: Path, folder: Path, owner: Owner, inside: Owner, *, read_only: bool) -> None:
+    """Mount `folder` with the ids of `owner` shown as the host's ids `inside`.
 
-
-def open_door(tenant: str, folder: Path, owner: Owner, inside: Owner, *, read_only: bool) -> Path:
-    """Mount `folder` with the ids of `owner` shown as the host's ids `inside`. Idempotent."""
-    where = place(tenant)
-    if is_open(tenant):
-        return where
-    where.mkdir(mode=0o711, parents=True, exist_ok=True)
+    Idempotent; a mount that shows anything else is replaced. Raises `HostError`.
+    """
+    if shows(where, folder, inside, read_only=read_only):
+        return
+    close_door(where)
+    for folder_of_mounts in (where.parent, where):
+        folder_of_mounts.mkdir(mode=0o711, parents=True, exist_ok=True)
     options = ["bind", "nosuid", "nodev"]
     options += ["ro"] if read_only else []
     options.append(f"X-mount.idmap=u:{owner.uid}:{inside.uid}:1 g:{owner.gid}:{inside.gid}:1")
     try:
         run(["mount", "-o", ",".join(options), "--", folder, where], fix=_FIX)
         run(["mount", "--make-private", "--", where], fix=_FIX)
+        if not shows(where, folder, inside, read_only=read_only):
+            raise HostError(
+                f"{folder} does not belong to {owner.uid}:{owner.gid} any more; give it back to them, or "
+                "undo the migration with --back"
+            )
     except HostError:
-        close_door(tenant)
+        close_door(where)
         raise
-    return where
 
 
-def close_door(tenant: str) -> None:
-    """Take the mount away; what still uses it keeps it until it ends. Idempotent."""
-    where = place(tenant)
-    while is_open(tenant):
-        run(["umount", "--lazy", "--", where], fix=f"see what uses {where}")
-    if where.is_dir():
-        where.rmdir()
+def shows(where: Path, folder: Path, inside: Owner, *, read_only: bool) -> bool:
+    """Return whether exactly this folder is mounted, with its owner shown as `inside`, and in this mode."""
+    found = mounts(where)
+    if len(found) != 1 or not found[0] >= {"nosuid", "nodev", "idmapped", "ro" if read_only else "rw"}:
+        return False
+    try:
+        there, here = where.stat(), folder.stat()
+    except OSError:
+        return False
+    same = (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+    return same and (there.st_uid, there.st_gid) == (inside.uid, inside.gid)
 
 
-def is_open(tenant: str) -> bool:
-    """Say whether a tenant's view of its folder is mounted."""
-    where = os.fsencode(place(tenant))
-    with Path("/proc/self/mountinfo").open("rb") as table:
-        return any(line.split()[4] == where for line in table)
+def close_door(where: Path) -> None:
+    """Take the mount away; what still uses it keeps it until it ends. Idempotent. Raises `HostError`."""
+    try:
+        unmount(where)
+    except OSError as error:
+        raise HostError(f"{error.strerror}; see what uses {where}") from error
 
 
 def inside(config: Mapping[str, Any], uid: int) -> Owner:

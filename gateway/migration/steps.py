@@ -175,7 +175,7 @@ class Migration:
                     f"{kept}; copy them out (incus file pull), then give --yes"
                 )
         await self._runtime.making.destroy(tenant, instance["config"].get("volatile.uuid", ""))
-        await asyncio.to_thread(close_door, tenant)
+        await asyncio.to_thread(close_door, self._there.place(instance))
 
     # --- copy ---------------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class Migration:
     async def _switched(self, moving: Moving) -> None:
         """Do what is left once the domain leads to the tenant. Idempotent."""
         self._old.let_go(moving.folder, moving.unit)
-        await asyncio.to_thread(close_door, moving.tenant)
+        await self._there.hide_folder(moving.tenant)
         await self._sites.clear(moving.tenant)
 
     async def _return(self, moving: Moving) -> None:

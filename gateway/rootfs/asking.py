@@ -14,19 +14,21 @@ _TIMEOUT = 5.0  # seconds, less than a gateway waits for an answer; usually mill
 _ANSWER_MAX = 4 << 20  # bytes of an instance
 
 
-def get(at: str, path: str) -> dict[str, Any] | None:
-    """Return what the incusd at a socket answers; None if the object does not exist. Raises `Unavailable`."""
+def get(at: str, path: str, most: int = _ANSWER_MAX) -> Any:
+    """Return what the incusd at a socket answers; None if the object does not exist. Raises `Unavailable`.
+
+    An answer of over `most` bytes is an error.
+    """
     connection = _Connection(at)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
-        said = orjson.loads(response.read(_ANSWER_MAX))
+        said = orjson.loads(response.read(most))
         if response.status == 404:
             return None
         if response.status != 200:
             raise Unavailable("Incus refused to locate the tenant's files")
-        metadata: dict[str, Any] = said["metadata"]
-        return metadata
+        return said["metadata"]
     except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
         raise Unavailable("cannot ask Incus where the tenant's files are; is it running?") from error
     finally:

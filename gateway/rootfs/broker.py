@@ -18,7 +18,8 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "fence", "tenant", "frozen": bool}` | `{}`: its container is frozen, or no longer, see `fence` |
 | `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `subvolume` |
 | `{"do": "quotas", "read_ahead": N}` | `{"changed": [words], "read_ahead": words}`: the disk quotas are
-  enforced, see `quotas`, and N bytes are read ahead at most, see `read_ahead` |
+  enforced, see `quotas`, N bytes are read ahead at most, see `read_ahead`, and folders of the host that were
+  shown to tenants that are gone are unmounted, see `shown_folders` |
 | `{"do": "free_disks"}` | `{}` once what was deleted counts no more for these limits |
 | `{"do": "limit_disk", "instance", "ending", "standby"}` | `{"counted": bytes or null}`: its disk is so |
 
@@ -161,6 +162,7 @@ class Broker:
                         "read_ahead": self._tenants.read_ahead(int(request.get("read_ahead") or 0)),
                     }
                     self._tenants.limit_disks()
+                    self._tenants.release_folders()
                 case "free_disks":
                     self._tenants.free_disks()
                     answer = {}

@@ -72,5 +72,8 @@ class Folders:
     def free_disks(self) -> None:
         pass
 
+    def release_folders(self) -> None:
+        pass
+
     def members(self) -> Collection[str]:
         return ()

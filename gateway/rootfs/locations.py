@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs import IdMap, asking, bridge_port, dead_members, fence, process_tree, read_ahead
+from gateway.rootfs import (
+    IdMap,
+    asking,
+    bridge_port,
+    dead_members,
+    fence,
+    process_tree,
+    read_ahead,
+    shown_folders,
+)
 from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.disk import Disk, relative
 from gateway.rootfs.folders import Folders as Folders
@@ -42,6 +51,7 @@ if TYPE_CHECKING:  # a broker does not need the settings, which are slow to load
 _GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
 _DISKS_AT_ONCE = 50
+_INSTANCES_MAX = 64 << 20  # bytes of all instances
 _FREEING = 5.0  # seconds, less than a gateway waits for an answer
 _NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # an instance's, see Incus's shared/validate
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
@@ -91,6 +101,10 @@ class Tenants(Protocol):
 
     def free_disks(self) -> None:
         """Stop counting what was deleted, where disks are limited this way. Takes up to some seconds."""
+        ...
+
+    def release_folders(self) -> None:
+        """Unmount the folders of the host that were shown to instances that are gone, see `shown_folders`."""
         ...
 
     def members(self) -> Collection[str]:
@@ -279,6 +293,20 @@ class Instances:
         if (groups := self.quotas().groups()) is not None:
             groups.free(_FREEING)
 
+    def release_folders(self) -> None:
+        shown_folders.release(Path(self._socket).parent, self._identities)
+
+    def _identities(self) -> set[str] | None:
+        """Return the ids of all instances; None while Incus lists one without its configuration."""
+        found = set()
+        for project in filter(None, (self._project, self._second)):
+            asks = f"/1.0/instances?recursion=1&project={quote(project, safe='')}"
+            for instance in asking.get(self._socket, asks, _INSTANCES_MAX) or ():
+                if instance.get("config") is None:  # it is stopping (Incus 6.0.4)
+                    return None
+                found.add(identity_of(instance))
+        return found
+
     def members(self) -> Collection[str]:
         return dead_members.members(Path(self._socket).parent)
 
@@ -327,7 +355,8 @@ class Instances:
     def _get(self, path: str, query: str = "", project: str = "") -> dict[str, Any] | None:
         """Query incusd; None if the object does not exist. Raises `Unavailable`."""
         of = quote(project or self._project, safe="")
-        return asking.get(self._socket, f"{path}?project={of}&{query}")
+        found: dict[str, Any] | None = asking.get(self._socket, f"{path}?project={of}&{query}")
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,10 @@ import pytest
 from gateway.errors import Conflict
 from gateway.host import HostError
 from gateway.host.daemon import systemd_runs
-from gateway.migration import Migration, Wanted, opened, shifted_mount
+from gateway.migration import Migration, Wanted, opened
 from gateway.migration.service import Systemctl, Unit
+from gateway.rootfs import shown_folders
+from gateway.rootfs.locations import Instances
 from gateway.runtime.incus import migrations
 from gateway.settings import Settings
 from tests.contracts.gateway import no_traceback
@@ -211,15 +213,29 @@ class UserService(SystemdService):
 
 @pytest.fixture(scope="module")
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
-    async with hosting(incus_settings, tmp_path_factory.mktemp("migration") / "state") as host:
+    state = tmp_path_factory.mktemp("migration") / "state"
+    async with hosting(incus_settings, state, reconcile_interval=2.0) as host:
         yield host
         await no_traceback(host.gateway)
 
 
+def mounted(settings: Settings) -> list[Path]:
+    """Return where folders are mounted for this test's tenants."""
+    places = shown_folders.place(settings.incus_socket.parent)
+    return [where for where in places.iterdir() if shown_folders.mounts(where)] if places.is_dir() else []
+
+
 @pytest.fixture
 def old() -> Iterator[OldService]:
+    kind = SystemdService if systemd_runs() else UserService if PROGRAM.exists() else OldService
+    with an_old_service(kind) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def an_old_service(kind: type[OldService]) -> Iterator[OldService]:
     folder = Path(tempfile.mkdtemp(prefix="gw-migration-", dir="/srv"))
-    service = (SystemdService if systemd_runs() else UserService if PROGRAM.exists() else OldService)(folder)
+    service = kind(folder)
     try:
         yield service
     finally:
@@ -234,7 +250,7 @@ async def domain(host: Hosting) -> AsyncIterator[str]:
     yield domain
     tenant = domain.replace(".", "-")
     environment.incus("delete", "--force", tenant, check=False)
-    shifted_mount.close_door(tenant)
+    Instances.of(host.settings).release_folders()
 
 
 @contextlib.asynccontextmanager
@@ -335,7 +351,8 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
         assert not (await tool(host, tenant, "Write", file_path="text.txt", content="second"))[1]["isError"]
         assert (await told(host, domain))["text"] == "second"
         assert (old.folder / "text.txt").stat().st_uid == OWNER
-        container_root_has_no_power(tenant, old.folder)
+        (where,) = mounted(host.settings)
+        container_root_has_no_power(tenant, old.folder, where)
         status, refused, _ = await host.call(
             "POST", "/v1/deployments", {"domain": domain, "template": "static"}
         )
@@ -375,11 +392,11 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
         assert (await told(host, domain))["where"] == "/srv/site"
         found = next(entry for entry in environment.instances() if entry["name"] == tenant)
         assert not [key for key in found["config"] if key.startswith(migrations.STATE)]
-        assert "migrate" not in found["devices"] and not shifted_mount.is_open(tenant)
+        assert "migrate" not in found["devices"] and not mounted(host.settings)
     the_real_systemd(tenant)
 
 
-def container_root_has_no_power(tenant: str, folder: Path) -> None:
+def container_root_has_no_power(tenant: str, folder: Path, where: Path) -> None:
     """Root in the container has the folder owner's rights, and none of root's on the host."""
     (folder / "roots").write_text("secret")
     (folder / "roots").chmod(0o600)
@@ -392,7 +409,7 @@ def container_root_has_no_power(tenant: str, folder: Path) -> None:
         inside(tenant, "cp /bin/true /srv/site/mine && chmod 4755 /srv/site/mine", user=1000)
         assert (folder / "mine").stat().st_uid == OWNER
         inside(tenant, "mount -t tmpfs none /srv/site && touch /srv/site/over; umount /srv/site")
-        assert not (folder / "over").exists() and not (shifted_mount.place(tenant) / "over").exists()
+        assert not (folder / "over").exists() and not (where / "over").exists()
         assert {path.lstat().st_uid for path in folder.rglob("*")} == {OWNER, 0}
     finally:
         (folder / "roots").unlink()
@@ -432,6 +449,39 @@ def the_real_systemd(tenant: str) -> None:
     assert units.unit("old@1.service") == Unit(0, ("/bin/sleep", "1 2", "a;b", "infinity"), False)
     with pytest.raises(HostError, match="cannot load a unit"):
         units.unit("nobody.service")
+
+
+async def test_a_folder_is_shown_to_its_tenant_alone(host: Hosting, old: OldService, domain: str) -> None:
+    """Not to a later one of the same name, nor to a clone; and its mount goes with the tenant."""
+    tenant = domain.replace(".", "-")
+    async with migrating(host, domain, old) as migration:
+        assert await migration.forward(domain, Wanted(old.folder, unit=old.name), "attach") == "attached"
+    (first,) = mounted(host.settings)
+    assert (await host.call("DELETE", f"/v1/tenants/{tenant}"))[0] == 204
+    with an_old_service(OldService) as other:
+        (other.folder / "text.txt").write_text("other")
+        async with migrating(host, domain, other) as migration:
+            wanted = Wanted(other.folder, unit=other.name)
+            assert await migration.forward(domain, wanted, "attach") == "attached"
+            assert (await tool(host, tenant, "Read", file_path="text.txt"))[1]["content"][0][
+                "text"
+            ] == "1\tother"
+            assert "other" in inside(tenant, "cat /srv/site/text.txt")
+            inside(tenant, "echo changed >/srv/site/text.txt", user=1000)
+            assert (old.folder / "text.txt").read_text() == "first"
+            assert (other.folder / "text.txt").read_text() == "changed\n"
+            await until(lambda: not first.exists())
+            # somebody else's mount in its place is not taken for its own
+            (where,) = mounted(host.settings)
+            shown_folders.unmount(where)
+            where.mkdir()
+            subprocess.run(["mount", "--bind", old.folder, where], check=True)
+            assert await migration.forward(domain, None, "attach") == "attached"
+            assert "changed" in inside(tenant, "cat /srv/site/text.txt")
+            status, refused, _ = await host.call("POST", f"/v1/tenants/{tenant}/clone", {"tenant": "copied"})
+            assert (status, refused["code"]) == (409, "conflict"), refused
+            assert await migration.back(domain, sure=True) == ""
+    assert not mounted(host.settings)
 
 
 async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, domain: str) -> None:

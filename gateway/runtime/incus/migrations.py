@@ -19,6 +19,9 @@ FOLDER: Final = "user.gateway.migrate.from"
 UNIT: Final = "user.gateway.migrate.unit"
 FACTS: Final = "user.gateway.migrate.facts"  # about the old service, as JSON, without variables' values
 
+DEVICE: Final = "migrate"
+"""The instance's device that shows the folder as the workspace."""
+
 BEFORE_SWITCH: Final = frozenset({"attaching", "attached", "copied", "returning"})
 
 _PLACE: Final = re.compile(r"([0-9.]{7,15}):([1-9][0-9]{0,4})")

@@ -21,6 +21,7 @@ from gateway.runtime.incus.containers import Containers
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks, inherited
 from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.migrations import STATE as MIGRATION
 from gateway.runtime.incus.records import ASLEEP, PORT, domain_config, lacks_address, status_of, tenant_of
 from gateway.runtime.incus.resizing import Resizing
 from gateway.settings import Settings
@@ -139,6 +140,8 @@ class IncusTenants:
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
         source = await self.instance(name)
+        if MIGRATION in source["config"]:
+            raise Conflict(f"tenant {name} is just moving in from a folder; clone it when that is finished")
         if snapshot is not None:
             await self._disks.fits(source, snapshot)
         await self._making.free(new)
