@@ -98,6 +98,8 @@ class Mcp:
         self._history = history
         self._settings = settings
         self._tools = [_tool(description) for description in toolbox.descriptions()]
+        if history.on:
+            self._tools.append(mcp_history.UNDO)
         schemas = {tool.name: tool.input_schema for tool in self._tools}
         server: Server[Any] = Server(
             "incus-gateway",
@@ -194,6 +196,12 @@ class Mcp:
         """Run a tool; if the request ends first, end the tool and what it runs."""
         assert context.request is not None and context.request_id is not None
         caller: _Caller = context.request.scope[_CALLER]
+        if params.name == mcp_history.UNDO.name and self._history.on:
+            try:
+                given = params.arguments or {}
+                return await mcp_history.undo(self._history, caller.tenant, caller.token, given)
+            except GatewayError as error:
+                return _refusal(error)
         try:
             caller.token.require(self._toolbox.scope(params.name))
             session = self._toolbox.sessions.open(caller.tenant, caller.session, caller.read_before_write)

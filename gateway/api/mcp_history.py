@@ -1,11 +1,12 @@
-"""A tenant's history as MCP resources: the turns as JSON, and each turn as a patch.
+"""A tenant's history over MCP: the turns as resources, as JSON and each as a patch, and a tool to undo one.
 
 Imported only if the gateway serves MCP, like `gateway.api.mcp`.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import mcp_types as types
 import orjson
@@ -14,6 +15,7 @@ from mcp.shared.exceptions import MCPError
 from gateway.auth.tokens import Token
 from gateway.errors import GatewayError
 from gateway.history import History
+from gateway.protocol import HistoryUndo, validate
 
 _LIST: Final = "history:///turns"
 _TURN: Final = "history:///turns/"
@@ -41,6 +43,29 @@ TEMPLATES: Final = types.ListResourceTemplatesResult(
         )
     ]
 )
+
+UNDO: Final = types.Tool(
+    name="UndoTurn",
+    description=(
+        "Takes back exactly what one turn changed in this project; what was changed later stays. The "
+        f"resource {_LIST} lists the turns. Where later changes are of the same lines, nothing is changed, "
+        "and the answer has the paths in `conflicts`; those repeated in `force` become what they were before "
+        "the turn. The undo is a turn too, and can be undone."
+    ),
+    input_schema=HistoryUndo.model_json_schema(by_alias=True),
+    annotations=types.ToolAnnotations(read_only_hint=False, destructive_hint=True, open_world_hint=False),
+)
+
+
+async def undo(
+    history: History, tenant: str, token: Token, arguments: Mapping[str, Any]
+) -> types.CallToolResult:
+    """Take back a turn. Raises what `History.undo` raises, and `InvalidParams`."""
+    token.require("files:write")
+    given = validate(HistoryUndo, arguments)
+    done = await history.undo(tenant, given.turn, given.force, token.subject)
+    text = types.TextContent(text=orjson.dumps(done).decode())
+    return types.CallToolResult(content=[text], structured_content=done)
 
 
 async def read(history: History, tenant: str, token: Token, uri: str) -> types.ReadResourceResult:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import time
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,11 @@ from gateway_client.tenant import Tenant
 
 _SHORT = 8  # digits of a turn's id that are shown, and suffice to name it
 _LOOKED = 200  # turns searched for a shortened id
+
+
+class Side(StrEnum):
+    BEFORE = "before"
+    AFTER = "after"
 
 
 def history(
@@ -61,16 +68,26 @@ def undo(
     turn: Annotated[
         str | None, typer.Argument(metavar="TURN", help="The turn; default: an agent's latest")
     ] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--force", metavar="PATH", help="A path in conflict that becomes what it was before TURN"
+        ),
+    ] = None,
     to: Annotated[
-        bool, typer.Option("--to", help="Go back to the state right after TURN, not before it")
-    ] = False,
+        Side | None,
+        typer.Option("--to", help="Instead, make all files what they were before TURN, or right after it"),
+    ] = None,
     yes: Yes = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Restore the files to what they were before a turn. The undo is a turn too, and can be undone."""
-    if to and turn is None:
-        raise typer.BadParameter("--to needs a TURN")
+    """Take back exactly what a turn changed; later changes stay. The undo is a turn too, and can be undone.
+
+    Where later changes are of the same lines, nothing is changed, and the paths are listed.
+    """
+    if to is not None and (turn is None or force):
+        raise typer.BadParameter("--to needs a TURN, and has no --force")
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -79,13 +96,21 @@ def undo(
             if not turns:
                 raise Failed(f"{tenant} has no turns yet: there is nothing to undo")
             wanted = _latest(tenant, turns) if turn is None else await _whole(asked, turn, turns)
-            ids = [one["turn"] for one in turns]
-            later = ids.index(wanted) if wanted in ids else 0
-            if later and not yes and somebody_is_there():
-                word = "turn" if later == 1 else "turns"
-                question = f"That undoes {later} later {word} too. Continue?"
-                confirm(question, "nothing was changed")
-            done = await asked.restore_turn(wanted, "after" if to else "before")
+            if to is None:
+                found = await asked.undo(wanted, force=force or ())
+                done, conflicts = found["turn"], found["conflicts"]
+            else:
+                _confirm_later(wanted, turns, yes=yes)
+                done, conflicts = await asked.restore_turn(wanted, to.value), ()
+        if conflicts:
+            for path in conflicts:
+                out.say(path)
+            again = " ".join(f"--force {shlex.quote(path)}" for path in [*(force or ()), *conflicts][:4])
+            raise Failed(
+                "nothing was changed: what this turn changed there was changed again since. To have a file "
+                "as it was before the turn (the undo can be undone): "
+                f"incus-gateway undo {tenant} {wanted[:_SHORT]} {again}"
+            )
         if done is None:
             out.say("Nothing to do: the files are already in that state.")
             return
@@ -93,6 +118,15 @@ def undo(
         out.say(f"{_first(done['title'])}: {files}. To take it back: incus-gateway undo {tenant}")
 
     run_to_end(run())
+
+
+def _confirm_later(turn: str, turns: Sequence[Mapping[str, Any]], *, yes: bool) -> None:
+    """Have whoever goes back past later turns confirm it. Raises `Failed`."""
+    ids = [one["turn"] for one in turns]
+    later = ids.index(turn) if turn in ids else 0
+    if later and not yes and somebody_is_there():
+        word = "turn" if later == 1 else "turns"
+        confirm(f"That takes back {later} later {word} too. Continue?", "nothing was changed")
 
 
 def _latest(tenant: str, turns: Sequence[Mapping[str, Any]]) -> str:

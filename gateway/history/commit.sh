@@ -4,7 +4,7 @@
 # Usage:  sh -c "$(cat writing.sh commit.sh)" sh MODE MOST WAIT MESSAGE [TURN]
 #   MODE     all: whatever changed; only: what changed at the paths of the input; but: what changed elsewhere;
 #            begin: as but, where the history has nothing yet, also where there is nothing; before, after: what changed
-#            at the paths that going back to before TURN, or to right after it, would touch
+#            at the paths that going back to before TURN, or to right after it, would touch; undo: at those of TURN
 #   MOST     bytes; a file that has as many is left out, and where all of them have 32 times as many, each of 256 KiB is
 #   WAIT     seconds to wait for another that writes this history
 #   MESSAGE  what the commit says
@@ -32,7 +32,7 @@ names() {
   standard=--exclude-standard
   if [ -e .gitignore ] && [ ! -f .gitignore ]; then standard="--exclude-from=$GIT_DIR/info/exclude"; fi
   case "$mode" in
-  only | before | after) xargs -0 -r git --literal-pathspecs ls-files -z "$@" "$standard" -- <"$paths" ;;
+  only | before | after | undo) xargs -0 -r git --literal-pathspecs ls-files -z "$@" "$standard" -- <"$paths" ;;
   but | begin) xargs -0 -x git ls-files -z "$@" "$standard" -- . <"$paths" ;;
   *) git ls-files -z "$@" "$standard" ;;
   esac
@@ -83,9 +83,16 @@ whole=$?
 : >"$left"
 case "$mode" in
 only | but | begin) cat >"$paths" ;;
-before | after)
+before | after | undo)
   to=$(git rev-parse -q --verify "$5^{commit}") || exit 66
-  if [ "$mode" = before ]; then
+  if [ "$mode" = undo ]; then
+    git rev-parse -q --verify "$to^" >/dev/null || exit 67
+    git diff-tree --no-commit-id -r -z --no-renames --name-only "$to" >"$paths" || exit 1
+    # a file that is in the place of a folder
+    # shellcheck disable=SC2185
+    sed -z -n ':a;s|/[^/]*$||;T;p;ba' "$paths" | sort -zu |
+      find -files0-from - -maxdepth 0 ! -type d -print0 2>/dev/null >>"$paths"
+  elif [ "$mode" = before ]; then
     git rev-parse -q --verify "$to^" >/dev/null || exit 67
     # as in restore.sh
     { echo "$to" && git log --format='%cn %H' "$to..turns" | sed -n '/^outside /!s/.* //p'; } |

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
@@ -150,10 +150,27 @@ class History:
         """
         self._check()
         _check_id(turn)
+        await self._settle(tenant)
+        return await self._recorder.restore(tenant, turn, side, by)
+
+    async def undo(self, tenant: str, turn: str, force: Collection[str], by: str) -> dict[str, Any]:
+        """Take back exactly what one turn changed, as a new turn; later changes of others stay.
+
+        Where these are of the same lines, nothing is changed: `conflicts` has the paths. Those in `force`
+        become what they were before the turn. Open turns end first. Raises `NotFound`, and `Conflict` if
+        something unrecorded is in the way.
+        """
+        self._check()
+        _check_id(turn)
+        await self._settle(tenant)
+        undone, conflicts = await self._recorder.undo(tenant, turn, frozenset(force), by)
+        return {"turn": None if undone is None else undone.on_wire(), "conflicts": conflicts}
+
+    async def _settle(self, tenant: str) -> None:
+        """Record what was changed outside of turns, and end the open ones."""
         ending = self._outside.record(tenant)
         ending += [self._recorder.spawn(tenant, self._finish(tenant, one)) for one in self._open.of(tenant)]
         await asyncio.gather(*ending)
-        return await self._recorder.restore(tenant, turn, side, by)
 
     # --- with tenants and the gateway -------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from gateway.rootfs.paths import show
 
 TITLE_MAX: Final = 4000  # characters
 _NAME_MAX: Final = 200
+CONFLICTS_MAX: Final = 1000  # paths of one undo; more are resolved a thousand at a time
 _LEFT_MAX: Final = 20  # paths listed of those that were left out
 
 KINDS: Final = frozenset({"turn", "outside", "restored", "deployed", "first"})
@@ -88,8 +89,19 @@ def committed(printed: bytes, turn: Turn) -> Turn | None:
     if not ID.fullmatch(found):
         return None
     counts, _, left = rest.partition(b"\n")
-    names = [show(os.fsdecode(path)) for path in left.split(b"\0")[:-1][:_LEFT_MAX]]
+    names = [shown(path) for path in left.split(b"\0")[:-1][:_LEFT_MAX]]
     return replace(_counted(turn, counts), id=found, left_out=tuple(names))
+
+
+def conflicting(printed: bytes) -> list[bytes]:
+    """Return the paths that restore.sh printed as conflicts of an undo."""
+    word, _, names = printed.partition(b"\n")
+    return names.split(b"\0", CONFLICTS_MAX)[:-1][:CONFLICTS_MAX] if word == b"conflicts" else []
+
+
+def shown(path: bytes) -> str:
+    """Return a path as it is listed: escapes stand for what is not printable."""
+    return show(os.fsdecode(path))
 
 
 def listed(printed: bytes) -> list[Turn]:
@@ -130,7 +142,7 @@ def changes(printed: bytes, most: int) -> dict[str, Any] | None:
         binary = not (added.isdigit() and removed.isdigit() and len(added) < 10 and len(removed) < 10)
         files.append(
             {
-                "path": show(os.fsdecode(path)),
+                "path": shown(path),
                 "added": 0 if binary else int(added),
                 "removed": 0 if binary else int(removed),
                 "binary": binary,

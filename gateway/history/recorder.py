@@ -10,7 +10,7 @@ from collections.abc import Collection, Coroutine
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
-from gateway.errors import ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
+from gateway.errors import Conflict, ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.events import Bus
 from gateway.history.afterwards import Afterwards
 from gateway.history.open_turns import OpenTurn, OpenTurns
@@ -24,6 +24,7 @@ Side = Literal["before", "after"]
 
 _OURS: Final = "incus-gateway"  # author of commits without a turn
 _TRIES: Final = 3  # tries to record a turn of a running tenant
+_WRITES: Final = 3  # tries to undo a turn while others write its files
 _LATE: Final = 64  # turns of one stopped tenant that wait
 _TIDY: Final = 32  # commits after which a history is compacted
 
@@ -126,12 +127,35 @@ class Recorder:
             changed = await self._repository.changes(tenant, turn)
             title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
             words = f"Undo: {title}" if side == "before" else f"Restore: {title}"
-            outside = _made("outside", "nobody", "nobody", "Changed outside of turns")
             new = _made("restored", name(by), name(by), words)
-            found, restored = await self._repository.restore(tenant, turn, side, outside, new)
+            found, restored = await self._repository.restore(tenant, turn, side, _outside(), new)
         for one in (found, restored):
             self._tell(tenant, one)
         return restored
+
+    async def undo(
+        self, tenant: str, turn: str, force: Collection[str], by: str
+    ) -> tuple[Turn | None, list[str]]:
+        """Take back what one turn changed, as a new turn; None if nothing changes or paths conflict."""
+        async with self._lock(tenant):
+            changed = await self._repository.changes(tenant, turn)
+            title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
+            of, _, what = title.partition(": ")
+            again = {"Undo": "Redo", "Redo": "Undo"}.get(of) if changed["kind"] == "restored" else None
+            words = f"Undo: {title}" if again is None else f"{again}: {what}"
+            new = _made("restored", name(by), name(by), words)
+            for left in reversed(range(_WRITES)):
+                try:
+                    found, undone, conflicts = await self._repository.undo(
+                        tenant, turn, force, _outside(), new
+                    )
+                    break
+                except Conflict as error:  # files that somebody writes at this moment
+                    if not left or error.facts.get("reason") != "in_the_way":
+                        raise
+        for one in (found, undone):
+            self._tell(tenant, one)
+        return undone, conflicts
 
     def again(self, tenant: str) -> None:
         """Record what waited for the tenant to run again."""
@@ -196,3 +220,8 @@ async def _quiet(tenant: str, work: Coroutine[Any, Any, Any]) -> None:
 
 def _made(kind: str, agent: str, by: str, title: str) -> Turn:
     return Turn("", kind, agent, by, title, int(time.time()))
+
+
+def _outside() -> Turn:
+    """Return the turn of changes that cannot be ascribed to anybody."""
+    return _made("outside", "nobody", "nobody", "Changed outside of turns")

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from gateway.bounds import Flood, first
 from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
 from gateway.history.open_turns import Mode
-from gateway.history.reading import Turn, committed, listed
+from gateway.history.reading import Turn, committed, conflicting, listed, shown
 from gateway.history.reading import changes as changes_of
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import ExecSpec, Process, TenantRuntime
@@ -94,6 +94,29 @@ class Repository:
             tenant, "restore", (side, to, self._wait, turn.title), _identity(turn), _SAID, missing=to
         )
         return found, committed(printed, turn)
+
+    async def undo(
+        self, tenant: str, undone: str, force: Collection[str], outside: Turn, turn: Turn
+    ) -> tuple[Turn | None, Turn | None, list[str]]:
+        """Take back what one turn changed, as `turn`: a three-way merge of each file, all files or none.
+
+        Returns what was unrecorded in these files and was committed first, as `outside`; the new turn, None
+        if nothing changes; and the paths in conflict. Those in `force` become what they were before the turn.
+        """
+        found = await self._commit(tenant, "undo", (), outside, undone)
+
+        async def merge(forced: Sequence[bytes]) -> bytes:
+            words, given = ("undo", undone, self._wait, turn.title), b"".join(path + b"\0" for path in forced)
+            return await self._run(
+                tenant, "restore", words, _identity(turn), _NAMES, given=given, missing=undone
+            )
+
+        printed = await merge(())
+        conflicts = conflicting(printed)
+        if forced := [path for path in conflicts if shown(path) in force]:
+            printed = await merge(forced)
+            conflicts = conflicting(printed)
+        return found, committed(printed, turn), [shown(path) for path in conflicts]
 
     async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
         """Make the workspace a git repository, if it is not one, and `commit`."""
@@ -198,8 +221,9 @@ class Repository:
         match code:
             case 65:
                 raise Conflict(
-                    "something that the history does not record is in the way; move it and try again: "
-                    + _in_the_way(complaint)
+                    "something that the history does not record is in the way, or was changed just now; "
+                    f"move it and try again: {_in_the_way(complaint)}",
+                    reason="in_the_way",
                 )
             case 66:
                 raise NotFound(f"no turn {turn}; history/list lists all")

@@ -18,6 +18,7 @@ writing() { # WAIT
   elif [ -e "$GIT_DIR" ] || [ -L "$GIT_DIR" ]; then
     rm -rf "$GIT_DIR"
   fi
+  if [ -f "$GIT_DIR/turn.going" ]; then finish; fi
   # what ended with a word of ours has left nothing half done
   trap 'case $? in 0 | 6? | 75) rm -f "$begun" ;; esac' EXIT
 }
@@ -29,6 +30,55 @@ mend() {
   rm -rf "$GIT_DIR/commondir" "$GIT_DIR/turn.begun"
   : >"$GIT_DIR/turn.begun" # whoever mends may be killed, too
   configure
+}
+
+# Moves the workspace to a commit that follows the last one: whole or not at all. All files are compared with what is
+# recorded before the first is written; what a kill leaves half done, whoever writes next carries through.
+go() { # COMMIT
+  git update-index -q --refresh >/dev/null || : # a file that was saved unchanged is as it was recorded
+  git read-tree -n -m -u turns "$1" || return 65
+  echo "$1" >"$GIT_DIR/turn.going"
+  if ! git read-tree -m -u turns "$1"; then
+    # changed just now, or a folder where the site's user may not write
+    rm -f "$GIT_DIR/turn.going"
+    carry "$1" turns
+    rm -f "$GIT_DIR/index"
+    return 65
+  fi
+  git update-ref refs/heads/turns "$1" && rm -f "$GIT_DIR/turn.going" || return 1
+}
+
+# Carries through what was begun by `go`.
+finish() {
+  turn=$(head -c 40 "$GIT_DIR/turn.going" | tr -cd 0-9a-f)
+  if [ -n "$turn" ] && [ "$(git rev-parse -q --verify "$turn^" 2>/dev/null)" = "$(git rev-parse -q --verify refs/heads/turns)" ]; then
+    carry turns "$turn"
+    git update-ref refs/heads/turns "$turn"
+  fi
+  rm -f "$GIT_DIR/turn.going" "$GIT_DIR/index"
+}
+
+# Makes the files that are as in one commit as they are in another, and leaves those that are not.
+carry() { # FROM TO
+  differ="$GIT_DIR/turn.differ" other="$GIT_DIR/turn.other"
+  rm -f "$GIT_DIR/index" "$GIT_DIR/index.lock"
+  git read-tree "$1" || return 1
+  git update-index -q --refresh >/dev/null || :
+  git diff-tree -r -z --no-renames --name-only "$1" "$2" | sort -zu >"$differ"
+  {
+    git diff-files -z --name-only
+    # shellcheck disable=SC2185 # the names are in a file
+    git diff-tree -r -z --no-renames --name-only --diff-filter=A "$1" "$2" |
+      find -files0-from - -maxdepth 0 -print0 2>/dev/null
+  } | sort -zu | comm -z -23 "$differ" - >"$other"
+  xargs -0 -r git ls-tree --full-tree -r -z "$2" -- <"$other" >"$differ"
+  rm -f "$GIT_DIR/turn.index"
+  tree=$(
+    export GIT_INDEX_FILE="$GIT_DIR/turn.index"
+    git read-tree "$1"
+    { xargs -0 -r printf '0 0000000000000000000000000000000000000000\t%s\0' <"$other" && cat "$differ"; } |
+      git update-index -z --index-info && git write-tree
+  ) && git read-tree -m -u "$1" "$tree"
 }
 
 # Makes the index from the last turn where it was removed.

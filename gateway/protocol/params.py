@@ -254,6 +254,16 @@ class HistoryRestore(HistoryTurn):
     to: Literal["after", "before"] = "after"
 
 
+class UndoBody(Params):
+    """`force` names paths in conflict that are to be as they were before the turn."""
+
+    force: Annotated[list[_Path], Field(max_length=1000)] = Field(default_factory=list)
+
+
+class HistoryUndo(HistoryTurn, UndoBody):
+    """An undo of one turn."""
+
+
 class CancelRequest(Params):
     id: str | int
 
@@ -290,6 +300,7 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "history/list": HistoryList,
     "history/diff": HistoryTurn,
     "history/restore": HistoryRestore,
+    "history/undo": HistoryUndo,
     "events/subscribe": EventsSubscribe,
     "events/unsubscribe": EventsUnsubscribe,
 }

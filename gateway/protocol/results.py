@@ -273,6 +273,13 @@ class TurnEnded(TypedDict):
     turn: Turn | None
 
 
+class Undone(TypedDict):
+    """`turn` is null if nothing changes; nothing does if there are `conflicts`."""
+
+    turn: Turn | None
+    conflicts: list[str]
+
+
 class Turns(TypedDict):
     turns: list[Turn]
     more: bool
@@ -377,6 +384,7 @@ RESULTS: Final[Mapping[str, Any]] = {
     "history/list": Turns,
     "history/diff": TurnChanges,
     "history/restore": TurnEnded,
+    "history/undo": Undone,
     "events/subscribe": Subscribed,
     "events/unsubscribe": Empty,
 }

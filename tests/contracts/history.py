@@ -158,6 +158,49 @@ class HistoryContract:
             await wire.call("history/restore", turn=listed[1]["turn"])
             assert await text(wire, "a") == "person\n"
 
+    async def test_an_undo_takes_back_one_turn_and_keeps_what_came_later(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """What a person saved since in the same file stays, and a later turn; overlaps are listed."""
+        before = "".join(f"line {number}\n" for number in range(9))
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["turn.committed"])
+            await write(wire, "page", before)
+            await end(wire)
+            await wire.call("turn/begin", title="Green", agent="Claude")
+            await write(wire, "page", before.replace("line 1", "green"))
+            await write(wire, "new", "1\n")
+            turn = await end(wire)
+            await wire.call("turn/begin", title="Later")
+            await write(wire, "page", before.replace("line 1", "green").replace("line 4", "later"))
+            await end(wire)
+            now = before.replace("line 1", "green").replace("line 4", "later").replace("line 8", "person")
+            await wire.call("files/write", path="page", text=now)
+            done = await wire.call("history/undo", turn=turn["turn"])
+            assert done["conflicts"] == []
+            undone = done["turn"]
+            facts = (undone["kind"], undone["title"], undone["by"], undone["files"])
+            assert facts == ("restored", "Undo: Green", "test", 2)
+            await wire.until(lambda: undone in told(wire))
+            assert await text(wire, "page") == now.replace("green", "line 1")
+            with pytest.raises(RpcFailure) as caught:
+                await text(wire, "new")
+            assert caught.value.code == "not_found"
+            assert await wire.call("history/undo", turn=turn["turn"]) == {"turn": None, "conflicts": []}
+            redone = (await wire.call("history/undo", turn=undone["turn"]))["turn"]
+            assert redone["title"] == "Redo: Green" and await text(wire, "page") == now
+
+            mine = now.replace("green", "blue")
+            await wire.call("files/write", path="page", text=mine)
+            listed = {"turn": None, "conflicts": ["page"]}
+            for force in ([], ["new", "nowhere"]):
+                assert await wire.call("history/undo", turn=turn["turn"], force=force) == listed
+            assert (await text(wire, "page"), await text(wire, "new")) == (mine, "1\n")
+            done = await wire.call("history/undo", turn=turn["turn"], force=["page"])
+            assert done["conflicts"] == [] and await text(wire, "page") == before
+            await wire.call("history/undo", turn=done["turn"]["turn"])
+            assert await text(wire, "page") == mine
+
     async def test_what_a_person_saved_before_a_turn_is_there_when_it_is_undone(
         self, gateway: LiveGateway, tenant: str
     ) -> None:
@@ -282,7 +325,7 @@ class HistoryContract:
         async with gateway.wire(tenant) as wire:
             assert await wire.call("history/list") == {"turns": [], "more": False}
             assert await wire.call("turn/end") == {"turn": None}
-            for method in ("history/diff", "history/restore"):
+            for method in ("history/diff", "history/restore", "history/undo"):
                 with pytest.raises(RpcFailure) as caught:
                     await wire.call(method, turn="0" * 40)
                 assert caught.value.code == "not_found"
@@ -292,9 +335,14 @@ class HistoryContract:
             await write(wire, "a", "1\n")
             await end(wire)
             first = (await wire.call("history/list"))["turns"][-1]
-            with pytest.raises(RpcFailure) as caught:
-                await wire.call("history/restore", turn=first["turn"], to="before")
-            assert caught.value.code == "conflict"
+            for method, asked in (("restore", {"to": "before"}), ("undo", {})):
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call(f"history/{method}", turn=first["turn"], **asked)
+                assert caught.value.code == "conflict"
+            for force in (["x"] * 1001, ["x" * 4097], [""], "x"):
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call("history/undo", turn=first["turn"], force=force)
+                assert caught.value.code == "invalid_params"
         reader = gateway.token(tenant, scopes=("files:read",))
         async with gateway.wire(tenant, token=reader) as wire:
             await wire.call("history/list")
@@ -302,9 +350,10 @@ class HistoryContract:
                 with pytest.raises(RpcFailure) as caught:
                     await wire.call(method)
                 assert caught.value.code == "forbidden"
-            with pytest.raises(RpcFailure) as caught:
-                await wire.call("history/restore", turn=first["turn"])
-            assert caught.value.code == "forbidden"
+            for method in ("history/restore", "history/undo"):
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call(method, turn=first["turn"])
+                assert caught.value.code == "forbidden"
 
     async def test_http_has_the_same(self, gateway: LiveGateway, tenant: str) -> None:
         base, session = f"/v1/tenants/{tenant}", {"X-Tool-Session": "agent"}
@@ -329,6 +378,17 @@ class HistoryContract:
                 assert (await answer.json())["turn"]["kind"] == "restored"
             async with http.get(f"{base}/files/h") as answer:
                 assert await answer.text() == "one\n"
+            async with http.get(f"{base}/history?limit=1") as answer:
+                undo = f"{base}/history/{(await answer.json())['turns'][0]['turn']}/undo"
+            async with http.put(f"{base}/files/h", data=b"mine\n") as answer:
+                assert answer.status == 200
+            async with http.post(undo) as answer:
+                assert (answer.status, await answer.json()) == (200, {"turn": None, "conflicts": ["h"]})
+            async with http.post(undo, json={"force": ["h"]}) as answer:
+                done = await answer.json()
+                assert (done["turn"]["kind"], done["conflicts"]) == ("restored", [])
+            async with http.get(f"{base}/files/h") as answer:
+                assert await answer.text() == "two\n"
         async with gateway.http("t-other") as http:
             async with http.get(f"{base}/history") as answer:
                 assert answer.status == 404
@@ -364,6 +424,14 @@ class HistoryContract:
             assert turn in listed.model_dump()["text"]
             shown = (await client.read_resource(f"history:///turns/{turn}")).contents[0]
             assert "+one" in shown.model_dump()["text"]
+            assert "UndoTurn" in [tool.name for tool in (await client.list_tools()).tools]
+            await wire.call("files/write", path="m", text="two\n")
+            for asked, conflicts in (({}, ["m"]), ({"force": ["m"]}, [])):
+                done = await client.call_tool("UndoTurn", {"turn": turn, **asked})
+                assert done.structured_content is not None and not done.is_error
+                assert done.structured_content["conflicts"] == conflicts
+            refused = await client.call_tool("UndoTurn", {"turn": "0" * 40})
+            assert refused.is_error and (refused.structured_content or {})["code"] == "not_found"
             for uri in ("history:///turns/nothing", f"history:///turns/{'0' * 40}", "file:///etc/passwd"):
                 with pytest.raises(MCPError):
                     await client.read_resource(uri)

@@ -359,11 +359,19 @@ async def test_what_agents_changed_is_listed_shown_and_taken_back(gateway: LiveG
     code, out, _ = await run(gateway, "undo", "turns")
     assert (code, out) == (0, b"Undo: Write two: 1 file. To take it back: incus-gateway undo turns\n")
     assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"one\n"
-    assert (await run(gateway, "undo", "turns", "--to", latest["turn"][:8], "--yes"))[0] == 0
+    assert (await run(gateway, "undo", "turns", latest["turn"][:8], "--to", "after", "--yes"))[0] == 0
     assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"two\n"
-    assert (await run(gateway, "undo", "turns", before["turn"], "--yes"))[0] == 0
+    code, out, err = await run(gateway, "undo", "turns", before["turn"])
+    assert (code, out, err.count("\n")) == (1, b"a\n", 1), "it made the file that is changed since"
+    assert f"incus-gateway undo turns {before['turn'][:8]} --force a" in err
+    assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"two\n"
+    assert (await run(gateway, "undo", "turns", before["turn"], "--force", "a"))[0] == 0
     assert (await run(gateway, "exec", "turns", "--", "ls"))[1] == b""
-    assert (await run(gateway, "undo", "turns", "--to"))[0] == 2
+    assert (await run(gateway, "undo", "turns"))[0] == 0, "an undo is undone"
+    assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"two\n"
+    assert (await run(gateway, "undo", "turns", before["turn"], "--to", "before", "--yes"))[0] == 0
+    assert (await run(gateway, "exec", "turns", "--", "ls"))[1] == b""
+    assert (await run(gateway, "undo", "turns", "--to", "after"))[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,17 @@ import pytest
 
 from gateway.history import repository
 from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.reading import Turn, changes, committed, deployed, listed, name, said
+from gateway.history.reading import (
+    Turn,
+    changes,
+    committed,
+    conflicting,
+    deployed,
+    listed,
+    name,
+    said,
+    shown,
+)
 
 SHELLS = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
 BLANK = Turn("", "turn", "agent", "by", "title", 7)
@@ -174,16 +184,242 @@ def test_turns_are_recorded_listed_and_gone_back_to(folder: Folder) -> None:
     assert folder.held() == {"a": "2"}
 
 
+def undo(folder: Folder, turn: Turn | None, *force: str) -> tuple[Turn | None, list[str]]:
+    """Take back a turn as the gateway does."""
+    assert turn is not None
+    code, _ = folder.run("commit", "undo", "1000", "1", "outside", turn.id)
+    assert code == 0
+    given = b"".join(os.fsencode(path) + b"\0" for path in force)
+    code, printed = folder.run("restore", "undo", turn.id, "1", "undo", given=given)
+    assert code == 0, printed
+    return committed(printed, BLANK), [shown(path) for path in conflicting(printed)]
+
+
+LINES = "1\n2\n3\n4\n5\n6\n7\n8\n9\n"
+
+
+def test_an_undo_takes_back_one_turn_and_leaves_what_came_later(folder: Folder) -> None:
+    """What a person saved in the same file, recorded or not, and later turns stay."""
+    folder.put(page=LINES, gone="1", other="1")
+    folder.commit()
+    folder.put(page=LINES.replace("2", "two"), made="1")
+    (folder.work / "gone").unlink()
+    turn = folder.commit()
+    folder.put(page=LINES.replace("2", "two").replace("5", "five"), other="2")
+    folder.commit()
+    folder.put(page=LINES.replace("2", "two").replace("5", "five").replace("9", "nine"), new="1")
+    undone, conflicts = undo(folder, turn)
+    now = {"page": LINES.replace("5", "five").replace("9", "nine"), "gone": "1", "other": "2", "new": "1"}
+    assert folder.held() == now
+    assert undone is not None and undone.files == 3 and conflicts == []
+    assert undo(folder, turn) == (None, []), "it is undone already"
+    assert undo(folder, undone)[1] == []
+    assert folder.held() == {
+        **{key: text for key, text in now.items() if key != "gone"},
+        **{"page": now["page"].replace("2", "two"), "made": "1"},
+    }
+
+
+def test_where_an_undo_overlaps_nothing_changes_unless_it_is_forced(folder: Folder) -> None:
+    """A page whose lines changed since, a picture, a file that is gone, and one that was made."""
+    folder.put(page=LINES, free="1", pic="\0one", gone="1", both="1")
+    folder.commit()
+    folder.put(page=LINES.replace("2", "two"), free="2", pic="\0two", gone="2", made="1", both="2")
+    turn = folder.commit()
+    later = {
+        **{"page": LINES.replace("2", "zwei").replace("8", "acht"), "pic": "\0tri", "made": "2"},
+        **{"free": "2", "both": "2"},
+    }
+    folder.put(**later)
+    (folder.work / "gone").unlink()
+    assert undo(folder, turn) == (None, ["gone", "made", "page", "pic"])
+    assert folder.held() == later
+    assert undo(folder, turn, "page", "pic", "free", "nothing") == (None, ["gone", "made"])
+    assert folder.held() == later
+    undone, conflicts = undo(folder, turn, "page", "pic", "gone", "made")
+    assert undone is not None and conflicts == []
+    assert folder.held() == {"page": LINES, "pic": "\0one", "gone": "1", "free": "1", "both": "1"}
+
+
+def test_an_undo_of_modes_links_folders_and_line_ends(folder: Folder) -> None:
+    """Modes are merged apart from lines; a link, and a folder in the place of a file, are whole."""
+    folder.put(run=LINES, link="file", was="file", ends=LINES, empty="")
+    folder.commit()
+    work = folder.work
+    (work / "run").chmod(0o755)
+    (work / "link").unlink()
+    (work / "link").symlink_to("nowhere")
+    (work / "was").unlink()
+    (work / "was").mkdir()
+    (work / "was/deep").write_text("1")
+    (work / "empty").unlink()
+    (work / "ends").write_bytes(LINES.replace("\n", "\r\n").encode())
+    turn = folder.commit()
+    folder.put(run=LINES.replace("5", "five"))
+    undone, conflicts = undo(folder, turn)
+    assert conflicts == [] and undone is not None and undone.files == 6
+    assert folder.held() == {
+        **{"run": LINES.replace("5", "five"), "link": "file", "was": "file", "ends": LINES, "empty": ""}
+    }
+    assert (work / "run").stat().st_mode & 0o111 == 0
+    undo(folder, undone)
+    assert (work / "link").is_symlink() and (work / "was/deep").read_text() == "1"
+    assert (work / "run").read_text() == LINES.replace("5", "five")
+    # somebody's file is in that folder now, and the link leads elsewhere
+    (work / "was/mine").write_text("mine")
+    (work / "link").unlink()
+    (work / "link").symlink_to("elsewhere")
+    (work / "ends").write_bytes(LINES.replace("\n", "\r\n").replace("9", "nine").encode())
+    assert undo(folder, turn) == (None, ["ends", "link", "was"])
+    assert (work / "was/mine").read_text() == "mine" and os.readlink(work / "link") == "elsewhere"
+    undone, conflicts = undo(folder, turn, "was", "link", "ends")
+    assert undone is not None and conflicts == []
+    assert folder.held()["was"] == "file" and not (work / "link").is_symlink()
+    # what the force has taken is on record
+    undo(folder, undone, "was")
+    assert (work / "was/mine").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_a_folder_is_a_conflict(folder: Folder) -> None:
+    (folder.work / "d/e").mkdir(parents=True)
+    (folder.work / "d/e/f").write_text("1")
+    folder.commit()
+    shutil.rmtree(folder.work / "d")
+    turn = folder.commit()
+    folder.put(d="mine")
+    assert undo(folder, turn) == (None, ["d"])
+    assert folder.held() == {"d": "mine"}
+    assert undo(folder, turn, "d")[1] == []
+    assert (folder.work / "d/e/f").read_text() == "1"
+
+
+def test_an_undo_of_what_is_not_recorded_or_first_is_refused(folder: Folder) -> None:
+    """What is in the way and not recorded stays; as does all the rest."""
+    folder.put(a="1", b="1")
+    first = folder.commit()
+    (folder.work / "a").unlink()
+    folder.put(b="2")
+    turn = folder.commit()
+    assert turn is not None and first is not None
+    folder.put(a="x" * 2000)
+    assert folder.run("commit", "undo", "1000", "1", "outside", turn.id)[0] == 0
+    assert folder.run("restore", "undo", turn.id, "1", "undo")[0] == 65
+    assert folder.held() == {"a": "x" * 2000, "b": "2"}
+    assert folder.run("commit", "undo", "1000", "1", "outside", first.id)[0] == 67
+    assert folder.run("restore", "undo", first.id, "1", "undo")[0] == 67
+
+
 @contextlib.contextmanager
-def killed_at(step: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have a script killed where it runs this word of git."""
+def killed_at(step: str, place: Path, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> Iterator[None]:
+    """Have a script killed where it runs these words of git; after as many times if that is given."""
     git = place / "bin/git"
     git.parent.mkdir(exist_ok=True)
-    git.write_text(f'#!/bin/sh\n[ "$1" != {step} ] || kill -9 $PPID $$\nexec {shutil.which("git")} "$@"\n')
+    (count := place / "times").write_text("")
+    git.write_text(
+        f'#!/bin/sh\ncase "$*" in {step.replace(" ", chr(92) + " ")}*) echo >>{count}\n'
+        f'[ "$(wc -l <{count})" -le {after} ] || kill -9 $PPID $$ ;; esac\nexec {shutil.which("git")} "$@"\n'
+    )
     git.chmod(0o755)
     with monkeypatch.context() as killing:
         killing.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
         yield
+
+
+STEPS = {
+    **{"commit-tree": 2, "-c merge.renames=false merge-tree": 1, "update-index": 1},
+    **{"read-tree -n": 1, "read-tree -m -u": 1, "update-ref": 1, "diff-tree --no-commit-id": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "time"), [(step, time) for step, most in STEPS.items() for time in range(most)]
+)
+def test_a_killed_undo_has_changed_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, time: int
+) -> None:
+    """At once, and after the next commit; which may be killed while it carries it through."""
+    folder = Folder(tmp_path, ("sh",))
+    before = {"a": LINES, "b": "1", "gone": "1"}
+    after = {"a": LINES.replace("2", "two"), "b": "2", "made": "1"}
+    folder.put(**before)
+    folder.commit()
+    folder.put(**after)
+    (folder.work / "gone").unlink()
+    turn = folder.commit()
+    assert turn is not None
+    with killed_at(step, tmp_path, monkeypatch, time):
+        assert folder.run("restore", "undo", turn.id, "1", "undo")[0] == -9
+    assert folder.held() in (before, after)
+    folder.put(b=folder.held()["b"])  # saved, but not changed
+    with killed_at("read-tree -m -u", tmp_path, monkeypatch):
+        folder.run("commit", "all", "1000", "1", "title")
+    folder.put(other="1")
+    last = folder.commit()
+    assert last is not None and last.files == 1, "the undo is on record by itself, or did not happen"
+    assert folder.held() in ({**before, "other": "1"}, {**after, "other": "1"})
+    assert folder.commit() is None
+
+
+def test_an_undo_that_was_killed_while_it_wrote_is_carried_through(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had not written is written, but for what somebody has saved since."""
+    before = {"a": LINES, "b": "1", "gone": "1", "c": "1"}
+    folder.put(**before)
+    folder.commit()
+    folder.put(a=LINES.replace("2", "two"), b="2", made="1", c="2")
+    (folder.work / "gone").unlink()
+    turn = folder.commit()
+    assert turn is not None
+    with killed_at("read-tree -m -u", tmp_path, monkeypatch):
+        assert folder.run("restore", "undo", turn.id, "1", "undo")[0] == -9
+    for path in ("gone", "made", "b"):
+        (folder.work / path).unlink(missing_ok=True)
+        if path in before:
+            folder.put(**{path: before[path]})
+    folder.put(c="mine")
+    (folder.history / "index.lock").write_text("")
+    saved = folder.commit()
+    assert saved is not None and saved.files == 1
+    assert folder.held() == {**before, "c": "mine"}
+    assert [one.title for one in listed(folder.run("list", "2")[1])] == ["title", "undo"]
+
+
+@pytest.mark.parametrize("note", ["", "HEAD", ID, "-x", "../../etc/passwd\n"])
+def test_a_forged_note_of_what_is_under_way_is_nothing(tmp_path: Path, note: str) -> None:
+    folder = Folder(tmp_path, ("sh",))
+    folder.put(a="1")
+    folder.commit()
+    (folder.history / "turn.going").write_text(note)
+    folder.put(a="2")
+    assert folder.commit() is not None and folder.held() == {"a": "2"}
+    assert not (folder.history / "turn.going").exists()
+
+
+def test_what_is_changed_while_an_undo_begins_to_write_stays(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the check or after it; then nothing at all is changed."""
+    folder.put(a="1", b="1", c="1")
+    folder.commit()
+    folder.put(a="2", b="2", c="2")
+    turn = folder.commit()
+    assert turn is not None
+    for step in ("read-tree -n", "read-tree -m -u"):
+        git = tmp_path / "bin/git"
+        git.parent.mkdir(exist_ok=True)
+        git.write_text(
+            f'#!/bin/sh\ncase "$*" in "{step}"*) echo {step[-1]} >{folder.work}/b ;; esac\n'
+            f'exec {shutil.which("git")} "$@"\n'
+        )
+        git.chmod(0o755)
+        with monkeypatch.context() as changing:
+            changing.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
+            assert folder.run("restore", "undo", turn.id, "1", "undo") == (65, b"")
+        assert folder.held() == {"a": "2", "b": f"{step[-1]}\n", "c": "2"}
+        folder.put(b="2")
+    folder.put(b="mine")
+    assert undo(folder, turn) == (None, ["b"])
 
 
 def test_going_back_after_a_kill_changes_what_it_should(
@@ -195,7 +431,7 @@ def test_going_back_after_a_kill_changes_what_it_should(
     folder.put(a="2", b="2")
     second = folder.commit()
     assert first is not None and second is not None
-    with killed_at("commit-tree", tmp_path, monkeypatch):
+    with killed_at("update-ref", tmp_path, monkeypatch):
         assert folder.run("restore", "after", first.id, "1", "back")[0] == -9
     assert folder.held() == {"a": "1"}
     folder.put(a="2", b="2")  # as somebody made it again

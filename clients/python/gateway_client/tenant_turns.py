@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 
@@ -43,15 +43,27 @@ class TenantTurns(ABC):
     async def restore_turn(
         self, turn: str, to: Literal["after", "before"] = "after"
     ) -> Mapping[str, Any] | None:
-        """Restore the files to right after a turn, or to before it; return that as a new turn.
+        """Restore the files as they were right after a turn, or before it; return that as a new turn.
 
-        None if nothing changes. Raises `Conflict` if something unrecorded is in the way.
+        Later changes are taken back with it; `undo` keeps them. None if nothing changes. Raises `Conflict` if
+        something unrecorded is in the way.
         """
         asked = {"turn": turn, "to": to}
         found: Mapping[str, Any] | None = (await self.request("history/restore", asked))["turn"]
         return found
 
-    async def undo(self) -> Mapping[str, Any] | None:
-        """Undo the last turn; return that as a new turn, None if there is none."""
-        last = await self.history(1)
-        return await self.restore_turn(last[0]["turn"], "before") if last else None
+    async def undo(self, turn: str | None = None, *, force: Sequence[str] = ()) -> Mapping[str, Any]:
+        """Take back exactly what a turn changed, by default the last one; what was changed later stays.
+
+        Returns `turn`, the undo as a new turn, None if nothing changes, and `conflicts`, the paths where
+        later changes are of the same lines. If there are any, nothing was changed; those named in `force`
+        become what they were before the turn.
+        """
+        if turn is None:
+            last = await self.history(1)
+            if not last:
+                return {"turn": None, "conflicts": []}
+            turn = last[0]["turn"]
+        asked = {"turn": turn, "force": list(force)} if force else {"turn": turn}
+        found: Mapping[str, Any] = await self.request("history/undo", asked)
+        return found

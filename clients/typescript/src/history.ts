@@ -1,7 +1,7 @@
 /** What agents changed in one tenant, turn by turn, and how to undo it. */
 
 import type { Link } from "./link.js";
-import type { Turn, TurnChanges } from "./types.js";
+import type { Turn, TurnChanges, Undone } from "./types.js";
 
 export class History {
   readonly #link: Link;
@@ -47,17 +47,30 @@ export class History {
   }
 
   /**
-   * Restores the files to right after a turn, or to before it, and returns that as a new turn; null if nothing changes.
-   * Throws a `conflict` if something unrecorded is in the way.
+   * Restores the files as they were right after a turn, or before it, and returns that as a new turn; null if nothing
+   * changes. Later changes are taken back with it; `undo` keeps them. Throws a `conflict` if something unrecorded is in the way.
    */
   async restore(turn: string, to: "after" | "before" = "after", signal?: AbortSignal): Promise<Turn | null> {
     const asked = { turn, to };
     return (await this.#link.request<{ turn: Turn | null }>("history/restore", asked, { signal })).turn;
   }
 
-  /** Undoes the last turn, and returns that as a new turn; null if there is none. */
-  async undo(signal?: AbortSignal): Promise<Turn | null> {
-    const { turns } = await this.list({ limit: 1, signal });
-    return turns[0] === undefined ? null : this.restore(turns[0].turn, "before", signal);
+  /**
+   * Takes back exactly what a turn changed, by default the last one; what was changed later stays. Returns the undo as a
+   * new turn, null if nothing changes. If there are `conflicts`, paths where later changes are of the same lines,
+   * nothing was changed; those named in `force` become what they were before the turn.
+   */
+  async undo(
+    turn?: string,
+    options: {
+      readonly force?: readonly string[] | undefined;
+      readonly signal?: AbortSignal | undefined;
+    } = {},
+  ): Promise<Undone> {
+    const { signal, force = [] } = options;
+    const undone = turn ?? (await this.list({ limit: 1, signal })).turns[0]?.turn;
+    if (undone === undefined) return { turn: null, conflicts: [] };
+    const asked = force.length > 0 ? { turn: undone, force } : { turn: undone };
+    return this.#link.request("history/undo", asked, { signal });
   }
 }

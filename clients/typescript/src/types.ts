@@ -12,6 +12,7 @@ export type {
   Renewed,
   Turn,
   TurnChanges,
+  Undone,
 } from "./wire-types.js";
 
 export type EntryType = Entry["type"];

@@ -287,6 +287,12 @@ export type HistoryTurn = {
   readonly turn: string;
 };
 
+/** An undo of one turn. */
+export type HistoryUndo = {
+  readonly force?: readonly string[] | undefined;
+  readonly turn: string;
+};
+
 /** The member of a cluster that has the tenant; `url` is null if it has no address for clients. */
 export type Home = {
   readonly member: string;
@@ -475,6 +481,12 @@ export type Turns = {
   readonly more: boolean;
 };
 
+/** `turn` is null if nothing changes; nothing does if there are `conflicts`. */
+export type Undone = {
+  readonly turn: Turn | null;
+  readonly conflicts: readonly string[];
+};
+
 /** `unwatched` counts folders that cannot be watched. */
 export type Watching = {
   readonly watch: number;
@@ -514,6 +526,7 @@ export interface Methods {
   "history/list": { params: HistoryList; result: Turns };
   "history/diff": { params: HistoryTurn; result: TurnChanges };
   "history/restore": { params: HistoryRestore; result: TurnEnded };
+  "history/undo": { params: HistoryUndo; result: Undone };
   "events/subscribe": { params: EventsSubscribe; result: Subscribed };
   "events/unsubscribe": { params: EventsUnsubscribe; result: Empty };
 }

@@ -160,12 +160,12 @@ test("a failure of a tool is thrown with its code, and an exit code is a result"
 });
 
 test("the last turn is undone, where there is one", async () => {
-  const undone = { turn: "t-10" };
-  const { gateway, sent } = scripted({ turns: [{ turn: "t-9" }], turn: undone });
+  const undone = { turn: { turn: "t-10" }, conflicts: [] };
+  const { gateway, sent } = scripted({ turns: [{ turn: "t-9" }], ...undone });
   const listed = { "history/list": { limit: 1 } };
-  expect(await gateway.tenant("shop").history.undo()).toEqual(undone);
-  expect(sent).toEqual([listed, { "history/restore": { turn: "t-9", to: "before" } }]);
+  expect(await gateway.tenant("shop").history.undo()).toMatchObject(undone);
+  expect(sent).toEqual([listed, { "history/undo": { turn: "t-9" } }]);
   const empty = scripted({ turns: [] });
-  expect(await empty.gateway.tenant("shop").history.undo()).toBeNull();
+  expect(await empty.gateway.tenant("shop").history.undo()).toEqual({ turn: null, conflicts: [] });
   expect(empty.sent).toEqual([listed]);
 });

@@ -17,6 +17,7 @@ class HistoryMethods(Family):
             "history/list": Method(self._list),
             "history/diff": Method(self._diff, most=self._most),
             "history/restore": Method(self._restore),
+            "history/undo": Method(self._undo),
         }
 
     async def _begin(self, params: protocol.TurnBegin) -> Answer:
@@ -48,3 +49,7 @@ class HistoryMethods(Family):
         token = self._peer.require("files:write")
         turn = await self._hub.history.restore(self._tenant, params.turn, params.to, token.subject)
         return Answer({"turn": None if turn is None else turn.on_wire()})
+
+    async def _undo(self, params: protocol.HistoryUndo) -> Answer:
+        token = self._peer.require("files:write")
+        return Answer(await self._hub.history.undo(self._tenant, params.turn, params.force, token.subject))

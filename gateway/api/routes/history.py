@@ -15,7 +15,7 @@ from gateway.api.operation import Operation
 from gateway.api.services import services
 from gateway.history import Turn
 from gateway.limits.budget import SMALL
-from gateway.protocol.results import TurnBegun, TurnChanges, TurnEnded, Turns
+from gateway.protocol.results import TurnBegun, TurnChanges, TurnEnded, Turns, Undone
 from gateway.tools.session import ToolSession
 
 
@@ -62,6 +62,14 @@ async def restore(request: Request) -> Response:
     side = (await validated(request, token, RestoreBody)).to
     turn = request.path_params["turn"]
     return _turn(await services(request).history.restore(name, turn, side, token.subject))
+
+
+async def undo(request: Request) -> Response:
+    """Take back exactly what a turn changed, as a new turn; later changes stay."""
+    name, token = await using_tenant(request, "files:write")
+    force = (await validated(request, token, protocol.UndoBody)).force
+    turn = request.path_params["turn"]
+    return as_json(await services(request).history.undo(name, turn, force, token.subject))
 
 
 def _session(request: Request, tenant: str) -> ToolSession:
@@ -112,5 +120,14 @@ ROUTES: Final = (
         takes=RestoreBody,
         optional=True,
         answers={200: TurnEnded},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/history/{turn}/undo",
+        undo,
+        "POST",
+        scope="files:write",
+        takes=protocol.UndoBody,
+        optional=True,
+        answers={200: Undone},
     ),
 )

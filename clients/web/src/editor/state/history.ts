@@ -12,6 +12,11 @@ import { say } from "./toasts.js";
 
 const PAGE = 50;
 
+export interface UndoConflict {
+  readonly turn: string;
+  readonly paths: readonly string[];
+}
+
 export class History {
   readonly #tenant: () => Tenant;
   readonly turns = signal<readonly Turn[]>([]);
@@ -21,6 +26,8 @@ export class History {
   /** The turn that is looked at, and what it changed once that is known. */
   readonly open = signal<string | null>(null);
   readonly shown = signal<TurnChanges | null>(null);
+  /** A turn that cannot be undone without changing what others have changed since at these paths. */
+  readonly conflict = signal<UndoConflict | null>(null);
   #asked = false;
   /** For each list that is being loaded, the turns that were told meanwhile: its answer may be without them. */
   readonly #meanwhile = new Set<Turn[]>();
@@ -72,17 +79,34 @@ export class History {
     });
   }
 
-  /** Makes the files what they were before a turn, or right after it. */
-  restore(turn: string, to: "before" | "after"): Promise<void> {
+  /** Takes back exactly what a turn changed; where later changes are of the same lines, asks first. */
+  undo(turn: string, force: readonly string[] = []): Promise<void> {
+    this.conflict.value = null;
     return this.#try(async () => {
-      const done = await this.#tenant().history.restore(turn, to);
-      say(
-        done === null
-          ? "Nothing to do: the files are already in that state."
-          : `${done.title.split("\n")[0]}: done. It can be undone too.`,
-      );
+      const { turn: done, conflicts } = await this.#tenant().history.undo(turn, { force });
+      if (conflicts.length > 0) this.conflict.value = { turn, paths: conflicts };
+      else this.#done(done);
       await this.look();
     });
+  }
+
+  /** Makes the files what they were right after a turn. */
+  restore(turn: string): Promise<void> {
+    return this.#try(async () => {
+      this.#done(await this.#tenant().history.restore(turn, "after"));
+      await this.look();
+    });
+  }
+
+  #done(turn: Turn | null): void {
+    if (turn === null) {
+      say("Nothing to do: the files are already in that state.");
+      return;
+    }
+    const files = `${turn.files} ${turn.files === 1 ? "file" : "files"} restored.`;
+    const undone = turn.title.startsWith("Undo: ");
+    const text = undone ? `Undone. ${files}` : turn.title.startsWith("Redo: ") ? `Redone. ${files}` : files;
+    say(text, "info", { label: undone ? "Redo" : "Undo", run: () => void this.undo(turn.turn) });
   }
 
   take(event: GatewayEvent): void {

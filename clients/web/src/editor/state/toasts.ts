@@ -6,6 +6,13 @@ export interface Toast {
   readonly id: number;
   readonly kind: "info" | "error";
   readonly text: string;
+  /** What can be done about it. */
+  readonly action?: Action | undefined;
+}
+
+export interface Action {
+  readonly label: string;
+  readonly run: () => void;
 }
 
 const LIFE = { info: 4000, error: 9000 };
@@ -13,10 +20,10 @@ const LIFE = { info: 4000, error: 9000 };
 export const toasts = signal<readonly Toast[]>([]);
 let last = 0;
 
-export function say(text: string, kind: Toast["kind"] = "info"): void {
-  const toast = { id: ++last, kind, text };
+export function say(text: string, kind: Toast["kind"] = "info", action?: Action): void {
+  const toast = { id: ++last, kind, text, action };
   toasts.value = [...toasts.value.slice(-3), toast];
-  setTimeout(() => dismiss(toast.id), LIFE[kind]);
+  setTimeout(() => dismiss(toast.id), LIFE[action === undefined ? kind : "error"]);
 }
 
 export function dismiss(id: number): void {

@@ -41,7 +41,7 @@ import { SessionEnd } from "./session.js";
 import { Settings, settingsOpen } from "./settings.js";
 import { SignIn } from "./sign-in.js";
 import { TopBar } from "./top-bar.js";
-import { looking, TurnDiff } from "./turn.js";
+import { looking, TurnDiff, UndoConflict } from "./turn.js";
 import { caret } from "./view.js";
 
 export function App({ wanted }: { wanted: { tenant: string | null; file: string | null } }) {
@@ -77,20 +77,31 @@ export function App({ wanted }: { wanted: { tenant: string | null; file: string 
         <Conflict current={current} doc={current.documents.comparing.value} />
       )}
       {current !== null && looking.value !== null && <TurnDiff turn={looking.value} current={current} />}
+      {current?.history.conflict.value != null && (
+        <UndoConflict conflict={current.history.conflict.value} current={current} />
+      )}
       <Arrival />
       <Menu />
       {settingsOpen.value && <Settings />}
       <div class="toasts" aria-live="polite">
-        {toasts.value.map((toast) => (
-          <button
-            type="button"
-            key={toast.id}
-            class={`toast ${toast.kind}`}
-            onClick={() => dismiss(toast.id)}
-          >
-            <Icon name={toast.kind === "error" ? "circle-alert" : "info"} size={15} />
-            <span>{toast.text}</span>
-          </button>
+        {toasts.value.map(({ id, kind, text, action }) => (
+          <div key={id} class="toast-row">
+            <button type="button" class={`toast ${kind}`} onClick={() => dismiss(id)}>
+              <Icon name={kind === "error" ? "circle-alert" : "info"} size={15} />
+              <span>{text}</span>
+            </button>
+            {action && (
+              <button
+                type="button"
+                onClick={() => {
+                  dismiss(id);
+                  action.run();
+                }}
+              >
+                {action.label}
+              </button>
+            )}
+          </div>
         ))}
       </div>
     </div>

@@ -100,16 +100,18 @@ function Changes({ turn, current }: { turn: TurnChanges; current: Workspace }) {
           {!first && (
             <button
               type="button"
+              title="Takes back what this turn changed: later changes stay"
               disabled={history.busy.value}
-              onClick={() => void history.restore(turn.turn, "before")}
+              onClick={() => void history.undo(turn.turn)}
             >
               Undo this turn
             </button>
           )}
           <button
             type="button"
+            title="Makes all files what they were right after this turn: later changes are taken back too"
             disabled={history.busy.value}
-            onClick={() => void history.restore(turn.turn, "after")}
+            onClick={() => void history.restore(turn.turn)}
           >
             Go back to here
           </button>

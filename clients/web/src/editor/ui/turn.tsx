@@ -1,8 +1,9 @@
 /** One turn of an agent as a diff, file by file, over the whole window. */
 
 import type { TurnChanges } from "@incus-gateway/client";
-import { signal } from "@preact/signals";
+import { signal, useSignal } from "@preact/signals";
 import { useMemo } from "preact/hooks";
+import type { UndoConflict as Conflict } from "../state/history.js";
 import { area } from "../state/layout.js";
 import { type PatchFile, type PatchLine, readPatch } from "../state/patch.js";
 import { allows } from "../state/session.js";
@@ -22,9 +23,9 @@ export function TurnDiff({ turn, current }: { turn: TurnChanges; current: Worksp
   const close = () => {
     looking.value = null;
   };
-  const go = (to: "before" | "after") => {
+  const go = (way: "undo" | "restore") => {
     close();
-    void history.restore(turn.turn, to);
+    void history[way](turn.turn);
   };
   let left = MOST;
   const shown = files.flatMap((file) => {
@@ -73,21 +74,64 @@ export function TurnDiff({ turn, current }: { turn: TurnChanges; current: Worksp
         <span class="grow" />
         {allows("files:write") && (
           <>
-            <button type="button" disabled={history.busy.value} onClick={() => go("after")}>
+            <button type="button" disabled={history.busy.value} onClick={() => go("restore")}>
               Go back to here
             </button>
             {!first && (
-              <button
-                type="button"
-                class="primary"
-                disabled={history.busy.value}
-                onClick={() => go("before")}
-              >
+              <button type="button" disabled={history.busy.value} onClick={() => go("undo")}>
                 Undo this turn
               </button>
             )}
           </>
         )}
+      </footer>
+    </Dialog>
+  );
+}
+
+/** Asks whether files that were changed since in the same lines become what they were before the turn. */
+export function UndoConflict({ conflict, current }: { conflict: Conflict; current: Workspace }) {
+  const { history } = current;
+  const chosen = useSignal<ReadonlySet<string>>(new Set());
+  const close = () => {
+    history.conflict.value = null;
+  };
+  return (
+    <Dialog label="Undo conflicts" class="small" onClose={close}>
+      <h2>These files changed since in the same lines</h2>
+      <p>
+        Nothing was changed. Choose the files that become what they were before the turn; the changes made
+        since stay in the history, and this can be undone.
+      </p>
+      <ul class="undo-paths">
+        {conflict.paths.map((path) => (
+          <li key={path}>
+            <label>
+              <input
+                type="checkbox"
+                checked={chosen.value.has(path)}
+                onChange={() => {
+                  const others = [...chosen.value].filter((one) => one !== path);
+                  chosen.value = new Set(chosen.value.has(path) ? others : [...others, path]);
+                }}
+              />{" "}
+              <code>{path}</code>
+            </label>
+          </li>
+        ))}
+      </ul>
+      <footer>
+        <button type="button" onClick={close}>
+          Cancel
+        </button>
+        <button
+          type="button"
+          class="danger"
+          disabled={chosen.value.size < conflict.paths.length}
+          onClick={() => void history.undo(conflict.turn, conflict.paths)}
+        >
+          Undo these too
+        </button>
       </footer>
     </Dialog>
   );
