@@ -63,7 +63,7 @@ export class Output implements AsyncIterable<Uint8Array> {
     return text + decoder.decode();
   }
 
-  /** @internal The offset up to which everything has been read. */
+  /** The offset up to which everything has been read. */
   get taken(): number {
     return this.begun ? this.offset - this.size : this.offset;
   }

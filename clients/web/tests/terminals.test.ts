@@ -1,7 +1,12 @@
-import { GatewayError, type GatewayEvent, type Tenant } from "@incus-gateway/client";
+import {
+  type ExecInfo,
+  GatewayError,
+  type GatewayEvent,
+  type Tenant,
+} from "@incus-gateway/client";
 import { expect, test, vi } from "vitest";
 import { control, Terminals } from "../src/editor/state/terminals.js";
-import type { Screen } from "../src/editor/terminal/screen.js";
+import { Screen } from "../src/editor/terminal/screen.js";
 
 test.each([
   ["c", "\x03"],
@@ -85,4 +90,53 @@ test("a shell that its tenant's stop took starts anew when the tenant does, and 
   await vi.waitFor(() => expect(terminal.state.value).toBe("running"));
   terminals.take(started());
   expect(state.starts).toBe(1);
+});
+
+/** A tenant with one shell that printed `before` while another page was open, and prints `later` here. */
+function reloaded(before: number, chunks: readonly string[], sent: unknown[]) {
+  const forever = new Promise<never>(() => {});
+  const stdout = { taken: 0 };
+  async function* output() {
+    for (const chunk of chunks) {
+      const data = new TextEncoder().encode(chunk);
+      stdout.taken += data.length;
+      yield { stream: "stdout", data };
+    }
+    await forever;
+  }
+  const exec = {
+    on: () => {},
+    output,
+    exit: forever,
+    stdout,
+    resize: async () => {},
+    write: async (data: unknown) => sent.push(data),
+  };
+  const known = { exec: "terminal-1", state: "running", offsets: { stdout: before, stderr: 0 } };
+  return {
+    execs: async () => [known as ExecInfo],
+    attach: async () => exec,
+  } as unknown as Tenant;
+}
+
+test("what was answered before a reload is not answered again, to the byte; typed letters arrive", async () => {
+  const asks = "\x1b[c\x1b[>c\x1b[5n\x1b[6n\x1b[?1$p\x1bP$qm\x1b\\"; // vim asks such things, and more
+  const before = `prompt$ ${asks}`;
+  const sent: unknown[] = [];
+  // all of it in one frame, as it comes: the recorded part ends in the middle
+  const tenant = reloaded(before.length, [`${before}\x1b[5n`, "\x1b[0c"], sent);
+  sessionStorage.setItem("gateway.terminals.again", JSON.stringify([{ id: "terminal-1", title: "bash" }]));
+  const terminals = new Terminals(() => tenant, "again");
+  const terminal = terminals.active.value!;
+  const real = new Screen(false, false);
+  real.onInput = (data) => terminals.input(terminal, data);
+  const write = vi.spyOn(real, "write");
+  write.mockImplementationOnce((data) => {
+    terminals.input(terminal, "x");
+    return real.write(data);
+  });
+  void terminals.run(terminal, real);
+  await vi.waitFor(() => expect(sent).toContain("\x1b[?1;2c"));
+  expect(sent).toEqual(["x", "\x1b[0n", "\x1b[?1;2c"]);
+  real.dispose();
 });

@@ -45,8 +45,8 @@ export class Terminal {
   screen: Screen | null = null;
   /** The user opened it and wants to type. A terminal that opens by itself does not take the focus. */
   wanted = false;
-  /** The output up to here was seen before: what it makes a terminal answer must not be sent again. */
-  replay = 0;
+  /** It draws output that was on a screen before: what that asked the terminal has been answered. */
+  replaying = false;
   /** It did not end by itself: the tenant or the gateway went away, or somebody sent a signal. */
   taken = false;
 
@@ -140,7 +140,6 @@ export class Terminals {
     if (!terminal.over || terminal.foreign || terminal.screen === null) return;
     terminal.id = "";
     terminal.exec = null;
-    terminal.replay = 0;
     terminal.exit.value = null;
     terminal.state.value = "starting";
     void this.run(terminal, terminal.screen);
@@ -150,6 +149,7 @@ export class Terminals {
   async run(terminal: Terminal, screen: Screen): Promise<void> {
     terminal.screen = screen;
     const tenant = this.#tenant();
+    let seen = 0;
     try {
       if (terminal.id === "") {
         const options = { pty: screen.size, env: ENVIRONMENT, lingerMs: LINGER, buffer: BUFFER };
@@ -158,7 +158,7 @@ export class Terminals {
         terminal.exec = await tenant.exec(SHELL, { ...options, execId: terminal.id });
       } else {
         const known = (await tenant.execs()).find(({ exec }) => exec === terminal.id);
-        terminal.replay = known?.offsets.stdout ?? 0;
+        seen = known?.offsets.stdout ?? 0;
         terminal.exec = await tenant.attach(terminal.id, {}, { buffer: BUFFER });
         if (!terminal.foreign && known?.state === "running") void this.#redraw(terminal, screen);
       }
@@ -168,7 +168,15 @@ export class Terminals {
         terminal.state.value = is ? "running" : "away";
       });
       exec.on("lost", ({ bytes }) => screen.note(`${bytes.toLocaleString()} bytes skipped`));
-      for await (const { data } of exec.output()) await screen.write(data);
+      for await (const { data } of exec.output()) {
+        const replayed = Math.max(0, seen - (exec.stdout.taken - data.length));
+        if (replayed > 0) {
+          terminal.replaying = true;
+          await screen.write(data.subarray(0, replayed));
+          terminal.replaying = false;
+        }
+        if (replayed < data.length) await screen.write(data.subarray(replayed));
+      }
       const exit = await exec.exit;
       terminal.exit.value = exit;
       terminal.state.value = exit.reason === "lost" ? "lost" : "ended";
@@ -208,13 +216,13 @@ export class Terminals {
   input(terminal: Terminal, typed: string | Uint8Array): void {
     let data = typed;
     // what begins with Esc is another key; of letters a phone's keyboard may give several at once
-    if (this.ctrl.value && typeof data === "string" && !(data.length > 1 && data.startsWith("\x1b"))) {
+    if (this.ctrl.value && typeof data === "string" && !escaped(data)) {
       this.ctrl.value = false;
       data = control(data.charAt(0)) + data.slice(1);
     }
     if (terminal.over && data === "\r") this.again(terminal);
     if (terminal.foreign || terminal.exec === null || terminal.over) return;
-    if (terminal.exec.stdout.offset < terminal.replay) return;
+    if (terminal.replaying && escaped(data)) return;
     terminal.exec.write(data).catch((error) => {
       if (!(error instanceof Disconnected)) complain(error);
     });
@@ -246,6 +254,11 @@ export class Terminals {
   dispose(): void {
     for (const terminal of this.list.value) terminal.screen?.dispose();
   }
+}
+
+/** Whether this is a sequence: a key that is no letter, or an answer of xterm.js to a program. */
+function escaped(data: string | Uint8Array): boolean {
+  return typeof data === "string" && data.length > 1 && data.startsWith("\x1b");
 }
 
 /** Returns the character that Ctrl makes of a letter. */
