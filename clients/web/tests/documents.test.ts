@@ -291,3 +291,69 @@ describe("a file beside another", () => {
     expect(shown()).toEqual(["b.css", undefined, "b.css"]);
   });
 });
+
+describe("a file that an agent wrote is followed", () => {
+  const stage = (focused: boolean) =>
+    documents.stages.add({ doc: null, pane: "main", focused, dispatch: () => {} });
+  const open = async () => {
+    for (const path of ["mine.ts", "a.ts", "b.ts"]) shelf.put(path, path);
+    return await documents.show("mine.ts");
+  };
+
+  test("at once, without the focus, where nobody types in the text", async () => {
+    await open();
+    dispatchEvent(new KeyboardEvent("keydown", { key: "t" })); // in a terminal, or a field
+    stage(false);
+    await documents.follow("a.ts", () => true);
+    expect(documents.tabs.active.value?.path).toBe("a.ts");
+    expect(documents.tabs.active.value?.focuses).toBe(false);
+  });
+
+  test("after who types has come to rest, the last one alone", async () => {
+    const mine = await open();
+    stage(true);
+    vi.useFakeTimers({ toFake: ["setTimeout", "performance"] });
+    try {
+      const press = () => dispatchEvent(new KeyboardEvent("keydown", { key: "t" }));
+      press();
+      const following = [documents.follow("a.ts", () => true), documents.follow("b.ts", () => true)];
+      await vi.advanceTimersByTimeAsync(4000);
+      press();
+      await vi.advanceTimersByTimeAsync(4000);
+      expect(documents.tabs.active.value).toBe(mine);
+      expect(documents.tabs.find("b.ts")?.phase.value).toBe("ready"); // its tab is there
+      await vi.advanceTimersByTimeAsync(1000);
+      expect(documents.tabs.active.value?.path).toBe("b.ts");
+      await vi.advanceTimersByTimeAsync(5000);
+      await Promise.all(following);
+      expect(documents.tabs.active.value?.path).toBe("b.ts");
+    } finally {
+      vi.useRealTimers();
+    }
+  });
+
+  test("never while a word is composed, nor beside what one types, nor if it is no longer wanted", async () => {
+    const mine = await open();
+    stage(true);
+    let wanted = true;
+    vi.useFakeTimers({ toFake: ["setTimeout", "performance"] });
+    try {
+      dispatchEvent(new CompositionEvent("compositionstart"));
+      const following = documents.follow("a.ts", () => wanted);
+      await vi.advanceTimersByTimeAsync(60_000);
+      expect(documents.tabs.active.value).toBe(mine);
+      dispatchEvent(new CompositionEvent("compositionend"));
+      wanted = false;
+      await vi.advanceTimersByTimeAsync(60_000);
+      await following;
+      expect(documents.tabs.active.value).toBe(mine);
+    } finally {
+      vi.useRealTimers();
+    }
+    documents.tabs.place(mine, "beside");
+    documents.stages.clear();
+    await documents.follow("mine.ts", () => true);
+    await documents.follow("a.ts", () => true);
+    expect(documents.tabs.current.value).toBe(mine); // Ctrl-S saves what is typed
+  });
+});

@@ -1,9 +1,4 @@
-import {
-  type ExecInfo,
-  GatewayError,
-  type GatewayEvent,
-  type Tenant,
-} from "@incus-gateway/client";
+import { type ExecInfo, GatewayError, type GatewayEvent, type Tenant } from "@incus-gateway/client";
 import { expect, test, vi } from "vitest";
 import { control, Terminals } from "../src/editor/state/terminals.js";
 import { Screen } from "../src/editor/terminal/screen.js";

@@ -49,6 +49,8 @@ export class Doc {
   saved = "";
   scroll: unknown = null;
   goTo: Place | Left | null = null;
+  /** Whether its view takes the focus when it is shown next. */
+  focuses = true;
   /** Who wrote the file last, as far as it was told; for the line that says so. */
   readonly writtenBy = signal<string | null>(null);
 

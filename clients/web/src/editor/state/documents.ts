@@ -5,10 +5,11 @@ import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incu
 import { signal } from "@preact/signals";
 import { Doc, type Left, type Place, type Theirs } from "./doc.js";
 import type { Draft, Keeping } from "./drafts.js";
+import { typing } from "./idle.js";
 import { IMAGE, loadImage } from "./images.js";
 import { load } from "./network.js";
 import { within } from "./paths.js";
-import { Tabs } from "./tabs.js";
+import { type Pane, Tabs } from "./tabs.js";
 import { complain, say } from "./toasts.js";
 
 type Code = typeof import("../code/editor.js");
@@ -16,6 +17,8 @@ type Code = typeof import("../code/editor.js");
 /** The view that shows a document's state, if one does. */
 export interface Stage {
   readonly doc: Doc | null;
+  readonly pane: Pane;
+  readonly focused: boolean;
   dispatch(spec: TransactionSpec): void;
 }
 
@@ -24,6 +27,7 @@ export class Documents {
   readonly #readOnly: () => boolean;
   readonly #keeping: Keeping | null;
   #code: Code | null = null;
+  #following = "";
   readonly #moving = new Set<Promise<unknown>>();
   readonly tabs = new Tabs();
   /** The document whose conflict is being looked at. */
@@ -52,12 +56,39 @@ export class Documents {
       doc = new Doc(path);
       doc.goTo = place ?? null;
       this.tabs.add(doc);
+      this.tabs.activate(doc);
       await this.load(doc);
     } else {
       doc.goTo = place ?? null;
       this.tabs.activate(doc);
     }
     return doc;
+  }
+
+  /** Opens a file without showing it. */
+  async open(path: string): Promise<Doc> {
+    const found = this.tabs.find(path);
+    if (found !== undefined) return found;
+    const doc = new Doc(path);
+    this.tabs.add(doc);
+    await this.load(doc);
+    return doc;
+  }
+
+  /**
+   * Shows a file that somebody else wrote, without the focus, while `wanted`. If a person types in the text that it
+   * would replace, that comes first; of several files that wait, the last is shown.
+   */
+  async follow(path: string, wanted: () => boolean): Promise<void> {
+    this.#following = path;
+    const doc = await this.open(path);
+    for (;;) {
+      if (this.#following !== path || !wanted() || !this.tabs.open.value.includes(doc)) return;
+      const typed = [...this.stages].some(({ pane, focused }) => pane === "main" && focused);
+      const rest = typed ? typing() : 0;
+      if (rest === 0) return this.tabs.follow(doc);
+      await new Promise((resolve) => setTimeout(resolve, rest));
+    }
   }
 
   /** Opens files as a page left them, with their unsaved texts; returns how many of these came back. */

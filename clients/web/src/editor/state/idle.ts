@@ -14,6 +14,27 @@ export function idle(): Promise<void> {
   });
 }
 
+/** Milliseconds after a key until a person who has the cursor in a text no longer counts as typing. */
+const TYPING = 5000;
+let typedAt = Number.NEGATIVE_INFINITY;
+let composing = false;
+
+// `input`, too: a phone's keyboard and a dictation give no keys
+for (const kind of ["keydown", "input", "compositionstart", "compositionend"])
+  addEventListener(
+    kind,
+    () => {
+      typedAt = performance.now();
+      if (kind.startsWith("composition")) composing = kind === "compositionstart";
+    },
+    { capture: true },
+  );
+
+/** Returns the milliseconds that a person must be left alone because of keys that were just pressed, 0 for none. */
+export function typing(): number {
+  return composing ? TYPING : Math.max(0, typedAt + TYPING - performance.now());
+}
+
 /** Resolves once this is so, or after `atMost` milliseconds. */
 export function once(so: () => boolean, atMost = 3000): Promise<void> {
   return new Promise((resolve) => {

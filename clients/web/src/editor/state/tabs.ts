@@ -21,11 +21,16 @@ export class Tabs {
     return this.open.value.find((doc) => doc.path === path);
   }
 
-  /** Adds a document behind the active one, and shows it. */
+  /** Adds a document after the active one, without showing it. */
   add(doc: Doc): void {
-    this.pane.value = "main";
     const at = this.active.value === null ? -1 : this.open.value.indexOf(this.active.value);
     this.open.value = at < 0 ? [...this.open.value, doc] : this.open.value.toSpliced(at + 1, 0, doc);
+  }
+
+  /** Shows an open document in the main place, unless it is shown; the focus, and what commands are about, stay. */
+  follow(doc: Doc): void {
+    if (this.active.value === doc || this.beside.value === doc) return;
+    doc.focuses = false;
     this.active.value = doc;
   }
 

@@ -88,7 +88,8 @@ export class Workspace {
     this.search = new Search(tenant);
     this.agent = new Agent(tenant, name);
     this.servers = new LanguageServers(tenant, this.documents, () => this.#ready);
-    this.activity.onWritten = (path) => void this.documents.show(path);
+    const { follow } = this.activity;
+    this.activity.onWritten = (path) => void this.documents.follow(path, () => follow.value);
     this.#stops.push(
       effect(() => {
         const active = this.documents.tabs.active.value?.path ?? null;

@@ -257,7 +257,10 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
           else code.goBack(made, doc.goTo.anchor, doc.goTo.head);
           doc.goTo = null;
         }
-        if (
+        const focuses = doc.focuses;
+        doc.focuses = true;
+        if (!focuses) made.contentDOM.blur();
+        else if (
           !matchMedia("(pointer: coarse)").matches &&
           document.activeElement?.closest(".tree, .panel") === null &&
           documents.tabs.pane.peek() === pane
@@ -276,8 +279,12 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
       );
     });
     const stage: Shown = {
+      pane,
       get doc() {
         return shown;
+      },
+      get focused() {
+        return made?.hasFocus === true;
       },
       dispatch: (spec) => made?.dispatch(spec),
     };
