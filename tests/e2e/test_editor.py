@@ -285,7 +285,7 @@ async def test_who_was_written_over_meanwhile_compares_and_chooses(
     page = window.page
     await expect(window.text).to_contain_text("three")
     await window.replace_all("one\ntwo, as I say\nthree\n")
-    told = page.get_by_text("Somebody else changed this file while you were changing it.")
+    told = page.get_by_text("changed lines you are editing.")
     await tool(
         host,
         site,

@@ -1,25 +1,31 @@
-/** The merge view: their version to read, mine to edit. */
+/** The merge view: their version to read, mine and what could be merged of theirs to edit. */
 
 import { defaultKeymap, history, historyKeymap } from "@codemirror/commands";
 import { MergeView } from "@codemirror/merge";
-import { EditorState } from "@codemirror/state";
+import { EditorState, Transaction } from "@codemirror/state";
 import { EditorView, keymap, lineNumbers } from "@codemirror/view";
 import { supportOf } from "./languages.js";
+import { incoming } from "./merging.js";
 import { nonce, theme } from "./theme.js";
 
 export interface Comparison {
   /** The right side, as it is now. */
   mine(): string;
-  focus(): void;
+  /** Whether a person changed it. */
+  edited(): boolean;
+  /** Shows what they have by now, null for nothing, and merges it: where both changed the same lines, mine stay. */
+  follow(theirs: string | null): void;
   destroy(): void;
 }
 
+/** Begins with what both had before; `follow` brings theirs. */
 export async function compare(
   host: HTMLElement,
   path: string,
-  theirs: string,
+  base: string,
   mine: string,
 ): Promise<Comparison> {
+  let edited = false;
   const support = await supportOf(path);
   const lineBreak = mine.includes("\r\n") ? "\r\n" : "\n";
   const common = [
@@ -33,7 +39,7 @@ export async function compare(
   const view = new MergeView({
     parent: host,
     a: {
-      doc: theirs,
+      doc: base,
       extensions: [
         ...common,
         EditorState.readOnly.of(true),
@@ -46,6 +52,9 @@ export async function compare(
       extensions: [
         ...common,
         history(),
+        EditorView.updateListener.of(({ transactions }) => {
+          edited ||= transactions.some((one) => one.docChanged && !one.annotation(Transaction.remote));
+        }),
         keymap.of([...defaultKeymap, ...historyKeymap]),
         EditorView.contentAttributes.of({ "aria-label": "Mine, to be saved", tabindex: "0" }),
       ],
@@ -55,9 +64,22 @@ export async function compare(
     gutter: true,
     collapseUnchanged: { margin: 3, minSize: 6 },
   });
+  let before = view.a.state.doc;
   return {
     mine: () => view.b.state.sliceDoc(),
-    focus: () => view.b.focus(),
+    edited: () => edited,
+    follow(theirs) {
+      const { state } = view.a;
+      const text = state.toText(theirs ?? "");
+      const changes = theirs === null ? null : incoming(before, view.b.state.doc, text, true);
+      if (theirs !== null) before = text;
+      view.a.dispatch({ changes: { from: 0, to: state.doc.length, insert: text } });
+      if (changes === null || changes.empty) return;
+      view.b.dispatch({
+        changes,
+        annotations: [Transaction.remote.of(true), Transaction.addToHistory.of(false)],
+      });
+    },
     destroy: () => view.destroy(),
   };
 }

@@ -20,23 +20,41 @@ function edits(base: string, text: string): readonly Edit[] {
   }));
 }
 
+/** Lines that are added between two others belong to neither: they are told by the end of the line before them. */
+function placed(base: Text, edit: Edit): Edit {
+  const { from, to, insert } = edit;
+  const before = from - 1;
+  if (from !== to || from === 0 || base.lineAt(from).from !== from || !insert.endsWith("\n")) return edit;
+  return { from: before, to: before, insert: `\n${insert.slice(0, -1)}` };
+}
+
+/** Returns the first and last line that an edit changes; of lines that are added, a number between two. */
+function lines(base: Text, { from, to, insert }: Edit): readonly [number, number] {
+  const line = base.lineAt(from);
+  if (from === to && line.to === from && insert.startsWith("\n"))
+    return [line.number + 0.5, line.number + 0.5];
+  return [line.number, base.lineAt(to).number];
+}
+
 /**
- * Returns the changes to `mine` that bring in what `theirs` changed since `base`; null where both changed the same
- * lines, or lines next to one another within one edit.
+ * Returns the changes to `mine` that bring in what `theirs` changed since `base`. Where both changed the same lines,
+ * or lines next to one another within one edit, these stay as they are in mine if `mineWins`; otherwise it returns
+ * null.
  */
-export function incoming(base: Text, mine: Text, theirs: Text): ChangeSet | null {
-  const own = edits(base.toString(), mine.toString());
-  const others = edits(base.toString(), theirs.toString()).filter(
-    (edit) =>
-      !own.some((done) => done.from === edit.from && done.to === edit.to && done.insert === edit.insert),
-  );
-  const lines = ({ from, to }: Edit) => [base.lineAt(from).number, base.lineAt(to).number] as const;
-  for (const edit of others) {
-    const [first, last] = lines(edit);
-    for (const done of own) {
-      const [begin, end] = lines(done);
-      if (first <= end && begin <= last) return null;
-    }
+export function incoming(base: Text, mine: Text, theirs: Text, mineWins = false): ChangeSet | null {
+  const own = edits(base.toString(), mine.toString()).map((edit) => placed(base, edit));
+  const others: Edit[] = [];
+  for (const found of edits(base.toString(), theirs.toString())) {
+    const edit = placed(base, found);
+    if (own.some(({ from, to, insert }) => from === edit.from && to === edit.to && insert === edit.insert))
+      continue;
+    const [first, last] = lines(base, edit);
+    const both = own.some((done) => {
+      const [begin, end] = lines(base, done);
+      return first <= end && begin <= last;
+    });
+    if (!both) others.push(edit);
+    else if (!mineWins) return null;
   }
-  return ChangeSet.of([...others], base.length).map(ChangeSet.of([...own], base.length));
+  return ChangeSet.of(others, base.length).map(ChangeSet.of(own, base.length));
 }

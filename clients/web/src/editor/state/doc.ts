@@ -34,6 +34,8 @@ export class Doc {
   readonly queued = signal<string | null>(null);
   /** Somebody else changed the file while we have unsaved changes. */
   readonly theirs = signal<Theirs | null>(null);
+  /** Of theirs, the text that ours was last merged with by hand: what ours lacks of it a person left out. */
+  mergedWith: string | null = null;
   /** The file is gone; saving creates it again. */
   readonly gone = signal(false);
   readonly image = signal<string | null>(null);
@@ -58,6 +60,11 @@ export class Doc {
 
   get name(): string {
     return basename(this.path);
+  }
+
+  /** The text from which ours and theirs went apart. */
+  get base(): string {
+    return this.mergedWith ?? this.saved;
   }
 
   get text(): string {

@@ -137,7 +137,7 @@ export class Documents {
       doc.saved = base;
       doc.state = await code.makeState(base, doc.path, this.#readOnly());
       doc.dirty.value = false;
-      doc.theirs.value = null;
+      this.#settled(doc);
       doc.gone.value = content === null;
       if (draft !== null) this.#replace(doc, draft.text);
       if (content === null) this.#dirtied(doc);
@@ -171,15 +171,18 @@ export class Documents {
     );
   }
 
-  /** Saves a document, unless somebody else changed the same lines first: then that is shown. */
-  async save(doc: Doc): Promise<boolean> {
+  /**
+   * Saves a document, unless somebody else changed the same lines first: then that is shown at once, or if nobody
+   * `asked` to save now, by a line above the text.
+   */
+  async save(doc: Doc, asked = true): Promise<boolean> {
     if (doc.phase.value !== "ready" || doc.state === null) return false;
     if (this.#readOnly()) {
       say("This token may not write files.", "error");
       return false;
     }
     if (doc.theirs.value !== null) {
-      this.comparing.value = doc;
+      this.#ask(doc, asked);
       return false;
     }
     if (doc.saving.value) {
@@ -187,7 +190,7 @@ export class Documents {
       return false;
     }
     doc.queued.value = null;
-    return await this.#write(doc, doc.text, doc.gone.value ? null : doc.etag);
+    return await this.#write(doc, doc.text, doc.gone.value ? null : doc.etag, asked);
   }
 
   /** Saves what waited for the gateway. */
@@ -199,12 +202,12 @@ export class Documents {
     const text = doc.queued.value;
     if (text === null || doc.saving.value) return;
     doc.queued.value = null;
-    if (doc.theirs.value !== null) this.comparing.value = doc;
+    if (doc.theirs.value !== null) this.#ask(doc, false);
     else if (text !== doc.saved || doc.gone.value)
-      await this.#write(doc, text, doc.gone.value ? null : doc.etag);
+      await this.#write(doc, text, doc.gone.value ? null : doc.etag, false);
   }
 
-  async #write(doc: Doc, text: string, etag: string | null): Promise<boolean> {
+  async #write(doc: Doc, text: string, etag: string | null, asked: boolean): Promise<boolean> {
     doc.saving.value = true;
     let reached = true;
     try {
@@ -233,7 +236,7 @@ export class Documents {
           !(await this.#inTurn(doc, () => this.#arrived(doc, theirs.text!, theirs.etag!)))
         ) {
           doc.theirs.value = theirs;
-          this.comparing.value = doc;
+          this.#ask(doc, asked);
           return false;
         }
         // theirs is in ours by now, and they may have written again
@@ -260,9 +263,21 @@ export class Documents {
     doc.etag = etag;
     doc.saved = text;
     doc.gone.value = false;
-    doc.theirs.value = null;
+    this.#settled(doc);
     this.#dirtied(doc); // more may have been typed meanwhile
     return true;
+  }
+
+  /** Has a person choose between ours and theirs: now, or if nobody `asked` to save now, when they get to it. */
+  #ask(doc: Doc, asked: boolean): void {
+    if (asked) this.comparing.value = doc;
+    else say(`${doc.name} is not saved: others changed the same lines.`, "error");
+  }
+
+  #settled(doc: Doc): void {
+    doc.theirs.value = null;
+    doc.writtenBy.value = null;
+    doc.mergedWith = null;
   }
 
   async #theirs(doc: Doc): Promise<Theirs> {
@@ -277,18 +292,22 @@ export class Documents {
 
   /**
    * Takes the text that a file has by now into its document, unsaved changes included. Returns false where both changed
-   * the same lines: then a person has to choose.
+   * the same lines: then a person has to choose. What they began to choose stays, and is not taken for the choice.
    */
   async #arrived(doc: Doc, text: string, etag: string): Promise<boolean> {
     doc.gone.value = false;
     if (text !== doc.saved && text !== doc.text) {
       if (!doc.dirty.value) this.#replace(doc, text, true);
-      else if (!(await this.#merge(doc, text))) {
-        doc.theirs.value = { etag, text };
-        return false;
+      else {
+        const merged = await this.#merge(doc, text);
+        if (!merged || doc.mergedWith !== null) {
+          if (merged) doc.mergedWith = text;
+          doc.theirs.value = { etag, text };
+          return false;
+        }
       }
     }
-    doc.theirs.value = null;
+    this.#settled(doc);
     doc.etag = etag;
     doc.saved = text;
     if (doc.queued.value !== null) doc.queued.value = doc.text; // as it was, it would undo theirs
@@ -308,12 +327,18 @@ export class Documents {
     for (;;) {
       const { state } = doc;
       if (state === null) return false;
-      const spec = await code.merging(state, doc.saved, text);
+      const spec = await code.merging(state, doc.base, text);
       if (spec === null) return false;
       if (doc.state?.doc !== state.doc) continue; // somebody typed meanwhile
       this.#apply(doc, spec);
       return true;
     }
+  }
+
+  /** Takes into a document what was merged of ours and theirs by hand; which of them is saved stays to be chosen. */
+  merged(doc: Doc, text: string): void {
+    if (text !== doc.text) this.#replace(doc, text);
+    doc.mergedWith = doc.theirs.value?.text ?? doc.mergedWith;
   }
 
   /** Ends a conflict by this text, which takes the place of what the others wrote. */
@@ -322,7 +347,12 @@ export class Documents {
     if (theirs === null) return false;
     if (text !== doc.text) this.#replace(doc, text);
     if (text === theirs.text && theirs.etag !== null) return this.#saved(doc, text, theirs.etag);
-    return await this.#write(doc, text, theirs.etag);
+    if (theirs.text !== null) doc.saved = theirs.text; // what they write from now on is merged with that
+    doc.etag = theirs.etag;
+    doc.gone.value = theirs.etag === null;
+    this.#settled(doc);
+    this.#dirtied(doc);
+    return await this.#write(doc, text, theirs.etag, true);
   }
 
   async saveAll(): Promise<void> {

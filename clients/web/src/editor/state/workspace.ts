@@ -177,7 +177,8 @@ export class Workspace {
     clearTimeout(this.#saving);
     this.#saving = setTimeout(() => {
       for (const doc of this.documents.tabs.open.value)
-        if (doc.dirty.value && !doc.gone.value && doc.theirs.value === null) void this.documents.save(doc);
+        if (doc.dirty.value && !doc.gone.value && doc.theirs.value === null)
+          void this.documents.save(doc, false);
     }, PAUSE);
   }
 
@@ -263,7 +264,7 @@ export class Workspace {
 
   #written({ path, by }: Readonly<Record<string, unknown>>): void {
     const written = relative(String(path), this.server.value?.workspace ?? "/srv/site");
-    if (written !== null) this.documents.written(written, String(by ?? ""));
+    if (written !== null && by !== who()) this.documents.written(written, String(by ?? ""));
   }
 
   /** Starts the tenant; what it runs comes by events. */

@@ -1,4 +1,4 @@
-/** The conflict dialog: both versions side by side, with three ways to settle. */
+/** The conflict dialog: both versions side by side, with three ways to settle. What was merged in it stays. */
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Comparison } from "../code/merge.js";
@@ -14,42 +14,58 @@ export function Conflict({ current, doc }: { current: Workspace; doc: Doc }) {
   const host = useRef<HTMLDivElement>(null);
   const comparison = useRef<Comparison | null>(null);
   const [ready, setReady] = useState(false);
+  const chosen = useRef(false);
   const close = () => {
     documents.comparing.value = null;
   };
-  const text = theirs?.text ?? "";
   useEffect(() => {
     let gone = false;
     void (async () => {
       const { compare } = await load(() => import("../code/merge.js"));
       if (gone || host.current === null) return;
       host.current.replaceChildren();
-      comparison.current = await compare(host.current, doc.path, text, doc.text);
+      const made = await compare(host.current, doc.path, doc.base, doc.text);
+      if (gone) return made.destroy();
+      comparison.current = made;
+      follow(made, doc);
       setReady(true);
     })().catch(complain);
     return () => {
       gone = true;
-      comparison.current?.destroy();
+      const made = comparison.current;
       comparison.current = null;
+      if (made === null) return;
+      if (made.edited() && !chosen.current) {
+        follow(made, doc);
+        documents.merged(doc, made.mine());
+      }
+      made.destroy();
     };
-  }, [doc, text]);
+  }, [doc, documents]);
+  useEffect(() => {
+    if (theirs !== null && comparison.current !== null) follow(comparison.current, doc);
+  }, [doc, theirs]);
   if (theirs === null) {
     close();
     return null;
   }
-  const settle = async (chosen: string) => {
-    if (await documents.settle(doc, chosen)) close();
+  const settle = async (text: string) => {
+    chosen.current = doc.theirs.value !== null;
+    if (await documents.settle(doc, text)) close();
   };
   const gone = theirs.text === null;
+  const by = doc.writtenBy.value || "Somebody";
   return (
     <Dialog label={`Conflict in ${doc.name}`} class="conflict" onClose={close}>
       <header>
         <Icon name="git-compare" />
-        <h2>{gone ? `${doc.name} was deleted meanwhile` : `${doc.name} was changed meanwhile`}</h2>
+        <h2>
+          {gone ? `${doc.name} was deleted meanwhile` : `${by} changed lines of ${doc.name} you are editing`}
+        </h2>
       </header>
       <div class="sides" aria-hidden="true">
         <span>{gone ? "Theirs: the file was deleted" : "Theirs, as the file is now"}</span>
-        <span>Mine, to be saved — edit it here, or take parts with the arrows</span>
+        <span>Mine with their other lines, to be saved: edit it here, or take parts with the arrows</span>
       </div>
       <div class="merge" ref={host}>
         {!ready && (
@@ -79,4 +95,10 @@ export function Conflict({ current, doc }: { current: Workspace; doc: Doc }) {
       </footer>
     </Dialog>
   );
+}
+
+/** Brings what the file is by now into a comparison. */
+function follow(comparison: Comparison, doc: Doc): void {
+  const theirs = doc.theirs.value;
+  comparison.follow(theirs === null ? doc.saved : theirs.text);
 }

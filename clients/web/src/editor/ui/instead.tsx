@@ -17,7 +17,7 @@ export function Told({ doc, current }: { doc: Doc; current: Workspace }) {
         <span>
           {gone
             ? "Somebody deleted this file while you were changing it."
-            : "Somebody else changed this file while you were changing it."}
+            : `${doc.writtenBy.value || "Somebody"} changed lines you are editing.`}
         </span>
         <button
           type="button"
