@@ -154,16 +154,63 @@ describe("open files", () => {
     expect(sent.filter(({ method }) => method === "textDocument/didChange")).toHaveLength(1);
   });
 
-  test("of an edit are opened and changed, and saved where nothing else was unsaved", async () => {
+  const both = () => edits("file:///srv/my%20site/a.ts", "file:///srv/my%20site/b.ts");
+
+  test("of an edit are opened, changed and saved, with what else is unsaved in them", async () => {
     const doc = await documents.show("a.ts");
     change(documents, doc, { changes: { from: 6, insert: "// mine\n" } });
-    const edit = edits("file:///srv/my%20site/a.ts", "file:///srv/my%20site/b.ts");
-    expect(await applyEdit(documents, files, edit, () => null)).toBe(2);
-    await vi.waitFor(() => expect(shelf.text("b.ts")).toBe("two()\n"));
-    expect(shelf.text("a.ts")).toBe("one()\n");
+    expect(await applyEdit(documents, files, both(), () => null)).toBe(2);
+    expect(shelf.text("b.ts")).toBe("two()\n");
+    expect(shelf.text("a.ts")).toBe("two()\n// mine\n");
     expect(doc.text).toBe("two()\n// mine\n");
+    expect(doc.dirty.value).toBe(false);
     expect(documents.tabs.current.value).toBe(doc);
   });
+
+  test("of an edit stay as they are, all of them, where one cannot be saved", async () => {
+    const [a, b] = [await documents.show("a.ts"), await documents.show("b.ts")];
+    change(documents, a, { changes: { from: 6, insert: "// mine\n" } });
+    shelf.meanwhile.write = () => shelf.put("b.ts", "theirs\n"); // after a.ts is saved
+    const failed = "b.ts cannot be saved: changed. Nothing was changed.";
+    await expect(applyEdit(documents, files, both(), () => null)).rejects.toThrow(failed);
+    expect([shelf.text("a.ts"), shelf.text("b.ts")]).toEqual(["one()\n", "theirs\n"]);
+    expect([a.text, b.text, a.dirty.value]).toEqual(["one()\n// mine\n", "one()\n", true]);
+    expect(await documents.save(a)).toBe(true); // by the etag that it has now
+    expect(shelf.text("a.ts")).toBe("one()\n// mine\n");
+  });
+
+  test("of an edit are named where they could not be put back", async () => {
+    shelf.meanwhile.write = () => {
+      shelf.put("a.ts", "the agent's\n");
+      shelf.put("b.ts", "theirs\n");
+    };
+    const failed = "b.ts cannot be saved: changed. Changed, and not put back: a.ts.";
+    await expect(applyEdit(documents, files, both(), () => null)).rejects.toThrow(failed);
+    expect(shelf.text("a.ts")).toBe("the agent's\n");
+  });
+
+  test("of an edit keep what is typed while they are saved", async () => {
+    const doc = await documents.show("a.ts");
+    shelf.meanwhile.write = () => change(documents, doc, { changes: { from: 6, insert: "// mine\n" } });
+    await applyEdit(documents, files, both(), () => null);
+    expect(doc.text).toBe("two()\n// mine\n");
+    expect(doc.dirty.value).toBe(true);
+    expect(shelf.text("a.ts")).toBe("two()\n");
+  });
+
+  test.each(["theirs", "gone", "queued"] as const)(
+    "are not changed where one of them is %s",
+    async (state) => {
+      const doc = await documents.show("b.ts");
+      if (state === "theirs") doc.theirs.value = { etag: "e9", text: "theirs" };
+      else if (state === "gone") doc.gone.value = true;
+      else doc.queued.value = "mine";
+      await expect(applyEdit(documents, files, both(), () => null)).rejects.toThrow(
+        /^b.ts .* Nothing was changed/,
+      );
+      expect(shelf.text("a.ts")).toBe("one()\n");
+    },
+  );
 
   test.each([
     "file:///etc/passwd",

@@ -28,7 +28,8 @@ export function changing(
   edits: readonly lsp.TextEdit[],
   userEvent: string,
 ): TransactionSpec {
-  const changes = edits.slice(0, EDITS_MAX).map(({ range, newText }) => {
+  if (edits.length > EDITS_MAX) throw new Error(`There are more than ${EDITS_MAX} changes in one file.`);
+  const changes = edits.map(({ range, newText }) => {
     const from = offset(state.doc, range.start);
     const to = Math.max(from, offset(state.doc, range.end));
     return { from, to, insert: state.toText(lines(newText, state)) };
@@ -53,8 +54,9 @@ export function byFile(edit: lsp.WorkspaceEdit): ReadonlyMap<string, readonly ls
 }
 
 /**
- * Changes all files of an edit, including closed ones, and saves those that had no unsaved changes. Returns the number
- * of changed files. Throws, and changes nothing, if the edit concerns anything but files of the workspace.
+ * Changes all files of an edit, including closed ones, and saves them with what else is unsaved in them. Returns the
+ * number of changed files. Throws, and changes nothing, if the edit concerns anything but files of the workspace, or
+ * one of them cannot be saved.
  */
 export async function applyEdit(
   documents: Documents,
@@ -67,19 +69,16 @@ export async function applyEdit(
   if (paths.some((path) => path === null || /(^|\/)node_modules\//.test(path)))
     throw new Error("It is used outside of the site's own files.");
   if (found.length > FILES_MAX) throw new Error(`It is used in more than ${FILES_MAX} files.`);
-  const shown = documents.tabs.current.value;
   const docs: Doc[] = [];
-  for (const path of paths) docs.push(documents.tabs.find(path!) ?? (await documents.show(path!)));
-  if (shown !== null && documents.tabs.current.value !== shown) documents.tabs.activate(shown);
+  for (const path of paths) docs.push(await documents.open(path!));
   const stale = docs.find((doc) => {
     const text = known(doc);
     return doc.state === null || doc.phase.value !== "ready" || (text !== null && text !== doc.state.doc);
   });
-  if (stale !== undefined) throw new Error(`${stale.name} has changed meanwhile.`);
-  const clean = docs.filter((doc) => !doc.dirty.value);
-  for (const [at, doc] of docs.entries())
-    change(documents, doc, changing(doc.state!, found[at]![1], "rename"));
-  for (const doc of clean) void documents.save(doc);
+  if (stale !== undefined) throw new Error(`${stale.path} has changed meanwhile. Try again.`);
+  await documents.saveTogether(
+    new Map(docs.map((doc, at) => [doc, changing(doc.state!, found[at]![1], "rename")])),
+  );
   return docs.length;
 }
 

@@ -355,6 +355,79 @@ export class Documents {
     return await this.#write(doc, text, theirs.etag, true);
   }
 
+  /**
+   * Changes documents and saves them, with what else is unsaved in them, or none of them: if one cannot be saved, those
+   * before it are put back, and nothing changes here. Throws what stood in the way.
+   */
+  async saveTogether(changes: ReadonlyMap<Doc, TransactionSpec>): Promise<void> {
+    const saves = [...changes].map(([doc, spec]) => {
+      const state = doc.state!;
+      return { doc, spec, state, text: state.update(spec).state.sliceDoc(), etag: "" };
+    });
+    if (this.#readOnly()) throw new Error("This token may not write files.");
+    const refuse = (doc: Doc, why: string) => new Error(`${doc.path} ${why} Nothing was changed.`);
+    for (const { doc } of saves) {
+      if (doc.theirs.value !== null) throw refuse(doc, "was changed by others, and nobody has chosen yet.");
+      if (doc.gone.value) throw refuse(doc, "was deleted.");
+      if (doc.saving.value || doc.queued.value !== null) throw refuse(doc, "is being saved. Try again.");
+    }
+    const { files } = this.#tenant();
+    for (const { doc } of saves) doc.saving.value = true;
+    try {
+      await Promise.all(
+        saves.map(async ({ doc }) => {
+          const present = await files.stat(doc.path).catch((error: Error) => {
+            throw refuse(doc, `cannot be saved: ${error.message}.`);
+          });
+          if (present.etag !== doc.etag) throw refuse(doc, "has changed meanwhile. Try again.");
+        }),
+      );
+      for (const [at, save] of saves.entries()) {
+        const { doc, text } = save;
+        const written = await files
+          .write(doc.path, text, { ifMatch: doc.etag! })
+          .catch((error: Error) => error);
+        if (written instanceof Error) {
+          const left = await this.#putBack(saves.slice(0, at));
+          if (left.length === 0) throw refuse(doc, `cannot be saved: ${written.message}.`);
+          const why = `${doc.path} cannot be saved: ${written.message}.`;
+          throw new Error(`${why} Changed, and not put back: ${left.join(", ")}.`);
+        }
+        save.etag = written.etag;
+      }
+      for (const { doc, spec, state, text, etag } of saves) {
+        if (doc.state?.doc === state.doc) {
+          this.#apply(doc, spec);
+          this.#saved(doc, text, etag);
+        } else {
+          // somebody typed meanwhile
+          doc.saved = state.sliceDoc();
+          this.#dirtied(doc);
+          await this.#inTurn(doc, () => this.#arrived(doc, text, etag));
+        }
+      }
+    } finally {
+      for (const { doc } of saves) {
+        doc.saving.value = false;
+        void this.#flush(doc);
+        if (doc.told) void this.#look(doc);
+      }
+    }
+  }
+
+  /** Gives files the text that they had before they were saved; returns those that others have changed by now. */
+  async #putBack(saves: readonly { readonly doc: Doc; readonly etag: string }[]): Promise<readonly string[]> {
+    const left: string[] = [];
+    for (const { doc, etag } of saves) {
+      try {
+        doc.etag = (await this.#tenant().files.write(doc.path, doc.saved, { ifMatch: etag })).etag;
+      } catch {
+        left.push(doc.path);
+      }
+    }
+    return left;
+  }
+
   async saveAll(): Promise<void> {
     for (const doc of this.tabs.open.value) if (doc.dirty.value) await this.save(doc);
   }
