@@ -489,8 +489,20 @@ export class Documents {
   }
 
   /** Has the open files follow a file or folder that `work` moves from one path to another. */
-  async move(from: string, to: string, work: Promise<unknown>): Promise<void> {
-    const moved = work.then(() => this.#moved(from, to));
+  move(from: string, to: string, work: Promise<unknown>): Promise<void> {
+    return this.#afterwards(work.then(() => this.#moved(from, to)));
+  }
+
+  /** Closes the open files of what `work` removes once it is gone; their unsaved text is lost then. */
+  remove(path: string, work: Promise<unknown>): Promise<void> {
+    const closed = work.then(() => {
+      for (const doc of this.tabs.open.value) if (within(doc.path, path)) this.close(doc);
+    });
+    return this.#afterwards(closed);
+  }
+
+  /** Has what the watcher sees wait for what is moved or removed here. */
+  async #afterwards(moved: Promise<void>): Promise<void> {
     this.#moving.add(moved);
     try {
       await moved;

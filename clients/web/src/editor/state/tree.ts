@@ -3,7 +3,6 @@
 import type { Entry, FileChanges, Tenant } from "@incus-gateway/client";
 import { computed, signal } from "@preact/signals";
 import { basename, parent, within } from "./paths.js";
-import { complain } from "./toasts.js";
 
 export interface Row {
   readonly path: string;
@@ -151,13 +150,10 @@ export class Tree {
     );
   }
 
+  /** Removes a file or folder; resolves as soon as it is gone. */
   async remove(path: string): Promise<void> {
-    try {
-      await this.#tenant().files.remove(path, { recursive: true });
-    } catch (error) {
-      complain(error, `Deleting ${path}`);
-    }
-    await this.load(parent(path));
+    await this.#tenant().files.remove(path, { recursive: true });
+    void this.load(parent(path));
   }
 
   #forget(folder: string): void {

@@ -124,6 +124,13 @@ export class Workspace {
     return this.#tenant;
   }
 
+  /** Whether what changes files can be done now; says so if not. Only a save is kept until it can. */
+  get reachable(): boolean {
+    const open = this.status.value.state === "open";
+    if (!open) say("The gateway cannot be reached now. Nothing was changed.", "error");
+    return open;
+  }
+
   /** Where the files are, once commands can be run there. */
   get #ready(): string | null {
     const runs = this.info.value?.status === "running" && allows("exec");

@@ -1,14 +1,14 @@
 /** The file tree, with its keyboard control. */
 
 import { signal } from "@preact/signals";
-import { useLayoutEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { area } from "../state/layout.js";
 import { basename, join, parent, within } from "../state/paths.js";
 import { allows, gateway } from "../state/session.js";
 import { complain } from "../state/toasts.js";
 import type { Draft, Row } from "../state/tree.js";
 import type { Workspace } from "../state/workspace.js";
-import { choose, dropping, over, PATH, Replacing, replacing } from "./incoming.js";
+import { choose, dropping, over, PATH, Replacing, refused, replacing } from "./incoming.js";
 import { type MenuItem, showMenu } from "./menu.js";
 import { copy, Dialog, Empty, FileIcon, Icon, IconButton, Spinner } from "./parts.js";
 import { Rows } from "./virtual.js";
@@ -287,7 +287,7 @@ function Naming({
     done.current = true;
     const name = input.current?.value.trim() ?? "";
     tree.draft.value = null;
-    if (!take || name === "" || name === initial) return;
+    if (!take || name === "" || name === initial || !current.reachable) return;
     try {
       if (draft.kind === "rename" && draft.from !== undefined) {
         const to = join(parent(draft.from), name);
@@ -298,7 +298,7 @@ function Naming({
         if (draft.kind === "file") void documents.show(path);
       }
     } catch (error) {
-      complain(error, name);
+      refused(error, name);
     }
   };
   return (
@@ -325,29 +325,57 @@ function Naming({
   );
 }
 
-function Removing({ path, current }: { path: string; current: Workspace }) {
+/** Asks before a file or folder is deleted, and says what can be had back. */
+export function Removing({ path, current }: { path: string; current: Workspace }) {
+  const [kept, setKept] = useState<boolean | null>(null);
+  useEffect(() => {
+    current.tenant.history.list({ limit: 1 }).then(
+      ({ turns }) => setKept(turns.length > 0),
+      () => setKept(false), // it is off, or cannot be asked
+    );
+  }, [current]);
   const close = () => {
     removing.value = null;
   };
-  const open = current.documents.tabs.open.value.filter((doc) => within(doc.path, path));
+  const name = basename(path);
+  const inside = current.documents.tabs.open.value.filter((doc) => within(doc.path, path));
+  const unsaved = inside.filter(({ dirty }) => dirty.value).map((doc) => doc.name);
+  const folder = current.tree.rows.value.find((row) => row.path === path)?.entry.type === "directory";
+  const online = current.status.value.state === "open";
   return (
-    <Dialog label={`Delete ${basename(path)}`} class="small" onClose={close}>
-      <h2>Delete {basename(path)}?</h2>
+    <Dialog label={`Delete ${name}`} class="small" onClose={close}>
+      <h2>Delete {name}?</h2>
       <p>
-        <code>{path}</code> is deleted from the container at once, with everything in it. There is no trash;
-        only a snapshot of the tenant can bring it back.
+        <code>{path}</code> is deleted at once{folder ? ", with everything in it" : ""}.
       </p>
+      {unsaved.length > 0 && (
+        <p>
+          <b>
+            {unsaved.slice(0, 3).join(", ")}
+            {unsaved.length > 3 && ` and ${unsaved.length - 3} more`}
+          </b>{" "}
+          {unsaved.length === 1 ? "has" : "have"} unsaved changes, which are not in History.
+        </p>
+      )}
+      <p>
+        {kept === false
+          ? "There is no History of this tenant. Only a snapshot can bring it back."
+          : "History keeps the text that it recorded last; ignored files, such as node_modules, are not in it."}
+      </p>
+      {!online && <p role="alert">The gateway cannot be reached now. Delete it once it can.</p>}
       <footer>
         <button type="button" onClick={close}>
-          Keep it
+          Cancel
         </button>
         <button
           type="button"
           class="danger"
+          disabled={!online}
           onClick={() => {
             close();
-            for (const doc of open) current.documents.close(doc);
-            void current.tree.remove(path);
+            current.documents
+              .remove(path, current.tree.remove(path))
+              .catch((error) => complain(error, `Deleting ${name}`));
           }}
         >
           Delete

@@ -1,5 +1,6 @@
 /** Files that come into the tree: dropped, chosen, or moved from another folder. */
 
+import { GatewayError } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
 import { basename, join, within } from "../state/paths.js";
 import { complain, say } from "../state/toasts.js";
@@ -53,12 +54,18 @@ export function dropping(current: Workspace, folder: () => string) {
 
 async function moveTo(current: Workspace, from: string, folder: string): Promise<void> {
   const to = join(folder, basename(from));
-  if (to === from || within(folder, from)) return;
+  if (to === from || within(folder, from) || !current.reachable) return;
   try {
     await current.documents.move(from, to, current.tree.move(from, to));
   } catch (error) {
-    complain(error, `Moving ${basename(from)}`);
+    refused(error, basename(from));
   }
+}
+
+/** Tells why a file did not get a name. */
+export function refused(error: unknown, name: string): void {
+  const exists = error instanceof GatewayError && error.facts.reason === "exists";
+  complain(exists ? new Error(`${name} already exists here.`) : error, exists ? undefined : name);
 }
 
 interface Bringing {
@@ -71,6 +78,7 @@ interface Bringing {
 export const replacing = signal<Bringing | null>(null);
 
 async function bring(current: Workspace, folder: string, found: Promise<readonly Dropped[]>): Promise<void> {
+  if (!current.reachable) return;
   try {
     const files = await found;
     const there = await taken(current.tenant, folder, files);
@@ -109,7 +117,7 @@ export function Replacing({ asked, current }: { asked: Bringing; current: Worksp
       <p>{names.slice(0, 8).join(", ")}: the current text is lost.</p>
       <footer>
         <button type="button" onClick={close}>
-          Upload nothing
+          Cancel
         </button>
         {asked.files.length > names.length && (
           <button type="button" onClick={() => go(asked.files.filter(({ path }) => !asked.there.has(path)))}>
