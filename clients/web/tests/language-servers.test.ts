@@ -76,9 +76,10 @@ describe("what a server says", () => {
     expect(String(plain(html))).toBe(expected);
   });
 
-  test("is Markdown of which HTML is not shown, nor an image loaded, nor a script linked to", () => {
+  test("is Markdown of which HTML is not shown, nor an image loaded, nor a script linked to", async () => {
     const hostile = "**bold** <img src=x onerror=alert(1)>\n\n<form action=//evil></form>\n\n";
     const shown = documentation(`${hostile}![x](https://evil/x.png) [y](javascript:alert(1))`);
+    await vi.waitFor(() => expect(shown.textContent).not.toBe(""));
     expect(shown.querySelector("img, form, script, a")).toBeNull();
     expect(shown.querySelector("strong")?.textContent).toBe("bold");
   });

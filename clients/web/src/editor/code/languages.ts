@@ -27,11 +27,15 @@ const python = { name: "Python", load: async () => (await import("@codemirror/la
 const markdown = {
   name: "Markdown",
   load: async () => {
-    const [{ markdown }, { javascript }] = await Promise.all([
+    const [{ markdown }, { javascript }, { bounded }] = await Promise.all([
       import("@codemirror/lang-markdown"),
       import("@codemirror/lang-javascript"),
+      import("./markdown.js"),
     ]);
-    return markdown({ defaultCodeLanguage: javascript({ jsx: true, typescript: true }) });
+    return markdown({
+      defaultCodeLanguage: javascript({ jsx: true, typescript: true }),
+      extensions: bounded,
+    });
   },
 };
 const shell = {

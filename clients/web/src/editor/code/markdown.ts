@@ -1,11 +1,65 @@
-/** Markdown as a page: a tree of elements, made without HTML, so that nothing in a file can run. */
+/**
+ * Markdown as a page: a tree of elements, made without HTML, so that nothing in a file can run. A file may be made to
+ * cost as much as it can: the parser is bounded, and works in slices.
+ */
 
 import { markdownLanguage } from "@codemirror/lang-markdown";
-import type { SyntaxNode } from "@lezer/common";
+import type { SyntaxNode, Tree } from "@lezer/common";
+import type { MarkdownConfig, MarkdownParser } from "@lezer/markdown";
 import { type ComponentChild, h } from "preact";
 
 /** A longer text is shown up to here. */
 const LONGEST = 400_000;
+/** Characters of a paragraph, a heading or a cell: the time that a longer one takes can grow by their square. */
+const INLINE = 5000;
+/** Lists and quotes inside one another, two for each level of a list; and elements. */
+const DEPTH = 100;
+/** Elements of a page. What comes after them is shown as it is written. */
+const ELEMENTS = 10_000;
+/** Milliseconds for which the parser holds the page at once, and for which it works in all. */
+const SLICE = 10;
+const PATIENCE = 1000;
+
+/** Has a Markdown parser show as plain text what would cost too much. */
+export const bounded: MarkdownConfig = {
+  parseInline: [
+    {
+      name: "Long",
+      before: "Escape",
+      parse: (context, _next, at) => (at === context.offset && context.end - at > INLINE ? context.end : -1),
+    },
+  ],
+  parseBlock: [
+    {
+      name: "Bounds",
+      before: "LinkReference",
+      parse(context, line) {
+        if (context.depth < DEPTH) return false;
+        const end = context.lineStart + line.text.length;
+        context.addElement(context.elt("Paragraph", context.lineStart + line.pos, end));
+        context.nextLine();
+        return true;
+      },
+      // the title of a link's definition has no end of its own, and each line has it read again
+      leaf: (_context, { content }) =>
+        content.startsWith("[")
+          ? {
+              nextLine(context, _line, leaf) {
+                if (leaf.content.length <= INLINE) return false;
+                context.addLeafElement(
+                  leaf,
+                  context.elt("Paragraph", leaf.start, leaf.start + leaf.content.length),
+                );
+                return true;
+              },
+              finish: () => false,
+            }
+          : null,
+    },
+  ],
+};
+
+const parser = (markdownLanguage.parser as MarkdownParser).configure(bounded);
 
 const BLOCKS: Readonly<Record<string, string>> = {
   Paragraph: "p",
@@ -24,22 +78,52 @@ const BLOCKS: Readonly<Record<string, string>> = {
 /** Parts of the notation itself. */
 const MARKS = /^(.*Mark|TableDelimiter|LinkLabel|URL|LinkTitle|CodeInfo)$/;
 
-export function rendered(text: string): ComponentChild {
+/** Returns a text as a page; at once if it is an everyday one. What would take too long follows as it is written. */
+export async function rendered(text: string): Promise<ComponentChild> {
   const source = text.slice(0, LONGEST).replace(/^---\n[\s\S]*?\n---\n/, "");
-  const tree = markdownLanguage.parser.parse(source);
-  return h("article", { class: "markdown" }, children(tree.topNode, source));
+  const tree = await parsed(source);
+  const { length } = tree;
+  const page = children(tree.topNode, { source, depth: 0, left: ELEMENTS });
+  const rest = source.slice(length).trim() === "" ? null : h("pre", {}, source.slice(length));
+  return h("article", { class: "markdown" }, page, rest);
+}
+
+async function parsed(source: string): Promise<Tree> {
+  const parse = parser.startParse(source);
+  let worked = 0;
+  for (;;) {
+    const began = performance.now();
+    do {
+      const tree = parse.advance();
+      if (tree !== null) return tree;
+    } while (performance.now() - began < SLICE);
+    worked += performance.now() - began;
+    if (worked > PATIENCE && parse.stoppedAt === null) parse.stopAt(parse.parsedPos);
+    await new Promise((resolve) => setTimeout(resolve, 0));
+  }
+}
+
+/** A page while it is made: its text, how deep an element is in it, and how many more it may have. */
+interface Page {
+  readonly source: string;
+  depth: number;
+  left: number;
 }
 
 /** Returns what is in a node: its children, and the text between them. */
-function children(node: SyntaxNode, source: string): ComponentChild[] {
+function children(node: SyntaxNode, page: Page): ComponentChild[] {
+  if (page.depth >= DEPTH) return [page.source.slice(node.from, node.to)];
+  page.depth += 1;
   const inside: ComponentChild[] = [];
   let at = node.from;
-  for (let child = node.firstChild; child !== null; child = child.nextSibling) {
-    if (child.from > at) inside.push(between(node, source.slice(at, child.from)));
-    if (!MARKS.test(child.name)) inside.push(element(child, source));
+  for (let child = node.firstChild; child !== null && page.left > 0; child = child.nextSibling) {
+    page.left -= 1;
+    if (child.from > at) inside.push(between(node, page.source.slice(at, child.from)));
+    if (!MARKS.test(child.name)) inside.push(element(child, page));
     at = child.to;
   }
-  if (at < node.to) inside.push(between(node, source.slice(at, node.to)));
+  if (at < node.to) inside.push(between(node, page.source.slice(at, node.to)));
+  page.depth -= 1;
   return inside;
 }
 
@@ -50,21 +134,21 @@ function between(node: SyntaxNode, text: string): ComponentChild {
     : text;
 }
 
-function element(node: SyntaxNode, source: string): ComponentChild {
+function element(node: SyntaxNode, page: Page): ComponentChild {
   const { name } = node;
-  const text = source.slice(node.from, node.to);
+  const text = page.source.slice(node.from, node.to);
   const heading = /^(?:ATX|Setext)Heading([1-6])$/.exec(name);
-  if (heading !== null) return h(`h${heading[1]}`, {}, trimmed(children(node, source)));
+  if (heading !== null) return h(`h${heading[1]}`, {}, trimmed(children(node, page)));
   const block = BLOCKS[name];
-  if (block !== undefined) return h(block, {}, children(node, source));
+  if (block !== undefined) return h(block, {}, children(node, page));
   switch (name) {
     case "TableCell":
-      return h(node.parent?.name === "TableHeader" ? "th" : "td", {}, children(node, source));
+      return h(node.parent?.name === "TableHeader" ? "th" : "td", {}, children(node, page));
     case "InlineCode":
       return h("code", {}, text.replace(/^`+ ?| ?`+$/g, ""));
     case "FencedCode":
     case "CodeBlock":
-      return h("pre", {}, h("code", {}, code(node, source)));
+      return h("pre", {}, h("code", {}, code(node, page)));
     case "HorizontalRule":
       return h("hr", {});
     case "HardBreak":
@@ -72,12 +156,12 @@ function element(node: SyntaxNode, source: string): ComponentChild {
     case "Escape":
       return text.slice(1);
     case "Task":
-      return children(node, source);
+      return children(node, page);
     case "TaskMarker":
       return h("input", { type: "checkbox", disabled: true, checked: /x/i.test(text), "aria-label": "done" });
     case "Link":
     case "Autolink":
-      return link(node, source);
+      return link(node, page);
     case "Image":
       return h("span", { class: "where" }, `[${text.replace(/^!\[|\].*$/gs, "")}]`);
     case "HTMLBlock":
@@ -87,20 +171,20 @@ function element(node: SyntaxNode, source: string): ComponentChild {
     case "LinkReference":
       return null; // what is HTML is not shown
     default:
-      return node.firstChild === null ? text : children(node, source);
+      return node.firstChild === null ? text : children(node, page);
   }
 }
 
-function code(node: SyntaxNode, source: string): string {
+function code(node: SyntaxNode, page: Page): string {
   const parts = node.getChildren("CodeText");
-  return parts.map(({ from, to }) => source.slice(from, to)).join(node.name === "CodeBlock" ? "\n" : "");
+  return parts.map(({ from, to }) => page.source.slice(from, to)).join(node.name === "CodeBlock" ? "\n" : "");
 }
 
 /** Only the web is linked to; the rest is shown as text. */
-function link(node: SyntaxNode, source: string): ComponentChild {
+function link(node: SyntaxNode, page: Page): ComponentChild {
   const found = node.getChild("URL");
-  const address = found === null ? "" : source.slice(found.from, found.to);
-  const inside = node.name === "Autolink" ? [address] : children(node, source);
+  const address = found === null ? "" : page.source.slice(found.from, found.to);
+  const inside = node.name === "Autolink" ? [address] : children(node, page);
   if (!/^https?:\/\//i.test(address)) return h("span", {}, inside);
   return h("a", { href: address, target: "_blank", rel: "noreferrer" }, inside);
 }

@@ -10,7 +10,7 @@ const LENGTH_MAX = 20_000;
 export function documentation(text: string): HTMLElement {
   const element = document.createElement("div");
   element.className = "told-of-code";
-  render(h("div", {}, rendered(text.slice(0, LENGTH_MAX))), element);
+  void rendered(text.slice(0, LENGTH_MAX)).then((page) => render(h("div", {}, page), element));
   return element;
 }
 

@@ -1,13 +1,13 @@
 /** The prompt box: a conversation with the operator's agent, as it works. */
 
-import { type ComponentChild, createRef } from "preact";
-import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
+import { createRef } from "preact";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import type { Call, Said } from "../state/conversation.js";
 import { area, panelOpen } from "../state/layout.js";
-import { load } from "../state/network.js";
 import { basename, relative } from "../state/paths.js";
 import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
+import { useMarkdown } from "./looks.js";
 import { Empty, Icon, IconButton, Spinner } from "./parts.js";
 import { looking } from "./turn.js";
 
@@ -18,34 +18,16 @@ export function focusAgent(): void {
   requestAnimationFrame(() => box.current?.focus());
 }
 
-type Render = (text: string) => ComponentChild;
-
-/** Markdown is rendered by a module that is loaded when needed. */
-function useMarkdown(): Render | null {
-  const [render, setRender] = useState<Render | null>(null);
-  useEffect(() => {
-    let gone = false;
-    void load(() => import("../code/markdown.js")).then(
-      ({ rendered }) => gone || setRender(() => rendered),
-      () => {}, // `missing` is told
-    );
-    return () => {
-      gone = true;
-    };
-  }, []);
-  return render;
-}
-
 export function AgentView({ current }: { current: Workspace }) {
   const { agent } = current;
   const said = agent.said.value;
   const running = agent.running.value;
-  const render = useMarkdown();
   const list = useRef<HTMLDivElement>(null);
   const follows = useRef(true);
-  useLayoutEffect(() => {
+  const follow = () => {
     if (list.current !== null && follows.current) list.current.scrollTop = list.current.scrollHeight;
-  }, [said, running, render]);
+  };
+  useLayoutEffect(follow, [said, running]);
   return (
     <section class="side-view agent" aria-label="Agent">
       <header>
@@ -79,7 +61,7 @@ export function AgentView({ current }: { current: Workspace }) {
           </Empty>
         )}
         {said.map((one, index) => (
-          <Part key={index} said={one} current={current} render={render} />
+          <Part key={index} said={one} current={current} onShown={follow} />
         ))}
       </div>
       <Prompt current={current} />
@@ -141,7 +123,7 @@ function Prompt({ current }: { current: Workspace }) {
   );
 }
 
-function Part({ said, current, render }: { said: Said; current: Workspace; render: Render | null }) {
+function Part({ said, current, onShown }: { said: Said; current: Workspace; onShown: () => void }) {
   switch (said.kind) {
     case "asked":
       return (
@@ -151,7 +133,7 @@ function Part({ said, current, render }: { said: Said; current: Workspace; rende
         </div>
       );
     case "text":
-      return <Answer text={said.text} live={said.live} render={render} />;
+      return <Answer text={said.text} live={said.live} onShown={onShown} />;
     case "call":
       return <CallRow call={said} current={current} />;
     case "turn":
@@ -173,8 +155,10 @@ function Part({ said, current, render }: { said: Said; current: Workspace; rende
 }
 
 /** Growing text is read out once it is complete, not word by word. */
-function Answer({ text, live, render }: { text: string; live: boolean; render: Render | null }) {
-  const shown = useMemo(() => render?.(text) ?? <p class="plain">{text}</p>, [text, render]);
+function Answer({ text, live, onShown }: { text: string; live: boolean; onShown: () => void }) {
+  const page = useMarkdown(text);
+  useLayoutEffect(onShown, [page]);
+  const shown = page ?? <p class="plain">{text}</p>;
   return (
     <div class="answer" aria-busy={live}>
       {shown}

@@ -1,7 +1,7 @@
 /** A file as the page or picture that it is. */
 
 import type { ComponentChild } from "preact";
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Doc } from "../state/doc.js";
 import { load } from "../state/network.js";
 import { Icon } from "./parts.js";
@@ -52,18 +52,40 @@ function Picture({ doc, text }: { doc: Doc; text: string }) {
   );
 }
 
-function Page({ doc, text }: { doc: Doc; text: string }) {
+/** A text of Markdown as a page; null until it is one. While the text grows faster than pages are made, some are left out. */
+export function useMarkdown(text: string): ComponentChild {
   const [page, setPage] = useState<ComponentChild>(null);
-  useEffect(() => {
-    let gone = false;
-    void load(() => import("../code/markdown.js")).then(
-      ({ rendered }) => gone || setPage(rendered(text)),
-      () => {}, // `missing` is told
-    );
-    return () => {
-      gone = true;
-    };
+  const latest = useRef<string | null>(text);
+  const making = useRef(false);
+  latest.current = text;
+  // before the text is seen without it, if that takes no time
+  useLayoutEffect(() => {
+    if (making.current) return;
+    making.current = true;
+    void load(() => import("../code/markdown.js"))
+      .then(async ({ rendered }) => {
+        for (let shown: string | null = null; latest.current !== null && latest.current !== shown; ) {
+          shown = latest.current;
+          const made = await rendered(shown);
+          if (latest.current !== null) setPage(made);
+        }
+      })
+      .catch(() => {}) // `missing` is told
+      .finally(() => {
+        making.current = false;
+      });
   }, [text]);
+  useEffect(
+    () => () => {
+      latest.current = null;
+    },
+    [],
+  );
+  return page;
+}
+
+function Page({ doc, text }: { doc: Doc; text: string }) {
+  const page = useMarkdown(text);
   return (
     // biome-ignore lint/a11y/noNoninteractiveTabindex: what scrolls must be reached by keys
     <section class="look" tabIndex={0} aria-label={`Preview of ${doc.name}`}>
