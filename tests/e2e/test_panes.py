@@ -7,6 +7,8 @@ from playwright.async_api import Locator, expect
 
 from tests.e2e.conftest import OpenEditor
 from tests.e2e.editor import Editor, violations
+from tests.e2e.test_editor import tool
+from tests.integration.sites import Hosting
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,33 @@ async def test_a_tab_is_moved_to_the_other_pane_and_back_by_keys(editor: OpenEdi
     await page.keyboard.press("Shift+F10")
     await page.get_by_role("menuitem", name="Back to the others").press("Enter")
     await shows(window, "src/two.css")
+
+
+async def test_who_types_is_not_led_into_a_file_that_an_agent_writes(
+    editor: OpenEditor, host: Hosting, site: str
+) -> None:
+    """Its tab opens; it is shown once nobody types, and then without the focus."""
+
+    async def write(name: str) -> None:
+        await tool(host, site, "Write", file_path=f"/srv/site/src/{name}", content="/* an agent's */\n")
+        await expect(window.tab(name)).to_be_visible()
+
+    window = await window_with(editor, "src/one.css")
+    page = window.page
+    activity = await window.view("Activity")
+    follow = activity.get_by_role("button", name="Follow")
+    await follow.click()
+    await window.text.click()
+    await page.keyboard.press("Control+Home")
+    await page.keyboard.type("/* half")
+    await write("agent.css")
+    await page.keyboard.type(" a word */")
+    await shows(window, "src/one.css")
+    await expect(window.text).to_contain_text("/* half a word */")
+    await activity.get_by_role("button", name="Stop following").click()
+    await follow.click()
+    await write("other.css")
+    await shows(window, "src/other.css")
+    await expect(activity.get_by_role("button", name="Stop following")).to_be_focused()
+    await page.keyboard.type("lost")
+    await expect(window.text).to_have_text("/* an agent's */")

@@ -163,3 +163,22 @@ async def test_a_phone_has_the_keys_that_its_keyboard_lacks(editor: OpenEditor) 
     await expect(save).to_be_visible()
     await page.keyboard.press("Control+z")
     await expect(save).to_have_count(0)
+
+
+async def test_a_terminal_that_is_loaded_again_types_nothing(editor: OpenEditor) -> None:
+    """Programs asked it who and where it is, and in what colours: that is answered once."""
+    window = await at_prompt(editor)
+    asks = r"printf '\033[c\033[>c\033[6n\033]10;?\007\033]11;?\007\033[5n'"
+    await window.command(f"{asks}; IFS= read -rsd n answers; clear; echo answered ${{#answers}}; cat -v")
+    await expect(window.screen).to_contain_text(re.compile(r"answered [5-9]\d"))
+    await window.page.reload()
+    await window.connected()
+    await expect(window.screen).to_contain_text("answered")
+    await window.page.locator(".screen-host:not([hidden])").click()
+    await window.command("typed")  # comes back by the terminal's echo, and by cat
+    rows = [row for row in await window.screen_rows() if row]
+    await window.until(lambda: same(window, [rows[0], "typed", "typed"]))
+
+
+async def same(window: Editor, rows: list[str]) -> None:
+    assert [row for row in await window.screen_rows() if row] == rows
