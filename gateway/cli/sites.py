@@ -115,6 +115,12 @@ def publish(
         list[str] | None, typer.Option(help="NAME=VALUE for the published site; may be repeated")
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Its tenant; default: derived from AT")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="What serves it, such as 'node server.js'; default: detected")
+    ] = None,
+    install: Annotated[
+        str | None, typer.Option(help="What installs and builds it; default: detected")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
     url: Url = None,
     token: TokenOption = None,
@@ -124,11 +130,14 @@ def publish(
     The published site has its own tenant and environment. Publish again to update it.
     """
     variables = dict(assignment(entry) for entry in env) if env else None
+    _overrides(start, install, None, None)
 
     async def run() -> DeploymentRecord:
         async with client_of(url, token) as client:
             source = await tenant_of(client, domain)
-            begun = await source.publish(at, size=size.value, env=variables, tenant=tenant)
+            begun = await source.publish(
+                at, size=size.value, env=variables, tenant=tenant, start=start, install=install
+            )
             return await followed(begun, at, as_json=as_json)
 
     record = ended(run())

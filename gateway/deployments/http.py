@@ -60,7 +60,7 @@ class DeployBody(BaseModel):
 
 
 class PublishBody(BaseModel):
-    """The body of `POST /v1/tenants/{tenant}/publish`: the domain, and the published site's environment."""
+    """The body of `POST /v1/tenants/{tenant}/publish`: the domain, and how the published site runs."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,9 +68,13 @@ class PublishBody(BaseModel):
     size: str = "small"
     env: Annotated[dict[str, str], Field(max_length=200)] | None = None
     tenant: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    start: Start | None = None
+    install: Install | None = None
 
     def request(self, archive: bytes) -> Request:
-        return Request(self.domain, archive, self.size, self.env, self.tenant)
+        overrides = Overrides(start=self.start, install=self.install)
+        said = overrides if overrides.said else None
+        return Request(self.domain, archive, self.size, self.env, self.tenant, said)
 
     def deployment(self, archive: bytes) -> bytes:
         """Return the same as the JSON of a `DeployBody`, for another server."""

@@ -20,6 +20,7 @@ import aiohttp
 from yarl import URL
 
 from gateway.bounds import aside
+from gateway.runtime.probe import DOCUMENT
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class Browser:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=_AT_ONCE),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"Host": self._domain, "Accept": "*/*", "Accept-Encoding": "identity"},
+            headers={"Host": self._domain, "Accept-Encoding": "identity"},
             auto_decompress=False,
             requote_redirect_url=False,
         )
@@ -94,13 +95,13 @@ class Browser:
         Redirects to another host are not followed. Raises `OSError` and `ValueError` if there is no HTTP
         answer to the document.
         """
-        answer = await self._ask(path, seconds)
+        answer = await self._ask(path, seconds, DOCUMENT)
         for _ in range(_REDIRECTS):
             onward = self._own(answer.location, path) if 300 <= answer.status < 400 else None
             if onward is None or onward == path:  # such as to HTTPS
                 break
             path = onward
-            answer = await self._ask(path, seconds)
+            answer = await self._ask(path, seconds, DOCUMENT)
         if answer.status >= 400 or not answer.kind.startswith("text/html"):
             return Page(answer.status)
         base, named, inline = await self._aside(_named, answer.body) or ("", [], "")
@@ -149,13 +150,16 @@ class Browser:
         except (OSError, ValueError):
             return "no answer", _Answer(0)
 
-    async def _ask(self, path: str, seconds: float) -> _Answer:
+    async def _ask(self, path: str, seconds: float, accept: str = "*/*") -> _Answer:
         """Raises `OSError` (and so `TimeoutError`), and `ValueError` for an answer that is not HTTP."""
         limits = aiohttp.ClientTimeout(sock_connect=_CONNECT)
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._session.get(
-                    URL(self._at + path, encoded=True), allow_redirects=False, timeout=limits
+                    URL(self._at + path, encoded=True),
+                    allow_redirects=False,
+                    timeout=limits,
+                    headers={"Accept": accept},
                 )
         except aiohttp.ClientConnectionError as error:
             raise ConnectionError("no answer") from error

@@ -33,6 +33,7 @@ from gateway.settings import Settings
 from gateway.tools.mirroring import Kind
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_INSIDE: Final = re.compile(r"cd '?([^'\s]{1,200})'? && ")
 _IGNORE_MAX: Final = 64 << 10  # bytes of one ignore file
 
 
@@ -72,8 +73,10 @@ class Template:
         return {"there": kinds, "ignored": ignored, "keep": self.manifest.keep, "left_out": [*LEFT_OUT]}
 
     def project(self) -> Project:
-        """Return its package.json."""
-        manifest = self.entries.get("package.json")
+        """Return the package.json of the folder in which it is started."""
+        start = self.manifest.start or ()
+        inside = _INSIDE.match(start[2]) if start[:2] == ("sh", "-c") and len(start) > 2 else None
+        manifest = self.entries.get(f"{inside[1]}/package.json" if inside is not None else "package.json")
         return project(None if manifest is None else manifest.content)
 
     def framework(self) -> tuple[Framework | None, tuple[str, ...], tuple[str, ...]]:
@@ -165,7 +168,8 @@ def checked(
     # add folders that are only part of other paths
     if len(entries.keys() | folders_above(entries)) > settings.template_files:
         raise too_many(settings)
-    manifest = read_manifest(entries.get(MANIFEST)).but(overrides or Overrides())
+    said = read_manifest(entries.get(MANIFEST))
+    manifest = said.but(overrides or Overrides())
     if overrides is not None and overrides.mode and (manifest.start or manifest.static):
         raise InvalidParams(
             f"`mode` is only for a detected start command; here {MANIFEST} or `start` gives one",
@@ -181,12 +185,15 @@ def checked(
             )
     if manifest.static is not None or (manifest.start is not None and manifest.install is not None):
         return Template(name, manifest, entries, shared)
-    if manifest.start is not None and MANIFEST in entries:  # a start command leaves nothing to detect
+    if said.start is not None:  # a start command in a manifest leaves nothing to detect
         return Template(name, manifest, entries, shared)
     files = {path: entry.content for path, entry in entries.items() if entry.content is not None}
-    found = finding(Clues.of(files, production=manifest.mode == "production")).told(
-        manifest.start, manifest.install
-    )
+    production = manifest.mode == "production"
+    start = manifest.start
+    if production and start is not None:
+        start = ("env", "NODE_ENV=production", *start)
+        manifest = manifest.model_copy(update={"start": start})
+    found = finding(Clues.of(files, production=production)).told(start, manifest.install)
     if found.trouble:
         raise InvalidParams(found.trouble, reason="undetected")
     return Template(name, manifest.completed(found), entries, shared, found)

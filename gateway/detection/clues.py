@@ -16,9 +16,11 @@ _TEXTS: Final = 200  # files
 _ROOM: Final = 4 << 20  # bytes of them in all
 
 # the only files that are read; of all others, lockfiles too, only the name counts
-_MANIFESTS: Final = frozenset({"package.json", "pyproject.toml", "requirements.txt", "Pipfile", "Procfile"})
+_MANIFESTS: Final = frozenset(
+    {"package.json", "pyproject.toml", "requirements.txt", "Pipfile", "Procfile", "angular.json"}
+)
 _SOURCES: Final = re.compile(
-    r"(?:[\w-]+/){0,2}(?:main|app|server|serve|index|api|asgi|wsgi|hello)\.(?:py|[mc]?[jt]s|tsx)"
+    r"(?:[\w-]+/){0,2}(?:main|app|streamlit_app|server|serve|index|api|asgi|wsgi|hello|demo)\.(?:py|[mc]?[jt]s|tsx)"
 )
 # of frameworks that build a site without a server where their configuration says so
 _CONFIGS: Final = re.compile(r"(?:next|react-router)\.config\.[mc]?[jt]s")

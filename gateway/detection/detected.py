@@ -41,6 +41,23 @@ class Detected:
             found = replace(found, install=install, installed="as the deployment says")
         return found
 
+    def inside(self, folder: str) -> Detected:
+        """Return it for the folder above, of which the site is one folder."""
+        line = line_of(self.start)
+        start = (
+            "sh",
+            "-c",
+            f"cd {shlex.quote(folder)} && {'' if self.start[:1] == ('sh',) else 'exec '}{line}",
+        )
+        static = (
+            self.static
+            if self.static is None
+            else folder
+            if self.static == "."
+            else f"{folder}/{self.static}"
+        )
+        return replace(self, start=start if self.start else (), static=static)
+
     def lines(self) -> tuple[str, str, str]:
         """Return the choices and reasons, one a line: what it is, its install, its start."""
         if self.static is not None:

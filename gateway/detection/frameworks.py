@@ -1,15 +1,17 @@
 """Recognise the framework of a site, and hold what is known about each.
 
-`TABLE` is data: what starts a framework, and what it needs to work here. A project's packages are read from
-its package.json, which is untrusted: a bounded part of it, and only names.
+`TABLE` is the data of `frameworks.toml`: how a framework is started, built and served. A project's
+packages are read from its package.json, which is untrusted: a bounded part of it, and only names.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+import tomllib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import orjson
@@ -28,6 +30,9 @@ _DEPENDENCIES: Final = ("dependencies", "devDependencies")
 _LINKS: Final = ("workspace:", "link:", "portal:", "file:..")  # versions outside the folder
 _SHELLS: Final = frozenset({"sh", "bash", "dash"})
 _RUNNERS: Final = frozenset({"bun", "npm", "pnpm", "yarn"})
+# of npm-run-all, which run each script that is named, as `dev:*` too; concurrently names them `npm:dev:*`
+_TOGETHER: Final = frozenset({"npm-run-all", "run-p", "run-s"})
+_NAMED: Final = re.compile(r"(?:npm|pnpm|yarn|bun):(.+)")
 _WORD: Final = re.compile(r"[^\s;&|()'\"]+")
 # subcommands that do something else than run the dev server
 _OTHER: Final = frozenset(
@@ -40,107 +45,56 @@ _WORKS: Final[Mapping[Work, str]] = {
     "build": "building",
 }
 
-_HOST_AND_PORT: Final = "--host 0.0.0.0 --port $PORT"
-_VITE: Final = frozenset({5173, 4173})  # of its dev server and its preview
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a build makes: `serve` is the command that serves it, or `output` the folder with its files.
+
+    Only where `package` is installed and `config` found in the framework's configuration.
+    """
+
+    serve: str = ""
+    output: str = ""
+    package: str = ""
+    config: str = ""
+    spa: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """One framework. `title` is its name for people, `dev` the command of its dev server.
+    """One framework; `frameworks.toml` says what each field is. Node and Bun have no `packages`.
 
-    `serve` is the command that serves its build; or `output` is the folder of its build with the files.
-
-    It is recognised by one of its `packages` and by the `programs` that start it; the first of these is its
-    own, the others may start other frameworks too. `serving` are subcommands that start its dev server,
-    although they mean something else elsewhere. `ports` are its default ports, and `listen` makes it serve on
-    0.0.0.0:$PORT: arguments of its program, or code of a site without one. `needs` is the memory in MiB that
-    a starter of it takes (`tests/bench/frameworks`).
+    `title` is its name for people. Their `listen` is code of a site that has no framework.
     """
 
     name: str
     title: str
-    programs: tuple[str, ...] = ()
+    programs: tuple[str, ...]
     packages: frozenset[str] = frozenset()
     serving: frozenset[str] = frozenset()
+    needed: str = ""
     ports: frozenset[int] = frozenset()
-    listen: str = _HOST_AND_PORT
-    dev: tuple[str, ...] = ()
-    serve: tuple[str, ...] = ()
-    output: str = ""
+    listen: str = "--host 0.0.0.0 --port $PORT"
+    dev: str = ""
+    build: str = ""
+    made: tuple[Made, ...] = ()
+    lacks: str = ""
     needs: Mapping[Work, int] = field(default_factory=dict)
 
 
-# a plugin of another framework, started by that one's program, comes before it
+def _read() -> Iterator[Framework]:
+    kinds = {"programs": tuple, "packages": frozenset, "serving": frozenset, "ports": frozenset}
+    for name, said in tomllib.loads(Path(__file__).with_name("frameworks.toml").read_text()).items():
+        made = tuple(Made(**one) for one in said.pop("made", ()))
+        yield Framework(
+            name,
+            made=made,
+            **{key: kinds.get(key, lambda as_it_is: as_it_is)(value) for key, value in said.items()},
+        )
+
+
 TABLE: Final[tuple[Framework, ...]] = (
-    Framework(
-        "next",
-        "Next.js",
-        ("next",),
-        frozenset({"next"}),
-        ports=frozenset({3000}),
-        listen="--hostname 0.0.0.0 --port $PORT",
-        dev=("next", "dev"),
-        serve=("next", "start", "--hostname", "0.0.0.0", "--port", "$PORT"),  # noqa: S104
-        needs={"dev": 640, "production": 128, "build": 640},
-    ),
-    Framework(
-        "nuxt",
-        "Nuxt",
-        ("nuxt", "nuxi"),
-        frozenset({"nuxt"}),
-        ports=frozenset({3000}),
-        dev=("nuxt", "dev"),
-        serve=("node", ".output/server/index.mjs"),
-        needs={"dev": 640, "production": 128, "build": 640},
-    ),
-    Framework(
-        "sveltekit",
-        "SvelteKit",
-        ("svelte-kit", "vite"),
-        frozenset({"@sveltejs/kit"}),
-        ports=_VITE,
-        dev=("vite", "dev"),
-        needs={"dev": 704, "production": 256, "build": 448},
-    ),
-    Framework(
-        "astro",
-        "Astro",
-        ("astro",),
-        frozenset({"astro"}),
-        ports=frozenset({4321}),
-        dev=("astro", "dev"),
-        output="dist",
-        needs={"dev": 512, "production": 128, "build": 256},
-    ),
-    Framework(
-        "react-router",
-        "React Router",
-        ("react-router", "react-router-serve", "vite"),
-        frozenset({"@react-router/dev"}),
-        ports=_VITE,
-        dev=("react-router", "dev"),
-        serve=("react-router-serve", "build/server/index.js"),
-    ),
-    Framework(
-        "remix",
-        "Remix",
-        ("remix", "remix-serve", "vite"),
-        frozenset({"@remix-run/dev"}),
-        ports=_VITE,
-        dev=("remix", "vite:dev"),
-        serve=("remix-serve", "build/server/index.js"),
-    ),
-    Framework(
-        "vite",
-        "Vite",
-        ("vite",),
-        frozenset({"vite"}),
-        serving=frozenset({"serve"}),
-        ports=_VITE,
-        dev=("vite",),
-        output="dist",
-        needs={"dev": 256, "build": 192},
-    ),
+    *_read(),
     # before Bun, which may only run the script that starts it
     Framework("node", "Node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
     Framework("bun", "Bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
@@ -158,6 +112,7 @@ class Project:
     packages: frozenset[str] = frozenset()
     scripts: Mapping[str, str] = field(default_factory=dict)
     linked: frozenset[str] = frozenset()
+    name: str = ""
     manager: str = ""
     main: str = ""
     workspaces: bool = False
@@ -190,6 +145,7 @@ def project(manifest: bytes | None) -> Project:
         frozenset(packages),
         scripts,
         frozenset(linked),
+        _text(said, "name"),
         _text(said, "packageManager"),
         _text(said, "main"),
         isinstance(said, dict) and "workspaces" in said,
@@ -206,10 +162,13 @@ def expanded(start: Sequence[str], project: Project) -> tuple[str, ...]:
     words = list(start[:_WORDS])
     if len(words) > 2 and program(words[0]) in _SHELLS and words[1] == "-c":
         words += _WORD.findall(words[2][:_SCRIPT])[: _WORDS - len(words)]
-    at, left = 0, _DEPTH
-    while left and (script := _script(words[at:], project)) is not None:
-        at, left = len(words), left - 1
-        words += _WORD.findall(script)[: _WORDS - len(words)]
+    piece, seen = words, set[str]()
+    for _ in range(_DEPTH):
+        names = [name for name in dict.fromkeys(_ran(piece, project)) if name not in seen]
+        seen.update(names)
+        piece = [word for name in names for word in _WORD.findall(project.scripts[name])]
+        piece = piece[: _WORDS - len(words)]
+        words += piece
     return tuple(words)
 
 
@@ -235,6 +194,8 @@ def mode(framework: Framework, start: Sequence[str]) -> Mode:
             name = program(word)
             if name in framework.programs and not name.endswith("-serve"):
                 command = start[at + 1] if at + 1 < len(start) else ""
+                if framework.needed and framework.needed not in start[at:]:
+                    continue
                 if command not in _OTHER or command in framework.serving:
                     return "dev"
     return "production"
@@ -283,14 +244,22 @@ def program(word: str) -> str:
     return name.removesuffix(".js").removesuffix(".mjs")
 
 
-def _script(words: Sequence[str], project: Project) -> str | None:
-    """Return the script that the first words run: `bun run dev`, `npm start`, `yarn dev`."""
+def _ran(words: Sequence[str], project: Project) -> Iterator[str]:
+    """Yield the scripts that these words run: `bun run dev`, `npm start`, `concurrently npm:dev:*`."""
     for at, word in enumerate(words):
         if program(word) in _RUNNERS:
-            for name in words[at + 1 : at + 5]:
-                if name in project.scripts:
-                    return project.scripts[name]
-    return None
+            yield from (name for name in words[at + 1 : at + 5] if name in project.scripts)
+        elif program(word) in _TOGETHER:
+            yield from (name for pattern in words[at + 1 : at + 9] for name in _matching(pattern, project))
+        elif (named := _NAMED.fullmatch(word)) is not None:
+            yield from _matching(named[1], project)
+
+
+def _matching(pattern: str, project: Project) -> Iterator[str]:
+    beginning = pattern.removesuffix("*")
+    for name in project.scripts:
+        if name == pattern or (beginning != pattern and name.startswith(beginning)):
+            yield name
 
 
 def _text(said: Any, key: str) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from gateway.detection.clues import Clues
-from gateway.detection.detected import Command, Detected
+from gateway.detection.detected import Command, Detected, line_of
 from gateway.detection.frameworks import (
     TABLE,
     Framework,
+    Made,
     Project,
     expanded,
     mode,
@@ -51,8 +54,8 @@ _LOCKED: Final = {
 _EXECUTE: Final = {"bun": ("bunx",), "npm": ("npx",), "pnpm": ("pnpm", "exec"), "yarn": ("yarn",)}
 _PRODUCTION: Final = ("env", "NODE_ENV=production")
 _SCRIPTS: Final = ("dev", "start:dev", "develop", "start", "serve")
-# the first of what serves what was built
-_FINISHED: Final = ("start:prod", "start", "develop", "serve", "dev")
+# of what was built the first that is no dev server; of a script for development its program alone
+_FINISHED: Final = ("start:prod", "start", "serve", "preview", "develop", "dev")
 _ENTRIES: Final = tuple(
     f"{folder}{name}.{kind}"
     for folder in ("", "src/")
@@ -68,20 +71,38 @@ _WHERE: Final = {"--host": 1, "--port": 1, "--hostname": 1, "-p": 1, "-H": 1}
 _TOLD: Final = {
     "fastify": "--address 0.0.0.0 --port $PORT",
     "live-server": "--host=0.0.0.0 --port=$PORT",
-    "eleventy": "--port $PORT",
-    "gatsby": "--host 0.0.0.0 --port $PORT",
-    "ng": "--host 0.0.0.0 --port $PORT",
-    **dict.fromkeys(("docusaurus", "vitepress", "vinxi", "vue-cli-service"), "--host 0.0.0.0 --port $PORT"),
+    **dict.fromkeys(("vitepress", "vue-cli-service"), "--host 0.0.0.0 --port $PORT"),
 }
 # programs that run a file once, and words by which they look for edits themselves
 _PLAIN: Final = frozenset({"node", "bun", "tsx", "ts-node"})
 _LOOKS: Final = frozenset({"watch", "--watch", "--hot"})
+# programs that only develop, some of them by one of these words
+_DEVELOP: Final = {
+    **dict.fromkeys(_PLAIN, _LOOKS),
+    **dict.fromkeys(
+        ("nodemon", "ts-node-dev", "tsnd", "node-dev", "live-server", "webpack-dev-server"), None
+    ),
+    "react-scripts": {"start"},
+    "vue-cli-service": {"serve"},
+    "vitepress": {"dev"},
+    "webpack": {"serve"},
+    "nest": {"--watch"},
+    "fastify": {"-w", "--watch"},
+    "parcel": {"serve"},
+}
+# what is beside a framework's dev server and is no step before it: programs, or files by name or content
+_SERVING: Final = frozenset({"nodemon", "uvicorn", "gunicorn", "flask", "fastapi"})
+_SERVER: Final = re.compile(r"(?:.*/)?(?:server|serve|api|backend)(?:/.*)?(?:\.\w+)?")
 # for its program where it is started by a script among others, which takes no arguments
 _FASTIFY: Final = ("env", "FASTIFY_ADDRESS=0.0.0.0")
 _MADE: Final = re.compile(r"(?:^|[\s=\"'])(?:\./)?(dist|build|out|\.output|\.next|lib)/")
-# settings of a configuration by which what is built has no server; not in a comment
-_EXPORTED: Final = re.compile(r"^(?![ \t]*[/*]).*\boutput[ \t]*:[ \t]*[\"']export[\"']", re.MULTILINE)
-_SERVERLESS: Final = re.compile(r"^(?![ \t]*[/*]).*\bssr[ \t]*:[ \t]*false\b", re.MULTILINE)
+# a line of a framework's configuration that is not a comment
+_SETTING: Final = r"(?m)^(?![ \t]*[/*]).*(?:%s)"
+# Yarn since 2, which is no program of the image: from npm's registry, whose name for it this is
+_BERRY: Final = re.compile(r"yarn@([2-9]\.[\w.-]{1,40}|[1-9][0-9]\.[\w.-]{1,40})")
+_OWN: Final = "PATH=$HOME/.local/bin:$PATH"
+_PROJECT: Final = re.compile(r'"projects"\s{0,99}:\s{0,99}\{\s{0,99}"([\w@/.-]{1,99})"')
+_LINE: Final = "give a command that does with `start` (--start)"
 _ASSIGNED: Final = re.compile(r"[A-Za-z_]\w*=\S*|cross-env(?:-shell)?|env")
 
 
@@ -94,7 +115,12 @@ def project_of(clues: Clues) -> Project:
 
 
 def framework_of(said: Project) -> Framework | None:
-    """Return the framework with a dev server among a project's packages."""
+    """Return the framework whose dev server a script starts, or the one among a project's packages."""
+    for script in _SCRIPTS:
+        words = expanded(("sh", "-c", said.scripts.get(script, "")), said)
+        found = recognise(words, said.packages)
+        if found is not None and mode(found, words) == "dev":
+            return found
     found = recognise((), said.packages)
     return found if found is not None and found.packages else None
 
@@ -102,6 +128,11 @@ def framework_of(said: Project) -> Framework | None:
 def serves(said: Project) -> bool:
     """Return whether a project's packages include a framework or a server."""
     return framework_of(said) is not None or any(package in said.packages for package, _ in _SERVERS)
+
+
+def scripted(clues: Clues) -> bool:
+    """Return whether a folder's package.json says how it is started."""
+    return not project_of(clues).scripts.keys().isdisjoint(_SCRIPTS)
 
 
 def title(said: Project) -> str:
@@ -112,8 +143,11 @@ def title(said: Project) -> str:
     return next((title for package, title in _SERVERS if package in said.packages), "Node")
 
 
-def detect(clues: Clues) -> Detected | None:
-    """Return how a project is installed and started; None if it is not JavaScript."""
+def detect(clues: Clues, above: Clues | None = None) -> Detected | None:
+    """Return how a project is installed and started; None if it is not JavaScript.
+
+    One of a workspace is installed from the folder `above`, and only its build is its own `install`.
+    """
     said = project_of(clues)
     if not said.readable:
         return Detected(
@@ -122,9 +156,12 @@ def detect(clues: Clues) -> Detected | None:
             "there is a package.json",
             trouble="package.json is not JSON, or larger than 256 KiB: correct it",
         )
-    manager, _ = manager_of(clues, said)
-    install, installed = install_of(clues, said)
-    if said.linked:
+    top, whole = (clues, said) if above is None else (above, project_of(above))
+    manager, _ = manager_of(top, whole)
+    install, installed = install_of(top, whole)
+    if above is not None:
+        install = ()
+    elif said.linked:
         name = min(said.linked)
         return Detected(
             "node",
@@ -135,16 +172,23 @@ def detect(clues: Clues) -> Detected | None:
             trouble=f"package.json needs {show(name)} from outside this folder: deploy the folder above, "
             "and say how to start this app, as in `--start 'npm run dev --workspace apps/web'`",
         )
+    found = _detected(clues, said, manager, install, installed)
+    if found is not None and manager == "yarn" and _berry(top, whole):
+        found = replace(found, start=found.start and ("sh", "-c", f"{_OWN} exec {line_of(found.start)}"))
+    return found
+
+
+def _detected(clues: Clues, said: Project, manager: str, install: Command, installed: str) -> Detected | None:
     framework = framework_of(said)
-    if framework is not None and clues.production and not _serves_itself(said):
-        return _built(framework, clues, said, manager, install, installed)
-    if framework is not None and (found := _dev_server(framework, said, manager)) is not None:
+    if framework is not None and clues.production:
+        if not _serves_itself(framework, said):
+            return _built(framework, clues, said, manager, install, installed)
+    elif framework is not None and (found := _dev_server(framework, said, manager)) is not None:
         start, started = found
-        package = min(framework.packages & said.packages)
         return Detected(
             framework.name,
             framework.title,
-            f"package.json names {package}",
+            _named(framework, said),
             install,
             installed,
             start,
@@ -153,48 +197,94 @@ def detect(clues: Clues) -> Detected | None:
     return _server(clues, said, manager, install, installed)
 
 
-def _serves_itself(said: Project) -> bool:
-    """Return whether a project has its own server beside its framework."""
-    return any(package in said.packages for package, _ in _SERVERS) and "start" in said.scripts
+def _named(framework: Framework, said: Project) -> str:
+    named = framework.packages & said.packages
+    return f"package.json names {min(named)}" if named else f"a script starts {framework.programs[0]}"
+
+
+def _serves_itself(framework: Framework, said: Project) -> bool:
+    """Return whether a project is served by its own server, not by what its framework makes."""
+    for script in ("start:prod", "start", "serve", "preview"):
+        words = expanded(("sh", "-c", said.scripts.get(script, "")), said)[3:]
+        if _develops(framework, words):
+            continue
+        if any(program(word) in _PLAIN and _is_file(file) for word, file in itertools.pairwise(words)):
+            return True
+        if script == "start" and words and not {program(word) for word in words} & {*framework.programs}:
+            return any(package in said.packages for package, _ in _SERVERS)
+    return False
+
+
+def _is_file(word: str) -> bool:
+    return not word.startswith("-") and ("." in word or "/" in word) and "node_modules" not in word
+
+
+def _develops(framework: Framework | None, words: Sequence[str]) -> str:
+    """Return the program among the words of a command (`expanded`) that is a dev server, or ""."""
+    for at, word in enumerate(words):
+        name = program(word)
+        by = _DEVELOP.get(name, frozenset())
+        if by is None or not by.isdisjoint(words[at + 1 : at + 5]):
+            return name
+    return framework.programs[0] if framework is not None and mode(framework, words) == "dev" else ""
+
+
+def _beside(clues: Clues, said: Project) -> str:
+    """Return a server that the script for development runs beside the dev server, or ""."""
+    script = next((said.scripts[name] for name in _SCRIPTS if said.scripts.get(name, "").strip()), "")
+    words = expanded(("sh", "-c", script), said)[3:]
+    for word, file in itertools.pairwise((*words, "")):
+        if program(word) in _SERVING:
+            return program(word)
+        if program(word) in {*_PLAIN, "python", "python3"} and _is_file(file):
+            name = file.removeprefix("./")
+            if _SERVER.fullmatch(name) or _SERVES.search(clues.text(name)):
+                return name
+    return ""
 
 
 def _built(
     framework: Framework, clues: Clues, said: Project, manager: str, install: Command, installed: str
 ) -> Detected:
     """Return how a project is built and served."""
-    serve, output = framework.serve, framework.output
-    spa = framework.name == "vite"  # as its own preview does
-    if framework.name == "astro" and "@astrojs/node" in said.packages:
-        serve, output = ("node", "dist/server/entry.mjs"), ""
-    elif framework.name == "sveltekit" and "@sveltejs/adapter-node" in said.packages:
-        serve = ("node", "build")
-    elif framework.name == "sveltekit" and "@sveltejs/adapter-static" in said.packages:
-        output = "build"
-    elif framework.name == "next" and _configured(clues, "next", _EXPORTED):
-        output = "out"
-    elif framework.name == "react-router" and _configured(clues, "react-router", _SERVERLESS):
-        output, spa = "build/client", True
-    work = framework.dev[-1].replace("dev", "build") if len(framework.dev) > 1 else "build"
     build = (
-        _run(manager, "build") if "build" in said.scripts else (*_EXECUTE[manager], framework.dev[0], work)
+        _run(manager, "build") if "build" in said.scripts else (*_EXECUTE[manager], *framework.build.split())
     )
     found = Detected(
         framework.name,
         framework.title,
-        f"package.json names {min(framework.packages & said.packages)}",
+        _named(framework, said),
         _then(install, build),
         f"{installed}, and it is built",
     )
-    if output:
-        return replace(found, static=output, started="the gateway's own file server", spa=spa)
-    if not serve:
+    made = next((made for made in framework.made if _applies(made, framework, clues, said)), None)
+    if made is None:
+        lacks = framework.lacks or f"nothing tells how a build of {framework.title} is served"
+        return replace(found, trouble=f"{lacks}; or {_LINE}")
+    if beside := _beside(clues, said):
         return replace(
             found,
-            trouble="SvelteKit's build here is not a server: use @sveltejs/adapter-node or "
-            "@sveltejs/adapter-static, or deploy its dev server",
+            trouble=f"the script for development also runs {show(beside)}, which is no part of the build of "
+            f"{framework.title}: add a script `start` to package.json that serves both, or {_LINE}",
         )
-    words = serve if serve[0] == "node" else (*_EXECUTE[manager], *serve)
+    if made.output:
+        static = made.output.replace("{project}", _project(clues))
+        return replace(found, static=static, started="the gateway's own file server", spa=made.spa)
+    words = tuple(made.serve.replace("{project}", _project(clues)).split())
+    words = words if words[0] == "node" else (*_EXECUTE[manager], *words)
     return replace(found, start=(*_PRODUCTION, *words), started=f"what the build of {framework.title} made")
+
+
+def _applies(made: Made, framework: Framework, clues: Clues, said: Project) -> bool:
+    if made.package and made.package not in said.packages:
+        return False
+    return not made.config or _configured(clues, framework.name, re.compile(_SETTING % made.config))
+
+
+def _project(clues: Clues) -> str:
+    """Return the name of the first project in Angular's configuration, as of its build's folder."""
+    found = _PROJECT.search(clues.text("angular.json"))
+    return found[1] if found is not None else "app"
 
 
 def _configured(clues: Clues, name: str, setting: re.Pattern[str]) -> bool:
@@ -213,9 +303,20 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
     package, kind = next((server for server in _SERVERS if server[0] in said.packages), (None, "Node"))
     name = kind.lower()
     why = f"package.json names {package}" if package else "there is a package.json"
-    order = _FINISHED if clues.production else _SCRIPTS
-    script = next((script for script in order if said.scripts.get(script, "").strip()), None)
-    if script is not None:
+    order = [
+        name for name in (_FINISHED if clues.production else _SCRIPTS) if said.scripts.get(name, "").strip()
+    ]
+    script, develops = order[0] if order else "", ""
+    words: Command = ()
+    if clues.production and order:
+        script, words, develops = _finished(order, said)
+    if develops:
+        return Detected(
+            *(name, kind, why, install, installed),
+            trouble=f"its script `{script}` ({_short(said.scripts[script])}) starts {show(develops)}, which "
+            f"is for development only: add a script `start` to package.json that serves the site, or {_LINE}",
+        )
+    if script:
         text = said.scripts[script]
         lacks = _unbuilt(text, clues)
         if "build" in said.scripts and (lacks or clues.production):
@@ -223,7 +324,7 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
             installed += f", and `build`, since `{script}` needs {lacks}/" if lacks else ", and it is built"
         started = f"its script `{script}` ({_short(text)})"
         if clues.production:
-            start = (*_PRODUCTION, *_run(manager, script, *_told(text)))
+            start = (*_PRODUCTION, *(words or _run(manager, script, *_told(text))))
         else:
             start = _run(manager, script, *_told(text))
         if "fastify-cli" in said.packages and start[-1] != "$PORT":
@@ -255,6 +356,19 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
     )
 
 
+def _finished(order: Sequence[str], said: Project) -> tuple[str, Command, str]:
+    """Return the script that serves a site, or its program's words alone; else the dev server it starts."""
+    develops = ""
+    for script in order:
+        words = expanded(("sh", "-c", said.scripts[script]), said)[3:]
+        if not (develops := _develops(recognise(words, said.packages), words)):
+            return script, (), ""
+    own = said.scripts[script]
+    if program(own.split()[0]) in ("node", "bun") and not _OPERATORS.search(own):
+        return script, tuple(word for word in own.split() if word not in _LOOKS), ""
+    return order[0], (), develops
+
+
 def manager_of(clues: Clues, said: Project) -> tuple[str, str]:
     """Return the package manager, and why."""
     named = said.manager.partition("@")[0]
@@ -272,17 +386,29 @@ def manager_of(clues: Clues, said: Project) -> tuple[str, str]:
 
 def install_of(clues: Clues, said: Project) -> tuple[Command, str]:
     """Return the command that installs a project's packages, and the reason."""
-    if "package.json" not in clues.names:
+    workspace = said.workspaces or "pnpm-workspace.yaml" in clues.names
+    if "package.json" not in clues.names and not workspace:
         return (), "there is no package.json"
-    if not said.packages and not said.workspaces:
+    if not said.packages and not workspace:
         return (), "package.json names no packages"
     manager, why = manager_of(clues, said)
     locked = any(file in clues.names for file, kind in _LOCKFILES if kind == manager)
-    if manager == "yarn" and (
-        ".yarnrc.yml" in clues.names or said.manager.startswith(("yarn@2", "yarn@3", "yarn@4"))
-    ):
-        return (("yarn", "install", "--immutable") if locked else ("yarn", "install")), why
+    if manager == "yarn" and (".yarnrc.yml" in clues.names or _BERRY.match(said.manager)):
+        command: Command = ("yarn", "install", "--immutable") if locked else ("yarn", "install")
+        if package := _berry(clues, said):
+            own = f'npm install --global --silent --prefix "$HOME/.local" {package}'
+            return ("sh", "-c", f"{own} && {_OWN} {shlex.join(command)}"), f"{why}, which is not in the image"
+        return command, why
     return (_LOCKED[manager] if locked else (manager, "install")), why
+
+
+def _berry(clues: Clues, said: Project) -> str:
+    """Return the package of Yarn since 2 that a project needs and does not bring along, or ""."""
+    found = _BERRY.match(said.manager)
+    rc = ".yarnrc.yml" in clues.names and (found is not None or not said.manager)
+    if (found is None and not rc) or any(name.startswith(".yarn/releases/") for name in clues.names):
+        return ""
+    return f"@yarnpkg/cli-dist@{found[1]}" if found is not None else "@yarnpkg/cli-dist"
 
 
 def _dev_server(framework: Framework, said: Project, manager: str) -> tuple[Command, str] | None:
@@ -307,7 +433,11 @@ def _dev_server(framework: Framework, said: Project, manager: str) -> tuple[Comm
         return _run(manager, script, *listen), f"{told}, told where to listen"
     if any(script in said.scripts for script in ("dev", "start")):
         return None
-    return (*_EXECUTE[manager], *framework.dev, *listen), "no script starts it, so its own command does"
+    return (
+        *_EXECUTE[manager],
+        *framework.dev.split(),
+        *listen,
+    ), "no script starts it, so its own command does"
 
 
 def _plain(framework: Framework, text: str) -> bool:
@@ -318,8 +448,8 @@ def _plain(framework: Framework, text: str) -> bool:
         words = shlex.split(text)
     except ValueError:
         return False
-    first = next((word for word in words if not _ASSIGNED.fullmatch(word)), "")
-    return program(first) in framework.programs
+    own = [word for word in words if not _ASSIGNED.fullmatch(word)]
+    return program(own[program(own[0]) in ("npx", "bunx") if len(own) > 1 else 0]) in framework.programs
 
 
 def _told(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Final
 
 from gateway.detection.clues import Clues
@@ -10,7 +11,7 @@ from gateway.detection.detected import Command, Detected
 
 DEV_SERVERS: Final = frozenset({"fastapi", "flask", "django"})
 
-_MANIFESTS: Final = ("pyproject.toml", "requirements.txt", "Pipfile")
+MANIFESTS: Final = ("pyproject.toml", "requirements.txt", "Pipfile")
 # a requirement, at the beginning of a line or in quotes: name and extras
 _NAMED: Final = re.compile(
     r"(?:^|[\"'])[ \t]*([A-Za-z0-9][\w.-]{0,100}(?:\[[\w ,.-]{1,100}\])?)", re.MULTILINE
@@ -19,6 +20,8 @@ _APP: Final = re.compile(
     r"^(\w{1,60})[ \t]*(?::[ \t]*[\w.]+[ \t]*)?=[ \t]*(?:\w+\.)?(FastAPI|Starlette|Flask)\(", re.MULTILINE
 )
 _FACTORY: Final = re.compile(r"^def create_app\(", re.MULTILINE)
+# of programs that run the file of an app, on an address that they are told
+_SCRIPTS: Final = re.compile(r"^(?:import|from)[ \t]+(streamlit|gradio)\b", re.MULTILINE)
 _WATCHING: Final = frozenset({"watchfiles", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]"})
 _SERVES: Final = re.compile(r"\b(?:HTTPServer|TCPServer|serve_forever|make_server|uvicorn\.run|\.run)\b")
 _RUN: Final = ".venv/bin"
@@ -30,7 +33,7 @@ _LISTEN: Final = ("--host", "0.0.0.0", "--port", "$PORT")  # noqa: S104 - of the
 def detect(clues: Clues) -> Detected | None:
     """Return how a site is installed and started; None if it is not Python."""
     sources = sorted(name for name in clues.texts if name.endswith(".py"))
-    manifest = next((name for name in _MANIFESTS if name in clues.names), None)
+    manifest = next((name for name in MANIFESTS if name in clues.names), None)
     if manifest is None and "manage.py" not in clues.names and not any("/" not in name for name in sources):
         return None
     packages = _packages(clues)
@@ -42,15 +45,18 @@ def detect(clues: Clues) -> Detected | None:
     if "manage.py" in clues.names:
         return _django(packages, install, installed, clues)
     for name in sorted(sources, key=lambda name: name.count("/")):
+        if (found := _SCRIPTS.search(clues.text(name))) is not None and not _APP.search(clues.text(name)):
+            return _script(name, found[1], install, installed, clues)
+    for name in sorted(sources, key=lambda name: name.count("/")):
         found = _APP.search(clues.text(name))
         if found is not None and found[2] == "Flask":
-            return _flask(name, found[1], install, installed, clues)
+            return _flask(name, found[1], packages, install, installed, clues)
         if found is not None:
             return _asgi(name, found[1], found[2], packages, install, installed, clues)
     if "flask" in packages:
         for name in sources:
             if _FACTORY.search(clues.text(name)):
-                return _flask(name, "create_app", install, installed, clues)
+                return _flask(name, "create_app", packages, install, installed, clues)
     for name in sources:
         if "/" not in name and _SERVES.search(clues.text(name)):
             start = (*_program(install, "python"), name)
@@ -89,7 +95,22 @@ def _django(packages: frozenset[str], install: Command, installed: str, clues: C
     return Detected(
         *("django", "Django", "there is a manage.py", install, installed),
         trouble="for production Django is served by gunicorn or uvicorn, and no requirement names one of "
-        "them: add it, give another command with `start` (--start), or deploy its dev server",
+        "them: add it, or give another command with `start` (--start)",
+    )
+
+
+def _script(name: str, kind: str, install: Command, installed: str, clues: Clues) -> Detected:
+    why = f"{name} imports {kind}"
+    python = _program(install, "python")
+    start: Command
+    if kind == "streamlit":
+        words = ("--server.headless", "true", "--server.address", "0.0.0.0", "--server.port", "$PORT")  # noqa: S104
+        start = (*python, "-m", "streamlit", "run", name, *words)
+        return Detected("streamlit", "Streamlit", why, install, installed, start, f"Streamlit runs {name}")
+    line = f"GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=$PORT exec {shlex.join((*python, name))}"
+    return Detected(
+        *("gradio", "Gradio", why, install, installed, ("sh", "-c", line), "it is run"),
+        watch=not clues.production,
     )
 
 
@@ -98,15 +119,33 @@ def _imported(clues: Clues, sources: list[str]) -> str:
     if "manage.py" in clues.names:
         return "django"
     kinds = {found[2] for name in sources if (found := _APP.search(clues.text(name))) is not None}
-    return "fastapi[standard]" if "FastAPI" in kinds else "flask" if "Flask" in kinds else ""
+    if kinds:
+        return "fastapi[standard]" if "FastAPI" in kinds else "flask" if "Flask" in kinds else ""
+    return next((found[1] for name in sources if (found := _SCRIPTS.search(clues.text(name)))), "")
 
 
-def _flask(name: str, app: str, install: Command, installed: str, clues: Clues) -> Detected:
-    # without the debugger, which would run code that any visitor sends
-    words = ("run", *_LISTEN, *(() if clues.production else ("--reload",)), "--no-debugger")
-    start = (*_program(install, "flask"), "--app", f"{name}:{app}", *words)
+def _flask(
+    name: str, app: str, packages: frozenset[str], install: Command, installed: str, clues: Clues
+) -> Detected:
+    why, started = f"{name} makes a Flask", f"`{app}` of {name}"
+    start: Command
+    if not clues.production:
+        # without the debugger, which would run code that any visitor sends
+        words = ("run", *_LISTEN, "--reload", "--no-debugger")
+        start = (*_program(install, "flask"), "--app", f"{name}:{app}", *words)
+        return Detected("flask", "Flask", why, install, installed, start, started)
+    module = name.removesuffix(".py").replace("/", ".")
+    for server, listen in (("gunicorn", "--bind"), ("waitress", "--listen")):
+        if server in packages:
+            factory = app == "create_app"
+            call = ("--call",) if factory and server == "waitress" else ()
+            what = f"{module}:{app}()" if factory and server == "gunicorn" else f"{module}:{app}"
+            start = (*_program(install, server), listen, "0.0.0.0:$PORT", *call, what)
+            return Detected("flask", "Flask", why, install, installed, start, f"{started}, by {server}")
     return Detected(
-        "flask", "Flask", f"{name} makes a Flask", install, installed, start, f"`{app}` of {name}"
+        *("flask", "Flask", why, install, installed),
+        trouble="for production Flask is served by gunicorn or waitress, and no requirement names one of "
+        "them: add gunicorn to its requirements, or give another command with `start` (--start)",
     )
 
 
@@ -149,7 +188,7 @@ def _asgi(
 
 def _packages(clues: Clues) -> frozenset[str]:
     found = set[str]()
-    for manifest in _MANIFESTS:
+    for manifest in MANIFESTS:
         for name in _NAMED.findall(clues.text(manifest)):
             plain = name.lower().replace(" ", "")
             found |= {plain, plain.partition("[")[0]}

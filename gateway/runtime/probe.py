@@ -18,6 +18,7 @@ _PAUSE: Final = 0.015  # seconds between attempts; there is no event to wait for
 _CONNECT: Final = 0.1  # seconds per attempt; while the network is down the kernel would retry only after 1 s
 _ANSWER: Final = 10.0  # seconds for an answer
 _DISCARD: Final = 9  # a port on which nothing listens (RFC 863)
+DOCUMENT: Final = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"  # what a browser accepts
 _TRACE: Final = 61.0  # seconds for which an ended connection is visible
 _FIELDS: Final = 100  # most header lines before a body
 _HEAD: Final = 4096  # most bytes of a line of an answer
@@ -142,7 +143,9 @@ async def _exchange(
 ) -> tuple[bytes, bytes]:
     """Send one request; return the first line and up to `most` bytes of the body. Raises as `ask` does."""
     version = "1.0" if most else "1.1"  # HTTP/1.0 bodies are not chunked
-    request = f"GET {path} HTTP/{version}\r\nHost: {host or address}\r\nConnection: close\r\n\r\n".encode()
+    # a page is asked for as by a browser: Qwik's dev server answers 404 to whoever does not accept HTML
+    fields = f"Host: {host or address}\r\nAccept: {DOCUMENT}\r\nConnection: close"
+    request = f"GET {path} HTTP/{version}\r\n{fields}\r\n\r\n".encode()
     with socket.socket() as own:
         own.setblocking(False)
         own.bind(("", 0))  # so that the port is known before the connection becomes visible

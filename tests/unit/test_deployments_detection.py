@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from gateway.deployments.causes import shown
+from gateway.deployments.http import PublishBody
 from gateway.deployments.manifest import Manifest, Overrides, written
+from gateway.deployments.publishing import for_production
 from gateway.deployments.template import uploaded
 from gateway.detection import Clues, Detected, detect
 from gateway.detection.apart import detect_apart
@@ -43,6 +45,18 @@ def scripts(**said: str) -> dict[str, Any]:
 
 VITE = package("vite", **scripts(dev="vite", build="vite build"))
 EXPRESS = package("express", **scripts(start="node index.js"))
+# pages and an API, started by one script in development and served by one program in production
+TEMPLATE1 = {
+    "package.json": package("hono", "concurrently", "vite", **{"scripts": {
+        "dev": 'bun x concurrently -k -n api,vite "bun dev:api" "bun dev:client"',
+        "dev:api": "API_PORT=$((${PORT:-3333} + 1000)) bun server.ts",
+        "dev:client": "vite",
+        "build": "vite build",
+        "preview": "NODE_ENV=production bun server.ts",
+    }}),
+    "server.ts": "export default { port: 1, fetch: app.fetch }",
+    "index.html": "",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -122,7 +136,7 @@ DEV = "--host 0.0.0.0 --port $PORT"
         ({"package.json": package("fastify", **scripts(dev="fastify start -w app.js"))}, "fastify",
          "bun run dev --address 0.0.0.0 --port $PORT"),
         ({"package.json": package("@angular/core", **scripts(start="ng serve")), "package-lock.json": ""},
-         "node",
+         "angular",
          "npm run start -- --host 0.0.0.0 --port $PORT"),
         ({"server.ts": "Bun.serve({fetch})"}, "bun", "bun server.ts"),
         ({"package.json": "{}", "index.js": "http.createServer(x).listen(1)"}, "node", "node index.js"),
@@ -173,12 +187,20 @@ def test_a_folder_is_known_by_its_files(folder: Folder, name: str, start: str) -
         ({"package-lock.json": ""}, {}, "npm ci"),
         ({"pnpm-lock.yaml": ""}, {}, "pnpm install --frozen-lockfile"),
         ({"yarn.lock": ""}, {}, "yarn install --frozen-lockfile"),
-        ({"yarn.lock": "", ".yarnrc.yml": ""}, {}, "yarn install --immutable"),
+        ({"yarn.lock": "", ".yarnrc.yml": "", ".yarn/releases/yarn-4.cjs": ""}, {},
+         "yarn install --immutable"),
+        ({"yarn.lock": "", ".yarnrc.yml": ""}, {},
+         'npm install --global --silent --prefix "$HOME/.local" @yarnpkg/cli-dist && '
+         "PATH=$HOME/.local/bin:$PATH yarn install --immutable"),
+        ({"yarn.lock": ""}, {"packageManager": "yarn@4.18.1+sha512.0f"},
+         'npm install --global --silent --prefix "$HOME/.local" @yarnpkg/cli-dist@4.18.1 && '
+         "PATH=$HOME/.local/bin:$PATH yarn install --immutable"),
+        ({"yarn.lock": ""}, {"packageManager": "yarn@1.22.22"}, "yarn install --frozen-lockfile"),
         ({}, {}, "bun install"),
         ({}, {"packageManager": "pnpm@10.1.0"}, "pnpm install"),
         ({"package-lock.json": "", "yarn.lock": ""}, {"packageManager": "npm@11"}, "npm ci"),
     ],
-)
+)  # fmt: skip
 def test_a_lockfile_names_the_package_manager(files: Folder, more: dict[str, Any], install: str) -> None:
     text = package("vite", **scripts(dev="vite"), **more)
     assert found({"package.json": text, **files}).to_dict(3000)["install"] == install
@@ -289,9 +311,32 @@ def test_djangos_dev_server_is_told_the_domain_however_it_is_named() -> None:
          "bun install && bun run build", "env NODE_ENV=production bun run start"),
         ({"package.json": VITE, "Procfile": "web: node x"}, "bun install && bun run build",
          "PATH=node_modules/.bin:.venv/bin:$PATH; node x"),
-        ({"app.py": "app = Flask(__name__)", "requirements.txt": "flask"},
+        ({"app.py": "app = Flask(__name__)", "requirements.txt": "flask\ngunicorn"},
          "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt",
-         ".venv/bin/python -m flask --app app.py:app run --host 0.0.0.0 --port $PORT --no-debugger"),
+         ".venv/bin/python -m gunicorn --bind 0.0.0.0:$PORT app:app"),
+        ({"a/app.py": "", "app.py": "def create_app():", "requirements.txt": "flask\nwaitress"},
+         "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt",
+         ".venv/bin/python -m waitress --listen 0.0.0.0:$PORT --call app:create_app"),
+        # what its own server serves beside the pages
+        (TEMPLATE1, "bun install && bun run build", "env NODE_ENV=production bun run preview"),
+        ({"package.json": package("@docusaurus/core", **scripts(start="docusaurus start",
+          build="docusaurus build", serve="docusaurus serve"))}, "bun install && bun run build", "build"),
+        ({"package.json": package("@11ty/eleventy", **scripts(start="npx @11ty/eleventy --serve"))},
+         "bun install && bunx eleventy", "_site"),
+        ({"package.json": package("@angular/cli", **scripts(start="ng serve", build="ng build")),
+          "angular.json": '{"version": 1,\n  "projects": {\n    "shop": {}}}'},
+         "bun install && bun run build", "dist/shop/browser"),
+        ({"package.json": package("vite", "nitro", "@tanstack/react-start", **scripts(dev="vite dev",
+          build="vite build"))}, "bun install && bun run build",
+         "env NODE_ENV=production node .output/server/index.mjs"),
+        ({"package.json": package("vite", "@solidjs/start", "nitro", **scripts(dev="vite dev", build="x"))},
+         "bun install && bun run build", "env NODE_ENV=production node .output/server/index.mjs"),
+        ({"package.json": package("@builder.io/qwik", "vite", **scripts(dev="vite --mode ssr",
+          build="qwik build", serve="node server/entry.express"))},
+         "bun install && bun run build", "env NODE_ENV=production bun run serve"),
+        # a program that only looks for edits beside
+        ({"package.json": package("hono", **scripts(dev="bun run --hot src/index.ts")), "src/index.ts": ""},
+         "bun install", "env NODE_ENV=production bun run src/index.ts"),
         ({"package.json": package("next"), "next.config.ts": "export default {\n  output: 'export',\n}"},
          "bun install && bunx next build", "out"),
         ({"package.json": package("next"), "next.config.ts": "export default {\n  // output: 'export',\n}"},
@@ -319,6 +364,136 @@ def test_in_production_it_is_built_and_what_was_built_is_served(
     assert detected is not None
     told = detected.to_dict(3000)
     assert (told["install"], told["static"] or told["start"]) == (install, start)
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ({"package.json": package("express", **scripts(dev="nodemon a.js"))}, "starts nodemon, which is for"),
+        ({"package.json": package("express", **scripts(start="tsx watch a.ts"))}, "starts tsx, which is for"),
+        ({"package.json": package("react-scripts", **scripts(start="react-scripts start"))},
+         "starts react-scripts, which is for development only: add a script `start`"),
+        ({"app.py": "app = Flask(__name__)", "requirements.txt": "flask"}, "add gunicorn to its"),
+        ({"manage.py": "", "requirements.txt": "django"}, "served by gunicorn or uvicorn"),
+        ({"Procfile": "web: flask --app x run --port $PORT"}, "is for development only"),
+        ({"Procfile": "web: npm run dev", "package.json": VITE}, "is for development only"),
+        ({"package.json": package("vite", "@tanstack/react-start", **scripts(dev="vite dev --port 3000"))},
+         "install `nitro` and add its plugin"),
+        ({"package.json": package("vite", "@solidjs/start", **scripts(dev="vite dev"))}, "install `nitro`"),
+        ({"package.json": package("vite", "@builder.io/qwik-city", **scripts(dev="vite --mode ssr"))},
+         "`npm run qwik add express`"),
+        # pages whose API would be missing
+        ({**TEMPLATE1, "package.json": json.dumps({**json.loads(TEMPLATE1["package.json"]), "scripts": {
+            "dev": "concurrently 'npm:dev:*'", "dev:api": "bun server.ts", "dev:pages": "vite",
+            "preview": "vite preview"}})},
+         "also runs server.ts, which is no part of the build of Vite: add a script `start`"),
+    ],
+)  # fmt: skip
+def test_a_dev_server_is_never_what_is_published(folder: Folder, said: str) -> None:
+    """It is refused with the line to write, and goes by a command that is given."""
+    data = archive(*((name, text.encode()) for name, text in folder.items()), manifest=None)
+    with pytest.raises(InvalidParams) as refused:
+        uploaded(data, Settings(), Overrides(mode="production"))
+    assert said in refused.value.message and "--start" in refused.value.message
+    published = for_production(data, Settings())
+    template = uploaded(published, Settings(), Overrides(start=("bun", "x.ts")))
+    assert template.manifest.start == ("env", "NODE_ENV=production", "bun", "x.ts")
+    if "package.json" in folder:
+        assert template.manifest.install
+    body = PublishBody(domain="a.test", start="bun x.ts", install="")  # type: ignore[arg-type]  # as text
+    assert body.request(b"").overrides == Overrides(start=("bun", "x.ts"), install=())
+    assert b'"start":["bun","x.ts"],"install":[]' in body.deployment(b"")
+
+
+def test_what_a_script_starts_goes_before_what_is_installed() -> None:
+    """A site whose script starts Vite is one of Vite, though its API is made with something else."""
+    detected = found(TEMPLATE1)
+    assert (detected.name, detected.start, detected.watch) == ("vite", ("bun", "run", "dev"), False)
+    text = package("hono", "vite", **scripts(dev="tsx watch src/index.ts"))
+    assert found({"package.json": text}).name == "hono"
+    text = package("hono", "vite", **scripts(dev="run-p dev:*", **{"dev:a": "tsx api.ts", "dev:b": "vite"}))
+    assert found({"package.json": text}).name == "vite"
+
+
+@pytest.mark.parametrize(
+    ("top", "install", "start", "built", "static"),
+    [
+        ({"package.json": json.dumps({"workspaces": ["user"], **scripts(dev="cd user && bun run dev",
+          build="cd user && bun run build")})},
+         "bun install", f"cd user && exec bun run dev {DEV}", "bun install && bun run build", "user/dist"),
+        ({"pnpm-workspace.yaml": "", "pnpm-lock.yaml": "",
+          "package.json": json.dumps(scripts(dev="pnpm -r dev"))},
+         "pnpm install --frozen-lockfile", f"cd user && exec pnpm run dev {DEV}",
+         "pnpm install --frozen-lockfile && cd user && pnpm run build", "user/dist"),
+        ({"package.json": json.dumps({"workspaces": ["*"], **scripts(dev="npm run dev -w @a/user")}),
+          "package-lock.json": "", "api/package.json": EXPRESS},
+         "npm ci", f"cd user && exec npm run dev -- {DEV}", "npm ci && cd user && npm run build",
+         "user/dist"),
+    ],
+)  # fmt: skip
+def test_the_app_that_a_workspace_starts_is_its_site(
+    top: Folder, install: str, start: str, built: str, static: str
+) -> None:
+    """Also where it needs others of the workspace; where that starts several, they are named."""
+    app = json.dumps({**json.loads(VITE), "name": "@a/user", "devDependencies": {"@a/ui": "workspace:*"}})
+    folder = {**top, "user/package.json": app, "user/index.html": "", "ui/package.json": package("react")}
+    detected = found(folder)
+    assert (detected.title, detected.to_dict(1)["install"], detected.start[2]) == ("Vite", install, start)
+    files = {name: text.encode() for name, text in folder.items()}
+    made = detect(Clues.of(files, production=True))
+    assert (made.to_dict(1)["install"], made.static) == (built, static)
+    data = archive(*files.items(), manifest=None)
+    framework, words, _ = uploaded(data, Settings()).framework()
+    assert framework is not None and framework.name == "vite" and "vite" in words
+
+
+@pytest.mark.parametrize(
+    ("folder", "what"),
+    [
+        ({"go.mod": "", "main.go": "", "index.html": ""}, "a Go module (there is go.mod)"),
+        ({"go.mod": "", "web/package.json": VITE}, "a Go module"),
+        ({"Cargo.toml": "", "src/main.rs": ""}, "a Rust crate"),
+        ({"Gemfile": "", "config/application.rb": "", "package.json": VITE}, "a Ruby on Rails application"),
+        ({"Gemfile": "", "config.ru": ""}, "a Ruby application"),
+        ({"artisan": "", "composer.json": "", "package.json": VITE}, "a Laravel application"),
+        ({"composer.json": "", "public/index.php": ""}, "a PHP application"),
+        ({"pom.xml": ""}, "a Java project of Maven"),
+        ({"build.gradle.kts": ""}, "a Java or Kotlin project of Gradle"),
+        ({"Shop.csproj": "", "Program.cs": ""}, "a .NET project (there is Shop.csproj)"),
+        ({"mix.exs": "", "assets/package.json": VITE}, "an Elixir project"),
+        ({"deno.json": "", "main.ts": ""}, "a Deno project"),
+    ],
+)
+def test_a_language_that_we_do_not_run_is_named(folder: Folder, what: str) -> None:
+    """With what to do, and before anything is sent: the command line looks for itself."""
+    detected = found(folder)
+    assert f"this is {what}" in detected.trouble and "--start" in detected.trouble
+    assert found({**folder, "Procfile": "web: ./x"}).name == "procfile"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "start"),
+    [
+        ({"streamlit_app.py": "import streamlit as st"}, "streamlit",
+         ".venv/bin/python -m streamlit run streamlit_app.py --server.headless true --server.address 0.0.0.0 "
+         "--server.port $PORT"),
+        ({"app.py": "import gradio as gr\n", "requirements.txt": "gradio"}, "gradio",
+         "GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=$PORT exec .venv/bin/python app.py"),
+        ({"package.json": package("@docusaurus/core", **scripts(start="docusaurus start"))}, "docusaurus",
+         f"bun run start {DEV} --no-open"),
+        ({"package.json": package("@11ty/eleventy", **scripts(start="npx @11ty/eleventy --serve"))},
+         "eleventy", "bun run start --port $PORT"),
+        ({"package.json": package("vite", "@builder.io/qwik-city", **scripts(dev="vite --mode ssr"))}, "qwik",
+         f"bun run dev {DEV}"),
+        ({"package.json": package("vite", "@tanstack/react-start", **scripts(dev="vite dev --port 3000"))},
+         "tanstack-start", f"bunx vite dev {DEV}"),
+        ({"package.json": package("vite", packageManager="yarn@4.1.0", **scripts(dev="vite"))}, "vite",
+         f"PATH=$HOME/.local/bin:$PATH exec yarn run dev {DEV}"),
+    ],
+)  # fmt: skip
+def test_todays_frameworks_are_known(folder: Folder, name: str, start: str) -> None:
+    detected = found(folder)
+    assert (detected.name, detected.to_dict(3000)["start"]) == (name, start)
 
 
 def test_what_has_no_production_says_so() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
 import pytest
 
 from gateway.deployments.health import Health
+from gateway.deployments.page import Browser
 from gateway.events import Bus
 from gateway.runtime import probe
 from gateway.runtime.sites import Exposure, Site, Sites
@@ -35,6 +37,23 @@ async def serving(status: int, body: bytes, *, own: bool = True) -> AsyncIterato
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     yield server.sockets[0].getsockname()[1]
     server.close()
+
+
+async def test_a_page_is_asked_for_as_by_a_browser() -> None:
+    """Some dev servers, such as Qwik's, answer 404 to whoever does not say that HTML is accepted."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        accepted = re.search(rb"\r\nAccept: text/html,\S", head) is not None
+        writer.write(OK if accepted else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await probe.answer("127.0.0.1", port, "/", DEADLINE, host="shop.example.com") == 200
+        async with Browser("127.0.0.1", port, "shop.example.com") as browser:
+            assert (await browser.look("/", DEADLINE)).status == 200
 
 
 async def refused(port: int, host: str | None = "shop.example.com") -> probe.HostRefused | None:

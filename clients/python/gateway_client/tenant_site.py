@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gateway_client.tenant_lifecycle import TenantLifecycle
@@ -49,12 +49,17 @@ class TenantSite(TenantLifecycle):
         size: str = "small",
         env: Mapping[str, str] | None = None,
         tenant: str | None = None,
+        start: str | Sequence[str] | None = None,
+        install: str | Sequence[str] | None = None,
         key: str | None = None,
     ) -> Deployment:
-        """Begin to build the site for production and serve it at another domain, in a separate tenant."""
+        """Begin to build the site for production and serve it at another domain, in a separate tenant.
+
+        What serves it (`start`) and what installs and builds it (`install`) are detected unless given.
+        """
+        given = {"env": env, "tenant": tenant, "start": start, "install": install}
         body: dict[str, Any] = {"domain": domain, "size": size}
-        body |= {} if env is None else {"env": dict(env)}
-        body |= {} if tenant is None else {"tenant": tenant}
+        body |= {name: value for name, value in given.items() if value is not None}
         return await self._begun("POST", "publish", body, key)
 
     async def rollback(self, to: str | None = None, *, key: str | None = None) -> Deployment:

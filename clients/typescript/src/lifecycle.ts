@@ -185,10 +185,14 @@ export abstract class Lifecycle<Twin> extends Tools {
       readonly env?: Readonly<Record<string, string>> | undefined;
       /** Its tenant; default: derived from the domain. */
       readonly tenant?: string | undefined;
+      /** What serves it; default: detected. */
+      readonly start?: string | readonly string[] | undefined;
+      /** What installs and builds it; default: detected. */
+      readonly install?: string | readonly string[] | undefined;
     } = {},
   ): Promise<Deployment> {
-    const { size = "small", env, tenant, ...begin } = options;
-    return this.#begin("POST", "/publish", { domain, size, env, tenant }, begin);
+    const { size = "small", env, tenant, start, install, ...begin } = options;
+    return this.#begin("POST", "/publish", { domain, size, env, tenant, start, install }, begin);
   }
 
   /** Begins to go back to a kept site: the one live before, or that of the deployment `to`. */
