@@ -52,11 +52,15 @@ class Lines:
         self._length = length
         self._size = tail
         self._tail = b""
+        self._cut = False  # whether the tail begins somewhere within the stream
         self._rest = b""
 
     def feed(self, piece: bytes) -> list[str]:
         """Return the lines completed by this data."""
-        self._tail = (self._tail + piece[-self._size :])[-self._size :]
+        if len(self._tail) + len(piece) > self._size:
+            self._tail, self._cut = (self._tail + piece[-self._size :])[-self._size :], True
+        else:
+            self._tail += piece
         if not self._left:
             return []
         *whole, rest = (self._rest + piece).split(b"\n", self._left)
@@ -71,8 +75,9 @@ class Lines:
 
     @property
     def tail(self) -> str:
-        """The last bytes of the stream."""
-        return self._tail.decode("utf-8", "replace")
+        """The last bytes of the stream, from the beginning of a line if one begins among them."""
+        _, line_end, after = self._tail.partition(b"\n") if self._cut else (b"", b"", b"")
+        return (after if line_end and after else self._tail).decode("utf-8", "replace")
 
     def _text(self, line: bytes) -> str:
         return line[: self._length].decode("utf-8", "replace")

@@ -13,6 +13,7 @@ from gateway.cli.confirming import Failed
 from gateway.settings import load_client
 from gateway_client.client import Client
 from gateway_client.credentials import Token
+from gateway_client.tenant import Tenant
 
 
 @contextlib.asynccontextmanager
@@ -28,6 +29,17 @@ async def client_of(url: str | None, token: str | None, lifetime: int = 3600) ->
         raise Failed(f"{error}; correct --url or GATEWAY_URL") from None
     async with client:
         yield client
+
+
+async def tenant_of(client: Client, named: str) -> Tenant:
+    """Return the tenant with a name or a domain, of which only a domain has a dot. Raises `Failed`."""
+    if "." not in named:
+        return client.tenant(named)
+    domain = named.rstrip(".").lower()
+    for info in await client.tenants():
+        if info.domain == domain:
+            return client.tenant(info.name)
+    raise Failed(f"no tenant has the domain {named}; `incus-gateway list` shows all")
 
 
 def _own_token(secret: str, lifetime: int) -> str:

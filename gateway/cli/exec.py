@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.options import TenantName, TokenOption, Url, assignment
 from gateway.errors import NotFound
 from gateway.terminal import copy
@@ -43,13 +43,10 @@ def exec(
     pty = _terminal_size() if terminal else None
 
     async def run() -> int:
-        async with (
-            client_of(url, token) as client,
-            client.tenant(tenant).exec(
-                argv, cwd=cwd, user=user, env=variables, pty=pty, stdin=True
-            ) as process,
-        ):
-            return await _attend(process, terminal)
+        async with client_of(url, token) as client:
+            inside = await tenant_of(client, tenant)
+            async with inside.exec(argv, cwd=cwd, user=user, env=variables, pty=pty, stdin=True) as process:
+                return await _attend(process, terminal)
 
     with _raw_terminal() if terminal else contextlib.nullcontext():
         code = run_to_end(run())
@@ -108,7 +105,7 @@ async def _attend(process: Exec, terminal: bool) -> int:
             # if nobody reads our output we block here, which slows down the command
             await asyncio.to_thread(copy, chunk, to_stderr=name == "stderr")
 
-    feeding = asyncio.create_task(_feed(process))
+    feeding = asyncio.create_task(feed(process))
     try:
         await copy_output()
         exit_ = await process.wait()
@@ -121,7 +118,7 @@ async def _attend(process: Exec, terminal: bool) -> int:
     return exit_.code
 
 
-async def _feed(process: Exec) -> None:
+async def feed(process: Exec) -> None:
     """Send our standard input to the command until it ends."""
     loop = asyncio.get_running_loop()
     descriptor = sys.stdin.fileno()

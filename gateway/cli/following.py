@@ -1,4 +1,4 @@
-"""What commands that begin a deployment share: its tenant, its progress, its end."""
+"""What commands that begin a deployment share: its progress and its end."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ import typer
 from gateway.cli.asking import run_to_end
 from gateway.cli.confirming import Failed
 from gateway.cli.progress import Progress, follow
-from gateway.terminal import out
-from gateway_client.client import Client
+from gateway.terminal import line, out
 from gateway_client.deployments import Deployment, DeploymentRecord
-from gateway_client.tenant import Tenant
 
 Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The site's domain, or its tenant")]
-
-
-async def tenant_of(client: Client, domain: str) -> Tenant:
-    """Return the tenant that has a domain or a name. Raises `Failed`."""
-    wanted = domain.rstrip(".").lower()
-    found = await client.tenants()
-    for info in (
-        *(one for one in found if one.domain == wanted),
-        *(one for one in found if one.name == wanted),
-    ):
-        return client.tenant(info.name)
-    raise Failed(f"no tenant has the domain {domain}; `incus-gateway list` shows all")
 
 
 async def followed(begun: Deployment, domain: str, *, as_json: bool) -> DeploymentRecord:
@@ -35,7 +21,11 @@ async def followed(begun: Deployment, domain: str, *, as_json: bool) -> Deployme
     if as_json:
         return await follow(begun, out.json)
     with Progress(out, domain) as progress:
-        return await follow(begun, progress.told)
+        record = await follow(begun, progress.told)
+    if record.error is not None:  # it ends with output that may stand above already
+        said = record.error.message.splitlines()
+        record.error.message = "\n".join(one for one in said if line(one) not in progress.printed)
+    return record
 
 
 def ended(work: Coroutine[Any, Any, DeploymentRecord]) -> DeploymentRecord:

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.confirming import somebody_is_there
-from gateway.cli.following import Domain, ended, followed, tenant_of
+from gateway.cli.following import Domain, ended, followed
 from gateway.cli.options import Json, TokenOption, Url
 from gateway.terminal import err, line, out
 from gateway_client.deployments import DeploymentRecord
@@ -36,7 +36,7 @@ def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: T
         known = {record.id for record in history.deployments}
         rows: list[Sequence[str]] = [
             (
-                *(record.id, _when(record.all["created"]), _what(record), record.state),
+                *(record.id, _when(record.all["created"]), _what(record), _state(record)),
                 "live" if record.id == history.live else "kept" if record.id in history.kept else "",
             )
             for record in history.deployments
@@ -156,6 +156,13 @@ def _what(record: DeploymentRecord) -> str:
     if said["env"]:
         return line(f"env {', '.join(said['env'])}")
     return str(said["template"])
+
+
+def _state(record: DeploymentRecord) -> str:
+    """Return a deployment's state in a word; one that was undone says why."""
+    if record.error is None:
+        return record.state
+    return "cancelled" if record.error.code == "cancelled" else "failed"
 
 
 def _when(seconds: float) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.confirming import Failed, confirm, somebody_is_there
 from gateway.cli.options import Json, TenantName, TokenOption, Url, Yes
 from gateway.errors import NotFound
@@ -39,7 +39,7 @@ def history(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            asked = client.tenant(tenant)
+            asked = await tenant_of(client, tenant)
             if turn is None:
                 turns = await asked.history(lines)
                 if as_json:
@@ -91,7 +91,7 @@ def undo(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            asked = client.tenant(tenant)
+            asked = await tenant_of(client, tenant)
             turns = await asked.history(_LOOKED)
             if not turns:
                 raise Failed(f"{tenant} has no turns yet: there is nothing to undo")

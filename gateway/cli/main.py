@@ -111,7 +111,8 @@ def run() -> int:
     except ExecFailed as error:
         return _failed(error.message, int(error.facts.get("exitCode", 1)))
     except GatewayError as error:
-        return _failed(error.message)
+        hint = "; `incus-gateway list` shows all" if error.message.startswith("no tenant ") else ""
+        return _failed(error.message + hint)
     except PermissionError as error:
         return _failed(f"{error.strerror}: {error.filename}; run it as root")
     except OSError as error:

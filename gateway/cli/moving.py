@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.confirming import Failed
 from gateway.cli.options import Json, TenantName, TokenOption, Url
 from gateway.errors import GatewayError, NotFound
@@ -37,7 +37,7 @@ def move(
 
     async def run() -> Mapping[str, Any]:
         async with client_of(url, token) as client:
-            return await client.tenant(tenant).move(member)
+            return await (await tenant_of(client, tenant)).move(member)
 
     done = run_to_end(run())
     if as_json:

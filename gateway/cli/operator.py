@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import datetime
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from gateway.auth import issuing
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.options import Json, TokenOption, Url
 from gateway.settings import load, load_client
-from gateway.terminal import out
+from gateway.terminal import err, line, out
 from gateway_client.errors import Disconnected
 
 
@@ -44,8 +45,11 @@ def token(
     if revoke is not None:
         from gateway.auth.tokens import identified
 
-        run_to_end(_revoke(*identified(revoke), url, own))
-        out.say("the token is revoked")
+        identity, expires = identified(revoke)
+        run_to_end(_revoke(identity, expires, url, own))
+        out.say(f"tokens with the id {line(identity)} are refused from now on")
+        if expires is None and not re.fullmatch("[0-9a-f]{32}", identity):
+            err.say("this is not an id that `incus-gateway token` gives: check that it is the token's jti")
         return
     settings = load_client()
     secret = issuing.load_secret(settings.secret, settings.state_dir)

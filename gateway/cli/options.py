@@ -45,7 +45,9 @@ def tenants_begun(ctx: typer.Context, incomplete: str) -> list[str]:
         return []
 
 
-TenantName = Annotated[str, typer.Argument(metavar="TENANT", autocompletion=tenants_begun)]
+TenantName = Annotated[
+    str, typer.Argument(metavar="TENANT", help="Its name or its domain", autocompletion=tenants_begun)
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 

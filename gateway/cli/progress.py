@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -29,6 +30,7 @@ _SAYS: Final = {
     "route": "route the domain to it",
     "verify": "see it answer",
 }
+_PRINTED: Final = 500  # lines; an error has fewer
 Told = Callable[[Mapping[str, Any]], None]
 
 
@@ -64,6 +66,8 @@ class Progress:
     last: str = ""
     undoing: bool = False
     detected: list[str] = field(default_factory=list)
+    printed: deque[str] = field(default_factory=lambda: deque(maxlen=_PRINTED))
+    """The last lines of output that were printed."""
     _live: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -87,7 +91,8 @@ class Progress:
                 self.last = line(event["lines"][-1])
                 if self._live is None:
                     for said in event["lines"]:
-                        self.console.say(f"    {line(said)}")
+                        self.printed.append(line(said))
+                        self.console.say(f"    {self.printed[-1]}")
             case "phase.finished" if phase is not None:
                 phase.state, phase.ms = "done", event["ms"]
                 phase.note = _note(event)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.confirming import Failed
 from gateway.cli.options import Json, TenantName, TokenOption, Url
 from gateway.terminal import line, out
@@ -20,7 +18,7 @@ def info(tenant: TenantName, as_json: Json = False, url: Url = None, token: Toke
 
     async def run() -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
         async with client_of(url, token) as client:
-            target = client.tenant(tenant)
+            target = await tenant_of(client, tenant)
             return await target.info(), await target.site(), len(await target.snapshots())
 
     found, site, kept = run_to_end(run())
@@ -80,7 +78,7 @@ def templates(as_json: Json = False, url: Url = None, token: TokenOption = None)
 
 
 def open_site(
-    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="The tenant, or its domain")],
+    tenant: TenantName,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
@@ -88,11 +86,7 @@ def open_site(
 
     async def run() -> str | None:
         async with client_of(url, token) as client:
-            wanted = tenant.rstrip(".").lower()
-            known = {name: info for info in await client.tenants() for name in (info.domain, info.name)}
-            if wanted not in known:
-                raise Failed(f"no tenant has the name or domain {tenant}; `incus-gateway list` shows all")
-            found: str | None = known[wanted].all["url"]
+            found: str | None = (await (await tenant_of(client, tenant)).info())["url"]
             return found
 
     address = run_to_end(run())

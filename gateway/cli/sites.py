@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from gateway import hostnames
 from gateway.cli import folders
-from gateway.cli.asking import client_of, run_to_end
-from gateway.cli.following import Domain, ended, followed, tenant_of
+from gateway.cli.asking import client_of, run_to_end, tenant_of
+from gateway.cli.following import Domain, ended, followed
 from gateway.cli.options import Json, Size, TokenOption, Url, Yes, assignment
 from gateway.deployments.manifest import Overrides
 from gateway.errors import GatewayError

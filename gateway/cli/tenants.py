@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.confirming import confirm, somebody_is_there
 from gateway.cli.options import Json, Size, TenantName, TokenOption, Url, Yes
 from gateway.errors import InvalidParams
@@ -16,7 +16,7 @@ from gateway.terminal import err, out
 
 
 def create(
-    tenant: TenantName,
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Its name")],
     domain: Annotated[str | None, typer.Option(help="The domain of its site")] = None,
 ) -> None:
     """Create a tenant from the base image and start it."""
@@ -72,7 +72,7 @@ def start(tenant: TenantName, url: Url = None, token: TokenOption = None) -> Non
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).start()
+            await (await tenant_of(client, tenant)).start()
 
     run_to_end(run())
     out.say(f"{tenant} is running")
@@ -85,7 +85,7 @@ def stop(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOpti
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).stop()
+            await (await tenant_of(client, tenant)).stop()
 
     run_to_end(run())
     out.say(f"{tenant} is stopped")
@@ -96,7 +96,7 @@ def sleep(tenant: TenantName, url: Url = None, token: TokenOption = None) -> Non
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).sleep()
+            await (await tenant_of(client, tenant)).sleep()
 
     run_to_end(run())
     out.say(f"{tenant} sleeps; the next visitor or command wakes it")
@@ -107,7 +107,7 @@ def restart(tenant: TenantName, url: Url = None, token: TokenOption = None) -> N
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).restart()
+            await (await tenant_of(client, tenant)).restart()
 
     run_to_end(run())
     out.say(f"{tenant} was restarted")
@@ -125,12 +125,12 @@ def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenO
 
     async def look() -> tuple[str | None, int]:
         async with client_of(url, token) as client:
-            target = client.tenant(tenant)
+            target = await tenant_of(client, tenant)
             return (await target.info())["domain"], len(await target.snapshots())
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).delete()
+            await (await tenant_of(client, tenant)).delete()
 
     if not yes:
         domain, kept = run_to_end(look())
@@ -159,7 +159,7 @@ def snapshot(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            target = client.tenant(tenant)
+            target = await tenant_of(client, tenant)
             if delete is not None:
                 await target.delete_snapshot(delete)
                 out.say(f"{tenant} no longer has the snapshot {delete}")
@@ -191,7 +191,7 @@ def restore(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).restore(snapshot)
+            await (await tenant_of(client, tenant)).restore(snapshot)
 
     if not yes and somebody_is_there():
         question = f"Restore the disk of {tenant} to {snapshot}? All later changes are lost."
@@ -211,7 +211,7 @@ def clone(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).clone(new, snapshot)
+            await (await tenant_of(client, tenant)).clone(new, snapshot)
 
     run_to_end(run())
     out.say(f"{new} is a copy of {tenant}{f' at {snapshot}' if snapshot else ''}; it has no domain")
@@ -227,7 +227,7 @@ def rename(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            await client.tenant(tenant).rename(None if domain == "-" else domain)
+            await (await tenant_of(client, tenant)).rename(None if domain == "-" else domain)
 
     run_to_end(run())
     out.say(f"{tenant} has {'no domain' if domain == '-' else f'the domain {domain}'}")
@@ -243,7 +243,7 @@ def resize(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            now = await client.tenant(tenant).resize(size.value)
+            now = await (await tenant_of(client, tenant)).resize(size.value)
         limits = " ".join(f"{name} {value}" for name, value in now["limits"].items() if value)
         out.say(f"{tenant} is {size.value}: {limits}")
 

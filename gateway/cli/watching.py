@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
 
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.options import Json, TenantName, TokenOption, Url
-from gateway.terminal import Lines, copy, encoded, out
+from gateway.cli.showing import size
+from gateway.terminal import Lines, copy, encoded, line, out
 
 
 def logs(
@@ -33,7 +36,8 @@ def logs(
         shown = Lines()
         # a stream cannot renew its token, so it needs one that lasts
         async with client_of(url, token, 30 * 86400 if follow else 3600) as client:
-            async for piece in client.tenant(tenant).logs(lines, follow):
+            site = await tenant_of(client, tenant)
+            async for piece in site.logs(lines, follow):
                 await asyncio.to_thread(copy, piece if raw else shown.cleaned(piece))
         copy(shown.cleaned(b"", last=True))
 
@@ -45,14 +49,23 @@ def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: T
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            answer = await client.tenant(tenant).metrics()
+            answer = await (await tenant_of(client, tenant)).metrics()
         if as_json:
             out.json(answer, indent=True)
             return
-        for name, value in answer.items():
-            out.say(f"{name:22} {value}")
+        for name, value in _rows(answer):
+            out.say(f"{name:30} {line(value)}")
 
     run_to_end(run())
+
+
+def _rows(measured: Mapping[str, Any], of: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in measured.items():
+        if isinstance(value, Mapping):
+            yield from _rows(value, f"{of}{name} ")
+        else:
+            shown = "-" if value is None else size(value) if name.endswith("_bytes") else str(value)
+            yield f"{of}{name.removesuffix('_bytes')}", shown
 
 
 def events(
@@ -70,10 +83,11 @@ def events(
     """Print events as they happen, until interrupted."""
 
     async def run() -> None:
-        async with (
-            client_of(url, token) as client,
-            client.events(tenant=tenant or None, types=type or None, last_event_id=last_event_id) as stream,
-        ):
+        async with contextlib.AsyncExitStack() as stack:
+            client = await stack.enter_async_context(client_of(url, token))
+            named = [(await tenant_of(client, one)).name for one in tenant or ()]
+            events = client.events(tenant=named or None, types=type or None, last_event_id=last_event_id)
+            stream = await stack.enter_async_context(events)
             async for event in stream:
                 if as_json:
                     about = {"id": event.id, "type": event.type, "tenant": event.tenant}

@@ -428,4 +428,6 @@ async def test_a_token_is_taken_back_with_a_gateway_and_without(tmp_path: Path) 
     assert noted == [("tester (cli)", "token.revoked")]
     assert b"token.revoked" in (await run(gateway, "audit"))[1]
     assert (await run(gateway, "token", "--revoke", "x", "--tenant", "shop"))[0] == 2
+    code, out, err = await run(gateway, "token", "--revoke", "zzz")
+    assert (code, out) == (0, b"tokens with the id zzz are refused from now on\n") and "check that" in err
     assert await gateway.stop() == 0

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import shutil
+import stat
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import orjson
 import pytest
 from typer.testing import CliRunner
 
-from gateway.cli import main
+from gateway.cli import copying, following, main
 from gateway.cli.loading import Group
+from gateway.errors import ExecFailed
 from tests.live import LiveGateway
 from tests.unit.command_line import run, served, start
+
+WAYS_OUT = ("..", "../..", "/etc", "here/..", "here/../..", "../there/..", "folder/../..")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +42,17 @@ async def test_one_tenant_is_shown(gateway: LiveGateway) -> None:
     assert found["url"] == said["url"] and found["site"]["answers"] is None
     for name in ("demo", "shown.example.com"):  # into a pipe it is printed alone
         assert await run(gateway, "open", name) == (0, f"{said['url']}\n".encode(), "")
+    domain = "shown.example.com"  # each command takes it in place of the name
+    assert (await run(gateway, "info", domain))[1] == (await run(gateway, "info", "demo"))[1]
+    assert (await run(gateway, "exec", domain, "--", "echo", "here"))[:2] == (0, b"here\n")
+    assert (await run(gateway, "cp", "-", f"{domain}:named"))[0] == 0
+    for words in (("logs",), ("metrics",), ("history",), ("snapshot", "--list"), ("restart",)):
+        assert (await run(gateway, words[0], domain, *words[1:]))[0] == 0, words
+    assert (await run(gateway, "info", "other.example.com"))[2] == (
+        "incus-gateway: no tenant has the domain other.example.com; `incus-gateway list` shows all\n"
+    )
+    measured = (await run(gateway, "metrics", "demo"))[1].decode()
+    assert "{" not in measured and "processes" in measured
     await run(gateway, "rename", "demo", "-")
     code, _, err = await run(gateway, "open", "demo")
     assert code == 1 and "incus-gateway rename demo DOMAIN" in err
@@ -83,19 +102,24 @@ async def test_files_and_folders_are_copied_both_ways(gateway: LiveGateway, tmp_
     data = os.urandom(300_000)
     (source / "deep" / "er" / "a b ü%20.bin").write_bytes(data)
     (source / "run").write_text("#!/bin/sh\n")
-    (source / "link").symlink_to("/etc/passwd")
+    (source / "run").chmod(0o750)
+    (source / "deep").chmod(0o700)
+    (source / "link").symlink_to("deep/er")
+    os.mkfifo(source / "pipe")
     code, out, err = await run(gateway, "cp", str(source), "demo:copy")
-    assert (code, out) == (0, b"demo:copy: 2 files, 293.0 KiB\n")
-    assert err == f"left out: {source}/link, not a regular file\n"
-    made = "chmod +x copy/run; ln -s /etc/passwd copy/out"
-    await run(gateway, "exec", "demo", "--", "sh", "-c", made)
+    assert (code, out) == (0, b"demo:copy: 3 files, 293.0 KiB\n")
+    assert err == "left out: ./copy/pipe, not a regular file\n"
+    made = "stat -c %a run deep; readlink link; ln -s /etc/passwd out; ln run again"
+    words = ("exec", "--cwd", "copy", "demo", "--", "sh", "-c", made)
+    assert (await run(gateway, *words))[1] == b"750\n700\ndeep/er\n"
     back = tmp_path / "back"
     code, out, err = await run(gateway, "cp", "demo:copy", str(back))
-    assert (code, out) == (0, f"{back}: 2 files, 293.0 KiB\n".encode())
-    assert err == "left out: copy/out, a symlink\n"
-    assert (back / "deep" / "er" / "a b ü%20.bin").read_bytes() == data
-    assert os.access(back / "run", os.X_OK) and (back / "empty").is_dir()
-    assert not os.path.lexists(back / "out")
+    assert (code, out) == (0, f"{back}: 4 files, 293.0 KiB\n".encode())
+    assert err == "left out: out, a link to /etc/passwd\n"
+    assert (back / "link" / "a b ü%20.bin").read_bytes() == data
+    modes = {name: stat.S_IMODE((back / name).stat().st_mode) for name in ("run", "again", "deep")}
+    assert modes == {"run": 0o750, "again": 0o750, "deep": 0o700}
+    assert (back / "empty").is_dir() and not os.path.lexists(back / "out")
     # a folder that is there takes it by its name
     assert (await run(gateway, "cp", "demo:copy/run", str(back / "empty")))[0] == 0
     assert (back / "empty" / "run").is_file()
@@ -107,7 +131,8 @@ async def test_files_and_folders_are_copied_both_ways(gateway: LiveGateway, tmp_
     [
         (("demo:none", "."), 1, "incus-gateway: there is no none in demo\n"),
         (("/nonexistent", "demo:"), 1, "incus-gateway: No such file or directory: /nonexistent\n"),
-        (("demo:../x", "."), 1, "leads out of the workspace"),
+        (("demo:none", "-"), 1, "No such file or directory"),
+        (("-", "demo:."), 1, "Is a directory"),
         (("a", "b"), 2, "one of FROM and TO must be TENANT:PATH"),
         (("demo:a", "demo:b"), 2, "one of FROM and TO must be TENANT:PATH"),
         (("./demo:a", "b"), 2, "one of FROM and TO must be TENANT:PATH"),
@@ -120,6 +145,72 @@ async def test_what_cannot_be_copied_is_told(
 ) -> None:
     found, out, err = await run(gateway, "cp", *words)
     assert (found, out) == (code, b"") and says in err
+
+
+async def test_an_error_repeats_no_output_that_was_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["npm error code E404", "npm error 404 Not Found"]
+    error = ExecFailed("`npm ci` ended with code 1: npm error\n" + "\n".join(lines), phase="install")
+
+    class Begun:
+        async def events(self) -> AsyncIterator[Any]:
+            yield SimpleNamespace(
+                type="deployment.phase.log", time="", data={"phase": "install", "lines": lines}
+            )
+
+        async def record(self) -> Any:
+            return SimpleNamespace(error=error)
+
+    await following.followed(cast("Any", Begun()), "shop.example.com", as_json=False)
+    assert error.message == "`npm ci` ended with code 1: npm error"
+    assert capsys.readouterr().out.splitlines() == [f"    {line}" for line in lines]
+
+
+async def test_a_copy_is_piped(gateway: LiveGateway) -> None:
+    data = os.urandom(300_000)
+    process = await start(gateway, "cp", "-", "demo:piped", stdin=asyncio.subprocess.PIPE)
+    assert (await process.communicate(data))[0] == b"" and process.returncode == 0
+    assert (await run(gateway, "cp", "demo:piped", "-"))[:2] == (0, data)
+
+
+def test_nothing_of_a_tenants_tar_leads_out_of_the_copy(tmp_path: Path) -> None:
+    """Whatever links it makes and writes through, in whatever order, and what was there before."""
+    there = tmp_path / "a" / "b" / "there"
+    there.mkdir(parents=True)
+    (there / "old").symlink_to(tmp_path)
+    entries: list[tuple[str, bytes, str]] = [
+        ("./x", tarfile.DIRTYPE, ""),
+        *((f"./x/up{number}", tarfile.SYMTYPE, way) for number, way in enumerate(WAYS_OUT)),
+        ("./x/here", tarfile.SYMTYPE, "."),
+        ("./x/here/../../../evil", tarfile.REGTYPE, ""),
+        ("./x/folder/file", tarfile.REGTYPE, ""),
+        ("./x/folder/link", tarfile.SYMTYPE, "../here/here/folder"),
+        ("./x/here/evil", tarfile.SYMTYPE, ".."),
+        ("./x/hard", tarfile.LNKTYPE, "./x/../../evil"),
+        ("./x/old", tarfile.DIRTYPE, ""),
+        ("./x/old/evil", tarfile.REGTYPE, ""),
+        ("./y/evil", tarfile.REGTYPE, ""),
+        ("/evil", tarfile.REGTYPE, ""),
+        ("./x/device", tarfile.CHRTYPE, ""),
+        ("./x/pipe", tarfile.FIFOTYPE, ""),
+    ]
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, kind, wanted in entries:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname, entry.mode = kind, wanted, 0o4777
+            archive.addfile(entry)
+    reading, writing = os.pipe()
+    os.write(writing, packed.getvalue())
+    os.close(writing)
+    before, copied = tmp_path.stat().st_mode, copying._Copied()
+    copying._unpack(reading, there, copied)
+    made = {path.relative_to(there).as_posix() for path in there.rglob("*")}
+    assert made == {"old", "here", "folder", "folder/file", "folder/link"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a"} and tmp_path.stat().st_mode == before
+    assert (
+        len(copied.left) == len(entries) - 4 and (there / "folder" / "file").stat().st_mode & 0o7777 == 0o777
+    )
+    assert (there / "folder" / "link").resolve() == there / "folder"
 
 
 async def test_the_manual_is_made_of_the_helps(gateway: LiveGateway) -> None:
