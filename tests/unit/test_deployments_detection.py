@@ -400,7 +400,7 @@ def test_a_dev_server_is_never_what_is_published(folder: Folder, said: str) -> N
     assert template.manifest.start == ("env", "NODE_ENV=production", "bun", "x.ts")
     if "package.json" in folder:
         assert template.manifest.install
-    body = PublishBody(domain="a.test", start="bun x.ts", install="")  # type: ignore[arg-type]  # as text
+    body = PublishBody(domain="a.test", start="bun x.ts", install="")
     assert body.request(b"").overrides == Overrides(start=("bun", "x.ts"), install=())
     assert b'"start":["bun","x.ts"],"install":[]' in body.deployment(b"")
 

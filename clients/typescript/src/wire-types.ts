@@ -167,6 +167,7 @@ export type ExecResize = {
 export type ExecSignal = {
   readonly exec: string;
   readonly signal: string | number;
+  readonly tree?: boolean | undefined;
 };
 
 /** Exactly one of `argv`, a program, and `command`, a line for bash. */
