@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from gateway.errors import Conflict, Forbidden, InvalidParams
+from gateway.protocol.maxima import DOMAIN_MAX as _MAX
+from gateway.protocol.maxima import HEADERS
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -22,7 +24,6 @@ PROBE: Final = "probe.invalid"
 
 _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _HOST: Final = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
-_MAX: Final = 253  # RFC 1035
 _NAME_MAX: Final = 63
 
 
@@ -35,7 +36,8 @@ class DomainReserved(Conflict):
 
 def normalized(text: str) -> str:
     """Return a domain in lower case and, if it is not ASCII, in IDNA. Raises `InvalidParams`."""
-    domain = text.strip().lower().removesuffix(".")
+    # IDNA takes microseconds for each character, and a name never becomes shorter by it
+    domain = text.strip().lower().removesuffix(".") if len(text) <= _MAX + 1 else ""
     try:
         domain = domain.encode("ascii" if domain.isascii() else "idna").decode("ascii").lower()
     except UnicodeError:
@@ -116,10 +118,14 @@ def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
 
     `own` is the result of `own_hosts`. A foreign page whose name resolves to the gateway's address sends that
     name. An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`). A
-    client without a `Host` is not a browser.
+    client without a `Host` is not a browser. Browsers send names in ASCII, so IDNA is not tried here.
     """
+    if not host or "*" in own:
+        return True
+    if not host.isascii() or len(host) > HEADERS["host"]:
+        return False
     name = _host(host)
-    if not host or "*" in own or name in own:
+    if name in own:
         return True
     if matches(name, ("localhost", "*.localhost")):
         return near

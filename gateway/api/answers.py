@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from gateway import protocol
 from gateway.deployments.record import Kind, State
 from gateway.errors import WIRE_CODES
+from gateway.protocol import types
 
 Code: TypeAlias = Annotated[str, WithJsonSchema({"type": "string", "enum": list(WIRE_CODES)})]
 Status: TypeAlias = Literal["running", "stopped", "frozen", "starting", "stopping", "error"]
@@ -52,21 +53,21 @@ class TenantsQuery(Query):
     """`after` is the last name of the previous page."""
 
     limit: Annotated[int, Field(ge=1, le=1000), BeforeValidator(_number)] | None = None
-    after: str = ""
+    after: types.TenantName = ""
 
 
 class HistoryQuery(Query):
     """`before` is a turn; older ones are returned."""
 
     limit: Annotated[int, Field(ge=1, le=200), BeforeValidator(_number)] = 50
-    before: str | None = None
+    before: types.TurnId | None = None
 
 
 class AuditQuery(Query):
     """`before` is the id of an entry; older ones are returned. In a cluster it is one of `member`."""
 
-    tenant: str | None = None
-    member: str | None = None
+    tenant: types.TenantName | None = None
+    member: types.MemberName | None = None
     limit: Annotated[int, Field(ge=1, le=1000), BeforeValidator(_number)] = 100
     before: Number | None = None
 
@@ -93,14 +94,14 @@ class LogsQuery(Query):
 class EventsQuery(Query):
     """Each is a comma-separated list of at most 64 values. A type may end in `*`."""
 
-    tenant: str | None = None
-    deployment: str | None = None
-    type: str | None = None
-    lastEventId: str | None = None
+    tenant: types.Choices | None = None
+    deployment: types.Choices | None = None
+    type: types.Choices | None = None
+    lastEventId: types.EventPosition | None = None
 
 
 class WakeQuery(Query):
-    domain: str = ""
+    domain: types.DomainName = ""
 
 
 # --- answers ------------------------------------------------------------------------------------------

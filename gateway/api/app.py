@@ -16,7 +16,7 @@ from gateway import __version__
 from gateway.api import background, clustered
 from gateway.api.assembly import opened
 from gateway.api.foundation import Prepared, prepared
-from gateway.api.http import RETRY_AFTER_MS, for_own_hosts, problem_handler, with_request_id
+from gateway.api.http import RETRY_AFTER_MS, at_the_edge, problem_handler, with_request_id
 from gateway.api.pages import for_listed_origins
 from gateway.api.routes import ROUTES
 from gateway.api.services import Services
@@ -58,7 +58,7 @@ class Gateway:
             },
         )
         relaying = clustered.relaying(app, lambda: self._services)
-        public = for_own_hosts(for_listed_origins(relaying, settings.origins), settings)
+        public = at_the_edge(for_listed_origins(relaying, settings.origins), settings)
         self.app = with_request_id(public, settings.body_timeout)
         self._relayed = with_request_id(relaying, settings.body_timeout)  # by peers, who asked for the host
 

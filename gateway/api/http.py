@@ -39,6 +39,7 @@ from gateway.errors import (
 from gateway.files.http import UnsatisfiableRange
 from gateway.hostnames import Misdirected, host_allowed, own_hosts
 from gateway.limits.budget import REQUEST, SMALL, Share
+from gateway.protocol import maxima
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ _SLICE: Final = 256 << 10  # bytes of an answer sent at a time
 _WEIGHING: Final = 30.0  # seconds to check the contents of a large body; the largest takes a moment
 _BY_CADDY: Final = ("/v1/wake", "/v1/preview")
 _ID_HEADER: Final = "x-request-id"
+_SHORT_HEADERS: Final = frozenset(
+    name.encode() for name, limit in maxima.HEADERS.items() if limit < maxima.HEADER_MAX
+)
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
@@ -171,9 +175,12 @@ def file_path(request: Request) -> str:
     if len(parts) < 6:
         raise NotFound("no such route")
     try:
-        return unquote_to_bytes(parts[5]).decode() or "."
+        path = unquote_to_bytes(parts[5]).decode() or "."
     except UnicodeDecodeError:
-        raise InvalidParams("the path is not UTF-8") from None
+        raise InvalidParams("the path is not UTF-8", field="path") from None
+    if len(path) > maxima.PATH_MAX:
+        raise InvalidParams(f"the path exceeds {maxima.PATH_MAX} characters", field="path")
+    return path
 
 
 def as_json(value: Mapping[str, Any]) -> Response:
@@ -263,22 +270,50 @@ def _allowed(request: Request) -> str:
     return ", ".join(sorted(methods))
 
 
-def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Refuse requests for hosts that are not ours with 421, websockets before their upgrade.
+class HeadTooLarge(TooLarge):
+    http_status = 431
 
-    Caddy calls some routes with the `Host` of the visited site.
+
+def check_head(scope: Scope) -> None:
+    """Raise `HeadTooLarge` for a request whose head has a part that is longer than any needs (`maxima`)."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    query: bytes = scope["query_string"]
+    parts = (
+        ("path", len(scope.get("raw_path") or scope["path"]), maxima.TARGET_MAX, "bytes"),
+        ("query", len(query), maxima.QUERY_MAX, "bytes"),
+        ("query", query.count(b"&") + 1, maxima.QUERY_MEMBERS, "members"),
+        ("headers", len(headers), maxima.HEADERS_MAX, "headers"),
+    )
+    for field, size, limit, what in parts:
+        if size > limit:
+            raise HeadTooLarge(f"the request's {field} exceeds {limit} {what}", field=field, limit=limit)
+    for name, value in headers:
+        if len(value) > maxima.HEADER_MAX or name in _SHORT_HEADERS:
+            limit = maxima.HEADERS.get(name.decode("latin-1"), maxima.HEADER_MAX)
+            if len(value) > limit:
+                field = name[:64].decode("latin-1")
+                raise HeadTooLarge(f"the header {field} exceeds {limit} bytes", field=field, limit=limit)
+
+
+def at_the_edge(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """Refuse heads that are too large, and requests for hosts that are not ours with 421.
+
+    Websockets are refused before their upgrade. Caddy calls some routes with the `Host` of the visited site.
     """
     own = own_hosts(settings)
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
-            host, near = Headers(scope=scope).get("host"), _near(scope)
-            by_caddy = near and scope["path"] in _BY_CADDY
-            if not by_caddy and not host_allowed(host, own, near=near):
-                error = Misdirected(
-                    f"this gateway is not {(host or '')[:100]!r}: use its address, or list the name in "
-                    "GATEWAY_HOSTS"
-                )
+            try:
+                check_head(scope)
+                host, near = Headers(scope=scope).get("host"), _near(scope)
+                by_caddy = near and scope["path"] in _BY_CADDY
+                if not by_caddy and not host_allowed(host, own, near=near):
+                    raise Misdirected(
+                        f"this gateway is not {(host or '')[:100]!r}: use its address, or list the name in "
+                        "GATEWAY_HOSTS"
+                    )
+            except (HeadTooLarge, Misdirected) as error:
                 if scope["type"] == "http":
                     await problem(error)(scope, receive, send)
                 else:

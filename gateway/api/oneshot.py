@@ -15,6 +15,7 @@ from gateway.api.exec_spec import exec_spec
 from gateway.errors import InvalidParams, RateLimited, Unavailable
 from gateway.execs import Attachment, Ended, Execs
 from gateway.limits.budget import Lease
+from gateway.protocol import types
 from gateway.runtime import StreamName
 from gateway.settings import Settings
 
@@ -26,12 +27,12 @@ class ExecBody(protocol.Params):
 
     model_config = protocol.Params.model_config | {"alias_generator": None}
 
-    argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
-    command: Annotated[str, Field(min_length=1)] | None = None
-    cwd: str | None = None
-    env: dict[str, str] = Field(default_factory=dict)
-    user: str | int | None = None
-    stdin: str | None = None
+    argv: types.Argv | None = None
+    command: types.Command | None = None
+    cwd: types.Cwd | None = None
+    env: types.Variables = Field(default_factory=dict)
+    user: types.User | None = None
+    stdin: types.Content | None = None
     timeout_ms: Annotated[int, Field(gt=0, le=86_400_000)] | None = None
 
 

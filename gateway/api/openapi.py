@@ -15,20 +15,31 @@ from gateway import __version__
 from gateway.api.answers import Problem
 from gateway.api.operation import ANY, OF_TOOL, OPEN, Media, Operation
 from gateway.auth import tokens
+from gateway.protocol import maxima
 
 PROBLEM: Final = "application/problem+json"
 _REF: Final = "#/components/schemas/{model}"
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::\w+)?\}")
 
+_SHORT: Final[dict[str, Any]] = {"type": "string", "minLength": 1, "maxLength": maxima.ID_MAX}
+_HEADER: Final[dict[str, Any]] = {"type": "string", "maxLength": maxima.HEADER_MAX}
 _PATH: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
-    "tenant": ("A tenant's name.", {"type": "string", "pattern": "^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"}),
-    "deployment": ("A deployment's id.", {"type": "string", "minLength": 1}),
-    "snapshot": ("A snapshot's name.", {"type": "string", "minLength": 1}),
-    "turn": ("A turn: 40 hexadecimal digits.", {"type": "string", "pattern": "^[0-9a-f]{40}$"}),
-    "tool": ("A tool, such as `Read`.", {"type": "string", "minLength": 1}),
-    "path": ("A path relative to the workspace.", {"type": "string", "minLength": 1}),
+    "tenant": (
+        "A tenant's name.",
+        {"type": "string", "maxLength": maxima.NAME_MAX, "pattern": "^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"},
+    ),
+    "deployment": ("A deployment's id.", _SHORT),
+    "snapshot": ("A snapshot's name.", _SHORT),
+    "turn": (
+        "A turn: 40 hexadecimal digits.",
+        {"type": "string", "maxLength": 40, "pattern": "^[0-9a-f]{40}$"},
+    ),
+    "tool": ("A tool, such as `Read`.", _SHORT),
+    "path": (
+        "A path relative to the workspace.",
+        {"type": "string", "minLength": 1, "maxLength": maxima.PATH_MAX},
+    ),
 }
-_SHORT: Final[dict[str, Any]] = {"type": "string", "minLength": 1, "maxLength": 200}
 _ON: Final[dict[str, Any]] = {"type": "string", "enum": ["0", "1", "false", "true"]}
 _HEADERS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
     "Idempotency-Key": ("An id of the caller's: requests with the same id are done once.", _SHORT),
@@ -36,16 +47,16 @@ _HEADERS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
     "X-Read-Before-Write": ("Refuse to write files that the session has not read.", _ON),
     "X-Call-Linger": (
         "Milliseconds that a call outlives its connection.",
-        {"type": "string", "pattern": "^[0-9]{1,15}$"},
+        {"type": "string", "maxLength": 15, "pattern": "^[0-9]{1,15}$"},
     ),
     "X-Session-Slot": (
         "Which of a browser's sessions is meant.",
-        {"type": "string", "pattern": "^[a-z0-9]{1,32}$"},
+        {"type": "string", "maxLength": 32, "pattern": "^[a-z0-9]{1,32}$"},
     ),
-    "If-Match": ("Only if the file has this etag.", {"type": "string"}),
-    "If-None-Match": ("Only if the file does not have this etag; `*` means any file.", {"type": "string"}),
-    "Range": ("One range of bytes.", {"type": "string"}),
-    "Last-Event-ID": ("Continue after this event.", {"type": "string"}),
+    "If-Match": ("Only if the file has this etag.", _HEADER),
+    "If-None-Match": ("Only if the file does not have this etag; `*` means any file.", _HEADER),
+    "Range": ("One range of bytes.", {"type": "string", "maxLength": maxima.HEADERS["range"]}),
+    "Last-Event-ID": ("Continue after this event.", _HEADER),
 }
 
 

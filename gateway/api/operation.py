@@ -11,6 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
+from gateway.protocol.maxima import ID_MAX
+
 ANY: Final = "any"
 """Any token that covers the tenant."""
 OPEN: Final = ""
@@ -57,6 +59,9 @@ class Operation(Route):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child = super().matches(scope)
+        names = child.get("path_params", {}).items()
+        if any(len(name) > ID_MAX for kind, name in names if kind != "path"):
+            return Match.NONE, {}  # no such thing has so long a name
         return match, {**child, _KEY: self} if match is Match.FULL else child
 
     def check_scope(self, scope: str | None) -> None:

@@ -38,7 +38,8 @@ _ORIGIN: Final = re.compile(
     r"https?://[a-z0-9.-]{1,253}(:[0-9]{1,5})?|https?://\[[0-9a-f:.]{2,45}\](:[0-9]{1,5})?"
 )
 _GIVEN: Final = re.compile(rf"([?&]){PARAMETER}=([A-Za-z0-9._~-]{{1,600}})(&?)")
-_HEAD: Final = re.compile(rb"<head(?:\s[^>]{0,2000})?>", re.IGNORECASE)
+_HEAD: Final = re.compile(rb"<head(?=[\s>])", re.IGNORECASE)
+_HEAD_MAX: Final = 2000  # bytes of the tag
 _DOCTYPE: Final = re.compile(rb"\s*<!doctype[^>]{0,200}>", re.IGNORECASE)
 _LOOKED_AT: Final = 64 << 10  # bytes in which to find the place for the script
 _PIECE: Final = 64 << 10
@@ -114,9 +115,22 @@ def without(uri: str) -> tuple[str, str]:
 def with_script(page: bytes, origin: str) -> bytes:
     """Return a page's beginning with the script inserted before any of the page's own."""
     script = _SCRIPT.replace("EDITOR", orjson.dumps(origin).decode()).encode()
-    match = _HEAD.search(page[:_LOOKED_AT]) or _DOCTYPE.match(page)
-    at = match.end() if match is not None else 0
+    at, _ = _head(page[:_LOOKED_AT], 0)
+    if not at and (doctype := _DOCTYPE.match(page)) is not None:
+        at = doctype.end()
     return page[:at] + b"<script>" + script + b"</script>" + page[at:]
+
+
+def _head(page: bytes, start: int) -> tuple[int, int]:
+    """Return where the head's tag ends, 0 if there is none, and from where to search once there is more.
+
+    The last bytes before each `>` are looked at once, however often a site begins a tag.
+    """
+    while (end := page.find(b">", start) + 1) > 0:
+        if _HEAD.search(page, max(start, end - _HEAD_MAX), end) is not None:
+            return end, end
+        start = end
+    return 0, start
 
 
 class Previews:
@@ -135,7 +149,8 @@ class Previews:
 
     async def answer(self, request: Request) -> Response:
         """Answer a request passed on by Caddy. Raises `NotFound`, `RateLimited` or `Unavailable`."""
-        domain = plain(re.sub(r":[0-9]+$", "", request.headers.get("host", "")))
+        host = re.sub(r":[0-9]{1,5}$", "", request.headers.get("host", ""))
+        domain = plain(host) if host.isascii() else None  # a browser sends no other
         uri, given = without(request.headers.get("x-gateway-uri", ""))
         target = None if domain is None else self._caddy.get(domain)
         if domain is None or target is None or not uri.startswith("/") or uri.startswith("//"):
@@ -218,12 +233,13 @@ class _Page(StreamingResponse):
 async def _body(answer: aiohttp.ClientResponse, origin: str) -> AsyncIterator[bytes]:
     plainly = answer.headers.get("Content-Encoding", "identity").lower() == "identity"
     if answer.content_type == "text/html" and plainly and "utf-16" not in (answer.charset or "").lower():
-        begun = b""
-        while len(begun) < _LOOKED_AT and _HEAD.search(begun) is None:
+        begun, at, found = b"", 0, 0
+        while len(begun) < _LOOKED_AT and not found:
             piece = await answer.content.read(_PIECE)
             if not piece:
                 break
             begun += piece
+            found, at = _head(begun, at)
         yield with_script(begun, origin)
     async for piece in answer.content.iter_chunked(_PIECE):
         yield piece

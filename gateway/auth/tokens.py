@@ -21,6 +21,7 @@ from gateway.auth.issuing import SCOPES as SCOPES
 from gateway.auth.issuing import issue as issue
 from gateway.auth.issuing import parse_ttl as parse_ttl
 from gateway.errors import Forbidden, Unauthorized
+from gateway.protocol.maxima import TOKEN_MAX
 from gateway.settings import Settings
 
 COOKIE: Final = "gateway_session"
@@ -33,8 +34,6 @@ _AGENT: Final = " (agent)"
 _OF_AGENTS: Final = ("files:read", "files:write", "exec", "events")  # not `deploy`, `manage` or `admin`
 _HOST_ONLY: Final = "__Host-"
 _ALGORITHM: Final = "HS256"
-# the same for `initialize`; a longer token is refused before it is parsed
-MAX_TOKEN: Final = 16384
 # valid tokens whose signature is not computed again, which takes a seventh of the CPU of a small request
 _REMEMBERED: Final = 512
 _EXPIRED: Final = "this token has expired; ask for a new one"
@@ -91,7 +90,7 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
     """
     if not raw:
         raise Unauthorized("a token is required: send Authorization: Bearer TOKEN")
-    if len(raw) > MAX_TOKEN:
+    if len(raw) > TOKEN_MAX:
         raise Unauthorized("this token is not valid")
     token = _verified(secret, raw)
     if token.expires <= time.time():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,7 +13,11 @@ from gateway.deployments.manifest import MANIFEST, Install, Mode, Overrides, Por
 from gateway.deployments.request import Request
 from gateway.deployments.template import checked, names
 from gateway.errors import GatewayError, InvalidParams
+from gateway.protocol import types
 from gateway.settings import Settings
+
+_VARIABLES: Final = 200  # of one request
+SiteEnvironment = Annotated[dict[types.VariableName, types.SiteValue], Field(max_length=_VARIABLES)]
 
 
 class Archive(BaseModel):
@@ -21,7 +25,7 @@ class Archive(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    archive: Annotated[str, Field(min_length=1)]
+    archive: types.Archive
 
 
 class DeployBody(BaseModel):
@@ -29,11 +33,11 @@ class DeployBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    domain: Annotated[str, Field(min_length=1, max_length=300)]
-    template: Annotated[str, Field(min_length=1, max_length=63)] | Archive
-    size: str = "small"
-    env: Annotated[dict[str, str], Field(max_length=200)] | None = None
-    tenant: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    domain: Annotated[types.DomainName, Field(min_length=1)]
+    template: types.TemplateName | Archive
+    size: types.SizeName = "small"
+    env: SiteEnvironment | None = None
+    tenant: Annotated[types.TenantName, Field(min_length=1)] | None = None
     start: Start | None = None
     install: Install | None = None
     port: Port | None = None
@@ -64,10 +68,10 @@ class PublishBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    domain: Annotated[str, Field(min_length=1, max_length=300)]
-    size: str = "small"
-    env: Annotated[dict[str, str], Field(max_length=200)] | None = None
-    tenant: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    domain: Annotated[types.DomainName, Field(min_length=1)]
+    size: types.SizeName = "small"
+    env: SiteEnvironment | None = None
+    tenant: Annotated[types.TenantName, Field(min_length=1)] | None = None
     start: Start | None = None
     install: Install | None = None
 
@@ -87,7 +91,7 @@ class RollbackBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    to: Annotated[str, Field(max_length=63)] | None = None
+    to: types.DeploymentId | None = None
 
 
 class EnvironmentBody(BaseModel):
@@ -95,7 +99,9 @@ class EnvironmentBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    env: Annotated[dict[str, str | None], Field(min_length=1, max_length=200)]
+    env: Annotated[
+        dict[types.VariableName, types.SiteValue | None], Field(min_length=1, max_length=_VARIABLES)
+    ]
 
 
 def templates(settings: Settings) -> list[dict[str, Any]]:

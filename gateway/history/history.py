@@ -89,7 +89,7 @@ class History:
         if turn is None:
             turn = self._open.open(tenant, OpenTurn(key, name(by), name(by)))
         if tool == "Bash" or path is not None:
-            turn.wrote(path)
+            self._open.wrote(tenant, turn, path)
         return turn
 
     def called(self, tenant: str, turn: OpenTurn) -> None:

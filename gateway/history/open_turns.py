@@ -10,6 +10,7 @@ Mode = Literal["all", "only", "but"]
 
 _PATHS: Final = 500  # paths that a turn remembers; one with more records every change
 _BYTES: Final = 64 << 10  # bytes of these paths
+_PATHS_OF_TENANT: Final = 8000  # of all open turns; to sort them takes some 5 ms of the loop
 
 
 @dataclass(eq=False, slots=True)
@@ -62,6 +63,11 @@ class OpenTurns:
     def open(self, tenant: str, turn: OpenTurn) -> OpenTurn:
         """Return the session's open turn, or open `turn` if there is none."""
         return self._of.setdefault(tenant, {}).setdefault(turn.key, turn)
+
+    def wrote(self, tenant: str, turn: OpenTurn, path: str | None) -> None:
+        """Note a path that a turn wrote; one too many for the tenant stands for any."""
+        full = sum(len(one.paths) for one in self._of.get(tenant, {}).values()) >= _PATHS_OF_TENANT
+        turn.wrote(None if full and path not in turn.paths else path)
 
     def take(self, tenant: str, key: Hashable) -> OpenTurn | None:
         """Remove and return the session's open turn."""

@@ -14,6 +14,7 @@ TITLE_MAX: Final = 4000  # characters
 _NAME_MAX: Final = 200
 CONFLICTS_MAX: Final = 1000  # paths of one undo; more are resolved a thousand at a time
 _LEFT_MAX: Final = 20  # paths listed of those that were left out
+_FILES_MAX: Final = 10_000  # files listed of one turn
 
 KINDS: Final = frozenset({"turn", "outside", "restored", "deployed", "first"})
 ID: Final = re.compile(r"[0-9a-f]{40}")
@@ -59,8 +60,11 @@ class Turn:
 
 def said(text: str, most: int) -> str:
     """Return text for a commit message: without control characters, and as git stores it unchanged."""
-    kept = "".join(char if char.isprintable() or char == "\n" else " " for char in text[:most])
-    return "\n".join(line.rstrip() for line in kept.split("\n")).strip()
+    lines = (
+        line if line.isprintable() else "".join(char if char.isprintable() else " " for char in line)
+        for line in text[:most].split("\n")
+    )
+    return "\n".join(line.rstrip() for line in lines).strip()
 
 
 def name(text: str) -> str:
@@ -104,14 +108,16 @@ def shown(path: bytes) -> str:
     return show(os.fsdecode(path))
 
 
-def listed(printed: bytes) -> list[Turn]:
-    """Parse the output of list.sh."""
+def listed(printed: bytes, most: int) -> list[Turn]:
+    """Parse the output of list.sh, at most `most` records."""
     found = []
-    for record in printed.split(b"\x1e")[1:]:
-        fields = record.split(b"\0")
+    for record in printed.split(b"\x1e", most + 1)[1 : most + 1]:
+        fields = record.split(b"\0", 7)
         if len(fields) != 7:
             continue
-        commit, kind, agent, by, at, message = (field.decode("utf-8", "replace") for field in fields[:6])
+        commit, kind, agent, by, at, message = (
+            field[: 4 * TITLE_MAX].decode("utf-8", "replace") for field in fields[:6]
+        )
         if not ID.fullmatch(commit) or not at.isdecimal() or len(at) > 12:
             continue
         turn = Turn(
@@ -130,11 +136,11 @@ def changes(printed: bytes, most: int) -> dict[str, Any] | None:
     """Parse the output of diff.sh: a turn with its files and at most `most` bytes of its patch."""
     names, _, rest = printed.partition(b"\0\0")
     head, _, patch = rest.partition(b"\x1d")
-    turns = listed(head)
+    turns = listed(head, 1)
     if not turns:
         return None
     files = []
-    for entry in names.split(b"\0"):
+    for entry in names.split(b"\0", _FILES_MAX)[:_FILES_MAX]:
         added, _, more = entry.partition(b"\t")
         removed, tab, path = more.partition(b"\t")
         if not tab:

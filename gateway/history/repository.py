@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from gateway.bounds import Flood, first
+from gateway.bounds import Flood, aside, first
 from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
 from gateway.history.open_turns import Mode
 from gateway.history.reading import Turn, committed, conflicting, listed, shown
@@ -64,6 +64,7 @@ _SAID: Final = 8 * KiB  # bytes kept of git's errors, and of a commit's output
 _PRINTED: Final = 64 << 20  # bytes that git may print before it is ended
 _RECORD: Final = 16 * KiB  # bytes of one turn in a list, at most
 _NAMES: Final = 256 * KiB  # bytes of the names of a diff
+_PARSING: Final = 30.0  # seconds to parse what git printed; the most takes a moment
 _NICE: Final = ("nice", "-n", "10", "/bin/sh", "-c")
 
 
@@ -132,7 +133,8 @@ class Repository:
     async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
         """Return the turns before a given one, latest first."""
         words = [str(most), *([before] if before else [])]
-        return listed(await self._run(tenant, "list", words, {}, most * _RECORD))
+        printed = await self._run(tenant, "list", words, {}, most * _RECORD)
+        return await aside(tenant, _PARSING, listed, printed, most)
 
     async def changes(self, tenant: str, turn: str) -> dict[str, object]:
         """Return a turn with its changes. Raises `NotFound`."""
@@ -145,7 +147,7 @@ class Repository:
             _NAMES + _RECORD + most + 1,
             missing=turn,
         )
-        found = changes_of(printed, most)
+        found = await aside(tenant, _PARSING, changes_of, printed, most)
         if found is None:
             raise NotFound(f"no turn {turn}")
         return found

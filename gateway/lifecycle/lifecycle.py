@@ -12,10 +12,8 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Final
+from typing import Any, Final
 from weakref import WeakValueDictionary
-
-from pydantic import Field
 
 from gateway import protocol
 from gateway.auth.tokens import Token
@@ -28,6 +26,7 @@ from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
 from gateway.ownership.domains import Domains
 from gateway.ownership.names import Names
+from gateway.protocol import types
 from gateway.rootfs.workers import Workers
 from gateway.runtime import (
     SNAPSHOT_NAME,
@@ -57,20 +56,20 @@ class Ask:
 
 
 class SnapshotBody(protocol.Params):
-    name: Annotated[str, Field(max_length=63)] | None = None
+    name: types.SnapshotName | None = None
 
 
 class RenameBody(protocol.Params):
-    domain: Annotated[str, Field(max_length=253)] | None
+    domain: types.DomainName | None
 
 
 class ResizeBody(protocol.Params):
-    size: Annotated[str, Field(max_length=63)]
+    size: types.SizeName
 
 
 class CloneBody(protocol.Params):
-    tenant: Annotated[str, Field(max_length=63)]
-    snapshot: Annotated[str, Field(max_length=63)] | None = None
+    tenant: types.TenantName
+    snapshot: types.SnapshotName | None = None
 
 
 class Lifecycle:

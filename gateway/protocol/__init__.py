@@ -36,10 +36,8 @@ from gateway_client.wire import (
 
 if TYPE_CHECKING:
     from gateway.protocol.params import (
-        MAX_EXEC_ID,
         METHODS,
         NUMBER,
-        CallId,
         CancelRequest,
         ClientInfo,
         Encoding,
@@ -107,13 +105,11 @@ __all__ = [
     "CANCEL_REQUEST",
     "HEADER_SIZE",
     "LIGHT",
-    "MAX_EXEC_ID",
     "METHODS",
     "NUMBER",
     "SUBPROTOCOL",
     "VALUES_MAX",
     "VERSION",
-    "CallId",
     "CancelPending",
     "CancelRequest",
     "ClientInfo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from signal import Signals
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,7 +18,30 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from gateway.errors import InvalidParams
+from gateway.errors import InvalidParams, TooLarge
+from gateway.protocol.maxima import ARGUMENT_MAX, CONTENT_MAX, SHORT_MAX
+from gateway.protocol.types import (
+    Argv,
+    CallId,
+    Command,
+    Content,
+    Cwd,
+    Etag,
+    EventPosition,
+    EventType,
+    ExecId,
+    ExecName,
+    FileName,
+    Label,
+    Path,
+    SessionName,
+    Title,
+    Token,
+    ToolName,
+    TurnId,
+    User,
+    Variables,
+)
 
 
 class Params(BaseModel):
@@ -38,32 +61,28 @@ class ClientInfo(Params):
     # clients may send other facts about themselves
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    name: Annotated[str, Field(max_length=200)] = "unknown"
-    version: Annotated[str, Field(max_length=200)] = ""
-
-
-_Token = Annotated[str, Field(max_length=16384)]
+    name: Label = "unknown"
+    version: Label = ""
 
 
 class Initialize(Params):
     client: ClientInfo = ClientInfo()
-    token: _Token | None = None
-    session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    token: Token | None = None
+    session: SessionName | None = None
     read_before_write: bool = False
 
 
 class SessionRenew(Params):
-    token: _Token
+    token: Token
 
 
-MAX_EXEC_ID: Final = 128
 NUMBER: Final = re.compile(r"[0-9]{1,18}")  # in a header or query: one that SQLite and JSON can hold
-CallId: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class ToolsCall(Params):
-    name: Annotated[str, Field(max_length=200)]
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    name: ToolName
+    # `tools.schemas` has the lengths of each tool's own
+    arguments: Annotated[dict[str, Any], Field(max_length=64)] = Field(default_factory=dict)
     call_id: CallId | None = None
     linger_ms: Annotated[int, Field(ge=0)] | None = None
 
@@ -75,9 +94,6 @@ class ToolsCancel(Params):
 class PtySize(Params):
     cols: Annotated[int, Field(ge=1, le=65535)] = 80
     rows: Annotated[int, Field(ge=1, le=65535)] = 24
-
-
-_ExecId = Annotated[str, Field(min_length=1, max_length=MAX_EXEC_ID, pattern=r"^[A-Za-z0-9._:-]+$")]
 
 
 Encoding = Literal["binary", "utf-8"]
@@ -94,16 +110,16 @@ class Reader(Params):
 class ExecStart(Reader):
     """Exactly one of `argv`, a program, and `command`, a line for bash."""
 
-    argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
-    command: Annotated[str, Field(min_length=1)] | None = None
-    cwd: str | None = None
-    env: dict[str, str] = Field(default_factory=dict)
-    user: str | int | None = None
+    argv: Argv | None = None
+    command: Command | None = None
+    cwd: Cwd | None = None
+    env: Variables = Field(default_factory=dict)
+    user: User | None = None
     pty: PtySize | None = None
     stdin: bool = False
     timeout_ms: Annotated[int, Field(gt=0, le=7 * 86_400_000)] | None = None
     linger_ms: Annotated[int, Field(ge=-1, le=7 * 86_400_000)] | None = None
-    exec_id: _ExecId | None = None
+    exec_id: ExecId | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ExecStart:
@@ -118,17 +134,17 @@ class Offsets(Params):
 
 
 class ExecAttach(Reader):
-    exec: str
+    exec: ExecName
     from_: Offsets = Field(default_factory=Offsets, alias="from")
-    resume: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    resume: SessionName | None = None
 
 
 class ExecAck(Offsets):
-    exec: str
+    exec: ExecName
 
 
 class ExecRef(Params):
-    exec: str
+    exec: ExecName
 
 
 class ExecResize(ExecRef):
@@ -136,16 +152,26 @@ class ExecResize(ExecRef):
     rows: Annotated[int, Field(ge=1, le=65535)]
 
 
+_SIGNAL_MAX: Final = 16  # characters of a name
+
+
 def _signal_number(named: object) -> int:
     """Return the number of a signal given as `INT`, `SIGINT` or 2."""
-    if isinstance(named, str) and (name := "SIG" + named.upper().removeprefix("SIG")) in Signals.__members__:
-        return Signals[name].value
+    if isinstance(named, str) and len(named) <= _SIGNAL_MAX:
+        name = "SIG" + named.upper().removeprefix("SIG")
+        if name in Signals.__members__:
+            return Signals[name].value
     if isinstance(named, int) and not isinstance(named, bool) and 1 <= named <= 64:
         return named
     raise ValueError("there is no such signal; name one, such as INT, or give its number")
 
 
-_SIGNAL: Final = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1, "maximum": 64}]}
+_SIGNAL: Final = {
+    "anyOf": [
+        {"type": "string", "maxLength": _SIGNAL_MAX},
+        {"type": "integer", "minimum": 1, "maximum": 64},
+    ]
+}
 
 
 class ExecSignal(ExecRef):
@@ -157,40 +183,32 @@ class ExecCancel(ExecRef):
     grace_ms: Annotated[int, Field(ge=0, le=60_000)] | None = None
 
 
-_Position = Annotated[str, Field(max_length=4096)]
-
-
 class EventsSubscribe(Params):
-    types: Annotated[list[str], Field(max_length=64)] | None = None
-    last_event_id: Annotated[int, Field(ge=0, lt=1 << 63)] | _Position | None = None
+    types: Annotated[list[EventType], Field(max_length=64)] | None = None
+    last_event_id: Annotated[int, Field(ge=0, lt=1 << 63)] | EventPosition | None = None
 
 
 class EventsUnsubscribe(Params):
     subscription: int
 
 
-_Path = Annotated[str, Field(min_length=1, max_length=4096)]
-_Name = Annotated[str, Field(min_length=1, max_length=255)]
-_Etag = Annotated[str, Field(min_length=1, max_length=200)]
-
-
 class FilesPath(Params):
-    path: _Path
+    path: Path
 
 
 class FilesList(Params):
-    path: _Path = "."
+    path: Path = "."
     depth: Annotated[int, Field(ge=1, le=64)] = 1
 
 
 class FilesWrite(Params):
     """Exactly one of `text`, written as UTF-8, and `data`, in base64."""
 
-    path: _Path
-    text: str | None = None
-    data: str | None = None
-    if_match: _Etag | None = None
-    if_none_match: _Etag | None = None
+    path: Path
+    text: Content | None = None
+    data: Content | None = None
+    if_match: Etag | None = None
+    if_none_match: Etag | None = None
     create_dirs: bool = False
 
     @model_validator(mode="after")
@@ -201,23 +219,23 @@ class FilesWrite(Params):
 
 
 class FilesMove(Params):
-    from_: _Path = Field(alias="from")
-    to: _Path
+    from_: Path = Field(alias="from")
+    to: Path
     overwrite: bool = False
     create_dirs: bool = False
 
 
 class FilesRemove(Params):
-    path: _Path
+    path: Path
     recursive: bool = False
-    if_match: _Etag | None = None
+    if_match: Etag | None = None
 
 
 class FilesWatch(Params):
     """`ignore` has names, ignored at any depth; None selects the gateway's own list."""
 
-    paths: Annotated[list[_Path], Field(min_length=1, max_length=64)]
-    ignore: Annotated[list[_Name], Field(max_length=64)] | None = None
+    paths: Annotated[list[Path], Field(min_length=1, max_length=64)]
+    ignore: Annotated[list[FileName], Field(max_length=64)] | None = None
 
 
 class FilesUnwatch(Params):
@@ -225,27 +243,24 @@ class FilesUnwatch(Params):
 
 
 class FilesMkdir(Params):
-    path: _Path
+    path: Path
     create_dirs: bool = True
-
-
-_TurnId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
 class TurnBegin(Params):
     """`title` is the agent's prompt, `agent` its name, by default the token's subject."""
 
-    title: Annotated[str, Field(max_length=4000)] = ""
-    agent: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    title: Title = ""
+    agent: Annotated[Label, Field(min_length=1)] | None = None
 
 
 class HistoryList(Params):
     limit: Annotated[int, Field(ge=1, le=200)] = 50
-    before: _TurnId | None = None
+    before: TurnId | None = None
 
 
 class HistoryTurn(Params):
-    turn: _TurnId
+    turn: TurnId
 
 
 class HistoryRestore(HistoryTurn):
@@ -257,7 +272,7 @@ class HistoryRestore(HistoryTurn):
 class UndoBody(Params):
     """`force` names paths in conflict that are to be as they were before the turn."""
 
-    force: Annotated[list[_Path], Field(max_length=1000)] = Field(default_factory=list)
+    force: Annotated[list[Path], Field(max_length=1000)] = Field(default_factory=list)
 
 
 class HistoryUndo(HistoryTurn, UndoBody):
@@ -265,7 +280,7 @@ class HistoryUndo(HistoryTurn, UndoBody):
 
 
 class CancelRequest(Params):
-    id: str | int
+    id: Annotated[str, Field(max_length=SHORT_MAX)] | int
 
 
 METHODS: Final[Mapping[str, type[Params]]] = {
@@ -306,15 +321,22 @@ METHODS: Final[Mapping[str, type[Params]]] = {
 }
 
 
+_SHOWN: Final = 100  # characters of a name that a client made up
+_MESSAGE_MAX: Final = 500
+
+
 def validate(model: type[P], params: object) -> P:
     """Return `params` as `model`. Raises `InvalidParams` that names the first wrong field."""
     try:
         return model.model_validate(params)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        # for a union pydantic appends the type that it tried last
-        where = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
-        message = first["msg"].removeprefix("Value error, ")
+        # for a union pydantic appends the type that it tried last; a name may be a client's own
+        where = ".".join(str(part)[:_SHOWN] for part in first["loc"] if part not in ("str", "int"))
+        message = first["msg"].removeprefix("Value error, ")[:_MESSAGE_MAX]
+        limit = first.get("ctx", {}).get("max_length")
+        if first["type"] == "string_too_long" and limit in (ARGUMENT_MAX, CONTENT_MAX):
+            raise TooLarge(f"{where} exceeds {limit} characters", field=where, limit=limit) from None
         if first["type"] == "model_type":
             message = "this must be an object" if where else "params must be an object"
         raise InvalidParams(f"{where}: {message}" if where else message, field=where) from None

@@ -175,7 +175,7 @@ class ServerWire:
             if method == "initialize" and self._initialized:
                 return self._refuse(request_id, -32600, "initialize was already sent")
             return self._take(Request(request_id, method, validate(model, params)))
-        except (InvalidParams, RateLimited) as error:
+        except GatewayError as error:
             if request_id is None:
                 return Ignored()
             return Refused(failure(request_id, error))

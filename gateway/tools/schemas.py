@@ -14,22 +14,36 @@ from typing import Any
 import orjson
 
 from gateway.errors import InvalidParams
+from gateway.protocol.maxima import ARGUMENT_MAX, CONTENT_MAX, PATH_MAX, SHORT_MAX
 from gateway.tools.answer import ToolFailure
 
 _DIGITS_MAX = 400  # characters of a number given as text
 _VALUES_MAX = 256  # values in lists and objects of one input; no tool here takes any
 _SAFE_INTEGER = (1 << 53) - 1  # the largest integer that JSON carries everywhere
 
-_STRING = {"type": "string"}
+_PATH = {"type": "string", "maxLength": PATH_MAX}
+_CONTENT = {"type": "string", "maxLength": CONTENT_MAX}
+_COMMAND = {"type": "string", "maxLength": ARGUMENT_MAX}
+_PATTERN = {"type": "string", "maxLength": 16 << 10}  # GATEWAY_PATTERN_MAX is less
+_WORDS = {"type": "string", "maxLength": 4096}
+_SHORT = {"type": "string", "maxLength": SHORT_MAX}
 _NUMBER = {"type": "number"}
 _FLAG = {"type": "boolean"}
 
 
-def check_size(arguments: Mapping[str, Any]) -> None:
-    """Refuse deep or large inputs that no tool takes: a list of lists takes thirty times its text's memory.
+def check_size(tool: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse inputs that are longer, deeper or have more values than a tool takes, whatever they contain.
 
-    Raises `InvalidParams`.
+    A list of lists takes thirty times its text's memory. Raises `InvalidParams`, and `ToolFailure` for a text
+    that is too long: the model can send a shorter one.
     """
+    for name, schema in TOOLS[tool]["properties"].items():
+        value, most = arguments.get(name), schema.get("maxLength", _DIGITS_MAX)
+        if isinstance(value, str) and len(value) > most:
+            words = (
+                f"Error calling tool ({tool}): {name}: Too big: expected string to have <={most} characters"
+            )
+            raise ToolFailure("invalid_params", words, field=name, limit=most)
     left, inside = _VALUES_MAX, [*arguments.values()]
     while inside:
         value = inside.pop()
@@ -56,7 +70,7 @@ def _said(schema: dict[str, Any], description: str) -> dict[str, Any]:
 FILE_TOOLS: dict[str, dict[str, Any]] = {
     "Read": _object(
         ("file_path",),
-        file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
+        file_path=_said(_PATH, "The path of the file, absolute or relative to the working directory"),
         offset=_said(
             {"type": "integer", "minimum": 0, "maximum": _SAFE_INTEGER},
             "The line to start at; lines count from 1",
@@ -65,31 +79,31 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
             {"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER},
             "The number of lines to read",
         ),
-        pages=_said(_STRING, 'Pages of a PDF, such as "1-5" or "3"; at most 20'),
+        pages=_said(_SHORT, 'Pages of a PDF, such as "1-5" or "3"; at most 20'),
         allow_large=_said(_FLAG, "Return a large file at once instead of its first page"),
     ),
     "Write": _object(
         ("file_path", "content"),
-        file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
-        content=_said(_STRING, "The complete new content"),
+        file_path=_said(_PATH, "The path of the file, absolute or relative to the working directory"),
+        content=_said(_CONTENT, "The complete new content"),
     ),
     "Edit": _object(
         ("file_path", "old_string", "new_string"),
-        file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
-        old_string=_said(_STRING, "The text to replace, exactly as in the file"),
-        new_string=_said(_STRING, "The text to replace it with"),
+        file_path=_said(_PATH, "The path of the file, absolute or relative to the working directory"),
+        old_string=_said(_CONTENT, "The text to replace, exactly as in the file"),
+        new_string=_said(_CONTENT, "The text to replace it with"),
         replace_all=_said({"default": False, **_FLAG}, "Replace every occurrence"),
     ),
     "Glob": _object(
         ("pattern",),
-        pattern=_said(_STRING, 'The glob, such as "**/*.ts" or "src/*.{css,html}"'),
-        path=_said(_STRING, "The folder to search; default: the working directory"),
+        pattern=_said(_PATTERN, 'The glob, such as "**/*.ts" or "src/*.{css,html}"'),
+        path=_said(_PATH, "The folder to search; default: the working directory"),
     ),
     "Grep": _object(
         ("pattern",),
-        pattern=_said(_STRING, "The regular expression (RE2 syntax)"),
-        path=_said(_STRING, "The file or folder to search; default: the working directory"),
-        glob=_said(_STRING, 'Globs of the files to search, such as "*.js" or "!*.min.js"'),
+        pattern=_said(_PATTERN, "The regular expression (RE2 syntax)"),
+        path=_said(_PATH, "The file or folder to search; default: the working directory"),
+        glob=_said(_PATTERN, 'Globs of the files to search, such as "*.js" or "!*.min.js"'),
         output_mode={
             "type": "string",
             "enum": ["content", "files_with_matches", "count"],
@@ -105,7 +119,7 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
             "-i": _said(_FLAG, "Ignore case"),
             "-o": _said({"default": False, **_FLAG}, "Show only the match, not its line"),
         },
-        type=_said(_STRING, 'The type of the files to search, such as "js", "py" or "rust"'),
+        type=_said(_SHORT, 'The type of the files to search, such as "js", "py" or "rust"'),
         head_limit=_said({"default": 250, **_NUMBER}, "The maximum number of lines or entries; 0 for all"),
         offset=_said({"default": 0, **_NUMBER}, "The number of lines or entries to skip"),
         multiline=_said({"default": False, **_FLAG}, "Let . match newlines, and matches span lines"),
@@ -115,22 +129,22 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
 SHELL_TOOLS: dict[str, dict[str, Any]] = {
     "Bash": _object(
         ("command",),
-        command=_said(_STRING, "The command line, for bash"),
+        command=_said(_COMMAND, "The command line, for bash"),
         timeout=_said(
             {"default": 120_000, **_NUMBER},
             "Milliseconds, at most 600000; then the command goes on in the background",
         ),
-        description=_said(_STRING, "What the command does, in a few words"),
+        description=_said(_WORDS, "What the command does, in a few words"),
         run_in_background=_said(_FLAG, "Return at once while the command runs; see BashOutput and KillShell"),
         dangerouslyDisableSandbox=_said(_FLAG, "Accepted but ignored: every command runs in the container"),
     ),
     "BashOutput": _object(
         ("bash_id",),
-        bash_id=_said(_STRING, "The ID that Bash gave to the background command"),
-        filter=_said(_STRING, "A regular expression (RE2 syntax, case ignored): only lines that match"),
+        bash_id=_said(_SHORT, "The ID that Bash gave to the background command"),
+        filter=_said(_PATTERN, "A regular expression (RE2 syntax, case ignored): only lines that match"),
     ),
     "KillShell": _object(
-        ("shell_id",), shell_id=_said(_STRING, "The ID that Bash gave to the background command")
+        ("shell_id",), shell_id=_said(_SHORT, "The ID that Bash gave to the background command")
     ),
 }
 
@@ -172,9 +186,19 @@ DESCRIPTIONS: dict[str, str] = {
 
 
 def descriptions() -> list[dict[str, Any]]:
-    """Return the tools for `tools/list`."""
+    """Return the tools for `tools/list`, with the inputs that models know: without the maximum lengths."""
     return [
-        {"name": name, "description": DESCRIPTIONS[name], "inputSchema": schema}
+        {
+            "name": name,
+            "description": DESCRIPTIONS[name],
+            "inputSchema": {
+                **schema,
+                "properties": {
+                    field: {key: value for key, value in one.items() if key != "maxLength"}
+                    for field, one in schema["properties"].items()
+                },
+            },
+        }
         for name, schema in TOOLS.items()
     ]
 

@@ -30,6 +30,7 @@ from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
+from gateway.tools.answer import ToolFailure
 from gateway.tools.file_tools import FileTools, ToolResult
 from gateway.tools.folders import Folders
 from gateway.tools.lasting import LastingCall, LeftBehind, ShellTools
@@ -153,7 +154,11 @@ class Toolbox:
         gateway was restarted during the call, `StoreFailed` if it cannot be recorded, and what
         `FileTools.call` raises.
         """
-        check_size(arguments)
+        self.scope(name)
+        try:
+            check_size(name, arguments)
+        except ToolFailure as error:
+            return ToolResult.of(error.answer())
         if call_id is None:
             exec_id = _exec_id(name)
             try:

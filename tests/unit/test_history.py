@@ -78,12 +78,34 @@ def test_a_commit_is_read(printed: bytes, counts: tuple[int, ...] | None, left: 
         assert (turn.id, turn.left_out) == (ID, left)
 
 
+def test_a_tenant_s_turns_remember_no_more_paths_than_are_sorted_in_a_moment() -> None:
+    """Beyond that one of them may have written anything, as after a command."""
+    turns = OpenTurns()
+    opened = [turns.open("t", OpenTurn(number, "a", "a")) for number in range(256)]
+    for turn in opened:
+        for number in range(100):
+            turns.wrote("t", turn, f"{turn.key}/{number}")
+    assert sum(len(turn.paths) for turn in opened) == 8000
+    assert not opened[0].wide and opened[-1].wide
+    turns.wrote("t", opened[0], "0/0")
+    assert not opened[0].wide  # it is known
+
+
+def test_a_list_of_small_records_costs_no_more_than_what_was_asked_for() -> None:
+    good = f"\x1e{ID}\0turn\0me\0by\x007\0title\n\0\n 1 file changed\n".encode()
+    assert len(listed(good * 5000, 200)) == 200
+    assert listed(b"\x1e\0\0\0\0\0\0" * 5000 + good, 200) == []
+    files = b"1\t1\ta\0" * 40_000
+    told = changes(files + b"\0" + good + b"\x1dpatch", 100)
+    assert told is not None and len(told["changed"]) == 10_000
+
+
 def test_a_forged_list_is_text_at_most() -> None:
     good = f"\x1e{ID}\0turn\0me\0by\x007\0title\n\0\n 1 file changed, 1 insertion(+)\n"
     forged = (
         f"\x1e{ID}\0root\0\x1b[2J\0b\x007\0\x1b]0;x\x07\0" + "\x1e\x1ezz\0\0\0\0\0\0" + "\x1e" + "9" * 300
     )
-    found = listed((forged + good).encode())
+    found = listed((forged + good).encode(), 200)
     assert [(turn.kind, turn.agent, turn.title) for turn in found] == [
         ("turn", "[2J", "]0;x"),
         ("turn", "me", "title"),
@@ -176,9 +198,9 @@ def test_turns_are_recorded_listed_and_gone_back_to(folder: Folder) -> None:
     but = folder.commit("but", b":(exclude,top,literal)c\0")
     assert but is not None and but.files == 2
     assert folder.commit() is not None and folder.commit() is None
-    turns = listed(folder.run("list", "10")[1])
+    turns = listed(folder.run("list", "10")[1], 200)
     assert [turn.id for turn in turns[1:]] == [but.id, only.id, first.id]
-    assert [turn.id for turn in listed(folder.run("list", "1", but.id)[1])] == [only.id]
+    assert [turn.id for turn in listed(folder.run("list", "1", but.id)[1], 200)] == [only.id]
     assert folder.run("list", "5", first.id) == (0, b"")
     assert folder.run("restore", "before", but.id, "1", "back")[0] == 0
     assert folder.held() == {"a": "2"}
@@ -382,7 +404,7 @@ def test_an_undo_that_was_killed_while_it_wrote_is_carried_through(
     saved = folder.commit()
     assert saved is not None and saved.files == 1
     assert folder.held() == {**before, "c": "mine"}
-    assert [one.title for one in listed(folder.run("list", "2")[1])] == ["title", "undo"]
+    assert [one.title for one in listed(folder.run("list", "2")[1], 200)] == ["title", "undo"]
 
 
 @pytest.mark.parametrize("note", ["", "HEAD", ID, "-x", "../../etc/passwd\n"])
@@ -490,14 +512,14 @@ def test_a_history_is_kept_small(folder: Folder) -> None:
         folder.put(a=str(number))
         folder.commit()
     assert folder.run("tidy", "3", "100000000", "1")[0] == 0
-    turns = listed(folder.run("list", "10")[1])
+    turns = listed(folder.run("list", "10")[1], 200)
     assert len(turns) == 3
     assert folder.run("restore", "before", turns[-1].id, "1", "back")[0] == 67
     assert folder.run("restore", "after", turns[-1].id, "1", "back")[0] == 0
     assert folder.held() == {"a": "3"}
     assert folder.commit() is None
     assert folder.run("tidy", "3", "1000", "1")[0] == 0
-    assert len(listed(folder.run("list", "10")[1])) < 3
+    assert len(listed(folder.run("list", "10")[1], 200)) < 3
 
 
 def test_a_history_without_words_or_git_says_which(folder: Folder, tmp_path: Path) -> None:

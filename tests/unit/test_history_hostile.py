@@ -105,7 +105,7 @@ class Hostile(Folder):
         return committed(printed, BLANK)
 
     def known(self) -> set[str]:
-        return {turn.id for turn in listed(self.run("list", "10")[1])}
+        return {turn.id for turn in listed(self.run("list", "10")[1], 200)}
 
 
 @pytest.mark.parametrize("script", WORKSPACES.values(), ids=WORKSPACES)

@@ -45,7 +45,7 @@ ONLY: dict[str, set[str]] = {
     "notify": set(),
     "transport": {"settings"},
     "storage": {"errors", "settings"},
-    "hostnames": {"errors", "settings"},
+    "hostnames": {"errors", "protocol", "settings"},
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings", "bounds"},
     "rootfs": {"errors", "settings", "bounds"},
@@ -71,7 +71,7 @@ ONLY: dict[str, set[str]] = {
         "tasks",
         "bounds",
     },
-    "auth": {"errors", "settings", "hostnames", "storage"},
+    "auth": {"errors", "protocol", "settings", "hostnames", "storage"},
     "audit": {"settings", "storage", "events"},
     "idempotency": {"errors", "settings", "storage"},
     "ownership": {"auth", "cluster", "errors", "settings", "storage", "events", "hostnames", "runtime"},
@@ -80,6 +80,7 @@ ONLY: dict[str, set[str]] = {
     "files": {"errors", "settings", "runtime", "rootfs", "events"},
     "tools": {
         "errors",
+        "protocol",
         "settings",
         "runtime",
         "rootfs",

@@ -76,6 +76,9 @@ def test_a_site_does_not_see_the_parameter(uri: str, left: str) -> None:
         ),
         ("<!doctype html><header>x</header>", "<!doctype html>"),
         ("<p>words", ""),
+        (f"<html><head {'x' * 1990}>", f"<html><head {'x' * 1990}>"),
+        (f"<html><head {'x' * 3000}><head>", f"<html><head {'x' * 3000}><head>"),
+        (f"<!doctype html><head {'x' * 3000}>", "<!doctype html>"),
         ("", ""),
     ],
 )

@@ -141,8 +141,6 @@ class ExecMethods(Family):
         try:
             exec_ = self._exec(params.exec)
         except NotFound:
-            if len(params.exec) > protocol.MAX_EXEC_ID:
-                raise
             starting = await self._hub.execs.fence(self._tenant, params.exec)  # not started yet
             if starting is None:
                 raise

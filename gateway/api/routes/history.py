@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -44,16 +45,13 @@ async def index(request: Request) -> Response:
     """Return the tenant's turns, latest first."""
     name, _ = await using_tenant(request, "files:read")
     query = queried(request, HistoryQuery)
-    return as_json(await services(request).history.turns(name, query.limit, query.before))
+    return _counted(request, await services(request).history.turns(name, query.limit, query.before))
 
 
 async def show(request: Request) -> Response:
     """Return a turn with its changes and its patch."""
     name, _ = await using_tenant(request, "files:read")
-    response = as_json(await services(request).history.changes(name, request.path_params["turn"]))
-    if len(response.body) > SMALL:
-        hold(request.scope, len(response.body))
-    return response
+    return _counted(request, await services(request).history.changes(name, request.path_params["turn"]))
 
 
 async def restore(request: Request) -> Response:
@@ -70,6 +68,14 @@ async def undo(request: Request) -> Response:
     force = (await validated(request, token, protocol.UndoBody)).force
     turn = request.path_params["turn"]
     return as_json(await services(request).history.undo(name, turn, force, token.subject))
+
+
+def _counted(request: Request, answer: Mapping[str, Any]) -> Response:
+    """Return an answer that counts as in flight until the client has taken it."""
+    response = as_json(answer)
+    if len(response.body) > SMALL:
+        hold(request.scope, len(response.body))
+    return response
 
 
 def _session(request: Request, tenant: str) -> ToolSession:

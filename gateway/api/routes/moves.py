@@ -18,6 +18,7 @@ from gateway.api.services import Services, services
 from gateway.auth.tokens import Token
 from gateway.errors import Forbidden, NotFound, Unavailable
 from gateway.lifecycle.departures import Departures
+from gateway.protocol import types
 
 
 class MoveBody(protocol.Params):
@@ -26,7 +27,7 @@ class MoveBody(protocol.Params):
     `drained` remembers the member that it leaves, to which `incus-gateway cluster restore` brings it back.
     """
 
-    member: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    member: Annotated[types.MemberName, Field(min_length=1)] | None = None
     drained: bool = False
 
 

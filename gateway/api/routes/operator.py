@@ -19,12 +19,13 @@ from gateway.api.merging import elsewhere
 from gateway.api.operation import Operation
 from gateway.api.services import services
 from gateway.errors import InvalidParams
+from gateway.protocol import types
 
 
 class RevokeBody(protocol.Params):
     """`id` is the token's `jti`, `expires` its `exp`, until which the revocation is kept; else for good."""
 
-    id: Annotated[str, Field(min_length=1, max_length=200)]
+    id: types.TokenId
     expires: Annotated[float | None, Field(gt=0, lt=1e11)] = None
 
 

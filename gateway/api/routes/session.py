@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Annotated, Final
+from typing import Final
 
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,13 +17,14 @@ from gateway.api.operation import ANY, OPEN, Operation
 from gateway.api.services import services
 from gateway.auth import tokens
 from gateway.errors import InvalidParams, NotFound
+from gateway.protocol import types
 
 _MAX: Final = 32 << 10  # bytes of a body, which anybody may send
 
 
 class SessionBody(protocol.Params):
-    token: Annotated[str, Field(max_length=tokens.MAX_TOKEN)]
-    slot: Annotated[str, Field(pattern=f"^{tokens.SLOT}$")] | None = None
+    token: types.Token
+    slot: types.Slot | None = None
 
 
 async def show(request: Request) -> Response:

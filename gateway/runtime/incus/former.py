@@ -28,7 +28,7 @@ _PUT: Final = script("put_former")
 _NONE: Final = 3  # exit code of take_former.sh if no such site is kept
 _LIST_MAX: Final = 64 << 10  # most bytes of each file
 _UNIT_MAX: Final = 512 << 10
-_ENVIRONMENT_MAX: Final = 512 << 10
+_ENVIRONMENT_MAX: Final = 288 << 10  # what `check_env` of deployments accepts, escaped: 30 ms at the worst
 _SINCE: Final = re.compile(r"[0-9]{1,12}")
 
 

@@ -17,18 +17,18 @@ NAMES: Final[Mapping[Side, str]] = {"live": "site.service", "next": "site-next.s
 
 _FOLDERS: Final[Mapping[Side, str]] = {"live": "/etc/systemd/system", "next": "/run/systemd/system"}
 _ENVIRONMENTS: Final[Mapping[Side, str]] = {"live": "/etc/site.env", "next": "/etc/site-next.env"}
-# one line of an EnvironmentFile: empty, a comment, or an assignment
+# of an EnvironmentFile, empty lines and comments, and then an assignment; possessive, so that it is linear
 _ENTRY: Final = re.compile(
-    r"""[ \t]*(?:
-        (?:[#;][^\n]*)?
-      | (?P<name>[A-Za-z_][A-Za-z0-9_]*)=(?:
-            "(?P<quoted>(?:[^"\\]|\\["\\`$])*)" | '(?P<literal>[^']*)' | (?P<plain>[^"'\\\n]*)
-        )
-    )[ \t]*(?:\n|\Z)""",
+    r"""(?:[ \t]*+(?:[#;][^\n]*+)?(?:\n|\Z))*+(?:[ \t]*+
+        (?P<name>[A-Za-z_][A-Za-z0-9_]*+)=(?:
+            "(?P<quoted>(?:[^"\\]++|\\["\\`$])*+)" | '(?P<literal>[^']*+)' | (?P<plain>[^"'\\\n]*+)
+        )[ \t]*+(?:\n|\Z)
+    )?""",
     re.VERBOSE,
 )
 _ESCAPED: Final = re.compile(r'\\(["\\`$])')
-_RECIPE: Final = b"X-Recipe="
+_RECIPE: Final = re.compile(rb"^X-Recipe=([^\n]*)", re.MULTILINE)
+_VARIABLES: Final = 4096  # of a site; more than `deployments.request` accepts
 _WORDS: Final = 64
 _UNIT: Final = Path(__file__).with_name("site.service").read_text()
 
@@ -36,7 +36,9 @@ _UNIT: Final = Path(__file__).with_name("site.service").read_text()
 class _Said(BaseModel):
     """The recipe as stored in a unit, in a section that systemd ignores (systemd.unit(5), `X-`)."""
 
-    start: Annotated[tuple[str, ...], Field(min_length=1, max_length=_WORDS)]
+    start: Annotated[
+        tuple[Annotated[str, Field(max_length=4096)], ...], Field(min_length=1, max_length=_WORDS)
+    ]
     port: Annotated[int, Field(ge=1024, le=65535)]
     health: Annotated[str, Field(pattern=r"^/[!-~]*$", max_length=1024)]
     keep: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=_WORDS)] = ()
@@ -83,14 +85,14 @@ def unit(settings: Settings, recipe: Recipe, side: Side) -> str:
 
 def recipe_of(text: bytes) -> Recipe | None:
     """Return the recipe stored in a unit, None if there is no valid one. The tenant controls the text."""
-    for line in text.split(b"\n"):
-        if line.startswith(_RECIPE):
-            try:
-                said = _Said.model_validate_json(line[len(_RECIPE) :])
-            except ValidationError:
-                return None
-            return Recipe(b"", said.start, said.port, said.health, keep=said.keep, template=said.template)
-    return None
+    found = _RECIPE.search(text)
+    try:
+        said = None if found is None else _Said.model_validate_json(found[1])
+    except ValidationError:
+        return None
+    if said is None:
+        return None
+    return Recipe(b"", said.start, said.port, said.health, keep=said.keep, template=said.template)
 
 
 def _written(recipe: Recipe) -> str:
@@ -118,11 +120,12 @@ def environment_of(text: str) -> dict[str, str]:
 
     Unlike systemd, it does not accept values that are only partly quoted.
     """
-    found, at = dict[str, str](), 0
+    found, at, entries = dict[str, str](), 0, 0
     while at < len(text):
         entry = _ENTRY.match(text, at)
-        if entry is None:
-            raise ValueError("not an environment file")
+        entries += 1
+        if entry is None or entry.end() == at or entries > _VARIABLES:
+            raise ValueError("not an environment file of a site")
         at = entry.end()
         if entry["name"] is not None:
             quoted, literal, plain = entry["quoted"], entry["literal"], entry["plain"]

@@ -1,0 +1,41 @@
+"""The maximum length and count of everything that clients send. Lengths of text are in characters.
+
+The edge checks, the inside trusts: websocket, HTTP, MCP and tools check what they are sent against these
+before any other code sees it. `types` has models' types made of them; file workers, which have no pydantic,
+need the numbers alone. `tests/unit/test_edge.py` finds what has no maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+PATH_MAX: Final = 4096  # bytes in the kernel (limits.h), so characters are enough
+ARGUMENT_MAX: Final = (128 << 10) - 1  # what the kernel takes as one argument (MAX_ARG_STRLEN)
+ARGUMENTS_MAX: Final = 65536  # the kernel's own limit is their bytes, see `runtime.launcher.check_size`
+CONTENT_MAX: Final = 16 << 20  # text of a file; GATEWAY_WRITE_MAX and GATEWAY_MAX_BODY are usually less
+ARCHIVE_MAX: Final = 1 << 30  # base64; GATEWAY_TEMPLATE_BYTES and GATEWAY_MAX_BODY are usually less
+TOKEN_MAX: Final = 16384
+NAME_MAX: Final = 63  # of a tenant, a snapshot, a member: one label of a domain (RFC 1035)
+DOMAIN_MAX: Final = 253  # RFC 1035
+ID_MAX: Final = 200
+EXEC_ID_MAX: Final = 128
+VARIABLES_MAX: Final = 4096
+SHORT_MAX: Final = 256
+
+# --- the head of an HTTP request ---------------------------------------------------------------------
+
+TARGET_MAX: Final = 16 << 10  # bytes of a path as it is sent, where a character may take nine (%E2%82%AC)
+QUERY_MAX: Final = 32 << 10  # bytes
+QUERY_MEMBERS: Final = 64
+HEADERS_MAX: Final = 128
+HEADER_MAX: Final = 8 << 10  # bytes of a header that the table does not name
+HEADERS: Final[Mapping[str, int]] = {
+    "authorization": TOKEN_MAX + 64,
+    "cookie": 32 << 10,  # browsers send those of the whole domain
+    "host": DOMAIN_MAX + 7,  # with a final dot and a port
+    "origin": DOMAIN_MAX + 16,  # with scheme and port
+    "range": SHORT_MAX,
+    "x-forwarded-proto": SHORT_MAX,
+    "x-gateway-uri": TARGET_MAX + QUERY_MAX,
+}
