@@ -48,6 +48,10 @@ def deploy(
         bool,
         typer.Option("--production", help="Build it and serve the result, not its dev server."),
     ] = False,
+    clean: Annotated[
+        bool,
+        typer.Option("--clean", help="Remove what the site has written into its folder, too."),
+    ] = False,
     write: Annotated[bool, typer.Option("--write", help="Write what was detected to site.toml.")] = False,
     size: Annotated[Size, typer.Option(help="The size of a new tenant")] = Size.SMALL,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
@@ -99,6 +103,7 @@ def deploy(
                 install=install,
                 port=port,
                 mode=mode,
+                clean=clean,
             )
             return await followed(begun, domain, as_json=as_json)
 

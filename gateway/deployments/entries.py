@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.errors import InvalidParams, TooLarge
-from gateway.rootfs.paths import show
+from gateway.rootfs.paths import HOME, show
 from gateway.settings import Settings
 
 # generated again where the site runs, or private
@@ -277,7 +277,8 @@ def _text(name: bytes) -> str:
 def packed(entries: Mapping[str, Entry], changed: float = 0) -> bytes:
     """Return entries as a tar of plain files, folders and links, folders first.
 
-    All get the modification time `changed`, in seconds since the epoch.
+    All get the modification time `changed`, in seconds since the epoch. What is the gateway's own is for the
+    site's user alone.
     """
     buffer = io.BytesIO()
     folders = folders_above(entries) | {path for path, entry in entries.items() if entry == Entry()}
@@ -285,7 +286,7 @@ def packed(entries: Mapping[str, Entry], changed: float = 0) -> bytes:
         for path in sorted(folders):
             member = tarfile.TarInfo(path)
             member.mtime = changed
-            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            member.type, member.mode = tarfile.DIRTYPE, 0o700 if _is_ours(path) else 0o755
             tar.addfile(member)
         for path, entry in sorted(entries.items()):
             member = tarfile.TarInfo(path)
@@ -294,6 +295,11 @@ def packed(entries: Mapping[str, Entry], changed: float = 0) -> bytes:
                 member.type, member.linkname = tarfile.SYMTYPE, entry.link
                 tar.addfile(member)
             elif entry.content is not None:
-                member.size, member.mode = len(entry.content), 0o755 if entry.executable else 0o644
+                mode = 0o600 if _is_ours(path) else 0o755 if entry.executable else 0o644
+                member.size, member.mode = len(entry.content), mode
                 tar.addfile(member, io.BytesIO(entry.content))
     return buffer.getvalue()
+
+
+def _is_ours(path: str) -> bool:
+    return f"{path}/".startswith(f"{HOME}/")

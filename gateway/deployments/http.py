@@ -42,6 +42,7 @@ class DeployBody(BaseModel):
     install: Install | None = None
     port: Port | None = None
     mode: Mode | None = None
+    clean: bool = False
 
     def request(self) -> Request:
         """Return the request. Raises `InvalidParams` for an archive that is not base64."""
@@ -60,7 +61,7 @@ class DeployBody(BaseModel):
             except ValueError:  # also for what is no ASCII
                 raise InvalidParams("template.archive must be a tar in base64", field="template") from None
         said = overrides if overrides.said else None
-        return Request(self.domain, template, self.size, self.env, self.tenant, said)
+        return Request(self.domain, template, self.size, self.env, self.tenant, said, self.clean)
 
 
 class PublishBody(BaseModel):

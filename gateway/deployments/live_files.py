@@ -8,20 +8,22 @@ from gateway.deployments.context import Context
 from gateway.tools.mirroring import KEPT, LOST
 
 
-async def lost(context: Context, tenant: str, stays: dict[str, Any]) -> bytes:
-    """Return the files of the live site that are not in the new folder, each followed by a NUL.
+async def lost(context: Context, tenant: str, stays: dict[str, Any]) -> tuple[list[bytes], list[bytes]]:
+    """Return the paths of the live site that an update removes, and those that no deployed folder had.
 
-    `stays` is `Template.stays()` of that folder.
+    `stays` is `Template.stays()` of the new folder.
     """
     if context.workers is None:
-        return b""
+        return [], []
     root = await context.runtime.filesystem(tenant)
-    return await context.workers.call(root, LOST, stays, search=True)
+    found = (await context.workers.call(root, LOST, stays, search=True)).split(b"\0")[:-1]
+    removed, written = ([name[1:] for name in found if name.startswith(sign)] for sign in (b"-", b"+"))
+    return removed, written
 
 
 async def kept(context: Context, tenant: str, stays: dict[str, Any]) -> bytes:
     """Return the existing files of the live site that an update keeps, each followed by a NUL."""
-    if context.workers is None or not stays["keep"]:
+    if context.workers is None or (stays.get("clean", True) and not stays["keep"]):
         return b""
     root = await context.runtime.filesystem(tenant)
     return await context.workers.call(root, KEPT, stays, search=True)

@@ -36,6 +36,7 @@ from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import Exchange, Exposure, Order, Recipe, Side
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
+from gateway.tools.mirroring import OWN_LISTS
 
 log = logging.getLogger(__name__)
 
@@ -188,23 +189,27 @@ class Phases:
             self._unless_another(self._sites.clear)
         if self._copied:
             return {}
-        lost = b""
+        lost, written = list[bytes](), list[bytes]()
         if record.kind == "update" and not self._template.shared:
             # a template deployed by name is the operator's, and what a tenant added to it stays
-            stays = await asyncio.to_thread(self._template.stays)
-            lost = await live_files.lost(self._context, record.tenant, stays)
-        await self._sites.push(record.tenant, self._side, self._recipe, self._request.env, lost)
-        if not lost:
-            return {}
-        names = lost.split(b"\0")[:-1]
+            lost, written = await live_files.lost(self._context, record.tenant, await self._lasting())
+        given = b"".join(name + b"\0" for name in lost)
+        await self._sites.push(record.tenant, self._side, self._recipe, self._request.env, given)
+        names = [show(os.fsdecode(name)) for name in lost if not name.startswith(OWN_LISTS)]
+        say = self._progress.say("push")
         for name in names[:_NAMED]:
-            self._progress.say("push")(f"removed {show(os.fsdecode(name))}")
+            say(f"removed {name}")
+        if written:
+            more = f" and {len(written) - _NAMED} more" if len(written) > _NAMED else ""
+            kept = ", ".join(show(os.fsdecode(name)) for name in written[:_NAMED])
+            say(f"kept {kept}{more}: never part of a deployed folder; clean (--clean) removes such files")
         self._progress.flush("push")
-        return {"removed": len(names)}
+        facts = {"removed": len(names), "kept": len(written)}
+        return {key: count for key, count in facts.items() if count}
 
     async def _lasting(self) -> dict[str, Any]:
-        """Return the request to a worker for the files of the live site to keep."""
-        return await asyncio.to_thread(self._template.stays)
+        """Return the request to a worker for the files of the live site that go and that stay."""
+        return await asyncio.to_thread(self._template.stays, clean=self._request.clean)
 
     async def install(self) -> None:
         if not self._prepared:

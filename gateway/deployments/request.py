@@ -49,7 +49,8 @@ Change = Rollback | Variables
 class Request:
     """A request; `template` is a name, an archive or a change.
 
-    `env` is stored only in the tenant. The constructor computes the archive's digest, which takes a moment
+    `env` is stored only in the tenant. With `clean`, an update removes what the site wrote, too, unless the
+    folder says that it stays. The constructor computes the archive's digest, which takes a moment
     for a large one: call it off the event loop.
     """
 
@@ -59,6 +60,7 @@ class Request:
     env: Mapping[str, str] | None = None
     tenant: str | None = None
     overrides: Overrides | None = None
+    clean: bool = False
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class Request:
                 template = self.template
         env = None if self.env is None else sorted(self.env.items())
         said = None if self.overrides is None else self.overrides.said
-        facts = [self.domain, template, self.size, env, self.tenant, said]
+        facts = [self.domain, template, self.size, env, self.tenant, said, self.clean]
         object.__setattr__(self, "digest", hashlib.sha256(orjson.dumps(facts)).hexdigest())
 
 

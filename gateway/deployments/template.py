@@ -27,10 +27,10 @@ from gateway.detection import Clues, Detected, detect
 from gateway.detection.apart import detect_apart
 from gateway.detection.frameworks import Framework, Project, expanded, project, recognise
 from gateway.errors import InvalidParams, NotFound, Unavailable
-from gateway.rootfs.paths import show
+from gateway.rootfs.paths import HOME, show
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
-from gateway.tools.mirroring import Kind
+from gateway.tools.mirroring import Kind, listed
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _INSIDE: Final = re.compile(r"cd '?([^'\s]{1,200})'? && ")
@@ -61,7 +61,7 @@ class Template:
             )
         return digest.hexdigest()
 
-    def stays(self) -> dict[str, Any]:
+    def stays(self, *, clean: bool = False) -> dict[str, Any]:
         """Return a worker's request for what an update removes; see `gateway.tools.mirroring`."""
         kinds: dict[str, Kind] = dict.fromkeys(folders_above(self.entries), "folder")
         ignored = {}
@@ -70,7 +70,8 @@ class Template:
             above, _, name = path.rpartition("/")
             if name == ".gitignore" and entry.content is not None:
                 ignored[above] = entry.content[:_IGNORE_MAX].decode("utf-8", "replace")
-        return {"there": kinds, "ignored": ignored, "keep": self.manifest.keep, "left_out": [*LEFT_OUT]}
+        facts = {"keep": self.manifest.keep, "left_out": [*LEFT_OUT], "clean": clean}
+        return {"there": kinds, "ignored": ignored, **facts}
 
     def project(self) -> Project:
         """Return the package.json of the folder in which it is started."""
@@ -92,7 +93,7 @@ class Template:
         manifest = self.manifest
         return Recipe(
             # caches of compiled files, such as Python's, compare modification times
-            archive=packed(self.entries, int(time.time())),
+            archive=packed({**self.entries, **self._listed()}, int(time.time())),
             start=manifest.command,
             port=manifest.port,
             health=manifest.health,
@@ -103,6 +104,11 @@ class Template:
             keep=manifest.keep,
             template=self.name,
         )
+
+    def _listed(self) -> dict[str, Entry]:
+        """Return the list of its paths, by which later updates know what a folder had."""
+        path, content = listed([*self.entries, *folders_above(self.entries)])
+        return {path: Entry(content), f"{HOME}/.gitignore": Entry(b"*\n")}
 
     def _key(self, owner: str) -> str:
         if self.shared or not owner:

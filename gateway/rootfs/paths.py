@@ -9,6 +9,7 @@ from gateway.errors import InvalidParams, OutsideWorkspace
 
 NAME_MAX = 255  # bytes of one name, limits.h
 PATH_MAX = 4000  # bytes of one path; the kernel's limit is 4096 with the final NUL
+HOME = ".gateway"  # the gateway's own folder at the top of a workspace
 TEMPORARY = ".gateway-"  # prefix of our temporary files
 _UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
 

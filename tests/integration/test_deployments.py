@@ -119,9 +119,9 @@ async def test_an_update_waits_for_a_container_that_is_just_starting(host: Hosti
 
 
 async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host: Hosting) -> None:
-    """But not what it says to keep, with what the live site writes there meanwhile; no request fails.
+    """But neither what it names nor what no folder had, with what the live site writes there meanwhile.
 
-    One that fails removes nothing.
+    No request fails. One that fails removes nothing; one that is `clean` keeps only what the folder names.
     """
     domain, tenant = "mirror.example.com", "mirror-example-com"
 
@@ -162,7 +162,7 @@ async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host:
         status, begun, _ = await host.call("POST", "/v1/deployments", body)
         assert status == 202, begun
         await host.reached(begun["id"], "install")
-        await inside("echo late >data/late; echo late >lost")
+        await inside("echo late >data/late; echo late >late")
         record = await host.ended(begun["id"])
         assert record["state"] == "succeeded", record["error"]
         told = [(event["event"], event["data"]["data"]) for event in await sse(events, 8)]
@@ -171,12 +171,17 @@ async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host:
     assert set(answers) == {200}
     there = ["./.gitignore", "./both.txt", "./data/db", "./data/late", "./logs/a.log"]
     there += ["./node_modules/m/x", "./serve.ts", "./site.toml"]
-    assert await inside("find . -path ./.git -prune -o -type f -print | sort") == there
+    files = "find . -path ./.git -prune -o -path ./.gateway -prune -o -type f -print | sort"
+    assert await inside(files) == sorted([*there, "./-odd", "./late", "./mine"])
     assert await inside("cat both.txt data/late") == ["newlate"]
     (pushed,) = (data for kind, data in told if kind.endswith("finished") and data["phase"] == "push")
-    assert pushed["removed"] == 3
+    assert (pushed["removed"], pushed["kept"]) == (1, 3)
     lines = [line for kind, data in told if kind == "deployment.phase.log" for line in data["lines"]]
-    assert lines == ["removed -odd", "removed mine", "removed old"]
+    kept = "kept -odd, logs/, mine: never part of a deployed folder; clean (--clean) removes such files"
+    assert lines == ["removed old", kept]
+    record = await host.deploy(domain, upload(slow, ignore, ("both.txt", b"new")), clean=True)
+    assert record["state"] == "succeeded", record["error"]
+    assert await inside(files) == there
 
 
 async def test_a_client_deploys_its_folder_follows_it_and_is_told_what_failed(

@@ -177,6 +177,7 @@ class Client:
         install: str | Sequence[str] | None = None,
         port: int | None = None,
         mode: Literal["dev", "production"] | None = None,
+        clean: bool = False,
         key: str | None = None,
     ) -> Deployment:
         """Begin to deploy a site at a domain, or to update it; needs the scope `deploy`.
@@ -184,13 +185,15 @@ class Client:
         `template` is the name of a template of the gateway, the path of a folder, or a tar of one. What the
         .gitignore files of a folder exclude is not sent: give variables of an `.env` as `env`. The gateway
         detects how a folder is started, unless its `site.toml`, or `start`, `install` and `port`, say so. By
-        default the tenant's name is derived from the domain. A second call with the same `key` returns the
+        default the tenant's name is derived from the domain. An update keeps what the site has written into
+        its folder, such as a database, unless `clean`. A second call with the same `key` returns the
         same deployment. `Deployment.wait` and `.events` show its progress.
         """
         from gateway_client.deployments import Deployment, template_body
 
         wishes: dict[str, Any] = {"size": size, "env": None if env is None else dict(env), "tenant": tenant}
         wishes |= {"start": _command(start), "install": _command(install), "port": port, "mode": mode}
+        wishes["clean"] = clean or None
         body = {"domain": domain, "template": await asyncio.to_thread(template_body, template)}
         body |= {name: wish for name, wish in wishes.items() if wish is not None}
         headers = {} if key is None else {"Idempotency-Key": key}

@@ -19,6 +19,8 @@ export interface DeploymentRequest {
   readonly port?: number | undefined;
   /** Production builds it, and serves what was built. */
   readonly mode?: "dev" | "production" | undefined;
+  /** An update keeps what the site has written into its folder, such as a database, unless this is true. */
+  readonly clean?: boolean | undefined;
 }
 
 /** A failed or cancelled deployment ends once it is undone. */

@@ -45,7 +45,7 @@ GOLDEN_SNAPSHOT: Final = "ready"
 UNMARKED: Final = dict.fromkeys((OWNER, KEY, BASE, BYTES, UPLOADER, USED), "")
 """Set on a tenant created as a copy, which inherits all keys that are not given."""
 
-_GENERATION: Final = 4  # increased when golden copies are made in a different way
+_GENERATION: Final = 5  # increased when golden copies are made in a different way
 _NOTHING: Final = Recipe(b"", ("true",), 3000)
 _LIMITS: Final = ("cpu", "memory")
 _REFUSED: Final = 1000  # most remembered uploads that cannot be copied

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs.operation import Limits
-from gateway.rootfs.paths import show
+from gateway.rootfs.paths import HOME, show
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
-from gateway.tools import outputs
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call, below_cwd, failure, outside
 
@@ -81,4 +80,4 @@ def exists(root: Root, path: str) -> bool:
 
 def hidden(start: str, pattern: str = "") -> str | None:
     """Return the gateway's own folder if a search would visit it without having named it."""
-    return None if start or pattern.startswith(outputs.HOME) else outputs.HOME
+    return None if start or pattern.startswith(HOME) else HOME
