@@ -38,7 +38,11 @@ async def installed(folder: Path, program: str) -> Path:
     client.mkdir(parents=True)
     shutil.copy(PACKAGE / "package.json", client)
     shutil.copytree(await built(), client / "dist")
+    # of the newest SDK, with its own CLI: tests/integration/test_claude_newest.py
+    newest = os.environ.get("GATEWAY_TEST_AGENT_SDK")
     for entry in modules.iterdir():
+        if newest and entry.name == "@anthropic-ai":
+            entry = Path(newest) / "node_modules" / entry.name
         (folder / "node_modules" / entry.name).symlink_to(entry)
     (folder / "package.json").write_text('{"type": "module"}')
     shutil.copy(PACKAGE / program, folder)

@@ -33,6 +33,7 @@ from tests.messages import MODEL, Block, Model, claude_program, model, say, use
 from tests.typescript import PACKAGE, installed
 from tests.waits import until
 
+CLI = {} if "GATEWAY_TEST_AGENT_SDK" in os.environ else {"pathToClaudeCodeExecutable": str(claude_program())}
 EIGHT = ["Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"]
 
 
@@ -86,6 +87,8 @@ async def agent(
     runtime: str = "node",
     live: bool = False,
     interrupt: str | None = None,
+    person: Mapping[str, Any] | None = None,
+    session: str | None = None,
     **options: Any,
 ) -> AsyncIterator[Agent]:
     """Run an agent that is asked these prompts, each after the last one's answer."""
@@ -97,7 +100,9 @@ async def agent(
         "prompts": prompts,
         "live": live,
         "interrupt": interrupt,
-        "options": {"model": MODEL, "pathToClaudeCodeExecutable": str(claude_program()), **options},
+        "person": person,
+        "session": session,
+        "options": {"model": MODEL, **CLI, **options},
     }
     found = "node" if runtime == "node" else str(await asyncio.to_thread(bun.ensure, bun.variant(), CACHE))
     process = await asyncio.create_subprocess_exec(

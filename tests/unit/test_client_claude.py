@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions
 
 from gateway_client import Client, ToolResult, claude
 from gateway_client.errors import Unavailable
@@ -30,11 +34,24 @@ from tests.waits import turn
         {"hooks": {"Stop": [object()]}},
         {"resume": "5f0c"},
         {"continue_conversation": True},
+        {"sandbox": {"enabled": True}},
+        {"an_option_of_tomorrow": True},
+        {"extra_args": {"tools": "default"}},
+        {"extra_args": {"mcp-config": "{}"}},
+        {"extra_args": {"debug-to-stderr": None, "add-dir": "/"}},
+        {"agents": {"tester": AgentDefinition("d", "p")}},
+        {"permission_mode": "plan"},
+        {"permission_mode": "acceptEdits"},
+        {"disallowed_tools": ["Read(secrets/**)"]},
+        {"allowed_tools": ["Bash(git"]},
+        {"agents": {"tester": AgentDefinition("d", "p", memory="user")}, "bare": False},
+        {"agents": {"tester": AgentDefinition("d", "p", tools=["Bash(git *)"])}, "bare": False},
     ],
 )
 async def test_what_would_open_the_agents_host_is_refused(more: dict[str, Any]) -> None:
+    words = r"cannot be (set|held)|is taken|bare=False|persist_session=True|no rule|cannot have|not a part"
     async with Client("http://127.0.0.1:9", token="t") as client:
-        with pytest.raises(ValueError, match=r"cannot be set|is taken|bare=False|persist_session=True"):
+        with pytest.raises(ValueError, match=words):
             claude.options(client.tenant("shop"), **more)
 
 
@@ -46,11 +63,11 @@ async def test_what_is_the_callers_own_is_kept_and_what_holds_the_host_shut_wins
             env={"A": "b", "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "0", "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "0"},
             mcp_servers={"search": {"type": "http", "url": "http://x"}},
             allowed_tools=["mcp__search"],
-            extra_args={"debug": None},
+            extra_args={"debug-to-stderr": None},
             tool_timeout=12.5,
         )
     assert (found.model, found.tools, found.setting_sources) == ("claude-opus-5", [], [])
-    assert found.env["A"] == "b"
+    assert found.env["A"] == "b" and found.env["XDG_CACHE_HOME"] == "/dev/null"
     # what CI cannot see gone: without setting sources the CLI read no CLAUDE.md of the host either
     names = ("FILE_MENTIONS", "CLAUDE_MDS", "AUTO_MEMORY")
     for name in ("CLAUDE_AGENT_SDK_MCP_NO_PREFIX", *(f"CLAUDE_CODE_DISABLE_{name}" for name in names)):
@@ -58,13 +75,56 @@ async def test_what_is_the_callers_own_is_kept_and_what_holds_the_host_shut_wins
     assert isinstance(found.mcp_servers, dict) and set(found.mcp_servers) == {"search", "tenant"}
     assert dict(found.mcp_servers["tenant"])["timeout"] == 12_500
     assert found.allowed_tools == ["mcp__search", "mcp__tenant"]
-    assert found.extra_args == {"debug": None, "bare": None, "no-session-persistence": None}
+    assert found.extra_args == {"debug-to-stderr": None, "bare": None, "no-session-persistence": None}
 
 
 async def test_a_conversation_can_be_kept_and_resumed() -> None:
     async with Client("http://127.0.0.1:9", token="t") as client:
         found = claude.options(client.tenant("shop"), persist_session=True, resume="5f0c", bare=False)
     assert (found.resume, found.extra_args) == ("5f0c", {})
+
+
+def test_each_option_of_the_sdk_is_passed_or_refused() -> None:
+    """Of a newer one too: until somebody has looked at it, an option is refused."""
+    ours = {
+        "allowed_tools",
+        "can_use_tool",
+        "disallowed_tools",
+        "env",
+        "extra_args",
+        "mcp_servers",
+        "system_prompt",
+    }
+    options = {field.name for field in dataclasses.fields(ClaudeAgentOptions)}
+    assert options - ours - claude._PASSED == claude._REFUSED.keys()
+
+
+async def test_a_server_of_the_callers_keeps_its_cache() -> None:
+    servers = {
+        "a": {"command": "uvx", "env": {"X": "y"}},
+        "b": {"command": "z", "env": {"XDG_CACHE_HOME": "/c"}},
+    }
+    async with Client("http://127.0.0.1:9", token="t") as client:
+        found = claude.options(client.tenant("shop"), mcp_servers=servers, env={"HOME": "/home/me"})
+    assert isinstance(found.mcp_servers, dict)
+    environments = [dict(found.mcp_servers[name])["env"] for name in servers]
+    assert environments == [{"XDG_CACHE_HOME": "/home/me/.cache", "X": "y"}, {"XDG_CACHE_HOME": "/c"}]
+
+
+RULES = json.loads((Path(__file__).parents[1] / "data" / "claude_rules.json").read_text())
+
+
+@pytest.mark.parametrize(("rule", "command", "runs"), RULES["allowed"])
+def test_a_rule_allows_what_it_surely_says(rule: str, command: str, runs: bool) -> None:
+    """Read by clients/typescript/tests/claude.test.ts too, as the next."""
+    permissions = claude._Permissions([f"Bash({rule})"], [], None, Path("/plans"))
+    assert permissions.allows("Bash", {"command": command}, "default") is runs
+
+
+@pytest.mark.parametrize(("rule", "command", "denied"), RULES["denied"])
+def test_a_rule_denies_what_it_may_say(rule: str, command: str, denied: bool) -> None:
+    permissions = claude._Permissions([], [f"Bash({rule})"], None, Path("/plans"))
+    assert (permissions.refusal("Bash", {"command": command}) is not None) is denied
 
 
 @pytest.mark.parametrize("middle", [True, False])

@@ -7,7 +7,8 @@
                 print(message)
 
 The SDK runs Claude Code's CLI on this host with all its built-in tools off; the tenant's tools take their
-names. Needs the extra `claude`. Statements about the CLI here hold for version 2.1.331.
+names, also in permission rules and in `can_use_tool`. Needs the extra `claude`. Statements about the CLI here
+hold for version 2.1.332.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import re
+import shlex
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from inspect import isawaitable
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from gateway_client.errors import GatewayError
@@ -27,9 +33,18 @@ from gateway_client.results import ToolResult
 from gateway_client.tenant import Tenant
 
 with needed("claude"):
+    import aiohttp  # noqa: F401 -- what `on_output` needs: missing, it would fail in a task of the SDK's
     import anyio
     import mcp_types as types
-    from claude_agent_sdk import ClaudeAgentOptions
+    from claude_agent_sdk import (
+        CanUseTool,
+        ClaudeAgentOptions,
+        HookMatcher,
+        PermissionResultAllow,
+        PermissionResultDeny,
+        PermissionUpdate,
+        ToolPermissionContext,
+    )
     from mcp.server import Server
     from mcp.server.context import ServerRequestContext
 
@@ -56,6 +71,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "tools": "the CLI's own tools run on this host, and take precedence over the tenant's of the same name",
     "setting_sources": "settings of this host can run commands on it",
     "settings": "settings of this host can run commands on it",
+    "sandbox": "it is for commands on this host, and the agent runs none",
     "add_dirs": "an agent in a tenant must not reach folders of this host",
     "plugins": "plugins run on this host",
     "skills": "skills are files of this host",
@@ -63,12 +79,28 @@ _REFUSED: Final[Mapping[str, str]] = {
     "verbatim_prompts": "an @path in a prompt would read a file of this host",
     "max_buffer_size": "it is set for large inputs already",
 }
+# the options of the SDK that open nothing of this host, or are the caller's own program: an option that a
+# newer SDK adds is refused until somebody has looked at it
+_PASSED: Final = frozenset(
+    {
+        *("betas", "cli_path", "client_app", "continue_conversation", "cwd", "debug_stderr", "effort"),
+        *("agents", "enable_file_checkpointing", "fallback_model", "fork_session", "forward_subagent_text"),
+        *("hooks", "include_hook_events", "include_partial_messages", "load_timeout_ms", "max_budget_usd"),
+        *("max_thinking_tokens", "max_turns", "model", "output_format", "permission_mode"),
+        *("permission_prompt_tool_name", "resume", "resume_drops_turn", "resume_session_at", "session_id"),
+        *("session_store", "session_store_flush", "stderr", "task_budget", "thinking", "user"),
+    }
+)
+# the CLI's arguments that `extra_args` may name: none of them turns on anything
+_EXTRA_ARGS: Final = frozenset({"debug-to-stderr", "replay-user-messages"})
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     # the tools appear as Read and Bash rather than as mcp__tenant__Read: the names that the model knows
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
     "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "1",
     "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+    # no folder: the CLI would log failed calls there, with their output
+    "XDG_CACHE_HOME": "/dev/null",
 }
 _PROMPT: Final = (
     "Your tools work in a Linux container, not on the machine that you are invoked on: where you are told of "
@@ -82,6 +114,13 @@ _UNSHOWN: Final = (
     "installed the extra `pdf`. Until then a program in the container may be able to read it."
 )
 _OF_KEPT: Final = ("resume", "continue_conversation", "fork_session", "session_store")
+
+_TOOLS: Final = frozenset({"Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"})
+# what the CLI by itself does without asking anybody, in the folder that it works in
+_UNASKED: Final = READ_ONLY | {"BashOutput", "KillShell"}
+# tenants, each one tool session, that an agent of this process has worked in
+_BEGUN: Final = weakref.WeakSet[Tenant]()
+_RULE: Final = re.compile(r"([^\s,()]+)(?:\(((?:\\.|[^\\()])*)\))?(?:[\s,]+|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +147,8 @@ def options(
     env: Mapping[str, str] | None = None,
     mcp_servers: Mapping[str, Any] | None = None,
     allowed_tools: Sequence[str] = (),
+    disallowed_tools: Sequence[str] = (),
+    can_use_tool: CanUseTool | None = None,
     extra_args: Mapping[str, str | None] | None = None,
     **more: Any,
 ) -> ClaudeAgentOptions:
@@ -118,38 +159,80 @@ def options(
     `tool_timeout` is in seconds: a call that takes longer is cancelled, with everything that it runs. Further
     options are the SDK's. Raises `ValueError` for those that would open this host.
 
-    `bare` keeps even the CLI's description of this host out of the conversation; then the SDK's hooks do not
-    run, and only ANTHROPIC_API_KEY is used. Without it the model is told the CLI's working directory and
-    platform, and that the prompt's description of the container is what counts.
+    The tools run without a question until you say who decides, as in the CLI itself: by `can_use_tool`, a
+    `permission_mode`, or rules in `allowed_tools`. Then Read, Glob, Grep, BashOutput and KillShell alone do.
+    `disallowed_tools` hold in any case. Rules have the tools' plain names: `Bash`, `Bash(git *)`.
+
+    `bare` keeps even the CLI's description of this host out of the conversation; then the SDK's hooks,
+    sub-agents and the modes `plan` and `acceptEdits` are not to be had, and only ANTHROPIC_API_KEY is used.
+    Without it the model is told the CLI's working directory and platform, and that the prompt's description
+    of the container is what counts.
 
     `persist_session` has the CLI keep the conversation in the user's folder on this host, so that it can be
     resumed. Then it also stores each image that is read there, and tells the model its path.
     """
-    for name, why in _REFUSED.items():
-        if name in more:
+    for name in more:
+        if name not in _PASSED:
+            why = _REFUSED.get(name, "this client does not know whether it would open this host")
             raise ValueError(f"{name} cannot be set for an agent in a tenant: {why}")
-    if bare and more.get("hooks"):
-        raise ValueError("hooks need bare=False: the CLI runs none in its bare mode")
+    for name in extra_args or {}:
+        if name not in _EXTRA_ARGS:
+            raise ValueError(
+                f"extra_args {name!r} cannot be set for an agent in a tenant: the CLI's arguments can open "
+                f"this host, other than {' and '.join(sorted(_EXTRA_ARGS))}"
+            )
+    agents, hooks = more.pop("agents", None), dict(more.pop("hooks", None) or {})
+    mode, prompting = more.get("permission_mode"), more.get("permission_prompt_tool_name")
+    if bare:
+        for name in [name for name, given in (("hooks", hooks), ("agents", agents)) if given]:
+            raise ValueError(f"{name} need bare=False: the CLI has none in its bare mode")
+        if mode in ("plan", "acceptEdits"):
+            raise ValueError(f"permission_mode {mode!r} needs bare=False: it is not to be had otherwise")
     if not persist_session and any(more.get(name) for name in _OF_KEPT):
         raise ValueError("only a stored session can be resumed: set persist_session=True, also at its start")
     if SERVER in (mcp_servers or {}):
         raise ValueError(f"the name {SERVER!r} is taken by the tenant's own tools")
+    variables = {**os.environ, **(env or {})}
+    plans = Path(variables.get("CLAUDE_CONFIG_DIR") or Path(variables.get("HOME", "/"), ".claude")) / "plans"
+    permissions = _Permissions(allowed_tools, disallowed_tools, can_use_tool, plans)
+    rules = permissions.rules(allowed_tools)
+    whole = [name for name, part in rules if part is None]
+    if can_use_tool or (permissions.allowed and not prompting):
+        more["can_use_tool"] = permissions.ask
+    if not (can_use_tool or mode or prompting or _TOOLS & {name for name, _ in rules}):
+        whole.append(f"mcp__{SERVER}")
+    elif "can_use_tool" not in more or mode == "dontAsk":
+        # `ask` allows them otherwise: of tools that it is not asked about the SDK warns
+        whole += sorted(_UNASKED)
+    if not bare:
+        hooks["PreToolUse"] = [*hooks.get("PreToolUse", []), HookMatcher(hooks=[permissions.before])]
     place = _PROMPT.format(workspace=workspace)
-    tools = {"type": "sdk", "name": SERVER, "instance": server(tenant, on_output=on_output)}
+    # a conversation that goes on does so where Bash stands
+    home = None if any(more.get(name) for name in _OF_KEPT) else workspace
+    tools = {"type": "sdk", "name": SERVER, "instance": _server(tenant, on_output, permissions, home)}
     found: dict[str, Any] = {
         # not a user's folder, since the model sees its name
         "cwd": "/",
         **more,
-        "tools": [],
+        # those of the CLI that reach nothing of this host, for those who can use them
+        "tools": [
+            *(["Agent"] if agents else []),
+            *(["AskUserQuestion", "ExitPlanMode"] if not bare and (can_use_tool or mode == "plan") else []),
+        ],
+        "agents": _bounded(agents) if agents else None,
+        "hooks": hooks or None,
         # without alwaysLoad the tools would be hidden behind a search if other servers have many
         "mcp_servers": {
-            **(mcp_servers or {}),
+            **{name: _cached(server, variables) for name, server in (mcp_servers or {}).items()},
             SERVER: {**tools, "timeout": round(tool_timeout * 1000), "alwaysLoad": True},
         },
         "strict_mcp_config": True,
         "setting_sources": [],
         "skills": [],
-        "allowed_tools": [*allowed_tools, f"mcp__{SERVER}"],
+        # otherwise the CLI may choose `auto`, which asks nobody
+        "permission_mode": mode or "default",
+        "allowed_tools": [_full(rule) for rule in whole],
+        "disallowed_tools": permissions.removed,
         "system_prompt": f"{system_prompt}\n\n{place}" if system_prompt else place,
         "verbatim_prompts": True,
         "max_buffer_size": MESSAGE_MAX,
@@ -163,16 +246,259 @@ def options(
     return ClaudeAgentOptions(**found)
 
 
+def _full(name: str) -> str:
+    """Return the name that the CLI's rules have for a tool."""
+    return f"mcp__{SERVER}__{name}" if name in _TOOLS else name
+
+
+def _plain(name: str) -> str:
+    plain = name.removeprefix(f"mcp__{SERVER}__")
+    return plain if plain in _TOOLS else name
+
+
+def _cached(server: Any, variables: Mapping[str, str]) -> Any:
+    """Give the caller's own program the cache that the CLI is kept from."""
+    if not isinstance(server, Mapping) or "command" not in server:
+        return server
+    cache = variables.get("XDG_CACHE_HOME") or Path(variables.get("HOME", "/"), ".cache")
+    return {**server, "env": {"XDG_CACHE_HOME": str(cache), **(server.get("env") or {})}}
+
+
+def _bounded(agents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sub-agents that have the tools of the agent, by the same names."""
+    bounded = {}
+    for name, agent in agents.items():
+        if agent.memory is not None or agent.skills is not None:
+            raise ValueError(f"the agent {name!r} cannot have memory or skills: they are files of this host")
+        for rule in (*(agent.tools or ()), *(agent.disallowedTools or ())):
+            if "(" in rule and not rule.startswith(("Agent(", "Task(")):
+                raise ValueError(f"the agent {name!r} can have or lack a tool, and not a part of it: {rule}")
+        tools, lacks = (
+            None if names is None else [_plain(rule) for rule in names]
+            for names in (agent.tools, agent.disallowedTools)
+        )
+        bounded[name] = replace(agent, tools=tools, disallowedTools=lacks)
+    return bounded
+
+
+class _Permissions:
+    """Who decides about a call: rules and modes here where the CLI knows none for MCP's tools, then a person.
+
+    The CLI does not match a part of an MCP tool (`Bash(git *)`), nor does it know which of them edit files.
+    """
+
+    def __init__(
+        self, allowed: Iterable[str], disallowed: Iterable[str], person: CanUseTool | None, plans: Path
+    ) -> None:
+        self._person = person
+        self._plans = plans
+        self._plan: dict[str, str] = {}
+        self.allowed = [part for _, part in self.rules(allowed) if part is not None]
+        rules = self.rules(disallowed)
+        self.denied = [part for _, part in rules if part is not None]
+        self.removed = [_full(name) for name, part in rules if part is None]
+
+    @staticmethod
+    def rules(entries: Iterable[str]) -> list[tuple[str, str | None]]:
+        """Return names and parts as the CLI reads them: an entry may hold several. Raises `ValueError`."""
+        found: list[tuple[str, str | None]] = []
+        for entry in entries:
+            at, text = 0, entry.strip()
+            while at < len(text):
+                rule = _RULE.match(text, at)
+                if rule is None:
+                    raise ValueError(f"this is no rule of a permission: {entry!r}")
+                at, name, part = rule.end(), _plain(rule[1]), rule[2]
+                if name not in _TOOLS and part is not None:
+                    name, part = f"{name}({part})", None
+                elif part in ("", "*", ":*"):
+                    part = None
+                elif part is not None and name != "Bash":
+                    raise ValueError(
+                        f"{rule[0].strip()} cannot be held in a tenant: name the whole tool, or "
+                        "decide in can_use_tool"
+                    )
+                found.append((name, part))
+        return found
+
+    def refusal(self, name: str, given: Mapping[str, Any]) -> str | None:
+        """Return why a call must not run, whoever allowed it."""
+        command = given.get("command")
+        if name == "Bash" and isinstance(command, str):
+            for rule in self.denied:
+                if any(_matches(rule, part) for part in _any_parts(command)):
+                    return f"Permission to use Bash with {rule} has been denied."
+        return None
+
+    def allows(self, name: str, given: Mapping[str, Any], mode: str) -> bool:
+        """Return whether nobody need be asked."""
+        if name in _UNASKED or self._is_plan(name, given):
+            return True
+        if name in ("Edit", "Write"):
+            return mode == "acceptEdits"
+        if name != "Bash":
+            return False
+        parts = _plain_parts(str(given.get("command")))
+        return bool(parts) and all(any(_matches(rule, part) for rule in self.allowed) for part in parts)
+
+    async def before(self, event: Any, call: str | None, context: Any) -> Any:
+        """A hook, which is the only one to hear of the mode that holds now."""
+        name = _plain(event["tool_name"])
+        if not self.allows(name, event["tool_input"], event.get("permission_mode", "default")):
+            return {}
+        return {"hookSpecificOutput": {"hookEventName": "PreToolUse", "permissionDecision": "allow"}}
+
+    async def ask(
+        self, name: str, given: dict[str, Any], context: ToolPermissionContext
+    ) -> PermissionResultAllow | PermissionResultDeny:
+        name = _plain(name)
+        if (refusal := self.refusal(name, given)) is not None:
+            return PermissionResultDeny(message=refusal)
+        if self.allows(name, given, "default"):
+            return PermissionResultAllow()
+        if self._person is None:
+            return PermissionResultDeny(
+                message=f"Claude requested permissions to use {name}, but you haven't granted it yet."
+            )
+        shown = given
+        if name == "ExitPlanMode" and self._plan:
+            shown = {**given, "plan": [*self._plan.values()][-1]}
+        suggestions = [_renamed(update, _plain) for update in context.suggestions]
+        answer = await self._person(name, shown, replace(context, suggestions=suggestions))
+        if not isinstance(answer, PermissionResultAllow):
+            return answer
+        if answer.updated_input == shown:  # the CLI would keep a plan that it is given on this host
+            answer = replace(answer, updated_input=given)
+        return replace(answer, updated_permissions=self._updated(answer.updated_permissions or ()) or None)
+
+    def _updated(self, updates: Iterable[PermissionUpdate]) -> list[PermissionUpdate]:
+        """Keep what only we can hold; the rest is the CLI's for this session, and nothing of this host."""
+        kept: list[PermissionUpdate] = []
+        for update in updates:
+            if update.type in ("addDirectories", "removeDirectories"):
+                continue
+            whole = []
+            for rule in update.rules or ():
+                name, part = _plain(rule.tool_name), rule.rule_content
+                if name != "Bash" or part in (None, "", "*", ":*"):
+                    whole.append(rule)
+                    continue
+                assert part is not None
+                held = self.denied if update.behavior == "deny" else self.allowed
+                if update.type == "removeRules":
+                    held[:] = [one for one in held if one != part]
+                elif update.behavior != "ask":
+                    held.append(part)
+            if whole or not update.rules:
+                kept.append(_renamed(replace(update, rules=whole or None, destination="session"), _full))
+        return kept
+
+    # --- the plan: a file of the CLI's on this host, which the model writes with the tenant's tools ---------
+
+    def _is_plan(self, name: str, given: Mapping[str, Any]) -> bool:
+        path = given.get("file_path")
+        return (
+            name in ("Edit", "Read", "Write") and isinstance(path, str) and Path(path).parent == self._plans
+        )
+
+    def planned(self, name: str, given: Mapping[str, Any]) -> ToolResult | None:
+        """Answer a call about the plan, which is kept here; None for any other call."""
+        if not self._is_plan(name, given):
+            return None
+        path = given["file_path"]
+        text, wrong = self._plan.get(path), False
+        if name == "Write":
+            self._plan[path] = given["content"]
+            said = f"File created successfully at: {path}"
+        elif text is None:
+            said, wrong = "File does not exist.", True
+        elif name == "Read":
+            said = "\n".join(f"{number}\t{line}" for number, line in enumerate(text.split("\n"), 1))
+        elif text.count(given["old_string"]) != 1:
+            said, wrong = "The plan must hold old_string exactly once.", True
+        else:
+            self._plan[path] = text.replace(given["old_string"], given["new_string"])
+            said = f"The file {path} has been updated successfully."
+        return ToolResult([{"type": "text", "text": said}], is_error=wrong)
+
+
+def _renamed(update: PermissionUpdate, name: Callable[[str], str]) -> PermissionUpdate:
+    if not update.rules:
+        return update
+    rules = [replace(rule, tool_name=name(rule.tool_name)) for rule in update.rules]
+    return replace(update, rules=rules)
+
+
+def _matches(rule: str, command: str) -> bool:
+    """Return whether a command is what a rule says: `git *` and `git:*` are git with any words or none."""
+    if rule.endswith(":*"):
+        rule = f"{rule[:-2]} *"
+    head, alone = (rule[:-2], "( .*)?") if rule.endswith(" *") else (rule, "")
+    pattern = ".*".join(re.escape(part) for part in head.split("*")) + alone
+    return re.fullmatch(pattern, " ".join(command.split()), re.S) is not None
+
+
+def _plain_parts(command: str) -> list[str]:
+    """Return the simple commands of a line of which nothing is hidden; empty if anything might be."""
+    quoted = re.sub(r"'[^']*'|\"[^\"$`\\!]*\"", lambda found: "q" * len(found[0]), command)
+    if re.search(r"[$`\\<>(){}'\"#!]", quoted):
+        return []
+    parts, at = [], 0
+    for separator in re.finditer(r"[;&|\n]+|$", quoted):
+        if part := command[at : separator.start()].strip():
+            parts.append(part)
+        at = separator.end()
+    return parts
+
+
+# programs and words of the shell behind which a command stands
+_RUNS: Final = frozenset(
+    {
+        *("bash", "builtin", "command", "dash", "do", "doas", "else", "env", "exec", "eval", "if", "ionice"),
+        *("nice", "nohup", "setsid", "sh", "stdbuf", "sudo", "then", "time", "timeout", "until", "while"),
+        *("xargs", "zsh", "!"),
+    }
+)
+
+
+def _any_parts(command: str) -> set[str]:
+    """Return all in a line that may be a command, and rather too much: it is for rules that deny."""
+    found = {command.strip()}
+    for part in re.split(r"[;&|\n(){}`]+", command.replace("\\\n", " ")):
+        found.add(part.strip())
+        words = re.sub(r"[\"'\\]", "", part).split()
+        while words:
+            program = words[0].rpartition("/")[2]
+            found |= {" ".join(words), " ".join([program, *words[1:]])}
+            # also what stands before the command: options, durations, variables
+            if program not in _RUNS and not re.match(r"-|[\d.]+[smhd]?$|\w+=", words[0]):
+                break
+            del words[0]
+    return found
+
+
 def server(tenant: Tenant, *, on_output: OnOutput | None = None) -> Server[Any]:
     """Return an in-process MCP server with the tenant's tools, for options that you build yourself.
 
     Read-only tools are marked so that the CLI runs them in parallel. Results have no structuredContent, since
     the CLI would show that to the model instead of the text.
     """
+    return _server(tenant, on_output, None, None)
+
+
+def _server(
+    tenant: Tenant, on_output: OnOutput | None, permissions: _Permissions | None, workspace: str | None
+) -> Server[Any]:
+    """Return the server; with a `workspace`, the first call of a conversation finds Bash there."""
     live = None if on_output is None else _Live(tenant, on_output)
+    beginning = asyncio.Lock()
+    away = False  # whether Bash may stand where an earlier conversation left it
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Server[Any]) -> AsyncIterator[None]:
+        nonlocal away
+        away = workspace is not None and (tenant.named or tenant in _BEGUN)
+        _BEGUN.add(tenant)
         async with live or contextlib.nullcontext():
             yield
 
@@ -184,11 +510,23 @@ def server(tenant: Tenant, *, on_output: OnOutput | None = None) -> Server[Any]:
     async def call_tool(
         context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
     ) -> types.CallToolResult:
+        nonlocal away
+        given = params.arguments or {}
+        if permissions is not None:
+            if (refusal := permissions.refusal(params.name, given)) is not None:
+                return _answer(ToolResult([{"type": "text", "text": refusal}], is_error=True))
+            if (planned := permissions.planned(params.name, given)) is not None:
+                return _answer(planned)
         call_id = (context.meta or {}).get(_CALL_ID)
         call = None if call_id is None else str(call_id)
         try:
+            async with beginning:
+                if away and workspace is not None:
+                    with contextlib.suppress(GatewayError):
+                        await _called(tenant, "Bash", {"command": f"cd {shlex.quote(workspace)}"}, None)
+                away = False
             with live.awaiting(call) if live and call else contextlib.nullcontext():
-                result = await _called(tenant, params.name, params.arguments or {}, call)
+                result = await _called(tenant, params.name, given, call)
         except GatewayError as error:  # the model can report it, or try something else
             return _answer(ToolResult([{"type": "text", "text": error.message}], is_error=True))
         if live and call and params.name == "Bash":

@@ -51,7 +51,7 @@ class Connections:
         self.http = http
         self.tenant = tenant
         self._initialize = initialize
-        self._ends_session = ends_session
+        self.named = not ends_session
         self._keep = keep
         self._met = False  # whether the gateway was ever reached
         self._troubled: set[Patience] = set()
@@ -120,7 +120,7 @@ class Connections:
     async def close(self) -> None:
         """Close all connections, and end the tool session if it has no name."""
         main, self._main = self._main, None
-        if self._ends_session and main is not None and main.alive:
+        if not self.named and main is not None and main.alive:
             with contextlib.suppress(GatewayError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     await main.request("session/end")

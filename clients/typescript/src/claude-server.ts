@@ -5,6 +5,7 @@
  */
 
 import { LiveOutput, type OnOutput } from "./claude-output.js";
+import type { Permissions } from "./claude-permissions.js";
 import { GatewayError } from "./errors.js";
 import type { Tenant } from "./tenant.js";
 import { ToolResult } from "./tools.js";
@@ -29,7 +30,13 @@ interface Transport {
 interface Settings {
   readonly onOutput: OnOutput | undefined;
   readonly lingerMs: number;
+  readonly permissions: Permissions;
+  /** Where Bash stands at the beginning of a conversation; undefined in one that goes on. */
+  readonly begin: string | undefined;
 }
+
+/** Tenants, each one tool session, that an agent of this process has worked in. */
+const BEGUN = new WeakSet<Tenant>();
 
 const READ_ONLY = ["Read", "Glob", "Grep"];
 /**
@@ -65,15 +72,21 @@ export class ToolServer {
 /** One agent's calls. */
 class Conversation {
   readonly #tenant: Tenant;
-  readonly #lingerMs: number;
+  readonly #settings: Settings;
   readonly #transport: Transport;
   readonly #calls = new Map<string | number, AbortController>();
   readonly #live: LiveOutput | null;
+  /** Whether Bash may stand where an earlier conversation left it, and what takes it back. */
+  #away: boolean;
+  #back: Promise<unknown> | null = null;
 
-  constructor(tenant: Tenant, { onOutput, lingerMs }: Settings, transport: Transport) {
+  constructor(tenant: Tenant, settings: Settings, transport: Transport) {
+    const { onOutput } = settings;
     this.#tenant = tenant;
-    this.#lingerMs = lingerMs;
+    this.#settings = settings;
     this.#transport = transport;
+    this.#away = settings.begin !== undefined && (tenant.named || BEGUN.has(tenant));
+    BEGUN.add(tenant);
     this.#live = onOutput === undefined ? null : new LiveOutput(tenant.twin(), onOutput);
   }
 
@@ -122,13 +135,28 @@ class Conversation {
 
   async #call(id: string | number, params: Message["params"] & object): Promise<object> {
     const { name, arguments: args = {}, _meta: meta } = params;
+    const { lingerMs, permissions } = this.#settings;
+    const given = args as Record<string, unknown>;
+    const refusal = permissions.refusal(String(name), given);
+    const instead =
+      refusal === null ? permissions.planned(String(name), given) : { text: refusal, isError: true };
+    if (instead !== null) {
+      const { text, isError } = instead;
+      return answered(new ToolResult([{ type: "text", text }], isError));
+    }
     const callId = (meta as Record<string, string> | undefined)?.[CALL_ID];
     const ending = new AbortController();
     this.#calls.set(id, ending);
     try {
+      if (this.#away) {
+        this.#away = false;
+        const command = `cd '${this.#settings.begin?.replaceAll("'", "'\\''")}'`;
+        this.#back = this.#tenant.tool("Bash", { command }).catch(() => {});
+      }
+      await this.#back;
       if (callId !== undefined) this.#live?.expect(callId);
-      const options = { callId, lingerMs: this.#lingerMs, signal: ending.signal };
-      const result = await this.#tenant.tool(String(name), args as object, options);
+      const options = { callId, lingerMs, signal: ending.signal };
+      const result = await this.#tenant.tool(String(name), given, options);
       if (callId !== undefined && name === "Bash") await this.#live?.finish(callId, result);
       return answered(result);
     } catch (error) {

@@ -57,6 +57,8 @@ export interface TenantEventOptions {
 export class Tenant extends Lifecycle<Tenant> implements Disposable {
   readonly files: Files;
   readonly history: History;
+  /** Whether the tool session has a name, so that it outlives this client. */
+  readonly named: boolean;
   readonly #link: Link;
   /** Opens another connection like it. */
   readonly #another: () => Link;
@@ -76,6 +78,7 @@ export class Tenant extends Lifecycle<Tenant> implements Disposable {
   ) {
     super(http, name, place);
     this.#lingerMs = options.lingerMs;
+    this.named = options.session !== undefined;
     this.#another = () =>
       new Link({
         address: place.address,

@@ -7,9 +7,11 @@ import { query } from "@anthropic-ai/claude-agent-sdk";
 import { Gateway } from "@incus-gateway/client";
 import { claudeOptions } from "@incus-gateway/client/claude";
 
-const { url, token, tenant, prompts, live, interrupt, options } = JSON.parse(process.argv[2] ?? "{}");
+const { url, token, tenant, session, prompts, live, interrupt, person, options } = JSON.parse(
+  process.argv[2] ?? "{}",
+);
 const say = (told) => process.stdout.write(`${JSON.stringify(told)}\n`);
-const shop = new Gateway(url, { token: () => token }).tenant(tenant);
+const shop = new Gateway(url, { token: () => token }).tenant(tenant, session ? { session } : {});
 const ending = new AbortController();
 process.on("SIGTERM", () => ending.abort());
 
@@ -29,9 +31,21 @@ const onOutput = async ({ call, stream, data }) => {
   if (interrupt && text.includes(interrupt)) await agent.interrupt();
   if (text.includes("go on")) await shop.run("touch ~/go");
 };
+/** Whom the agent asks: `person` has the tools that may be used, and what is answered beside that. */
+const canUseTool = async (name, input, { suggestions }) => {
+  say({ type: "asked", name, input, suggestions });
+  const answer = person[name];
+  if (!answer) return { behavior: "deny", message: "the person said no" };
+  return { behavior: "allow", updatedInput: input, ...answer };
+};
 const agent = query({
   prompt: asked(),
-  options: claudeOptions(shop, { ...options, abortController: ending, ...(live ? { onOutput } : {}) }),
+  options: claudeOptions(shop, {
+    ...options,
+    abortController: ending,
+    ...(live ? { onOutput } : {}),
+    ...(person ? { canUseTool } : {}),
+  }),
 });
 try {
   for await (const message of agent) {

@@ -1,7 +1,9 @@
 /** What `claudeOptions` says to the SDK; what an agent then does is in tests/integration/test_claude_typescript.py. */
 
+import { readFileSync } from "node:fs";
 import { expect, test } from "vitest";
 import { claudeOptions } from "../src/claude.js";
+import { Permissions } from "../src/claude-permissions.js";
 import { Gateway } from "../src/index.js";
 
 const tenant = new Gateway("http://127.0.0.1:1", { token: "t" }).tenant("demo");
@@ -25,13 +27,63 @@ test("what is the caller's own is kept, and what holds the host shut wins", () =
     CLAUDE_CODE_DISABLE_FILE_MENTIONS: "1",
     CLAUDE_CODE_DISABLE_CLAUDE_MDS: "1",
     CLAUDE_CODE_DISABLE_AUTO_MEMORY: "1",
+    XDG_CACHE_HOME: "/dev/null",
   });
   expect(given.allowedTools).toEqual(["mcp__tenant"]);
 });
 
-test.each(["tools", "settingSources", "additionalDirectories", "plugins", "skills", "settings"])(
-  "%s would expose the host",
-  (name) => {
-    expect(() => claudeOptions(tenant, { [name]: [] })).toThrow(`${name} cannot be set`);
-  },
+test.each([
+  ["extraArgs", { tools: "default" }],
+  ["extraArgs", { "mcp-config": "{}" }],
+  ["permissionMode", "plan"],
+  ["agents", { tester: { description: "d", prompt: "p" } }],
+  ["disallowedTools", ["Read(secrets/**)"]],
+  ["allowedTools", ["Bash(git"]],
+])("%s %j is refused, and why", (name, value) => {
+  expect(() => claudeOptions(tenant, { [name]: value })).toThrow(/cannot be (set|held)|bare: false|no rule/);
+});
+
+const RULES: Record<"allowed" | "denied", [string, string, boolean][]> = JSON.parse(
+  readFileSync("../../tests/data/claude_rules.json", "utf8"),
 );
+
+test.each(RULES.allowed)("the rule %j allows %j: %j", (rule, command, runs) => {
+  const permissions = new Permissions([{ name: "Bash", part: rule }], [], undefined, "/plans");
+  expect(permissions.allows("Bash", { command }, "default")).toBe(runs);
+});
+
+test.each(RULES.denied)("the rule %j denies %j: %j", (rule, command, denied) => {
+  const permissions = new Permissions([], [{ name: "Bash", part: rule }], undefined, "/plans");
+  expect(permissions.refusal("Bash", { command }) !== null).toBe(denied);
+});
+
+/** Each option of the SDK that is installed is passed on or refused: a newer one's until somebody has looked at it. */
+test("no option of the SDK is unknown", () => {
+  const folder = process.env.GATEWAY_TEST_AGENT_SDK ?? ".";
+  const file = `${folder}/node_modules/@anthropic-ai/claude-agent-sdk/sdk.d.ts`;
+  const types = readFileSync(file, "utf8").replaceAll("\r", "");
+  const body = /export declare type Options = \{\n(.*?)\n\};/s.exec(types)?.[1] ?? "";
+  const names = [...body.matchAll(/^ {4}(\w+)\??:/gm)].map(([, name]) => name ?? "");
+  expect(names.length).toBeGreaterThan(50);
+  const unknown = names.filter((name) => {
+    try {
+      claudeOptions(tenant, { bare: false, [name]: [] });
+      return false;
+    } catch (error) {
+      return String(error).includes("does not know");
+    }
+  });
+  expect(unknown).toEqual([]);
+});
+
+test.each([
+  "tools",
+  "settingSources",
+  "additionalDirectories",
+  "plugins",
+  "skills",
+  "settings",
+  "executableArgs",
+])("%s would expose the host", (name) => {
+  expect(() => claudeOptions(tenant, { [name]: [] })).toThrow(`${name} cannot be set`);
+});
