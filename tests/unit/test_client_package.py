@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from gateway_client import Client
 
@@ -30,6 +32,30 @@ def test_the_gateway_asks_for_all_that_its_client_does() -> None:
     for extra, needed in CLIENT["optional-dependencies"].items():
         assert needed == GATEWAY["optional-dependencies"][extra]
     assert (ROOT / "clients/python/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def imported(module: Path) -> set[str]:
+    """Return the packages of others that a module imports anywhere, also only for its types."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        match node:
+            case ast.Import(names=names):
+                found |= {name.name.partition(".")[0] for name in names}
+            case ast.ImportFrom(module=str(name), level=0):
+                found.add(name.partition(".")[0])
+    return found - sys.stdlib_module_names - {"gateway_client"}
+
+
+@pytest.mark.parametrize(
+    "module", sorted((ROOT / "clients/python/gateway_client").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_what_a_module_imports_is_asked_for(module: Path) -> None:
+    """By the distribution itself, or by the extra that is named as the module."""
+    extra = CLIENT["optional-dependencies"].get(module.stem, [])
+    asked = {canonicalize_name(Requirement(word).name) for word in (*CLIENT["dependencies"], *extra)}
+    distributions = importlib.metadata.packages_distributions()
+    for name in imported(module):
+        assert asked & {canonicalize_name(one) for one in distributions[name]}, f"{name} is not asked for"
 
 
 @pytest.fixture(scope="module")
