@@ -13,6 +13,7 @@ from gateway.api.http import end
 from gateway.api.services import Services
 from gateway.cluster.quorum import Quorum
 from gateway.errors import GatewayError, NotFound
+from gateway.protocol import CloseCode
 from gateway.runtime import TenantEvent
 from gateway.runtime.incus import IncusRuntime
 from gateway.storage.store import StoreFailed
@@ -36,6 +37,10 @@ _MOVED: Final = frozenset(
 _MADE: Final = frozenset({"tenant.created", "tenant.renamed"})
 
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
+
+
+# seconds until the websockets of a destroyed tenant are closed: first its clients hear how commands ended
+_FAREWELL: Final = 0.5
 
 
 @contextlib.asynccontextmanager
@@ -152,6 +157,12 @@ class Background:
                 self._connected.set()
             told = services.bus.publish(event.type, event.tenant, facts)
             await services.names.took(services.runtime, event, told)
+            # one that was missed may be of an earlier tenant of this name
+            if event.type == "tenant.destroyed" and not event.data.get("resync"):
+                later = asyncio.get_running_loop().call_later
+                for one in services.connections:
+                    if one.tenant == event.tenant:
+                        later(_FAREWELL, one.close, CloseCode.UNKNOWN_TENANT, "the tenant was destroyed")
 
     async def _let_go(self, event: TenantEvent) -> None:
         services = self._services

@@ -278,12 +278,17 @@ def _answer(result: ToolResult, structured: bool) -> types.CallToolResult:
     """Return a result in MCP's form.
 
     A success has its facts under `_meta` unless the caller asked for structuredContent: clients take that to
-    be the same as the text, and Claude Code shows a model nothing else (seen with 2.1.331).
+    be the same as the text, and Claude Code shows a model nothing else (seen with 2.1.331). Of a failure it
+    has the text too, as `message`.
     """
     answer = types.CallToolResult.model_validate_json(result.encoded, by_name=False)
     if any(isinstance(part, types.EmbeddedResource) for part in answer.content):
         return _refusal(Unavailable(_UNSHOWN))
-    if not answer.is_error and not structured:
+    if answer.is_error:
+        # clients that know structuredContent show their model nothing else
+        said = "\n".join(part.text for part in answer.content if isinstance(part, types.TextContent))
+        answer.structured_content = {**(answer.structured_content or {}), "message": said}
+    elif not structured:
         answer.meta = {_FACTS: answer.structured_content}
         answer.structured_content = None
     return answer
@@ -294,7 +299,7 @@ def _refusal(error: GatewayError) -> types.CallToolResult:
     return types.CallToolResult(
         content=[types.TextContent(text=error.message)],
         is_error=True,
-        structured_content={**error.facts, "code": error.code},
+        structured_content={**error.facts, "code": error.code, "message": error.message},
     )
 
 

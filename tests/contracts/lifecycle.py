@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from gateway.protocol import CloseCode
 from gateway.runtime.sizes import SIZES
 from tests.contracts.gateway import sse
 from tests.live import LiveGateway
@@ -375,8 +376,11 @@ class LifeContract:
         async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:
             call = {"name": "Write", "arguments": {"file_path": "a", "content": "x"}, "callId": "mine"}
             await wire.call("tools/call", **call)
+            await wire.call("events/subscribe", types=["tenant.destroyed"])
             await ask(http, "POST", f"{url}/snapshots", {"name": "s1"}, 201)
             await ask(http, "DELETE", url, status=204)
+            assert await wire.closed() == CloseCode.UNKNOWN_TENANT
+            assert wire.notified("event", type="tenant.destroyed")
             await ask(http, "DELETE", url, status=404)
             for path in ("", "/site", "/snapshots", "/logs"):
                 await ask(http, "GET", url + path, status=404)

@@ -97,6 +97,8 @@ class McpContract:
                     assert here.is_error == there["isError"]
                     continue
                 said = here.model_dump(by_alias=True, mode="json", exclude_none=True)
+                if here.is_error:  # what many clients show a model alone
+                    assert said["structuredContent"].pop("message") == text(here)
                 assert {key: said[key] for key in there} == there
                 unasked = await plain.call_tool(name, given)
                 assert unasked.content == here.content
@@ -208,7 +210,8 @@ class McpContract:
         async with mcp(gateway, tenant, version, Authorization=f"Bearer {token}") as client:
             refused = await client.call_tool("Bash", {"command": "true"})
             assert refused.is_error and "scope exec" in text(refused)
-            assert (refused.structured_content or {})["code"] == "forbidden"
+            told = refused.structured_content or {}
+            assert (told["code"], told["scope"], told["message"]) == ("forbidden", "exec", text(refused))
             with pytest.raises(MCPError, match="no tool Rm; there are Read"):
                 await client.call_tool("Rm", {})
 

@@ -663,8 +663,10 @@ async def test_waiting_for_what_nobody_reads_keeps_the_end_and_counts_the_rest()
     async with gateway(script) as shop:
         async with shop.exec("x", buffer=10_000) as run:
             assert (await run.wait()).code == 0
-            kept = await run.stdout.read()
+            kept = b"".join([chunk async for chunk in run.stdout])
             assert (len(kept), kept[-1], run.stdout.lost) == (10_000, 49, 40_000)
+            with pytest.raises(errors.TooLarge, match=r"40000 bytes .* read it before"):
+                await run.stdout.read()  # which is whole, or an error
 
 
 async def test_a_stream_that_was_begun_is_waited_for_unless_discarded() -> None:
@@ -698,7 +700,7 @@ async def test_loss_is_counted() -> None:
 
     async with gateway(script) as shop:
         async with shop.exec("x") as run:
-            assert await run.stdout.read() == b"abcd"
+            assert b"".join([chunk async for chunk in run.stdout]) == b"abcd"
             assert await run.wait() == Exit(None, None, "lost", 5)
             assert (run.stdout.lost, run.stderr.lost) == (16, 1)
 
@@ -857,7 +859,7 @@ async def test_detach_leaves_the_command_and_attach_finds_it() -> None:
             with pytest.raises(Disconnected):
                 await anext(run.stdout)
         async with shop.attach(run.id, stdout=run.stdout.offset) as again:
-            assert await again.stdout.read() == b"fgh"
+            assert b"".join([chunk async for chunk in again.stdout]) == b"fgh"
             assert (again.stdout.lost, again.stdout.offset) == (2, 8)
             assert (await again.wait()).code == 0
 

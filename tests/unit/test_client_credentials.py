@@ -567,3 +567,9 @@ async def test_an_earlier_gateway_is_served_without_a_word(
 
 def test_the_failure_is_one_that_may_pass() -> None:
     assert issubclass(TokenUnavailable, errors.Unavailable) and not issubclass(TokenUnavailable, Disconnected)
+
+
+async def test_a_token_may_come_with_the_line_end_of_its_file() -> None:
+    assert await Credentials(" abc.def\r\n", lambda: None).current() == "abc.def"
+    with pytest.raises(ValueError, match="no token"):
+        Credentials("abc\ndef", lambda: None)

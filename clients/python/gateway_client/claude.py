@@ -497,7 +497,7 @@ def _server(
     @contextlib.asynccontextmanager
     async def lifespan(_: Server[Any]) -> AsyncIterator[None]:
         nonlocal away
-        away = workspace is not None and (tenant.named or tenant in _BEGUN)
+        away = workspace is not None and (tenant._connections.named or tenant in _BEGUN)
         _BEGUN.add(tenant)
         async with live or contextlib.nullcontext():
             yield

@@ -44,7 +44,10 @@ class Credentials:
         self._ahead = 0.0  # seconds of the gateway's clock before ours
         self._failures, self._again = 0, 0.0
         self._asking: asyncio.Task[str] | None = None
-        self.token = token if isinstance(token, str) else None
+        # files and stores of secrets add a line's end, which no header can hold
+        self.token = token.strip() if isinstance(token, str) else None
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise ValueError("this is no token: it has characters that none has")
         self._expires = self._due = float("inf")
 
     @property

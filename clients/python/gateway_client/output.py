@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final
 
-from gateway_client.errors import GatewayError
+from gateway_client.errors import GatewayError, TooLarge
 
 # bytes of each stream that wait for their reader; beyond that the socket is not read
 BUFFER: Final = 1 << 20
@@ -127,5 +127,13 @@ class Output:
         return chunk
 
     async def read(self) -> bytes:
-        """Return the rest of the stream. Unbounded, so only for output known to be small."""
-        return b"".join([chunk async for chunk in self])
+        """Return the rest of the stream, whole. Raises `TooLarge` if some was dropped.
+
+        Unbounded, so only for output known to be small. Read first and `wait` then: of a stream that nobody
+        reads, `wait` keeps the last buffer alone.
+        """
+        read = b"".join([chunk async for chunk in self])
+        if self.lost:
+            words = f"{self.lost} bytes of this output were dropped before anybody read it"
+            raise TooLarge(f"{words}: read it before you wait for the end", lost=self.lost)
+        return read

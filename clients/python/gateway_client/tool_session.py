@@ -27,11 +27,6 @@ class ToolSession(TenantTurns):
         """Whether there is a connection to this tenant: `idle` if none was needed yet, or none is kept."""
         return self._connections.state
 
-    @property
-    def named(self) -> bool:
-        """Whether the tool session has a name, so that it outlives this client."""
-        return self._connections.named
-
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
         """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer.
 

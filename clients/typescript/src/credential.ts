@@ -12,7 +12,7 @@ export class Credential {
 
   constructor(source: TokenSource | undefined) {
     this.#ask = typeof source === "function" ? source : null;
-    this.#known = typeof source === "string" ? source : null;
+    this.#known = typeof source === "string" ? trimmed(source) : null;
   }
 
   /** Whether another token can be had. */
@@ -40,8 +40,8 @@ export class Credential {
     if (ask === null) throw new GatewayError("unauthorized", "there is no other token");
     this.#asking ??= (async () => {
       try {
-        const token = await ask();
-        if (typeof token !== "string" || token === "") throw new TypeError("it returned no token");
+        const token = trimmed(await ask());
+        if (token === "") throw new TypeError("it returned no token");
         this.#known = token;
         return token;
       } catch (error) {
@@ -69,4 +69,12 @@ export class Credential {
   refused(token: string | null): void {
     if (this.#ask !== null && this.#known === token) this.#known = null;
   }
+}
+
+/** Returns a token without the line's end that files and stores of secrets add; a header could not hold it. */
+function trimmed(token: unknown): string {
+  const text = typeof token === "string" ? token.trim() : "";
+  if (!/^[\x21-\x7e]*$/.test(text))
+    throw new TypeError("this is no token: it has spaces or characters that none has");
+  return text;
 }

@@ -69,6 +69,8 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   /** The id of our attachment, so that the next one can resume it. */
   #attachment: string | null = null;
   readonly #sent = new SentInput();
+  /** Set once it cannot be known how much of the input arrived. */
+  #inputLost = false;
   #state: "starting" | "attached" | "away" | "over" = "starting";
 
   /** @internal Use `Tenant.exec` and `Tenant.attach`. */
@@ -174,6 +176,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
         // the gateway keeps a limited number of ended ones; without it, it is unknown what input has arrived
         if (!(error instanceof GatewayError) || error.code !== "not_found") throw error;
         this.#attachment = null;
+        this.#inputLost ||= this.#sent.any;
         this.#sent.forget();
       }
     }
@@ -207,7 +210,9 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
 
   /** Sends again what had not arrived when the connection broke, so that the command gets each byte once. */
   #sendAgain(connection: Connection, arrived: number): void {
-    for (const data of this.#sent.after(arrived)) void this.#input(connection, data).catch(() => {});
+    const missing = this.#sent.after(arrived);
+    if (missing === null) this.#inputLost = true;
+    for (const data of missing ?? []) void this.#input(connection, data).catch(() => {});
   }
 
   async #input(connection: Connection, data: Uint8Array): Promise<void> {
@@ -334,12 +339,40 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     await this.#input(this.#connection, bytes);
   }
 
-  /** Its input as a stream, to pipe something into; closing it closes the input. */
+  /**
+   * Its input as a stream, to pipe something into; closing it closes the input. Over a break it waits for the next
+   * connection, and fails only if none comes, or if it is not known how much has arrived.
+   */
   get stdin(): WritableStream<Uint8Array | string> {
     return new WritableStream({
-      write: (data) => this.write(data),
-      close: () => this.closeStdin(),
+      write: async (data) => {
+        await this.#reattached();
+        try {
+          await this.write(data);
+        } catch (error) {
+          if (!(error instanceof Disconnected)) throw error;
+          await this.#reattached(); // which has sent it again
+        }
+      },
+      close: async () => {
+        await this.#reattached();
+        await this.closeStdin();
+      },
     });
+  }
+
+  /** Waits until there is a connection that has all of the input so far. */
+  async #reattached(): Promise<void> {
+    while (this.#state === "away" || this.#state === "starting") {
+      let stop = () => {};
+      const back = new Promise<void>((resolve) => {
+        stop = this.on("attached", () => resolve());
+      });
+      await Promise.race([back, this.exit.catch(() => {})]).finally(stop);
+    }
+    if (this.#state === "over") throw new Disconnected("the command has ended");
+    if (this.#inputLost)
+      throw new Disconnected("the connection broke, and how much of the input arrived is not known");
   }
 
   async closeStdin(): Promise<void> {

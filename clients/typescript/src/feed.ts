@@ -68,9 +68,9 @@ abstract class Feed<Value> implements AsyncIterable<Value> {
   }
 
   /** @internal */
-  interrupted(error: GatewayError, final: boolean): void {
+  interrupted(error: GatewayError, final: boolean, own = false): void {
     this.number = null;
-    if (final) this.end(error);
+    if (final) this.end(own ? null : error);
   }
 
   /** @internal */

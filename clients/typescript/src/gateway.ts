@@ -109,13 +109,14 @@ export class Gateway extends HttpClient {
     if (typeof globalThis.WebSocket === "function")
       return globalThis.WebSocket as unknown as SocketConstructor;
     try {
-      const name = "ws"; // not for a bundler to see: browsers have their own
-      const module = (await import(/* @vite-ignore */ name)) as { WebSocket: SocketConstructor };
+      // not as an import: bundlers would look for it, or refuse a name that they cannot see
+      const { createRequire } = process.getBuiltinModule("node:module");
+      const module = createRequire(import.meta.url)("ws") as { WebSocket: SocketConstructor };
       return module.WebSocket;
     } catch {
       throw new GatewayError(
         "invalid_params",
-        "this runtime has no WebSocket: use Node 22, install the package ws, or give one as `WebSocket`",
+        "this runtime has no WebSocket: use Node 22, install the package ws (Node 20.16), or give one as `WebSocket`",
       );
     }
   }

@@ -1,5 +1,6 @@
 /** HTTP requests to a gateway, with the current token or the browser's cookie. */
 
+import { unreachable } from "./browser.js";
 import type { Credential } from "./credential.js";
 import { Disconnected, GatewayError, refusal, signedOut } from "./errors.js";
 
@@ -24,6 +25,7 @@ export class HttpClient {
   /** The browser's session to use; null for the unnamed one. */
   slot: string | null;
   readonly #fetch: typeof fetch;
+  #answered = false;
 
   constructor(url: string, credential: Credential, slot: string | null, fetching?: typeof fetch) {
     this.url = url;
@@ -59,7 +61,7 @@ export class HttpClient {
     if (token !== null) headers.Authorization = `Bearer ${token}`;
     if (this.slot !== null) headers["X-Session-Slot"] = this.slot;
     try {
-      return await this.#fetch(this.url + path, {
+      const response = await this.#fetch(this.url + path, {
         method,
         headers,
         // Cloudflare's runtime has no cache to pass by, and of before November 2024 refuses to be told
@@ -69,9 +71,12 @@ export class HttpClient {
         ...(options.body instanceof ReadableStream ? { duplex: "half" } : {}),
         ...(options.signal === undefined ? {} : { signal: options.signal }),
       });
+      this.#answered = true;
+      return response;
     } catch (error) {
       if (options.signal?.aborted) throw new GatewayError("cancelled", "the request was cancelled");
-      throw new Disconnected(`no gateway answers at ${this.url}: ${reason(error)}`);
+      if (this.#answered) throw new Disconnected(`no gateway answers at ${this.url}: ${reason(error)}`);
+      throw await unreachable(this.url, reason(error));
     }
   }
 

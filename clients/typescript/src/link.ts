@@ -1,7 +1,7 @@
 /** Stays connected to one tenant: back-off, repeated requests, connection state. */
 
 import { type Backoff, pause } from "./backoff.js";
-import { Browser } from "./browser.js";
+import { Browser, unreachable } from "./browser.js";
 import { Connection, type SocketConstructor } from "./connection.js";
 import type { Credential } from "./credential.js";
 import { Emitter } from "./emitter.js";
@@ -46,7 +46,8 @@ export interface Resumable {
   resume(connection: Connection): Promise<void>;
   notified?(notification: Notification): void;
   /** The connection broke and is being replaced or, with `final`, is not. */
-  interrupted?(error: GatewayError, final: boolean): void;
+  /** `own` says that the caller closed it. */
+  interrupted?(error: GatewayError, final: boolean, own?: boolean): void;
 }
 
 export interface LinkOptions {
@@ -139,12 +140,13 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     void this.#open();
   }
 
-  /** Ends the connection and everything on it. Idempotent. */
-  close(error: GatewayError = new Disconnected("this client was closed")): void {
+  /** Ends the connection and everything on it; without an error, as the caller's own wish. Idempotent. */
+  close(reason?: GatewayError): void {
     if (this.#status.state === "closed") return;
+    const error = reason ?? new Disconnected("this client was closed");
     this.#rest();
     this.#set({ state: "closed", error, retryAt: null, expires: null });
-    for (const resumable of [...this.#resumables]) resumable.interrupted?.(error, true);
+    for (const resumable of [...this.#resumables]) resumable.interrupted?.(error, true, reason === undefined);
     this.#waiting.reject(error);
     const connection = this.#connection;
     this.#connection = null;
@@ -206,8 +208,11 @@ export class Link extends Emitter<{ status: LinkStatus }> {
         },
       });
     } catch (error) {
+      const failure = error instanceof GatewayError ? error : new Disconnected(String(error));
+      const first = failure instanceof Disconnected && !this.#wasOpen;
+      const told = first ? await unreachable(this.#options.address, failure.message) : failure;
       this.#opening = false;
-      this.#failed(error instanceof GatewayError ? error : new Disconnected(String(error)));
+      this.#failed(told);
       return;
     }
     this.#opening = false;
@@ -268,10 +273,8 @@ export class Link extends Emitter<{ status: LinkStatus }> {
       return;
     } else if (!this.#wasOpen && !this.#options.insist) {
       this.#rest();
-      const where = `no gateway answers at ${this.#options.address}: ${error.message}`;
-      const told = error instanceof Disconnected ? new Disconnected(where) : error;
-      this.#set({ state: "idle", attempt: this.#status.attempt + 1, error: told });
-      this.#waiting.reject(told);
+      this.#set({ state: "idle", attempt: this.#status.attempt + 1, error });
+      this.#waiting.reject(error);
       return;
     }
     const attempt = this.#status.attempt + 1;

@@ -1,6 +1,6 @@
 /** One output stream of a command: its unread bytes. */
 
-import type { GatewayError } from "./errors.js";
+import { GatewayError } from "./errors.js";
 
 export type StreamName = "stdout" | "stderr";
 
@@ -55,12 +55,17 @@ export class Output implements AsyncIterable<Uint8Array> {
     );
   }
 
-  /** Returns the rest of it as text. Unbounded, so only for output that is known to be small. */
+  /**
+   * Returns the rest of it as text, whole: throws `too_large` if some was dropped. Unbounded, so only for output that is
+   * known to be small. Read first and `wait` then: of what nobody reads only the last bytes are kept.
+   */
   async text(): Promise<string> {
     const decoder = new TextDecoder();
     let text = "";
     for await (const chunk of this) text += decoder.decode(chunk, { stream: true });
-    return text + decoder.decode();
+    if (this.lost === 0) return text + decoder.decode();
+    const words = `${this.lost} bytes of this output were dropped before anybody read it`;
+    throw new GatewayError("too_large", `${words}: read it before you wait for the end`, { lost: this.lost });
   }
 
   /** The offset up to which everything has been read. */

@@ -1,7 +1,7 @@
 /** The input of a command that was sent, kept for a while to be sent again after a break. */
 
-/** The most bytes that are kept, unless a single chunk is larger. */
-export const SENT = 4 << 20;
+/** The most bytes that are kept, unless a single chunk is larger: more than the buffers on the way can hold. */
+export const SENT = 16 << 20;
 
 export class SentInput {
   #chunks: Uint8Array[] = [];
@@ -17,9 +17,18 @@ export class SentInput {
       this.#size -= this.#chunks.shift()?.length ?? 0;
   }
 
-  /** Takes out what follows the first `arrived` bytes of this attachment's input, to be sent and added again. */
-  after(arrived: number): Uint8Array[] {
+  /** Whether anything was sent. */
+  get any(): boolean {
+    return this.#total > 0;
+  }
+
+  /**
+   * Takes out what follows the first `arrived` bytes of this attachment's input, to be sent and added again; null if
+   * that is no longer kept.
+   */
+  after(arrived: number): Uint8Array[] | null {
     let skip = this.#size - (this.#total - arrived);
+    if (skip < 0) return null;
     const chunks = this.#chunks;
     this.#chunks = [];
     [this.#size, this.#total] = [0, arrived];

@@ -57,7 +57,7 @@ export interface TenantEventOptions {
 export class Tenant extends Lifecycle<Tenant> implements Disposable {
   readonly files: Files;
   readonly history: History;
-  /** Whether the tool session has a name, so that it outlives this client. */
+  /** @internal Whether the tool session has a name, so that it outlives this client. */
   readonly named: boolean;
   readonly #link: Link;
   /** Opens another connection like it. */

@@ -1,10 +1,11 @@
 /** The client against a live gateway of plain processes: everything is real but the isolation. */
 
 import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
+import { afterAll, beforeAll, beforeEach, describe, expect, test, vi } from "vitest";
 import { packed } from "../src/folder.js";
 import { type Exec, Gateway, type GatewayEvent, type LinkState, type Tenant } from "../src/index.js";
 import { LiveGateway, Wire } from "./live.js";
@@ -429,7 +430,39 @@ describe("commands", () => {
   test("keep the end of what nobody reads at all", async () => {
     const exec = await tenant().exec("seq 400000", { buffer: 1 << 20 });
     expect((await exec.exit).code).toBe(0);
-    expect((await exec.stdout.text()).endsWith("399999\n400000\n")).toBe(true);
+    let kept = "";
+    for await (const chunk of exec.stdout) kept += Buffer.from(chunk).toString();
+    expect(kept.endsWith("399999\n400000\n")).toBe(true);
+  });
+
+  test("that nobody read in time are no whole text, and say so", async () => {
+    const exec = await tenant().exec("head -c 20000000 /dev/zero");
+    expect((await exec.wait()).code).toBe(0);
+    await expect(exec.stdout.text()).rejects.toMatchObject({ code: "too_large" });
+    const whole = await tenant().exec("head -c 20000000 /dev/zero");
+    const [text, { code }] = await Promise.all([whole.stdout.text(), whole.wait()]);
+    expect([text.length, code]).toEqual([20_000_000, 0]);
+  });
+
+  test("take a stream as input over breaks, each byte once", async () => {
+    const client = tenant();
+    const exec = await client.exec("md5sum", { stdin: true });
+    const size = 1 << 18;
+    let sent = 0;
+    const input = new ReadableStream<Uint8Array>({
+      async pull(stream) {
+        if (sent === 40) return stream.close();
+        if (sent % 10 === 5) {
+          wire.cut();
+          setTimeout(() => wire.join(), 150);
+        }
+        stream.enqueue(new Uint8Array(size).fill(sent++));
+      },
+    });
+    await input.pipeTo(exec.stdin);
+    const hash = createHash("md5");
+    for (let number = 0; number < 40; number++) hash.update(new Uint8Array(size).fill(number));
+    expect((await exec.stdout.text()).split(" ")[0]).toBe(hash.digest("hex"));
   });
 
   test("are piped from and into streams", async () => {
@@ -583,4 +616,53 @@ test("a folder is packed as a template, without what the gateway leaves out", as
   } finally {
     rmSync(folder, { recursive: true });
   }
+});
+
+describe("a client", () => {
+  test("that is closed by its program ends what it follows, without an error", async () => {
+    const client = gateway.tenant("demo");
+    const feeds = [await client.watch(["."]), await client.events()];
+    const ended = feeds.map(async (feed) => {
+      for await (const _ of feed as AsyncIterable<unknown>);
+      return "ended";
+    });
+    client.close();
+    expect(await Promise.all(ended)).toEqual(["ended", "ended"]);
+  });
+
+  test("takes a token with the line's end of its file, for both kinds of requests", async () => {
+    for (const given of [`${token}\n`, async () => ` ${token}\r\n`]) {
+      const client = new Gateway(live.url, { token: given });
+      using demo = client.tenant("demo");
+      expect((await client.tenants()).map(({ name }) => name)).toContain("demo");
+      await demo.ping();
+    }
+    expect(() => new Gateway(live.url, { token: "a\nb" })).toThrow("no token");
+  });
+
+  test("of a page that is not let in says so, and not that nobody answers", async () => {
+    vi.stubGlobal("location", new URL("https://elsewhere.example"));
+    const refusing = class {
+      onerror: ((event: object) => void) | null = null;
+      constructor() {
+        setTimeout(() => this.onerror?.({}));
+      }
+      close() {}
+    };
+    const fetching = (() => Promise.reject(new TypeError("Failed to fetch"))) as unknown as typeof fetch;
+    const WebSocket = refusing as never;
+    try {
+      const client = new Gateway(live.url, { token, fetch: fetching, WebSocket });
+      using demo = client.tenant("demo");
+      for (const asked of [() => client.tenants(), () => demo.ping()])
+        await expect(asked()).rejects.toMatchObject({
+          code: "forbidden",
+          message: expect.stringContaining("pages of https://elsewhere.example in"),
+        });
+      const dead = new Gateway("http://127.0.0.1:1", { token, fetch: fetching, WebSocket });
+      await expect(dead.tenants()).rejects.toMatchObject({ name: "Disconnected" });
+    } finally {
+      vi.unstubAllGlobals();
+    }
+  });
 });

@@ -5,6 +5,7 @@ import {
   existsSync,
   mkdirSync,
   mkdtempSync,
+  readdirSync,
   readFileSync,
   rmSync,
   symlinkSync,
@@ -47,6 +48,14 @@ test("depends on nothing, and only asks for what may be there", () => {
   const { dependencies, peerDependenciesMeta } = JSON.parse(text);
   expect(dependencies).toBeUndefined();
   for (const each of Object.values(peerDependenciesMeta)) expect(each).toEqual({ optional: true });
+});
+
+test("imports nothing by a name that bundlers cannot see, nor what may be missing", () => {
+  const files = readdirSync(join(client, "dist")).filter((name) => name.endsWith(".js"));
+  const dynamic = files.filter((name) =>
+    /\bimport\s*\(/.test(readFileSync(join(client, "dist", name), "utf8")),
+  );
+  expect([files.length > 20, dynamic]).toEqual([true, []]);
 });
 
 /** Has the project nothing but these packages and what they ask for, as npm would install them. */
