@@ -13,9 +13,9 @@ class LifecycleSettings(BaseModel):
         60.0, gt=0, description="seconds that a tenant's start, stop or removal may take"
     )
     stop_grace: float = Field(
-        5.0,
+        15.0,
         gt=0,
-        description="seconds that a tenant has to shut down before it is stopped by force",
+        description="seconds that a tenant has to shut down before it is stopped by force; its site has 10",
     )
     max_snapshots: int = Field(20, gt=0, description="maximum number of snapshots of one tenant")
     snapshot_bytes: int = Field(

@@ -25,6 +25,25 @@ while :; do
 done
 """
 
+ENDING = b"""\
+import { appendFileSync } from "node:fs";
+process.on("SIGTERM", () => setTimeout(() => (appendFileSync("/home/site/ended", "in order\\n"), process.exit()), 2000));
+await import("./x");
+"""
+
+
+async def test_a_site_has_time_to_end(incus_settings: Settings, tmp_path: Path) -> None:
+    """Also a database that runs with it: where the site is restarted, and where its tenant stops."""
+    manifest = 'start = ["bun", "end.ts"]\n'
+    template = {"archive": base64.b64encode(folder(manifest, ("end.ts", ENDING), ("x", SERVE))).decode()}
+    async with hosting(incus_settings, tmp_path / "state") as host:
+        assert (await host.deploy(DOMAIN, template))["state"] == "succeeded"
+        answers = "systemctl restart site.service; until curl -sf localhost:3000; do sleep 0.1; done"
+        environment.incus("exec", TENANT, "--", "sh", "-c", answers)
+        await host.call("POST", f"/v1/tenants/{TENANT}/restart", {})
+        ended = environment.incus("exec", TENANT, "--", "cat", "/home/site/ended").stdout
+        assert ended == b"in order\n" * 2
+
 
 async def test_a_site_cannot_take_the_last_process_of_its_tenant(
     incus_settings: Settings, tmp_path: Path
