@@ -27,7 +27,8 @@ done
 
 ENDING = b"""\
 import { appendFileSync } from "node:fs";
-process.on("SIGTERM", () => setTimeout(() => (appendFileSync("/home/site/ended", "in order\\n"), process.exit()), 2000));
+const end = () => (appendFileSync("/home/site/ended", "in order\\n"), process.exit());
+process.on("SIGTERM", () => setTimeout(end, 2000));
 await import("./x");
 """
 

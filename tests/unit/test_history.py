@@ -533,7 +533,18 @@ def test_a_history_without_words_or_git_says_which(folder: Folder, tmp_path: Pat
 
 
 def test_a_workspace_becomes_a_repository_and_stays_what_it_is(folder: Folder) -> None:
+    """Its files are the first commit, but for what package managers put there."""
+    folder.put(**{"index.html": "1"})
+    (folder.work / "node_modules").mkdir()
+    (folder.work / "node_modules" / "a").write_text("")
+
+    def git(*words: str) -> str:
+        git = ("git", "-c", "safe.directory=*", "-C", str(folder.work))
+        return subprocess.run([*git, *words], check=True, capture_output=True, text=True).stdout
+
     assert folder.run("adopt") == (0, b"")
+    said = git("log", "--format=%s by %an", "--name-only")
+    assert said == "First deployment by site\n\n.gitignore\nindex.html\n" and not git("status", "--short")
     ignored = (folder.work / ".gitignore").read_text()
     assert "node_modules/" in ignored and (folder.work / ".git" / "HEAD").exists()
     folder.put(**{".gitignore": "mine"})
