@@ -12,6 +12,7 @@ import "./style/agent.css";
 import "./style/servers.css";
 import { effect } from "@preact/signals";
 import { render } from "preact";
+import { served } from "./servers/served.js";
 import { agentUrl } from "./state/agent.js";
 import { palette, register } from "./state/commands.js";
 import { area, flip, nextTheme, panelOpen, previewOpen, showSide, sideOpen } from "./state/layout.js";
@@ -28,6 +29,7 @@ import {
   signIn,
   writeAddress,
 } from "./state/session.js";
+import { languageServers, wrap } from "./state/settings.js";
 import { covers, known } from "./state/slots.js";
 import { complain, say } from "./state/toasts.js";
 import { leaveTenant, listTenants, openFirst, workspace } from "./state/workspace.js";
@@ -119,6 +121,28 @@ register(
     when: () => current()?.documents.tabs.beside.value != null,
     run: () => current()?.documents.tabs.join(),
   },
+  {
+    id: "text.line",
+    title: "Go to a line",
+    keys: "Mod-g",
+    when: file,
+    run: () => ask("files", ":"),
+  },
+  {
+    id: "text.definition",
+    title: "Go to the definition",
+    textKeys: "F12",
+    when: helped,
+    run: () => press("F12"),
+  },
+  { id: "text.rename", title: "Rename the symbol", textKeys: "F2", when: helped, run: () => press("F2") },
+  {
+    id: "text.format",
+    title: "Format the file",
+    when: () => helped() && allows("files:write"),
+    run: () => void current()?.servers.format(doc()!),
+  },
+  { id: "text.wrap", title: "Wrap long lines, or no longer", when: file, run: () => flip(wrap) },
   { id: "file.reveal", title: "Show the file in the tree", when: file, run: () => reveal() },
   { id: "view.files", title: "Files", keys: "Mod-Shift-e", run: () => showSide("files") },
   { id: "search", title: "Search in all files", keys: "Mod-Shift-f", when: here, run: () => find() },
@@ -197,6 +221,24 @@ register(
 
 function ask(mode: "files" | "commands" | "tenants", initial: string): void {
   palette.value = { mode, initial };
+}
+
+/** Whether a language server helps with the file. */
+function helped(): boolean {
+  const shown = doc();
+  return shown !== null && languageServers.value && served(shown);
+}
+
+/** Does what a key does in the text. */
+function press(key: string): void {
+  const where = view.current;
+  if (where === null) return;
+  where.focus();
+  void load(() => import("./code/editor.js")).then(
+    ({ press }) =>
+      press(where, key) || say("The language server has nothing to do here, or does not run yet."),
+    () => {}, // `missing` is told
+  );
 }
 
 function reload(): void {

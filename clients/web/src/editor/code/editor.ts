@@ -44,6 +44,7 @@ import {
   keymap,
   lineNumbers,
   rectangularSelection,
+  runScopeHandlers,
 } from "@codemirror/view";
 import { load } from "../state/network.js";
 import { findPanel } from "./find.js";
@@ -279,6 +280,11 @@ export function makeView(host: HTMLElement): EditorView {
     parent: host,
     state: EditorState.create({ extensions: [theme, EditorView.cspNonce.of(nonce())] }),
   });
+}
+
+/** Does what a key does in the text; returns false where it does nothing. */
+export function press(view: EditorView, key: string): boolean {
+  return runScopeHandlers(view, new KeyboardEvent("keydown", { key, code: key }), "editor");
 }
 
 /** What a person likes of every file. */

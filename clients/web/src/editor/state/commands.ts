@@ -8,6 +8,8 @@ export interface Command {
   readonly title: string;
   /** As `Mod-Shift-p`: Mod is Ctrl, and Cmd on a Mac. */
   readonly keys?: string;
+  /** Keys that the text takes by itself, to be shown. */
+  readonly textKeys?: string;
   readonly when?: () => boolean;
   run(): void;
 }

@@ -23,7 +23,11 @@ export function Palette({ current }: { current: Workspace | null }) {
   const asked = palette.value;
   const [query, setQuery] = useState(asked?.initial ?? "");
   const [at, setAt] = useState(0);
-  const [files, setFiles] = useState<readonly string[] | null>(null);
+  /** The files that were found, and for which name. */
+  const [found, setFound] = useState<{ readonly name: string; readonly paths: readonly string[] } | null>(
+    null,
+  );
+  const [entered, setEntered] = useState(false);
   const list = useRef<HTMLDivElement>(null);
   const mode = asked?.mode === "tenants" ? "tenants" : query.startsWith(">") ? "commands" : "files";
   const wanted = (mode === "commands" ? query.slice(1) : query).trim();
@@ -34,10 +38,10 @@ export function Palette({ current }: { current: Workspace | null }) {
     const ending = new AbortController();
     const timer = setTimeout(async () => {
       try {
-        const found = name === "" ? [] : await current.files.find(name);
-        if (!ending.signal.aborted) setFiles(found);
+        const paths = name === "" ? [] : await current.files.find(name);
+        if (!ending.signal.aborted) setFound({ name, paths });
       } catch {
-        if (!ending.signal.aborted) setFiles([]);
+        if (!ending.signal.aborted) setFound({ name, paths: [] });
       }
     }, 60);
     return () => {
@@ -70,12 +74,19 @@ export function Palette({ current }: { current: Workspace | null }) {
         .map(({ command }) => ({
           id: command.id,
           title: command.title,
-          keys: command.keys,
+          keys: command.keys ?? command.textKeys,
           run: () => command.run(),
         }));
     }
-    const open = current?.documents.tabs.open.value.map(({ path }) => path) ?? [];
-    const paths = name === "" ? open : (files ?? []);
+    const tabs = current?.documents.tabs;
+    if (name === "" && line !== undefined) {
+      const path = tabs?.current.value?.path;
+      if (path === undefined || line === "") return [];
+      const run = () => void current?.documents.show(path, { line: Number(line) });
+      return [{ id: "line", title: `Go to line ${line}`, detail: basename(path), run }];
+    }
+    const open = tabs?.open.value.map(({ path }) => path) ?? [];
+    const paths = name === "" ? open : (found?.paths ?? []);
     return paths.map((path) => ({
       id: path,
       title: basename(path),
@@ -86,7 +97,7 @@ export function Palette({ current }: { current: Workspace | null }) {
         area.value = "editor";
       },
     }));
-  }, [mode, wanted, name, line, files, current, known]);
+  }, [mode, wanted, name, line, found, current, known]);
   const chosen = Math.min(at, Math.max(0, choices.length - 1));
   useEffect(() => {
     list.current?.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" });
@@ -97,8 +108,15 @@ export function Palette({ current }: { current: Workspace | null }) {
     close();
     queueMicrotask(() => choice.run());
   };
+  // what was found before is an answer to another name
+  const looking = mode === "files" && name !== "" && found?.name !== name;
+  useEffect(() => {
+    if (!entered || looking) return;
+    setEntered(false);
+    run(choices[chosen]);
+  }, [entered, looking]);
   const hint = {
-    files: "Find a file by its name, or type > for commands",
+    files: "Find a file by its name, or type > for commands, : for a line",
     commands: "Run a command",
     tenants: "Open a tenant",
   };
@@ -120,6 +138,7 @@ export function Palette({ current }: { current: Workspace | null }) {
           onInput={(event) => {
             setQuery(event.currentTarget.value);
             setAt(0);
+            setEntered(false);
           }}
           onKeyDown={(event) => {
             const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
@@ -128,11 +147,11 @@ export function Palette({ current }: { current: Workspace | null }) {
               setAt((chosen + step + choices.length) % Math.max(1, choices.length));
             } else if (event.key === "Enter") {
               event.preventDefault();
-              run(choices[chosen]);
+              setEntered(true);
             }
           }}
         />
-        {mode === "files" && name !== "" && files === null && <Spinner label="Looking" />}
+        {looking && <Spinner label="Searching" />}
       </div>
       <div class="choices" id="choices" role="listbox" aria-label={hint[mode]} ref={list}>
         {choices.map((choice, index) => (
@@ -157,11 +176,17 @@ export function Palette({ current }: { current: Workspace | null }) {
         ))}
         {choices.length === 0 && (
           <p class="hint">
-            {mode === "files" && name === ""
-              ? "Type part of a file name."
-              : files === null
-                ? "Looking…"
-                : "No file has that name."}
+            {mode !== "files"
+              ? `No ${mode === "commands" ? "command" : "tenant"} has that name.`
+              : name === ""
+                ? line === undefined
+                  ? "Type part of a file name."
+                  : "Type a line number."
+                : !looking
+                  ? "No file has that name."
+                  : current?.status.value.state === "open"
+                    ? "Searching…"
+                    : "Files are searched once the gateway can be reached."}
           </p>
         )}
       </div>
