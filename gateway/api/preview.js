@@ -22,7 +22,27 @@
       return String(value);
     }
   };
+  // as a console does it: the first value may say where the others go
+  const sentence = ([first, ...rest]) => {
+    if (typeof first !== "string") return [first, ...rest].map(words).join(" ");
+    const text = first.replace(/%([%sdifoOcj])/g, (mark, kind) => {
+      if (kind === "%") return "%";
+      if (rest.length === 0) return mark;
+      const value = rest.shift();
+      if (kind === "c") return "";
+      return kind === "d" || kind === "i" ? String(Math.trunc(Number(value))) : words(value);
+    });
+    return [text, ...rest.map(words)].join(" ");
+  };
   tell("page", "");
+  try {
+    if (!window.localStorage || !navigator.cookieEnabled) throw new Error("refused");
+  } catch {
+    tell(
+      "warning",
+      "This browser refuses storage and cookies to a page that another site shows. Open it in a new tab to use them.",
+    );
+  }
   addEventListener("load", () => tell("title", document.title));
   addEventListener(
     "error",
@@ -45,7 +65,7 @@
   ]) {
     const said = console[name];
     console[name] = (...values) => {
-      tell(kind, values.slice(0, 10).map(words).join(" "));
+      tell(kind, sentence(values.slice(0, 10)));
       said.apply(console, values);
     };
   }

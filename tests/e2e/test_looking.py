@@ -65,7 +65,7 @@ async def test_what_one_likes_holds_for_this_browser(editor: OpenEditor, desk: s
     page = window.page
     await page.keyboard.press("Control+,")
     dialog = page.get_by_role("dialog", name="Settings")
-    await dialog.get_by_label("Size of code").select_option("18")
+    await dialog.get_by_label("Font size").select_option("18")
     await dialog.get_by_label("Width of a tab").select_option("8")
     await dialog.get_by_label("Wrap long lines").check()
     await dialog.get_by_label("Save automatically").check()

@@ -22,7 +22,8 @@ from tests.waits import until
 BROKEN = """<!doctype html><html><head><title>Broken</title></head><body><h1>Broken</h1>
 <script>console.error("it is", {bad: 1}); console.warn("careful"); setTimeout(() => nothing());</script>
 <img src="/none.png"><a href="/pages/second.html">second</a></body></html>"""
-SECOND = '<!doctype html><title>Second</title><h1>Second</h1><script>console.error("of the second")</script>'
+SECOND = """<!doctype html><title>Second</title><h1>Second</h1>
+<script>console.error("%s the %s", "of", "second")</script>"""
 HOSTILE = """<!doctype html><title>Hostile</title><h1>Hostile</h1><script>
 const say = (gatewayPreview, text, url = location.href) =>
   parent.postMessage({gatewayPreview, text, url}, "*");
@@ -73,6 +74,13 @@ async def test_a_page_is_gone_back_from_and_its_errors_are_shown_only_where_one_
     for text in ('it is {"bad":1}', "careful", "nothing is not defined", "not loaded: http"):
         await expect(errors).to_contain_text(text)
     assert not await violations(window.page)
+    async with window.page.expect_popup() as opening:
+        assert await frame(window).evaluate("open('second.html') !== null"), "a site can open windows"
+    popup = await opening.value
+    # which lead the editor nowhere
+    lead = "() => { try { opener.top.location = 'about:blank'; return 'led' } catch { return 'refused' } }"
+    assert await popup.evaluate(lead) == "refused"
+    await popup.close()
     shown = await frame(window).evaluate("[location.href, document.head.innerHTML, document.cookie]")
     assert preview.PARAMETER not in "".join(shown) and "eyJ" not in "".join(shown)
     assert await frame(window).evaluate("document.compatMode") == "CSS1Compat"
@@ -146,8 +154,8 @@ async def test_a_site_is_shown_at_the_size_of_a_device(editor: OpenEditor, pages
         box = await view.locator("iframe").bounding_box()
         assert box is not None and box["width"] <= 421 and box["height"] < 900
     await size.click()
-    await window.page.get_by_role("menuitem", name="Fitting").click()
-    await expect(size).to_have_accessible_name("Size of the site: Fitting")
+    await window.page.get_by_role("menuitem", name="Responsive").click()
+    await expect(size).to_have_accessible_name("Size of the site: Responsive")
 
 
 async def test_a_hostile_page_writes_nothing_but_some_lines_of_text(editor: OpenEditor, pages: str) -> None:

@@ -117,7 +117,7 @@ async def test_a_link_with_the_token_of_somebody_else_asks_first_in_a_new_tab(
     await expect(question(two)).to_contain_text(f"Sign in as mallory for {second}?")
     await expect(question(two)).to_contain_text(f"You are signed in as ann for {site}.")
     assert "token" not in two.page.url
-    await expect(question(two).get_by_role("button", name="Stay")).to_be_focused()
+    await expect(question(two).get_by_role("button", name="Cancel")).to_be_focused()
     await two.page.keyboard.press("Enter")
     await shows(two, site, "ann")
     assert await cookies(one.watched.context) == before, "the token was thrown away"
@@ -189,7 +189,7 @@ async def test_unsaved_text_is_asked_about_before_a_tab_signs_in_for_another_ten
     await led_to(window, token(second), second)
     await question(window).get_by_role("button", name="Sign in in this tab").click()
     leaving = window.page.get_by_role("dialog", name="Unsaved changes")
-    await leaving.get_by_role("button", name="Stay").click()
+    await leaving.get_by_role("button", name="Cancel").click()
     await expect(window.text).to_have_text("unsaved")
     await shows(window, site, "ann")
     await led_to(window, token(second), second)
@@ -360,7 +360,7 @@ async def test_stop_and_restart_ask_first_and_say_what_ends(
         await expect(dialog.get_by_role("list", name="What ends")).to_contain_text(
             re.compile(r"\d+ terminals?")
         )
-        await expect(dialog.get_by_role("button", name="Keep it running")).to_be_focused()
+        await expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
         await window.page.keyboard.press("Enter")
         await expect(dialog).to_have_count(0)
     _, info, _ = await host.call("GET", f"/v1/tenants/{second}")

@@ -1,4 +1,5 @@
-import { expect, test, vi } from "vitest";
+import { readFileSync } from "node:fs";
+import { describe, expect, test, vi } from "vitest";
 import { here, type Line, NOWHERE, Pages, reported, step, told, visit } from "../src/editor/state/preview.js";
 
 const SITE = "https://shop.example.com";
@@ -103,4 +104,47 @@ test("lines are counted where they repeat, and are so many at most", () => {
   expect(lines).toEqual([{ kind: "error", text: "again", times: 3 }]);
   for (let count = 0; count < 500; count++) lines = told(lines, "warning", `${count}`);
   expect(lines).toHaveLength(100);
+});
+
+describe("the script in a page", () => {
+  const source = readFileSync(`${import.meta.dirname}/../../../gateway/api/preview.js`, "utf8");
+
+  /** Runs it as in a frame, and returns what it reports. */
+  function inserted(storage: () => unknown = () => ({})) {
+    const told: string[][] = [];
+    const said = { error: () => {}, warn: () => {} };
+    const page = {
+      parent: {
+        postMessage: (report: { gatewayPreview: string; text: string }) =>
+          told.push([report.gatewayPreview, report.text]),
+      },
+      get localStorage() {
+        return storage();
+      },
+    };
+    const moves = { state: null, replaceState: () => {}, pushState: () => {} };
+    const names = ["window", "console", "history", "addEventListener", "EDITOR"];
+    new Function(...names, source)(page, said, moves, () => {}, "http://gateway.localhost");
+    return { told, said: said as unknown as Console };
+  }
+
+  test.each([
+    [["%s is not a %s", "div", "p", "more"], "div is not a p more"],
+    [["%d of %i, %o%%", 1.9, "2", { a: 1 }], '1 of 2, {"a":1}%'],
+    [["%cred %s %s", "color: red", "once"], "red once %s"],
+    [["100%", 5], "100% 5"],
+    [[{ a: 1 }, "%s"], '{"a":1} %s'],
+  ])("tells %j as a console does", (values, expected) => {
+    const { told, said } = inserted();
+    said.error(...values);
+    expect(told.at(-1)).toEqual(["error", expected]);
+  });
+
+  test("says why storage is refused", () => {
+    expect(inserted().told).toEqual([["page", ""]]);
+    const refuse = () => {
+      throw new DOMException("denied", "SecurityError");
+    };
+    expect(inserted(refuse).told[1]).toEqual(["warning", expect.stringContaining("Open it in a new tab")]);
+  });
 });

@@ -44,7 +44,7 @@ export function Arrival() {
           Sign in in this tab
         </button>
         <button type="button" class="primary" autofocus onClick={() => answer(false)}>
-          Stay
+          Cancel
         </button>
       </footer>
     </Dialog>

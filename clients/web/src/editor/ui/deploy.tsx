@@ -6,7 +6,7 @@ import type { Deploy, Phase } from "../state/deploys.js";
 import { allows } from "../state/session.js";
 import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
-import { clock, duration, Icon, Spinner } from "./parts.js";
+import { Coloured, clock, duration, Icon, Spinner } from "./parts.js";
 import { SiteView } from "./site.js";
 import { switchTenant } from "./top-bar.js";
 
@@ -165,7 +165,7 @@ function Card({ deploy, current }: { deploy: Deploy; current: Workspace }) {
       {deploy.log.length > 0 && (
         // biome-ignore lint/a11y/noNoninteractiveTabindex: what scrolls must be reached by keys
         <pre class="log" ref={log} role="log" tabIndex={0} aria-label="Log of the deployment">
-          {deploy.log.join("\n")}
+          <Coloured text={deploy.log.join("\n")} />
         </pre>
       )}
       {deploy.state === "succeeded" && deploy.tenant !== current.name && (

@@ -8,7 +8,7 @@ import { allows } from "../state/session.js";
 import { complain, say } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
 import type { IconName } from "./icons.js";
-import { bytes, clock, Dialog, Empty, Icon, IconButton } from "./parts.js";
+import { bytes, Coloured, clock, Dialog, Empty, Icon, IconButton, plain } from "./parts.js";
 
 const filter = signal("");
 const stopping = signal<"stop" | "restart" | null>(null);
@@ -151,7 +151,7 @@ function Stopping(props: {
       )}
       <footer>
         <button type="button" autofocus onClick={close}>
-          Keep it running
+          Cancel
         </button>
         <button type="button" class="danger" onClick={() => void act(word)}>
           {verb}
@@ -222,18 +222,26 @@ function Chart(props: {
 const STAMP = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[+-]\d\d:?\d\d|Z) (?:\S+: )?/;
 
 /** What Vite puts before its own lines, which is the same once more. */
-const CLOCK = /^\d{1,2}:\d\d:\d\d [AP]M /;
+// biome-ignore lint/suspicious/noControlCharactersInRegex: which may have a colour
+const CLOCK = /^((?:\x1b\[[\d;]*m)*)\d{1,2}:\d\d:\d\d [AP]M /;
 
 function LogLine({ line }: { line: string }) {
   const stamp = STAMP.exec(line)?.[0];
   const at = stamp === undefined ? Number.NaN : Date.parse(stamp.split(" ", 1)[0] ?? "");
-  if (stamp === undefined || Number.isNaN(at)) return <span>{line}</span>;
+  if (stamp === undefined || Number.isNaN(at))
+    return (
+      <span>
+        <Coloured text={line} />
+      </span>
+    );
   return (
     <>
       <time dateTime={new Date(at).toISOString()} title={stamp.trim()}>
         {clock(at)}
       </time>
-      <span>{line.slice(stamp.length).replace(CLOCK, "")}</span>
+      <span>
+        <Coloured text={line.slice(stamp.length).replace(CLOCK, "$1")} />
+      </span>
     </>
   );
 }
@@ -243,7 +251,9 @@ function Journal({ current }: { current: Workspace }) {
   const element = useRef<HTMLDivElement>(null);
   const stick = useRef(true);
   const wanted = filter.value.toLowerCase();
-  const lines = insights.lines.value.filter((line) => wanted === "" || line.toLowerCase().includes(wanted));
+  const lines = insights.lines.value.filter(
+    (line) => wanted === "" || plain(line).toLowerCase().includes(wanted),
+  );
   useEffect(() => {
     if (stick.current && element.current) element.current.scrollTop = element.current.scrollHeight;
   }, [lines.length, lines.at(-1)]);
@@ -289,7 +299,11 @@ function Journal({ current }: { current: Workspace }) {
             <div
               key={index}
               class={
-                /\b(error|fail|fatal|exception)/i.test(line) ? "bad" : /\bwarn/i.test(line) ? "warn" : ""
+                /\b(error|fail|fatal|exception)/i.test(plain(line))
+                  ? "bad"
+                  : /\bwarn/i.test(plain(line))
+                    ? "warn"
+                    : ""
               }
             >
               <LogLine line={line} />

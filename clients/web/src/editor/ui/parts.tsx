@@ -221,6 +221,85 @@ export function Names({ names }: { names: readonly string[] }) {
   );
 }
 
+// biome-ignore lint/suspicious/noControlCharactersInRegex: a terminal's sequences begin with one
+const SEQUENCE = /\x1b(?:\[([\d;:?]*)[ -/]*([@-~])|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])/g;
+/** A terminal's eight colours; black and white are the page's own. */
+const COLOURS = ["", ..."red green yellow blue magenta cyan".split(" ").map((name) => `ansi-${name}`), ""];
+/** Changes of colour in one line, at most. */
+const CHANGES = 200;
+
+/** Returns a program's text without a terminal's sequences. */
+export function plain(text: string): string {
+  return text.replace(SEQUENCE, "");
+}
+
+/** A program's text in the colours that it gives it in a terminal, as far as the page has these. */
+export function Coloured({ text }: { text: string }) {
+  if (!text.includes("\x1b")) return <>{text}</>;
+  const parts: ComponentChildren[] = [];
+  let look = PLAIN;
+  let at = 0;
+  for (const found of text.matchAll(SEQUENCE)) {
+    if (parts.length === CHANGES) break;
+    if (found.index > at)
+      parts.push(
+        <span key={at} class={`${look.colour}${look.bold ? " bold" : ""}`}>
+          {text.slice(at, found.index)}
+        </span>,
+      );
+    at = found.index + found[0].length;
+    if (found[2] === "m") look = rendition(look, (found[1] ?? "").split(/[;:]/).map(Number));
+  }
+  return (
+    <>
+      {parts}
+      {plain(text.slice(at))}
+    </>
+  );
+}
+
+interface Rendition {
+  readonly colour: string;
+  readonly bold: boolean;
+}
+
+const PLAIN: Rendition = { colour: "", bold: false };
+
+/** Returns how a text looks after a sequence that changes that. */
+function rendition({ colour, bold }: Rendition, codes: readonly number[]): Rendition {
+  for (let at = 0; at < codes.length; at++) {
+    const code = codes[at] ?? 0;
+    if (code === 0) [colour, bold] = ["", false];
+    else if (code === 1 || code === 22) bold = code === 1;
+    else if (code === 2 || code === 90) colour = "ansi-grey";
+    else if (code === 39) colour = "";
+    else if (code === 38 || code === 48) {
+      const [kind, ...rest] = codes.slice(at + 1);
+      if (code === 38) colour = nearest(kind === 5 ? cube(rest[0] ?? 0) : rest.slice(0, 3));
+      at += kind === 5 ? 2 : 4;
+    } else if ((code >= 30 && code < 38) || (code > 90 && code < 98)) colour = COLOURS[code % 10] ?? "";
+    // what is faint ends where bold does
+    if (code === 22 && colour === "ansi-grey") colour = "";
+  }
+  return { colour, bold };
+}
+
+/** Returns red, green and blue of one of a terminal's 256 colours. */
+function cube(number: number): readonly number[] {
+  if (number >= 232) return Array(3).fill((number - 232) * 10 + 8);
+  if (number >= 16) return [36, 6, 1].map((size) => (Math.floor((number - 16) / size) % 6) * 51);
+  const full = number === 8 ? [1, 1, 1] : [1, 2, 4].map((bit) => (number & bit) / bit);
+  return full.map((part) => part * 200);
+}
+
+/** Returns the class of the page's colour that is nearest: its own are legible, light or dark. */
+function nearest(colour: readonly number[]): string {
+  const [least, most] = [Math.min(...colour), Math.max(...colour)];
+  if (most - least < 60) return most > 180 ? "" : "ansi-grey";
+  const bits = colour.map((part, bit) => (part > (least + most) / 2 ? 1 << bit : 0));
+  return COLOURS[bits.reduce((sum, bit) => sum + bit, 0)] ?? "";
+}
+
 /** Moves a strip of tabs by a wheel that turns up and down. */
 export function scrollAcross({ currentTarget, deltaX, deltaY }: WheelEvent): void {
   if (deltaX === 0) (currentTarget as Element).scrollLeft += deltaY;

@@ -9,12 +9,12 @@ import { Empty, Spinner } from "./parts.js";
 
 /** Sizes for the frame: those of devices, in CSS pixels. */
 export const DEVICES: Readonly<Record<string, { readonly width: number; readonly height: number } | null>> = {
-  Fitting: null,
+  Responsive: null,
   Phone: { width: 390, height: 844 },
   Tablet: { width: 820, height: 1180 },
   Laptop: { width: 1366, height: 768 },
 };
-export const device = remembered<string>("device", "Fitting");
+export const device = remembered<string>("device", "Responsive");
 
 /** Milliseconds between two checks of a site that does not answer. */
 const PERIOD = 1000;

@@ -212,7 +212,7 @@ function Replacing({ current }: { current: Workspace }) {
       </p>
       <footer>
         <button type="button" onClick={close}>
-          Leave them
+          Cancel
         </button>
         <button type="button" class="primary" onClick={() => void replace()}>
           Replace

@@ -32,7 +32,7 @@ export function Settings() {
         values={["system", "light", "dark"] satisfies Theme[]}
         named={(value) => (value === "system" ? "as the system" : value)}
       />
-      <Choice label="Size of code" of={codeSize} values={CODE_SIZES} named={(value) => `${value} px`} />
+      <Choice label="Font size" of={codeSize} values={CODE_SIZES} named={(value) => `${value} px`} />
       <Choice
         label="Width of a tab"
         of={tabWidth}
@@ -43,7 +43,7 @@ export function Settings() {
         label="Keys"
         of={keys}
         values={KEYS}
-        named={(value) => ({ default: "as usual", vim: "Vim" })[value]}
+        named={(value) => ({ default: "Standard", vim: "Vim" })[value]}
       />
       <Switch label="Wrap long lines" of={wrap} />
       <Switch label="Save automatically, a second after the last key" of={autosave} />

@@ -110,7 +110,7 @@ function Leaving({ go, stay }: { go: () => void; stay: () => void }) {
       <p>Some open files have changes that exist only in this window.</p>
       <footer>
         <button type="button" onClick={remain}>
-          Stay
+          Cancel
         </button>
         <button
           type="button"
