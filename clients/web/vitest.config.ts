@@ -9,6 +9,6 @@ export default defineConfig({
     environment: "happy-dom",
     // a process and a DOM for each file took three quarters of the time; they share what modules keep, too
     isolate: false,
-    setupFiles: ["fake-indexeddb/auto"],
+    setupFiles: ["fake-indexeddb/auto", "./tests/page.ts"],
   },
 });

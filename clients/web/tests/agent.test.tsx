@@ -3,12 +3,10 @@ import { signal } from "@preact/signals";
 import { render } from "preact";
 import { act } from "preact/test-utils";
 import { beforeEach, expect, test, vi } from "vitest";
+import { Agent } from "../src/editor/state/agent.js";
+import { session } from "../src/editor/state/session.js";
 import type { Workspace } from "../src/editor/state/workspace.js";
-
-document.head.innerHTML = '<meta name="agent-url" content="https://agents.example.com/run">';
-const { session } = await import("../src/editor/state/session.js");
-const { Agent } = await import("../src/editor/state/agent.js");
-const { AgentView } = await import("../src/editor/ui/agent.js");
+import { AgentView } from "../src/editor/ui/agent.js";
 
 const ann = { subject: "ann", scopes: ["exec"], tenants: ["shop"], expires: 2e9 } as never;
 const tenant = {

@@ -84,11 +84,12 @@ test("what was merged by hand outlives the agent's next edits, Esc, and a click 
   let right = await compared();
   write(right, "mine", "both of us");
   await agent(["five", "five of theirs"], ["two", "again"]);
-  expect(right.state.doc.toString()).toBe("one\nboth of us\nthree\nfour of theirs\nfive of theirs\n");
+  const both = "one\nboth of us\nthree\nfour of theirs\nfive of theirs\n";
+  await vi.waitFor(() => expect(right.state.doc.toString()).toBe(both));
   const dialog = host.querySelector("dialog")!;
   await act(() => void dialog.dispatchEvent(new Event("cancel", { cancelable: true })));
   expect(host.querySelector("dialog")).toBeNull();
-  expect(doc.text).toBe("one\nboth of us\nthree\nfour of theirs\nfive of theirs\n");
+  expect(doc.text).toBe(both);
   expect(doc.theirs.value).not.toBeNull(); // nobody has chosen
   await agent(["one", "one of theirs"]);
   expect(await documents.save(doc, false)).toBe(false);
