@@ -1,28 +1,34 @@
 """Bounded reads of what others can make large or slow: a part of it, within a time, off the event loop.
 
-`first` and `Lines` are for streams: they keep a part and drop the rest. `part` is for files of the kernel
-whose length a tenant controls. `aside` is for work that takes more than a moment, or waits for the kernel: it
-runs in a thread with a deadline, with few threads for each tenant.
+`first` and `Lines` are for streams: they keep a part and drop the rest. `paced` ends one that is too slow.
+`part` is for files of the kernel whose length a tenant controls. `aside` is for work that takes more than a
+moment, or waits for the kernel: it runs in a thread with a deadline, with few threads for each tenant.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary
+
+from gateway.admission import Admission
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+LEAST_RATE: Final = 1 << 10  # bytes a second of a client's body, or it would hold a connection forever
+
 _THREADS: Final = 16
 _SHARE: Final = 2  # threads for one tenant
+_WAITING: Final = 4096  # that wait for a thread
 
 # separate from asyncio's: work that waits for the kernel beyond its deadline still occupies its thread
 _threads: Final = ThreadPoolExecutor(_THREADS, thread_name_prefix="aside")
-_shares: Final[WeakValueDictionary[object, asyncio.Semaphore]] = WeakValueDictionary()
+# of each loop, since what it still waits for at its end is nobody's any more
+_shares: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Admission[object]]] = WeakKeyDictionary()
 
 
 class Flood(Exception):
@@ -39,6 +45,29 @@ async def first(read: Callable[[], Awaitable[bytes]], limit: int, *, most: int |
         if most is not None and size > most:
             raise Flood
     return bytes(kept)
+
+
+async def paced(stream: AsyncIterator[bytes], patience: float) -> AsyncIterator[bytes]:
+    """Yield a client's stream. Raises `TimeoutError` if it is too slow.
+
+    That is if nothing comes for `patience` seconds, or less than `LEAST_RATE` in so many of waiting for it.
+    """
+    loop = asyncio.get_running_loop()
+    waited, came = 0.0, 0
+    while True:
+        began = loop.time()
+        try:
+            async with asyncio.timeout(patience):
+                piece = await anext(stream)
+        except StopAsyncIteration:
+            return
+        waited += loop.time() - began
+        came += len(piece)
+        if waited > patience:
+            if came < waited * LEAST_RATE:
+                raise TimeoutError
+            waited, came = 0.0, 0
+        yield piece
 
 
 class Lines:
@@ -96,19 +125,20 @@ def part(path: str | Path, limit: int) -> bytes:
 async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
     """Return what `work` returns in a separate thread. Raises `TimeoutError` after `seconds`.
 
-    `of` names the tenant that the work is for. Each has a share of the threads, and its work waits in turn.
+    `of` names the tenant that the work is for. Each has a share of the threads, and its work waits in turn;
+    raises `RateLimited` if far too much waits.
     Work that is late keeps running to its end, so it must be bounded and change nothing.
     """
-    share = _shares.get(of)
-    if share is None:
-        share = _shares[of] = asyncio.Semaphore(_SHARE)
     loop = asyncio.get_running_loop()
+    threads = _shares.get(loop)
+    if threads is None:
+        threads = _shares[loop] = Admission("threads", each=_SHARE, total=_THREADS, waiting=_WAITING)
     async with asyncio.timeout(seconds):
-        await share.acquire()
+        thread = await threads.acquire(of)
         working = loop.run_in_executor(_threads, lambda: work(*given, **more))
 
         def over(ended: asyncio.Future[T]) -> None:
-            share.release()  # only now, even if the caller is gone: the thread was busy until here
+            thread.release()  # only now, even if the caller is gone: the thread was busy until here
             if not ended.cancelled():
                 ended.exception()  # retrieved, or asyncio would log it
 

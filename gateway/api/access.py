@@ -73,7 +73,7 @@ def with_token(request: Request, scope: str | None) -> Token:
     token = _known(request)
     if scope is not None:
         token.require(scope)
-    ask(request.scope, services(request).budget.tenant(sharer(token)))
+    ask(request.scope, services(request).limits, sharer(token))
     return token
 
 
@@ -88,7 +88,7 @@ def for_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
     check_covered(token, name)
     if scope is not None:
         token.require(scope)
-    ask(request.scope, services(request).budget.tenant(name))
+    ask(request.scope, services(request).limits, name)
     return name, token
 
 

@@ -43,7 +43,7 @@ from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
-from gateway.limits.budget import Budget, Places
+from gateway.limits.budget import Limits
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
 from gateway.limits.pressure import Pressure
@@ -271,15 +271,14 @@ def _services(
 ) -> Services:
     """Return what routes and websockets use of all this, with what needs no opening."""
     settings, runtime, cluster = base.settings, base.runtime, base.cluster
-    budget, places = Budget(settings.bytes_in_flight, settings.tenant_bytes), Places(settings)
+    limits = Limits(settings)
     tunnels = set[Near]()
     metrics = Metrics(
         lambda: len(trust.connections),
         lambda: work.execs.running,
         lambda: serving.domains.contested,
         lambda: serving.domains.shared,
-        budget,
-        places,
+        limits,
     )
     if serving.pressure is not None:
         metrics.show_pressure(serving.pressure.counts)
@@ -322,13 +321,12 @@ def _services(
         mcp=mcp,
         departures=departures,
         arrivals=arrivals,
-        budget=budget,
-        places=places,
+        limits=limits,
         tunnels=tunnels,
         metrics=metrics,
         leave_ready=work.sites.copies.leave,
-        site_logs=SiteLogs(runtime.commands, settings),
-        sources=Sources(runtime, settings),
+        site_logs=SiteLogs(work.execs, runtime.commands, settings),
+        sources=Sources(runtime, work.execs, settings),
         previews=Previews(serving.caddy, trust.secret, settings.max_previews),
     )
 

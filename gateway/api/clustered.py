@@ -247,7 +247,7 @@ class _Relayed:
         if services.draining:
             raise shutting_down()
         share = asked.name if asked.kind == "tenant" else f"sub {token.subject}"
-        ask(scope, services.budget.tenant(share))
+        ask(scope, services.limits, share)
         hold(scope, _WINDOW)
         body = Body(scope, self._receive)
         settings = services.settings
@@ -330,7 +330,7 @@ class _Relayed:
         Raises `Unavailable`, `NotFound` or `RateLimited` before it is joined.
         """
         services, near = self._services, None
-        places = services.places
+        limits = services.limits
 
         def displaced() -> None:
             if near is not None:
@@ -338,9 +338,9 @@ class _Relayed:
 
         with contextlib.ExitStack() as stack:
             if token is not None:
-                stack.callback(places.customer(tenant))
+                stack.enter_context(limits.sockets.reserve(tenant))
             else:
-                stack.callback(places.stranger(address(self._asked), displaced))
+                stack.enter_context(limits.strangers.reserve(address(self._asked), displaced=displaced))
             protocol = self._scope["extensions"][TAKE]["protocol"]
             protocol.hold()
             try:
@@ -358,9 +358,9 @@ class _Relayed:
                 with contextlib.suppress(GatewayError):
                     shown = services.verify(params.get("token"))
                     if shown.covers(tenant):
-                        place = places.customer(tenant)
+                        place = limits.sockets.reserve(tenant)
                         stack.close()  # which is the stranger's place
-                        stack.callback(place)
+                        stack.enter_context(place)
 
             near = Near(protocol, far, head, None if token is not None else FirstMessage(sent))
             home.cut.add(cut := partial(near.end, close_frame(CloseCode.TRY_LATER, "its server is away")))

@@ -9,7 +9,6 @@ import logging
 import math
 import secrets
 from collections.abc import Iterator, Mapping
-from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -24,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway import protocol
-from gateway.bounds import aside
+from gateway.bounds import LEAST_RATE, aside, paced
 from gateway.errors import (
     Cancelled,
     GatewayError,
@@ -38,9 +37,10 @@ from gateway.errors import (
 )
 from gateway.files.http import UnsatisfiableRange
 from gateway.hostnames import Misdirected, host_allowed, own_hosts
-from gateway.limits.budget import REQUEST, SMALL, Share
+from gateway.limits.budget import REQUEST, SMALL, Limits
 from gateway.protocol import maxima
 from gateway.settings import Settings
+from gateway.transport import http1
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ REQUEST_ID: Final = "gateway.request_id"
 _SLICE: Final = 256 << 10  # bytes of an answer sent at a time
 _WEIGHING: Final = 30.0  # seconds to check the contents of a large body; the largest takes a moment
 _BY_CADDY: Final = ("/v1/wake", "/v1/preview")
+_OURS: Final = b"x-gateway-"  # of headers that gateways send each other
+_CADDYS: Final = b"x-gateway-uri"
 _ID_HEADER: Final = "x-request-id"
 _SHORT_HEADERS: Final = frozenset(
     name.encode() for name, limit in maxima.HEADERS.items() if limit < maxima.HEADER_MAX
@@ -105,8 +107,8 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
     """Return the body, which counts as in flight until the request is answered.
 
     Raises `TooLarge` before more than `limit` bytes are read, `RateLimited` before more than the client's
-    share has room for, `Timeout` if nothing arrives for `patience` seconds. Without a token the whole body
-    must arrive within that time.
+    share has room for, `Timeout` if nothing or too little arrives for `patience` seconds (see `paced`).
+    Without a token the whole body must arrive within that time.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -115,48 +117,39 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
     held = int(declared) if declared.isdigit() else 0
     if known:
         hold(request.scope, held)
-    body, stream = bytearray(), request.stream()
-    until = asyncio.get_running_loop().time() + patience
-    while True:
-        try:
-            async with asyncio.timeout(patience) if known else asyncio.timeout_at(until):
-                body += await anext(stream)
-        except StopAsyncIteration:
-            return bytes(body)
-        except TimeoutError:
-            raise Timeout(f"the body timed out: no data for {patience:.0f} s") from None
-        if len(body) > limit:
-            raise TooLarge(f"the body exceeds {limit} bytes", limit=limit)
-        if known and len(body) > held:
-            hold(request.scope, step := max(SMALL, len(body) - held))
-            held += step
+    body = bytearray()
+    try:
+        async with asyncio.timeout(None if known else patience):
+            async for piece in paced(request.stream(), patience):
+                body += piece
+                if len(body) > limit:
+                    raise TooLarge(f"the body exceeds {limit} bytes", limit=limit)
+                if known and len(body) > held:
+                    hold(request.scope, step := max(SMALL, len(body) - held))
+                    held += step
+    except TimeoutError:
+        raise Timeout(f"the body is too slow: under {LEAST_RATE} bytes a second") from None
+    return bytes(body)
 
 
-def ask(scope: Scope, share: Share) -> None:
-    """Count a request towards its client's share until it is answered. Raises `RateLimited`."""
+def ask(scope: Scope, limits: Limits, owner: str) -> None:
+    """Count a request, and its bytes, as its owner's until it is answered. Raises `RateLimited`."""
     if SHARE not in scope:
-        scope[SHARE] = share
+        scope[USES].enter_context(limits.requests.reserve(owner))
+        http1.identify(scope)
+        scope[SHARE] = limits.bytes.tenant(owner)
         hold(scope, REQUEST)
 
 
 def hold(scope: Scope, size: int) -> None:
     """Count bytes of a request or its answer until it is answered. Raises `RateLimited`."""
-    scope[USES].enter_context(scope[SHARE].lease(size))
+    scope[USES].enter_context(scope[SHARE].reserve(size))
 
 
 def address(connection: HTTPConnection) -> str:
     """Return the client's address. Only our own proxy may name another one."""
-    client, told = connection.client, connection.headers.getlist("x-forwarded-for")
-    peer = "" if client is None else client.host
-    if told and _near(connection.scope):
-        peer = told[-1].rpartition(",")[2].strip()[:64]
-    try:
-        found = ip_address(peer)
-    except ValueError:
-        return peer
-    if isinstance(found, IPv6Address):
-        return str(found.ipv4_mapped or ip_network((found, 64), strict=False))  # one host's block
-    return peer
+    told = http1.forwarded(connection.scope)
+    return told if told is not None else http1.block(connection.client.host if connection.client else "")
 
 
 class _AnyPath(PathConvertor):
@@ -299,6 +292,7 @@ def at_the_edge(app: ASGIApp, settings: Settings) -> ASGIApp:
     """Refuse heads that are too large, and requests for hosts that are not ours with 421.
 
     Websockets are refused before their upgrade. Caddy calls some routes with the `Host` of the visited site.
+    Headers that only gateways and Caddy may send are dropped: gateways use a listener of their own.
     """
     own = own_hosts(settings)
 
@@ -306,8 +300,17 @@ def at_the_edge(app: ASGIApp, settings: Settings) -> ASGIApp:
         if scope["type"] in ("http", "websocket"):
             try:
                 check_head(scope)
-                host, near = Headers(scope=scope).get("host"), _near(scope)
+                host, near = Headers(scope=scope).get("host"), http1.near(scope)
                 by_caddy = near and scope["path"] in _BY_CADDY
+                if by_caddy and scope["type"] == "http":
+                    http1.identify(scope)  # visitors that wait for a site have limits of their own
+                if any(name.startswith(_OURS) for name, _ in scope["headers"]):
+                    kept = _CADDYS if by_caddy else b""
+                    scope["headers"] = [
+                        (name, value)
+                        for name, value in scope["headers"]
+                        if not name.startswith(_OURS) or name == kept
+                    ]
                 if not by_caddy and not host_allowed(host, own, near=near):
                     raise Misdirected(
                         f"this gateway is not {(host or '')[:100]!r}: use its address, or list the name in "
@@ -324,20 +327,6 @@ def at_the_edge(app: ASGIApp, settings: Settings) -> ASGIApp:
     return wrapped
 
 
-def _near(scope: Scope) -> bool:
-    """Return whether a request came from this machine."""
-    client, server = scope.get("client"), scope.get("server")
-    if client is None:  # a unix socket
-        return True
-    try:
-        address = ip_address(client[0])
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    # a client that has one of this machine's addresses is on it
-    return (mapped or address).is_loopback or (server is not None and client[0] == server[0])
-
-
 def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
     """Add `X-Request-Id` to every HTTP answer: the request's, or a new one.
 
@@ -350,7 +339,7 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
         body = message["body"]
         with contextlib.ExitStack() as held:
             if SHARE in scope:
-                held.enter_context(scope[SHARE].lease()).hold(len(body))
+                held.enter_context(scope[SHARE].reserve()).hold(len(body))
             for start in range(0, len(body), _SLICE):
                 part = {**message, "body": body[start : start + _SLICE], "more_body": True}
                 try:

@@ -20,7 +20,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from gateway.cluster.peers import Peers
 from gateway.events import Bus, Filter
-from gateway.limits.budget import Budget, Places
+from gateway.limits.budget import Limits
 from gateway.limits.pressure import Counts
 
 _LAG_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -31,7 +31,7 @@ _TOOL_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 
 class Metrics:
     """Counts the bus's events and shows the gateway's current state.
 
-    The functions return current numbers; `budget` and `places` have what is in use.
+    The functions return current numbers; `limits` has what is in use.
     """
 
     CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -42,8 +42,7 @@ class Metrics:
         execs: Callable[[], int],
         contested: Callable[[], int],
         shared: Callable[[], int],
-        budget: Budget,
-        places: Places,
+        limits: Limits,
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._peers: Peers | None = None
@@ -61,10 +60,10 @@ class Metrics:
             registry=registry,
         ).set_function(shared)
         for name, told, now in (
-            ("bytes_in_flight", "Bytes of requests and answers in flight.", lambda: budget.held),
-            ("bytes_in_flight_most", "Bytes of the tenant with the most.", lambda: budget.most),
-            ("messages_waiting", "Large messages that wait for room.", lambda: budget.waiting),
-            ("connections_anonymous", "Websockets without a token yet.", lambda: places.anonymous),
+            ("bytes_in_flight", "Bytes of requests and answers in flight.", lambda: limits.bytes.held),
+            ("bytes_in_flight_most", "Bytes of the tenant with the most.", lambda: limits.bytes.most),
+            ("messages_waiting", "Large messages that wait for room.", lambda: limits.bytes.waiting),
+            ("connections_anonymous", "Websockets without a token yet.", lambda: limits.strangers.held),
         ):
             Gauge(f"gateway_{name}", told, registry=registry).set_function(now)
         self._events = Counter("gateway_events", "Events published, by type.", ["type"], registry=registry)

@@ -11,10 +11,11 @@ import orjson
 from pydantic import Field
 
 from gateway import protocol
+from gateway.admission import Reservation
 from gateway.api.exec_spec import exec_spec
 from gateway.errors import InvalidParams, RateLimited, Unavailable
 from gateway.execs import Attachment, Ended, Execs
-from gateway.limits.budget import Lease
+from gateway.limits.budget import Share
 from gateway.protocol import types
 from gateway.runtime import StreamName
 from gateway.settings import Settings
@@ -37,7 +38,7 @@ class ExecBody(protocol.Params):
 
 
 async def run(
-    execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Lease
+    execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Reservation[Share]
 ) -> Iterator[bytes]:
     """Run a command and return the parts of its answer; if the caller leaves, end its whole process tree.
 
@@ -79,7 +80,9 @@ async def _feed(attachment: Attachment, data: bytes) -> None:
     attachment.exec.close_stdin()
 
 
-async def _collect(attachment: Attachment, limit: int, room: Lease) -> dict[str, tuple[bytes, bool]]:
+async def _collect(
+    attachment: Attachment, limit: int, room: Reservation[Share]
+) -> dict[str, tuple[bytes, bool]]:
     """Return each stream's first `limit` bytes and whether there was more. The rest is read and dropped."""
 
     async def one(name: StreamName) -> tuple[str, bytes, bool]:

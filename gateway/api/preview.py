@@ -12,7 +12,6 @@ import contextlib
 import hmac
 import re
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
@@ -25,8 +24,9 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from yarl import URL
 
+from gateway.admission import Admission
 from gateway.caddy import Caddy
-from gateway.errors import InvalidParams, NotFound, RateLimited, Unavailable
+from gateway.errors import InvalidParams, NotFound, Unavailable
 from gateway.hostnames import plain
 
 PARAMETER: Final = "__gateway_preview"
@@ -137,8 +137,14 @@ class Previews:
     """The pages being served to previews. Their number is limited, for one site to a quarter of that."""
 
     def __init__(self, caddy: Caddy, secret: str, most: int) -> None:
-        self._caddy, self._secret, self._most = caddy, secret, most
-        self._of: Counter[str] = Counter()
+        self._caddy, self._secret = caddy, secret
+        self._opening = Admission[str](
+            "previews being opened",
+            each=max(1, most // 4),
+            total=most,
+            name="this site",
+            hint="try again soon",
+        )
 
     def key(self, domain: str | None, origin: str) -> tuple[str, int]:
         """Return a key for a domain, and when it ends. Raises `NotFound` if Caddy serves no such site."""
@@ -158,11 +164,8 @@ class Previews:
         origin = opened(self._secret, domain, given)
         if origin is None:
             return RedirectResponse(uri, 307, headers={"Cache-Control": "no-store"})
-        if self._of.total() >= self._most or self._of[domain] >= max(1, self._most // 4):
-            raise RateLimited("too many previews are being opened; try again soon")
-        self._of[domain] += 1
         stack = contextlib.AsyncExitStack()
-        stack.callback(self._ended, domain)
+        stack.enter_context(self._opening.reserve(domain))
         try:
             return await self._asked(request, stack, target, uri, given, origin)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -171,11 +174,6 @@ class Previews:
         except BaseException:
             await stack.aclose()
             raise
-
-    def _ended(self, domain: str) -> None:
-        self._of[domain] -= 1
-        if not self._of[domain]:
-            del self._of[domain]
 
     async def _asked(
         self,

@@ -13,6 +13,7 @@ import orjson
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.admission import Admission
 from gateway.cluster.own import Own
 from gateway.cluster.peers import Peer, Peers
 from gateway.cluster.relay import RELAYED, as_client
@@ -46,7 +47,7 @@ class Listener:
         self.orders: dict[str, Order] = {}
         self.uploads: dict[str, Order] = {}
         self._most = most
-        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self._large = Admission[str]("uploads", each=_LARGE_AT_ONCE, total=_LARGE_AT_ONCE)
         self._peers = peers
         self._own = own
         self._app = app
@@ -73,7 +74,7 @@ class Listener:
             await self._do(peer, order, _BODY, scope, receive, send)
         elif scope["type"] == "http" and path.startswith("/peer/put/"):
             order = self.uploads.get(path.removeprefix("/peer/put/"))
-            async with self._large:
+            async with self._large.slot(peer.name):
                 await self._do(peer, order, self._most, scope, receive, send)
         else:
             await _answer(scope, send, 404)

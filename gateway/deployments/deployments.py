@@ -186,16 +186,16 @@ class Deployments:
         fresh.template = await self._admission.template_of_change(tenant, request) or fresh.template
         self._admission.check_alone(tenant, domain, token)  # another may have begun meanwhile
         owner, size = Owner.of(token), len(request.template) if isinstance(request.template, bytes) else 0
-        self._turns.admit(owner, size)
+        place = self._turns.admit(owner, size)
         progress = Progress(fresh, self._bus, self._settings.install_log)
         running = Running(fresh, request, owner, progress, self._admission.uploader(token), key)
         try:
             await self._register.open(running)
         except BaseException:
-            self._turns.leave(owner, size)
+            place.close()
             raise
         running.task = asyncio.create_task(self._runner.run(running), name=f"deploy {tenant}")
-        running.task.add_done_callback(lambda _: self._turns.leave(owner, size))
+        running.task.add_done_callback(lambda _: place.close())
         return fresh, True
 
     def deploying(self, tenant: str) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
+from gateway.admission import Admission
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.runtime import TenantEvent
@@ -22,7 +23,10 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE: Final = 32
+_AT_ONCE: Final = 32  # checks asked for by clients, and of one site
+_OF_ONE: Final = 4
+_WAITING: Final = 128
+_WAITS: Final = 10.0  # seconds
 # checks begun at once: waking up for each costs more than the check, and hundreds would block the loop
 _TOGETHER: Final = 32
 _LEISURE: Final = 0.01  # part of an interval in which nearly all have answered
@@ -67,7 +71,9 @@ class Health:
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.Task[None]] = {}  # at most one for each site
         self._watching: asyncio.Task[None] | None = None
-        self._asking = asyncio.Semaphore(_AT_ONCE)  # checks asked for by clients; more of them wait
+        self._asking = Admission[str](
+            "checks of its site", each=_OF_ONE, total=_AT_ONCE, waiting=_WAITING, patience=_WAITS
+        )
 
     async def __aenter__(self) -> Health:
         self._watching = asyncio.create_task(self._watch(), name="health")
@@ -98,7 +104,8 @@ class Health:
         """Probe a tenant's site; return whether it answers, or None if that would wake it.
 
         `status` is its answer's, None without one. An error status (5xx) does not count as an answer, nor
-        does a refusal of the tenant's domain: then `reason` is `host_refused`, and `said` its text.
+        does a refusal of the tenant's domain: then `reason` is `host_refused`, and `said` its text. Raises
+        `RateLimited` if too many ask.
         """
         site = await site_of(self._sites, tenant)
         if site is None or site.exposure is None or site.asleep:
@@ -106,7 +113,7 @@ class Health:
         status: int | None = None
         said = ""
         if site.running:
-            async with self._asking:
+            async with self._asking.slot(tenant):
                 with contextlib.suppress(OSError, ValueError):
                     where, limit = site.exposure, self._settings.health_timeout
                     status = await ask(where.address, where.port, site.health, 1.0, limit, host=site.domain)

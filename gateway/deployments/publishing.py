@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
+from gateway.admission import Admission
 from gateway.bounds import Flood, aside, first
 from gateway.deployments.entries import Entry, packed, read_archive, too_large
 from gateway.deployments.manifest import MANIFEST, read_manifest
-from gateway.errors import ExecFailed, GatewayError, Timeout
+from gateway.deployments.queue import Owner
+from gateway.errors import ExecFailed, Timeout
+from gateway.execs import Execs
 from gateway.runtime import ExecSpec, TenantRuntime
 from gateway.settings import Settings
 
 _SCRIPT: Final = (Path(__file__).with_name("pack_workspace.sh")).read_text()
-_AT_ONCE: Final = 2  # sites read at a time
+_AT_ONCE: Final = 4  # sites read at a time
+_WAITING: Final = 32
 _SECONDS: Final = 60.0  # for packing, and again for reading the tar
+_SILENCE: Final = 15.0  # seconds without a byte of the tar; a git that lists a large tree takes some
 _SAID: Final = 8 << 10  # bytes of the script's messages beside the tar
 _HEADERS: Final = 2048  # bytes of a tar entry besides its content
 
 
 class Sources:
-    """The files of tenants' sites, packed a few at a time: each archive is held in memory."""
+    """The files of tenants' sites, packed a few at a time, as each archive is held in memory."""
 
-    def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
-        self._runtime, self._settings = runtime, settings
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+    def __init__(self, runtime: TenantRuntime, execs: Execs, settings: Settings) -> None:
+        self._runtime, self._execs, self._settings = runtime, execs, settings
+        self._publishes = Admission[Owner](
+            "publishes",
+            each=1,
+            total=_AT_ONCE,
+            waiting=_WAITING,
+            patience=2 * _SECONDS,
+            name="this token",
+            retry_after=_SILENCE,
+        )
 
-    async def of(self, tenant: str) -> bytes:
+    async def of(self, tenant: str, owner: Owner) -> bytes:
         """Return an archive of a tenant's site, with a manifest for production.
 
-        Raises `ExecFailed`, `InvalidParams`, `Timeout` and `TooLarge`.
+        One is made at a time for each owner. Raises `ExecFailed`, `InvalidParams`, `RateLimited`, `Timeout`
+        and `TooLarge`.
         """
-        async with self._turns:
-            archive = await _packed(self._runtime, tenant, self._settings)
+        async with self._publishes.slot(owner):
+            archive = await _packed(self._runtime, self._execs, tenant, self._settings)
             return await aside(tenant, _SECONDS, for_production, archive, self._settings)
 
 
@@ -62,30 +75,32 @@ def for_production(archive: bytes, settings: Settings) -> bytes:
     return packed(entries)
 
 
-async def _packed(runtime: TenantRuntime, tenant: str, settings: Settings) -> bytes:
+async def _packed(runtime: TenantRuntime, execs: Execs, tenant: str, settings: Settings) -> bytes:
     root = await runtime.filesystem(tenant)
     most = settings.template_bytes + settings.template_files * _HEADERS
     words = ("/bin/sh", "-c", _SCRIPT, "sh", root.prefix + root.workspace, str(most + 1))
-    process = await runtime.commands.exec(tenant, ExecSpec(words, shown=("tar",)))
     try:
-        async with asyncio.timeout(_SECONDS):
+        async with (
+            execs.script(tenant, ExecSpec(words, shown=("tar",))) as process,
+            asyncio.timeout(_SECONDS),
+        ):
+
+            async def piece() -> bytes:
+                async with asyncio.timeout(_SILENCE):
+                    return await process.read("stdout")
+
             archive, said = await asyncio.gather(
-                first(lambda: process.read("stdout"), most + 1, most=most + 1),
+                first(piece, most + 1, most=most + 1),
                 first(lambda: process.read("stderr"), _SAID, most=1 << 20),
             )
             code = (await process.wait()).code
     except TimeoutError:
-        await asyncio.shield(process.kill(0))
-        raise Timeout(f"packing the files of {tenant} took over {_SECONDS:g} s; leave some out") from None
+        raise Timeout(
+            f"packing the files of {tenant} took over {_SECONDS:g} s, or stood still for {_SILENCE:g}; "
+            "leave some out"
+        ) from None
     except Flood:
-        await asyncio.shield(process.kill(0))
         raise too_large(settings) from None
-    except BaseException:
-        with contextlib.suppress(GatewayError, TimeoutError):
-            await asyncio.shield(process.kill(0))
-        raise
-    finally:
-        await asyncio.shield(process.aclose())
     if len(archive) > most:
         raise too_large(settings)
     if code != 0 or not archive:

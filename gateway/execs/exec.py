@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+from gateway.admission import Reservation
 from gateway.errors import GatewayError, Unavailable
 from gateway.execs.attachment import Attachment
 from gateway.execs.command_tree import CommandTree
@@ -72,6 +73,7 @@ class Exec:
         self.readers = Readers(self, self._input, linger, partial(self.end, "cancelled", grace), self.note)
         self.deadline: float | None = None  # seconds since the epoch
         self.once = False
+        self.slot: Reservation[str] | None = None  # among its tenant's running commands
         self.left = False  # handed to the next gateway process: this one no longer owns it
         self._holding = process.holding
         self.purpose = Purpose(process.holding)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol, TypeVar
 
 from gateway.execs.accounts import Accounts
-from gateway.limits.budget import SMALL, Lease, Share
+from gateway.limits.budget import SMALL, Share
 from gateway.runtime import Process
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Input:
         self._queue: deque[tuple[bytes, Sender]] = deque()
         self._size = 0
         self._share = share
-        self._lease = Lease(share)
+        self._lease = share.reserve()
         self._spool = _Spool(spools, tenant, self._drop)
         self._ending = False
         self._over = False

@@ -7,13 +7,14 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
+from gateway.admission import Admission, Reservation
+from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, TenantNotRunning
 from gateway.events import Bus
 from gateway.execs.adoption import Adoption
 from gateway.execs.exec import Exec
@@ -22,7 +23,7 @@ from gateway.execs.notes import Notes
 from gateway.execs.runner import Runner
 from gateway.execs.starting import Starting
 from gateway.idempotency import Idempotency
-from gateway.runtime import Commands, ExecSpec, Killed
+from gateway.runtime import Commands, ExecSpec, Killed, Process
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Execs:
         self._notes = Notes(idempotency)
         self._bus = bus
         self._settings = settings
+        self._slots = Admission[str]("running commands", each=settings.max_execs, hint="end one first")
         self._execs: dict[str, dict[str, Exec]] = {}
         self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
         self._kept = Kept(settings, self._forgotten)
@@ -70,9 +72,8 @@ class Execs:
         return sum(exec_.state == "running" for execs in self._execs.values() for exec_ in execs.values())
 
     def running_in(self, tenant: str) -> int:
-        """Return how many commands of a tenant are running or being started."""
-        running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
-        return running + sum(key[0] == tenant for key in self._starting)
+        """Return how many commands of a tenant are running or being started, the gateway's own included."""
+        return self._slots.of(tenant)
 
     async def start(
         self,
@@ -106,12 +107,7 @@ class Execs:
             if found.asked != spec.digest():
                 raise Conflict(f"exec {known} was started with another command", exec=known)
             return found
-        running = self.running_in(tenant)
-        if running >= self._settings.max_execs:
-            raise RateLimited(
-                f"the tenant already runs {running} commands, its limit; end one first",
-                limit=self._settings.max_execs,
-            )
+        slot = self._slots.reserve(tenant)
         promise: asyncio.Future[Exec] = asyncio.get_running_loop().create_future()
         self._starting[tenant, known] = promise
         try:
@@ -122,8 +118,9 @@ class Execs:
                 stays = self._settings.exec_linger if linger is None else linger
                 asked = replace(spec, outlive=outlive or purpose is not None)
                 starting = Starting(known, tenant, asked, deadline, stays, by, once, purpose, before)
-                exec_ = await self._start(starting)
+                exec_ = await self._start(starting, slot)
             except BaseException:
+                slot.release()
                 if once:  # nothing was started, so the id may be used again
                     await asyncio.shield(self._idempotency.forget((tenant, "exec", known)))
                 raise
@@ -154,10 +151,28 @@ class Execs:
         await self._idempotency.fence((tenant, "exec", exec_id))
         return None
 
-    async def _start(self, asked: Starting) -> Exec:
+    @contextlib.asynccontextmanager
+    async def script(self, tenant: str, spec: ExecSpec, *, always: bool = False) -> AsyncIterator[Process]:
+        """Run a command of the gateway's own, and kill its whole tree if the context ends with an exception.
+
+        It counts among the tenant's commands; with `always` beyond their limit, too, for what must not be
+        lost. Raises `RateLimited`.
+        """
+        with self._slots.hold(tenant) if always else self._slots.reserve(tenant):
+            process = await self._commands.exec(tenant, spec)
+            try:
+                yield process
+            except BaseException:
+                with contextlib.suppress(GatewayError, TimeoutError):
+                    await asyncio.shield(process.kill(0))
+                raise
+            finally:
+                await asyncio.shield(process.aclose())
+
+    async def _start(self, asked: Starting, slot: Reservation[str]) -> Exec:
         process = await self._commands.exec(asked.tenant, replace(asked.spec, before=asked.note))
         exec_ = self._runner.make(asked.exec_id, asked.tenant, asked.spec, process, asked.linger)
-        self._add(exec_)
+        self._add(exec_, slot)
         exec_.once, exec_.deadline = asked.once, asked.deadline
         # most callers attach at once, which records it; until then `Starting`'s facts are enough
         asyncio.get_running_loop().call_soon(exec_.note_unattached)
@@ -193,6 +208,8 @@ class Execs:
         ran = exec_.state == "running"
         began = exec_.end("cancelled", grace)
         killed = await exec_.cancel(grace)
+        if exec_.slot is not None:
+            exec_.slot.release()  # its exit may be known a moment later
         if not began or (not ran and not killed.killed):
             return killed  # another call reports this kill, or there was nothing to kill
         data = {"exec": exec_.id, "killed": killed.killed, "escalated": killed.escalated}
@@ -224,8 +241,12 @@ class Execs:
         await self._runner.close()
         await self._kept.close()
 
-    def _add(self, exec_: Exec) -> None:
+    def _add(self, exec_: Exec, slot: Reservation[str] | None = None) -> None:
+        """Keep a command, which has a slot until its end; one of an earlier process gets one in any case."""
         self._execs.setdefault(exec_.tenant, {})[exec_.id] = exec_
+        if not exec_.ended.done():
+            exec_.slot = held = self._slots.hold(exec_.tenant) if slot is None else slot
+            exec_.ended.add_done_callback(lambda _: held.release())
 
     def _forgotten(self, exec_: Exec) -> None:
         of_tenant = self._execs.get(exec_.tenant, {})

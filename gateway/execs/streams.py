@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gateway.execs.tail import READ, Tail
-from gateway.limits.budget import Lease, Share
+from gateway.limits.budget import Share
 from gateway.runtime import Holding, Process, StreamName
 
 _SEQUENCE: Final = 3  # most bytes of an incomplete UTF-8 sequence
@@ -71,7 +71,7 @@ class Stream:
         self.tail = Tail(tail)
         self._share = share
         self._room = room or (lambda size: share.full(size) is None)
-        self._lease = Lease(share)
+        self._lease = share.reserve()
         self.ended = False
         self.pace = pace
         self.window = max(pace.window, _SEQUENCE)
@@ -128,7 +128,7 @@ class Stream:
     def detach(self, cursor: Cursor) -> None:
         self._cursors.discard(cursor)
         if self._released and not self._cursors:
-            self._lease.end()
+            self._lease.release()
         self.progress()
 
     def progress(self) -> None:
@@ -151,7 +151,7 @@ class Stream:
         """Stop counting the kept bytes once the last reader has left, who keeps them in memory."""
         self._released = True
         if not self._cursors:
-            self._lease.end()
+            self._lease.release()
 
     def bare(self) -> Stream:
         """Return an ended stream with the same offset and no output."""

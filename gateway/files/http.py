@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway.bounds import LEAST_RATE, paced
 from gateway.errors import Conflict, GatewayError, InvalidParams, Timeout, TooLarge
 from gateway.files.transfers import CHUNK, Source
 
@@ -199,16 +200,11 @@ async def received(
     declared = headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the file exceeds {limit} bytes", reason="too_large", limit=limit)
-    stream = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout(stall):
-                data = await anext(stream)
-        except StopAsyncIteration:
+    try:
+        async for data in paced(request.stream(), stall):
             still()
-            return
-        except TimeoutError:
-            raise Timeout(f"no data arrived for {stall:.0f} s") from None
-        if data:
-            still()
-            yield data
+            if data:
+                yield data
+    except TimeoutError:
+        raise Timeout(f"the body is too slow: under {LEAST_RATE} bytes a second") from None
+    still()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +18,8 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from gateway.errors import GatewayError, RateLimited, TooLarge, Unavailable
+from gateway.admission import Admission
+from gateway.errors import GatewayError, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.links import Link, Links
 from gateway.rootfs.refusals import refusal
@@ -139,7 +140,9 @@ class Transfers:
         )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
         self._held: dict[str, dict[_Held, asyncio.Timeout]] = defaultdict(dict)
-        self._count: Counter[str] = Counter()
+        self._slots = Admission[str](
+            "uploads and downloads", each=settings.max_transfers, hint="wait until some finish"
+        )
         self._undoing: set[asyncio.Task[None]] = set()
         self._over = False
 
@@ -207,45 +210,36 @@ class Transfers:
     async def _hold(
         self, root: FilesystemRoot, operation: str, given: dict[str, Any]
     ) -> AsyncIterator[tuple[Link, dict[str, Any], _Held]]:
-        tenant, limit = root.tenant, self._settings.max_transfers
-        if self._count[tenant] >= limit:
-            raise RateLimited(
-                "this tenant has too many uploads and downloads; wait until some finish", limit=limit
-            )
-        self._count[tenant] += 1
-        try:
+        tenant = root.tenant
+        with self._slots.reserve(tenant):
             link = await self._links.get(root)
-        except BaseException:
-            self._uncount(tenant)
-            raise
-        link.holds += 1
-        try:
-            opening = asyncio.ensure_future(self._open(link, operation, given))
+            link.holds += 1
             try:
-                # Shielded: a started upload must become known, or its file would stay.
-                told, held = await asyncio.shield(opening)
-            except asyncio.CancelledError:
-                opening.add_done_callback(lambda done: self._undo(link, done))
-                raise
-            if self._over:  # `end` was called meanwhile
-                self._undo(link, opening)
-                raise Unavailable(_ENDED)
-            try:
-                # a scope that `end` can expire, wherever its task is waiting
-                async with asyncio.timeout(None) as scope:
-                    self._held[tenant][held] = scope
-                    try:
-                        yield link, told, held
-                    finally:
-                        held.close()
-                        self._let_go(tenant, held)
-            except TimeoutError:
-                if scope.expired():
-                    raise Unavailable(_ENDED) from None
-                raise
-        finally:
-            link.holds -= 1
-            self._uncount(tenant)
+                opening = asyncio.ensure_future(self._open(link, operation, given))
+                try:
+                    # Shielded: a started upload must become known, or its file would stay.
+                    told, held = await asyncio.shield(opening)
+                except asyncio.CancelledError:
+                    opening.add_done_callback(lambda done: self._undo(link, done))
+                    raise
+                if self._over:  # `end` was called meanwhile
+                    self._undo(link, opening)
+                    raise Unavailable(_ENDED)
+                try:
+                    # a scope that `end` can expire, wherever its task is waiting
+                    async with asyncio.timeout(None) as scope:
+                        self._held[tenant][held] = scope
+                        try:
+                            yield link, told, held
+                        finally:
+                            held.close()
+                            self._let_go(tenant, held)
+                except TimeoutError:
+                    if scope.expired():
+                        raise Unavailable(_ENDED) from None
+                    raise
+            finally:
+                link.holds -= 1
 
     def _let_go(self, tenant: str, held: _Held) -> asyncio.Timeout | None:
         scopes = self._held.get(tenant, {})
@@ -263,11 +257,6 @@ class Transfers:
                 held.close()
                 if scope is not None:
                     scope.reschedule(asyncio.get_running_loop().time())
-
-    def _uncount(self, tenant: str) -> None:
-        self._count[tenant] -= 1
-        if not self._count[tenant]:
-            del self._count[tenant]
 
     async def _open(self, link: Link, operation: str, given: dict[str, Any]) -> tuple[dict[str, Any], _Held]:
         reply, descriptor = await link.call(operation, given, self._settings.tool_timeout)

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from gateway.errors import GatewayError, RateLimited, Unavailable
+from gateway.errors import GatewayError, Unavailable
 from gateway.files.changes import Changes
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.links import Links
@@ -94,15 +94,10 @@ class Watches:
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     async def add(self, root: FilesystemRoot, paths: list[str], ignore: list[str] | None) -> Watch:
-        """Start a watch. Raises `RateLimited` at a limit of the tenant or host, and refusals of paths."""
+        """Start a watch. Raises `RateLimited` at a limit of the host, and refusals of paths."""
         settings, tenant = self._settings, root.tenant
         link = await self._links.get(root)
         watches = self._watches.setdefault(tenant, {})
-        if len(watches) >= settings.max_tenant_watches:
-            limit = settings.max_tenant_watches
-            raise RateLimited(
-                "this tenant has too many file watches; end some with files/unwatch", limit=limit
-            )
         watch = Watch(next(self._numbers), tenant, settings.watch_changes)
         watches[watch.number] = watch
         link.holds += 1

@@ -42,7 +42,7 @@ class History:
     def __init__(self, runtime: TenantRuntime, execs: Execs, bus: Bus, settings: Settings) -> None:
         self._bus = bus
         self._settings = settings
-        self._repository = Repository(runtime, settings)
+        self._repository = Repository(runtime, execs, settings)
         self._open = OpenTurns()
         self._recorder = Recorder(self._repository, self._open, bus, settings)
         self.afterwards = self._recorder.afterwards

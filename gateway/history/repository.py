@@ -14,6 +14,7 @@ from typing import Final
 
 from gateway.bounds import Flood, aside, first
 from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
+from gateway.execs import Execs
 from gateway.history.open_turns import Mode
 from gateway.history.reading import Turn, committed, conflicting, listed, shown
 from gateway.history.reading import changes as changes_of
@@ -71,8 +72,8 @@ _NICE: Final = ("nice", "-n", "10", "/bin/sh", "-c")
 class Repository:
     """The repositories of all tenants, each in its container."""
 
-    def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: TenantRuntime, execs: Execs, settings: Settings) -> None:
+        self._runtime, self._execs = runtime, execs
         self._settings = settings
 
     async def begin(self, tenant: str, made: Sequence[str], turn: Turn) -> Turn | None:
@@ -182,7 +183,11 @@ class Repository:
         given: bytes = b"",
         missing: str | None = None,
     ) -> bytes:
-        """Run a script within a deadline, and return the first `most` bytes of its output."""
+        """Run a script within a deadline, and return the first `most` bytes of its output.
+
+        Scripts that record are run one at a time in each tenant, and in any case. Those that clients ask for
+        raise `RateLimited` if the tenant runs too many commands.
+        """
         root = await self._runtime.filesystem(tenant)
         spec = ExecSpec(
             (*_NICE, _SCRIPTS[script], "sh", *words),
@@ -191,25 +196,18 @@ class Repository:
             shown=("git", script),
         )
         seconds = self._settings.turn_timeout
-        process = await self._runtime.commands.exec(tenant, spec)
+        always = script not in ("list", "diff")
         try:
-            async with asyncio.timeout(seconds):
+            async with self._execs.script(tenant, spec, always=always) as process, asyncio.timeout(seconds):
                 printed, complaint = await _talk(process, given, most)
                 code = (await process.wait()).code
         except TimeoutError:
-            await asyncio.shield(process.kill(0))
             raise Timeout(
                 f"git took over {seconds:g} s in the workspace of {tenant} and was stopped: there is too "
                 "much to look at, or a .gitignore of a folder there is a pipe or has too many patterns"
             ) from None
         except Flood:
-            await asyncio.shield(process.kill(0))
             raise Unavailable("git printed more than the limit") from None
-        except BaseException:
-            await asyncio.shield(process.kill(0))
-            raise
-        finally:
-            await asyncio.shield(process.aclose())
         if code != 0:
             self._refuse(tenant, code, complaint, missing)
         return printed

@@ -200,12 +200,17 @@ class Holder:
         """Send the waiting names as fast as the holder accepts them, until the connection ends."""
         over = asyncio.Event()
 
-        def ended() -> None:  # a holder never speaks unasked, so this is the end
+        def heard() -> None:  # a refused name, and otherwise the end
+            with contextlib.suppress(OSError, ValueError):
+                received = receive(connection)
+                if received is not None and (name := received[0].get("refused")) is not None:
+                    log.warning("the holder has no room for %s: a restart of the gateway ends it", name)
+                    return
             asyncio.get_running_loop().remove_reader(connection)
             over.set()
             self._changed.set()
 
-        asyncio.get_running_loop().add_reader(connection, ended)
+        asyncio.get_running_loop().add_reader(connection, heard)
         try:
             while not over.is_set():
                 await self._send_waiting()

@@ -23,6 +23,8 @@ from typing import Final
 from gateway.holder.messages import NAME_MAX, VERSION, close, receive, send
 
 _NAMES: Final = 20_000
+# descriptors that are not held: standard files, clients, and those of a packet that is being received
+_SPARE: Final = 64
 _CLIENTS: Final = 16  # one for the gateway, one for its successor, and briefly one for `doctor`
 _PATIENCE: Final = 5.0  # seconds for a client to read an answer
 
@@ -64,6 +66,7 @@ class _Holding:
         self._listener = listener
         self._seconds = seconds
         self._held: dict[str, list[int]] = {}
+        self._room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE  # for descriptors
         self._clients: dict[int, socket.socket] = {}
         self._gateways: set[int] = set()  # clients that have listed what is held
         self._asking: set[int] = set()  # clients that wait for the list
@@ -75,9 +78,8 @@ class _Holding:
         while True:
             left = self._since + self._seconds - monotonic() if self._held and not self._gateways else None
             if left is not None and left <= 0:
-                for descriptors in self._held.values():
-                    close(descriptors)
-                self._held.clear()
+                for name in list(self._held):
+                    self._drop(name)
                 continue
             ready = self._poll.poll(0 if self._asking else None if left is None else left * 1000 + 1)
             for descriptor, _ in ready:
@@ -87,6 +89,11 @@ class _Holding:
                     self._dismiss(descriptor)
             if not ready:
                 self._answer()
+
+    def _drop(self, name: str) -> None:
+        descriptors = self._held.pop(name, [])
+        self._room += len(descriptors)
+        close(descriptors)
 
     def _welcome(self) -> None:
         client, _ = self._listener.accept()
@@ -130,12 +137,16 @@ class _Holding:
                 return False
             match said:
                 case {"put": str(name)}:
-                    if len(name) > NAME_MAX or (name not in self._held and len(self._held) >= _NAMES):
+                    if len(name) > NAME_MAX:
                         return False
-                    close(self._held.pop(name, []))
-                    self._held[name], passed = passed, []
+                    self._drop(name)
+                    if len(self._held) >= _NAMES or len(passed) > self._room:
+                        send(client, {"refused": name})
+                    else:
+                        self._room -= len(passed)
+                        self._held[name], passed = passed, []
                 case {"drop": str(name)}:
-                    close(self._held.pop(name, []))
+                    self._drop(name)
                 case {"list": True}:
                     self._gateways.add(descriptor)
                     self._asking.add(descriptor)

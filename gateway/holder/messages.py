@@ -9,8 +9,9 @@ Each packet is a JSON object with at most `MOST` descriptors attached.
 | `{"v": 1, "list": true}` | `{"name": NAME}` and its descriptors for each, then `{"end": true}` |
 | `{"v": 1, "about": true}` | `{"v": 1, "held": NAMES}` |
 
-A sent packet stays in the holder's queue even if the sender dies, so a put needs no answer. A packet of any
-other version than `VERSION` ends the connection.
+A put for which there is no room is answered `{"refused": NAME}`, and nothing is held under that name. A sent
+packet stays in the holder's queue even if the sender dies, so others need no answer. A packet of any other
+version than `VERSION` ends the connection.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from gateway.admission import Admission
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.peers import ASKING, MemberAway
 from gateway.errors import Conflict, GatewayError, Unavailable
@@ -50,7 +51,7 @@ class Departures:
         self._cluster, self._tenants, self._mover = cluster, tenants, mover
         self._lifecycle, self._log, self._bus = lifecycle, log_, bus
         self._deploying, self._changed = deploying, changed
-        self._slots = asyncio.Semaphore(settings.moves_at_once)
+        self._slots = Admission[str]("moves", each=1, total=settings.moves_at_once)
         self._resting = False
         self._moves: dict[str, Move] = {}
         self._found: list[Move] = []  # by `recover`
@@ -162,7 +163,7 @@ class Departures:
 
     async def _run(self, move: Move) -> None:
         try:
-            async with self._slots:
+            async with self._slots.slot(move.tenant):
                 await self._mover.copy(move)
                 async with self._lifecycle.alone(move.tenant):
                     self._gone[move.tenant] = replace(

@@ -19,12 +19,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
+from gateway.admission import Admission
 from gateway.caddy import Caddy
 from gateway.errors import (
     Conflict,
     GatewayError,
     NotFound,
-    RateLimited,
     TenantNotRunning,
     Timeout,
     Unavailable,
@@ -72,8 +72,16 @@ class Idle:
         self._stops: set[str] = set()  # tenants whose last stop was ours
         self._starts: set[str] = set()  # tenants whose next start is ours
         self._waking: dict[str, _Waking] = {}
-        self._visitors: Counter[str] = Counter()  # waiting visitors, by domain
-        self._slots = asyncio.Semaphore(settings.wakes_at_once)
+        most = settings.wakes_waiting
+        self._visitors = Admission[str](
+            "visitors that wait for a sleeping site",
+            each=max(1, most // 4),
+            total=most,
+            name="this site",
+            hint="try again soon",
+            retry_after=_RETRY_AFTER,
+        )
+        self._slots = Admission[str]("wakes", each=2, total=settings.wakes_at_once)
         self._dozing: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
 
@@ -120,7 +128,7 @@ class Idle:
     async def visit(self, domain: str) -> None:
         """Wait until the site at a domain answers, for a visitor that waits in Caddy.
 
-        Raises `NotFound`, and what a start raises.
+        Raises `NotFound`, `RateLimited`, and what a start raises.
         """
         domain = domain.lower().removesuffix(".")
         # so that Incus is not asked for every made-up name
@@ -128,22 +136,12 @@ class Idle:
             raise NotFound("there is no site at this address")
         if not self._caddy.sleeps(domain):
             return
-        most, own = self._settings.wakes_waiting, max(1, self._settings.wakes_waiting // 4)
-        if self._visitors.total() >= most or self._visitors[domain] >= own:
-            raise RateLimited(
-                "too many visitors wait for sleeping sites", limit=own, retry_after=_RETRY_AFTER
-            )
-        self._visitors[domain] += 1
-        try:
+        with self._visitors.reserve(domain):
             tenant = await self._domains.owner(domain)
             if tenant is None:
                 raise NotFound("there is no site at this address")
             with self.using(tenant):
                 await self._within(asyncio.shield(self._wake(tenant).task))
-        finally:
-            self._visitors[domain] -= 1
-            if not self._visitors[domain]:
-                del self._visitors[domain]
 
     async def _within(self, waking: asyncio.Future[None]) -> None:
         try:
@@ -169,7 +167,7 @@ class Idle:
         """Start a sleeping tenant, wait until its site answers, and route its domain there again."""
         began = time.monotonic()
         try:
-            async with self._slots, self._lifecycle.alone(tenant):
+            async with self._slots.slot(tenant), self._lifecycle.alone(tenant):
                 found = await self._tenants.get(tenant)
                 if found.status != "running" and found.asleep:
                     self._starts.add(tenant)
@@ -275,7 +273,7 @@ class Idle:
             raise Conflict(f"{name} stays awake ({why}); try again later, or stop it", reason="in_use")
 
     async def _put_to_sleep(self, name: str, limit: float) -> None:
-        async with self._slots, self._lifecycle.alone(name):
+        async with self._slots.slot(name), self._lifecycle.alone(name):
             if self._in_use(name) or (await self._tenants.get(name)).status != "running":
                 return
             assert self._asleep is not None

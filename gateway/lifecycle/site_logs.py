@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.errors import GatewayError, InvalidParams, RateLimited
+from gateway.admission import Admission
+from gateway.errors import GatewayError, InvalidParams
+from gateway.execs import Execs
 from gateway.runtime import Commands, Process
 from gateway.settings import Settings
 
@@ -19,11 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class SiteLogs:
-    """The logs being read. At most `max_followers` are followed for one tenant at a time."""
+    """The logs being read, at most `max_followers` of one tenant at a time."""
 
-    def __init__(self, commands: Commands, settings: Settings) -> None:
-        self._commands, self._settings = commands, settings
-        self._following: dict[Following, str] = {}  # the tenant of each
+    def __init__(self, execs: Execs, commands: Commands, settings: Settings) -> None:
+        self._execs, self._commands, self._settings = execs, commands, settings
+        self._readers = Admission[str](
+            "clients that read its log", each=settings.max_followers, hint="end one first"
+        )
+        self._following: set[Following] = set()
 
     async def open(self, tenant: str, lines: int, *, follow: bool) -> Following:
         """Return a response with the last `lines`, and with `follow` new ones until the client leaves.
@@ -32,12 +35,13 @@ class SiteLogs:
         """
         if lines > self._settings.logs_max:
             raise InvalidParams(f"lines must be a number up to {self._settings.logs_max}", field="lines")
-        open_ = sum(one == tenant for one in self._following.values())
-        if open_ >= self._settings.max_followers:
-            raise RateLimited("too many clients follow this tenant's log; end one first", limit=open_)
-        process = await self._commands.exec(tenant, self._commands.logs(lines, follow))
-        following = Following(process, self._following.pop)
-        self._following[following] = tenant
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self._readers.reserve(tenant))
+            script = self._execs.script(tenant, self._commands.logs(lines, follow))
+            process = await stack.enter_async_context(script)
+            following = Following(process, stack.pop_all())
+        self._following.add(following)
+        following.closing.callback(self._following.discard, following)
         return following
 
     def end(self) -> None:
@@ -51,11 +55,10 @@ class Following(Response):
 
     media_type = "text/plain"
 
-    def __init__(self, process: Process, over: Callable[[Following], Any]) -> None:
+    def __init__(self, process: Process, closing: contextlib.AsyncExitStack) -> None:
         super().__init__()
         del self.headers["content-length"]
-        self._process = process
-        self._over = over
+        self._process, self.closing = process, closing
         self._ended = asyncio.Event()
 
     __hash__ = object.__hash__
@@ -85,13 +88,11 @@ class Following(Response):
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _close(self) -> None:
-        self._over(self)
-        try:
-            await self._process.kill(0)
-        except (GatewayError, TimeoutError) as error:
-            log.warning("cannot stop following a log: %s", error)
-        finally:
-            await self._process.aclose()
+        async with self.closing:
+            try:
+                await self._process.kill(0)
+            except (GatewayError, TimeoutError) as error:
+                log.warning("cannot stop following a log: %s", error)
 
 
 async def _left(receive: Receive) -> None:

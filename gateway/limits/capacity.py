@@ -16,6 +16,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any, Final
 
+from gateway.admission import Admission
 from gateway.errors import GatewayError, NotFound, RateLimited, Unavailable
 from gateway.runtime import Tenant, Tenants
 from gateway.runtime.incus import IncusRuntime
@@ -229,10 +230,10 @@ async def look(runtime: IncusRuntime, settings: Settings, host: Memory) -> Repor
 
 
 async def _measured(runtime: IncusRuntime, names: Sequence[str]) -> list[Mapping[str, Any]]:
-    asking = asyncio.Semaphore(_ASKED)
+    asking = Admission[str]("tenants that are measured", each=1, total=_ASKED)
 
     async def one(name: str) -> Mapping[str, Any] | None:
-        async with asking:
+        async with asking.slot(name):
             with contextlib.suppress(NotFound):
                 return await runtime.usage.metrics(name)
         return None

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Final
 from weakref import WeakValueDictionary
 
+from gateway.admission import Admission
 from gateway.cluster.reservations import Holder, Reservations
 from gateway.errors import Unavailable
 from gateway.storage.store import Store, StoreFailed
@@ -127,13 +128,13 @@ class Claims:
         shared = self._shared
         if shared is None:
             return
-        held, few = await shared.held(), asyncio.Semaphore(_AT_ONCE)
+        held, few = await shared.held(), Admission[str]("reservations", each=1, total=_AT_ONCE)
         self.elsewhere = {
             domain: holder.member for domain, holder in held.items() if holder.member != shared.own
         }
 
         async def put_right(domain: str) -> None:
-            async with few, self._turn(domain):
+            async with few.slot(domain), self._turn(domain):
                 claim = self._claims.get(domain)
                 if claim is None:
                     await shared.leave(domain)

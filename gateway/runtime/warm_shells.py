@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
+from gateway.admission import Admission
 from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class WarmShells:
         self._age = age
         self._idle = idle
         self._waiting: list[_Waiting] = []  # oldest first
-        self._starts = asyncio.Semaphore(starts)
+        self._starts = Admission[str]("shells being started", each=starts, total=starts)
         self._filling: list[_Filling] = []  # in the order of starting
         self._due: dict[str, asyncio.TimerHandle] = {}
         self._expected: Counter[str] = Counter()
@@ -136,7 +137,7 @@ class WarmShells:
             self._fill_now(tenant, burst=True)
         elif self._missing(tenant) is not None:
             self._fill_soon(tenant)
-        soon = (one for one in self._filling if one.begun or not self._starts.locked())
+        soon = (one for one in self._filling if one.begun or self._starts.full(key[0]) is None)
         filling = next((one for one in soon if one.key == key and one.claim is None), None)
         if filling is None:
             return None
@@ -226,7 +227,7 @@ class WarmShells:
     async def _started(self, filling: _Filling) -> Shell | None:
         tenant = filling.key[0]
         try:
-            async with self._starts:
+            async with self._starts.slot(tenant):
                 filling.begun = True
                 if filling.claim is not None or self._keeps(tenant):
                     return await self._start(*filling.key)

@@ -33,12 +33,6 @@ class ConnectionSettings(BaseModel):
         gt=0,
         description="maximum number of websockets without a token from one address",
     )
-    max_silent: int = Field(
-        1024,
-        gt=0,
-        description="maximum number of HTTP connections that wait for a request's head; beyond it the one "
-        "that has been silent longest is closed",
-    )
     head_timeout: float = Field(10.0, gt=0, description="seconds within which a request's head must arrive")
     body_timeout: float = Field(
         30.0, gt=0, description="seconds without progress after which a request's body times out"

@@ -10,7 +10,7 @@ import weakref
 from typing import Any, Final
 
 from gateway.errors import GatewayError
-from gateway.limits.budget import Lease, Share
+from gateway.limits.budget import Share
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
@@ -98,8 +98,8 @@ class Unread:
 
     def __init__(self, share: Share, start: int = 0) -> None:
         self._share = share
-        self._lease = Lease(share)
-        weakref.finalize(self, self._lease.end)  # ends with its shell, which has no close
+        self._lease = share.reserve()
+        weakref.finalize(self, self._lease.release)  # ends with its shell, which has no close
         self._data = bytearray()
         self._start = start  # an offset in the stream
         self.returned = start  # the offset up to which the stream has been returned

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gateway.execs import Attachment, Cursor, Ended, Exec
-from gateway.limits.budget import Lease
 from gateway.runtime import StreamName
 from gateway.shells.printed import OutputFile, Unread
 from gateway.shells.record import Record, mark
@@ -39,8 +38,8 @@ class Shell:
         self._limit = limit
         self._purpose = exec_.purpose
         self._head = bytearray(self._purpose.beginning(record.head))
-        self._lease = Lease(exec_.share)  # for the beginning, if it is kept for the next process too
-        weakref.finalize(self, self._lease.end)
+        self._lease = exec_.share.reserve()  # for the beginning, if it is kept for the next process too
+        weakref.finalize(self, self._lease.release)
         self._tail = bytearray()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.setstate((bytes.fromhex(record.pending), 0))

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from gateway.admission import Admission
 from gateway.storage.database import Database
 from gateway.storage.errors import StoreFailed
 from gateway.storage.threads import DatabaseThread, GroupWriter, T, Work, copy_log, read_each
@@ -38,7 +39,8 @@ class Store:
     _notes: WriteBehind  # exists while the file is open
 
     def __init__(self, folder: Path, waiting: int = 10_000) -> None:
-        self._room = asyncio.Semaphore(waiting)
+        # callers are the gateway itself; who finds no room waits, which is felt by what it works for
+        self._room = Admission[None]("pending calls of the records", each=waiting)
         self._database = Database(folder)
         self._writer = DatabaseThread("store writer", self._room, GroupWriter(), copy_log)
         self._reader = DatabaseThread("store reader", self._room, read_each)

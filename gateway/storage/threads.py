@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from gateway.admission import Admission, Reservation
 from gateway.errors import Unavailable
 from gateway.storage.errors import failure
 
@@ -31,7 +32,7 @@ class Asked:
     work: Work[Any]
     answer: asyncio.Future[Any]
     durable: bool = False
-    room: asyncio.Semaphore | None = None
+    room: Reservation[None] | None = None
 
 
 class DatabaseThread:
@@ -43,7 +44,7 @@ class DatabaseThread:
     def __init__(
         self,
         name: str,
-        room: asyncio.Semaphore,
+        room: Admission[None],
         run: Callable[[sqlite3.Connection, list[Asked]], list[Any]],
         tidy: Callable[[sqlite3.Connection], None] | None = None,
     ) -> None:
@@ -59,9 +60,9 @@ class DatabaseThread:
         self._thread.start()
 
     async def ask(self, work: Work[T], durable: bool) -> T:
-        await self._room.acquire()  # released when the work is done, even if the caller is gone
+        room = await self._room.acquire(None)  # released when the work is done, even if the caller is gone
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self.put(Asked(work, answer, durable, self._room))
+        self.put(Asked(work, answer, durable, room))
         return await answer
 
     def put(self, asked: Asked) -> None:

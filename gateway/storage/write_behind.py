@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gateway.admission import Admission, Reservation
 from gateway.storage.errors import StoreFailed, failure
 from gateway.storage.memory_log import NOTE_MAX, MemoryLog
 from gateway.storage.threads import Asked
@@ -31,6 +32,7 @@ class _Note:
     statements: Sequence[Statement]
     written: Callable[[], None] | None = None
     waiting: asyncio.Future[None] | None = None
+    room: Reservation[None] | None = None
 
 
 class WriteBehind:
@@ -40,9 +42,7 @@ class WriteBehind:
     callers wait.
     """
 
-    def __init__(
-        self, memory_log: MemoryLog, write: Callable[[Asked], None], room: asyncio.Semaphore
-    ) -> None:
+    def __init__(self, memory_log: MemoryLog, write: Callable[[Asked], None], room: Admission[None]) -> None:
         self._memory_log = memory_log
         self._write = write
         self._room = room
@@ -61,9 +61,9 @@ class WriteBehind:
             if self._timer is None and self._settling is None:
                 self._timer = asyncio.get_running_loop().call_later(_NOTED, self._settle)
             return
-        await self._room.acquire()  # released when they are written, even if the caller is gone
+        room = await self._room.acquire(None)  # released when they are written, even if the caller is gone
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._notes.append(_Note(statements, written, waiting))
+        self._notes.append(_Note(statements, written, waiting, room))
         if self._settling is None:
             self._settle()
         await waiting
@@ -115,9 +115,9 @@ class WriteBehind:
             for note in notes:
                 if error is None and note.written is not None:
                     note.written()
-                if note.waiting is None:
+                if note.waiting is None or note.room is None:
                     continue
-                self._room.release()
+                note.room.release()
                 if note.waiting.done():  # its caller was cancelled
                     continue
                 if error is None:

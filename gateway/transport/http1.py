@@ -1,7 +1,11 @@
-"""Limits on uvicorn's HTTP connections: how long each may be silent, and how many may be.
+"""Limits on uvicorn's HTTP connections: how long each may be silent, how many there are, what they may send.
 
 uvicorn waits for a request's head forever, and reads the rest of an unwanted body for as long as something
 comes. The application itself limits how long it waits for a body that it reads.
+
+A connection is a stranger's unless a request of it that has shown a token is being served. There are few
+strangers: beyond that the oldest of the address with the most is cut, whatever it waits for. It is also cut
+when the gateway is about to run out of descriptors, so that its own work never does.
 """
 
 from __future__ import annotations
@@ -10,11 +14,15 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
 
 import h11
+from starlette.datastructures import Headers
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gateway.admission import Admission, Reservation, descriptors
 from gateway.settings import Settings
 from gateway.transport.websocket import drop
 
@@ -22,17 +30,21 @@ from gateway.transport.websocket import drop
 ABORT: Final = "gateway.abort"
 # in a scope's state: `HttpProtocol.unbuffered`
 UNBUFFERED: Final = "gateway.unbuffered"
+# in a scope's state: `HttpProtocol.identified`
+IDENTIFIED: Final = "gateway.identified"
+
+_STRANGERS: Final = 1024  # connections without a token, unless there are few descriptors
+_RESERVE: Final = 8  # an eighth of the descriptors is for the gateway's own work
 
 
 class Silent:
     """The connections of which a request's head is awaited, or the rest of a body that is refused.
 
-    Those that last for `head_timeout` are cut, and the oldest of more than `max_silent`.
+    Those that last for `head_timeout` are cut.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._patience = settings.head_timeout
-        self._most = settings.max_silent
         self._since: dict[HttpProtocol, float] = {}  # in the order in which they fell silent
         self._timer: asyncio.TimerHandle | None = None
 
@@ -42,8 +54,6 @@ class Silent:
             return
         now = connection.loop.time()
         self._since[connection] = now
-        if len(self._since) > self._most:
-            self._cut(next(iter(self._since)))
         if self._timer is None:
             self._timer = connection.loop.call_at(now + self._patience, self._look)
 
@@ -64,23 +74,56 @@ class Silent:
         connection.transport.abort()
 
 
+class _Http(h11.Connection):
+    """Refuses requests whose length is in doubt, as others on the way may take them for two (RFC 9112 §6)."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = [name for name, _ in event.headers]
+            coded = b"transfer-encoding" in names
+            if coded and (b"content-length" in names or event.http_version < b"1.1"):
+                self._process_error(self.their_role)
+                raise h11.RemoteProtocolError("a transfer coding with a length, or in HTTP/1.0")
+        return event
+
+
 class HttpProtocol(H11Protocol):
-    """uvicorn's own, which is cut where it is silent for too long."""
+    """uvicorn's own, which is cut where it is silent for too long or has to make room for others.
+
+    `strangers` counts the connections without a token; it is None where none of them is a stranger's.
+    """
 
     silent: Silent
+    strangers: Admission[str] | None
+    _stranger: Reservation[str] | None = None
     _made: float  # when the client connected, in the loop's time
     _asked: float  # when the latest request began
     _answered: object  # that request's cycle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        size = self.config.h11_max_incomplete_event_size
+        self.conn = _Http(h11.SERVER) if size is None else _Http(h11.SERVER, size)
         self._made = self._asked = self.loop.time()
         self._answered = None
-        self.app_state = {**self.app_state, ABORT: partial(drop, transport), UNBUFFERED: self.unbuffered}
+        self.app_state = {
+            **self.app_state,
+            ABORT: partial(drop, transport),
+            UNBUFFERED: self.unbuffered,
+            IDENTIFIED: self.identified,
+        }
         self.silent.add(self)
+        # the kernel gives the lowest number that is free, so this is how many are in use at least
+        number, most = transport.get_extra_info("socket").fileno(), descriptors()
+        if self.strangers is not None and number >= most - most // _RESERVE and not self.strangers.displace():
+            transport.abort()
+        else:
+            self._count()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.silent.discard(self)
+        self.identified()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -88,11 +131,26 @@ class HttpProtocol(H11Protocol):
         self._listen()
 
     def on_response_complete(self) -> None:
+        if self._stranger is None and not self.transport.is_closing():
+            self._count()
         super().on_response_complete()
         self._listen()
 
+    def _count(self, owner: str | None = None) -> None:
+        """Count as a stranger from now on, of the client's address unless its proxy names another."""
+        if self.strangers is not None:
+            owner = block(self.client[0] if self.client else "") if owner is None else owner
+            self._stranger = self.strangers.reserve(owner, displaced=self.transport.abort)
+
+    def identified(self) -> None:
+        """Count as a stranger no more, until the request that is being served has been answered."""
+        if self._stranger is not None:
+            self._stranger.release()
+            self._stranger = None
+
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         self.silent.discard(self)
+        self.identified()  # websockets are counted by themselves
         super().handle_websocket_upgrade(event)
 
     @contextlib.contextmanager
@@ -142,9 +200,53 @@ class HttpProtocol(H11Protocol):
             self.silent.discard(self)
             if self._answered is not self.cycle:
                 self._answered, self._asked = self.cycle, self.loop.time()
+                if self._stranger is not None and (told := forwarded(dict(self.cycle.scope))) is not None:
+                    self.identified()
+                    self._count(told)
 
 
 def protocol(settings: Settings) -> type[HttpProtocol]:
     """Return the class of one server's connections."""
-    kind: dict[str, Any] = {"silent": Silent(settings)}
+    most = min(_STRANGERS, descriptors() // _RESERVE)
+    strangers = Admission[str]("connections without a token", each=most + 1, total=most)
+    kind: dict[str, Any] = {"silent": Silent(settings), "strangers": strangers}
     return type("HttpProtocol", (HttpProtocol,), kind)
+
+
+def identify(scope: Scope) -> None:
+    """Count the connection of a request as a stranger's no more until the answer: it counts elsewhere."""
+    scope.get("state", {}).get(IDENTIFIED, lambda: None)()
+
+
+# --- who asks -----------------------------------------------------------------------------------------
+
+
+def near(scope: Scope) -> bool:
+    """Return whether a request came from this machine."""
+    client, server = scope.get("client"), scope.get("server")
+    if client is None:  # a unix socket
+        return True
+    try:
+        address = ip_address(client[0])
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    # a client that has one of this machine's addresses is on it
+    return (mapped or address).is_loopback or (server is not None and client[0] == server[0])
+
+
+def forwarded(scope: Scope) -> str | None:
+    """Return the client's address that our own proxy names; None without one."""
+    told = Headers(scope=scope).getlist("x-forwarded-for")
+    return block(told[-1].rpartition(",")[2].strip()[:64]) if told and near(scope) else None
+
+
+def block(address: str) -> str:
+    """Return an address as one owner's: of IPv6 the block of one host."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, IPv6Address):
+        return str(found.ipv4_mapped or ip_network((found, 64), strict=False))
+    return address

@@ -85,5 +85,5 @@ class _Connection(http1.HttpProtocol):
 
 
 def _protocol(settings: Settings, known: Callable[[bytes], bool]) -> type[_Connection]:
-    kind: dict[str, Any] = {"silent": http1.Silent(settings), "known": staticmethod(known)}
+    kind: dict[str, Any] = {"silent": http1.Silent(settings), "strangers": None, "known": staticmethod(known)}
     return type("_Connection", (_Connection,), kind)

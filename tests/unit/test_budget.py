@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
-from itertools import pairwise
 
 import pytest
 
+from gateway.admission import Full, Reservation
 from gateway.errors import RateLimited
-from gateway.limits.budget import SMALL, Budget, Lease, Places, Share, Turns
+from gateway.limits.budget import SMALL, Budget, Limits, Share
 from gateway.settings import Settings
 from gateway.transport.websocket import LARGE, Lengths
 from tests.waits import turn
@@ -25,46 +24,46 @@ def budget() -> Budget:
 def test_what_is_held_counts_for_socket_tenant_and_all(budget: Budget) -> None:
     tenant = budget.tenant("a")
     socket = tenant.within(4 * MiB)
-    with socket.lease(MiB):
+    with socket.reserve(MiB):
         assert (socket.held, tenant.held, budget.held) == (MiB, MiB, MiB)
     assert (socket.held, tenant.held, budget.held) == (0, 0, 0)
 
 
 def test_full_share_is_named_and_nothing_is_held_then(budget: Budget) -> None:
     tenant = budget.tenant("a")
-    lease = tenant.lease(13 * MiB)
+    lease = tenant.reserve(13 * MiB)
     with pytest.raises(RateLimited, match="this tenant has no room") as caught:
-        tenant.lease(3 * MiB)
+        tenant.reserve(3 * MiB)
     assert caught.value.facts["retry_after"] > 0
     assert tenant.held == 13 * MiB
-    lease.end()
-    lease.end()
+    lease.release()
+    lease.release()
     assert budget.held == 0
 
 
 def test_an_eighth_is_left_to_what_is_small(budget: Budget) -> None:
     """When large messages have taken all they may, small calls are still served."""
     socket = budget.tenant("a").within(4 * MiB)
-    held = [socket.lease(size) for size in (3 * MiB, MiB // 2)]
-    assert socket.full(MiB // 4) is socket
+    held = [socket.reserve(size) for size in (3 * MiB, MiB // 2)]
+    assert socket.full(MiB // 4) == Full("this connection", 4 * MiB, "part")
     assert socket.full(SMALL) is None
     for lease in held:
-        lease.end()
+        lease.release()
 
 
 def test_one_message_of_any_size_fits_an_idle_share(budget: Budget) -> None:
     """Long waiting calls, such as exec/wait, do not count as activity."""
     socket = budget.tenant("a").within(MiB)
-    with socket.lease(20 << 10), socket.lease(16 * MiB):
-        assert socket.full(SMALL + 1) is socket
+    with socket.reserve(20 << 10), socket.reserve(16 * MiB):
+        assert socket.full(SMALL + 1) == Full("this connection", MiB, "part")
 
 
 def test_small_requests_end_at_the_tenants_limit(budget: Budget) -> None:
     sockets = [budget.tenant("a").within(MiB) for _ in range(4)]
-    leases: list[Lease] = []
+    leases: list[Reservation[Share]] = []
     with pytest.raises(RateLimited):
         while True:
-            leases += [socket.lease(SMALL) for socket in sockets]
+            leases += [socket.reserve(SMALL) for socket in sockets]
     assert 15 * MiB < budget.held <= 16 * MiB
 
 
@@ -93,11 +92,11 @@ async def test_who_waits_gets_room_once_it_is_given_back(budget: Budget) -> None
     waiting = asyncio.create_task(socket.wait(3 * MiB))
     await turn()
     assert not waiting.done() and budget.waiting == 1
-    first.end()
+    first.release()
     async with asyncio.timeout(30):
         second = await waiting
     assert socket.held == 3 * MiB
-    second.end()
+    second.release()
 
 
 async def test_hundreds_who_wait_all_get_their_turn(budget: Budget) -> None:
@@ -106,17 +105,17 @@ async def test_hundreds_who_wait_all_get_their_turn(budget: Budget) -> None:
     blocked = tenants[0].within(MiB)
     blocked.hold(MiB)
     never = asyncio.create_task(blocked.wait(MiB))
-    all_ = budget.tenant("x").lease()
+    all_ = budget.tenant("x").reserve()
     all_.hold(60 * MiB)
 
     async def once(share: Share) -> None:
-        (await share.wait(2 * MiB)).end()
+        (await share.wait(2 * MiB)).release()
 
     others = [asyncio.create_task(once(tenant)) for tenant in tenants[1:]]
     tenants[1].hold(1)  # so that its limit applies
     await turn()
     assert budget.waiting == 300
-    all_.end()
+    all_.release()
     tenants[1].hold(-1)
     async with asyncio.timeout(10):
         await asyncio.gather(*others)
@@ -131,41 +130,18 @@ async def test_cancelled_waiter_leaves_nothing(budget: Budget) -> None:
     held = await socket.wait(2 * MiB)
     waiting = asyncio.create_task(socket.wait(MiB))
     await turn()
-    held.end()
+    held.release()
     await turn()  # it has been let in, and has not run since
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert (budget.held, budget.waiting) == (0, 0)
 
 
-async def test_turns_come_in_order_and_within_the_limit() -> None:
-    turns, ran, most = Turns(10), list[int](), 0
-
-    async def one(number: int, size: int) -> None:
-        nonlocal most
-        held = await turns.enter(size)
-        ran.append(number)
-        most = max(most, 10 - turns._free)
-        await turn()
-        turns.leave(held)
-
-    sizes = (6, 6, 1, 40, 3)
-    tasks = [asyncio.create_task(one(number, size)) for number, size in enumerate(sizes)]
-    await turn()
-    gone = asyncio.create_task(turns.enter(5))
-    await turn()
-    gone.cancel()
-    async with asyncio.timeout(30):
-        await asyncio.gather(*tasks)
-    assert all(a < b for a, b in pairwise(ran)) and most == 10
-    assert turns._free == 10
-
-
 # --- sockets ---------------------------------------------------------------------------------------------
 
 
-def places(**settings: int) -> Places:
-    return Places(Settings(**settings))  # type: ignore[arg-type]
+def limits(**settings: int) -> Limits:
+    return Limits(Settings(**settings))  # type: ignore[arg-type]
 
 
 def nobody() -> None:
@@ -173,48 +149,23 @@ def nobody() -> None:
 
 
 def test_strangers_of_one_address_are_few() -> None:
-    found = places(max_anonymous_per_address=3)
-    leave = [found.stranger("10.0.0.1", nobody) for _ in range(3)]
-    with pytest.raises(RateLimited):
-        found.stranger("10.0.0.1", nobody)
-    found.stranger("10.0.0.2", nobody)
-    leave[0]()
-    leave[0]()
-    found.stranger("10.0.0.1", nobody)
-    with pytest.raises(RateLimited):
-        found.stranger("10.0.0.1", nobody)
+    found = limits(max_anonymous_per_address=3).strangers
+    held = [found.reserve("10.0.0.1", displaced=nobody) for _ in range(3)]
+    with pytest.raises(RateLimited, match="this address has too many connections without a token"):
+        found.reserve("10.0.0.1", displaced=nobody)
+    found.reserve("10.0.0.2", displaced=nobody)
+    held[0].release()
+    found.reserve("10.0.0.1", displaced=nobody)
 
 
-def test_oldest_of_the_address_that_has_most_makes_room() -> None:
-    found, gone = places(max_anonymous=5), list[str]()
-    for name in ("a1", "b1", "b2", "b3", "a2"):
-        found.stranger(name[0], partial(gone.append, name))
-    found.stranger("c", nobody)
-    assert gone == ["b1"] and found.anonymous == 5
-
-
-def test_strangers_take_no_customers_place() -> None:
-    found = places(max_anonymous=1, max_connections=2)
+def test_strangers_take_no_place_of_those_with_a_token() -> None:
+    found = limits(max_anonymous=1, max_connections=2)
     for _ in range(10):
-        found.stranger("a", lambda: None)
-    found.customer("t")
-    leave = found.customer("u")
-    with pytest.raises(RateLimited):
-        found.customer("v")
-    leave()
-    leave()
-    assert found.taken == 1
-    found.customer("v")
-
-
-def test_a_tenant_has_a_share_of_all_sockets() -> None:
-    found = places(max_tenant_connections=2)
-    leave = [found.customer("t") for _ in range(2)]
-    with pytest.raises(RateLimited):
-        found.customer("t")
-    found.customer("u")
-    leave[0]()
-    found.customer("t")
+        found.strangers.reserve("a", displaced=lambda: None)
+    for tenant in ("t", "u"):
+        found.sockets.reserve(tenant)
+    with pytest.raises(RateLimited, match="this gateway"):
+        found.sockets.reserve("v")
 
 
 # --- large messages are seen before they are there -------------------------------------------------------

@@ -10,12 +10,15 @@ from typing import Any
 
 import aiohttp
 import pytest
+from starlette.types import Receive, Scope, Send
 from websockets.frames import Opcode
 from websockets.protocol import Protocol, Side, State
 
+from gateway.api.http import at_the_edge
 from gateway.cluster.known import MOST, Known, apply, lines
 from gateway.cluster.peers import MemberAway, Peer
-from gateway.cluster.relay import Body, as_client, client_of, passed_on, relay
+from gateway.cluster.relay import NOT_HOME, PART, RELAYED, Body, as_client, client_of, passed_on, relay
+from gateway.settings import Settings
 from gateway.transport.http1 import ABORT
 from gateway.transport.tunnel import close_frame, text_frame
 from gateway.transport.websocket import Lengths
@@ -296,3 +299,31 @@ def test_what_the_gateway_says_are_frames_of_a_server() -> None:
     for _ in frames.feed(text_frame("x") + close_frame(1012, "")):
         pass
     assert frames.closed and frames.between
+
+
+# --- headers of gateways ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [PART, RELAYED, NOT_HOME, "x-gateway-uri", "x-gateway-new"])
+@pytest.mark.parametrize("path", ["/v1/events", "/v1/preview", "/v1/tenants/a/ws"])
+async def test_headers_of_gateways_count_for_nothing_from_clients(name: str, path: str) -> None:
+    """They come by the peers' own listener; Caddy alone may tell what it was asked for, from this machine."""
+    seen = list[Scope]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+
+    async def nothing(message: Any = None) -> Any:
+        return {"type": "http.request"}
+
+    public = at_the_edge(app, Settings(hosts=("gateway.test",)))
+    for client in ("192.0.2.1", "127.0.0.1"):
+        headers = [(b"host", b"gateway.test"), (name.encode(), b"1"), (b"x-other", b"1")]
+        asked: Scope = {"type": "http", "path": path, "client": (client, 1), "headers": headers}
+        await public(asked, nothing, nothing)
+    for scope in seen:
+        by_caddy = name == "x-gateway-uri" and path == "/v1/preview" and scope["client"][0] == "127.0.0.1"
+        assert [key for key, _ in scope["headers"]] == [
+            *(b"host", *([name.encode()] if by_caddy else []), b"x-other")
+        ]
+    assert len(seen) == 2

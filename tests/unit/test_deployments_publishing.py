@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gateway.deployments import publishing
 from gateway.deployments.entries import Entry, packed, read_archive
 from gateway.deployments.manifest import MANIFEST, Manifest, read_manifest
-from gateway.errors import InvalidParams
+from gateway.deployments.publishing import Sources
+from gateway.deployments.queue import Owner
+from gateway.errors import InvalidParams, Timeout
 from gateway.settings import Settings
 
 SETTINGS = Settings()
@@ -79,3 +86,56 @@ def test_more_than_is_taken_is_cut_off(site: Path) -> None:
     (site / "large").write_bytes(bytes(1 << 20))
     words = ["/bin/sh", "-c", publishing._SCRIPT, "sh", str(site), "4096"]
     assert len(subprocess.run(words, capture_output=True, check=True).stdout) == 4096
+
+
+# --- whose turn it is ------------------------------------------------------------------------------------
+
+
+class Packing:
+    """Runs the script of each tenant; that of `hostile` prints nothing. `running` has the tenants."""
+
+    def __init__(self) -> None:
+        self.running = list[str]()
+        self.commands = self
+
+    async def filesystem(self, tenant: str) -> Any:
+        return SimpleNamespace(prefix="", workspace="/workspace")
+
+    @contextlib.asynccontextmanager
+    async def script(self, tenant: str, spec: object) -> AsyncIterator[Any]:
+        self.running.append(tenant)
+        left = [packed({"index.html": Entry(b"x")})]
+
+        async def read(stream: str) -> bytes:
+            if tenant.startswith("hostile"):
+                await asyncio.Event().wait()
+            return left.pop() if left and stream == "stdout" else b""
+
+        async def wait() -> Any:
+            return SimpleNamespace(code=0)
+
+        try:
+            yield SimpleNamespace(read=read, wait=wait)
+        finally:
+            self.running.remove(tenant)
+
+
+def owner(tenant: str) -> Owner:
+    return Owner(frozenset({tenant}), "")
+
+
+async def test_a_tar_that_hangs_holds_up_nobody_else_s_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of one owner take one place; each is given up once nothing comes, and its script ended."""
+    monkeypatch.setattr(publishing, "_SILENCE", 0.2)
+    packing: Any = Packing()
+    sources = Sources(packing, packing, SETTINGS)
+    hanging = [asyncio.create_task(sources.of("hostile", owner("hostile"))) for _ in range(4)]
+    async with asyncio.timeout(30):
+        archive = await sources.of("shop", owner("shop"))
+        assert not any(task.done() for task in hanging) and packing.running == ["hostile"]
+        assert MANIFEST in read_archive(archive, SETTINGS)
+        with pytest.raises(Timeout, match="stood still"):
+            await hanging[0]
+        hanging[1].cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
+    assert packing.running == [] and sources._publishes.held == sources._publishes.waiting == 0

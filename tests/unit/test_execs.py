@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.errors import Cancelled, NotFound
+from gateway.errors import Cancelled, GatewayError, NotFound, RateLimited
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
 from gateway.execs.ended import Past
 from gateway.execs.streams import Cursor, Pace, Reading, Stream
 from gateway.execs.tail import READ
 from gateway.idempotency import Idempotency
+from gateway.lifecycle.site_logs import Following, SiteLogs
 from gateway.limits.budget import Budget, Share
 from gateway.runtime import ExecSpec, Holding, Process, StreamName
 from gateway.runtime.local import LocalRuntime
@@ -558,3 +559,67 @@ async def test_ended_commands_of_one_tenant_push_out_their_own_output_first(make
     assert [*execs._kept._whole["other"]] == [theirs]
     assert [*execs._kept._whole["demo"]] == mine[-1:]
     assert execs.held <= 100_000
+
+
+async def test_commands_of_the_gateway_itself_count_too_and_end_with_who_asked(make: Make) -> None:
+    """However many begin at once; what must not be lost runs beyond the limit."""
+    execs = await make(max_execs=4)
+    began, asked = list[Process](), ExecSpec(("sleep", "1000"))
+
+    async def hang(tenant: str) -> None:
+        async with execs.script(tenant, asked) as process:
+            began.append(process)
+            await process.wait()
+
+    hanging = [asyncio.create_task(hang("demo")) for _ in range(20)]
+    await until(lambda: sum(task.done() for task in hanging) == 16)
+    assert all(isinstance(task.exception(), RateLimited) for task in hanging if task.done())
+    with pytest.raises(RateLimited, match="too many running commands"):
+        await execs.start("demo", asked)
+    async with execs.script("demo", ExecSpec(("true",)), always=True) as process:
+        await process.wait()
+    await (await execs.start("other", ExecSpec(("true",)))).ended
+    await until(lambda: len(began) == 4)
+    for task in hanging:
+        task.cancel()
+    await asyncio.gather(*hanging, return_exceptions=True)
+    assert execs.running_in("demo") == 0
+    assert not [process.pid for process in began if Path(f"/proc/{process.pid}").exists()]
+    await ended(execs, "true")
+
+
+async def test_a_slot_is_free_once_a_command_is_killed_has_ended_or_did_not_start(make: Make) -> None:
+    execs = await make(max_execs=1)
+    for _ in range(3):
+        exec_ = await execs.start("demo", ExecSpec(("sleep", "1000")))
+        with pytest.raises(RateLimited):
+            await execs.start("demo", ExecSpec(("true",)))
+        await execs.cancel(exec_)
+        await ended(execs, "true")
+        await until(lambda: execs.running_in("demo") == 0)
+        with pytest.raises(GatewayError):
+            await execs.start("demo", ExecSpec(("/nowhere",), cwd="/nowhere"))
+    assert execs.running_in("demo") == 0
+
+
+async def test_followers_of_a_log_count_before_they_begin(make: Make) -> None:
+    execs = await make(max_followers=3)
+    logs = SiteLogs(execs, execs._commands, execs._settings)
+    opened = await asyncio.gather(
+        *(logs.open("demo", 1, follow=True) for _ in range(20)), return_exceptions=True
+    )
+    following = [one for one in opened if isinstance(one, Following)]
+    assert len(following) == 3 == execs.running_in("demo")
+    assert sum(isinstance(one, RateLimited) for one in opened) == 17
+
+    async def gone() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def nobody(message: Any) -> None:
+        pass
+
+    for one in following:
+        await one({"type": "http"}, gone, nobody)
+    assert execs.running_in("demo") == 0
+    (again := await logs.open("demo", 1, follow=True)).end()
+    await again({"type": "http"}, gone, nobody)

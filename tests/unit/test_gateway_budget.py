@@ -30,7 +30,6 @@ SMALL = {
     "GATEWAY_MAX_TENANT_CONNECTIONS": "12",
     "GATEWAY_MAX_ANONYMOUS": "8",
     "GATEWAY_MAX_ANONYMOUS_PER_ADDRESS": "4",
-    "GATEWAY_MAX_SILENT": "40",
     "GATEWAY_HEAD_TIMEOUT": "2",
     "GATEWAY_BODY_TIMEOUT": "2",
 }
@@ -180,19 +179,22 @@ async def _write(wire: Wire, text: str, count: int, replies: list[asyncio.Future
 
 
 async def test_a_cancel_comes_through_where_the_share_is_full(gateway: LiveGateway) -> None:
+    token = gateway.token("a")
     async with gateway.wire("a") as wire:
-        slow = [
-            (
+        with connections(gateway, 2) as owing:
+            for one in owing:
+                await one.send(post("/v1/tenants/a/tools/Read", 10 * MiB, token) + b"{")
+            await reaches(gateway, "bytes_in_flight", least=20 * MiB)
+            slow = [
                 await wire.start_call(
-                    "tools/call", name="Bash", arguments={"command": "sleep 60", "description": pad}
+                    "tools/call", name="Bash", arguments={"command": f"sleep 60 #{'p' * size}"}
                 )
-            )
-            for pad in ["p" * (9 * MiB), "p" * (60 << 10)]
-        ]
-        for number, reply in slow:
-            await wire.send(protocol.cancel_request(number))
-            with pytest.raises(RpcFailure):
-                await asyncio.wait_for(reply, 20)
+                for size in (1, 60 << 10)
+            ]
+            for number, reply in slow:
+                await wire.send(protocol.cancel_request(number))
+                with pytest.raises(RpcFailure):
+                    await asyncio.wait_for(reply, 20)
 
 
 async def test_unfinished_messages_hold_their_tenants_share_and_end(fresh: LiveGateway) -> None:
@@ -309,26 +311,29 @@ async def test_head_that_does_not_come_in_time_is_given_up(gateway: LiveGateway)
 
 
 async def test_body_that_does_not_come_is_given_up(gateway: LiveGateway) -> None:
-    """Of who has shown no token it must be whole within that time; of others something must keep coming."""
+    """Without a token it must be whole within that time; with one it must come at a kilobyte a second."""
     token = gateway.token("a")
-    with connections(gateway, 2) as (anonymous, known):
+    with connections(gateway, 3) as (anonymous, known, slow):
         await anonymous.send(post("/v1/session", 1000))
-        body = orjson.dumps({"file_path": "x" * 40})
+        body = orjson.dumps({"file_path": "x" * 40}) + b" " * 8000
         await known.send(post("/v1/tenants/a/tools/Read", len(body), token))
+        await slow.send(post("/v1/tenants/a/tools/Read", len(body), token))
 
-        async def drip() -> None:
+        async def drip(one: Raw) -> None:
             while True:
-                await anonymous.send(b" ")
+                await one.send(b" ")
                 await pause(0.2)
 
-        dripping = asyncio.create_task(drip())
-        for position in range(0, len(body), 20):
-            await known.send(body[position : position + 20])
-            await pause(1)
+        dripping = [asyncio.create_task(drip(one)) for one in (anonymous, slow)]
+        for position in range(0, len(body), 1500):
+            await known.send(body[position : position + 1500])
+            await pause(0.6)
         assert (await known.head()).startswith(b"HTTP/1.1 200")
-        assert (await anonymous.head()).startswith(b"HTTP/1.1 504")
-        dripping.cancel()
-        await anonymous.until_closed(15)
+        for one in (anonymous, slow):
+            assert (await one.head()).startswith(b"HTTP/1.1 504"), one
+            await one.until_closed(15)
+        for task in dripping:
+            task.cancel()
 
 
 async def test_answer_that_nobody_takes_is_cut(gateway: LiveGateway) -> None:
@@ -408,9 +413,80 @@ async def test_first_message_is_small(gateway: LiveGateway) -> None:
         assert await wire.closed() == 1009
 
 
-async def test_silent_connections_are_few(gateway: LiveGateway) -> None:
-    """Beyond so many the longest silent is cut; who asks is answered."""
-    with connections(gateway, 120) as opened:
-        await opened[0].until_closed(5)
-        async with gateway.http("a") as http, http.get("/v1/tenants/a") as answer:
-            assert answer.status == 200
+# --- descriptors -----------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def scarce(folder: Path) -> AsyncIterator[LiveGateway]:
+    """Give a gateway that may have 400 descriptors."""
+    gateway = await local_gateway(folder, "a", "b")
+    try:
+        await gateway.start("prlimit", "--nofile=400:400")
+        yield gateway
+    finally:
+        assert await gateway.stop() == 0
+
+
+@pytest.mark.parametrize("said", [b"", post("/v1/session", 1000), post("/v1/tenants/a/tools/Read", 1000)])
+async def test_connections_without_a_token_leave_descriptors_to_others(tmp_path: Path, said: bytes) -> None:
+    """Three times as many as there are descriptors, silent or with a body that never comes."""
+    async with scarce(tmp_path) as gateway:
+        with connections(gateway, 2) as (first, second):
+            await first.send(said)
+            await second.send(said)
+            with connections(gateway, 600) as many:
+                for one in many:
+                    await one.send(said)
+                await first.until_closed(5)  # the oldest makes room
+                for _ in range(3):
+                    async with gateway.wire("a") as wire:
+                        ran = await wire.call("exec/start", command="true")
+                        await wire.call("exec/wait", exec=ran["exec"])
+                many += [Raw(gateway) for _ in range(600)]
+                async with gateway.http("a") as http, http.get("/v1/tenants/a") as answer:
+                    assert answer.status == 200
+                assert gateway.process is not None
+                opened = len(list(Path(f"/proc/{gateway.process.pid}/fd").iterdir()))
+                assert opened < 400 - 400 // 8
+
+
+async def test_requests_at_once_are_a_share_of_the_descriptors(tmp_path: Path) -> None:
+    """Whoever owes bodies under a token leaves descriptors to other tenants, however slow each is."""
+    async with scarce(tmp_path) as gateway:
+        token = gateway.token("a")
+        with connections(gateway, 80) as many:
+            for one in many:
+                await one.send(post("/v1/tenants/a/tools/Read", 1000, token))
+            refused = await many[-1].head()
+            assert refused.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in refused.lower()
+            async with gateway.http("b") as http, http.get("/v1/tenants/b") as answer:
+                assert answer.status == 200
+
+
+# --- which bytes are a request ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        ("HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"),
+        ("HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 5"),
+        ("HTTP/1.1", "Content-Length: 5", "Content-Length: 6"),
+        ("HTTP/1.1", "Content-Length: 5, 6"),
+        ("HTTP/1.1", "Content-Length: +5"),
+        ("HTTP/1.1", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
+        ("HTTP/1.1", "Transfer-Encoding: gzip, chunked"),
+        ("HTTP/1.1", "Transfer-Encoding : chunked"),
+        ("HTTP/1.0", "Transfer-Encoding: chunked"),
+    ],
+)
+async def test_a_length_in_doubt_is_refused_and_ends_the_connection(
+    gateway: LiveGateway, framing: tuple[str, ...]
+) -> None:
+    """Nothing that follows it is taken for a request (RFC 9112 §6.1, §6.3)."""
+    version, *lines = framing
+    head = "\r\n".join([f"POST /v1/session {version}", "Host: 127.0.0.1", *lines, "", ""])
+    with connections(gateway, 1) as (one,):
+        await one.send(head.encode() + b"0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        said = await one.until_closed(10)
+    assert said.startswith(b"HTTP/1.1 400 ") and said.count(b"HTTP/1.1") == 1

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, strategies
 
 from gateway.deployments.health import Health
+from gateway.errors import RateLimited
 from gateway.events import Bus
 from gateway.runtime.packets import packets
 from gateway.runtime.probe import status_of
@@ -90,9 +91,32 @@ async def watching(
     ends: Ends | None = None,
     **changes: Any,
 ) -> AsyncIterator[Health]:
-    settings, listed = Settings(health_interval=0.02, **changes), Listed(ports, {} if ends is None else ends)
+    settings = Settings(**{"health_interval": 0.02, **changes})
+    listed = Listed(ports, {} if ends is None else ends)
     async with Health(cast(Sites, listed), cast(Bus, told), settings, packets=packets) as health:
         yield health
+
+
+async def test_looks_at_a_site_that_hangs_hold_up_no_look_at_another_s() -> None:
+    """Clients ask for 96 looks at one; only so many wait, and one at another site is made at once."""
+    told, hung, well = Told(), Server(None), Server(b"HTTP/1.1 200 OK\r\n\r\n")
+    slow: dict[str, Any] = {"health_timeout": 3600, "health_interval": 3600}
+    async with (
+        asyncio.timeout(DEADLINE),
+        hung.serving() as hangs,
+        well.serving() as answers,
+        watching(told, {"hangs": hangs, "well": answers}, **slow) as health,
+    ):
+        looks = [asyncio.create_task(health.now("hangs")) for _ in range(160)]
+        await asyncio.wait(looks, return_when=asyncio.FIRST_COMPLETED)
+        assert (await health.now("well"))["answers"] is True
+        refused = [look.exception() for look in looks if look.done()]
+        assert refused and all(isinstance(error, RateLimited) for error in refused)
+        assert hung.asked <= 5  # four of them, and the watch itself
+        for look in looks:
+            look.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
+        assert (health._asking.held, health._asking.waiting) == (0, 0)
 
 
 async def test_a_site_that_hangs_holds_up_no_look_at_another() -> None:

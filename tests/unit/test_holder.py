@@ -12,13 +12,14 @@ import socket
 import stat
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.holder import holder as holder_client
+from gateway.holder import holding
 from gateway.holder.holder import Holder, held_at
 from gateway.holder.messages import close, receive, send
 from gateway.host import HostError, doctor, holder_process
@@ -39,9 +40,9 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Start a holder in `tmp_path` and return it once it listens."""
     started: list[asyncio.subprocess.Process] = []
 
-    async def start(seconds: float = 60) -> asyncio.subprocess.Process:
+    async def start(seconds: float = 60, before: Sequence[str] = ()) -> asyncio.subprocess.Process:
         settings = Settings(runtime="local", state_dir=tmp_path, hold=seconds)
-        process = await asyncio.create_subprocess_exec(*command(settings))
+        process = await asyncio.create_subprocess_exec(*before, *command(settings))
         started.append(process)
         await until(lambda: answers(tmp_path / "holder.sock"))
         return process
@@ -124,6 +125,32 @@ async def test_what_is_put_outlives_who_put_it(start: Start, tmp_path: Path) -> 
     await until(lambda: descriptors(process) == IDLE)
     ours.close()
     os.close(read)
+
+
+async def test_without_descriptors_a_name_is_refused_and_the_others_stay(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection stays too, and there is room again for what is put once others are dropped."""
+    await start(before=("prlimit", "--nofile=100:100"))
+    path, room = tmp_path / "holder.sock", 100 - holding._SPARE
+    ours, theirs = socket.socketpair()
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        for number in range(3 * room):
+            holder.put(str(number), [theirs.fileno()])
+        await until(lambda: "no room for " + str(3 * room - 1) in caplog.text)
+        assert held_at(path) == room and "no room for " + str(room - 1) not in caplog.text
+        holder.drop("0")
+        holder.put("last", [theirs.fileno()])
+        await until(lambda: held_at(path) == room)
+        assert "no room for last" not in caplog.text and "is gone" not in caplog.text
+    theirs.close()
+    async with Holder(path) as holder:
+        found = await holder.taken_over()
+        assert found.keys() == {*map(str, range(1, room)), "last"}
+        for descriptors in found.values():
+            close(descriptors)
+    ours.close()
 
 
 async def test_all_is_closed_where_no_gateway_comes(start: Start, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway import protocol
-from gateway.limits.budget import Lease, Share
+from gateway.admission import Reservation
+from gateway.bounds import LEAST_RATE
+from gateway.limits.budget import Share
 from gateway.protocol import CloseCode
 from gateway.settings import Settings
 from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE, TEXT
@@ -33,7 +35,7 @@ class Arrived:
     text: str
     data: bytes | None
     size: int
-    lease: Lease
+    lease: Reservation[Share]
 
 
 class Closed(Exception):
@@ -55,7 +57,7 @@ class ClientSocket:
         self._settings = settings
         self._parts = PARTS in extensions
         self._flow: Mapping[str, Callable[[], Any]] = extensions.get(FLOW, {})
-        self._arriving: deque[Lease] = deque()  # for large messages that are arriving
+        self._arriving: deque[Reservation[Share]] = deque()  # for large messages that are arriving
         # since when a channel's output, or a large answer, has waited for the client
         self._waiting: dict[object, float] = {}
         self.closing: asyncio.Future[Closed] = asyncio.get_running_loop().create_future()
@@ -80,7 +82,7 @@ class ClientSocket:
                 await self._admit(message[COMING], large)
                 continue
             size = message.get(SIZE, 0)
-            lease = self._arriving.popleft() if size > LARGE and self._arriving else Lease(self.share)
+            lease = self._arriving.popleft() if size > LARGE and self._arriving else self.share.reserve()
             return Arrived(message.get("text", ""), message.get("bytes"), size, lease)
 
     async def _admit(self, size: int, large: bool) -> None:
@@ -101,9 +103,10 @@ class ClientSocket:
                 async with asyncio.timeout(patience):
                     return await self._websocket.receive()
             except TimeoutError:
-                if self._flow["received"]() == received:
+                if self._flow["received"]() < received + patience * LEAST_RATE:
                     raise Closed(
-                        CloseCode.TOO_MANY, f"a message timed out: no data for {patience:.0f} s"
+                        CloseCode.TOO_MANY,
+                        f"a message is too slow: under {LEAST_RATE} bytes a second",
                     ) from None
 
     # --- sending ------------------------------------------------------------------------------------
@@ -171,4 +174,4 @@ class ClientSocket:
     def release(self) -> None:
         """Stop counting messages that have not arrived completely."""
         for lease in self._arriving:
-            lease.end()
+            lease.release()

@@ -46,7 +46,7 @@ class Connection:
     ) -> None:
         """Until there is a `token`, the socket counts towards the client's `address`."""
         self._hub = hub
-        share = hub.budget.tenant(tenant).within(hub.settings.socket_bytes)
+        share = hub.limits.bytes.tenant(tenant).within(hub.settings.socket_bytes)
         self._socket = ClientSocket(websocket, share, hub.settings)
         self._wire = protocol.ServerWire(hub.settings.max_requests)
         self._peer = peer = Peer(hub, tenant, token, address, self._socket)
@@ -124,7 +124,7 @@ class Connection:
         try:
             await self._take(arrived)
         except BaseException:
-            arrived.lease.end()
+            arrived.lease.release()
             raise
 
     async def _take(self, arrived: Arrived) -> None:
@@ -153,7 +153,7 @@ class Connection:
                 pass
             case _:
                 assert_never(event)
-        lease.end()
+        lease.release()
 
     async def _understood(self, arrived: Arrived) -> protocol.ServerEvent:
         if arrived.data is not None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gateway import protocol
+from gateway.admission import Reservation
 from gateway.api.connection.family import Answer, Family, Method
 from gateway.api.connection.peer import Peer
 from gateway.auth.tokens import Token
-from gateway.errors import Forbidden, NotFound, RateLimited
+from gateway.errors import Forbidden, NotFound
 from gateway.events import Filter, Subscription, positions
-from gateway.limits.budget import RETRY_AFTER
 
 
 class EventMethods(Family):
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)
-        self._subscriptions = peer.subscriptions
+        self._subscriptions: dict[int, tuple[Subscription, Reservation[str]]] = {}
         self._last = 0
 
     @property
@@ -30,38 +30,35 @@ class EventMethods(Family):
         if token.allows("events"):
             return []
         told = []
-        for number, subscription in self._subscriptions.items():
-            subscription.close()
+        for number in list(self._subscriptions):
+            self._end(number)
             facts = {"subscription": number, "reason": Forbidden.code}
             told.append(protocol.notification("events/ended", facts))
-        self._subscriptions.clear()
         return told
 
     def close(self, *, hold: bool) -> None:
-        for subscription in self._subscriptions.values():
-            subscription.close()
+        for number in list(self._subscriptions):
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        subscription, slot = self._subscriptions.pop(number)
+        subscription.close()
+        slot.release()
 
     async def _subscribe(self, params: protocol.EventsSubscribe) -> Answer:
         token = self._peer.require("events")
-        if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
-            raise RateLimited(
-                "this connection has too many event subscriptions; end some with events/unsubscribe"
-            )
-        # every event of any tenant wakes each of them
-        most, of = self._hub.settings.max_tenant_subscriptions, self._tenant
-        if sum(len(peer.subscriptions) for peer in self._hub.connections if peer.tenant == of) >= most:
-            raise RateLimited(
-                "this tenant has too many event subscriptions; end some with events/unsubscribe",
-                limit=most,
-                retry_after=RETRY_AFTER,
-            )
-        after = self._hub.resumed(self._tenant, params.last_event_id)
-        only = frozenset({self._tenant})
-        types = None if params.types is None else tuple(params.types)
-        subscription = self._hub.bus.subscribe(Filter(only, only, None, types, since=token.issued), after)
+        slot = self._hub.limits.subscriptions.reserve(self._tenant, part=self)
+        try:
+            after = self._hub.resumed(self._tenant, params.last_event_id)
+            only = frozenset({self._tenant})
+            types = None if params.types is None else tuple(params.types)
+            subscription = self._hub.bus.subscribe(Filter(only, only, None, types, since=token.issued), after)
+        except BaseException:
+            slot.release()
+            raise
         self._last += 1
         number = self._last
-        self._subscriptions[number] = subscription
+        self._subscriptions[number] = subscription, slot
         last = subscription.last_id
         position = positions.of(last, self._hub.bus.member)
         answer = {"subscription": number, "lastEventId": last, "position": position}
@@ -75,8 +72,7 @@ class EventMethods(Family):
             await self._peer.tell("event", event.encoded)
 
     async def _unsubscribe(self, params: protocol.EventsUnsubscribe) -> Answer:
-        subscription = self._subscriptions.pop(params.subscription, None)
-        if subscription is None:
+        if params.subscription not in self._subscriptions:
             raise NotFound(f"no subscription {params.subscription}")
-        subscription.close()
+        self._end(params.subscription)
         return Answer({})

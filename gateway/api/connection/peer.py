@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from gateway import protocol
+from gateway.admission import Reservation
 from gateway.api.connection.client_socket import ClientSocket
 from gateway.auth.grants import Grant, Grants
 from gateway.auth.tokens import Token
@@ -22,13 +23,13 @@ from gateway.errors import (
     Unauthorized,
     Unavailable,
 )
-from gateway.events import Bus, Subscription, positions
+from gateway.events import Bus, positions
 from gateway.execs import Execs
 from gateway.files.files import Files
 from gateway.history import History
 from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
-from gateway.limits.budget import Budget, Places
+from gateway.limits.budget import Limits
 from gateway.protocol import CloseCode
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -59,8 +60,7 @@ class Hub:
     bus: Bus
     idle: Idle
     settings: Settings
-    budget: Budget
-    places: Places
+    limits: Limits
     verify: Callable[[str | None], Token]
     grants: Grants
     connections: set[Peer] = field(default_factory=set)
@@ -92,11 +92,10 @@ class Peer:
         self.tenant = tenant
         self.token = token
         self.session: ToolSession | None = None
-        self.subscriptions: dict[int, Subscription] = {}  # to events; they count towards the tenant's limit
         self.socket = socket
         self.tasks: set[asyncio.Task[None]] = set()
         self._address = address
-        self._leave: Callable[[], None] = lambda: None  # frees its place
+        self._place: Reservation[str]
         self._grant: Grant | None = None
 
     # --- token and place ----------------------------------------------------------------------------
@@ -104,9 +103,9 @@ class Peer:
     def take_place(self) -> None:
         """Take a place among all sockets, under the token if there is one. Raises `RateLimited`."""
         if self.token is None:
-            self._leave = self.hub.places.stranger(self._address, self._displaced)
+            self._place = self.hub.limits.strangers.reserve(self._address, displaced=self._displaced)
         else:
-            self._leave = self.hub.places.customer(self.tenant)
+            self._place = self.hub.limits.sockets.reserve(self.tenant)
 
     def _displaced(self) -> None:
         self.close(CloseCode.TOO_MANY, "too many connections without a token; send initialize sooner")
@@ -114,9 +113,9 @@ class Peer:
     def become(self, token: Token) -> None:
         """Serve the client under `token`. Raises `RateLimited` if that gives an anonymous client no place."""
         if self.token is None:
-            place = self.hub.places.customer(self.tenant)
-            self._leave()
-            self._leave = place
+            place = self.hub.limits.sockets.reserve(self.tenant)
+            self._place.release()
+            self._place = place
         self.token = token
 
     def go_by(self, token: Token) -> None:
@@ -136,7 +135,7 @@ class Peer:
         """Free its place; the end of its token no longer matters."""
         if self._grant is not None:
             self._grant.close()
-        self._leave()
+        self._place.release()
 
     # --- notifications ------------------------------------------------------------------------------
 

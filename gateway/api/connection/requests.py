@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gateway import protocol
+from gateway.admission import RETRY_AFTER, Admission, Reservation
 from gateway.api.connection.client_socket import ClientSocket
 from gateway.api.connection.family import Method
 from gateway.api.connection.peer import Peer, close_code
 from gateway.errors import Cancelled, GatewayError, RateLimited
-from gateway.limits.budget import REQUEST, RETRY_AFTER, Lease, Turns
+from gateway.limits.budget import REQUEST, Share
 from gateway.protocol import RequestId, ServerWire
 
 log = logging.getLogger(__name__)
@@ -38,15 +39,17 @@ class Requests:
         self._socket = socket
         self._wire = wire
         self._methods = methods
-        self._turns = Turns(peer.hub.settings.socket_bytes)
+        # calls begin in order, while the answers that they may have fit into the limit of one connection
+        self._most = peer.hub.settings.socket_bytes
+        self._answers = Admission[None]("answers", each=self._most)
         self._running: dict[object, _Running] = {}  # by id; a request without an id by itself
 
-    async def start(self, request: protocol.Request, size: int, lease: Lease) -> None:
+    async def start(self, request: protocol.Request, size: int, lease: Reservation[Share]) -> None:
         """Start serving a request of `size` bytes. `lease` counts these and ends with the answer."""
         try:
             lease.grow(REQUEST if lease.size else REQUEST + size)
         except RateLimited as full:
-            lease.end()
+            lease.release()
             self._wire.settle(request.id)
             if request.id is not None:
                 await self._socket.send(protocol.failure(request.id, full))
@@ -67,25 +70,27 @@ class Requests:
         """Wait until every request so far has its outcome."""
         await asyncio.gather(*[one.task for one in self._running.values() if one.task is not None])
 
-    async def _serve(self, request: protocol.Request, key: object, running: _Running, lease: Lease) -> None:
+    async def _serve(
+        self, request: protocol.Request, key: object, running: _Running, lease: Reservation[Share]
+    ) -> None:
         """Serve the request and answer it. `lease` counts its bytes, and then those of the answer."""
         with self._peer.hub.doors.inside(self._peer.tenant):
             await self._serve_inside(request, key, running, lease)
 
     async def _serve_inside(
-        self, request: protocol.Request, key: object, running: _Running, lease: Lease
+        self, request: protocol.Request, key: object, running: _Running, lease: Reservation[Share]
     ) -> None:
         running.started = True
         request_id, method = request.id, self._methods[request.method]
         most = method.most(request.params)
-        turn, then = 0, None
+        turn, then = None, None
         refused: GatewayError | None = None
         try:
             try:
                 if self._wire.cancelled(request_id):
                     await self._fence(method, request.params)
                     raise Cancelled("the request was cancelled before it began")
-                turn = await self._turns.enter(most) if most else 0
+                turn = await self._answers.acquire(None, min(most, self._most)) if most else None
                 reply, then = await self._answer(request, method, most)
             except GatewayError as error:
                 reply, refused = protocol.failure(request_id, error), error
@@ -111,8 +116,9 @@ class Requests:
             if decided is not None:
                 self._socket.close(close_code(decided), decided.message)
         finally:
-            lease.end()
-            self._turns.leave(turn)
+            lease.release()
+            if turn is not None:
+                turn.release()
         if then is not None:
             then()
 
@@ -127,7 +133,8 @@ class Requests:
         else:
             reply = protocol.result(number, value)
         size = protocol.size(reply)
-        if most and (full := self._socket.share.above.full(size)) is not None:
+        share = self._socket.share
+        if most and (full := (share.tenant or share).full(size)) is not None:
             raise RateLimited(
                 f"{full.name} has no room for an answer of {size} bytes; read the answers that "
                 "wait, then try again",

@@ -30,7 +30,7 @@ from gateway.api.answers import (
     Templates,
     TenantDeployments,
 )
-from gateway.api.http import as_json
+from gateway.api.http import as_json, unless_gone
 from gateway.api.merging import elsewhere
 from gateway.api.operation import Operation
 from gateway.api.placing import Passed, placed
@@ -38,6 +38,7 @@ from gateway.api.services import services
 from gateway.auth.tokens import Token
 from gateway.deployments import Record
 from gateway.deployments import http as deploying
+from gateway.deployments.queue import Owner
 from gateway.deployments.register import LISTED
 from gateway.deployments.request import Change, Rollback, Variables
 from gateway.errors import InvalidParams, NotFound
@@ -91,7 +92,7 @@ async def publish(request: Request) -> Response:
             f"{name} itself is served at {body.domain[:80]}; publish it at another domain",
             field="domain",
         )
-    archive = await gateway.sources.of(name)
+    archive = await unless_gone(request, gateway.sources.of(name, Owner.of(token)))
     target = body.tenant or tenant_name(domain)
     if token.covers(target) and (peer := await placed(request, target, here=True)) is not None:
         deploy_body = await asyncio.to_thread(body.deployment, archive)

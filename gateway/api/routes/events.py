@@ -31,7 +31,7 @@ async def stream(request: Request) -> Response:
     filter = Filter.parse(token.coverage, query.tenant, query.deployment, query.type)
     filter = replace(filter, since=token.issued)
     last = request.headers.get("last-event-id") or query.lastEventId
-    request.scope[USES].callback(gateway.places.customer(sharer(token)))
+    request.scope[USES].enter_context(gateway.limits.sockets.reserve(sharer(token)))
     tenant = _of_one(request, token)
     if gateway.cluster is not None and await _of_several(request, token):
         answer = await _merged(request, gateway.cluster, filter, last)

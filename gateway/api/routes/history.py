@@ -11,7 +11,7 @@ from starlette.responses import Response
 from gateway import protocol
 from gateway.api.access import queried, using_tenant, validated
 from gateway.api.answers import HistoryQuery
-from gateway.api.http import as_json, hold
+from gateway.api.http import as_json, hold, unless_gone
 from gateway.api.operation import Operation
 from gateway.api.services import services
 from gateway.history import Turn
@@ -45,13 +45,15 @@ async def index(request: Request) -> Response:
     """Return the tenant's turns, latest first."""
     name, _ = await using_tenant(request, "files:read")
     query = queried(request, HistoryQuery)
-    return _counted(request, await services(request).history.turns(name, query.limit, query.before))
+    turns = services(request).history.turns(name, query.limit, query.before)
+    return _counted(request, await unless_gone(request, turns))
 
 
 async def show(request: Request) -> Response:
     """Return a turn with its changes and its patch."""
     name, _ = await using_tenant(request, "files:read")
-    return _counted(request, await services(request).history.changes(name, request.path_params["turn"]))
+    changes = services(request).history.changes(name, request.path_params["turn"])
+    return _counted(request, await unless_gone(request, changes))
 
 
 async def restore(request: Request) -> Response:

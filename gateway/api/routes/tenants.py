@@ -12,7 +12,7 @@ from starlette.responses import Response
 from gateway.api import preview
 from gateway.api.access import for_tenant, queried, with_token
 from gateway.api.answers import Ports, PreviewKey, Site, Tenants, TenantShown, TenantsQuery, Usage, WakeQuery
-from gateway.api.http import RETRY_AFTER_MS, as_json
+from gateway.api.http import RETRY_AFTER_MS, as_json, unless_gone
 from gateway.api.merging import elsewhere, unheard
 from gateway.api.operation import ANY, OPEN, Media, Operation
 from gateway.api.services import services
@@ -62,7 +62,7 @@ async def site(request: Request) -> Response:
     gateway = services(request)
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.tenants.get(name)  # raises where there is none
-    return as_json(await gateway.health.now(tenant.name))
+    return as_json(await unless_gone(request, gateway.health.now(tenant.name)))
 
 
 async def ports(request: Request) -> Response:

@@ -83,7 +83,7 @@ async def exec(request: Request) -> Response:
     name, token = await using_tenant(request, "exec")
     check_serving(request)
     body = await validated(request, token, ExecBody)
-    room = request.scope[USES].enter_context(request.scope[SHARE].lease())
+    room = request.scope[USES].enter_context(request.scope[SHARE].reserve())
     with gateway.runtime.commands.expect(name):  # a caller that asks once is likely to ask again
         work = run(gateway.execs, name, body, gateway.settings, token.subject, room)
         return InParts(await unless_gone(request, work), gateway.settings.body_timeout)
