@@ -136,7 +136,7 @@ class ServerWire:
             return Ignored()
         return Close(CloseCode.PROTOCOL_ERROR, f"unknown channel {frame.channel}")
 
-    def receive_text(self, text: str) -> ServerEvent:
+    def receive_text(self, text: str | bytes) -> ServerEvent:
         try:
             message = orjson.loads(text)
         except ValueError:
@@ -198,7 +198,7 @@ class ServerWire:
         self._cancelled.add(request_id)
         return CancelPending(request_id)
 
-    def refuse_heavy(self, text: str, error: GatewayError) -> ServerEvent:
+    def refuse_heavy(self, text: str | bytes, error: GatewayError) -> ServerEvent:
         """Return the event for a message that `weigh` has refused; its id may be found at its beginning."""
         if not self._initialized:
             return Close(CloseCode.PROTOCOL_ERROR, error.message, failure(None, error))
@@ -217,13 +217,14 @@ _ID: Final = re.compile(
 _ID_WITHIN: Final = 512  # characters of a message in which its id is looked for
 
 
-def _first_id(text: str) -> RequestId | None:
+def _first_id(text: str | bytes) -> RequestId | None:
     """Return the id at the beginning of a message, if there is one, without reading the rest."""
-    found = _ID.match(text, 0, _ID_WITHIN)
+    begun = text[:_ID_WITHIN]
+    found = _ID.match(begun if isinstance(begun, str) else begun.decode("utf-8", "replace"))
     return None if found is None else orjson.loads(found[1])
 
 
-def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
+def _unreadable(text: str | bytes) -> tuple[RequestId | None, int, str]:
     """Return id, code and text of the error for a message that orjson does not accept.
 
     One cause is a lone surrogate, which JSON can express and UTF-8 cannot: JavaScript makes it of half an
@@ -231,6 +232,8 @@ def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
     """
     if len(text) > LIGHT:
         return _first_id(text), -32700, "the message is not JSON"
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
     if "\\u" in text:
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             message = json.loads(text)

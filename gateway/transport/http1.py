@@ -35,6 +35,7 @@ IDENTIFIED: Final = "gateway.identified"
 
 _STRANGERS: Final = 1024  # connections without a token, unless there are few descriptors
 _RESERVE: Final = 8  # an eighth of the descriptors is for the gateway's own work
+_HEAD: Final = 16 << 10  # bytes of a head that are looked at before h11 may find it too long (64 KiB)
 
 
 class Silent:
@@ -127,6 +128,12 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        while len(data) > _HEAD and self.conn.their_state is h11.IDLE:
+            # a head: h11 holds it to its limit between two reads only, and parses whatever came at once
+            super().data_received(data[:_HEAD])
+            data = data[_HEAD:]
+            if self.transport.is_closing() or self.transport.get_protocol() is not self:
+                return
         super().data_received(data)
         self._listen()
 

@@ -6,7 +6,8 @@ costs a third less of the gateway's CPU so.
 
 Of a large message the application gets `{"type": "websocket.receive", COMING: SIZE}` as soon as its first
 frame's header is there. Nothing more is read of the client until the application has called `admit`, which is
-in the scope's extension `FLOW`. Each message that follows has its size in bytes under `SIZE`.
+in the scope's extension `FLOW`. Each message that follows has its size in bytes under `SIZE`; the `text` of
+one over `LARGE` is bytes, since decoding 16 MiB takes as long as parsing it.
 
 The extension `TAKE` has the protocol itself, for who takes its connection over before the handshake's answer.
 """
@@ -38,6 +39,11 @@ _SMALL: Final = 16 << 10  # bytes of one such message
 _JOINED: Final = 16 << 10  # bytes of an answer: to copy so few costs less than to write it in pieces
 _LINGER: Final = 5.0  # seconds in which the peer of a connection that is over must take something
 _FAREWELL: Final = 1 << 20  # bytes that a client may still send once the socket is closed
+_PIECE: Final = 8 << 10  # bytes of small frames that are looked at before others have their turn
+_FRAMES: Final = 500  # frames: each takes some 10 microseconds, whatever it contains
+_REFUSED: Final = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
 
 
 class Lengths:
@@ -47,17 +53,18 @@ class Lengths:
         self.closed = False  # a close frame has begun: nothing may follow it
         self._most = most
         self._head = b""  # the beginning of a header
-        self._left = 0  # bytes of the present frame that are still to come
+        self.left = 0  # bytes of the present frame that are still to come
         self._message = 0  # bytes of the present message
         self._told = False
+        self.frames = 0  # that have begun
 
     def feed(self, data: bytes) -> Iterator[tuple[int, int]]:
         """Yield where in `data` a message becomes a large one, and how many bytes it may have."""
         position, end = 0, len(data)
         while position < end:
-            if self._left:
-                step = min(self._left, end - position)
-                self._left -= step
+            if self.left:
+                step = min(self.left, end - position)
+                self.left -= step
                 position += step
                 continue
             began = position
@@ -71,7 +78,8 @@ class Lengths:
             length, last, kind = head[1] & 127, head[0] & 128, head[0] & 15
             if length > 125:
                 length = int.from_bytes(head[2 : 2 + _EXTRA[length]], "big")
-            self._left = length
+            self.left = length
+            self.frames += 1
             if kind > 7:
                 self.closed |= kind == 8
                 continue
@@ -86,13 +94,13 @@ class Lengths:
     @property
     def between(self) -> bool:
         """Whether no frame is on its way."""
-        return not self._left and not self._head
+        return not self.left and not self._head
 
     def finish(self, data: bytes) -> int:
         """Take in what `data` has of the present frame; return how many bytes that are."""
         position = 0
         while position < len(data) and not self.between:
-            step = min(self._left, len(data) - position) or 1
+            step = min(self.left, len(data) - position) or 1
             for _ in self.feed(data[position : position + step]):
                 pass
             position += step
@@ -108,11 +116,14 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._lengths = Lengths(self.config.ws_max_size)
-        self._sizes: deque[int] = deque()  # of the messages in the queue
+        self._sizes: deque[tuple[int, bool]] = (
+            deque()
+        )  # of the messages in the queue, and which are large texts
         self._asked = 0  # large messages that are not admitted yet
         self._late = 0
         self._given_up = False
         self._opening = 0  # bytes of the handshake
+        self._later = b""  # what has come and is not looked at yet
         self.received = 0
 
     async def run_asgi(self) -> None:
@@ -160,7 +171,36 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if not self.handshake_initiated:  # the head, which uvicorn's HTTP hands over by itself
             super().data_received(data)
             self._opening = self.received
+            if not self.handshake_initiated:
+                # websockets has refused to parse it, and uvicorn would leave it unanswered and open
+                self.transport.write(_REFUSED)
+                self.transport.close()
             return
+        if self._later:
+            self._later += data
+            return
+        self._look_at(data)
+
+    def _look_at(self, data: bytes) -> None:
+        """Take in what has come: a piece at a time, and after one of many small frames the rest later."""
+        start = 0
+        while start < len(data):
+            frames, end = self._lengths.frames, start + max(_PIECE, self._lengths.left)
+            self._take_in(data[start:end])
+            start = end
+            if self._lengths.frames > frames + _FRAMES and start < len(data):
+                self._later = data[start:]
+                self.transport.pause_reading()
+                self.loop.call_soon(self._look_on)
+                return
+
+    def _look_on(self) -> None:
+        later, self._later = self._later, b""
+        if not self.transport.is_closing():
+            self._look_at(later)
+            self._read_on()
+
+    def _take_in(self, data: bytes) -> None:
         if self.close_sent:
             self._late += len(data)
             if self._late > _FAREWELL:
@@ -185,13 +225,16 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._read_on()
 
     def _read_on(self) -> None:
-        if not self._asked and not self.read_paused and not self.transport.is_closing():
+        if not (self._asked or self.read_paused or self._later or self.transport.is_closing()):
             self.transport.resume_reading()
 
     def send_receive_event_to_app(self) -> None:
         # uvicorn stops reading at each message until it is taken, which costs two calls of the kernel: a few
         # small ones may wait instead
         size, waiting = sum(map(len, self.frames)), self.queue.qsize()
+        text = size > LARGE and self.curr_msg_data_type == "text"
+        if text:
+            self.curr_msg_data_type = "bytes"  # so that it is not decoded
         may_wait = not self.read_paused and waiting < _WAITING and size <= _SMALL
         if may_wait:
             self.read_paused = True  # for uvicorn's eyes alone
@@ -199,7 +242,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if may_wait:
             self.read_paused = False
         if self.queue.qsize() > waiting:
-            self._sizes.append(size)
+            self._sizes.append((size, text))
 
     async def receive(self) -> Any:
         message: Any = await self.queue.get()
@@ -207,7 +250,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.read_paused = False
             self._read_on()
         if message["type"] == "websocket.receive" and COMING not in message:
-            message[SIZE] = self._sizes.popleft()
+            message[SIZE], text = self._sizes.popleft()
+            if text:
+                message["text"] = message.pop("bytes")
         return message
 
     async def send(self, message: Any) -> None:

@@ -120,6 +120,56 @@ async def test_a_refused_handshake_is_an_answer(caplog: pytest.LogCaptureFixture
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
+async def test_a_handshake_that_cannot_be_parsed_is_answered_and_over() -> None:
+    """Else anybody could hold a descriptor for as long as they like, and the server could not end."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+    config = uvicorn.Config(app, http=H11Protocol, ws=WebSocketProtocol, log_config=None)
+    config.load()
+    state = ServerState()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: config.http_protocol_class(config=config, server_state=state, app_state={}),  # type: ignore[call-arg]
+        *("127.0.0.1", 0),
+    )
+    upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nHost: x\r\n"
+    async with server:
+        for target, header in (
+            ("/" + "x" * 9000, ""),
+            ("/", f"Cookie: {'x' * 9000}\r\n"),
+            ("/", "A: b\r\n" * 200),
+        ):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(f"GET {target} HTTP/1.1\r\n{upgrade}{header}\r\n".encode())
+            async with asyncio.timeout(60):
+                answer = await reader.read()  # to the connection's end
+            assert answer.startswith(b"HTTP/1.1 431 ")
+            writer.close()
+        await until(lambda: not state.connections)
+
+
+async def test_small_frames_leave_the_loop_to_others(socket: tuple[WebSocketProtocol, Transport]) -> None:
+    """A read has 43 000 pings, and each takes microseconds: after some hundred others have their turn."""
+    protocol, transport = socket
+    protocol.handshake_initiated = True
+    taken: list[int] = []
+    cast(Any, protocol)._take_in = lambda data: taken.append(
+        sum(1 for _ in protocol._lengths.feed(data)) or len(data)
+    )
+    pings = b"\x89\x80mask" * 20_000
+    protocol.data_received(pings)
+    assert sum(taken) < len(pings) // 10 and not transport.reading
+    protocol.data_received(b"\x89\x80last")  # what was on its way comes after it
+    turns = 0
+    while sum(taken) < len(pings) + 6:
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 10 and transport.reading
+    taken.clear()
+    protocol.data_received(b"\x82\xff" + (200_000).to_bytes(8, "big") + b"mask" + b"x" * 200_000)
+    assert len(taken) <= 2 and transport.reading  # one frame's content costs the same in one piece
+
+
 @pytest.mark.parametrize("size", [5, 200, 70_000])
 @pytest.mark.parametrize("text", [True, False])
 async def test_parts_make_one_message(

@@ -30,9 +30,12 @@ _FAREWELL: Final = 2.0  # seconds for a close
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """One message from the client: `data` if it is binary, else `text`. `lease` counts its bytes."""
+    """One message from the client: `data` if it is binary, else `text`, a large one not yet decoded.
 
-    text: str
+    `lease` counts its bytes.
+    """
+
+    text: str | bytes
     data: bytes | None
     size: int
     lease: Reservation[Share]
