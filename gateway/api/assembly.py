@@ -93,6 +93,7 @@ async def _work(base: Base, stored: Stored) -> AsyncIterator[_Work]:
         recall = (idempotency.recall, toolbox.sessions.recall, history.recall)
         records = Records(store, base.own, settings.records_most, recall)
         files = await enter(Files(runtime, workers, bus, settings, spare))
+        files.changing = history.saving
         yield _Work(sites=sites, execs=execs, history=history, toolbox=toolbox, records=records, files=files)
 
 

@@ -34,6 +34,7 @@ class ExecBody(protocol.Params):
     env: types.Variables = Field(default_factory=dict)
     user: types.User | None = None
     stdin: types.Content | None = None
+    helper: bool = False
     timeout_ms: Annotated[int, Field(gt=0, le=86_400_000)] | None = None
 
 
@@ -48,7 +49,9 @@ async def run(
         raise InvalidParams("give either argv or command")
     exec_ = await execs.start(
         tenant,
-        exec_spec(body.argv, body.command, body.cwd, body.env, body.user, None, body.stdin is not None),
+        exec_spec(
+            body.argv, body.command, body.cwd, body.env, body.user, None, body.stdin is not None, body.helper
+        ),
         timeout=settings.exec_timeout if body.timeout_ms is None else body.timeout_ms / 1000,
         by=by,
     )

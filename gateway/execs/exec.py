@@ -237,7 +237,7 @@ class Exec:
             "argv": listed(self.spec),
             "asked": self.asked.hex(),
             "pty": None if size is None else [size.cols, size.rows],
-            "stdin": self.spec.stdin,
+            **{"stdin": self.spec.stdin, "work": self.spec.work},
             **{"linger": self.linger, "deadline": self.deadline, "once": self.once},
             "ending": self._reason if self._ending else None,
             **self.readers.facts(),

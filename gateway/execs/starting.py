@@ -45,7 +45,7 @@ class Starting:
                 "argv": listed(self.spec),
                 "asked": self.spec.digest().hex(),
                 "pty": None if self.spec.pty is None else [self.spec.pty.cols, self.spec.pty.rows],
-                "stdin": self.spec.stdin,
+                **{"stdin": self.spec.stdin, "work": self.spec.work},
                 **{"linger": self.linger, "lingers": None},
                 **{"deadline": self.deadline, "once": self.once},
                 **{"ending": None, "owed": None, "places": [], "over": None},

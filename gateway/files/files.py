@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -30,6 +30,27 @@ def file_written(bus: Bus, tenant: str, path: str, by: str, tool: str | None = N
     """Publish that a client or a tool wrote a file, without its content."""
     facts = {"path": path[:1000], "by": by}
     bus.publish("file.written", tenant, facts if tool is None else {**facts, "tool": tool})
+
+
+Changing = Callable[[FilesystemRoot, Sequence[str], str, str], AbstractAsyncContextManager[None]]
+
+
+def _unnoted(
+    root: FilesystemRoot, paths: Sequence[str], by: str, verb: str
+) -> AbstractAsyncContextManager[None]:
+    return nullcontext()
+
+
+def _changed(method: str, given: Mapping[str, Any]) -> tuple[Sequence[str], str]:
+    """Return the paths that a method changes, and what it does to them."""
+    match method:
+        case "files/write":
+            return (given["path"],), "Saved"
+        case "files/move":
+            return (given["from"], given["to"]), "Moved"
+        case "files/remove":
+            return (given["path"],), "Removed"
+    return (), ""
 
 
 class Files:
@@ -60,6 +81,8 @@ class Files:
         self._transfers = Transfers(workers, settings)
         self._watches = Watches(workers, settings)
         self._settings = settings
+        self.changing: Changing = _unnoted
+        """Entered while files are changed: notes whose that is."""
         self._began = time.time()
         # a separate worker, and one sweep at a time, because a sweep walks a whole workspace
         self._sweeps = Links(workers, "", maximum=1, idle=settings.worker_idle, search=True)
@@ -93,13 +116,15 @@ class Files:
         # order; removing a folder in parallel to them is no different from a tenant's own `rm -r`.
         search = given.get("depth", 1) > 1 or (bool(given.get("recursive")) and not given.get("ifMatch"))
         changes = self.SCOPES[method] == "files:write"
-        while True:
-            try:
-                result = await self._workers.call(root, method, given, search=search, changes=changes)
-                break
-            except TooLarge as error:
-                if error.facts.get("reason") != NO_SPACE or not await self._spare(tenant):
-                    raise
+        paths, verb = _changed(method, given)
+        async with self.changing(root, paths, by, verb) if paths else nullcontext():
+            while True:
+                try:
+                    result = await self._workers.call(root, method, given, search=search, changes=changes)
+                    break
+                except TooLarge as error:
+                    if error.facts.get("reason") != NO_SPACE or not await self._spare(tenant):
+                        raise
         if method == "files/write":
             file_written(self._bus, tenant, given["path"], by)
         return result
@@ -119,7 +144,8 @@ class Files:
         async with self._transfers.write(root, path, conditions) as target:
             async for data in body:
                 await target.write(data)
-            result = await target.commit()
+            async with self.changing(root, (path,), by, "Saved"):
+                result = await target.commit()
         file_written(self._bus, tenant, path, by)
         return result
 

@@ -9,8 +9,11 @@
 #   WAIT     seconds to wait for another that writes this history
 #   MESSAGE  what the commit says
 #   GIT_DIR, GIT_WORK_TREE, GIT_AUTHOR_… and GIT_COMMITTER_… in the environment: the history, the workspace, whose turn
+#   TURN_TIMES in the environment: when it was at work, as pairs of seconds since the epoch. What changed at other times is
+#            a commit of nobody, before. Without it, all is the turn's
+#   TURN_LEFT in the environment: the time now, and pairs when others were at work; what changed since, or then, is left
 # Input:  for only, paths below the workspace, each with a NUL; for but and begin, such pathspecs.
-# Output: nothing where nothing changed; else a line with the commit, one with the count of what changed, and the first
+# Output: where some changed at other times, a line of `outside` with nobody's commit, and one with the count; nothing where nothing changed; else a line with the commit, one with the count of what changed, and the first
 #         of the paths that were left out, each with a NUL.
 # Exit:   0; 1 where it could not be recorded, 66 where there is no TURN, 67 where nothing was before it,
 #         68 where too much changed, 69 without git, 75 where another still writes.
@@ -40,26 +43,100 @@ names() {
 
 # Prints the bytes of what is to be recorded; what cannot be read, is no file, or too large is left out and keeps the
 # state in which it was recorded last.
-size() {
+size() { # LIST
   # shellcheck disable=SC2185 # the names are in a file
-  find -files0-from "$changed" -maxdepth 0 ! -type l ! '(' -type f -size "-${most}c" -readable ')' \
+  find -files0-from "$1" -maxdepth 0 ! -type l ! '(' -type f -size "-${most}c" -readable ')' \
     -fprint0 "$left" -o -printf '%s\n' 2>/dev/null | awk '{ sum += $1 } END { printf "%.0f", sum }'
 }
 
 record() {
   names -m -o >"$changed" || return 1
-  [ -s "$changed" ] || [ "$mode" = begin ] || return 0
-  if [ "$(size)" -gt "$total" ]; then
+  if [ -n "${TURN_TIMES-}" ] && [ -s "$changed" ]; then
+    rest="$GIT_DIR/turn.rest" found="$GIT_DIR/turn.found"
+    : >"$found"
+    by_time
+    (
+      export GIT_AUTHOR_NAME=nobody GIT_AUTHOR_EMAIL=nobody GIT_COMMITTER_NAME=outside
+      message='Changed outside of turns'
+      [ ! -s "$rest" ] || keep "$rest" >"$found"
+    )
+    [ ! -s "$found" ] || { printf 'outside ' && head -n 2 "$found"; }
+    keep "$changed"
+  else
+    keep "$changed"
+  fi
+}
+
+# Leaves in the list what changed in TURN_TIMES, by its inode's time, and puts the others into `$rest`. What is gone, or
+# came with a folder that was moved, has no such time: there the folders around it say when.
+by_time() {
+  all="$GIT_DIR/turn.all" older="$GIT_DIR/turn.older"
+  folders="$GIT_DIR/turn.folders" around="$GIT_DIR/turn.around"
+  # shellcheck disable=SC2086 # a word for each time
+  when=$(spans $TURN_TIMES) later="-newerct @${TURN_LEFT%% *} -o $(spans ${TURN_LEFT#* })"
+  first="${TURN_TIMES%% *}"
+  sort -zu "$changed" >"$all"
+  # shellcheck disable=SC2086,SC2185 # the words of an expression, the names are in a file
+  find -files0-from "$all" -maxdepth 0 '(' $when ')' -print0 2>/dev/null | sort -zu >"$changed"
+  # shellcheck disable=SC2185
+  find -files0-from "$all" -maxdepth 0 -newerct "@$first" -print0 2>/dev/null | sort -zu - "$changed" |
+    comm -z -23 "$all" - >"$older"
+  if [ -s "$older" ]; then
+    # shellcheck disable=SC2086,SC2185
+    above "$older" | find -files0-from - -maxdepth 0 -fprint0 "$around" '(' $when ')' -print0 2>/dev/null >"$folders"
+    {
+      xargs -0 -r git --literal-pathspecs ls-files -z -o -d -- <"$folders"
+      # shellcheck disable=SC2086
+      if [ -n "$(find . -maxdepth 0 '(' $when ')')" ]; then
+        xargs -0 -r git --literal-pathspecs ls-files -z -d -- <"$around" | sort -zu >"$rest"
+        git ls-files -z -d | sort -zu | comm -z -23 - "$rest"
+      fi
+    } | sort -zu | comm -z -12 "$older" - | sort -zu - "$changed" >"$good"
+    mv "$good" "$changed"
+  fi
+  # what changed just now, or is another's, is left: it is known by then whose it is
+  # shellcheck disable=SC2086,SC2185
+  above "$all" | find -files0-from - -maxdepth 0 '(' $later ')' -print0 2>/dev/null >"$folders"
+  {
+    cat "$changed"
+    # shellcheck disable=SC2086,SC2185
+    find -files0-from "$all" -maxdepth 0 '(' $later ')' -print0 2>/dev/null
+    xargs -0 -r git --literal-pathspecs ls-files -z -d -- <"$folders"
+    # shellcheck disable=SC2086
+    [ -z "$(find . -maxdepth 0 '(' $later ')')" ] || git ls-files -z -d -- ':(top,glob)*'
+  } | sort -zu | comm -z -23 "$all" - >"$rest"
+}
+
+# Prints what `find` takes for a time within pairs of times.
+spans() { # [SINCE UNTIL]…
+  printf %s -false
+  while [ $# -gt 1 ]; do
+    printf ' -o -newerct @%s ! -newerct @%s' "$1" "$2"
+    shift 2
+  done
+}
+
+# Prints the folders around paths.
+above() { # LIST
+  sed -z -n ':a;s|/[^/]*$||;T;p;ba' "$1" | sort -zu
+}
+
+# Commits what has changed of a list.
+keep() { # LIST
+  good="$GIT_DIR/turn.good"
+  [ -s "$1" ] || [ "$mode" = begin ] || return 0
+  if [ "$(size "$1")" -gt "$total" ]; then
     most=262144 # what people write themselves has room then
-    [ "$(size)" -le "$total" ] || return 2
+    [ "$(size "$1")" -le "$total" ] || return 2
   fi
   if [ -s "$left" ]; then
     # shellcheck disable=SC2185
-    find -files0-from "$changed" -maxdepth 0 '(' -type l -o -type f -size "-${most}c" -readable ')' \
+    find -files0-from "$1" -maxdepth 0 '(' -type l -o -type f -size "-${most}c" -readable ')' \
       -print0 >"$good" 2>/dev/null
-    names -d >>"$good" || return 1
+    names -d | sort -zu >"$good.gone" || return 1
+    sort -zu "$1" | comm -z -12 - "$good.gone" >>"$good"
   else
-    good="$changed"
+    good="$1"
   fi
   git update-index -z --add --remove --replace --stdin <"$good" && tree=$(git write-tree) || return 1
   parent='' before=''
@@ -90,7 +167,7 @@ before | after | undo)
     git diff-tree --no-commit-id -r -z --no-renames --name-only "$to" >"$paths" || exit 1
     # a file that is in the place of a folder
     # shellcheck disable=SC2185
-    sed -z -n ':a;s|/[^/]*$||;T;p;ba' "$paths" | sort -zu |
+    above "$paths" |
       find -files0-from - -maxdepth 0 ! -type d -print0 2>/dev/null >>"$paths"
   elif [ "$mode" = before ]; then
     git rev-parse -q --verify "$to^" >/dev/null || exit 67
@@ -116,5 +193,5 @@ mend && indexed && record && exit
 ! git ls-tree -r turns >/dev/null 2>&1 || exit 1
 rm -rf "$GIT_DIR.broken"
 mv "$GIT_DIR" "$GIT_DIR.broken" || exit 1
-mode=all good="$GIT_DIR/turn.good"
+mode=all
 anew && record

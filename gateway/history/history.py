@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
@@ -14,7 +14,7 @@ from gateway.errors import InvalidParams, NotFound
 from gateway.events import Bus, Filter
 from gateway.execs import Execs
 from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.outside import Outside
+from gateway.history.outside import PATIENCE, Outside
 from gateway.history.reading import ID, TITLE_MAX, Turn, deployed, name, said
 from gateway.history.recorder import Recorder, Side
 from gateway.history.repository import Repository
@@ -29,7 +29,10 @@ _WRITING: Final = frozenset({"Write", "Edit"})
 _CHANGING: Final = _WRITING | {"Bash"}
 _LIST_MAX: Final = 200
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted"})
-_FOLLOWED: Final = ("deployment.succeeded", "exec.started", "file.written")
+_FOLLOWED: Final = (
+    *("deployment.started", "deployment.succeeded", "deployment.rolledback"),
+    *("exec.started", "file.written"),
+)
 
 
 class History:
@@ -75,10 +78,16 @@ class History:
         path = None
         if tool in _WRITING:
             path = named_file(arguments, session.cwd or root.workspace, root.workspace)
-        return _Call(self, root.tenant, key, turn, tool, path, by)
+        return _Call(
+            self, root.tenant, key, turn, tool, path, by, lasting=arguments.get("run_in_background") is True
+        )
 
     async def changing(self, tenant: str, key: Hashable, tool: str, path: str | None, by: str) -> OpenTurn:
         """Return the session's turn, which has noted what a call is about to change; for `_Call`."""
+        await self._recorder.still(tenant, PATIENCE)
+        turn = self._open.get(tenant, key)
+        if path is not None and (hidden := self._parts(tenant, path, turn, by)):
+            await asyncio.wait(hidden, timeout=PATIENCE)
         turn = self._open.get(tenant, key)
         if turn is None or (path not in turn.paths and not turn.wide):
             first = turn is None or not turn.changed
@@ -91,6 +100,46 @@ class History:
         if tool == "Bash" or path is not None:
             self._open.wrote(tenant, turn, path)
         return turn
+
+    @contextlib.asynccontextmanager
+    async def saving(
+        self, root: FilesystemRoot, paths: Sequence[str], by: str, verb: str = "Saved"
+    ) -> AsyncIterator[None]:
+        """Let somebody change files without a tool; what others have changed there is recorded before."""
+        if not self.on:
+            yield
+            return
+        tenant, place = root.tenant, root.workspace
+        self.afterwards.hurry(tenant)
+        await self._recorder.still(tenant, PATIENCE)
+        known = [path for path in (named_file({"file_path": one}, place, place) for one in paths) if path]
+        hidden = [task for path in known for task in self._parts(tenant, path, None, by)]
+        hidden += [task for path in known for task in self._outside.others(tenant, path, by)]
+        if hidden:
+            await asyncio.wait(hidden, timeout=PATIENCE)
+        # from before it changes on, or whoever records meanwhile would take it for nobody's
+        change = OpenTurn(by, by, by, paths=set(known))
+        self._open.wait(tenant, change)
+        try:
+            yield
+            for path in known:
+                self._outside.saved(tenant, path, by, verb)
+        finally:
+            self._open.recorded(tenant, change)
+
+    def _parts(self, tenant: str, path: str, turn: OpenTurn | None, by: str) -> Sequence[asyncio.Task[None]]:
+        """Record what others have changed at a path that `turn`, or a person, is about to change."""
+        waiting = self._open.waiting(tenant)
+        known = any(one.touches(path) for one in self._open.known(tenant))
+        others = [one for one in self._open.of(tenant) if one is not turn and path not in one.parted]
+        found = [
+            self._recorder.spawn(tenant, self._recorder.part(tenant, one, path))
+            for one in others
+            if one.touches(path) or (one.wide and not known)
+        ]
+        if any(one.key != by and (one.wide or one.touches(path)) for one in waiting):
+            found.append(self._recorder.spawn(tenant, self._recorder.idle(tenant)))
+        return found
 
     def called(self, tenant: str, turn: OpenTurn) -> None:
         """Have a turn rest from now on, unless it has ended; for `_Call`."""
@@ -185,11 +234,17 @@ class History:
             match event.type:
                 case "exec.started":
                     self._outside.ran(event.tenant, str(data["exec"]), str(data["by"]))
-                case "file.written" if "tool" not in data:
-                    self._outside.saved(event.tenant, str(data["path"]), str(data["by"]))
+                case "deployment.started":
+                    self._outside.record(event.tenant)
+                    for turn in self._open.of(event.tenant):
+                        if turn.wide:
+                            self._recorder.spawn(event.tenant, self._recorder.part(event.tenant, turn, None))
+                    self._recorder.deploying.add(event.tenant)
                 case "deployment.succeeded":
                     title, by = deployed(data)
                     self._recorder.spawn(event.tenant, self._recorder.deployed(event.tenant, title, by))
+                case "deployment.rolledback":
+                    self._recorder.deploying.discard(event.tenant)
 
     def noticed(self, event: TenantEvent) -> None:
         """Handle an event of a tenant."""
@@ -228,7 +283,12 @@ class History:
         self._rests.end(turn)
         if self._open.get(tenant, turn.key) is turn:
             self._open.take(tenant, turn.key)
-        return await self._recorder.record(tenant, turn) if turn.changed else None
+        if not turn.changed:
+            return None
+        self._open.wait(tenant, turn)
+        if turn.wide and (others := self._outside.record(tenant)):
+            await asyncio.wait(others)  # or what others have changed meanwhile would be nobody's
+        return await self._recorder.record(tenant, turn)
 
     def _check(self) -> None:
         if not self.on:
@@ -238,7 +298,7 @@ class History:
 class _Call:
     """A tool call inside a turn. Written by hand, since a generator's context costs four times as much."""
 
-    __slots__ = ("_by", "_history", "_key", "_path", "_tenant", "_tool", "_turn")
+    __slots__ = ("_by", "_history", "_key", "_lasting", "_path", "_tenant", "_tool", "_turn")
 
     def __init__(
         self,
@@ -249,8 +309,10 @@ class _Call:
         tool: str,
         path: str | None,
         by: str,
+        *,
+        lasting: bool,
     ) -> None:
-        """`turn` is that of a call that changes nothing."""
+        """`turn` is that of a call that changes nothing; with `lasting` something of it runs on."""
         self._history = history
         self._tenant = tenant
         self._key = key
@@ -258,6 +320,7 @@ class _Call:
         self._tool = tool
         self._path = path
         self._by = by
+        self._lasting = lasting
 
     async def __aenter__(self) -> Callable[[ToolResult], None]:
         if self._tool in _CHANGING:
@@ -266,6 +329,8 @@ class _Call:
             )
         assert self._turn is not None
         self._turn.calls += 1
+        if self._tool in _CHANGING:
+            self._turn.begin(lasting=self._lasting)
         if self._tool == "Write" and self._path is not None:
             return partial(_note, self._turn, self._path)
         return _unheard
@@ -275,6 +340,8 @@ class _Call:
     ) -> None:
         assert self._turn is not None
         self._turn.calls -= 1
+        if self._tool in _CHANGING:
+            self._turn.end()
         self._history.called(self._tenant, self._turn)
 
 

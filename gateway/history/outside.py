@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.execs.exec import Exec
-from gateway.history.open_turns import OpenTurn, OpenTurns
+from gateway.history.open_turns import COARSE, OpenTurn, OpenTurns, without
 from gateway.history.reading import TITLE_MAX, name, said
 from gateway.history.recorder import Recorder
 from gateway.runtime import ExecSpec
 
 _SAVED: Final = 2.0  # seconds after a person's last save in which it is recorded
 _LOOK: Final = 5.0  # seconds between looks at what commands print; after as many without a word they rest
-_PATIENCE: Final = 2.0  # seconds for which a tool call waits at most
+PATIENCE: Final = 2.0  # seconds for which a tool call waits at most
 _LABELS: Final = 16  # commands of one record whose names are kept
 _COMMAND: Final = 80  # characters of a command in a title
 
@@ -26,6 +27,7 @@ class _Change:
 
     turn: OpenTurn
     since: float = 0.0  # of the loop's clock
+    verbs: set[str] = field(default_factory=set)
     labels: dict[str, str] = field(default_factory=dict)  # of commands, each with whose it is
 
 
@@ -36,7 +38,8 @@ class _Place:
     saves: dict[str, _Change] = field(default_factory=dict)  # by subject
     commands: _Change | None = None
     printed: dict[str, int] = field(default_factory=dict)  # bytes, by command, at the last look
-    whose: dict[str, str] = field(default_factory=dict)  # of the commands that run
+    ran: dict[str, tuple[Exec, str]] = field(default_factory=dict)  # commands, each with whose it is
+    looked: float = 0.0  # seconds since the epoch of the last look
     saving: asyncio.TimerHandle | None = None
     looking: asyncio.TimerHandle | None = None
     under_way: dict[asyncio.Task[None], OpenTurn] = field(default_factory=dict)
@@ -45,9 +48,10 @@ class _Place:
 class Outside:
     """Changes of all tenants outside of turns, each recorded once it rests. Used from the event loop only.
 
-    Commands are those of clients: what a tool runs is its turn's. They may change anything at any time, so
-    the workspace is looked at once they have printed nothing for some seconds, and where they go on, every
-    `rest` seconds.
+    Commands are those of clients: what a tool runs is its turn's, and what helpers change, as language
+    servers, is nobody's. They may change anything at any time, so the workspace is looked at once they have
+    printed nothing for some seconds and, if they go on, every `rest` seconds. What changed while one ran, or
+    printed something, is ascribed to it; the rest is nobody's, and what a deployment changes is its own.
     """
 
     def __init__(
@@ -72,11 +76,13 @@ class Outside:
 
     # --- what is noted ----------------------------------------------------------------------------------
 
-    def saved(self, tenant: str, path: str, by: str) -> None:
+    def saved(self, tenant: str, path: str, by: str, verb: str = "Saved") -> None:
         """Note a file that somebody saved, so that it is on record before a turn changes it."""
         place = self._of.setdefault(tenant, _Place())
         save = place.saves.setdefault(by, _Change(OpenTurn(by, name(by), name(by))))
         save.turn.wrote(path)
+        save.verbs.add(verb)
+        self._open.wait(tenant, save.turn)
         if place.saving is not None:
             place.saving.cancel()
         place.saving = asyncio.get_running_loop().call_later(_SAVED, self._record_saves, tenant, place)
@@ -84,20 +90,20 @@ class Outside:
     def ran(self, tenant: str, exec_id: str, by: str) -> None:
         """Note that a command has started."""
         exec_ = next((one for one in self._execs(tenant) if one.id == exec_id), None)
-        if exec_ is None or exec_.spec.shown is not None:  # a tool's, whose turn has what it changes
+        if exec_ is None or exec_.spec.work != "client":  # a tool's, whose turn it is, or nobody's
             return
         place = self._of.setdefault(tenant, _Place())
-        place.whose[exec_id] = by
-        self._worked(place, exec_.spec, by)
+        place.ran[exec_id] = (exec_, by)
         self._look_later(tenant, place)
 
-    def _worked(self, place: _Place, spec: ExecSpec | None, by: str) -> None:
-        """Note that a command of somebody may have changed something; None is one that is gone."""
+    def _worked(self, place: _Place, exec_: Exec, by: str, since: float, until: float) -> None:
+        """Note that somebody's command may have changed something in a span of time."""
         if (change := place.commands) is None:
             change = _Change(OpenTurn(place, "", "", wide=True), asyncio.get_running_loop().time())
             place.commands = change
+        change.turn.worked(max(since, exec_.process.started_at) - COARSE, until)
         if len(change.labels) < _LABELS:
-            change.labels[_words(spec)] = by
+            change.labels[_words(exec_.spec)] = by
 
     # --- when it is recorded ----------------------------------------------------------------------------
 
@@ -113,25 +119,30 @@ class Outside:
             long = asyncio.get_running_loop().time() - change.since >= self._rest
             if long or not busy:
                 self._record_commands(tenant, place)
-        if place.whose or place.commands is not None:
+        if place.ran or place.commands is not None:
             self._look_later(tenant, place)
         else:
             self._tidy(tenant, place)
 
     def _notice(self, tenant: str, place: _Place) -> bool:
         """Note which commands have printed anything, or ended, since the last look; say whether one has."""
-        running = {exec_.id: exec_ for exec_ in self._execs(tenant) if exec_.state == "running"}
-        printed = {one: running[one].streams.printed for one in place.whose if one in running}
-        busy = [one for one, so_far in printed.items() if so_far != place.printed.get(one)]
-        ended = place.printed.keys() - printed.keys()
-        place.printed = printed
-        for one in busy:
-            self._worked(place, running[one].spec, place.whose[one])
-        for one in place.whose.keys() - printed.keys():
-            by = place.whose.pop(one)
-            if one in ended and place.commands is None:
-                self._worked(place, None, by)
-        return bool(busy or ended)
+        last, place.looked = place.looked, time.time()
+        busy = False
+        for one, (exec_, by) in list(place.ran.items()):
+            so_far, running = exec_.streams.printed, exec_.state == "running"
+            if running and so_far == place.printed.get(one):
+                continue
+            busy = True
+            until = place.looked
+            if not running:
+                del place.ran[one]
+                place.printed.pop(one, None)
+                if exec_.ended.done():
+                    until = min(until, exec_.process.started_at + exec_.over.duration_ms / 1000 + COARSE)
+            else:
+                place.printed[one] = so_far
+            self._worked(place, exec_, by, last if exec_.spec.pty else 0.0, until)
+        return busy
 
     def record(self, tenant: str) -> list[asyncio.Task[None]]:
         """Record what has changed until now; return the records under way, earlier ones included."""
@@ -145,6 +156,14 @@ class Outside:
     def record_all(self) -> list[asyncio.Task[None]]:
         return [task for tenant in list(self._of) for task in self.record(tenant)]
 
+    def others(self, tenant: str, path: str, by: str) -> Sequence[asyncio.Task[None]]:
+        """Record what others than `by` have saved at a path, and return these records."""
+        if (place := self._of.get(tenant)) is None:
+            return ()
+        if any(who != by and save.turn.touches(path) for who, save in place.saves.items()):
+            self._record_saves(tenant, place)
+        return [task for task, turn in place.under_way.items() if turn.key != by and turn.touches(path)]
+
     async def before(self, tenant: str, path: str | None, *, first: bool) -> None:
         """Record what is outside of a turn that is about to change `path`; None is any.
 
@@ -155,32 +174,34 @@ class Outside:
             return
         if first:
             self.record(tenant)  # begins before the call, and leaves out the file that it changes
-        elif any(path is None or path in save.turn.paths for save in place.saves.values()):
+        elif any(path is None or save.turn.touches(path) for save in place.saves.values()):
             self._record_saves(tenant, place)
-        waited = [task for task, turn in place.under_way.items() if path is None or path in turn.paths]
+        waited = [task for task, turn in place.under_way.items() if path is None or turn.touches(path)]
         if waited:
-            await asyncio.wait(waited, timeout=_PATIENCE)
+            await asyncio.wait(waited, timeout=PATIENCE)
 
     def _record_saves(self, tenant: str, place: _Place) -> None:
-        """Record what people have saved; what an open turn has changed as well is that turn's."""
+        """Record what people have saved."""
         if place.saving is not None:
             place.saving.cancel()
             place.saving = None
-        changed = {path for turn in self._open.of(tenant) for path in turn.paths}
         saves, place.saves = place.saves, {}
         for save in saves.values():
-            save.turn.paths -= changed
-            if not save.turn.changed:
-                continue
             paths = sorted(save.turn.paths)
             what = paths[0] if len(paths) == 1 else f"{len(paths)} files"
-            self._record(tenant, place, save.turn, f"Saved {what}")
+            verb = next(iter(save.verbs)) if len(save.verbs) == 1 else "Changed"
+            self._record(tenant, place, save.turn, f"{verb} {what}")
         self._tidy(tenant, place)
 
     def _record_commands(self, tenant: str, place: _Place) -> None:
-        """Record what commands have changed; where a turn runs a command too, it is that turn's."""
-        change, place.commands = place.commands, None
-        if change is None or any(turn.wide for turn in self._open.of(tenant)):
+        """Record what commands have changed; while a turn runs a command too, what changes is that turn's."""
+        change = place.commands
+        if change is None or tenant in self._recorder.deploying:
+            return
+        place.commands = None
+        change.turn.times = without(change.turn.times, self._open.others_at_work(tenant, change.turn))
+        if not change.turn.times:
+            self._tidy(tenant, place)
             return
         labels = change.labels
         by = name(next(iter(labels.values())) if len(set(labels.values())) == 1 else "several")
@@ -200,12 +221,10 @@ class Outside:
 
     def _tidy(self, tenant: str, place: _Place) -> None:
         """Forget a workspace in which nothing happens."""
-        busy = place.saves or place.commands or place.looking or place.under_way
+        busy = place.saves or place.commands or place.ran or place.looking or place.under_way
         if not busy and self._of.get(tenant) is place:
             del self._of[tenant]
 
 
-def _words(spec: ExecSpec | None) -> str:
-    if spec is None:
-        return "by a command"
+def _words(spec: ExecSpec) -> str:
     return "in a terminal" if spec.pty else f"by {' '.join(spec.argv)[:_COMMAND]}"

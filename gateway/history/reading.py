@@ -86,6 +86,21 @@ def deployed(facts: Mapping[str, Any]) -> tuple[str, str]:
     return f"{what} ({facts['deployment']})", str(facts.get("by", ""))
 
 
+def nobody(at: int) -> Turn:
+    """Return the turn of changes that cannot be ascribed to anybody."""
+    return Turn("", "outside", "nobody", "nobody", "Changed outside of turns", at)
+
+
+def both(printed: bytes, turn: Turn) -> tuple[Turn | None, Turn | None]:
+    """Return what commit.sh found: of nobody, and `turn`; each None if nothing changed."""
+    word, _, rest = printed.partition(b" ")
+    if word != b"outside":
+        return None, committed(printed, turn)
+    commit, _, rest = rest.partition(b"\n")
+    counts, _, rest = rest.partition(b"\n")
+    return committed(commit + b"\n" + counts + b"\n", nobody(turn.at)), committed(rest, turn)
+
+
 def committed(printed: bytes, turn: Turn) -> Turn | None:
     """Return `turn` with the output of commit.sh or restore.sh; None if nothing changed."""
     first, _, rest = printed.partition(b"\n")

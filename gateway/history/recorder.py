@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
@@ -14,7 +14,7 @@ from gateway.errors import Conflict, ExecFailed, GatewayError, TenantNotRunning,
 from gateway.events import Bus
 from gateway.history.afterwards import Afterwards
 from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.reading import TITLE_MAX, Turn, name, said
+from gateway.history.reading import TITLE_MAX, Turn, name, nobody, said
 from gateway.history.repository import Repository
 from gateway.settings import Settings
 
@@ -43,6 +43,8 @@ class Recorder:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._begun: dict[str, asyncio.Task[None]] = {}
         self._told: dict[str, int] = {}  # commits of each tenant
+        self.deploying: set[str] = set()  # tenants whose files a deployment may be changing
+        self._going: dict[str, asyncio.Future[None]] = {}  # tenants that are going back
         self._asleep: dict[str, Turn] = {}  # sites deployed to tenants that stopped before it was recorded
         self.afterwards = Afterwards()
 
@@ -78,25 +80,64 @@ class Recorder:
     async def record(self, tenant: str, turn: OpenTurn) -> Turn | None:
         """Commit a turn that has ended; None if nothing changed."""
         await self.ready(tenant, turn.made)
-        made = _made("turn", turn.agent, turn.by, turn.title or "Untitled")
         try:
-            async with self._lock(tenant):
-                mode, paths = self._open.share(tenant, turn)
-                found = await self._repository.commit(tenant, mode, paths, made)
+            found = await self._commit(tenant, turn)
         except (TenantNotRunning, Unavailable, Timeout, ExecFailed) as error:
             self._postpone(tenant, turn, error)
             raise
-        self._tell(tenant, found)
+        except BaseException:
+            self._open.recorded(tenant, turn)
+            raise
+        self._open.recorded(tenant, turn)
+        return found
+
+    async def idle(self, tenant: str) -> None:
+        """Wait until what is being recorded now is on record."""
+        async with self._lock(tenant):
+            pass
+
+    async def part(self, tenant: str, turn: OpenTurn, path: str | None) -> None:
+        """Commit what an open turn has changed so far, at a path or all: others are about to change it."""
+        await self.ready(tenant, turn.made)
+        if path is None:
+            await self._commit(tenant, turn, whole=True)
+        else:
+            so_far = OpenTurn(turn, turn.agent, turn.by, turn.title, paths={path}, times=[*turn.at_work()])
+            # of a file tool it is known; what a command has changed is seen by its time
+            await self._commit(tenant, so_far, by_time=path not in turn.paths)
+            if not turn.changing:
+                turn.paths.discard(path)
+                turn.parted.add(path)
+
+    async def _commit(
+        self, tenant: str, turn: OpenTurn, *, by_time: bool = False, whole: bool = False
+    ) -> Turn | None:
+        made = _made("turn", turn.agent, turn.by, turn.title or "Untitled")
+        async with self._lock(tenant):
+            mode, paths = self._open.share(tenant, turn)
+            if turn.wide and tenant in self.deploying and not whole:
+                mode, paths = "only", sorted(turn.paths)  # all else is the deployment's
+            times = turn.at_work() if mode != "only" or by_time else ()
+            left = self._open.others_at_work(tenant, turn)
+            others, found = await self._repository.commit(tenant, mode, paths, made, times, left)
+        for one in (others, found):
+            self._tell(tenant, one)
         return found
 
     async def outside(self, tenant: str, change: OpenTurn) -> None:
-        """Record what was changed without a turn, but for what open turns are known to have written."""
+        """Record what was changed without a turn, but for what others are known to have changed."""
         await self.ready(tenant)
         turn = _made("outside", change.agent, change.by, change.title)
-        async with self._lock(tenant):
-            mode, paths = self._open.share(tenant, change)
-            found = await self._repository.commit(tenant, mode, paths, turn)
-        self._tell(tenant, found)
+        try:
+            async with self._lock(tenant):
+                mode, paths = self._open.share(tenant, change)
+                times = change.at_work() if change.wide else ()
+                left = self._open.others_at_work(tenant, change)
+                others, found = await self._repository.commit(tenant, mode, paths, turn, times, left)
+        finally:
+            self._open.recorded(tenant, change)
+        for one in (others, found):
+            self._tell(tenant, one)
 
     async def deployed(self, tenant: str, title: str, by: str) -> None:
         """Record a site as it was deployed, and make its workspace a repository if it is not one.
@@ -111,24 +152,44 @@ class Recorder:
         lock = self._lock(tenant)
         # who holds it, or waits for it, could not hurry this one yet
         resting = contextlib.nullcontext() if lock.locked() else self.afterwards.turn(tenant)
-        async with lock, resting:
-            mode, paths = self._open.share(tenant, turn)
-            try:
+        try:
+            async with lock, resting:
+                mode, paths = self._open.share(tenant, turn)
                 found = await self._repository.deployed(tenant, mode, paths, made)
-            except TenantNotRunning:
-                self._asleep[tenant] = made
-                raise
+        except TenantNotRunning:
+            self._asleep[tenant] = made
+            raise
+        finally:
+            self.deploying.discard(tenant)
         self._begun.setdefault(tenant, self.spawn(tenant, asyncio.sleep(0)))
         self._tell(tenant, found)
 
+    async def still(self, tenant: str, seconds: float) -> None:
+        """Wait until nobody goes back in a workspace, for so long at most: before it is changed."""
+        if (going := self._going.get(tenant)) is not None:
+            await asyncio.wait([going], timeout=seconds)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, tenant: str) -> AsyncIterator[None]:
+        """Go back inside, while tools and people wait with their changes."""
+        async with self._lock(tenant):
+            going = self._going[tenant] = asyncio.get_running_loop().create_future()
+            try:
+                yield
+            finally:
+                del self._going[tenant]
+                going.set_result(None)
+
     async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Turn | None:
         """Restore the files to `before` a turn or `after` it, as a new turn; None if nothing changes."""
-        async with self._lock(tenant):
+        async with self._alone(tenant):
             changed = await self._repository.changes(tenant, turn)
             title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
             words = f"Undo: {title}" if side == "before" else f"Restore: {title}"
             new = _made("restored", name(by), name(by), words)
-            found, restored = await self._repository.restore(tenant, turn, side, _outside(), new)
+            found, restored = await self._repository.restore(
+                tenant, turn, side, nobody(int(time.time())), new
+            )
         for one in (found, restored):
             self._tell(tenant, one)
         return restored
@@ -137,7 +198,7 @@ class Recorder:
         self, tenant: str, turn: str, force: Collection[str], by: str
     ) -> tuple[Turn | None, list[str]]:
         """Take back what one turn changed, as a new turn; None if nothing changes or paths conflict."""
-        async with self._lock(tenant):
+        async with self._alone(tenant):
             changed = await self._repository.changes(tenant, turn)
             title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
             of, _, what = title.partition(": ")
@@ -147,7 +208,7 @@ class Recorder:
             for left in reversed(range(_WRITES)):
                 try:
                     found, undone, conflicts = await self._repository.undo(
-                        tenant, turn, force, _outside(), new
+                        tenant, turn, force, nobody(int(time.time())), new
                     )
                     break
                 except Conflict as error:  # files that somebody writes at this moment
@@ -169,14 +230,18 @@ class Recorder:
         self.afterwards.hurry(tenant)
         for of in (self._begun, self._told, self._late, self._asleep):
             of.pop(tenant, None)
+        self.deploying.discard(tenant)
 
     def _postpone(self, tenant: str, turn: OpenTurn, error: GatewayError) -> None:
         """Record a turn later: when its tenant runs again or, if it is running, in a while."""
         turn.tries += not isinstance(error, TenantNotRunning)
         if turn.tries > _TRIES or error.facts.get("reason") == "no_git":
+            self._open.recorded(tenant, turn)
             return
         waiting = self._late.setdefault(tenant, [])
         waiting.append(turn)
+        for lost in waiting[:-_LATE]:
+            self._open.recorded(tenant, lost)
         del waiting[:-_LATE]
         if not isinstance(error, TenantNotRunning):
             asyncio.get_running_loop().call_later(self._settings.turn_rest, self.again, tenant)
@@ -220,8 +285,3 @@ async def _quiet(tenant: str, work: Coroutine[Any, Any, Any]) -> None:
 
 def _made(kind: str, agent: str, by: str, title: str) -> Turn:
     return Turn("", kind, agent, by, title, int(time.time()))
-
-
-def _outside() -> Turn:
-    """Return the turn of changes that cannot be ascribed to anybody."""
-    return _made("outside", "nobody", "nobody", "Changed outside of turns")

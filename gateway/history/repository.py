@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -15,8 +16,8 @@ from typing import Final
 from gateway.bounds import Flood, aside, first
 from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
 from gateway.execs import Execs
-from gateway.history.open_turns import Mode
-from gateway.history.reading import Turn, committed, conflicting, listed, shown
+from gateway.history.open_turns import Mode, Times
+from gateway.history.reading import Turn, both, committed, conflicting, listed, shown
 from gateway.history.reading import changes as changes_of
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import ExecSpec, Process, TenantRuntime
@@ -80,9 +81,18 @@ class Repository:
         """Record the workspace as it is, without the files in `made`, if there is no history yet."""
         return await self._commit(tenant, "begin", _excluded(made), turn)
 
-    async def commit(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
-        """Commit the changes; None if there are none."""
-        return await self._commit(tenant, mode, _excluded(paths) if mode == "but" else paths, turn)
+    async def commit(
+        self,
+        tenant: str,
+        mode: Mode,
+        paths: Sequence[str],
+        turn: Turn,
+        times: Times = (),
+        others: Times = (),
+    ) -> tuple[Turn | None, Turn | None]:
+        """Commit the changes, and before them those outside of `times` and of `others`, as nobody's."""
+        given = _excluded(paths) if mode == "but" else paths
+        return both(await self._committed(tenant, mode, given, turn, times=times, others=others), turn)
 
     async def restore(
         self, tenant: str, to: str, side: str, outside: Turn, turn: Turn
@@ -123,7 +133,9 @@ class Repository:
     async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
         """Make the workspace a git repository, if it is not one, and `commit`."""
         given = _excluded(paths) if mode == "but" else paths
-        return await self._commit(tenant, mode, given, turn, script="deployed")
+        times = ((0.0, time.time()),)  # what is saved while git looks is not the deployment's
+        printed = await self._committed(tenant, mode, given, turn, script="deployed", times=times)
+        return both(printed, turn)[1]
 
     async def tidy(self, tenant: str) -> None:
         """Compact the history."""
@@ -164,13 +176,29 @@ class Repository:
         given: Sequence[str],
         turn: Turn,
         of: str | None = None,
+    ) -> Turn | None:
+        return committed(await self._committed(tenant, mode, given, turn, of), turn)
+
+    async def _committed(
+        self,
+        tenant: str,
+        mode: str,
+        given: Sequence[str],
+        turn: Turn,
+        of: str | None = None,
         *,
         script: str = "commit",
-    ) -> Turn | None:
+        times: Times = (),
+        others: Times = (),
+    ) -> bytes:
         words = [mode, str(self._settings.turn_file_max), self._wait, turn.title, *([of] if of else [])]
         input_ = b"".join(path.encode("utf-8", "surrogateescape") + b"\0" for path in given)
-        printed = await self._run(tenant, script, words, _identity(turn), _SAID, given=input_, missing=of)
-        return committed(printed, turn)
+        env = _identity(turn)
+        if times:
+            env["TURN_TIMES"] = " ".join(f"{since:.6f} {until:.6f}" for since, until in times)
+            spans = [f"{since:.6f} {until:.6f}" for since, until in others]
+            env["TURN_LEFT"] = " ".join([f"{time.time():.6f}", *spans])
+        return await self._run(tenant, script, words, env, _SAID, given=input_, missing=of)
 
     async def _run(
         self,

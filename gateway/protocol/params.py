@@ -117,6 +117,7 @@ class ExecStart(Reader):
     user: User | None = None
     pty: PtySize | None = None
     stdin: bool = False
+    helper: bool = False
     timeout_ms: Annotated[int, Field(gt=0, le=7 * 86_400_000)] | None = None
     linger_ms: Annotated[int, Field(ge=-1, le=7 * 86_400_000)] | None = None
     exec_id: ExecId | None = None

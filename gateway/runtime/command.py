@@ -20,6 +20,9 @@ class Pty:
     rows: int = 24
 
 
+Work = Literal["client", "tool", "helper"]
+
+
 @dataclass(frozen=True, slots=True)
 class ExecSpec:
     """A command to run. `cwd` defaults to the workspace and `user` to its owner; both must exist.
@@ -27,7 +30,8 @@ class ExecSpec:
     With `merged`, both streams go to stdout in the order of writing, and what the command writes to
     descriptor 3 becomes `Process.report`. `shown` is displayed instead of `argv` if the gateway has wrapped
     the command. With `outlive` the command has a `Process.holding` if the runtime supports that. `before` is
-    awaited with it before anything of the command has happened; what it raises is passed on.
+    awaited with it before anything of the command has happened; what it raises is passed on. `work` says
+    whose its changes are: of whoever started it, of a tool's turn, or nobody's, as a language server's.
     """
 
     argv: tuple[str, ...]
@@ -39,6 +43,7 @@ class ExecSpec:
     merged: bool = False
     shown: tuple[str, ...] | None = None
     outlive: bool = False
+    work: Work = "client"
     before: Callable[[Holding | None], Awaitable[None]] | None = None
 
     def digest(self) -> bytes:

@@ -96,10 +96,10 @@ class Commands:
         """Start a command, after `begin`. Raises `ToolFailure`, and what `Execs.start` raises."""
         shown, cwd = ("bash", "-c", command), record.cwd
         if record.phase == "background":
-            spec = ExecSpec(("/bin/bash", "-c", command), cwd=cwd, shown=shown)
+            spec = ExecSpec(("/bin/bash", "-c", command), cwd=cwd, shown=shown, work="tool")
         else:
             argv = ("/bin/bash", "-c", shell.SCRIPT, "bash", command)
-            spec = ExecSpec(argv, cwd=cwd, merged=True, shown=shown)
+            spec = ExecSpec(argv, cwd=cwd, merged=True, shown=shown, work="tool")
         purpose = record.facts() if record.lasting else None
         try:
             exec_ = await self._execs.start(

@@ -284,6 +284,107 @@ class HistoryContract:
             await wire.call("history/restore", turn=turn["turn"], to="before")
             assert await text(wire, "out") == "built\n"
 
+    @pytest.mark.parametrize("helper", [True, False], ids=["helper", "command"])
+    async def test_what_prints_all_the_time_has_nobody_s_work(
+        self, gateway: LiveGateway, tenant: str, helper: bool
+    ) -> None:
+        """As a language server does: an agent's turn, what people save, move and remove stay theirs."""
+        serve = "while :; do echo x; [ ! -e go ] || { echo own >cache; rm go; }; sleep 0.02; done"
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["exec.started", "turn.committed"])
+            for path in ("moved", "gone"):
+                await write(wire, path, "1\n")
+            await end(wire)
+            server = await wire.call("exec/start", argv=["sh", "-c", serve], helper=helper)
+            await event(wire, "exec.started", exec=server["exec"])
+            await wire.call("turn/begin", title="Agent")
+            await write(wire, "page", "an agent's\n")
+            await wire.call("files/write", path="saved", text="a person's\n")
+            turn = await end(wire)
+            await wire.until(lambda: "Saved saved" in [one["title"] for one in told(wire)])
+            await wire.call("files/move", **{"from": "moved", "to": "there"})
+            await wire.call("files/remove", path="gone")
+            await wire.until(lambda: "Changed 3 files" in [one["title"] for one in told(wire)])
+            shown = await wire.call("history/diff", turn=turn["turn"])
+            assert [one["path"] for one in shown["changed"]] == ["page"]
+            await wire.call("turn/begin", title="Shell")
+            await bash(wire, "echo an agent >shell")
+            await wire.call("files/write", path="go", text="")
+            await bash(wire, "while [ -e go ]; do sleep 0.01; done; echo an agent >more")
+            turn = await end(wire)
+            listed = {one["title"]: one for one in (await wire.call("history/list"))["turns"]}
+            assert not [title for title in listed if helper and "while" in title]
+            changed = (await wire.call("history/diff", turn=listed["Saved saved"]["turn"]))["changed"]
+            assert [one["path"] for one in changed] == ["saved"]
+            changed = (await wire.call("history/diff", turn=turn["turn"]))["changed"]
+            assert {"shell", "more"} <= {one["path"] for one in changed}
+            await wire.call("exec/cancel", exec=server["exec"])
+
+    async def test_what_changes_between_the_commands_of_a_turn_is_nobody_s(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """The site's process, a formatter: it is on record apart, and stays when the turn is undone."""
+        site = "read x; echo own >site; rm other/old; mkdir d; echo own >d/site; echo done; read x"
+        async with gateway.wire(tenant) as wire:
+            await write(wire, "other/old", "1\n")
+            await write(wire, "folder/kept", "1\n")
+            await end(wire)
+            helper = await wire.call("exec/start", argv=["sh", "-c", site], stdin=True, helper=True)
+            await wire.call("turn/begin", title="Shell")
+            await bash(wire, "echo 1 >one; mv folder renamed")
+            await asyncio.sleep(0.1)  # the kernel's time of a change is coarse
+            await wire.stdin(helper["channel"], b"\n")
+            await wire.until(lambda: b"done" in wire.output[helper["channel"], 1])
+            await asyncio.sleep(0.1)
+            await bash(wire, "echo 2 >two")
+            turn = await end(wire)
+            changed = (await wire.call("history/diff", turn=turn["turn"]))["changed"]
+            assert {one["path"] for one in changed} == {"one", "two", "folder/kept", "renamed/kept"}
+            before = (await wire.call("history/list"))["turns"][1]
+            assert (before["kind"], before["by"], before["title"]) == (
+                *("outside", "nobody"),
+                "Changed outside of turns",
+            )
+            changed = (await wire.call("history/diff", turn=before["turn"]))["changed"]
+            assert {one["path"] for one in changed} == {"site", "other/old", "d/site"}
+            await wire.call("history/undo", turn=turn["turn"])
+            listed = await bash(wire, "find . -type f -not -path './.git*' | sort | tr '\\n' ' '")
+            assert listed.split() == ["./d/site", "./folder/kept", "./site"]
+            await wire.call("exec/cancel", exec=helper["exec"])
+
+    async def test_what_several_change_in_one_file_during_a_turn_is_told_apart(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """A person's save and another agent's edit between two of a turn are theirs, and outlive its undo."""
+        lines = [f"line {number}" for number in range(12)]
+
+        def page(**changed: str) -> str:
+            return "".join(f"{changed.get(line.replace(' ', ''), line)}\n" for line in lines)
+
+        async with gateway.wire(tenant) as one, gateway.wire(tenant) as other:
+            await write(one, "page", page())
+            await end(one)
+            for wire, title in ((one, "One"), (other, "Other")):
+                await wire.call("turn/begin", title=title)
+            await write(one, "page", page(line0="one"))
+            await one.call("files/write", path="page", text=page(line0="one", line3="person"))
+            await write(other, "page", page(line0="one", line3="person", line6="other"))
+            await end(other)
+            await bash(one, "sed -i 's/line 9/one too/' page")
+            now = page(line0="one", line3="person", line6="other", line9="one too")
+            assert await text(one, "page") == now
+            await one.call("files/write", path="page", text=now.replace("line 11", "person"))
+            await end(one)
+            turns = (await one.call("history/list"))["turns"]
+            by_title = [turn for turn in turns if turn["title"] == "One"]
+            assert by_title
+            for turn in by_title:
+                assert (await one.call("history/undo", turn=turn["turn"]))["conflicts"] == []
+            assert await text(one, "page") == page(line3="person", line6="other", line11="person")
+            for turn in [turn for turn in turns if turn["title"] == "Other"]:
+                assert (await one.call("history/undo", turn=turn["turn"]))["conflicts"] == []
+            assert await text(one, "page") == page(line3="person", line11="person")
+
     async def test_hostile_trees_and_repositories_do_not_matter(
         self, gateway: LiveGateway, tenant: str
     ) -> None:

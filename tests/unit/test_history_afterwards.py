@@ -16,7 +16,7 @@ from gateway.execs import Execs
 from gateway.history import afterwards
 from gateway.history.afterwards import Afterwards
 from gateway.history.history import History
-from gateway.history.open_turns import Mode, OpenTurn, OpenTurns
+from gateway.history.open_turns import Mode, OpenTurn, OpenTurns, Times
 from gateway.history.reading import Turn
 from gateway.history.recorder import Recorder
 from gateway.history.repository import Repository
@@ -149,9 +149,17 @@ class Written(Repository):
         self.done.append("begin")
         return None
 
-    async def commit(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
+    async def commit(
+        self,
+        tenant: str,
+        mode: Mode,
+        paths: Sequence[str],
+        turn: Turn,
+        times: Times = (),
+        others: Times = (),
+    ) -> tuple[Turn | None, Turn | None]:
         self.done.append(f"commit {mode}")
-        return None
+        return None, None
 
     async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
         return []

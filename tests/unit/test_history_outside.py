@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,11 +12,12 @@ import pytest
 
 from gateway.execs.exec import Exec
 from gateway.history import outside
-from gateway.history.open_turns import OpenTurn, OpenTurns
+from gateway.history.open_turns import OpenTurn, OpenTurns, without
 from gateway.history.outside import Outside
 from gateway.history.recorder import Recorder
 from gateway.runtime import ExecSpec, Pty
-from tests.waits import settled, turn, until
+from gateway.runtime.command import Work
+from tests.waits import settled, turn
 
 
 class Recorded:
@@ -28,6 +30,9 @@ class Recorded:
         self.free.set()
         self.some = asyncio.Event()
 
+        self.deploying: set[str] = set()
+        self.changes: list[OpenTurn] = []
+
     def spawn(self, tenant: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.create_task(work)
 
@@ -35,6 +40,7 @@ class Recorded:
         await self.free.wait()
         self.titles.append(change.title)
         self.by.append(change.by)
+        self.changes.append(change)
         self.some.set()
 
 
@@ -46,14 +52,20 @@ class World:
         listed = cast(list[Exec], self.execs)
         self.outside = Outside(lambda tenant: listed, self.open, cast(Recorder, self.recorded), rest)
 
-    def start(self, *argv: str, by: str = "eve", pty: Pty | None = None, shown: Any = None) -> Any:
-        spec = ExecSpec(argv, pty=pty, shown=shown)
+    def start(self, *argv: str, by: str = "eve", pty: Pty | None = None, work: Work = "client") -> Any:
+        spec = ExecSpec(argv, pty=pty, work=work)
         exec_ = SimpleNamespace(
-            id=f"x-{len(self.execs)}", spec=spec, state="running", streams=SimpleNamespace(printed=0)
+            **{"id": f"x-{len(self.execs)}", "spec": spec, "state": "running"},
+            **{"streams": SimpleNamespace(printed=0), "process": SimpleNamespace(started_at=time.time())},
+            **{"ended": asyncio.Future(), "over": None},
         )
         self.execs.append(exec_)
         self.outside.ran("t", exec_.id, by)
         return exec_
+
+    def end(self, exec_: Any, seconds: float = 0.0) -> None:
+        exec_.state, exec_.over = "ended", SimpleNamespace(duration_ms=seconds * 1000)
+        exec_.ended.set_result(None)
 
     async def next(self) -> tuple[str, str]:
         async with asyncio.timeout(60):
@@ -75,8 +87,8 @@ async def test_a_terminal_is_looked_at_once_it_rests_and_again_once_it_goes_on()
     assert await world.next() == ("Changed in a terminal", "eve")
     terminal.streams.printed += 10
     assert await world.next() == ("Changed in a terminal", "eve")
-    terminal.state = "ended"
-    assert await world.next() == ("Changed by a command", "eve")
+    world.end(terminal, 60)
+    assert await world.next() == ("Changed in a terminal", "eve")
     assert world.outside._of == {}
 
 
@@ -95,19 +107,43 @@ async def test_what_never_rests_is_recorded_all_the_same() -> None:
     world.outside.close()
 
 
-async def test_commands_of_several_and_of_tools() -> None:
-    """What a tool runs is its turn's; where a turn runs a command too, all that changed is that turn's."""
+async def test_commands_of_several_of_tools_and_of_helpers() -> None:
+    """What a tool runs is its turn's, what a language server does is nobody's; neither is looked at."""
     world = World()
-    world.start("bash", "-c", "wrapped", shown=("bash", "-c", "true"))
+    world.start("bash", "-c", "wrapped", work="tool")
+    world.start("language-server", work="helper")
     assert world.outside._of == {}
-    world.start("make", by="ann").state = "ended"
-    world.start("true", by="bob").state = "ended"
+    world.end(world.start("make", by="ann"), 5)
+    world.end(world.start("true", by="bob"), 5)
     assert await world.next() == ("Changed by 2 commands", "several")
-    world.open.open("t", OpenTurn("one", "a", "a")).wrote(None)
-    world.start("make").state = "ended"
+
+
+async def test_a_command_has_what_changed_while_it_ran() -> None:
+    """Not what changed later, nor while a command of a turn ran too, nor what a deployment does."""
+    world = World()
+    cat = world.start("cat", "index.html")
+    world.end(cat, 0.1)
+    assert await world.next() == ("Changed by cat index.html", "eve")
+    ((since, over),) = world.recorded.changes[0].at_work()
+    assert since < cat.process.started_at < over < cat.process.started_at + 0.2
+    turn = world.open.open("t", OpenTurn("one", "a", "a"))
+    turn.wrote(None)
+    turn.begin()
+    world.end(world.start("make"), 5)
+    assert world.outside.record("t") == [], "all its time is the turn's"
+    turn.end()
+    world.open.take("t", "one")
+    world.recorded.deploying.add("t")
+    world.end(world.start("make"), 5)
     assert world.outside.record("t") == []
-    await until(lambda: world.outside._of == {}, every=0.01)
-    assert len(world.recorded.titles) == 1
+    world.recorded.deploying.clear()
+    assert await world.next() == ("Changed by make", "eve")
+
+
+def test_spans_of_time_are_taken_from_others() -> None:
+    assert without([(0, 10), (20, 30)], []) == [(0, 10), (20, 30)]
+    assert without([(0, 10), (20, 30)], [(2, 3), (8, 22), (40, 50)]) == [(0, 2), (3, 8), (22, 30)]
+    assert without([(0, 10)], [(0, 5), (5, 10)]) == []
 
 
 async def test_a_call_waits_for_what_it_would_hide_and_for_nothing_else() -> None:
@@ -137,7 +173,7 @@ async def test_a_call_waits_for_what_it_would_hide_and_for_nothing_else() -> Non
 
 
 async def test_a_call_waits_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outside, "_PATIENCE", 0.01)
+    monkeypatch.setattr(outside, "PATIENCE", 0.01)
     world = World()
     world.recorded.free.clear()
     world.outside.saved("t", "page", "eve")

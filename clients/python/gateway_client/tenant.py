@@ -63,6 +63,7 @@ class Tenant(TenantSite, ToolSession):
         stdin: bool = False,
         timeout: float | None = None,
         linger: float | None = None,
+        helper: bool = False,
         exec_id: str | None = None,
         buffer: int = BUFFER,
         encoding: Encoding = "binary",
@@ -71,7 +72,8 @@ class Tenant(TenantSite, ToolSession):
 
         `pty` is (columns, rows) and includes stdin; `timeout` and `linger` are in seconds, and a linger of -1
         has no end; `buffer` limits the bytes of each output stream that wait here. With the `encoding`
-        "utf-8" no chunk of output ends inside a character, so that each can be decoded by itself.
+        "utf-8" no chunk of output ends inside a character, so that each can be decoded by itself. What a
+        `helper` changes, such as a language server, is ascribed to nobody in the history.
         """
         params: dict[str, Any] = {
             **_command(command, cwd, env),
@@ -80,6 +82,8 @@ class Tenant(TenantSite, ToolSession):
         }
         if user is not None:
             params["user"] = user
+        if helper:
+            params["helper"] = True
         if pty is not None:
             params["pty"] = {"cols": pty[0], "rows": pty[1]}
         if timeout is not None:

@@ -12,6 +12,8 @@ export interface ExecOptions {
   readonly timeoutMs?: number | undefined;
   /** How long it continues with nobody attached: default 60 000, −1 without end. */
   readonly lingerMs?: number | undefined;
+  /** What it changes is ascribed to nobody in the history, as of a language server. */
+  readonly helper?: boolean | undefined;
   readonly execId?: string | undefined;
   /** How many unread bytes may wait here; see `Exec`. */
   readonly buffer?: number | undefined;

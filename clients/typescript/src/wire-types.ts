@@ -182,6 +182,7 @@ export type ExecStart = {
   readonly user?: string | number | null | undefined;
   readonly pty?: PtySize | null | undefined;
   readonly stdin?: boolean | undefined;
+  readonly helper?: boolean | undefined;
   readonly timeoutMs?: number | null | undefined;
   readonly lingerMs?: number | null | undefined;
   readonly execId?: string | null | undefined;

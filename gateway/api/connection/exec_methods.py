@@ -66,7 +66,8 @@ class ExecMethods(Family):
         exec_ = await self._hub.execs.start(
             self._tenant,
             exec_spec(
-                params.argv, params.command, params.cwd, params.env, params.user, params.pty, params.stdin
+                *(params.argv, params.command, params.cwd, params.env, params.user, params.pty),
+                *(params.stdin, params.helper),
             ),
             exec_id=params.exec_id,
             once=params.exec_id is not None,

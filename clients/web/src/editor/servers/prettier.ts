@@ -19,6 +19,7 @@ export async function prettier(tenant: Tenant, doc: Doc): Promise<string | null>
     stdin: true,
     timeoutMs: PATIENCE,
     lingerMs: 0,
+    helper: true,
   });
   // a missing program reads no input
   await exec.write(doc.text).catch(() => {});

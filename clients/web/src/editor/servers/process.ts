@@ -57,7 +57,7 @@ export class ServerProcess {
     const { argv, script } = command(startScript, "language-server", kind, PACKAGES[kind].folder);
     const env = { SCRIPT: script };
     const execId = `${LANGUAGE_SERVER}${kind}-${unique()}`;
-    const exec = await tenant.exec(argv, { stdin: true, env, execId, lingerMs: LINGER });
+    const exec = await tenant.exec(argv, { stdin: true, env, execId, lingerMs: LINGER, helper: true });
     return new ServerProcess(exec, listener);
   }
 
@@ -142,7 +142,8 @@ async function install(tenant: Tenant, kind: Kind): Promise<void> {
   const { argv, script } = command(installScript, "language-server", folder);
   const env = { SCRIPT: script, PACKAGE: manifest, LOCK: lock };
   const execId = `${LANGUAGE_SERVER}install-${unique()}`;
-  const exec = await tenant.exec(argv, { env, execId, timeoutMs: INSTALL_MS, lingerMs: LINGER });
+  const options = { env, execId, timeoutMs: INSTALL_MS, lingerMs: LINGER, helper: true };
+  const exec = await tenant.exec(argv, options);
   let said = "";
   const decoder = new TextDecoder();
   for await (const { data } of exec.output())
