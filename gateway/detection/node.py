@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -183,7 +182,9 @@ def _detected(clues: Clues, said: Project, manager: str, install: Command, insta
     if framework is not None and clues.production:
         if not _serves_itself(framework, said):
             return _built(framework, clues, said, manager, install, installed)
-    elif framework is not None and (found := _dev_server(framework, said, manager)) is not None:
+        own = _server(clues, said, manager, install, installed)
+        return own and replace(own, name=framework.name, title=framework.title, why=_named(framework, said))
+    if framework is not None and (found := _dev_server(framework, said, manager)) is not None:
         start, started = found
         return Detected(
             framework.name,
@@ -208,15 +209,23 @@ def _serves_itself(framework: Framework, said: Project) -> bool:
         words = expanded(("sh", "-c", said.scripts.get(script, "")), said)[3:]
         if _develops(framework, words):
             continue
-        if any(program(word) in _PLAIN and _is_file(file) for word, file in itertools.pairwise(words)):
+        if any(name in _PLAIN for name, _ in _files(words)):
             return True
         if script == "start" and words and not {program(word) for word in words} & {*framework.programs}:
             return any(package in said.packages for package, _ in _SERVERS)
     return False
 
 
-def _is_file(word: str) -> bool:
-    return not word.startswith("-") and ("." in word or "/" in word) and "node_modules" not in word
+def _files(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the programs among these words that run a file, and that file."""
+    for at, word in enumerate(words):
+        if (name := program(word)) in {*_PLAIN, "python", "python3"}:
+            following = (
+                word for word in words[at + 1 : at + 6] if not word.startswith("-") and word != "run"
+            )
+            file = next(following, "")
+            if ("." in file or "/" in file) and "node_modules" not in file:
+                yield name, file.removeprefix("./")
 
 
 def _develops(framework: Framework | None, words: Sequence[str]) -> str:
@@ -233,14 +242,11 @@ def _beside(clues: Clues, said: Project) -> str:
     """Return a server that the script for development runs beside the dev server, or ""."""
     script = next((said.scripts[name] for name in _SCRIPTS if said.scripts.get(name, "").strip()), "")
     words = expanded(("sh", "-c", script), said)[3:]
-    for word, file in itertools.pairwise((*words, "")):
-        if program(word) in _SERVING:
-            return program(word)
-        if program(word) in {*_PLAIN, "python", "python3"} and _is_file(file):
-            name = file.removeprefix("./")
-            if _SERVER.fullmatch(name) or _SERVES.search(clues.text(name)):
-                return name
-    return ""
+    beside = next((program(word) for word in words if program(word) in _SERVING), "")
+    for _, file in _files(words):
+        if _SERVER.fullmatch(file) or _SERVES.search(clues.text(file)):
+            return file
+    return beside
 
 
 def _built(
@@ -295,7 +301,7 @@ def _configured(clues: Clues, name: str, setting: re.Pattern[str]) -> bool:
 
 def _then(install: Command, build: Command) -> Command:
     line = shlex.join(build)
-    return ("sh", "-c", f"{shlex.join(install)} && {line}" if install else line)
+    return ("sh", "-c", f"{line_of(install)} && {line}" if install else line)
 
 
 def _server(clues: Clues, said: Project, manager: str, install: Command, installed: str) -> Detected | None:
@@ -397,7 +403,8 @@ def install_of(clues: Clues, said: Project) -> tuple[Command, str]:
         command: Command = ("yarn", "install", "--immutable") if locked else ("yarn", "install")
         if package := _berry(clues, said):
             own = f'npm install --global --silent --prefix "$HOME/.local" {package}'
-            return ("sh", "-c", f"{own} && {_OWN} {shlex.join(command)}"), f"{why}, which is not in the image"
+            line = f"{own} && export {_OWN} && {shlex.join(command)}"
+            return ("sh", "-c", line), f"{why}, which is not in the image"
         return command, why
     return (_LOCKED[manager] if locked else (manager, "install")), why
 

@@ -71,7 +71,7 @@ async def measure(base: Settings, name: str, files: Made, folder: Path, *, publi
         record, meter = await deployed(host, name, "image")
         found |= {"first_s": seconds(record), "peak": mib(meter.peak), "rest": mib(meter.rest)}
         found["disk"] = disk(record["tenant"])
-        if publish and STARTERS[name].published:
+        if publish and not STARTERS[name].refused:
             domain = f"{name}-built.example.com"
             with Meter(f"{name}-built").running() as meter:
                 body = {"domain": domain, "tenant": f"{name}-built", "size": SIZE}

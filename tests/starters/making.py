@@ -6,8 +6,11 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -47,14 +50,25 @@ class Made:
         return {"archive": base64.b64encode(self.archive).decode()}
 
 
-async def made(name: str, starter: Starter, settings: Settings) -> Made:
-    """Return a starter as its generator makes it: once on each machine, for each version of its line."""
+class World(Exception):
+    """A starter cannot be made: a registry is away, or its generator is broken. Nothing of ours was tried."""
+
+
+async def made(name: str, starter: Starter, settings: Settings, *, newest: bool = False) -> Made:
+    """Return a starter as its generator makes it: once on each machine, for each version of its line.
+
+    With the `newest` versions it is made anew. Raises `World`.
+    """
     digest = hashlib.sha256(starter.make.encode()).hexdigest()[:16]
-    file = KEPT / f"{name}-{digest}.tgz"
-    return await asyncio.to_thread(_made, file, starter, settings)
+    file = KEPT / f"{name}-{'newest' if newest else digest}.tgz"
+    if newest:
+        file.unlink(missing_ok=True)
+    return await asyncio.to_thread(_made, file, starter, settings, newest)
 
 
-def _made(file: Path, starter: Starter, settings: Settings) -> Made:
+def _made(file: Path, starter: Starter, settings: Settings, newest: bool) -> Made:
+    if not starter.make:
+        return Made(_packed(OURS / starter.ours))
     with fetching(file):
         if not file.exists():
             with _container(settings) as container:
@@ -62,9 +76,15 @@ def _made(file: Path, starter: Starter, settings: Settings) -> Made:
                     said = _run(container, _REACHED)
                     if said.returncode != 0:
                         why = said.stdout.decode(errors="replace").strip()
-                        return Made(_packed(OURS / starter.ours), f"its templates cannot be reached: {why}")
-                done = _run(container, _MAKE % starter.make)
-            assert done.returncode == 0, done.stderr.decode(errors="replace")
+                        return Made(
+                            _packed(OURS / starter.ours, newest), f"its templates cannot be reached: {why}"
+                        )
+                try:
+                    done = _run(container, _MAKE % (starter.newest if newest else starter.make))
+                except subprocess.TimeoutExpired:
+                    raise World(f"its generator does not end in {_SECONDS:g} s") from None
+            if done.returncode != 0:
+                raise World(f"its generator fails: {done.stderr.decode(errors='replace')[-1500:]}")
             new = file.with_suffix(f".{os.getpid()}.new")
             new.write_bytes(base64.b64decode(done.stdout))
             new.replace(file)
@@ -74,8 +94,16 @@ def _made(file: Path, starter: Starter, settings: Settings) -> Made:
         return Made(file.read_bytes())
 
 
-def _packed(folder: Path) -> bytes:
-    return subprocess.run(["tar", "-cz", "-C", folder, "."], capture_output=True, check=True).stdout
+def _packed(folder: Path, newest: bool = False) -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        manifest = Path(place, "package.json")
+        if newest:
+            said = json.loads(manifest.read_text())
+            for kind in ("dependencies", "devDependencies"):
+                said[kind] = dict.fromkeys(said.get(kind, ()), "latest")
+            manifest.write_text(json.dumps(said))
+        return subprocess.run(["tar", "-cz", "-C", place, "."], capture_output=True, check=True).stdout
 
 
 def _run(container: Container, script: str) -> subprocess.CompletedProcess[bytes]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Shows = Literal["at once", "by a reload", "after a restart"]
+Shows = Literal["at once", "by a reload", "after a restart", "after a slow restart", "on a visit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +16,13 @@ class Starter:
 
     `title` is what it is found to be. `edit` is a file of it with a text and what takes its place, and `says`
     what its page shows before, and `then` after that. `shows` is what the page does of itself: a dev server
-    replaces a part of it, or has it loaded anew; of a server without one, which starts anew, it is for the
-    visitor to ask again.
+    replaces a part of it, or has it loaded anew; of a server without one, which starts anew or reads its file
+    at each visit, it is for the visitor to ask again: in its answer, or in the page that its scripts make.
 
     Where `templates` of the generator lie on GitHub and that cannot be reached, `ours` is what is deployed: a
-    folder of `tests/data/starters` with the same packages and fewer pages. `published` is whether it can be
-    built for production as it is, `path` where the page is.
+    folder of `tests/data/starters` with the same packages and fewer pages; without `make` it is always that,
+    and not today's. `refused` is what its publication says where it cannot be built for production as it is,
+    `path` where the page is.
     """
 
     make: str
@@ -30,8 +32,16 @@ class Starter:
     then: str
     shows: Shows = "at once"
     ours: str = ""
-    published: bool = True
+    refused: str = ""
     path: str = "/"
+
+    @property
+    def newest(self) -> str:
+        """The same line of shell with the newest versions."""
+        return _PINNED.sub(lambda found: "@latest" if found[0].startswith("@") else "", self.make)
+
+
+_PINNED: Final = re.compile(r"(?<=[\w-])(?:@|==)\d[\w.]*")
 
 
 def _vite(template: str, lock: str = "") -> str:
@@ -81,7 +91,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
         ("src/routes/+page.svelte", "Welcome to SvelteKit", _SEEN),
         "Welcome to SvelteKit",
         _SEEN,
-        published=False,  # without an adapter: what is built is no server, which it is told
+        refused="use @sveltejs/adapter-node",  # without an adapter: what is built is no server
     ),
     "sveltekit-node": Starter(
         "npx -y sv@0.17.1 create app --template minimal --types ts --no-install "
@@ -167,7 +177,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "The install worked successfully",
         "Seen at django.example.com",
         "after a restart",
-        published=False,  # it names no server for that, which it is told
+        refused="served by gunicorn or uvicorn",
     ),
     # with what it needs for production
     "django-gunicorn": Starter(
@@ -190,7 +200,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
     ),
     # there is no generator of Flask: this is the first page of its documentation
     "flask": Starter(
-        f"mkdir app && echo flask==3.1.2 >app/requirements.txt && {_FLASK}",
+        f"mkdir app && printf 'flask==3.1.2\\ngunicorn==27.0.1\\n' >app/requirements.txt && {_FLASK}",
         "Flask",
         ("hello.py", "Hello, World!", _SEEN),
         "Hello, World!",
@@ -207,6 +217,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "Hello, World!",
         _SEEN,
         "after a restart",
+        refused="add gunicorn to its requirements",
     ),
     "flask-pipenv": Starter(
         f"mkdir app && {_FLASK} && cd app && "
@@ -216,5 +227,101 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "Hello, World!",
         _SEEN,
         "after a restart",
+        refused="add gunicorn to its requirements",
+    ),
+    # pages and an API beside Vite, in the folder of a workspace, as Alive's sites are made
+    "template1": Starter(
+        "", "Vite", ("user/src/App.tsx", "Get started", _SEEN), "API: ok", _SEEN, ours="template1"
+    ),
+    "qwik": Starter(
+        "npm create -y qwik@1.20.1 empty ./app",
+        "Qwik",
+        ("src/routes/index.tsx", "Happy coding.", _SEEN),
+        "Happy coding.",
+        _SEEN,
+        "by a reload",
+        refused="`npm run qwik add express`",
+    ),
+    "tanstack-start": Starter(
+        "npm create -y @tanstack/start@0.59.43 app -- --package-manager npm --no-install --no-git --yes",
+        "TanStack Start",
+        ("src/routes/index.tsx", "Start simple, ship quickly.", _SEEN),
+        "Start simple, ship quickly.",
+        _SEEN,
+    ),
+    "solid-start": Starter(
+        "npm create -y solid@0.12.0 app -- --solidstart --v2 --ts --template basic",
+        "SolidStart",
+        ("src/routes/index.tsx", "Hello Solid", _SEEN),
+        "Hello Solid",
+        _SEEN,
+        ours="solid-start",
+    ),
+    "docusaurus": Starter(
+        "npx -y create-docusaurus@3.10.2 app classic --typescript --skip-install",
+        "Docusaurus",
+        ("src/pages/index.tsx", "Docusaurus Tutorial - 5min ⏱️", _SEEN),
+        "Docusaurus Tutorial - 5min",
+        _SEEN,
+    ),
+    "angular": Starter(
+        "npx -y @angular/cli@22.2.7 new app --defaults --skip-install --skip-git",
+        "Angular",
+        ("src/app/app.html", "Hello, {{ title() }}", _SEEN),
+        "Hello, app",
+        _SEEN,
+    ),
+    # there is no generator of these: the first page of their documentation
+    "eleventy": Starter(
+        "mkdir app && cd app && npm init -y && npm pkg set type=module "
+        "'scripts.start=npx @11ty/eleventy --serve' && echo '# Heading' >index.md && "
+        "npm install --package-lock-only --ignore-scripts @11ty/eleventy@3.1.8",
+        "Eleventy",
+        ("index.md", "# Heading", f"# {_SEEN}"),
+        "Heading",
+        _SEEN,
+        "at once",
+    ),
+    "streamlit": Starter(
+        "mkdir app && echo streamlit==1.67.0 >app/requirements.txt && "
+        "printf 'import streamlit as st\\n\\nst.write(\"Hello world\")\\n' >app/streamlit_app.py",
+        "Streamlit",
+        ("streamlit_app.py", "Hello world", _SEEN),
+        "Hello world",
+        _SEEN,
+        "on a visit",
+    ),
+    "gradio": Starter(
+        "mkdir app && echo gradio==6.31.0 >app/requirements.txt && printf '%s\\n' 'import gradio as gr' "
+        '\'demo = gr.Interface(fn=lambda name: name, inputs=["text"], outputs=["text"], title="Greeter")\' '
+        "'demo.launch()' >app/app.py",
+        "Gradio",
+        ("app.py", "Greeter", _SEEN),
+        "Greeter",
+        _SEEN,
+        "after a slow restart",
+    ),
+    "pnpm-workspace": Starter(
+        "mkdir -p app/packages/ui app/apps && "
+        "(cd app/apps && npm create -y vite@9.3.0 web -- --template react-ts --no-interactive) && cd app && "
+        "printf 'packages:\\n  - apps/*\\n  - packages/*\\n' >pnpm-workspace.yaml && "
+        """echo '{"private": true, "scripts": {"dev": "pnpm --filter web dev"}}' >package.json && """
+        """echo '{"name": "@app/ui", "version": "1.0.0", "main": "index.js"}' >packages/ui/package.json && """
+        "echo 'export const ui = 1' >packages/ui/index.js && "
+        "(cd apps/web && npm pkg set 'dependencies.@app/ui=workspace:*') && "
+        "pnpm install --lockfile-only --ignore-scripts",
+        "Vite",
+        ("apps/web/src/App.tsx", "Get started", _SEEN),
+        "Get started",
+        _SEEN,
+    ),
+    "yarn-berry": Starter(
+        _vite("react-ts") + " && cd app && touch yarn.lock && "
+        "npm pkg set packageManager=yarn@$(npm view @yarnpkg/cli-dist@4.18.1 version) && "
+        "npx -y @yarnpkg/cli-dist@4.18.1 install --mode=update-lockfile",
+        "Vite",
+        ("src/App.tsx", "Get started", _SEEN),
+        "Get started",
+        _SEEN,
     ),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,9 +13,26 @@ from gateway.settings import MiB, Settings
 from tests.bench.frameworks import Meter
 from tests.integration import environment
 from tests.integration.sites import Hosting
-from tests.starters.making import made
+from tests.starters.making import World, made
 from tests.starters.table import STARTERS
-from tests.starters.trial import published, stays, tried
+from tests.starters.trial import changed, published, refused, stays, tried
+
+TODAY = bool(os.environ.get("GATEWAY_TEST_TODAY"))  # the newest versions, not those of the table
+# of what package.json names, also in the folders of a workspace; of all in .venv
+_VERSIONS = """
+cd /srv/site
+for file in package.json */package.json */*/package.json; do [ ! -e "$file" ] || echo "$file"; done |
+  grep -v node_modules | xargs -r node -e '
+    for (const file of process.argv.slice(1)) {
+      const said = require(`/srv/site/${file}`)
+      for (const name of Object.keys({ ...said.dependencies, ...said.devDependencies }))
+        for (const folder of [file.replace("package.json", ""), ""])
+          try {
+            console.log(name, require(`/srv/site/${folder}node_modules/${name}/package.json`).version)
+          } catch {}
+    }'
+[ ! -d .venv ] || uv pip list --quiet --format=freeze | tr -s = ' '
+"""
 
 
 @pytest.mark.timeout(600)
@@ -24,23 +42,36 @@ async def test_a_starter_is_a_site(
     browser: Browser,
     host: Hosting,
     incus_settings: Settings,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """An edit shows in its page, and it is published while its dev server goes on."""
+    """An edit shows in its page; it is published while its dev server goes on, updated and rolled back."""
     starter = STARTERS[name]
-    files = await made(name, starter, incus_settings)
+    try:
+        files = await made(name, starter, incus_settings, newest=TODAY)
+    except World as error:
+        pytest.fail(f"THE WORLD, not the gateway: {error}", pytrace=False)
     with Meter(f"{name}-example-com").running() as meter:
         record = await tried(browser, host, name, starter, files)
         await stays(host, str(record["tenant"]))
+    record_property("versions", versions(str(record["tenant"])))
     told = [row(name, record, meter), f"edits were seen within {record['edits']} s"]
     if files.ours:
         told.append(f"OF OUR OWN PAGES, not of its generator's: {files.ours}")
     tenants = [str(record["tenant"])]
-    if starter.published:
+    if starter.refused:
+        await refused(host, name, starter, tenants[0])
+    else:
         with Meter(f"{name}-built-example-com").running() as meter:
             record = await published(browser, host, name, starter, tenants[0])
             tenants.append(str(record["tenant"]))
             await stays(host, tenants[1])
         told.append(row(name, record, meter))
+    with Meter(f"{name}-example-com").running() as meter:
+        record = await changed(host, name, starter, files)
+    lost, of = record["lost"]
+    told.append(f"updated in {record['ms'] / 1000:.1f} s, {round(meter.peak / MiB)} MiB at its peak")
+    told.append(f"{lost} of {of} requests were answered by an error meanwhile")
+    assert not lost, told
     for tenant in tenants:
         await host.call("DELETE", f"/v1/tenants/{tenant}")
     print("\n".join(told))
@@ -56,3 +87,10 @@ def row(name: str, record: Mapping[str, Any], meter: Meter) -> str:
 
 def disk(tenant: str) -> int:
     return int(environment.incus("exec", tenant, "--", "du", "-sxm", "/srv/site").stdout.split()[0])
+
+
+def versions(tenant: str) -> dict[str, str]:
+    """Return the versions of what was installed, by name."""
+    said = environment.incus("exec", tenant, "--", "sh", "-c", _VERSIONS, check=False).stdout.decode()
+    found = (line.partition(" ") for line in said.splitlines())
+    return {name: version for name, _, version in found if version}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,12 @@ from tests.starters.making import Made
 from tests.starters.table import Starter
 from tests.waits import pause, until
 
-WITHIN: Final[Mapping[str, float]] = {"at once": 1.5, "by a reload": 1.5, "after a restart": 3.0}
+WITHIN: Final[Mapping[str, float]] = {
+    "at once": 1.5,
+    "by a reload": 1.5,
+    "after a restart": 3.0,
+    "on a visit": 3.0,
+}
 """Seconds from an edit's answer until its page shows it: of the median."""
 
 GATEWAY: Final[Mapping[str, Any]] = {"verify_timeout": 150.0, "settle_time": 3.0}
@@ -28,6 +34,7 @@ GATEWAY: Final[Mapping[str, Any]] = {"verify_timeout": 150.0, "settle_time": 3.0
 SIZE: Final = "medium"
 """What has the memory that a tenant has by default: the tests' own profile gives less."""
 
+_RESTARTED: Final = ("after a restart", "after a slow restart")
 _PATIENCE: Final = 60.0  # seconds
 _EDITS: Final = 3
 _SETTLE: Final = 4.0  # seconds
@@ -82,7 +89,7 @@ async def worked_on(
         await shows(page, starter.says)
         assert not seen.wrong, seen.wrong
         await page.evaluate("() => { window.kept = true }")
-        if starter.shows != "after a restart":
+        if starter.shows not in (*_RESTARTED, "on a visit"):
             await connected(seen)
             assert {urlsplit(socket).netloc for socket in seen.sockets} == {urlsplit(url).netloc}, seen
             await pause(1.0)  # the page tells nobody when it listens to its dev server
@@ -94,13 +101,17 @@ async def worked_on(
                 before, after, text = (new, old, starter.says) if number % 2 else (old, new, starter.then)
                 await pause(PACE)
                 answered = await edited(wire, path, before, after)
-                if starter.shows == "after a restart":
+                if starter.shows == "on a visit":  # its scripts write what the page shows
+                    await page.reload()
+                    await shows(page, text)
+                elif starter.shows in _RESTARTED:
                     await _comes(host, domain, starter.path, text)
                 else:
                     await shows(page, text)
                 took.append(round(time.monotonic() - answered, 2))
         kept = await page.evaluate("() => window.kept === true")
-        assert kept == (starter.shows != "by a reload"), f"the page was {'not ' if kept else ''}loaded anew"
+        anew = starter.shows in ("by a reload", "on a visit")
+        assert kept != anew, f"the page was {'not ' if kept else ''}loaded anew"
         if starter.shows == "at once":
             assert not seen.wrong, seen.wrong
     finally:
@@ -198,3 +209,55 @@ async def published(
     assert (await host.visit(f"{name}.example.com", starter.path, https=True))[0] == 200
     assert not (why := unwell(tenant)), why
     return record
+
+
+async def refused(host: Hosting, name: str, starter: Starter, tenant: str) -> None:
+    """See a starter that has no production be refused with the line to write, and nothing be made."""
+    body = {"domain": f"{name}-built.example.com", "size": SIZE}
+    status, said, _ = await host.call("POST", f"/v1/tenants/{tenant}/publish", body)
+    error = said if status >= 400 else (await host.ended(said["id"], 300))["error"]
+    assert starter.refused in error["message"], error
+    assert (await host.call("GET", f"/v1/tenants/{name}-built-example-com"))[0] == 404
+
+
+async def changed(host: Hosting, name: str, starter: Starter, made: Made) -> dict[str, Any]:
+    """Update a starter that was worked on to what it was, and roll that back; return the update's record.
+
+    `lost` is how many requests of a visitor, who asks all the while, were answered by an error, of how many.
+    """
+    domain, tenant = f"{name}.example.com", f"{name}-example-com"
+    path, _, new = starter.edit
+    answers = list[int]()
+
+    async def visits() -> None:
+        while True:
+            answers.append((await host.visit(domain, starter.path, https=True))[0])
+            await pause(PACE)
+
+    async def edit_is_there() -> bool:
+        async with (
+            host.gateway.http(tenant) as session,
+            session.get(f"/v1/tenants/{tenant}/files/{path}") as said,
+        ):
+            return new in await said.text()
+
+    assert await edit_is_there()
+    visitor = asyncio.create_task(visits())
+    try:
+        body = {"domain": domain, "template": made.template, "size": SIZE}
+        records = []
+        for url, given, kept in (
+            ("/v1/deployments", body, False),
+            (f"/v1/tenants/{tenant}/rollback", {}, True),
+        ):
+            status, begun, _ = await host.call("POST", url, given)
+            assert status == 202, begun
+            records.append(await host.ended(begun["id"], 300))
+            assert records[-1]["state"] == "succeeded", (url, records[-1]["error"])
+            assert await edit_is_there() is kept, url
+            assert (await host.visit(domain, starter.path, https=True))[0] == 200
+    finally:
+        visitor.cancel()
+        await asyncio.gather(visitor, return_exceptions=True)
+    assert not (why := unwell(tenant)), why
+    return {**records[0], "lost": (sum(status >= 500 for status in answers), len(answers))}

@@ -191,10 +191,10 @@ def test_a_folder_is_known_by_its_files(folder: Folder, name: str, start: str) -
          "yarn install --immutable"),
         ({"yarn.lock": "", ".yarnrc.yml": ""}, {},
          'npm install --global --silent --prefix "$HOME/.local" @yarnpkg/cli-dist && '
-         "PATH=$HOME/.local/bin:$PATH yarn install --immutable"),
+         "export PATH=$HOME/.local/bin:$PATH && yarn install --immutable"),
         ({"yarn.lock": ""}, {"packageManager": "yarn@4.18.1+sha512.0f"},
          'npm install --global --silent --prefix "$HOME/.local" @yarnpkg/cli-dist@4.18.1 && '
-         "PATH=$HOME/.local/bin:$PATH yarn install --immutable"),
+         "export PATH=$HOME/.local/bin:$PATH && yarn install --immutable"),
         ({"yarn.lock": ""}, {"packageManager": "yarn@1.22.22"}, "yarn install --frozen-lockfile"),
         ({}, {}, "bun install"),
         ({}, {"packageManager": "pnpm@10.1.0"}, "pnpm install"),
