@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ WITHIN: Final[Mapping[str, float]] = {
     "at once": 1.5,
     "by a reload": 1.5,
     "after a restart": 3.0,
+    "after a slow restart": 30.0,
     "on a visit": 3.0,
 }
 """Seconds from an edit's answer until its page shows it: of the median."""
@@ -92,6 +94,10 @@ async def worked_on(
         if starter.shows not in (*_RESTARTED, "on a visit"):
             await connected(seen)
             assert {urlsplit(socket).netloc for socket in seen.sockets} == {urlsplit(url).netloc}, seen
+            with contextlib.suppress(
+                PlaywrightTimeout
+            ):  # an edit before it is hydrated is an error of its own
+                await page.wait_for_load_state("networkidle", timeout=10_000)
             await pause(1.0)  # the page tells nobody when it listens to its dev server
         took = []
         async with host.gateway.wire(tenant) as wire:
