@@ -43,6 +43,14 @@ async def test_text_is_looked_at_as_a_page_and_as_a_picture(editor: OpenEditor, 
     await page.get_by_role("button", name="Text", exact=True).click()
     await expect(window.text).to_contain_text("an agent")
 
+    # made to be slow: a single line of 80 KB, which is neither parsed nor wrapped for long
+    run(desk, """printf '[a](%.0s' $(seq 20000) >slow.md""")
+    await window.open_file("slow.md")
+    await expect(window.text).to_contain_text("[a](")
+    await page.get_by_role("button", name="Preview", exact=True).click()
+    await expect(page.get_by_role("region", name="Preview of slow.md")).to_contain_text("[a](")
+    run(desk, "rm slow.md")
+
     await window.open_file("logo.svg")
     await page.get_by_role("button", name="Preview", exact=True).click()
     picture = page.get_by_role("img", name="logo.svg")

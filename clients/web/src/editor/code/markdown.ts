@@ -103,6 +103,14 @@ async function parsed(source: string): Promise<Tree> {
   }
 }
 
+/** A word that a browser may take long to break into lines: the time grows by the square of its length. */
+const UNBROKEN = /\S{300}/;
+
+/** Returns text as it is shown: wrapped, unless that would cost too much. */
+function words(text: string): ComponentChild {
+  return text.length > INLINE || UNBROKEN.test(text) ? h("span", { class: "long" }, text) : text;
+}
+
 /** A page while it is made: its text, how deep an element is in it, and how many more it may have. */
 interface Page {
   readonly source: string;
@@ -112,7 +120,7 @@ interface Page {
 
 /** Returns what is in a node: its children, and the text between them. */
 function children(node: SyntaxNode, page: Page): ComponentChild[] {
-  if (page.depth >= DEPTH) return [page.source.slice(node.from, node.to)];
+  if (page.depth >= DEPTH) return [words(page.source.slice(node.from, node.to))];
   page.depth += 1;
   const inside: ComponentChild[] = [];
   let at = node.from;
@@ -131,7 +139,7 @@ function children(node: SyntaxNode, page: Page): ComponentChild[] {
 function between(node: SyntaxNode, text: string): ComponentChild {
   return /^(Document|.*List|ListItem|Blockquote|Table.*)$/.test(node.name) && text.trim() === ""
     ? null
-    : text;
+    : words(text);
 }
 
 function element(node: SyntaxNode, page: Page): ComponentChild {
@@ -145,7 +153,7 @@ function element(node: SyntaxNode, page: Page): ComponentChild {
     case "TableCell":
       return h(node.parent?.name === "TableHeader" ? "th" : "td", {}, children(node, page));
     case "InlineCode":
-      return h("code", {}, text.replace(/^`+ ?| ?`+$/g, ""));
+      return h("code", {}, words(text.replace(/^`+ ?| ?`+$/g, "")));
     case "FencedCode":
     case "CodeBlock":
       return h("pre", {}, h("code", {}, code(node, page)));
@@ -163,7 +171,7 @@ function element(node: SyntaxNode, page: Page): ComponentChild {
     case "Autolink":
       return link(node, page);
     case "Image":
-      return h("span", { class: "where" }, `[${text.replace(/^!\[|\].*$/gs, "")}]`);
+      return h("span", { class: "where" }, words(`[${text.replace(/^!\[|\].*$/gs, "")}]`));
     case "HTMLBlock":
     case "HTMLTag":
     case "Comment":
@@ -171,7 +179,7 @@ function element(node: SyntaxNode, page: Page): ComponentChild {
     case "LinkReference":
       return null; // what is HTML is not shown
     default:
-      return node.firstChild === null ? text : children(node, page);
+      return node.firstChild === null ? words(text) : children(node, page);
   }
 }
 
@@ -184,7 +192,7 @@ function code(node: SyntaxNode, page: Page): string {
 function link(node: SyntaxNode, page: Page): ComponentChild {
   const found = node.getChild("URL");
   const address = found === null ? "" : page.source.slice(found.from, found.to);
-  const inside = node.name === "Autolink" ? [address] : children(node, page);
+  const inside = node.name === "Autolink" ? [words(address)] : children(node, page);
   if (!/^https?:\/\//i.test(address)) return h("span", {}, inside);
   return h("a", { href: address, target: "_blank", rel: "noreferrer" }, inside);
 }
