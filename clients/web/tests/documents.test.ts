@@ -357,3 +357,13 @@ describe("a file that an agent wrote is followed", () => {
     expect(documents.tabs.current.value).toBe(mine); // Ctrl-S saves what is typed
   });
 });
+
+test("lines that are added beside a changed one are merged, also where they end alike", async () => {
+  shelf.put("b.css", "a { x }\nb { y }\n");
+  const doc = await documents.show("b.css");
+  type(doc, "b { y }", "b { mine }");
+  shelf.put("b.css", "a { x }\nb { y }\nc { z }\n");
+  seen("b.css");
+  await vi.waitFor(() => expect(doc.text).toBe("a { x }\nb { mine }\nc { z }\n"));
+  expect(doc.theirs.value).toBeNull();
+});

@@ -22,10 +22,16 @@ function edits(base: string, text: string): readonly Edit[] {
 
 /** Lines that are added between two others belong to neither: they are told by the end of the line before them. */
 function placed(base: Text, edit: Edit): Edit {
-  const { from, to, insert } = edit;
-  const before = from - 1;
-  if (from !== to || from === 0 || base.lineAt(from).from !== from || !insert.endsWith("\n")) return edit;
-  return { from: before, to: before, insert: `\n${insert.slice(0, -1)}` };
+  let { from, insert } = edit;
+  if (from !== edit.to) return edit;
+  // within a line whose end is that of what is added, too, it is the same after that line
+  const end = insert.indexOf("\n") + 1;
+  if (base.sliceString(from, from + end) === insert.slice(0, end)) {
+    from += end;
+    insert = insert.slice(end) + insert.slice(0, end);
+  }
+  if (from === 0 || base.lineAt(from).from !== from || !insert.endsWith("\n")) return edit;
+  return { from: from - 1, to: from - 1, insert: `\n${insert.slice(0, -1)}` };
 }
 
 /** Returns the first and last line that an edit changes; of lines that are added, a number between two. */
