@@ -195,11 +195,13 @@ async def _deploying(
                 remote=None if base.shared is None else base.shared.sites,
             )
         )
+        health = serving.health
+        health.deploying = deployments.deploying
         if isinstance(runtime, IncusRuntime):
-            health = serving.health
-            await stack.enter_async_context(
-                Hangs(runtime.containers, sites, workers.broker, health.hangs, settings)
+            hangs = Hangs(
+                runtime.containers, sites, workers.broker, health.hangs, deployments.deploying, settings
             )
+            await stack.enter_async_context(hangs)
         work.history.afterwards.quiet = deployments.quiet
         yield deployments
 

@@ -57,6 +57,7 @@ class Routes:
         self._setting = threading.Lock()
         # held while deciding what routes should be and setting them
         self.changing = asyncio.Lock()
+        self._held: dict[str, asyncio.Event] = {}
 
     def lead_home(self) -> None:
         """Route the gateway's own domain to the gateway."""
@@ -120,7 +121,28 @@ class Routes:
             raise DomainReserved(domain)
         if normalized(domain) != domain:
             raise ValueError(f"{domain!r} is not a normalized domain")
-        return self._lead(domain, target)
+        return self._lead(domain, asleep(target) if domain in self._held else target)
+
+    def hold(self, domain: str) -> None:
+        """Have visitors of a domain wait for `release`, whatever they ask and wherever it leads. Idempotent.
+
+        Caddy asks the gateway before it passes a request on, as for a sleeping site.
+        """
+        self._held.setdefault(domain, asyncio.Event())
+        if (target := self.get(domain)) is not None:
+            self._lead(domain, asleep(target))
+
+    def release(self, domain: str) -> None:
+        """Let held visitors go on to where their domain leads by now. Idempotent."""
+        if (held := self._held.pop(domain, None)) is not None:
+            if (target := self.get(domain)) is not None:
+                self._lead(domain, target.removeprefix(_ASLEEP))
+            held.set()
+
+    async def released(self, domain: str) -> None:
+        """Wait until a domain is not held."""
+        if (held := self._held.get(domain)) is not None:
+            await held.wait()
 
     def _lead(self, domain: str, target: str) -> str | None:
         peer = target.startswith(_ELSEWHERE) and is_address(target.removeprefix(_ELSEWHERE))

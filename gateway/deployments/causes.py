@@ -11,6 +11,10 @@ from gateway.limits.pressure import larger
 from gateway.rootfs.paths import show
 from gateway.runtime.sizes import SIZES, size_of
 
+_IN_THE_WAY: Final = re.compile(
+    r"(?i)eaddrinuse|addrinuse|in use|already|another|\block|\bbusy\b|only one|single instance"
+)
+LAST_OUTPUT: Final = "Its last output: "
 _SAID: Final = 1000  # characters of a site's last output
 _SHOWN: Final = 200  # characters of a command
 # a lockfile, the command that makes it anew, and the one that installs without it, if any
@@ -103,6 +107,14 @@ def ended(said: str, command: Sequence[str], memory: int) -> str:
     return f"the site keeps ending: {how}"
 
 
+def in_the_way(said: str) -> bool:
+    """Return whether a program says that it cannot run twice: that a port or a lock is taken.
+
+    Where this is too generous, visitors wait for a broken update; where too strict, a good one fails.
+    """
+    return _IN_THE_WAY.search(said) is not None
+
+
 def last_words(said: str, *, finished: bool = False) -> str:
     """Return the last output of a site's program: of its last run, if there is any.
 
@@ -111,7 +123,7 @@ def last_words(said: str, *, finished: bool = False) -> str:
     runs = _BEGUN.split(said)
     over = [run for run in runs if _EXITED.search(run) is not None] if finished else []
     words = next((own for run in (*reversed(over), *reversed(runs)) if (own := _own(run))), "")
-    return f"Its last output: {words[-_SAID:] or 'nothing'}"
+    return f"{LAST_OUTPUT}{words[-_SAID:] or 'nothing'}"
 
 
 def _own(said: str) -> str:

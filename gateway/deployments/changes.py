@@ -56,7 +56,7 @@ class RollbackPhases(_Changed):
 
 
 class EnvironmentPhases(_Changed):
-    """Change the environment of the live site. One beside it serves its files while it restarts."""
+    """Change the environment of the live site, once it was rehearsed with its files beside it."""
 
     how: Exchange = "environment"
     _env: Mapping[str, str]
@@ -86,8 +86,8 @@ class EnvironmentPhases(_Changed):
         self._undo.push_async_callback(self._stop_copying)
         return told
 
-    async def _settle(self, seconds: float) -> Exposure:
-        live = await super()._settle(seconds)
+    async def _exchange(self, seconds: float) -> Exposure:
+        live = await super()._exchange(seconds)
         await self._copying
         return live
 

@@ -112,6 +112,9 @@ class Deployments:
 
     async def __aenter__(self) -> Deployments:
         await self._domains.retain(await self._register.unfinished())
+        for record in await self._register.left():
+            if record.kind == "update" and self._caddy.sleeps(record.domain):
+                self._caddy.hold(record.domain)  # until it is recovered
         self._following = asyncio.create_task(self._follow(), name="routes")
         return self
 

@@ -47,10 +47,11 @@ class Hangs:
         sites: Sites,
         root: Root,
         told: Callable[[Site, str], None],
+        deploying: Callable[[str], bool],
         settings: Settings,
     ) -> None:
         self._containers, self._sites, self._root, self._told = containers, sites, root, told
-        self._settings = settings
+        self._deploying, self._settings = deploying, settings
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -89,6 +90,8 @@ class Hangs:
             where = site.exposure
             if where is None or site.deployment is not None or site.tenant in self._asking:
                 continue
+            if self._deploying(site.tenant):  # an update shares its processors, and visitors rather wait
+                continue
             end = (socket.inet_aton(where.address), where.port)
             if end not in ends or not (pid := await self._containers.init_pid(site.tenant)):
                 continue
@@ -109,6 +112,8 @@ class Hangs:
         try:
             await ask(where.address, where.port, site.health, _CONNECT, limit / 2, host=site.domain)
         except TimeoutError:
+            if self._deploying(site.tenant):
+                return
             self._told(site, f"it has read no request for {limit * 3 / 4:g} s")
             await self._break_off(site.tenant, where.port)
         except (OSError, ValueError):

@@ -61,6 +61,8 @@ class Health:
         """
         self._sites, self._bus, self._settings = sites, bus, settings
         self._excuse, self._packets = excuse, packets
+        self.deploying: Callable[[str], bool] = lambda tenant: False
+        """Whether a tenant is being deployed: its site is then slow, and no visitor is sent away."""
         # by tenant: the packets that it has sent, how many intervals may still be skipped, and whether it was
         # checked in the last one
         self._sent: dict[str, tuple[int, int, bool]] = {}
@@ -242,6 +244,8 @@ class Health:
         except Exception:  # an unexpected error with one site must not end the checks
             log.exception("cannot check the site of %s", tenant)
             why = "it cannot be checked"
+        if silent and self.deploying(tenant):
+            return
         self._hangs(tenant, site.domain if silent else None)
         if why:
             self._failed(site, self._failures.get(tenant, 0) + 1, why, at_once=silent)

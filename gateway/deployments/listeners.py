@@ -1,4 +1,4 @@
-"""Tell early, from where a site's service listens, that it will never be reachable."""
+"""Tell from where a site's service listens that it does not listen where it must."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Final
 from gateway.runtime.listening import ANYWHERE, Listener
 from gateway.runtime.sites import Service
 
-_GRACE: Final = 1.5  # seconds in which it may still begin to listen on the right port too
-_BUSY: Final = 0.3  # share of a CPU above which a service is still starting
+_GRACE: Final = 3.0  # seconds in which it may still begin to listen on the right port too
 # Not for visitors: debuggers (Node, Bun, JVM), Vite's live reload beside a server, databases
 _OWN: Final = frozenset(
     {9229, 9230, 6499, 5005, 24678, 1433, 3306, 5432, 5672, 6379, 9200, 11211, 27017, 2019, 53, 22}
@@ -20,28 +19,20 @@ _CHOSEN: Final = 32_768  # ephemeral ports, which programs use among themselves
 class Misplaced:
     """Watches one service that does not answer yet.
 
-    A service that listens on the right port of another address, or on its framework's default port (`usual`),
-    is configured wrongly. Any other port may be for something else first, so that counts only once the
-    service is at rest.
+    `usual` are the ports of its framework. What it finds may be a helper that starts before the site itself.
     """
 
     def __init__(self, port: int, addresses: Collection[str], usual: Collection[int] = ()) -> None:
         self._port, self._usual = port, frozenset(usual)
         self._right = ANYWHERE | frozenset(addresses)
         self._since: dict[Listener, float] = {}
-        self._cpu: tuple[float, float] | None = None  # CPU seconds used, and when
 
     def look(self, service: Service, now: float) -> Listener | None:
-        """Take what was found at `now`, a monotonic time; return where it listens wrongly, if it does."""
-        rests = self._rests(service.cpu, now)
+        """Take what was found at `now`, a monotonic time; return where it has listened wrongly."""
         self._since = {one: self._since.get(one, now) for one in service.listens}
         if self.reached(service):
             return None
-        for one in self.suspects(service):
-            certain = one.port == self._port or one.port in self._usual
-            if (certain or rests) and now - self._since[one] >= _GRACE:
-                return one
-        return None
+        return next((one for one in self.suspects(service) if now - self._since[one] >= _GRACE), None)
 
     def reached(self, service: Service) -> bool:
         """Return whether it listens where it must."""
@@ -56,9 +47,3 @@ class Misplaced:
             if one.port in sure or (one.port not in _OWN and one.port < _CHOSEN)
         ]
         return sorted(found, key=lambda one: (one.port != self._port, one.port not in self._usual, one))
-
-    def _rests(self, cpu: float, now: float) -> bool:
-        before, self._cpu = self._cpu, (cpu, now)
-        if before is None or now <= before[1]:
-            return False
-        return (cpu - before[0]) / (now - before[1]) < _BUSY

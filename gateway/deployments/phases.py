@@ -1,7 +1,8 @@
 """The phases of one deployment. Each registers its undo before it changes anything.
 
-A new tenant is built and destroyed as a whole. An update builds the next site beside the live one, routes
-the domain to it, waits until it answers, and only then puts its files in the live one's place.
+A new tenant is built and destroyed as a whole. An update builds the next site beside the live one and
+rehearses it there, unseen by visitors. Then visitors wait in Caddy while the live site is stopped and the
+next one is started in its place: two servers of one project never serve the same files.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
 from gateway.bounds import aside
-from gateway.caddy import Caddy
+from gateway.caddy import Caddy, asleep
 from gateway.deployments import live_files
+from gateway.deployments.causes import LAST_OUTPUT, in_the_way
 from gateway.deployments.context import Context
 from gateway.deployments.former import keep_former, live_one
 from gateway.deployments.installing import install
@@ -25,15 +26,15 @@ from gateway.deployments.progress import place
 from gateway.deployments.record import Record
 from gateway.deployments.register import Running
 from gateway.deployments.request import Request
-from gateway.deployments.route_change import RouteChange
 from gateway.deployments.template import Template, named, uploaded
 from gateway.deployments.verify import Subject
 from gateway.detection.frameworks import Framework, listening, shortage
-from gateway.errors import Conflict, GatewayError, RateLimited
+from gateway.errors import Conflict, ExecFailed, GatewayError, RateLimited, Timeout
 from gateway.rootfs.paths import show
 from gateway.runtime import sizes
 from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import Exchange, Exposure, Order, Recipe, Side
+from gateway.runtime.visits import drained
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
 from gateway.tools.mirroring import OWN_LISTS
@@ -41,10 +42,7 @@ from gateway.tools.mirroring import OWN_LISTS
 log = logging.getLogger(__name__)
 
 _NAMED: Final = 20  # removed paths that an update names
-# Seconds for requests that are under way to a site, after the route was changed and
-# before it is stopped. No event tells when they are done: Caddy counts them for all sites together.
-_ARRIVAL: Final = 0.5
-_RETURNS: Final = 10.0  # seconds that an undo waits for the old site
+_RETURNS: Final = 60.0  # seconds that an undo, and with it the held visitors, wait for the old site
 _ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
 
 Step = Callable[[], Awaitable[Mapping[str, Any] | None]]
@@ -79,7 +77,8 @@ class Phases:
         self._exposure: Exposure
         self._side: Side = "live"
         self._prepared = False
-        self._route = RouteChange(self._caddy, self._record.domain, undo)
+        self._rehearsed = False
+        self._target = ""  # where this update found the domain to lead, or led it
         self._memory = 0  # bytes of the tenant's memory; 0 if unknown
 
     @property
@@ -228,10 +227,51 @@ class Phases:
         return {"address": self._exposure.address, "port": self._recipe.port}
 
     async def route(self) -> dict[str, Any]:
-        self._answered = await self._answering(self._side, self._exposure)
-        if self._record.kind == "create":  # an update routes its visitors there once it has settled
-            self._route.to(self._exposure.target)
+        if self._record.kind == "create":
+            self._answered = await self._answering(self._side, self._exposure)
+            self._lead(self._exposure.target)
+        else:
+            self._rehearsed = await self._rehearsal(self._rehearse())
         return {"url": self._record.url}
+
+    async def _rehearse(self) -> None:
+        """Wait until the next site answers beside the live one."""
+        self._answered = await self._answering(self._side, self._exposure)
+
+    async def _rehearsal(self, work: Awaitable[object]) -> bool:
+        """Do a part of the rehearsal; return False if the live site is in the way of it.
+
+        Then only the exchange can tell whether the update works. Raises why it does not.
+        """
+        try:
+            await work
+        except (ExecFailed, Timeout) as error:
+            last = error.message.rpartition(LAST_OUTPUT)[2]
+            silent = last == "nothing" and not self._answered
+            if error.facts.get("reason") != "wrong_address" and not silent and not in_the_way(last):
+                raise
+            self._progress.say("route")(
+                "It cannot run beside the live site, which has its port or a lock. So it is tried in the "
+                "live site's place, while visitors wait."
+            )
+            self._progress.flush("route")
+            return False
+        return True
+
+    def _routed(self) -> str:
+        """Return where the domain leads, held or not; "" for nowhere."""
+        return (self._caddy.get(self._record.domain) or "").removeprefix(asleep(""))
+
+    def _lead(self, target: str) -> None:
+        """Route the domain to a new site. The undo leaves a route that somebody else has changed since."""
+        caddy, domain = self._caddy, self._record.domain
+
+        def back() -> None:
+            if caddy.get(domain) == target:
+                caddy.unset(domain)
+
+        self._undo.callback(back)
+        caddy.set(domain, target)
 
     def _unless_another(self, undo: Callable[[str], Awaitable[None]]) -> None:
         """Register an undo that does nothing if the tenant is gone by then, or its name is another's."""
@@ -250,10 +290,11 @@ class Phases:
         if record.kind == "create":
             await self._verifier.settled(site, "caddy", self._answered, seconds, follow=not self._copied)
         else:
-            worked = await self._verifier.settled(site, "direct", self._answered, seconds)
-            self._route.to(self._exposure.target)
-            await self._verifier.seen(site)
-            live = await self._settle(seconds if worked else 0.0)  # it will be at work there for as long
+            live = await self._exchange(await self._remaining(site, seconds))
+            self._target = live.target
+            self._caddy.set(record.domain, live.target)
+            self._caddy.release(record.domain)
+            await self._verifier.seen(self._subject("live", live))
         record.settled = True
         try:
             await self._register.save(record)
@@ -261,13 +302,8 @@ class Phases:
             record.settled = False
             raise
         self._undo.pop_all()
-        self._caddy.set(record.domain, live.target)
         async with asyncio.TaskGroup() as group:
             group.create_task(sites.finish(record.tenant, self._order))
-            if record.kind == "update":
-                group.create_task(
-                    _arrival(time.monotonic())
-                )  # of visitors at the next site, which is then stopped
             if self._settings.caddy_issuer == "internal":
                 group.create_task(_certify(self._caddy, record.domain, facts))
         if record.kind == "update":
@@ -279,40 +315,64 @@ class Phases:
             self._verifier.watch(site, self._settings.settle_time, told)
         return facts
 
-    async def _settle(self, seconds: float) -> Exposure:
+    async def _remaining(self, site: Subject, seconds: float) -> float:
+        """Finish the rehearsal; return for how long the site must stay up once it is live."""
+        if self._rehearsed:
+            worked = False
+
+            async def settled() -> None:
+                nonlocal worked
+                worked = await self._verifier.settled(site, "direct", self._answered, seconds)
+
+            self._rehearsed = await self._rehearsal(settled())
+            if self._rehearsed and not worked:
+                return 0.0
+        return seconds  # it has not been seen to stay up, or will be at work for as long
+
+    async def _exchange(self, seconds: float) -> Exposure:
         """Put the next site in the live one's place, where it must stay up for `seconds`.
 
-        Visitors reach the next one throughout.
+        Visitors wait meanwhile: they meet no site that is not known to work.
         """
-        record, sites = self._record, self._sites
+        record, sites, domain = self._record, self._sites, self._record.domain
+        self._undo.callback(self._caddy.release, domain)
         self._unless_another(self._unsettle)
-        led = time.monotonic()
+        self._caddy.hold(domain)
+        self._target = self._routed()
+        address, _, port = self._target.rpartition(":")
+        if address:
+            await drained(address, int(port))
+        await sites.halt(record.tenant)
+        # the last that it wrote, too
         kept = await live_files.kept(self._context, record.tenant, await self._lasting())
-        await _arrival(led)  # of visitors at the live site, which is then stopped
         with self._context.exchanging(record.tenant):
             await sites.settle(record.tenant, self._recipe, kept, self.how)
         live = await sites.expose(record.tenant, "live", self._recipe)
         answered = await self._answering("live", live)
-        # as visitors will, who are not routed there yet
-        await self._verifier.settled(self._subject("live", live), "direct", answered, seconds)
+        site = self._subject("live", live)
+        await self._verifier.settled(site, "direct", answered, seconds, follow=not self._rehearsed)
         return live
 
     async def _unsettle(self, tenant: str) -> None:
-        """Undo the exchange, and route visitors back to the old site if it answers soon."""
+        """Undo the exchange; visitors wait until the old site answers, if it does soon."""
         sites, domain = self._sites, self._record.domain
+        self._caddy.hold(domain)
         with self._context.exchanging(tenant):
             await sites.unsettle(tenant)
         with contextlib.suppress(GatewayError, OSError, HostRefused):
             _, recipe = await sites.former.live(tenant)
             if recipe is not None:
                 live = await sites.expose(tenant, "live", recipe)
-                self._route.restored = live.target
                 await answer(live.address, live.port, recipe.health, _RETURNS, host=domain)
-                self._route.back(live.target)
-                await _arrival(time.monotonic())
+                if self._routed() == self._target:  # otherwise somebody else has changed it
+                    self._caddy.set(domain, live.target)
 
     async def _answering(self, side: Side, exposure: Exposure) -> float:
-        answered = await self._verifier.answering(self._subject(side, exposure), copied=self._copied)
+        answered = await self._verifier.answering(
+            self._subject(side, exposure),
+            None if side == "next" else self._progress.say("route"),
+            copied=self._copied,
+        )
         phase = next(phase.name for phase in self._record.phases if phase.state == "running")
         self._progress.tell("phase.progress", {**place(phase), "opened": exposure.port})
         return answered
@@ -339,11 +399,6 @@ async def template_of(request: Request, tenant: str, settings: Settings) -> Temp
 
 async def _certify(caddy: Caddy, domain: str, facts: dict[str, Any]) -> None:
     facts["certificate"] = await caddy.certify(domain, 10.0) or "issued"
-
-
-async def _arrival(led: float) -> None:
-    """Wait until requests that were under way when the route changed have arrived."""
-    await asyncio.sleep(led + _ARRIVAL - time.monotonic())
 
 
 async def unsteady(context: Context, record: Record, site: Subject, why: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from typing import Final
 
 from gateway.deployments.context import Context
 from gateway.deployments.former import keep_former
@@ -11,8 +13,11 @@ from gateway.deployments.progress import Progress, place
 from gateway.deployments.record import PHASES, Record
 from gateway.errors import GatewayError
 from gateway.events import Bus
-from gateway.runtime.sites import Order, Recipe
+from gateway.runtime.probe import HostRefused, answer
+from gateway.runtime.sites import Order, Recipe, site_of
 from gateway.tasks import apart
+
+_RETURNS: Final = 10.0  # seconds for which the others wait for a site that was started again
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,17 @@ class Recovery:
             await context.register.end(record, progress, began - (time.time() - record.created))
         except GatewayError as error:
             log.warning("cannot undo deployment %s yet: %s", record.id, error.message)
+        else:
+            await self._release(record)
+
+    async def _release(self, record: Record) -> None:
+        """Let visitors go on that an update held, once its site answers, if it does soon."""
+        caddy = self._context.caddy
+        with contextlib.suppress(GatewayError, HostRefused, TimeoutError):
+            site = await site_of(self._context.sites, record.tenant) if caddy.sleeps(record.domain) else None
+            if site is not None and (where := site.exposure) is not None:
+                await answer(where.address, where.port, site.health, _RETURNS, host=record.domain)
+        caddy.release(record.domain)
 
     async def _finish(self, record: Record) -> None:
         """Clean up after a site that works: only its end was not recorded."""

@@ -1,13 +1,12 @@
 """Verify that a site that was just started works, and keeps working.
 
-`answering` waits for its first answer, and fails early if the service listens in the wrong place. `settled`
+`answering` waits for its first answer, and tells if the service listens in the wrong place. `settled`
 loads the page as a browser does, and watches the site for a while. `seen` asks through Caddy.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,11 +15,12 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from gateway.caddy import Caddy, CaddyFailed
-from gateway.deployments.causes import ended, last_words
+from gateway.deployments.causes import ended, in_the_way, last_words
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.page import Browser, Page
 from gateway.deployments.steadiness import SMALL, Steadiness
 from gateway.errors import ExecFailed, GatewayError, Timeout
+from gateway.runtime.listening import Listener
 from gateway.runtime.probe import HostRefused, Silent, answer, ask
 from gateway.runtime.sites import Exposure, Recipe, Side, SiteServices
 from gateway.settings import Settings
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _LOOK: Final = 0.75  # seconds between two checks of a service that does not answer yet
 _COPIED: Final = 5.0  # seconds until the first of them, for a copy of a site that answered
+_KEPT_OUT: Final = 3.0  # seconds until a next side is asked whether something keeps it from answering
 _RESTARTS: Final = 4  # restarts of a service by itself, within seconds: it will not come up
 _ANSWER: Final = 10.0  # seconds for one answer through Caddy
 _PART: Final = 15.0  # seconds for a part of a page: a dev server may have to build it first
@@ -103,14 +104,18 @@ class Verifier:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def answering(self, site: Subject, *, copied: bool = False) -> float:
+    async def answering(
+        self, site: Subject, say: Callable[[str], None] | None = None, *, copied: bool = False
+    ) -> float:
         """Wait until a side answers at its own address; return when it did, by `time.monotonic()`.
 
+        A site that listens elsewhere first has until the time is over, since that may be a helper; `say`
+        tells it at once. The next side has not: it cannot be tried beside the live one.
         A `copied` site is left alone for longer at first, since checks would only slow it down.
         Raises `Timeout` (`never_healthy`) and `ExecFailed` (`wrong_address`, `host_refused`).
         """
         health, where = site.recipe.health, site.exposure
-        limit = self._settings.verify_timeout
+        limit, began = self._settings.verify_timeout, time.monotonic()
 
         async def first() -> float:
             await answer(where.address, where.port, health, limit, host=site.domain)
@@ -118,6 +123,7 @@ class Verifier:
 
         answering = asyncio.create_task(first())
         misplaced, service = Misplaced(where.port, (where.address,), site.usual), None
+        wrong: Listener | None = None
         pause = _COPIED if copied else _LOOK
         try:
             while not (await asyncio.wait({answering}, timeout=pause))[0]:
@@ -125,34 +131,43 @@ class Verifier:
                 service = await self._services.state(site.tenant, site.side)
                 if service is None or answering.done():
                     continue
-                if (wrong := misplaced.look(service, time.monotonic())) is not None:
-                    raise ExecFailed(
-                        f"it listens on {wrong}; it must listen on 0.0.0.0:$PORT, "
-                        f"where PORT is {where.port}{site.advice and ': '}{site.advice}. "
-                        f"{await self._said(site)}",
-                        reason="wrong_address",
-                    )
+                before, wrong = wrong, misplaced.look(service, time.monotonic())
+                if site.side == "next" and await self._kept_out(site, began, wrong):
+                    break
+                if wrong is not None and wrong != before and say is not None:
+                    say(f"it listens on {wrong}, and not yet on 0.0.0.0:{where.port}")
                 if service.restarts >= _RESTARTS:
                     said = await self._services.log(site.tenant, site.side)
                     why = ended(said, site.recipe.start, site.memory)
                     raise Timeout(f"{why}. {last_words(said, finished=True)}", reason="never_healthy")
-            with contextlib.suppress(TimeoutError, HostRefused):
+            if answering.done() and not answering.exception():
                 return await answering
             if answering.done() and isinstance(refused := answering.exception(), HostRefused):
                 raise host_refused(site.domain, refused) from None
+            if wrong is not None:
+                raise ExecFailed(
+                    f"it listens on {wrong}; it must listen on 0.0.0.0:$PORT, "
+                    f"where PORT is {where.port}{site.advice and ': '}{site.advice}. "
+                    f"{await self._said(site)}",
+                    reason="wrong_address",
+                )
             if service is not None and misplaced.reached(service):
                 why = (
                     f"the site listens on the right port but does not answer {health} in {limit:g} s "
                     "(GATEWAY_VERIFY_TIMEOUT)"
                 )
             else:
-                found = misplaced.suspects(service) if service is not None else ()
-                there = f"; it listens on {', '.join(map(str, found[:5]))}" if found else ""
-                why = f"the site did not answer {health} on port {where.port}{there}; {_LISTEN}"
+                why = f"the site did not answer {health} on port {where.port}; {_LISTEN}"
         finally:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
         raise Timeout(f"{why}. {await self._said(site)}", reason="never_healthy")
+
+    async def _kept_out(self, site: Subject, began: float, wrong: Listener | None) -> bool:
+        """Return whether a next side cannot answer beside the live one, but may live on (`tsx watch`)."""
+        if wrong is not None or time.monotonic() - began < _KEPT_OUT:
+            return wrong is not None
+        return in_the_way(await self._said(site))
 
     async def seen(self, site: Subject) -> None:
         """Wait until it answers through Caddy under its domain. Raises `Timeout`, `never_healthy`."""

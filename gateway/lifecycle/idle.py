@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 _ON_THE_WAY: Final = 0.5
 
 _RETRY_AFTER: Final = 5
+_HELD: Final = 150.0  # seconds for which a visitor waits for an update: a new site's start, and its undo
 _HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
 
@@ -75,7 +76,7 @@ class Idle:
         most = settings.wakes_waiting
         self._visitors = Admission[str](
             "visitors that wait for a sleeping site",
-            each=max(1, most // 4),
+            each=max(1, most // 2),
             total=most,
             name="this site",
             hint="try again soon",
@@ -126,7 +127,7 @@ class Idle:
             yield
 
     async def visit(self, domain: str) -> None:
-        """Wait until the site at a domain answers, for a visitor that waits in Caddy.
+        """Wait until the site at a domain answers, asleep or held, for a visitor that waits in Caddy.
 
         Raises `NotFound`, `RateLimited`, and what a start raises.
         """
@@ -137,6 +138,13 @@ class Idle:
         if not self._caddy.sleeps(domain):
             return
         with self._visitors.reserve(domain):
+            try:
+                async with asyncio.timeout(_HELD):
+                    await self._caddy.released(domain)
+            except TimeoutError:
+                raise Timeout("the site is being updated; try again soon", reason="updating") from None
+            if not self._caddy.sleeps(domain):
+                return
             tenant = await self._domains.owner(domain)
             if tenant is None:
                 raise NotFound("there is no site at this address")

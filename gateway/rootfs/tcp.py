@@ -23,8 +23,8 @@ from gateway.rootfs.sock_diag import ESTABLISHED, End
 _OLD: Final = 60.0  # seconds; a longer wait is an idle websocket, or was examined before
 _TABLE: Final = 1 << 20  # bytes of a container's table: 7 000 connections
 
-# part of a `struct tcp_info`: ms since data was last sent and last received
-_SINCE: Final = struct.Struct("=44xI4xI")
+# parts of a `struct tcp_info`: ms since data was last sent and last received, and the bytes received
+_SINCE: Final = struct.Struct("=44xI4xI72xQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,11 @@ def _connection(listed: sock_diag.Listed) -> Connection | None:
     info = listed.extension(sock_diag.INFO)
     if info is None or len(info) < _SINCE.size:
         return None
-    sent, received = _SINCE.unpack_from(info)
-    # if nothing was received yet, the second is the connection's age
-    return None if sent > received else Connection(listed.local, listed.remote, sent / 1000, listed.key)
+    sent, received, size = _SINCE.unpack_from(info)
+    # if nothing was received yet, the second is the connection's age; else both may be of one millisecond
+    if sent > received or (sent == received and size):
+        return None
+    return Connection(listed.local, listed.remote, sent / 1000, listed.key)
 
 
 def _lines(pid: int) -> Iterable[bytes]:

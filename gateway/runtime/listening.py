@@ -6,7 +6,6 @@ Listeners come first in these tables, so a tenant with many connections does not
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -27,7 +26,6 @@ _PROCESSES: Final = 4096  # most processes of this machine to look at
 _OWN: Final = 200  # most processes of one tree
 _SOCKETS: Final = 4096  # most descriptors of one process
 _STAT: Final = 4096  # bytes of one process's stat file
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,18 +55,17 @@ def listener(end: str) -> Listener | None:
     return Listener(str(address), int(match[2], 16))
 
 
-def of_tree(pid: int) -> tuple[frozenset[Listener], float]:
-    """Return where a process and its descendants listen, and their CPU seconds in all.
+def of_tree(pid: int) -> frozenset[Listener]:
+    """Return where a process and its descendants listen.
 
     Omits what cannot be read; without /proc that is everything.
     """
-    tree, cpu = _tree(pid)
-    sockets = {inode for member in tree[:_OWN] for inode in _sockets(member)}
-    return frozenset(_listeners(sockets)), cpu
+    sockets = {inode for member in _tree(pid)[:_OWN] for inode in _sockets(member)}
+    return frozenset(_listeners(sockets))
 
 
-def _tree(root: int) -> tuple[list[int], float]:
-    parents, spent = dict[int, int](), dict[int, float]()
+def _tree(root: int) -> list[int]:
+    parents = dict[int, int]()
     with contextlib.suppress(OSError):
         names = (entry.name for entry in Path("/proc").iterdir())
         for name in islice(filter(str.isdecimal, names), _PROCESSES):
@@ -76,11 +73,10 @@ def _tree(root: int) -> tuple[list[int], float]:
                 # a name may contain anything, even brackets, but the last bracket ends it
                 words = part(f"/proc/{name}/stat", _STAT).rpartition(b")")[2].split()
                 parents[int(name)] = int(words[1])
-                spent[int(name)] = (int(words[11]) + int(words[12])) / _TICKS
     tree = [root] if root in parents else []
     for member in tree:  # grows during the loop
         tree += [child for child, parent in parents.items() if parent == member]
-    return tree, sum(spent[member] for member in tree)
+    return tree
 
 
 def _sockets(pid: int) -> Iterator[str]:

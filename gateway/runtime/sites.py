@@ -1,8 +1,9 @@
 """The interface between deployments and the place where sites run.
 
-A tenant has one site. A redeployment builds the `next` version beside the `live` one, in a separate folder
-and on a separate port, so that the live version serves until the next one is known to work. Every call that
-undoes something is idempotent, because after a crash it is unknown how far its counterpart got.
+A tenant has one site. A redeployment builds the `next` version beside the `live` one, in a separate folder,
+and tries it on a separate port, while the live version serves. `settle` then stops both and starts the next
+one in the live one's place. Every call that undoes something is idempotent, because after a crash it is
+unknown how far its counterpart got.
 """
 
 from __future__ import annotations
@@ -111,14 +112,13 @@ class Service:
 
     `restarts` counts automatic restarts since the service was started, and `started` is the time of the last
     one by `time.monotonic()`. `oom_kills` counts processes the kernel has killed since then for lack of
-    memory. `cpu` is in seconds.
+    memory.
     """
 
     state: ServiceState
     restarts: int = 0
     started: float = 0.0
     oom_kills: int = 0
-    cpu: float = 0.0
     listens: frozenset[Listener] = frozenset()
 
 
@@ -324,11 +324,15 @@ class Sites(Protocol):
         """Make a side reachable; return where."""
         ...
 
-    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
-        """Make the next site's files live and start them; the next service keeps running. Idempotent.
+    async def halt(self, tenant: str) -> None:
+        """Stop both services; from now on `unsettle` is due. Idempotent."""
+        ...
 
-        Files that the live site has written meanwhile at the `kept` paths, each terminated by NUL, are
-        copied.
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
+        """Make the next site's files live, and start them; `halt` was called. Idempotent.
+
+        Files that the live site has written at the `kept` paths, each terminated by NUL, are copied; what
+        the next one has written there in its rehearsal goes.
         """
         ...
 

@@ -7,14 +7,17 @@ much of that is left (proc_net_tcp.rst). Only a reset connection leaves no trace
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+from gateway.rootfs import tcp
 from gateway.runtime import probe
 
 _LISTEN: Final = 0x0A
@@ -23,6 +26,9 @@ _END: Final = len("0100007F:1F90")
 _TIME_WAIT: Final = 3  # the kind of the timer
 _LENGTH: Final = 60.0  # seconds of that timer: TCP_TIMEWAIT_LEN
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_ON_THE_WAY: Final = 0.3  # seconds for a request whose route was looked up to become a connection
+_DRAIN: Final = 10.0  # seconds for visitors to get their answers
+_LOOK: Final = 0.02
 _BYTES: Final = 1 << 20  # of a tenant's table, whose length the tenant controls: 7 000 connections
 _HOST_BYTES: Final = 64 << 20  # of the host's table, which has all visitors
 
@@ -65,6 +71,27 @@ def visited(places: Mapping[str, Place]) -> dict[str, float]:
         if known := [age for age in ages if age is not None]:
             found[name] = min(known)
     return found
+
+
+async def drained(address: str, port: int) -> bool:
+    """Wait until no visitor waits for a site that gets no new ones; return False if some still do.
+
+    An idle connection, such as Caddy keeps, is not waiting; an idle websocket looks the same.
+    """
+    end, until = (socket.inet_aton(address), port), time.monotonic() + _DRAIN
+    quiet_since = time.monotonic()
+    while (now := time.monotonic()) < until:
+        try:
+            found = await asyncio.to_thread(tcp.waiting, f"{address}/32", 0.0)
+        except OSError:  # the kernel cannot be asked
+            found = []
+        own = probe.own_ports()
+        if any(one.remote == end and one.local[1] not in own for one in found):
+            quiet_since = now
+        elif now - quiet_since >= _ON_THE_WAY:
+            return True
+        await asyncio.sleep(_LOOK)  # there is no event for it
+    return False
 
 
 def _connections(

@@ -43,8 +43,8 @@ class SiteSettings(BaseModel):
         8, gt=0, description="maximum number of tenants that are woken or put to sleep at once"
     )
     wakes_waiting: int = Field(
-        1000,
+        2000,
         gt=0,
-        description="maximum number of visitors that wait for sleeping sites, a quarter of them for one "
-        "site; more are refused",
+        description="maximum number of visitors that wait for sleeping sites and for updates, half of them "
+        "for one site; more are refused",
     )

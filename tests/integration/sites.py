@@ -9,8 +9,9 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gateway.caddy import Caddy
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import LiveGateway, free_ports
-from tests.waits import until
+from tests.waits import pause, until
 
 ENDED = ("succeeded", "rolledback")
 OPERATOR = Token("test", frozenset({"*"}), frozenset({"admin"}), 0, "id")
@@ -217,6 +218,74 @@ class Hosting:
 def _without_volatile(entry: dict[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in entry["config"].items() if not key.startswith("volatile.")}
     return {**entry, "config": config}
+
+
+@dataclass
+class Visitors:
+    """Ask a site each 50 ms; every tenth sends a body.
+
+    With `exact` the site says how many bytes it got, and is quick: it is asked whether or not it has answered
+    the last. A slower one is asked by two visitors, who wait for their answers.
+    """
+
+    host: Hosting
+    domain: str
+    exact: bool = False
+    said: set[str] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+    count: int = 0
+    longest: float = 0.0
+
+    async def _one(self, session: aiohttp.ClientSession, number: int) -> None:
+        began = time.monotonic()
+        url, headers = (
+            f"http://127.0.0.1:{self.host.settings.caddy_ask}/",
+            {"Host": self.domain, "Accept": "text/html"},
+        )
+        body = b"x" * 100_000 if number % 10 == 0 else None
+        try:
+            async with session.request("POST" if body else "GET", url, headers=headers, data=body) as answer:
+                text = await answer.text()
+                self.said.add(" ".join(text.split()[:2]))
+                if answer.status != 200 and (answer.status >= 500 or self.exact or not body):
+                    took, at = time.monotonic() - began, time.strftime("%X")
+                    self.wrong.append(
+                        f"{answer.method} {answer.status} after {took:.1f} s at {at}: {text[:40]}"
+                    )
+                elif self.exact and body and not text.endswith(f" {len(body)}"):
+                    self.wrong.append(f"the body was cut: {text[:80]}")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self.wrong.append(f"{error!r} after {time.monotonic() - began:.1f} s")
+        self.longest = max(self.longest, time.monotonic() - began)
+        self.count += 1
+
+    @contextlib.asynccontextmanager
+    async def watching(self, what: str) -> AsyncIterator[None]:
+        """Visit while the context is open; then every visit must have been answered well."""
+        over = asyncio.Event()
+
+        async def go(session: aiohttp.ClientSession) -> None:
+            async with asyncio.TaskGroup() as visits:
+                number = 0
+                while not over.is_set():
+                    visit = visits.create_task(self._one(session, number))
+                    number += 1
+                    await pause(0.05)
+                    if not self.exact:
+                        await visit
+
+        timeout, connector = aiohttp.ClientTimeout(total=150), aiohttp.TCPConnector(limit=0)
+        self.count, self.longest = 0, 0.0
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            going = [asyncio.create_task(go(session)) for _ in range(1 if self.exact else 2)]
+            try:
+                yield
+            finally:
+                over.set()
+                await asyncio.gather(*going)
+        found = f"{self.count} visits, {len(self.wrong)} wrong, {self.longest:.2f} s at most"
+        print(f"{self.domain} {what}: {found}")
+        assert self.count > 10 and not self.wrong, (what, self.wrong[:5])
 
 
 def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:

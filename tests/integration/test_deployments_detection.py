@@ -15,8 +15,10 @@ import pytest
 
 from gateway.settings import Settings
 from tests.archives import archive
+from tests.integration import environment
 from tests.integration.conftest import Container
 from tests.integration.sites import Hosting, hosting
+from tests.waits import pause
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -160,6 +162,16 @@ async def test_a_node_server_is_started_by_its_script(host: Hosting) -> None:
             answer = await session.put("/v1/tenants/node-test/files/index.js", data=source.encode())
             assert answer.status in (200, 201), await answer.text()
         await host.answers("node.test", *((200, said) if said else (502,)), deadline=8)
+    # what tools write beside their configuration, and remove again, restarts nothing
+    passing = """
+    touch vite.config.ts.timestamp-1700000000000-abcdef.mjs tsup.config.bundled_x.mjs gone.js
+    rm gone.js
+    """
+    main = ("exec", "node-test", "--cwd=/srv/site", "--", "pgrep", "-f", "^node index.js")
+    before = environment.incus(*main).stdout
+    environment.incus("exec", "node-test", "--cwd=/srv/site", "--user=1000", "--", "sh", "-ec", passing)
+    await pause(1.5)  # longer than a new file is given
+    assert environment.incus(*main).stdout == before
     # what is given goes before what is found, also in an update
     record = await deployed(host, "node.test", files, start="bun run --bun start", port=4000)
     assert (record["port"], record["detected"]["start"]) == (4000, "bun run --bun start")

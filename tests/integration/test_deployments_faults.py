@@ -30,7 +30,7 @@ from tests.waits import until
 
 # every effect of a deployment, in order; what it does before it is a fault of the phase before
 CREATE = ["create", "push", "install", "start", "expose", "set", "ask", "certify"]
-UPDATE = ["push", "install", "start", "expose", "set", "ask", "settle"]
+UPDATE = ["push", "install", "start", "expose", "set", "ask", "halt", "settle"]
 ROLLBACK = ["take", "start", "expose", "set", "ask", "settle"]
 WHEN = ("before", "after") if thorough.ALL else ("after",)
 

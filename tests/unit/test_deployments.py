@@ -54,6 +54,12 @@ class Nothing:
     def unset(self, domain: str) -> None:
         pass
 
+    def sleeps(self, domain: str) -> bool:
+        return False
+
+    def release(self, domain: str) -> None:
+        pass
+
     async def remove(self, deployment: str) -> None:
         pass
 

@@ -31,7 +31,7 @@ SCRIPTS: Final = [
     path for path in sorted(Path(gateway.__file__).parent.rglob("*.sh")) if "overlay" not in path.parts
 ] + sorted((Path(__file__).parents[2] / "clients/web/src").rglob("*.sh"))
 INCUS: Final = Path(script_files.__file__).parent
-SYSTEMD: Final = ("start_service", "allow_domain", "apply_limits", "settle", "unsettle", "clear")
+SYSTEMD: Final = ("start_service", "allow_domain", "apply_limits", "halt", "settle", "unsettle", "clear")
 """The scripts that wait for systemd."""
 UID: Final = 65534
 NAMES: Final = (
@@ -277,13 +277,14 @@ def test_a_container_that_has_just_started_is_waited_for(
         "start_service": ("/run/systemd/system/site-next.service", "next", "site-next.service"),
         "allow_domain": ("NAME=shop.example",),
         "apply_limits": ("85%",),
+        "halt": (machine.live, machine.note),
         "settle": (*machine.sides, "update"),
         "unsettle": machine.sides,
         "clear": (*machine.sides, machine.kept, str(UID)),
     }
     machine.run(shell, name, *words[name], given=UNIT.encode())
     first, *asked = machine.asked()
-    assert first == "up" and "daemon-reload" in asked
+    assert first == "up" and asked
     made = {path.name for path in run.rglob("*") if path.is_file()}
     assert made == {"start_service": {"site-next.service"}, "allow_domain": {"domain.conf"}}.get(name, set())
 
@@ -305,6 +306,11 @@ def test_a_sealed_container_shares_no_id_and_no_log(shell: tuple[str, ...], mach
 # --- the exchange -------------------------------------------------------------------------------------
 
 
+def exchanged(shell: tuple[str, ...], machine: Machine, how: str, unit: str) -> None:
+    machine.run(shell, "halt", machine.live, machine.note)
+    machine.run(shell, "settle", *machine.sides, how, given=unit.encode())
+
+
 @pytest.mark.parametrize("before", [{}, {"unit": "old\n", "environment": "A=old\n"}], ids=["first", "later"])
 @pytest.mark.parametrize("environment", [None, "A=new\n"], ids=["same", "changed"])
 def test_an_exchange_is_idempotent_and_so_is_its_undo(
@@ -319,9 +325,9 @@ def test_an_exchange_is_idempotent_and_so_is_its_undo(
     if environment is not None:
         expected["site.env"] = environment
     for _ in range(2):
-        machine.run(shell, "settle", *machine.sides, "update", given=UNIT.encode())
+        exchanged(shell, machine, "update", UNIT)
         assert machine.state() == expected
-        assert machine.asked() == RESTARTED
+        assert machine.asked() == ["stop site-next.service site.service", *RESTARTED]
     for _ in range(2):
         machine.run(shell, "unsettle", *machine.sides)
         assert machine.state() == was
@@ -339,8 +345,7 @@ def test_an_exchange_that_was_cut_off_after_the_note_is_finished_or_undone(
     machine.run(shell, "unsettle", *machine.sides)
     assert machine.state() == {"site.service": "old\n", "page": "old"}
 
-    machine.note.write_text(f"{machine.live.stat().st_ino}\n")
-    machine.run(shell, "settle", *machine.sides, "update", given=UNIT.encode())
+    exchanged(shell, machine, "update", UNIT)
     assert machine.state() == {"site.service": UNIT, "page": "new"}
 
 
@@ -351,11 +356,14 @@ def test_nothing_of_an_exchange_is_left_once_it_is_cleared(shell: tuple[str, ...
     (machine.place / "etc/site-next.env").write_text("A=new\n")
     words = ("/run/systemd/system/site-next.service", "next", "site-next.service")
     machine.run(shell, "start_service", *words, given=UNIT.encode())
-    machine.run(shell, "settle", *machine.sides, "update", given=UNIT.encode())
+    exchanged(shell, machine, "update", UNIT)
     machine.asked()
     for _ in range(2):
         machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
-        assert machine.asked() == ["stop site-next.service", "daemon-reload"]
+        assert machine.asked() == [
+            *("stop site-next.service", "reset-failed site-next.service"),
+            "daemon-reload",
+        ]
         left = {path for path in machine.place.rglob("*") if path.is_file()}
         assert left - before == {machine.environment} and not machine.next.exists()
     assert machine.state() == {"site.service": UNIT, "site.env": "A=new\n", "page": "new"}
@@ -376,7 +384,7 @@ def updated(shell: tuple[str, ...], machine: Machine, page: str, former: str, li
     if not machine.next.exists():
         owned(machine.next, {"page": page})
     (machine.place / "etc/site-next.env").write_text(f"PAGE={page}\n")
-    machine.run(shell, "settle", *machine.sides, "update", given=f"{page}\n".encode())
+    exchanged(shell, machine, "update", f"{page}\n")
     for _ in range(2):
         put(shell, machine, former, live, most)
     machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
@@ -430,7 +438,7 @@ def test_a_former_site_comes_back_and_one_that_does_not_is_put_back(
         assert (machine.place / "etc/site-next.env").read_text() == "PAGE=old\n"
         if settles:
             for _ in range(2):
-                machine.run(shell, "settle", *machine.sides, "rollback", given=b"old\n")
+                exchanged(shell, machine, "rollback", "old\n")
             assert machine.state() == {"site.service": "old\n", "site.env": "PAGE=old\n", "page": "old"}
             assert (machine.live / ".git/HEAD").read_text() == "mine"
         for _ in range(2):
@@ -440,7 +448,7 @@ def test_a_former_site_comes_back_and_one_that_does_not_is_put_back(
         assert (machine.live / ".git/HEAD").read_text() == "mine"
         assert sorted(machine.kept.rglob("*")) == before
     machine.run(shell, "take_former", machine.next, machine.kept, FIRST)
-    machine.run(shell, "settle", *machine.sides, "rollback", given=b"old\n")
+    exchanged(shell, machine, "rollback", "old\n")
     put(shell, machine, SECOND, THIRD)
     machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
     assert (listed(machine), held(machine.kept / SECOND / "site")) == ([SECOND], {"page": "new"})
@@ -452,7 +460,7 @@ def test_an_environment_changes_without_an_exchange(shell: tuple[str, ...], mach
     machine.unit.write_text("old\n")
     machine.environment.write_text("A=old\n")
     (machine.place / "etc/site-next.env").write_text("A=new\n")
-    machine.run(shell, "settle", *machine.sides, "environment", given=b"old\n")
+    exchanged(shell, machine, "environment", "old\n")
     assert machine.state() == {"site.service": "old\n", "site.env": "A=new\n", "page": "old"}
     put(shell, machine, FIRST, SECOND)
     machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
@@ -473,6 +481,7 @@ as_site sh -c 'cd "$1"; echo next >page; echo next >own; rm removed' sh "$place/
 cat "$place/live/page"
 as_site sh -c 'echo agent >"$1/edited"' sh "$place/live"
 for _ in $6; do script copy_former "$uid"; done
+$shell -c "$(cat "$place/halt.sh")" sh "$place/live" "$place/before"
 echo old | script settle "$place/before" environment
 as_site sh -c 'echo agent >"$1/later"' sh "$place/live"
 for _ in 1 2; do script put_former "$place/before" "$place/kept" "$4" "$5" 2 "$uid"; done
@@ -495,7 +504,7 @@ def test_a_site_whose_environment_changes_is_served_beside_itself(
     owned(machine.live / "folder", {"file": "old"})
     (machine.live / "removed").write_text("old")
     os.chown(machine.live / "removed", UID, UID)
-    for name in ("stage", "copy_former", "settle", "put_former", "clear"):
+    for name in ("stage", "copy_former", "halt", "settle", "put_former", "clear"):
         (machine.place / f"{name}.sh").write_text((INCUS / f"{name}.sh").read_text())
     if not layers:
         (machine.place / "bin/mount").write_text(

@@ -91,11 +91,11 @@ async def previewed(request: Request) -> Response:
 
 
 async def wake(request: Request) -> Response:
-    """Wake the site at a domain. Caddy calls this for visitors; no token is needed."""
+    """Wait for the site at a domain, asleep or held. Caddy calls this for visitors; no token is needed."""
     try:
         await services(request).idle.visit(queried(request, WakeQuery).domain)
     except GatewayError as error:
-        text = f"This site was asleep and could not be woken: {error.message}.\n"
+        text = f"This site does not answer yet: {error.message}.\n"
         retry = {"Retry-After": str(RETRY_AFTER_MS // 1000)}
         return Response(text, error.http_status, headers=retry, media_type="text/plain")
     return Response(status_code=204)

@@ -1,24 +1,22 @@
-# Copies files that the live site has written since the next one was staged, if they are newer; records the paths.
+# Copies files that the live site has written since the next one was staged, in the place of what that one has written
+# there itself; records the paths.
 #
 # Usage:  sh -c "$(cat carry.sh)" sh LIVE NEXT UID NOTE HOW
 #   LIVE  the workspace
 #   NEXT  the folder of the next site
 #   UID   the site's user and group
 #   NOTE  the paths are recorded in this file with ".lasting" appended
-#   HOW   as for settle.sh: for "rollback" the next site's own files are removed first; for "environment" none are
-#         copied
+#   HOW   as for settle.sh: for "environment" none are copied
 # Input:  paths below LIVE, each terminated by NUL.
 # Output: what could not be copied.
 # Exit:   0; files may appear and vanish meanwhile.
 live="$1" next="$2" uid="$3" paths="$4.lasting" how="$5"
 as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups xargs --null --no-run-if-empty "$@"; }
 cat >"$paths" || exit
-if [ "$how" = rollback ]; then
-  # a database would replay an old log file into a newer database
+if [ "$how" != environment ]; then
+  # a database would replay another's log file
   cd "$next" || exit
   as_site rm -rf -- <"$paths"
-fi
-if [ "$how" != environment ]; then
   cd "$live" || exit
-  as_site cp -a --update --parents --reflink=auto --target-directory="$next" -- <"$paths" || :
+  as_site cp -a --parents --reflink=auto --target-directory="$next" -- <"$paths" || :
 fi

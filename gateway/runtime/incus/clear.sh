@@ -11,6 +11,8 @@
 # Exit:   0 once the folder and the note are gone. May be called again.
 next="$2" note="$3" kept="$4" uid="$5"
 systemctl stop site-next.service 2>/dev/null
+# it has, if it did not end in time
+systemctl reset-failed site-next.service 2>/dev/null
 rm -f /run/systemd/system/site-next.service /etc/site-next.env /etc/site.env.old \
   /etc/systemd/system/site.service.old
 systemctl daemon-reload

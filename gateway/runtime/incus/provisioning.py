@@ -51,6 +51,7 @@ _CARRY: Final = script("carry")
 _KEEP_ENVIRONMENT: Final = script("keep_environment")
 _START_SERVICE: Final = systemd_script("start_service")
 _ALLOW_DOMAIN: Final = systemd_script("allow_domain")
+_HALT: Final = systemd_script("halt")
 _SETTLE: Final = systemd_script("settle")
 _UNSETTLE: Final = systemd_script("unsettle")
 _CLEAR: Final = systemd_script("clear")
@@ -167,6 +168,9 @@ class Provisioning:
         await self.script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=_ALLOWS)
 
     # --- the exchange -------------------------------------------------------------------------------
+
+    async def halt(self, tenant: str) -> None:
+        await self.script(tenant, _HALT, self._live, self._note)
 
     async def settle(self, tenant: str, recipe: Recipe, kept: bytes, how: Exchange) -> None:
         if kept:

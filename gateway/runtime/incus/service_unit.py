@@ -9,6 +9,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, Field, ValidationError
 
+from gateway.runtime.incus.script_files import script
 from gateway.runtime.sites import ALLOWED, Recipe, Side
 from gateway.runtime.sizes import SITE_SHARE
 from gateway.settings import Settings
@@ -31,6 +32,7 @@ _RECIPE: Final = re.compile(rb"^X-Recipe=([^\n]*)", re.MULTILINE)
 _VARIABLES: Final = 4096  # of a site; more than `deployments.request` accepts
 _WORDS: Final = 64
 _UNIT: Final = Path(__file__).with_name("site.service").read_text()
+_APART: Final = script("apart")
 
 
 class _Said(BaseModel):
@@ -64,11 +66,14 @@ def beside(settings: Settings, what: str) -> str:
 def unit(settings: Settings, recipe: Recipe, side: Side) -> str:
     """Return the text of a side's unit."""
     workspace, port = settings.workspace, recipe.listens(side)
+    # overrides a PORT in the site's environment: the gateway expects it here
+    command = unit_words(("/usr/bin/env", f"PORT={port}", *recipe.command(port)))
     # sides that never run at the same time share an environment
     environment, more = _ENVIRONMENTS["live" if recipe.alone else side], ""
     if side == "next":
         # its folder appears at the live one's path, so that absolute paths stay valid when it becomes live
-        more = f"BindPaths={beside(settings, 'next')}:{workspace}\n"
+        more = f"BindPaths={beside(settings, 'next')}:{workspace}\nPrivatePIDs=yes\nCPUWeight=20\n"
+        command = f"!{unit_words(('/bin/sh', '-c', _APART, 'sh', settings.workspace_user))} {command}"
     return _UNIT.format(
         allowed=ALLOWED,
         share=SITE_SHARE,
@@ -76,8 +81,7 @@ def unit(settings: Settings, recipe: Recipe, side: Side) -> str:
         workspace=workspace,
         port=port,
         environment=environment,
-        # overrides a PORT in the site's environment: the gateway expects it here
-        command=unit_words(("/usr/bin/env", f"PORT={port}", *recipe.command(port))),
+        command=command,
         more=more,
         recipe=_written(recipe),
     )

@@ -3,8 +3,7 @@
 # Usage:  sh -c "$(cat settle.sh)" sh LIVE NEXT NOTE HOW
 #   LIVE  the workspace
 #   NEXT  the folder of the next site
-#   NOTE  the file that records which folder was live. It is written before the exchange, so that after a crash
-#         this script and unsettle.sh can tell whether the exchange has happened.
+#   NOTE  as halt.sh, which was called before, has written it
 #   HOW   "update"; "rollback", for which the repository and the gateway's own folder stay with the live site; or
 #         "environment", for which no folder is moved
 # Input:  the live site's unit.
@@ -13,12 +12,6 @@
 set -eu
 live="$1" next="$2" note="$3" how="$4" unit=/etc/systemd/system/site.service
 new=$(cat; printf .)
-if [ ! -e "$note" ]; then
-  if [ -f $unit ]; then cp $unit $unit.old; fi
-  if [ -f /etc/site.env ]; then cp -p /etc/site.env /etc/site.env.old; fi
-  stat -c %i "$live" >"$note.new"
-  mv "$note.new" "$note"
-fi
 if [ "$how" != environment ]; then
   # atomic, so that no request finds the folder missing
   if [ "$(stat -c %i "$live")" = "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi

@@ -199,6 +199,9 @@ class IncusSites:
     async def allow(self, tenant: str, domain: str) -> None:
         await self._provisioning.allow(tenant, domain)
 
+    async def halt(self, tenant: str) -> None:
+        await self._provisioning.halt(tenant)
+
     async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
         await self._provisioning.settle(tenant, recipe, kept, how)
 

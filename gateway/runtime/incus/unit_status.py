@@ -36,7 +36,6 @@ def read(said: str) -> Service | None:
         restarts=_number(facts.get("NRestarts")),
         started=_number(facts.get("ExecMainStartTimestampMonotonic")) / 1e6,
         oom_kills=_number(facts.get("OomKills")),
-        cpu=_number(facts.get("Computed")) / 1e6,
         listens=frozenset(one for one in listens if one is not None),
     )
 

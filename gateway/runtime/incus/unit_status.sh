@@ -2,7 +2,7 @@
 #
 # Usage:  sh -c "$(cat unit_status.sh)" sh UNIT
 # Input:  none.
-# Output: lines NAME=VALUE: systemd's properties, counters of its cgroup (OomKills, Computed), and a Listen for each
+# Output: lines NAME=VALUE: systemd's properties, a counter of its cgroup (OomKills), and a Listen for each
 #         address on which its processes listen, in the kernel's notation.
 # Exit:   undefined.
 facts=$(systemctl show \
@@ -17,7 +17,6 @@ for place in "$tree/unified" "$tree/systemd" "$tree"; do
   [ -f "$place$group/cgroup.procs" ] && break
 done
 sed -n 's/^oom_kill /OomKills=/p' "$tree$group/memory.events" "$tree/memory$group/memory.oom_control" 2>/dev/null
-sed -n 's/^usage_usec /Computed=/p' "$place$group/cpu.stat" 2>/dev/null
 
 set --
 for pid in $(head -n 200 "$place$group/cgroup.procs"); do

@@ -58,10 +58,10 @@ class LocalService:
         if process is None:
             return Service("ended", self._restarts, self._started)
         try:
-            listens, cpu = await aside(self, _LOOK, of_tree, process.pid)
+            listens = await aside(self, _LOOK, of_tree, process.pid)
         except TimeoutError:
-            listens, cpu = frozenset(), 0.0
-        return Service("running", self._restarts, self._started, cpu=cpu, listens=listens)
+            listens = frozenset()
+        return Service("running", self._restarts, self._started, listens=listens)
 
     async def _begin(self) -> Process:
         process = self._process = await self._commands.exec(self._tenant, self._spec)

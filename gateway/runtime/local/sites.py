@@ -192,17 +192,23 @@ class LocalSites:
             raise NotFound(f"the site of {tenant} is not running")
         return Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
 
+    async def halt(self, tenant: str) -> None:
+        facts = self._folders.noted(tenant)
+        if "before" not in facts:
+            self._folders.note(tenant, before=before(facts) | {"how": "update"})
+        for side in ("live", "next"):
+            await self._services.stop(tenant, side)
+
     async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
         live, following = (self._folders.of(tenant, side) for side in ("live", "next"))
         old, facts = self._folders.beside(tenant, "old"), self._folders.noted(tenant)
+        self._folders.note(tenant, before=facts["before"] | {"how": how})
         if kept:
             self._folders.beside(tenant, "lasting").write_bytes(kept)
-            if how == "rollback":
+            if how != "environment":
                 await asyncio.to_thread(remove, following, kept.split(b"\0")[:-1])
             if how != "environment":
                 await _carry(kept, live, following)
-        if "before" not in facts:
-            self._folders.note(tenant, before={**before(facts), "how": how})
         if how != "environment":
             if following.exists() and not old.exists():
                 live.rename(old)
@@ -272,8 +278,8 @@ class LocalSites:
 
 
 async def _carry(kept: bytes, live: Path, following: Path) -> None:
-    """Copy files that the live site has written, if they are newer."""
-    words = ("-a", "--update", "--parents", f"--target-directory={following}", "--")
+    """Copy files that the live site has written."""
+    words = ("-a", "--parents", f"--target-directory={following}", "--")
     carrying = await asyncio.create_subprocess_exec(
         *("xargs", "--null", "cp", *words),
         cwd=live,
