@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass
 from types import TracebackType
@@ -63,7 +63,8 @@ class Reservation(Generic[Owner]):
     def release(self) -> None:
         """Give all back. Idempotent."""
         if self.size:
-            self._admission._forget(self, self._owner)
+            if self._admission._displaceable:
+                self._admission._forget(self, self._owner)
             self.hold(-self.size)
 
     def __enter__(self) -> Reservation[Owner]:
@@ -116,8 +117,8 @@ class Admission(Generic[Owner]):
         self._each, self._part, self._most_waiting, self._patience = each, part, waiting, patience
         self._name, self._hint, self._retry_after = name, hint, retry_after
         self.held = 0
-        self._owners: Counter[Owner] = Counter()
-        self._parts: Counter[tuple[Owner, Hashable]] = Counter()
+        self._owners: dict[Owner, int] = {}  # of those that have something
+        self._parts: dict[tuple[Owner, Hashable], int] = {}
         # reservations that another may take over, oldest first
         self._displaceable: dict[Owner, dict[Reservation[Owner], Callable[[], None]]] = {}
         self._queues: dict[Owner, deque[_Waiter[Owner]]] = {}  # in the order of their turns
@@ -136,7 +137,7 @@ class Admission(Generic[Owner]):
 
     def of(self, owner: Owner) -> int:
         """Return what an owner has."""
-        return self._owners[owner]
+        return self._owners.get(owner, 0)
 
     def awaited_by_others(self, owner: Owner) -> bool:
         """Return whether anybody else waits."""
@@ -144,10 +145,9 @@ class Admission(Generic[Owner]):
 
     def full(self, owner: Owner, size: int = 1, part: Hashable = None) -> Full | None:
         """Return what has no room for `size` more, None if there is room."""
-        has = self._parts[owner, part] if part is not None and self._part is not None else 0
-        if self._part is not None and has and has + size > self._part:
+        if self._part is not None and (has := self._parts.get((owner, part))) and has + size > self._part:
             return Full("this connection", self._part, "part")
-        has, each = self._owners[owner], self._each if isinstance(self._each, int) else self._each(owner)
+        has, each = self._owners.get(owner), self._each if isinstance(self._each, int) else self._each(owner)
         if has and has + size > each:
             return Full(self._name, each, "owner")
         if self.total is not None and self.held and self.held + size > self.total:
@@ -210,9 +210,9 @@ class Admission(Generic[Owner]):
     def _count(self, owner: Owner, part: Hashable, size: int) -> None:
         self.held += size
         _add(self._owners, owner, size)
-        if part is not None:
+        if part is not None and self._part is not None:
             _add(self._parts, (owner, part), size)
-        if size < 0:
+        if size < 0 and self._queues:
             self._wake()
 
     # --- in turn ------------------------------------------------------------------------------------
@@ -314,7 +314,8 @@ class Admission(Generic[Owner]):
         return waiter, full
 
 
-def _add(counter: Counter[Owner], key: Owner, by: int) -> None:
-    counter[key] += by
-    if not counter[key]:
-        del counter[key]
+def _add(counts: dict[Owner, int], key: Owner, by: int) -> None:
+    if left := counts.get(key, 0) + by:
+        counts[key] = left
+    else:
+        counts.pop(key, None)

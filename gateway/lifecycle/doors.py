@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Final
 
-from gateway.errors import RateLimited, Unavailable
+from gateway.admission import Admission
+from gateway.errors import Unavailable
 from gateway.settings import Settings
 
 _RETRY_AFTER: Final = 5
@@ -20,9 +21,13 @@ class Doors:
     """The doors of one gateway's tenants, all of them open. Used from the event loop only."""
 
     def __init__(self, settings: Settings) -> None:
-        self._patience, self._most = settings.move_patience, settings.move_waiting
+        self._patience = settings.move_patience
         self._closed: dict[str, asyncio.Event] = {}
-        self._waiting: Counter[str] = Counter()
+        self._waiting = Admission[str](
+            "calls that wait until it has moved to another server",
+            each=settings.move_waiting,
+            retry_after=_RETRY_AFTER,
+        )
         self._inside: dict[str, int] = {}  # calls under way, of tenants that have any
         self._emptied: dict[str, asyncio.Event] = {}  # of tenants whose last call is waited for
         self.check: Callable[[str], None] = lambda tenant: None
@@ -57,26 +62,18 @@ class Doors:
         door = self._closed.get(tenant)
         if door is None:
             return
-        if self._waiting[tenant] >= self._most:
-            raise RateLimited(
-                f"too many calls wait for {tenant}, which is moving to another server",
-                limit=self._most,
-                retry_after=_RETRY_AFTER,
-            )
-        self._waiting[tenant] += 1
         try:
-            async with asyncio.timeout(self._patience):
-                while door is not None:
-                    await door.wait()
-                    door = self._closed.get(tenant)
+            with self._waiting.reserve(tenant):
+                async with asyncio.timeout(self._patience):
+                    while door is not None:
+                        await door.wait()
+                        door = self._closed.get(tenant)
         except TimeoutError:
             raise Unavailable(
                 f"tenant {tenant} is moving to another server; try again soon",
                 reason="moving",
                 retry_after=_RETRY_AFTER,
             ) from None
-        finally:
-            _less(self._waiting, tenant)
 
     def inside(self, tenant: str) -> AbstractContextManager[None]:
         """Count as a call under way while the context is open."""
@@ -129,9 +126,3 @@ class _Inside:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._doors._leave(self._tenant)
-
-
-def _less(counter: Counter[str], tenant: str) -> None:
-    counter[tenant] -= 1
-    if counter[tenant] <= 0:
-        del counter[tenant]

@@ -120,7 +120,7 @@ class Budget(Admission[Share]):
     def add(self, size: int) -> None:
         """Count bytes of a share, whoever's."""
         self.held += size
-        if size < 0:
+        if size < 0 and self._queues:
             self._wake()
 
 

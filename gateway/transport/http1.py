@@ -108,6 +108,7 @@ class HttpProtocol(H11Protocol):
         self.conn = _Http(h11.SERVER) if size is None else _Http(h11.SERVER, size)
         self._made = self._asked = self.loop.time()
         self._answered = None
+        self._address = block(self.client[0] if self.client else "")
         self.app_state = {
             **self.app_state,
             ABORT: partial(drop, transport),
@@ -146,7 +147,7 @@ class HttpProtocol(H11Protocol):
     def _count(self, owner: str | None = None) -> None:
         """Count as a stranger from now on, of the client's address unless its proxy names another."""
         if self.strangers is not None:
-            owner = block(self.client[0] if self.client else "") if owner is None else owner
+            owner = self._address if owner is None else owner
             self._stranger = self.strangers.reserve(owner, displaced=self.transport.abort)
 
     def identified(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -253,6 +254,21 @@ async def test_only_a_peer_is_heard(members: dict[str, LiveGateway], tmp_path: P
             assert found.status == 200
         with pytest.raises(aiohttp.ClientError):  # another than the one that was published
             await http.get(f"{peer_of(members['m3'])[0]}/peer/watch", ssl=ours)
+
+
+async def test_of_a_peer_too_a_length_in_doubt_is_refused(members: dict[str, LiveGateway]) -> None:
+    """And the connection ends, with nothing that follows being taken for a request."""
+    url, certificate = peer_of(members["m2"])
+    ours = Identity(Path(members["m1"].environment["GATEWAY_STATE_DIR"])).calling(certificate)
+    where = urlsplit(url)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port, ssl=ours)
+    ask = b"POST /peer/ask/find HTTP/1.1\r\nHost: m2\r\n"
+    both = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    writer.write(ask + both + ask + b"Content-Length: 2\r\n\r\n{}")
+    async with asyncio.timeout(30):
+        said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 400 ") and said.count(b"HTTP/1.1") == 1
+    writer.close()
 
 
 async def test_a_request_is_passed_on_once(members: dict[str, LiveGateway]) -> None:
