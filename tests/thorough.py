@@ -426,6 +426,9 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_the_messages_api",
         ),
     },
+    "what others' generators make of the document; tests/unit/test_openapi.py holds what they stumble over": {
+        f"{_INTEGRATION}openapi_clients.py": ("test_generated_clients_upload_a_file",),
+    },
     "a setting of the text, or what clients/web/tests hold of language servers; what one sees of them is "
     "shown by the other tests of the file": {
         f"{_E2E}language_servers.py": (

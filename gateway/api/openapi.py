@@ -68,10 +68,28 @@ class _Models:
         self._keys = {(_key(kind), mode): str(number) for number, (kind, mode) in enumerate(types)}
         found, definitions = TypeAdapter.json_schemas(adapters, ref_template=_REF)
         self._found = {key: value for (key, _), value in found.items()}
-        self.schemas: dict[str, Any] = definitions.get("$defs", {})
+        self.schemas: dict[str, Any] = _for_generators(definitions.get("$defs", {}))
 
     def of(self, kind: Any, mode: JsonSchemaMode) -> dict[str, Any]:
         return self._found[self._keys[_key(kind), mode]]
+
+
+def _for_generators(schema: Any) -> Any:
+    """Return a schema without defaults that are no value of it: generators of clients stumble over these.
+
+    What may be left out has the model's null as its default, and a switch a boolean for its words.
+    """
+    if isinstance(schema, list):
+        return [_for_generators(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: _for_generators(value) for name, value in schema.items()}
+    match kept:
+        case {"default": None, "anyOf": _}:
+            del kept["default"]
+        case {"default": bool(on), "enum": _}:
+            kept["default"] = str(on).lower()
+    return kept
 
 
 def _key(kind: Any) -> str:
@@ -192,5 +210,13 @@ def _content(kind: Any, models: _Models, mode: JsonSchemaMode) -> dict[str, Any]
     if isinstance(kind, tuple):
         return {name: said for one in kind for name, said in _content(one, models, mode).items()}
     if isinstance(kind, Media):
-        return {kind.type: {"schema": {"type": "string"}} if kind.text else {}}
+        return {kind.type: {"schema": _of_media(kind)}}
     return {"application/json": {"schema": models.of(kind, mode)}}
+
+
+def _of_media(kind: Media) -> dict[str, Any]:
+    """Return the schema of a body that no model describes: text, JSON of any kind, or bytes."""
+    if kind.text:
+        return {"type": "string"}
+    # not 3.1's `contentMediaType`: by `format` every generator knows a file
+    return {} if kind.type.endswith("json") else {"type": "string", "format": "binary"}

@@ -39,6 +39,28 @@ def test_every_route_is_described() -> None:
         assert one["summary"] and one["responses"], one["operationId"]
 
 
+def test_generators_of_clients_stumble_over_nothing() -> None:
+    """Each body has a schema, a file is `binary`, and a default is a value of its schema."""
+
+    def visit(there: Any, path: str) -> None:
+        if isinstance(there, list):
+            for number, one in enumerate(there):
+                visit(one, f"{path}/{number}")
+        if not isinstance(there, dict):
+            return
+        if "content" in there and "properties" not in path[-12:]:
+            assert all("schema" in media for media in there["content"].values()), path
+        if "default" in there and not path.endswith("/properties") and not path.endswith("/responses"):
+            assert there["default"] is not None, path
+            assert there["default"] in there.get("enum", [there["default"]]), path
+        for name, one in there.items():
+            visit(one, f"{path}/{name}")
+
+    visit(DOCUMENT, "")
+    body = DOCUMENT["paths"]["/v1/tenants/{tenant}/files/{path}"]["put"]["requestBody"]
+    assert body["content"]["application/octet-stream"]["schema"] == {"type": "string", "format": "binary"}
+
+
 def test_every_route_of_the_contract_is_there_and_the_other_way_round() -> None:
     """docs/protocol.md names each path of the document."""
     page = (ROOT / "docs/protocol.md").read_text()

@@ -1,0 +1,153 @@
+"""Clients that others' generators make of the OpenAPI document upload a file. For the night.
+
+It needs PyPI, npm and Java. openapi-generator makes TypeScript, Python and Go; the last is not compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import venv
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.integration.test_claude_newest import run
+from tests.live import LiveGateway, local_gateway
+
+PYTHON = (
+    "openapi-generator-cli",
+    "openapi-python-client",
+    "ruff",
+    "httpx",
+    "pydantic",
+    "python-dateutil",
+    "urllib3",
+)
+NPM = ("openapi-typescript", "openapi-fetch", "@hey-api/openapi-ts", "orval", "typescript@5", "@types/node")
+BYTES = bytes(range(256)) * 40
+
+# each writes `in` to a file of the tenant: arguments are the gateway's address, a token and the file's name
+OPENAPI_GENERATOR_PYTHON = """
+import sys; sys.path.insert(0, "openapi-generator-python")
+import openapi_client as made
+url, token, name = sys.argv[1:]
+with made.ApiClient(made.Configuration(host=url, access_token=token)) as client:
+    made.FilesApi(client).files_put("shop", name, open("in", "rb").read())
+"""
+OPENAPI_PYTHON_CLIENT = """
+import sys; sys.path.insert(0, "openapi-python-client")
+from incus_gateway_client import AuthenticatedClient
+from incus_gateway_client.api.files import files_put
+from incus_gateway_client.types import File
+url, token, name = sys.argv[1:]
+client = AuthenticatedClient(base_url=url, token=token, raise_on_unexpected_status=True)
+answer = files_put.sync_detailed("shop", name, client=client, body=File(payload=open("in", "rb")))
+assert answer.status_code in (200, 201), answer
+"""
+OPENAPI_FETCH = """
+import { readFileSync } from "node:fs";
+import createClient from "openapi-fetch";
+import type { paths } from "./openapi-typescript";
+const [url, token, name = ""] = process.argv.slice(2);
+const client = createClient<paths>({ baseUrl: url, headers: { Authorization: `Bearer ${token}` } });
+const { error } = await client.PUT("/v1/tenants/{tenant}/files/{path}", {
+  params: { path: { tenant: "shop", path: name } },
+  body: new Blob([readFileSync("in")]) as unknown as string,
+  bodySerializer: (body) => body as unknown as Blob,
+  headers: { "Content-Type": "application/octet-stream" },
+});
+if (error) throw new Error(JSON.stringify(error));
+"""
+HEY_API = """
+import { readFileSync } from "node:fs";
+import { client } from "./hey-api/client.gen";
+import { filesPut } from "./hey-api";
+const [url, token, path = ""] = process.argv.slice(2);
+client.setConfig({ baseUrl: url ?? "", auth: token ?? "" });
+await filesPut({ path: { tenant: "shop", path }, body: new Blob([readFileSync("in")]), throwOnError: true });
+"""
+OPENAPI_GENERATOR_TYPESCRIPT = """
+import { readFileSync } from "node:fs";
+import { Configuration, FilesApi } from "./openapi-generator-typescript";
+const [basePath, accessToken, path = ""] = process.argv.slice(2);
+const files = new FilesApi(new Configuration({ basePath, accessToken }));
+await files.filesPut({ tenant: "shop", path, body: new Blob([readFileSync("in")]) });
+"""
+ORVAL = """
+import { readFileSync } from "node:fs";
+import { filesPut } from "./orval/client";
+const [url, token, path = ""] = process.argv.slice(2);
+const real = globalThis.fetch;
+globalThis.fetch = (to, init) =>
+  real(url + String(to), { ...init, headers: { ...init?.headers, Authorization: `Bearer ${token}` } });
+const answer = await filesPut("shop", path, new Blob([readFileSync("in")]));
+if (answer.status !== 200 && answer.status !== 201) throw new Error(JSON.stringify(answer));
+"""
+
+
+@pytest.fixture(scope="module")
+async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path_factory.mktemp("state"), "shop")
+    await gateway.start()
+    yield gateway
+    assert await gateway.stop() == 0
+
+
+@pytest.mark.timeout(1500)
+async def test_generated_clients_upload_a_file(gateway: LiveGateway, tmp_path: Path) -> None:
+    if shutil.which("java") is None:
+        pytest.fail("openapi-generator needs Java: install default-jre-headless")
+    async with aiohttp.ClientSession() as session, session.get(gateway.url + "/openapi.json") as answer:
+        document = await answer.json()
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    (tmp_path / "in").write_bytes(BYTES)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin_ = tmp_path / "venv" / "bin"
+    await run(str(bin_ / "pip"), "install", "--quiet", *PYTHON)
+    await run("npm", "install", "--no-audit", "--no-fund", *NPM, cwd=tmp_path)
+
+    generator = (str(bin_ / "openapi-generator-cli"), "generate", "-i", "openapi.json")
+    for kind, name in (("typescript-fetch", "typescript"), ("python", "python"), ("go", "go")):
+        printed = await run(*generator, "-g", kind, "-o", f"openapi-generator-{name}", cwd=tmp_path)
+        assert "ERROR" not in printed, printed
+    python_client = ("generate", "--path", "openapi.json", "--output-path", "openapi-python-client")
+    environment = {"PATH": f"{bin_}:/usr/bin:/bin"}
+    words = (str(bin_ / "openapi-python-client"), *python_client)
+    printed = await run(*words, cwd=tmp_path, environment=environment)
+    assert "WARNING" not in printed and "ERROR" not in printed, printed
+    await run("npx", "openapi-typescript", "openapi.json", "-o", "openapi-typescript.d.ts", cwd=tmp_path)
+    await run("npx", "openapi-ts", "-i", "openapi.json", "-o", "hey-api", cwd=tmp_path)
+    orval = ("--input", "openapi.json", "--output", "orval/client.ts", "--client", "fetch")
+    await run("npx", "orval", *orval, cwd=tmp_path)
+
+    token = gateway.token("shop")
+    programs = {
+        "openapi-generator-python.py": OPENAPI_GENERATOR_PYTHON,
+        "openapi-python-client.py": OPENAPI_PYTHON_CLIENT,
+        "openapi-fetch.ts": OPENAPI_FETCH,
+        "hey-api.ts": HEY_API,
+        "openapi-generator-typescript.ts": OPENAPI_GENERATOR_TYPESCRIPT,
+        "orval.ts": ORVAL,
+    }
+    for name, text in programs.items():
+        (tmp_path / f"upload-{name}").write_text(text)
+    esbuild = next(tmp_path.glob("node_modules/**/bin/esbuild"), None)
+    assert esbuild is not None, "orval brings esbuild"
+    for name in programs:
+        target, program = f"deep/{name}.bin", [str(bin_ / "python"), f"upload-{name}"]
+        if name.endswith(".ts"):
+            made = f"{name}.mjs"
+            bundle = ("--bundle", "--platform=node", "--format=esm", f"--outfile={made}")
+            await run(str(esbuild), f"upload-{name}", *bundle, cwd=tmp_path)
+            program = ["node", made]
+        await run(*program, gateway.url, token, target, cwd=tmp_path)
+        async with gateway.http("shop") as http, http.get(f"/v1/tenants/shop/files/{target}") as answer:
+            assert (answer.status, await answer.read()) == (200, BYTES), name
+    # what they made has the types of a file where one is sent
+    types = (tmp_path / "openapi-generator-typescript/apis/FilesApi.ts").read_text()
+    assert "body: Blob" in types or "body: runtime.HttpFile" in types
+    assert (tmp_path / "openapi-generator-go/api_files.go").exists()
