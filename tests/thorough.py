@@ -420,11 +420,17 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "that the docs' words run; what they call is held by tests/integration/test_claude.py and others": {
         f"{_INTEGRATION}docs_clients.py": (
             "test_without_asyncio",
+            "test_who_decides_what_an_agent_may_do",
+            "test_an_agent_to_copy",
+            "test_a_site_is_published_followed_and_put_to_sleep",
             "test_a_turn_that_is_shown_and_taken_back",
             "test_a_token_that_is_read_when_it_is_needed",
             "test_the_agent_sdk",
             "test_the_messages_api",
         ),
+    },
+    "what a method imports is held by tests/unit/test_client_package.py": {
+        f"{_INTEGRATION}client_extras.py": ("test_every_method_has_what_it_needs",),
     },
     "what others' generators make of the document; tests/unit/test_openapi.py holds what they stumble over": {
         f"{_INTEGRATION}openapi_clients.py": ("test_generated_clients_upload_a_file",),

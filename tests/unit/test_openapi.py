@@ -170,3 +170,25 @@ def test_the_types_of_the_typescript_client_are_made_of_the_schema() -> None:
         [sys.executable, ROOT / "clients/typescript/wire_types.py", "--check"], capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "interface"),
+    [
+        ("Session", "Session"),
+        ("TenantShown", "TenantInfo"),
+        ("Site", "SiteAnswer"),
+        ("Deployment", "DeploymentRecord"),
+        ("Detected", "Detected"),
+    ],
+)
+def test_the_types_of_typescript_have_all_that_is_answered(model: str, interface: str) -> None:
+    types = (ROOT / "clients/typescript/src/types.ts").read_text()
+
+    def fields(name: str) -> set[str]:
+        found = re.search(rf"interface {name} (?:extends (\w+) )?\{{(.*?)^\}}", types, re.M | re.S)
+        assert found is not None, name
+        names = set(re.findall(r"^  readonly (\w+)\??:", found[2], re.M))
+        return names | (fields(found[1]) if found[1] else set())
+
+    assert DOCUMENT["components"]["schemas"][model]["properties"].keys() <= fields(interface)

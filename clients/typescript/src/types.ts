@@ -31,6 +31,8 @@ export interface Session {
   readonly scopes: readonly string[];
   /** names, or `["*"]` */
   readonly tenants: readonly string[];
+  /** the domains that the token may give to tenants; null if it is not limited */
+  readonly domains?: readonly string[] | null;
   /** seconds since the epoch */
   readonly expires: number;
   /** the id for revoking it */
@@ -52,6 +54,8 @@ export interface TenantInfo {
   readonly created: string | null;
   readonly limits: Facts;
   readonly location: string | null;
+  /** `member_away`: its server does not answer, and this is how it was last known. */
+  readonly reason?: "member_away";
   readonly usage?: Usage | null;
   /** In a cluster: its copy on another member, and when the tenant was as that is; null if there is none. */
   readonly standby?: { readonly member: string; readonly of: string } | null;
@@ -84,6 +88,10 @@ export interface SiteAnswer {
   /** Whether it answers with less than 500; null if there is no site or it sleeps. */
   readonly answers: boolean | null;
   readonly status: number | null;
+  /** `host_refused`: its dev server refuses the name that it is asked by. */
+  readonly reason?: "host_refused";
+  /** The beginning of what it answered then. */
+  readonly said?: string;
 }
 
 export interface Listening {
@@ -213,8 +221,20 @@ export interface DeploymentRecord extends DeploymentStarted {
   readonly env?: readonly string[] | null;
   readonly warnings: readonly string[];
   readonly phases: readonly DeploymentPhase[];
+  /** What was detected in the folder; `lines` say what was chosen, and why. */
+  readonly detected?: Detected | null;
   /** Why it failed, possibly with `phase` and `reason`. */
   readonly error: (Facts & { readonly code: ErrorCode; readonly message: string }) | null;
+}
+
+export interface Detected {
+  readonly name: string;
+  readonly title: string;
+  readonly install: string | null;
+  readonly start: string | null;
+  readonly port: number | null;
+  readonly static: string | null;
+  readonly lines: readonly string[];
 }
 
 /** A tenant's deployments, newest first. */
