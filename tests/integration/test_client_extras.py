@@ -89,9 +89,6 @@ async def main():
             await every(command, "exec")
         async with client.events(tenant="shop"):
             pass
-        await every(client.deployment("none"), "deployment")
-        await every(client, "client")
-        await every(shop, "tenant")
         if extra == "claude":
             from gateway_client import claude
 
@@ -101,6 +98,9 @@ async def main():
 
             async with anthropic.bash(client.tenant("shop")):
                 anthropic.text_editor(shop), await anthropic.tools(shop)
+        await every(client.deployment("none"), "deployment")
+        await every(client, "client")
+        await every(shop, "tenant")
 
 
 def blocking():
