@@ -202,10 +202,14 @@ class Tenant(TypedDict):
 
 
 class StandbyShown(TypedDict):
-    """The copy of a tenant on another member of the cluster, as the tenant was at a time."""
+    """The copy of a tenant on another member of the cluster, as the tenant was at a time.
+
+    `late` is true if it has not been up to date for three intervals.
+    """
 
     member: str
     of: str
+    late: bool
 
 
 class TenantShown(Tenant):

@@ -287,6 +287,8 @@ def _services(
         metrics.show_pressure(serving.pressure.counts)
     if cluster is not None:
         metrics.show_peers(cluster.peers, tunnels)
+        if standing is not None:
+            metrics.show_standby(lambda: standing.standby.late)
     return Services(
         settings=settings,
         runtime=runtime,

@@ -105,6 +105,8 @@ class Background:
                 jobs["the lease of this member"] = standing.fence.renew
                 jobs["the fence without a lease"] = standing.fence.guard
                 jobs["the tenants that a lease brings back"] = standing.fence.follow
+            if standing.returning is not None:
+                jobs["what is left of other members' tenants"] = standing.returning.follow
             if standing.takeover is not None:
                 jobs["the tenants of servers that have died"] = standing.takeover.follow
         if services.revoking is not None:

@@ -99,6 +99,11 @@ class Metrics:
         )
         joined.set_function(lambda: len(tunnels))
 
+    def show_standby(self, late: Callable[[], Sized]) -> None:
+        """Show how many copies on other members are late."""
+        told = "Tenants without a copy on another member that was up to date within three intervals."
+        Gauge("gateway_standby_late", told, registry=self._registry).set_function(lambda: len(late()))
+
     def show_pressure(self, counts: Counts) -> None:
         """Show the counts of the watch over the tenants' memory."""
         pressed = Gauge(

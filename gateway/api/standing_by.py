@@ -43,6 +43,7 @@ class StandingBy:
     lease: Lease
     fence: Fence | None = None
     takeover: Takeover | None = None
+    returning: Return | None = None
 
     def holds(self, tenant: str) -> bool:
         """Return whether this member may not serve a tenant now."""
@@ -98,10 +99,11 @@ async def standing_by(
         returning = Return(
             *(cluster.own, shared.placements, standby, copies, runtime.tenants, names, records),
             *(runtime.moves, runtime.containers.leaving, lambda tenant: cluster.changed()),
+            state_dir=settings.state_dir,
         )
         fence = Fence(
             *(cluster.own, lease, cutter, settings.state_dir, lambda: standby.copied, cluster.domain),
-            *(part, caddy.excuse, returning.accused, returning.start),
+            *(part, caddy.excuse, returning.accused, returning.start, lambda: returning.left),
         )
         takeover = Takeover(
             *(cluster, lease, shared.placements, copies, standby, answers, shared.statuses, settings)
@@ -111,4 +113,4 @@ async def standing_by(
         shared.domains.is_doubtful = fence.holds
         with contextlib.suppress(GatewayError):  # before anybody is answered
             await lease.renew()
-        yield StandingBy(standby, lease, fence, takeover)
+        yield StandingBy(standby, lease, fence, takeover, returning)

@@ -1,8 +1,10 @@
 """Keys that all gateways of a cluster share, with compare-and-swap: profiles of an Incus project.
 
 Each value of a key is a profile, `KEY@NUMBER`, of which the highest number counts. Incus creates a profile
-only if no other has its name, whichever members are asked: so of all who would follow one value, one does. A
-value that was followed stays for a while, so that nobody who read it just before follows it again.
+only if no other has its name, whichever members are asked: so of all who would follow one value, one does.
+Values that were followed are deleted after a while, oldest first. So whoever has followed one looks whether
+it is still there: if so, nobody had followed it before, however long that took and whatever the clocks say.
+If it is not, the caller does not know who came first.
 
 Facts about incusd that shape this module (measured on 6.0.4, three members):
 
@@ -19,6 +21,7 @@ import asyncio
 import contextlib
 import random
 import re
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +41,8 @@ VALUE_MAX: Final = 1000  # characters
 _KEY: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,299}")
 _VALUE: Final = "user.value"  # none for a key that was removed
 _AT: Final = "user.at"
+_ID: Final = "user.id"  # tells it from another one with its name
+_AFTER: Final = "user.after"  # the id of the one that it followed
 _FOLLOWED: Final = 60.0  # seconds that a value is kept after another one followed it
 _REMOVED: Final = 3600.0  # seconds that a removed key is remembered
 _SWEPT: Final = 10  # profiles that are deleted with one change
@@ -84,11 +89,15 @@ class SharedKeys(Keys, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """One value of a key, None for none, and when it was set, in seconds since the epoch."""
+    """One value of a key, None for none; `config` is its profile's, which no other one ever has.
+
+    `at` is when it was set, in seconds since the epoch by its maker's clock: only for deleting it some time.
+    """
 
     number: int
     value: str | None
     at: float
+    config: Mapping[str, str]
 
 
 class IncusKeys:
@@ -126,7 +135,7 @@ class IncusKeys:
     async def swap(self, key: str, before: str | None, after: str | None) -> bool:
         check(key, after)
         async with self._in_time():
-            for number in range(_TRIES):
+            for attempt in range(_TRIES):
                 found = await self._read()
                 if _value(found, key) != before:
                     return False
@@ -134,11 +143,13 @@ class IncusKeys:
                     return True
                 if after is not None and key not in found and len(found) >= KEYS_MAX:
                     raise RateLimited(f"the cluster shares {KEYS_MAX} keys, which is the limit")
-                last = found[key][-1].number if key in found else 0
-                if await self._follow(key, last + 1, after):
+                last = found[key][-1] if key in found else None
+                number = 1 if last is None else last.number + 1
+                if own := await self._follow(key, number, after, last):
+                    await self._check_first(key, number, last, own)
                     self._sweep(found)
                     return True
-                await asyncio.sleep(random.uniform(0, _PAUSE * (number + 1)))  # noqa: S311 - not a secret
+                await asyncio.sleep(random.uniform(0, _PAUSE * (attempt + 1)))  # noqa: S311 - not a secret
         raise Unavailable(
             "other members keep changing what the cluster shares; try again", reason="contended"
         )
@@ -156,17 +167,44 @@ class IncusKeys:
         except IncusError as error:
             raise _unavailable(error) from error
 
-    async def _follow(self, key: str, number: int, value: str | None) -> bool:
-        """Set a key's value of this number; return whether nobody else had."""
-        config = {_AT: f"{time.time():.0f}"} | ({} if value is None else {_VALUE: value})
+    async def _follow(self, key: str, number: int, value: str | None, last: _Version | None) -> str:
+        """Set a key's value of this number; return its id, or "" if another one has the number."""
+        own = secrets.token_hex(8)
+        config = {_AT: f"{time.time():.0f}", _ID: own} | ({} if value is None else {_VALUE: value})
+        config |= {} if last is None else {_AFTER: last.config.get(_ID, "")}
         body: dict[str, Any] = {"name": f"{key}@{number}", "config": config, "devices": {}}
         try:
             await self._incus.operate("POST", "/1.0/profiles", body, timeout=self._patience)
         except IncusError as error:
             if "already exists" in error.message or "UNIQUE" in error.message:
-                return False
+                return ""
             raise
-        return True
+        return own
+
+    async def _check_first(self, key: str, number: int, last: _Version | None, own: str) -> None:
+        """Raise `Unavailable` unless `own`, with `number`, is certainly the first to follow `last`."""
+        if last is not None and await self._is_there(key, last):
+            return
+        found = (await self._read()).get(key, ())
+        others = [version.number for version in found if version.number != number]
+        if not others and (last is None or last.value is None):
+            return  # a key that was removed may be forgotten meanwhile
+        if any(version.config.get(_AFTER) == own for version in found):
+            return  # somebody has followed it already
+        if others and max(others) < number:  # the key was forgotten, and set again: that one counts
+            await self._delete([f"{key}@{number}"])
+        raise Unavailable(
+            "other members may have changed this while it took so long; try again", reason="contended"
+        )
+
+    async def _is_there(self, key: str, version: _Version) -> bool:
+        try:
+            path = f"/1.0/profiles/{quote(f'{key}@{version.number}', safe='')}"
+            return bool((await self._incus.get(path))["config"] == version.config)
+        except IncusError as error:
+            if error.status != 404:
+                raise
+            return False
 
     def _sweep(self, found: Mapping[str, Sequence[_Version]]) -> None:
         """Delete some of what no longer counts, and do not wait for it."""
@@ -185,10 +223,14 @@ class IncusKeys:
             task.add_done_callback(self._sweeps.discard)
 
     async def _delete(self, names: Sequence[str]) -> None:
+        """Delete profiles in this order, until one cannot be: a value goes only after those before it."""
         for name in names:
-            with contextlib.suppress(IncusError):  # another gateway did
+            try:
                 path = f"/1.0/profiles/{quote(name, safe='')}"
                 await self._incus.operate("DELETE", path, timeout=self._patience)
+            except IncusError as error:
+                if error.status != 404:  # another gateway did
+                    return
 
     async def _read(self) -> dict[str, list[_Version]]:
         """Return the values of each key, the last one counts; make the project if there is none."""
@@ -231,7 +273,7 @@ def _parsed(profiles: Sequence[Mapping[str, Any]]) -> dict[str, list[_Version]]:
         key, at, number = str(profile["name"]).rpartition("@")
         config = profile["config"]
         if at and number.isdecimal():
-            version = _Version(int(number), config.get(_VALUE), float(config.get(_AT, 0)))
+            version = _Version(int(number), config.get(_VALUE), float(config.get(_AT, 0)), config)
             found.setdefault(key, []).append(version)
     for versions in found.values():
         versions.sort(key=lambda version: version.number)

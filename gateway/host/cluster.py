@@ -9,19 +9,40 @@ from typing import Any, Final
 
 from gateway import incus as api
 from gateway.cluster import DRAINED, PREFIX, Membership
+from gateway.errors import Unavailable
 from gateway.host import HostError
 from gateway.host.incus import Incus
 from gateway.incus import member_of
-from gateway.rootfs import sock_diag
+from gateway.rootfs import asking, sock_diag
 from gateway.settings import Settings
 
 ADDRESSES: Final = f"{PREFIX}addresses"
 """A member's key with its host's addresses, comma-separated: tenants of no member are to reach them."""
 
+_DECIDES: Final = 3.0  # seconds; one that has a quorum takes milliseconds
 _FEW: Final = 3  # members from which one may be lost
 _HEALS: Final = (6, 0, 6)  # first version whose healing leaves the leader's bridges up (lxc/incus#2976)
 _HEALING: Final = "cluster.healing_threshold"
 _REPLICAS: Final = "cluster.images_minimal_replica"
+
+
+def undecided(settings: Settings) -> str | None:
+    """Return what to do if Incus's database does not answer within some seconds, None if it does.
+
+    Without a quorum each request that needs the database waits for a minute.
+    """
+    if not (settings.incus_socket.parent / "cluster.crt").exists():
+        return None
+    try:
+        asking.get(str(settings.incus_socket), "/1.0/projects", seconds=_DECIDES)
+    except Unavailable:
+        return (
+            f"Incus's database does not answer within {_DECIDES:.0f} s: most members are away, or the leader "
+            "has just died. Sites and commands keep running, but nothing can be changed. Start the other "
+            "members, or incusd here; if most of them are lost for good, run on the one that is to continue: "
+            "incus-gateway cluster recover (docs/cluster.md)"
+        )
+    return None
 
 
 def members(incus: Incus) -> Sequence[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ import socket
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
@@ -33,6 +33,7 @@ from gateway.rootfs.instance_record import MANAGED, folder_of, is_tenant
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
 from gateway.runtime.incus.resizing import not_in_force, words
+from gateway.runtime.incus.standby_copies import late_copies
 from gateway.settings import Settings
 
 GiB: Final = 1 << 30
@@ -41,12 +42,21 @@ GiB: Final = 1 << 30
 def doctor(settings: Settings) -> list[Finding]:
     """Run all checks; one that cannot be run counts as a problem."""
     checks: list[tuple[str, Callable[[], str | None]]] = [("state dir", lambda: _state(settings))]
-    if settings.runtime == "incus":
+    silent = cluster.undecided(settings) if settings.runtime == "incus" else None
+    if silent is not None:  # each of the other checks would wait for it
+        checks += [
+            ("cluster", lambda: _refused(silent)),
+            ("inotify limits", _limits),
+            ("broker", lambda: _broker(settings)),
+            ("holder", lambda: _holder(settings)),
+        ]
+    elif settings.runtime == "incus":
         root = settings.incus_socket
         project = settings.incus_project
         checks += [
             ("Incus", lambda: _daemon(settings)),
             ("cluster", lambda: _cluster(settings)),
+            ("standby copies", lambda: _copies(settings)),
             (f"project {project}", lambda: steps._project(Looking(root), settings)),
             (
                 f"firewall {steps.acl_name(settings)}",
@@ -69,9 +79,9 @@ def doctor(settings: Settings) -> list[Finding]:
         ("gateway", lambda: _gateway(settings)),
         ("hosts", lambda: _hosts(settings)),
         ("Caddy", lambda: _caddy(settings)),
-        ("routes", lambda: _routes(settings)),
-        ("limits", lambda: _loose(settings)),
     ]
+    if silent is None:
+        checks += [("routes", lambda: _routes(settings)), ("limits", lambda: _loose(settings))]
     found = []
     for what, check in checks:
         try:
@@ -127,6 +137,19 @@ def _cluster(settings: Settings) -> str:
         raise Hint("; ".join(better))
     there = cluster.members(incus)
     return f"{len(there)} members, all online" if there else "a single server"
+
+
+def _refused(why: str) -> NoReturn:
+    raise HostError(why)
+
+
+def _copies(settings: Settings) -> str:
+    if late := late_copies(settings.state_dir):
+        raise HostError(
+            f"no new copy on another member for three intervals: {', '.join(late[:5])}; more of their work "
+            "would be lost with this server: the gateway's log says why"
+        )
+    return "none is late"
 
 
 def _pool(settings: Settings) -> str:

@@ -127,6 +127,8 @@ def join(settings: Settings, text: str, report: Report) -> None:
 
 def rows(settings: Settings) -> list[Mapping[str, Any]]:
     """Return the members as `{name, address, status, message, roles, own, drained}`, if there are any."""
+    if (silent := cluster.undecided(settings)) is not None:
+        raise HostError(silent)
     incus = Incus(settings.incus_socket)
     own = member_of(incus.get())
     return [

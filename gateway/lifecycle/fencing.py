@@ -45,7 +45,8 @@ class Fence:
     `copied` returns the tenants of this member that may have a copy elsewhere, and `domain` the domain that
     one had last. `part` closes what clients have open of a tenant. `accused` is called with a suspicion that
     stands against this member, and returns once it is certain which tenants are its own; see `Lease`. `back`
-    is called whenever this member has got its lease.
+    is called whenever this member has got its lease. `left` returns other members' tenants of which something
+    is still here: these stay frozen.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class Fence:
         page: Page,
         accused: Callable[[str], Awaitable[None]],
         back: Callable[[], Awaitable[None]],
+        left: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._own, self._lease, self._hands, self._file = own, lease, hands, state_dir / _FILE
         self._copied, self._domain, self._part, self._page = copied, domain, part, page
-        self._accused, self._back = accused, back
+        self._accused, self._back, self._left = accused, back, left
         self._lifted = asyncio.Event()
         self._frozen = _read(self._file)
         self._pages: dict[str, str] = {}  # domains with a page, by tenant
@@ -108,7 +110,7 @@ class Fence:
             if self._lease.held:
                 self._lifted.set()
             while self._lease.held:
-                if self._frozen:
+                if self._frozen - {*self._left()}:
                     await self._lift()
                 self._renewed.clear()
                 with contextlib.suppress(TimeoutError):
@@ -166,8 +168,8 @@ class Fence:
 
     async def _lift(self) -> None:
         """Undo the fencing of these tenants."""
-        await asyncio.gather(*map(self._thaw, sorted(self._frozen)))
-        if not self._frozen:
+        await asyncio.gather(*map(self._thaw, sorted(self._frozen - {*self._left()})))
+        if not self._frozen - {*self._left()}:
             log.warning("this member has its lease again: its tenants run again")
         await self._remember()
 

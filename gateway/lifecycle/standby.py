@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import sqlite3
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from gateway.events import Bus
 from gateway.limits.capacity import Capacity
 from gateway.ownership.names import Names
 from gateway.runtime import Tenant, Tenants
-from gateway.runtime.incus.standby_copies import StandbyCopies, StandbyCopy
+from gateway.runtime.incus.standby_copies import StandbyCopies, StandbyCopy, tell_late
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
 
@@ -37,6 +38,9 @@ _AGAIN: Final = 2.0  # seconds until lost tenants are looked for again, where th
 _NOTICED: Final = 0.1  # seconds between two looks whether Incus has told of what was brought back
 _LOOKS: Final = 50
 _SENDING: Final = 30.0  # seconds that a peer may take to keep a tenant's records
+_LATE: Final = 3  # intervals after which a copy that is not up to date is reported
+# what Incus says of a snapshot of which a power cut, or a deletion that broke off, has left a part
+_BROKEN: Final = re.compile(r"matching subvolume|record count|snapshot .*not found|no such file", re.I)
 _QUIET: Final = ("running", "stopped", "frozen")
 
 Changed = Callable[[str, str, str], Awaitable[bool]]
@@ -87,11 +91,24 @@ class Standby:
         self._reviving: set[str] = set()
         self._seen: dict[str, tuple[str | None, str]] = {}  # instance and status of each tenant, a look ago
         self._pause = _LOOK
+        # when each tenant's copy was up to date last, or first was due, and its interval
+        self._fresh: dict[str, tuple[float, float]] = {}
+        self._broken: Counter[str] = Counter()  # copies in a row that failed by what an earlier one has left
+        self._late: set[str] = set()  # those that were reported
+        self._why: dict[str, str] = {}  # there was no new copy
 
     def of(self, tenant: str) -> Mapping[str, Any] | None:
         """Return a tenant's copy as clients see it, None if there is none."""
         found = self._standing.get(tenant)
-        return None if found is None or not found.at else {"member": found.member, "of": _iso(found.at)}
+        if found is None or not found.at:
+            return None
+        return {"member": found.member, "of": _iso(found.at), "late": tenant in self.late}
+
+    @property
+    def late(self) -> Collection[str]:
+        """The tenants without a copy that was up to date within the last three intervals."""
+        now = time.monotonic()
+        return {name for name, (at, interval) in self._fresh.items() if now - at > _LATE * interval}
 
     def instance(self, tenant: str) -> str:
         """Return the instance of a tenant that was copied, empty for any other."""
@@ -107,6 +124,7 @@ class Standby:
         """Load what an earlier process copied. Raises `StoreFailed`."""
         for tenant, instance, member, at in await self._store.read(_all):
             self._standing[tenant] = Standing(instance, member, at)
+        await asyncio.to_thread(tell_late, self._settings.state_dir, ())
 
     # --- copies -------------------------------------------------------------------------------------
 
@@ -135,12 +153,35 @@ class Standby:
         # incusd 6.0.4 crashes where a copy is begun while its source is just being started or stopped
         before, self._seen = self._seen, {name: (one.instance, one.status) for name, one in tenants.items()}
         for tenant in tenants.values():
+            if interval := self._interval(tenant):
+                at, _ = self._fresh.get(tenant.name, (time.monotonic(), 0.0))
+                self._fresh[tenant.name] = at, interval
+            else:
+                self._fresh.pop(tenant.name, None)
             if self._seen[tenant.name] == before.get(tenant.name) and self._is_due(tenant):
                 self._tried[tenant.name] = time.monotonic()
                 await self._copy(tenant)
         self._tried = {name: at for name, at in self._tried.items() if name in tenants}
+        await self._look_for_late(tenants)
         self._held &= {tenant.instance for tenant in tenants.values()}
         self._pause = min([_LOOK, *filter(None, map(self._interval, tenants.values()))])
+
+    async def _look_for_late(self, tenants: Collection[str]) -> None:
+        """Report copies that are older than three intervals, once each, also for `doctor`."""
+        self._fresh = {name: fresh for name, fresh in self._fresh.items() if name in tenants}
+        late = set(self.late)
+        for name in late - self._late:
+            shown, seconds = self.of(name) or {}, round(time.monotonic() - self._fresh[name][0])
+            why = self._why.get(name, "no other server can have it")
+            log.error("%s has had no new copy for %d s: %s", name, seconds, why)
+            facts = {"member": shown.get("member"), "of": shown.get("of"), "seconds": seconds}
+            self._bus.publish("tenant.standby.late", name, facts)
+        if late != self._late:
+            self._late = late
+            try:
+                await asyncio.to_thread(tell_late, self._settings.state_dir, sorted(late))
+            except OSError as error:
+                log.warning("doctor cannot know which copies are late: %s", error)
 
     def _interval(self, tenant: Tenant) -> float:
         return self._settings.standby if tenant.standby is None else tenant.standby
@@ -162,13 +203,19 @@ class Standby:
                 await self._copies.hold_back(name, held=bool(self._settings.failover))
                 self._held.add(tenant.instance)
             made = standing if standing is not None and standing.at else None
-            if made is not None and not await self._changed(name, workspace, _snapshot(made.at)):
+            if made is not None and await self._is_unchanged(name, workspace, made):
+                self._up_to_date(name)
                 return
             member = await self._place(made)
             if member is None:
                 return
             if made is None:  # known before it is there, as another member may run it from then on
                 await self._note(name, Standing(tenant.instance or "", member, 0.0))
+            # with what an earlier copy has left half done, Incus makes no further one
+            await self._copies.tidy(name, "" if made is None or self._broken[name] else _snapshot(made.at))
+            if self._broken[name] > 1:
+                log.warning("the copy of %s on %s cannot be continued: making another one", name, member)
+                await self._copies.drop(name)
             before = await self._records.export(name, tenant.instance or "", "")
             copy = await self._copies.take(tenant)
             try:
@@ -184,10 +231,27 @@ class Standby:
                 await self._copies.give_up(copy)
                 raise
             await self._note(name, Standing(copy.instance, member, copy.at))
+            self._up_to_date(name)
         except NotFound:
             return  # it has just been destroyed
         except GatewayError as error:
             log.warning("cannot make a new copy of %s: %s", name, error.message)
+            self._why[name] = error.message
+            self._broken[name] += _BROKEN.search(str(error.__cause__)) is not None
+
+    def _up_to_date(self, name: str) -> None:
+        self._fresh[name] = time.monotonic(), self._fresh.get(name, (0.0, 0.0))[1]
+        self._broken.pop(name, None)
+        self._why.pop(name, None)
+
+    async def _is_unchanged(self, name: str, workspace: str, made: Standing) -> bool:
+        try:
+            return not await self._changed(name, workspace, _snapshot(made.at))
+        except NotFound:
+            raise
+        except GatewayError as error:  # only a part of that snapshot is left
+            log.info("cannot compare %s with its copy: %s", name, error.message)
+            return False
 
     async def _place(self, standing: Standing | None) -> str | None:
         """Return the member that has, or will have, the copy; None if no member can have it."""

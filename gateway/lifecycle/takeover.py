@@ -16,16 +16,19 @@ import hashlib
 import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+
+import orjson
 
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.lease import Lease, now
 from gateway.cluster.peers import Peer
 from gateway.cluster.placements import Placements
 from gateway.cluster.records import Records
-from gateway.errors import Conflict, GatewayError
+from gateway.errors import Conflict, GatewayError, Unavailable
 from gateway.lifecycle.standby import Standby
 from gateway.ownership.names import Names
 from gateway.runtime import Tenants
@@ -39,6 +42,9 @@ log = logging.getLogger(__name__)
 _LOOK: Final = 0.5  # seconds between two looks at a member that is silent
 _AGAIN: Final = 10.0  # seconds until the copies that are here are listed again
 _ACTING: Final = 2.0  # seconds that a member has from the end of its lease until its tenants stand still
+_LEFT: Final = 60.0  # seconds until what could not be deleted is tried again
+_FILE: Final = "left-tenants"
+"""In the state dir: what `Return` could not delete yet, as JSON, for the process that comes after."""
 _ONLINE: Final = "Online"
 
 
@@ -188,10 +194,28 @@ class Return:
         steps: Moves,
         leaving: set[str],
         changed: Callable[[str], None],
+        state_dir: Path,
     ) -> None:
         self._own, self._placements, self._standby, self._copies = own, placements, standby, copies
         self._tenants, self._names, self._records = tenants, names, records
         self._steps, self._leaving, self._changed = steps, leaving, changed
+        self._file = state_dir / _FILE
+        # of tenants that are another member's: instance, home and suspicion
+        self._left: dict[str, list[str]] = _read(self._file)
+        leaving.update(self._left)
+        names.moving.update(self._left)
+
+    @property
+    def left(self) -> Collection[str]:
+        """Other members' tenants of which something could not be deleted here yet: they must not run."""
+        return self._left.keys()
+
+    async def follow(self) -> None:
+        """Try again to delete what is left of other members' tenants. Runs forever."""
+        while True:
+            await asyncio.sleep(_LEFT)
+            for tenant, (instance, home, suspicion) in list(self._left.items()):
+                await self._give_up(tenant, instance, home, suspicion)
 
     async def accused(self, suspicion: str) -> None:
         """Find out which member each tenant with a copy elsewhere belongs to. Can be repeated.
@@ -203,7 +227,25 @@ class Return:
         for tenant, instance in {**tenants, **await self._copies.held()}.items():
             home = await self._placements.after(tenant, self._own, self._own, suspicion)
             if home != self._own:
-                await self._let_go(tenant, instance, home, suspicion)
+                await self._give_up(tenant, instance, home, suspicion)
+
+    async def _give_up(self, tenant: str, instance: str, home: str, suspicion: str) -> None:
+        """Delete a tenant here. If that fails this member's own tenants do not wait for it."""
+        self._left[tenant] = [instance, home, suspicion]
+        await self._remember()  # before the suspicion is withdrawn: the next process must not thaw it
+        try:
+            await self._let_go(tenant, instance, home, suspicion)
+        except GatewayError as error:
+            log.error("what is left of %s, which %s has, stays frozen here: %s", tenant, home, error.message)
+        else:
+            del self._left[tenant]
+            await self._remember()
+
+    async def _remember(self) -> None:
+        try:
+            await asyncio.to_thread(_write, self._file, self._left)
+        except OSError as error:
+            raise Unavailable(f"cannot record what is left of other members' tenants: {error}") from error
 
     async def _let_go(self, tenant: str, instance: str, home: str, suspicion: str) -> None:
         """Delete what this member still has of a tenant that runs elsewhere. The loss is reported there."""
@@ -217,16 +259,41 @@ class Return:
             await self._names.leave(tenant)
             await self._records.leave(tenant)
             await self._standby.gone(tenant)
-        finally:
-            for tenants in (self._leaving, self._names.moving):
-                tenants.discard(tenant)
+        except GatewayError:
+            raise  # the runtime leaves it alone until it is gone
+        except BaseException:
+            self._unmark(tenant)
+            raise
+        self._unmark(tenant)
         self._changed(tenant)
         await self._placements.back(tenant, home, suspicion)
+
+    def _unmark(self, tenant: str) -> None:
+        for tenants in (self._leaving, self._names.moving):
+            tenants.discard(tenant)
 
     async def start(self) -> None:
         """Start the tenants that were running when this server went down. Incus leaves this to us."""
         for tenant in await self._copies.fallen():
+            if tenant in self._left:
+                continue
             try:
                 await self._tenants.start(tenant)
             except GatewayError as error:
                 log.warning("cannot start %s after its server was down: %s", tenant, error.message)
+
+
+def _read(file: Path) -> dict[str, list[str]]:
+    try:
+        return dict(orjson.loads(file.read_bytes()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(file: Path, left: Mapping[str, list[str]]) -> None:
+    if left:
+        new = file.with_suffix(".new")
+        new.write_bytes(orjson.dumps(left))
+        new.replace(file)
+    else:
+        file.unlink(missing_ok=True)

@@ -14,12 +14,12 @@ _TIMEOUT = 5.0  # seconds, less than a gateway waits for an answer; usually mill
 _ANSWER_MAX = 4 << 20  # bytes of an instance
 
 
-def get(at: str, path: str, most: int = _ANSWER_MAX) -> Any:
+def get(at: str, path: str, most: int = _ANSWER_MAX, seconds: float = _TIMEOUT) -> Any:
     """Return what the incusd at a socket answers; None if the object does not exist. Raises `Unavailable`.
 
-    An answer of over `most` bytes is an error.
+    An answer of over `most` bytes, or after so many `seconds`, is an error.
     """
-    connection = _Connection(at)
+    connection = _Connection(at, seconds)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -38,11 +38,11 @@ def get(at: str, path: str, most: int = _ANSWER_MAX) -> Any:
 class _Connection(http.client.HTTPConnection):
     """An HTTP connection to a unix socket."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__("incus", timeout=_TIMEOUT)
-        self._path = path
+    def __init__(self, path: str, seconds: float) -> None:
+        super().__init__("incus", timeout=seconds)
+        self._path, self._seconds = path, seconds
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(_TIMEOUT)
+        self.sock.settimeout(self._seconds)
         self.sock.connect(self._path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import Conflict, NotFound, TooLarge
+from gateway.errors import Conflict, NotFound, TooLarge, Unavailable
 from gateway.host import quotas
 from gateway.host.daemon import Daemon
 from gateway.host.doctor import doctor
@@ -23,6 +23,7 @@ from gateway.rootfs import btrfs, disk_groups
 from gateway.rootfs.locations import Instances
 from gateway.rootfs.quotas import Quotas
 from gateway.runtime.incus import IncusRuntime
+from gateway.runtime.incus.disks import OURS, Disks
 from gateway.settings import Settings
 from tests import thorough
 from tests.integration import environment
@@ -193,6 +194,26 @@ async def test_a_restored_disk_has_its_limit(full: Settings) -> None:
         for _ in range(2):
             await runtime.resizing.enforce()
         assert pool.limit_of(name, identity) == SIZE
+        await runtime.tenants.destroy(name)
+
+
+async def test_what_is_left_of_our_snapshots_is_deleted(full: Settings) -> None:
+    """Of one without its volume, with which Incus starts and copies nothing, and without its subvolume."""
+    name, ours = "quotas-left", [f"{OURS}standby-{number}" for number in range(3)]
+    async with IncusRuntime(full) as runtime:
+        await runtime.tenants.create(name, start=False)
+        for snapshot in ours:
+            await asyncio.to_thread(environment.incus, "snapshot", "create", name, snapshot)
+        of = f"storage_volume_id IN (SELECT id FROM storage_volumes WHERE name='{name}')"
+        query = f"DELETE FROM storage_volumes_snapshots WHERE name='{ours[0]}' AND {of}"
+        environment.incus("admin", "sql", "global", query)
+        _btrfs("subvolume", "delete", _pool(full) / "containers-snapshots" / name / ours[1])
+        with pytest.raises(Unavailable):
+            await runtime.tenants.start(name)
+        await Disks(full, runtime.incus).tidy(name, ours[2])
+        await runtime.tenants.start(name)
+        found = json.loads(environment.incus("query", f"/1.0/instances/{name}/snapshots").stdout)
+        assert [path.rpartition("/")[2] for path in found] == [ours[2]]
         await runtime.tenants.destroy(name)
 
 

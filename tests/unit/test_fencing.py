@@ -28,6 +28,7 @@ class World:
         self.folder, self.held, self.quorum = folder, True, True
         self.suspicion: str | None = None
         self.copied = {"shop", "blog"}
+        self.others = set[str]()  # other members' tenants of which something is left here
         self.frozen, self.parted, self.pages = set[str](), list[str](), set[str]()
         self.broken, self.stopped = set[str](), set[str]()
         self.accusations = list[str]()
@@ -82,6 +83,7 @@ class World:
             page=page,
             accused=accused,
             back=back,
+            left=lambda: self.others,
         )
 
 
@@ -124,6 +126,17 @@ async def test_they_are_frozen_without_a_lease_and_thawed_with_one(world: World)
         await until(lambda: not list(world.folder.iterdir()))
         assert not world.pages and len(world.parted) == 2
         await until(lambda: world.starts == 3)
+
+
+async def test_what_is_left_of_another_members_tenant_stays_frozen(world: World) -> None:
+    world.quorum = False
+    async with following(world.at()) as fence:
+        await until(lambda: world.frozen == {"shop", "blog"})
+        world.others, world.quorum = {"shop"}, True
+        await until(lambda: world.frozen == {"shop"} and not fence.holds("blog"))
+        assert fence.holds("shop")
+        world.others = set()
+        await until(lambda: not world.frozen and not fence.holds("shop"))
 
 
 async def test_calls_are_refused_from_the_very_moment(world: World) -> None:

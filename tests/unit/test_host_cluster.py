@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import builtins
+import socket
+import time
 from collections.abc import Mapping
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.host import HostError, cluster
+from gateway.host.doctor import _copies, doctor
+from gateway.host.forming import rows
 from gateway.host.incus import Incus
+from gateway.runtime.incus.standby_copies import tell_late
 from gateway.settings import Settings
 
 
@@ -163,3 +169,28 @@ def test_the_doctor_hints_at_two_members_and_at_images_that_are_not_everywhere()
     _, better = cluster.problems(Servers("m1", "m2", "m3", "m4"), Settings())
     assert len(better) == 1
     assert "images are kept on 3 of 4 members" in better[0]
+
+
+def test_without_a_quorum_doctor_and_list_answer_soon_and_name_the_way_out(tmp_path: Path) -> None:
+    """Incusd takes each request then, and answers none for a minute."""
+    files = {"incus_socket": tmp_path / "unix.socket", "caddy_admin": str(tmp_path / "none")}
+    settings = Settings.model_validate({**files, "state_dir": tmp_path})
+    (tmp_path / "cluster.crt").touch()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(settings.incus_socket))
+        silent.listen()
+        began = time.monotonic()
+        (found,) = [one for one in doctor(settings) if one.what == "cluster"]
+        assert time.monotonic() - began < 5
+        assert not found.ok and "incus-gateway cluster recover" in found.detail
+        with pytest.raises(HostError, match="cluster recover"):
+            rows(settings)
+
+
+def test_doctor_names_late_copies(tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path)
+    tell_late(tmp_path, ["shop"])
+    with pytest.raises(HostError, match="shop"):
+        _copies(settings)
+    tell_late(tmp_path, ())
+    assert _copies(settings) == "none is late"

@@ -44,7 +44,7 @@ class Scripted(Incus):
         self.profiles: dict[str, dict[str, str]] | None = {"default": {}} if there else None
         self.features: dict[str, str] = {}
         self.ahead, self.asked = ahead, list[str]()
-        self.silent = False
+        self.silent, self.stuck = False, set[str]()
         self.error: IncusError | None = None
 
     async def _request(
@@ -65,7 +65,10 @@ class Scripted(Incus):
         elif self.profiles is None:
             raise IncusError("Project not found", 404)
         elif method == "DELETE":
-            del self.profiles[path.rpartition("/")[2].replace("%40", "@")]
+            if (name := path.rpartition("/")[2].replace("%40", "@")) in self.stuck:
+                raise IncusError("it is busy", 500)
+            if self.profiles.pop(name, None) is None:
+                raise IncusError("Profile not found", 404)
         elif method == "POST":
             assert body is not None
             if self.ahead:
@@ -74,6 +77,10 @@ class Scripted(Incus):
             if body["name"] in self.profiles:
                 raise IncusError('The "x" profile already exists', 400)
             self.profiles[body["name"]] = dict(body["config"])
+        elif path.startswith("/1.0/profiles/"):
+            if (name := path.rpartition("/")[2].replace("%40", "@")) not in self.profiles:
+                raise IncusError("Profile not found", 404)
+            metadata = {"name": name, "config": self.profiles[name]}
         else:
             metadata = [{"name": name, "config": config} for name, config in self.profiles.items()]
         return {"type": "sync", "metadata": metadata, "etag": ""}
@@ -129,6 +136,66 @@ async def test_a_value_that_was_followed_is_kept_a_while_and_then_deleted(
     assert await keys.swap("b", "y", "z")
     await until(lambda: "a@2" not in incus.versions())
     assert await keys.get("b") == "z"
+
+
+async def test_who_stalls_does_not_win_what_others_have_followed_meanwhile(
+    incus: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it took, and though another member's clock is two minutes ahead and it deletes at once."""
+    async with IncusKeys(incus) as slow, IncusKeys(incus) as other:
+        assert await other.swap("a", None, "1")
+        reads = slow._read
+        stalled, go_on = asyncio.Event(), asyncio.Event()
+
+        async def stalls() -> Any:
+            found = await reads()
+            stalled.set()
+            await go_on.wait()
+            return found
+
+        monkeypatch.setattr(slow, "_read", stalls)
+        swap = asyncio.create_task(slow.swap("a", "1", "slow"))
+        await stalled.wait()
+        monkeypatch.setattr(shared_keys, "_FOLLOWED", -120.0)
+        for before, after in (("1", "2"), ("2", "3"), ("3", "4"), ("4", "5")):
+            assert await other.swap("a", before, after)
+            await asyncio.gather(*other._sweeps)
+        assert "a@1" not in incus.versions() and "a@2" not in incus.versions()
+        go_on.set()
+        with pytest.raises(Unavailable) as caught:
+            await swap
+        assert caught.value.facts["reason"] == "contended"
+        assert await other.get("a") == "5"
+
+
+async def test_a_removed_key_that_was_forgotten_is_not_set_twice(
+    incus: Scripted, keys: IncusKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await keys.swap("a", None, "1") and await keys.swap("a", "1", None)
+    before = await keys._read()
+    assert incus.profiles is not None
+    incus.profiles = {"default": {}}  # forgotten after an hour
+    assert await keys.swap("a", None, "new")
+    monkeypatch.setattr(keys, "_read", lambda: asyncio.sleep(0, before))
+    follow = keys._follow
+
+    async def followed(*given: Any) -> str:
+        own = await follow(*given)
+        monkeypatch.undo()
+        return own
+
+    monkeypatch.setattr(keys, "_follow", followed)
+    with pytest.raises(Unavailable):
+        await keys.swap("a", None, "slow")
+    assert await keys.get("a") == "new"
+
+
+async def test_older_values_go_before_younger_ones(incus: Scripted, keys: IncusKeys) -> None:
+    """A younger one stays while an older one cannot be deleted: by that others know that it was followed."""
+    incus.profiles = {"default": {}} | {f"a@{number}": {"user.at": "0"} for number in range(1, 5)}
+    incus.stuck = {"a@2"}
+    await keys._delete(["a@1", "a@2", "a@3"])
+    assert incus.versions() == {"a@2", "a@3", "a@4"}
 
 
 @pytest.mark.parametrize("error", [None, IncusError("no available cowsql leader found", 500)])

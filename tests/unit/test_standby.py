@@ -17,9 +17,10 @@ import pytest
 from gateway.cluster.records import Records, unsure
 from gateway.errors import Conflict, Gone, NotFound, Unavailable
 from gateway.idempotency import Idempotency
+from gateway.incus import IncusError
 from gateway.lifecycle.standby import Standby
 from gateway.runtime import Tenant
-from gateway.runtime.incus.standby_copies import StandbyCopy
+from gateway.runtime.incus.standby_copies import StandbyCopy, late_copies
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.waits import until
@@ -47,6 +48,8 @@ class Copies:
     full: set[str] = field(default_factory=set)  # members
     taken: set[str] = field(default_factory=set)  # names
     silent: bool = False
+    half: bool = True  # of the snapshot of `half` only a part is left
+    tidied: list[tuple[str, str]] = field(default_factory=list)
 
     async def here(self) -> list[StandbyCopy]:
         if self.silent:
@@ -63,11 +66,18 @@ class Copies:
     async def send(self, copy: StandbyCopy, member: str) -> None:
         if copy.tenant == "unsent":
             raise Unavailable("it broke off")
+        if copy.tenant == "half" and (self.half or copy.tenant not in self.gone):
+            raise Unavailable("see the log") from IncusError("Failed: No matching subvolume(s)", 400)
         self.sent = copy, member
 
     async def confirm(self, copy: StandbyCopy) -> None:
         assert self.sent is not None and self.sent[0] is copy
         self.made.append((copy.tenant, self.sent[1]))
+
+    async def tidy(self, name: str, keep: str = "") -> None:
+        self.tidied.append((name, keep))
+        if name == "half" and not keep:
+            self.half = False
 
     async def give_up(self, copy: StandbyCopy) -> None:
         self.given_up.append(copy.tenant)
@@ -94,6 +104,7 @@ class World:
     """What surrounds the copies."""
 
     store: Store
+    state_dir: Path
     copies: Copies = field(default_factory=Copies)
     tenants: list[Tenant] = field(default_factory=list)
     peers: dict[str, Any] = field(default_factory=dict)
@@ -163,7 +174,7 @@ class World:
             Records(self.store, "m1", 1 << 20),
             self.store,
             world,
-            Settings(**settings),
+            Settings(state_dir=self.state_dir, **settings),
             changed=changed,
             moving=self.moving.__contains__,
         )
@@ -172,7 +183,7 @@ class World:
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     async with Store(tmp_path) as store:
-        yield World(store)
+        yield World(store, tmp_path)
 
 
 @contextlib.asynccontextmanager
@@ -254,6 +265,35 @@ async def test_what_was_taken_for_a_copy_that_failed_is_given_up(world: World) -
     async with following(standby):
         await until(lambda: len(world.copies.made) >= 2 and len(world.copies.given_up) >= 2)
     assert set(world.copies.given_up) == {"unsent"} and standby.of("unsent") is None
+
+
+async def test_what_is_left_of_a_copy_stops_neither_the_next_one_nor_other_tenants(world: World) -> None:
+    """First our snapshots of the tenant go, then, if that was not it, the copy."""
+    world.tenants = [tenant("half"), tenant("one")]
+    async with following(world.standby()):
+        await until(lambda: "half" in dict(world.copies.made))
+    assert world.copies.gone == ["half"] and world.copies.given_up == ["half", "half"]
+    kept = [keep for name, keep in world.copies.tidied if name == "one"]
+    assert kept[0] == "" and all(keep.startswith("_gateway-standby-") for keep in kept[1:])
+    assert "one" in dict(world.copies.made)
+
+
+async def test_a_copy_that_is_late_is_an_alarm(world: World) -> None:
+    """In the log, as one event, for doctor, in the metrics and in the tenant; until there is a new one."""
+    one = replace(tenant("one"), standby=60.0)
+    world.tenants = [one, tenant("unsent")]
+    standby = world.standby()
+    async with following(standby):
+        await until(lambda: late_copies(world.state_dir) == ["unsent"])
+        assert set(standby.late) == {"unsent"}
+        await until(lambda: len(world.copies.given_up) > 20)
+        told = [(kind, name, data) for kind, name, data in world.told if name == "unsent"]
+        ((kind, _, data),) = told
+        assert (kind, data["member"], data["of"]) == ("tenant.standby.late", None, None)
+        world.tenants = [one, replace(tenant("unsent"), standby=0.0)]
+        await until(lambda: not late_copies(world.state_dir) and not standby.late)
+    shown = standby.of("one")
+    assert shown is not None and shown["late"] is False
 
 
 async def test_a_tenant_is_known_to_have_a_copy_before_it_has_one(world: World) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway.errors import Conflict, NotFound, TooLarge
+from gateway.errors import Conflict, GatewayError, NotFound, TooLarge
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.runtime import Snapshot
@@ -14,6 +15,8 @@ from gateway.runtime.incus.creation import STATIC
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
 
 OURS: Final = "_gateway-"
 """What the names of the gateway's own snapshots begin with, as no user's does: neither shown nor counted."""
@@ -101,6 +104,25 @@ class Disks:
         await self.known(name, snapshot)
         with translated(name):
             await self._operate("DELETE", instance_path(name, "snapshots", snapshot))
+
+    async def tidy(self, name: str, keep: str = "", beginning: str = OURS) -> None:
+        """Delete the gateway's own snapshots of an instance, but for one, each for itself. Logs failures.
+
+        A power cut may leave a snapshot's record without its volume or subvolume. With it Incus starts,
+        changes and copies the instance no more, but it still deletes the snapshot (measured with 6.0.4).
+        """
+        with translated(name):
+            found = await self._incus.get(instance_path(name, "snapshots"))
+        for path in found:
+            snapshot = str(path).partition("?")[0].rpartition("/")[2]
+            if snapshot.startswith(beginning) and snapshot != keep:
+                try:
+                    with translated(name):
+                        await self._operate("DELETE", instance_path(name, "snapshots", snapshot))
+                except NotFound:
+                    continue
+                except GatewayError as error:
+                    log.warning("cannot delete the snapshot %s of %s yet: %s", snapshot, name, error.message)
 
     @staticmethod
     def copy_of(found: Mapping[str, Any], snapshot: str | None) -> Copy:

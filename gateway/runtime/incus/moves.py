@@ -29,7 +29,7 @@ from gateway.incus.client import instance_path
 from gateway.rootfs.instance_record import IDENTITY, MANAGED, identity_of
 from gateway.runtime import OnAnotherServer
 from gateway.runtime.incus.creation import MADE, STATIC, Creation
-from gateway.runtime.incus.disks import OURS
+from gateway.runtime.incus.disks import OURS, Disks
 from gateway.runtime.incus.errors import translated
 from gateway.settings import Settings
 
@@ -109,6 +109,8 @@ class Moves:
                 body = {"action": "stop", "timeout": -1, "force": True}  # it may be frozen
                 with translated(tenant):
                     await self._operate("PUT", instance_path(tenant, "state"), body)
+            if identity_of(found) == instance:  # what a power cut left of one would stop what follows
+                await Disks(self._settings, self._incus).tidy(tenant)
             await self.put_aside(tenant, instance, move)
         except (NotFound, OnAnotherServer):
             return  # it is gone already

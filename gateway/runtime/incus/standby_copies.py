@@ -17,8 +17,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -48,6 +49,8 @@ _AUTOSTART: Final = "user.gateway.standby.autostart"
 After a power cut it must not run before it is known whether it does elsewhere.
 """
 _UNSET: Final = "unset"
+_LATE_FILE: Final = "standby-late"
+"""In the state dir: the tenants whose copies are late, for `doctor`."""
 _SNAPSHOT: Final = f"{OURS}standby-"
 _PLACE: Final = (STATIC, "boot.autostart", _AUTOSTART)
 _FEATURES: Final = ("images", "profiles", "storage.volumes", "storage.buckets", "networks", "networks.zones")
@@ -83,6 +86,7 @@ class StandbyCopies:
         self._settings, self._runtime = settings, runtime
         self._incus, self._disks = runtime.incus, Disks(settings, runtime.incus)
         self._copies = Incus(settings.incus_socket, settings.standby_project, settings.incus_timeout)
+        self._disks_of_copies = Disks(settings, self._copies)
 
     async def __aenter__(self) -> Self:
         await self._copies.__aenter__()
@@ -168,7 +172,15 @@ class StandbyCopies:
     async def drop(self, tenant: str) -> None:
         """Delete the copy of a tenant, wherever it is; none is no error. Raises `Unavailable`."""
         with contextlib.suppress(NotFound):
-            await self._operate(self._copies, "DELETE", instance_path(tenant))
+            try:
+                await self._operate(self._copies, "DELETE", instance_path(tenant))
+            except GatewayError:  # snapshots of which only a part is left are in the way
+                await self._disks_of_copies.tidy(tenant)
+                await self._operate(self._copies, "DELETE", instance_path(tenant))
+
+    async def tidy(self, tenant: str, keep: str = "") -> None:
+        """Delete what earlier copies have left of their snapshots on a tenant, but for one. Logs failures."""
+        await self._disks.tidy(tenant, keep, _SNAPSHOT)
 
     async def forget(self, tenant: str) -> None:
         """Remove what a tenant keeps for its copies. Raises `GatewayError`."""
@@ -311,6 +323,23 @@ class StandbyCopies:
         with translated(name):
             limit = self._settings.standby_timeout
             await incus.operate(method, path, body, timeout=limit, target=target or None)
+
+
+def late_copies(state_dir: Path) -> Sequence[str]:
+    """Return the tenants whose copies a gateway has last found late."""
+    try:
+        return (state_dir / _LATE_FILE).read_text().split()
+    except OSError:
+        return ()
+
+
+def tell_late(state_dir: Path, late: Collection[str]) -> None:
+    """Record the tenants whose copies are late, for `late_copies` in another process. Raises `OSError`."""
+    file = state_dir / _LATE_FILE
+    if late:
+        file.write_text("".join(f"{name}\n" for name in late))
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _snapshots(name: str) -> str:
