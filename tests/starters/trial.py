@@ -182,7 +182,7 @@ async def tried(
     status, begun, _ = await host.call("POST", "/v1/deployments", body)
     assert status == 202, begun
     record = await host.ended(begun["id"], 300)
-    assert record["state"] == "succeeded", (record["error"], record["detected"])
+    assert record["state"] == "succeeded", f"{record['error']} {record['detected']}"
     assert record["detected"]["title"] == starter.title, record["detected"]
     took = await worked_on(browser, host, domain, starter, record)
     within = WITHIN[starter.shows] * slack
@@ -200,7 +200,7 @@ async def published(
     )
     assert status == 202, begun
     record = await host.ended(begun["id"], 300)
-    assert record["state"] == "succeeded", (record["error"], record["detected"])
+    assert record["state"] == "succeeded", f"{record['error']} {record['detected']}"
     seen = Seen(domain)
     context = await browser.new_context(ignore_https_errors=True)
     try:
@@ -259,7 +259,7 @@ async def changed(host: Hosting, name: str, starter: Starter, made: Made) -> dic
             status, begun, _ = await host.call("POST", url, given)
             assert status == 202, begun
             records.append(await host.ended(begun["id"], 300))
-            assert records[-1]["state"] == "succeeded", (url, records[-1]["error"])
+            assert records[-1]["state"] == "succeeded", f"{url}: {records[-1]['error']}"
             assert await edit_is_there() is kept, url
             assert (await host.visit(domain, starter.path, https=True))[0] == 200
     finally:
