@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     now = dict(before)
     for kind in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(kind, ()):
-            if report.when == "call" or kind == "error":
+            if "test_starters.py" in report.nodeid and (report.when == "call" or kind == "error"):
                 name = report.nodeid.rpartition("[")[2].rstrip("]")
                 why = "" if kind == "passed" else str(report.longreprtext)
                 result = "the world" if "THE WORLD" in why else "works" if kind == "passed" else "FAILS"
