@@ -188,7 +188,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             frames, end = self._lengths.frames, start + max(_PIECE, self._lengths.left)
             self._take_in(data[start:end])
             start = end
-            if self._lengths.frames > frames + _FRAMES and start < len(data):
+            many = self.close_sent or self._lengths.frames > frames + _FRAMES  # late ones are not counted
+            if many and start < len(data):
                 self._later = data[start:]
                 self.transport.pause_reading()
                 self.loop.call_soon(self._look_on)
