@@ -165,6 +165,8 @@ _CONTRACT_OF_INCUS: Final = (
     ),
 )
 _HISTORY_OF_INCUS: Final = (
+    "test_what_several_change_in_one_file_during_a_turn_is_told_apart",
+    "test_what_prints_all_the_time_has_nobody_s_work",
     "test_a_command_s_changes_are_its_session_s",
     "test_a_turn_ends_by_itself_once_its_session_rests",
     "test_what_was_changed_without_a_turn_is_kept_when_one_is_undone",

@@ -80,7 +80,7 @@ class Adoption:
             return
         exec_id, tenant = str(facts["id"]), str(facts["tenant"])
         pty = None if facts["pty"] is None else Pty(*facts["pty"])
-        spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"], work=facts["work"])
+        spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"], work=facts.get("work", "client"))
         process = found.process or Past(found.pid, found.started_at, tuple(found.outputs), found.report)
         exec_ = self._runner.make(exec_id, tenant, spec, process, facts["linger"])
         exec_.take_over(found, self._settings.exec_hold)

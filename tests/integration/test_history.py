@@ -65,5 +65,23 @@ async def test_a_site_has_a_history_and_a_repository_from_its_deployment(
             await wire.until(lambda: [one["kind"] for one in told(wire)].count("deployed") == 1)
             assert "node_modules/" in await text(wire, ".gitignore")
             assert await text(wire, "page.txt") == "two"
-            await wire.call("history/restore", turn=first["turn"])
+            restored = (await wire.call("history/restore", turn=first["turn"]))["turn"]
             assert await text(wire, "page.txt") == "one"
+            assert (await wire.call("history/undo", turn=restored["turn"]))["turn"]["kind"] == "restored"
+            assert await text(wire, "page.txt") == "two"
+
+            # who looks at it, before a rollback and after, has nothing to do with what that changes
+            looked = await wire.call("exec/start", argv=["cat", "page.txt"])
+            await wire.exited(looked["exec"])
+            status, begun, _ = await host.call("POST", f"/v1/tenants/{tenant}/rollback", {})
+            assert status == 202, begun
+            record = await host.ended(begun["id"])
+            assert record["state"] == "succeeded", record["error"]
+            assert await text(wire, "page.txt") == "one"
+            looked = await wire.call("exec/start", argv=["cat", "page.txt"])
+            await wire.exited(looked["exec"])
+            await wire.call("turn/begin", title="next")
+            listed = (await wire.call("history/list"))["turns"]
+            assert not [turn for turn in listed if turn["title"].startswith("Changed by cat")], listed
+            changed = next(turn for turn in listed if record["id"] in turn["title"])
+            assert changed["kind"] == "deployed" and changed["title"].startswith("Went back to the site of")
