@@ -81,6 +81,7 @@ async def test_a_site_has_a_history_and_a_repository_from_its_deployment(
             looked = await wire.call("exec/start", argv=["cat", "page.txt"])
             await wire.exited(looked["exec"])
             await wire.call("turn/begin", title="next")
+            await wire.until(lambda: any(record["id"] in one["title"] for one in told(wire)))
             listed = (await wire.call("history/list"))["turns"]
             assert not [turn for turn in listed if turn["title"].startswith("Changed by cat")], listed
             changed = next(turn for turn in listed if record["id"] in turn["title"])
