@@ -311,6 +311,7 @@ async def test_who_was_written_over_meanwhile_compares_and_chooses(
     await dialog.get_by_role("button", name="Save mine").click()
     await expect(dialog).to_have_count(0)
     await expect(told).to_have_count(0)
+    await expect(page.get_by_label("Close notes.txt", exact=True)).to_be_attached()  # saved
     assert run(site, "cat public/notes.txt") == "one\ntwo, as I say\nthree\n"
 
     await window.replace_all("mine again\n")

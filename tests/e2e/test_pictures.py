@@ -161,7 +161,7 @@ async def test_each_view_in_light_colours(editor: OpenEditor, site: str) -> None
     await page.get_by_role("menuitem", name="Delete").click()
     await expect(page.get_by_role("dialog", name="Delete package.json")).to_be_visible()
     assert not await violations(page), "before a file is deleted"
-    await page.get_by_role("button", name="Cancel").click()
+    await page.get_by_role("button", name="Cancel", exact=True).click()
     await window.text.click()
     await page.keyboard.press("Control+f")
     await expect(page.get_by_role("search")).to_be_visible()
