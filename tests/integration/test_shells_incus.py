@@ -12,6 +12,7 @@ import pytest
 from gateway.settings import Settings
 from tests.contracts import claude
 from tests.contracts.claude import call
+from tests.contracts.gateway import sse
 from tests.contracts.processes import Tree
 from tests.contracts.shells import QUICK, ShellContract, background, printed
 from tests.integration import environment
@@ -95,14 +96,14 @@ async def test_a_tenant_made_anew_knows_nothing_of_what_was_before(
     gateway: LiveGateway, tenant: Container
 ) -> None:
     async with gateway.http(tenant.name) as http, gateway.wire(tenant.name) as watcher:
-        await watcher.call("events/subscribe", types=["tenant.destroyed", "tenant.created"])
+        events = await http.get(f"/v1/events?type=tenant.destroyed,tenant.created&tenant={tenant.name}")
         url, headers = f"/v1/tenants/{tenant.name}/tools/", {"X-Tool-Session": "mine"}
         body = {"command": "mkdir deep && cd deep"}
         async with http.post(url + "Bash", json=body, headers=headers) as response:
             assert (await response.json())["structuredContent"]["cwd"] == "/srv/site/deep"
         await watcher.run(argv=["echo", "secret"], execId="mine")
         await asyncio.to_thread(environment.incus, "delete", "--force", tenant.name)
-        await watcher.until(lambda: watcher.notified("event", type="tenant.destroyed"))
+        assert [event["event"] for event in await sse(events, 1)] == ["tenant.destroyed"]
         words = (
             "launch",
             environment.settings().image,
@@ -111,7 +112,7 @@ async def test_a_tenant_made_anew_knows_nothing_of_what_was_before(
             environment.settings().profile,
         )
         await asyncio.to_thread(environment.incus, *words)
-        await watcher.until(lambda: watcher.notified("event", type="tenant.created"))
+        assert [event["event"] for event in await sse(events, 1)] == ["tenant.created"]
         async with http.post(url + "Bash", json={"command": "pwd"}, headers=headers) as response:
             assert (await response.json())["content"][0]["text"] == "/srv/site"
         async with gateway.wire(tenant.name) as wire:
