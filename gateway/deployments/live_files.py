@@ -22,7 +22,10 @@ async def lost(context: Context, tenant: str, stays: dict[str, Any]) -> tuple[li
 
 
 async def kept(context: Context, tenant: str, stays: dict[str, Any]) -> bytes:
-    """Return the existing files of the live site that an update keeps, each followed by a NUL."""
+    """Return the existing files of the live site that an update keeps, each followed by a NUL.
+
+    Those that the manifest does not name begin with "./".
+    """
     if context.workers is None or (stays.get("clean", True) and not stays["keep"]):
         return b""
     root = await context.runtime.filesystem(tenant)

@@ -332,7 +332,8 @@ class Sites(Protocol):
         """Make the next site's files live, and start them; `halt` was called. Idempotent.
 
         Files that the live site has written at the `kept` paths, each terminated by NUL, are copied; what
-        the next one has written there in its rehearsal goes.
+        the next one has written there in its rehearsal goes. The site that goes keeps its own of those that
+        begin with "./", and none of the others.
         """
         ...
 

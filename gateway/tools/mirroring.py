@@ -163,6 +163,7 @@ class _Look:
         """Collect what is kept below a folder, except what the new folder has itself.
 
         That is what the manifest names and, unless `clean`, what no folder had and no ignore file names.
+        The latter begin with "./": a former site has its own of these, since no rollback carries them.
         `within` says that a folder above is named, and so everything here.
         """
         for name, path, is_folder in self.inside(folder) or ():
@@ -171,7 +172,7 @@ class _Look:
             named = within or bool(self.keep.decide(path, folder=is_folder))
             ours = clean or path == HOME or (not named and self.stays(path, folder=is_folder))
             if path not in self.there and (named or (not ours and self.written(path))):
-                self._name(path, kept)
+                self._name(path if named else f"./{path}", kept)
             elif is_folder and depth < _DEPTH:
                 self.kept(path, depth + 1, kept, within=named, clean=ours)
 
@@ -269,7 +270,10 @@ def _lost(workspace: Workspace, given: dict[str, Any]) -> bytes:
 
 
 def _kept(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Return the paths that an update keeps and that are not `there`, each followed by a NUL."""
+    """Return the paths that an update keeps and that are not `there`, each followed by a NUL.
+
+    Those that the manifest does not name begin with "./".
+    """
     look, kept = _look(workspace, given), list[bytes]()
     look.kept("", 0, kept, clean=look.clean)
     return b"".join(path + b"\0" for path in kept)

@@ -95,15 +95,19 @@ class RollbackContract:
     async def test_a_site_goes_back_and_forth(self, host: Hosting) -> None:
         """What was deployed over comes back with its environment; what the site is to keep stays as it is.
 
+        What the site has written without a `keep` stays in the update; then each site has its own.
         The site that goes is kept in turn, nobody's request fails, and a key makes one rollback.
         """
         story = Story(host, "back.example.com")
         keep = 'keep = ["data/"]\n'
         env = {"GREETING": "one", "SECRET": SECRET}
-        first = await host.deploy(story.domain, upload(*self.site("one", keep)), env=env)
+        first = await host.deploy(
+            story.domain, upload(*self.site("one", keep), ("edited", b"deployed")), env=env
+        )
         assert first["state"] == "succeeded", first["error"]
         await story.put("edited", "by an agent")
         await story.put("data/db", "first")
+        await story.put("written/db", "first")
         await story.put(".git/HEAD", "ref: refs/heads/old")
         assert await story.known() == (first["id"], [])
         status, said, _ = await host.call("POST", f"{story.url}/rollback", {})
@@ -112,9 +116,10 @@ class RollbackContract:
         env = {"GREETING": "two", "SECRET": SECRET}
         second = await host.deploy(story.domain, upload(*self.site("two", keep)), env=env)
         assert second["state"] == "succeeded", second["error"]
-        seen = await story.visit(), await story.get("edited")
-        assert seen == ("two", None), (seen, second)
+        seen = await story.visit(), await story.get("edited"), await story.get("written/db")
+        assert seen == ("two", None, "first"), (seen, second)
         await story.put("data/db", "second")
+        await story.put("written/db", "second")
         await story.put(".git/HEAD", "ref: refs/heads/new")
         assert await story.known() == (second["id"], [first["id"]])
 
@@ -132,6 +137,7 @@ class RollbackContract:
         assert await story.visit() == "one"
         assert await story.visit("/env") == f"one {SECRET}"
         assert await story.get("edited") == "by an agent"
+        assert await story.get("written/db") == "first"
         assert await story.get("data/db") == "second", "no rollback takes customers' data back"
         assert await story.get(".git/HEAD") == "ref: refs/heads/new", "history goes on"
         assert await story.known() == (third["id"], [second["id"]])
@@ -146,6 +152,7 @@ class RollbackContract:
         fourth = await story.rollback(second["id"])
         assert fourth["state"] == "succeeded", fourth["error"]
         assert (await story.visit(), await story.visit("/env")) == ("two", f"two {SECRET}")
+        assert (await story.get("written/db"), await story.get("edited")) == ("second", None)
         assert (await story.get("data/db"), await story.get(".git/HEAD")) == (
             "second",
             "ref: refs/heads/new",

@@ -76,13 +76,17 @@ class TestIncus(RollbackContract):
         return site("bun", "serve.ts", BUN, page, keep)
 
     async def test_the_oldest_kept_site_goes_where_the_disk_is_full(self, contained: Hosting) -> None:
-        """A deployment that needs its room succeeds, and the younger one is still kept."""
+        """A deployment that needs its room succeeds, and the younger one is still kept.
+
+        An update keeps the large file; only the first site has the bytes from before it was written anew.
+        """
         story = Story(contained, "full.example.com")
         first = await contained.deploy(story.domain, upload(*self.site("one")))
         assert first["state"] == "succeeded", first["error"]
         await inside(story.tenant, "head -c 200M /dev/zero >/srv/site/large; sync")
         second = await contained.deploy(story.domain, upload(*self.site("two")))
         assert second["state"] == "succeeded", second["error"]
+        await inside(story.tenant, "head -c 200M /dev/zero >/srv/site/large; sync")
         await shrink(story.tenant, left=64 << 20)
         install = 'install = ["sh", "-c", "head -c 120M /dev/zero >more && sync"]\n'
         third = await contained.deploy(story.domain, upload(*self.site("three", install)))

@@ -175,7 +175,7 @@ def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
         kept = sorted(names)[-1]
         (live / kept).write_text("written meanwhile")
         os.utime(live / kept, (4e9, 4e9))
-        said = os.fsencode(kept) + b"\0gone meanwhile\0"
+        said = b"./" + os.fsencode(kept) + b"\0gone meanwhile\0"
         words = (live, following, str(UID), Path(folder, "note"), "update")
         assert run(shell, "carry", *words, given=said).returncode == 0
         assert Path(folder, "note.lasting").read_bytes() == said
@@ -397,16 +397,18 @@ def listed(machine: Machine) -> list[str]:
 def test_former_sites_are_kept_up_to_a_number_and_the_oldest_go(
     shell: tuple[str, ...], machine: Machine
 ) -> None:
-    """With environment and unit, readable only by root; without files that continue with the live site."""
+    """With environment and unit, readable only by root; without files that a manifest has stay live."""
     machine.unit.write_text("old\n")
     machine.environment.write_text("PAGE=old\n")
+    written = os.fsdecode(b"by\nnobody's \xff")
     (machine.live / "db").write_text("customers'")
-    Path(f"{machine.note}.lasting").write_bytes(b"db\0")
+    (machine.live / written).write_text("once")
+    Path(f"{machine.note}.lasting").write_bytes(b"db\0./%b\0gone\0" % os.fsencode(written))
     for folder in (machine.live, machine.next):
         owned(folder / ".git", {"HEAD": folder.name})
     updated(shell, machine, "new", FIRST, SECOND, 2)
     kept = machine.kept / FIRST
-    assert held(kept / "site") == {"page": "old"}
+    assert held(kept / "site") == {"page": "old", written: "once"}
     assert (kept / "site.env").read_text() == "PAGE=old\n"
     assert (kept / "site.service").read_text() == "old\n"
     assert (machine.kept.stat().st_mode & 0o777, listed(machine)) == (0o700, [FIRST])

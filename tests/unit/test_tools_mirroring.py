@@ -137,7 +137,7 @@ def test_what_no_deployed_folder_had_stays(live: Path) -> None:
         *("-.next", "-dist", "-gone/c.py", "-old.py", "-seed.db", "-src/b.py"),
         *("+data.db", "+gone/log.txt", "+src/notes.db", "+uploads/"),
     ]
-    assert told(live, KEPT, given) == ["data.db", "gone/log.txt", "src/notes.db", "uploads"]
+    assert told(live, KEPT, given) == ["./data.db", "./gone/log.txt", "./src/notes.db", "./uploads"]
     cleaned = {".next", "data.db", "dist", "gone", "old.py", "seed.db", "src/b.py", "src/notes.db", "uploads"}
     assert set(lost(live, {**given, "clean": True})) == cleaned
 
@@ -167,7 +167,7 @@ def test_ignored_files_stay_and_are_not_carried_over(live: Path) -> None:
     put(live, "x.log", "logs/y.log", "written")
     given = new((".gitignore", b"*.log\n"), clean=False)
     assert told(live, LOST, given) == ["-a", "+logs/", "+written"]
-    assert told(live, KEPT, given) == ["logs", "written"]
+    assert told(live, KEPT, given) == ["./logs", "./written"]
 
 
 def test_hostile_lists_are_bounded(live: Path) -> None:

@@ -40,9 +40,10 @@ if [ "$most" -gt 0 ] && [ -f "$unit" ]; then
     rm -rf "$next.layers"
   fi
   if [ -d "$next" ]; then
-    # files that continue with the live site would only be duplicated
+    # no rollback changes what a manifest names, so that is not kept twice; the others, with ./, the former site needs
     if [ -f "$note.lasting" ]; then
-      (cd "$next" && as_site xargs --null --no-run-if-empty rm -rf --) <"$note.lasting" || :
+      LC_ALL=C sed --null-data '\:^\./:d' "$note.lasting" |
+        (cd "$next" && as_site xargs --null --no-run-if-empty rm -rf --) || :
     fi
     for name in .git .gateway; do
       if [ -e "$live/$name" ]; then rm -rf "${next:?}/$name"; fi

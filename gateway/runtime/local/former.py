@@ -100,11 +100,12 @@ class LocalFormerSites:
         return True
 
     def _remove_what_lasts(self, tenant: str, folder: Path) -> None:
-        """Remove files that continue with the live site."""
+        """Remove files that no rollback changes; those with "./" are not named by a manifest."""
         live, names = self._folders.of(tenant, "live"), [b".git", b".gateway"]
         names = [name for name in names if (live / os.fsdecode(name)).exists()]
         with contextlib.suppress(OSError):
-            names += self._folders.beside(tenant, "lasting").read_bytes().split(b"\0")[:-1]
+            lasting = self._folders.beside(tenant, "lasting").read_bytes().split(b"\0")[:-1]
+            names += [name for name in lasting if not name.startswith(b"./")]
         remove(folder, names)
 
     def _listed(self, tenant: str) -> list[Former]:
