@@ -114,10 +114,6 @@ class CommandCgroup:
         """Return up to a hundred of these processes, as the tenant sees them."""
         return await _look(self.path, process_tree.members, self.path)
 
-    async def send(self, number: int) -> None:
-        """Send a signal to every process in the cgroup and below it."""
-        await self._hands(f"signal {int(number)}", self.path)
-
     async def kill(self, grace: float, limit: float) -> Ended:
         """Send TERM, after `grace` seconds KILL; return once no process is left or `limit` seconds passed."""
         with contextlib.suppress(Timeout):  # the processes in the cgroup are killed anyway
@@ -125,7 +121,7 @@ class CommandCgroup:
         first = await self.pids()
         seen = set(first)
         if grace > 0 and first:
-            await self._terminate(seen)
+            seen |= await self.send(signal.SIGTERM)
             await self._until_empty(grace, seen)
         left = await self.pids()
         escalated = bool(left)
@@ -137,11 +133,15 @@ class CommandCgroup:
         await self.remove()
         return Ended(killed=len(seen) - len(left), escalated=escalated, survivors=len(left))
 
-    async def _terminate(self, seen: set[int]) -> None:
-        """Send TERM to all processes; several are frozen first, so that no new one can miss it."""
+    async def send(self, number: int) -> set[int]:
+        """Send a signal to all processes, and return them.
+
+        Several are frozen first: no new one can miss it, and none sees another end before its own comes.
+        """
+        step, seen = f"signal {int(number)}", set(await self.pids())
         if len(seen) == 1:  # the usual case, which is not worth the milliseconds of freezing
-            await self.send(signal.SIGTERM)
-            return
+            await self._hands(step, self.path)
+            return seen
         await self._hands("freeze", self.path)
         try:
             deadline = monotonic() + _FREEZING
@@ -150,9 +150,10 @@ class CommandCgroup:
                     break
                 await asyncio.sleep(0.001)  # an event loop cannot wait on cgroup.events
             seen.update(await self.pids())
-            await self.send(signal.SIGTERM)
+            await self._hands(step, self.path)
         finally:
             await self._hands("thaw", self.path)
+        return seen
 
     async def remove(self) -> bool:
         """Remove the cgroup if it is empty; return whether it is gone."""

@@ -319,8 +319,8 @@ async def test_headers_of_gateways_count_for_nothing_from_clients(name: str, pat
     public = at_the_edge(app, Settings(hosts=("gateway.test",)))
     for client in ("192.0.2.1", "127.0.0.1"):
         headers = [(b"host", b"gateway.test"), (name.encode(), b"1"), (b"x-other", b"1")]
-        asked: Scope = {"type": "http", "path": path, "raw_path": path.encode(), "query_string": b""}
-        await public(asked | {"client": (client, 1), "headers": headers}, nothing, nothing)
+        asked: Scope = {"type": "http", "path": path, "client": (client, 1), "headers": headers}
+        await public({**asked, "raw_path": path.encode(), "query_string": b""}, nothing, nothing)
     for scope in seen:
         by_caddy = name == "x-gateway-uri" and path == "/v1/preview" and scope["client"][0] == "127.0.0.1"
         assert [key for key, _ in scope["headers"]] == [
