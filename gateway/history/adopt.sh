@@ -4,14 +4,16 @@
 # Usage:  sh -c "$(cat adopt.sh)" sh
 #   GIT_WORK_TREE in the environment: the workspace
 # Input:  none.
-# Output: none.
+# Output: where it made a .gitignore, when, in seconds since the epoch.
 # Exit:   0; 69 without git.
 command -v git >/dev/null || exit 69
 cd "$GIT_WORK_TREE" || exit 1
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE
 set -C
-[ -e .gitignore ] || [ -L .gitignore ] || printf '%s\n' '# made by incus-gateway; change it as you like' \
-  node_modules/ .venv/ __pycache__/ .next/ .nuxt/ .svelte-kit/ .astro/ .cache/ dist/ '*.log' .env '.env.*' >.gitignore
+[ -e .gitignore ] || [ -L .gitignore ] || {
+  printf '%s\n' '# made by incus-gateway; change it as you like' node_modules/ .venv/ __pycache__/ \
+    .next/ .nuxt/ .svelte-kit/ .astro/ .cache/ dist/ '*.log' .env '.env.*' >.gitignore && stat -c %.9Z .gitignore
+}
 if ! [ -e .git ] && ! [ -L .git ]; then
   git init -q --template= -b main || exit
   mkdir -p .git/info && printf '%s\n' node_modules/ .venv/ __pycache__/ >.git/info/exclude

@@ -31,8 +31,11 @@ _NAMES_OF_SCRIPTS: Final = ("adopt", "commit", "diff", "list", "restore", "tidy"
 _SCRIPTS: Final = {name: Path(__file__).with_name(f"{name}.sh").read_text() for name in _NAMES_OF_SCRIPTS}
 for _name in ("commit", "restore", "tidy"):
     _SCRIPTS[_name] = f"{_SCRIPTS['writing']}\n{_SCRIPTS[_name]}"
-# one script per command: starting one costs more than all that git does in it
-_SCRIPTS["deployed"] = f"(\n{_SCRIPTS['adopt']}\n) || exit\n{_SCRIPTS['commit']}"
+# one script per command: starting one costs more than all that git does in it. The .gitignore that it makes
+# is the deployment's too, though it is newer
+_SCRIPTS["deployed"] = (
+    f'made=$(\n{_SCRIPTS["adopt"]}\n) || exit\n[ -z "$made" ] || TURN_TIMES="0 $made"\n{_SCRIPTS["commit"]}'
+)
 _CONFIG: Final = {
     # run no program that the tenant's repository names
     "core.hooksPath": "/dev/null",

@@ -167,10 +167,12 @@ async def test_an_agent_works_is_shown_and_is_taken_back(host: Hosting, tmp_path
     write = use("Write", file_path="hours.html", content="<h1>9 to 17</h1>\n")
     said = use("Bash", command="echo opened")
     watching = tmp_path / "watching"
-    # the page's program follows for ever: it is ended once it has shown the turn
+    # the page's program follows for ever: it is ended once it has shown this test's turn
     follow = SHOW.replace("asyncio.run(main())", "asyncio.run(asyncio.wait_for(main(), 60))")
-    follow = follow.replace('print("turn",', 'raise SystemExit(print("turn",', 1)
-    follow = follow.replace('event.data["title"])', 'event.data["title"]))', 1)
+    shows = """print("turn", event.data["turn"], event.data["title"])\n"""
+    assert follow.count(shows) == 1
+    shown_it = 'if event.data["title"].startswith("Add a page"): raise SystemExit'
+    follow = follow.replace(shows, f"{shows}{' ' * 24}{shown_it}\n")
     follow = follow.replace(
         "as events:\n", f"as events:\n            open({str(watching)!r}, 'w').close()\n", 1
     )

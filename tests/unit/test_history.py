@@ -6,8 +6,10 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -15,6 +17,7 @@ from gateway.history import repository
 from gateway.history.open_turns import OpenTurn, OpenTurns
 from gateway.history.reading import (
     Turn,
+    both,
     changes,
     committed,
     conflicting,
@@ -154,8 +157,11 @@ class Folder:
         self.work.mkdir()
         self._shell = shell
 
-    def run(self, script: str, *words: str, given: bytes = b"") -> tuple[int, bytes]:
+    def run(
+        self, script: str, *words: str, given: bytes = b"", times: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[int, bytes]:
         env = {
+            **times,
             **repository._ENVIRONMENT,
             **repository._identity(BLANK),
             "PATH": os.environ["PATH"],
@@ -542,7 +548,13 @@ def test_a_workspace_becomes_a_repository_and_stays_what_it_is(folder: Folder) -
         git = ("git", "-c", "safe.directory=*", "-C", str(folder.work))
         return subprocess.run([*git, *words], check=True, capture_output=True, text=True).stdout
 
-    assert folder.run("adopt") == (0, b"")
+    now = time.time()
+    times = {"TURN_TIMES": f"0 {now:.6f}", "TURN_LEFT": f"{now:.6f}"}
+    code, printed = folder.run("deployed", "all", "1000", "1", "deployed", times=times)
+    nobodys, found = both(printed, BLANK)
+    assert code == 0 and nobodys is None and found is not None
+    assert found.files == 2, "the .gitignore, which is newer than the deployment, is its own"
+    assert folder.commit() is None
     said = git("log", "--format=%s by %an", "--name-only")
     assert said == "First deployment by site\n\n.gitignore\nindex.html\n" and not git("status", "--short")
     ignored = (folder.work / ".gitignore").read_text()
