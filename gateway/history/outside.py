@@ -16,7 +16,7 @@ from gateway.runtime import ExecSpec
 
 _SAVED: Final = 2.0  # seconds after a person's last save in which it is recorded
 _LOOK: Final = 5.0  # seconds between looks at what commands print; after as many without a word they rest
-PATIENCE: Final = 2.0  # seconds for which a tool call waits at most
+PATIENCE: Final = 10.0  # seconds for which a call waits at most; what changes later is mixed up
 _LABELS: Final = 16  # commands of one record whose names are kept
 _COMMAND: Final = 80  # characters of a command in a title
 
