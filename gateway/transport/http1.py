@@ -101,6 +101,7 @@ class HttpProtocol(H11Protocol):
     _made: float  # when the client connected, in the loop's time
     _asked: float  # when the latest request began
     _answered: object  # that request's cycle
+    _address: str  # the client's, as it counts
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)

@@ -124,6 +124,7 @@ async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
         await sites.push(fresh, "next", recipe, None, b"gone\0gone.txt\0link\0never-there\0")
         assert (live / "gone/a").exists()
         (live / "data/late").write_text("late")
+        await sites.halt(fresh)
         await sites.settle(fresh, recipe, b"data\0")
         await sites.clear(fresh)
         found = sorted(str(path.relative_to(live)) for path in live.rglob("*") if path.is_file())
@@ -142,6 +143,7 @@ async def test_the_oldest_kept_sites_make_room_until_one_is_left(runtime: LocalR
     try:
         for former, live in itertools.pairwise(ids):
             await sites.push(fresh, "next", recipe, None)
+            await sites.halt(fresh)
             await sites.settle(fresh, recipe)
             await sites.former.put(fresh, former, live, 10)
             await sites.clear(fresh)
