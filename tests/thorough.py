@@ -465,6 +465,13 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "a variant of test_who_comes_right_after_a_site_froze_gets_the_page_in_time": {
         f"{_INTEGRATION}hangs.py": ("test_a_tenant_that_is_paused_is_answered_for",),
     },
+    "more locks of programs that cannot run twice; a process id's and a port's are held by the other "
+    "parameters": {
+        f"{_INTEGRATION}deployments_exchange.py": (
+            "test_a_program_that_cannot_run_twice_is_updated[others]",
+            "test_so_are_its_environment_and_a_rollback_and_a_broken_one_is_undone[kill]",
+        ),
+    },
     "of an upgrade from a version before the first release": {
         f"{_INTEGRATION}host_quickstart.py": (
             "test_caddys_folder_leaves_the_state_dir_and_no_request_fails",

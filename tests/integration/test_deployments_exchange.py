@@ -72,7 +72,10 @@ async def changed(host: Hosting, method: str, path: str, body: dict[str, Any]) -
     assert record["state"] == "succeeded", (path, record["error"])
 
 
-async def test_a_program_that_cannot_run_twice_is_updated(host: Hosting) -> None:
+@pytest.mark.parametrize(
+    "locks", [("kill", "port"), ("proc", "cache", "http", "flock")], ids=["pid and port", "others"]
+)
+async def test_a_program_that_cannot_run_twice_is_updated(host: Hosting, locks: tuple[str, ...]) -> None:
     """Whatever its lock is: by the process id, by /proc, in a cache, by HTTP, a fixed port, flock(2)."""
 
     async def updated(lock: str) -> None:
@@ -85,7 +88,7 @@ async def test_a_program_that_cannot_run_twice_is_updated(host: Hosting) -> None
         assert (await host.visit(domain))[1].startswith("two ")
 
     async with asyncio.TaskGroup() as group:
-        for lock in STARTS:
+        for lock in locks:
             group.create_task(updated(lock))
 
 
@@ -107,8 +110,8 @@ async def test_so_are_its_environment_and_a_rollback_and_a_broken_one_is_undone(
         visitors.said.clear()
         async with visitors.watching(f"broken {number}"):
             record = await host.deploy(domain, site(lock, "two", before=broken))
-        assert (record["state"], record["error"]["reason"]) == ("rolledback", "never_healthy")
-        assert "out of luck" in record["error"]["message"]
+            assert (record["state"], record["error"]["reason"]) == ("rolledback", "never_healthy"), record
+            assert "out of luck" in record["error"]["message"]
         assert visitors.said == {"one undefined"}
 
 

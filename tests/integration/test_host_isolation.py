@@ -10,10 +10,12 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
 
 import pytest
 
 from gateway.host.setup import pin
+from gateway.rootfs import bridge_port
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant, make_containers, settle
@@ -186,7 +188,15 @@ def test_a_stolen_mac_draws_no_traffic(
     one, other = neighbours
     serve(other)
     address = other.address()
+    learning = [
+        Path(f"/sys/class/net/{port.name}/brport/learning")
+        for tenant in neighbours
+        for port in bridge_port.ports(_config(tenant), incus_settings.network)
+    ]
+    for switch in learning:
+        switch.write_text("1")  # as after a start, also where a gateway was quicker
     assert pin(incus_settings) is not None
+    assert [switch.read_text().strip() for switch in learning] == ["0", "0"]
     assert pin(incus_settings) is None  # done once, it holds until the next start
     mac = other.sh("cat /sys/class/net/eth0/address").strip()
     one.sh(f"ip link set eth0 down; ip link set eth0 address {mac}; ip link set eth0 up; sleep 1")
@@ -197,6 +207,13 @@ def test_a_stolen_mac_draws_no_traffic(
     )
     with socket.create_connection((address, 8000), timeout=5):
         pass
+
+
+def _config(tenant: Container) -> dict[str, str]:
+    config: dict[str, str] = json.loads(environment.incus("query", f"/1.0/instances/{tenant.name}").stdout)[
+        "config"
+    ]
+    return config
 
 
 def _gateway(tenant: Container) -> str:
