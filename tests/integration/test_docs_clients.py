@@ -113,7 +113,7 @@ async def test_the_agent_sdk(host: Hosting, tmp_path: Path) -> None:
     write = use("Write", file_path="blue.css", content="h1 { color: blue }\n")
     look = use("Bash", command="cat blue.css")
     async with model([write], [look]) as scripted:
-        printed = await python(host, "ClaudeSDKClient", tmp_path, **scripted.environment(tmp_path))
+        printed = await python(host, "on_output=show", tmp_path, **scripted.environment(tmp_path))
         assert scripted.result(look).text == "h1 { color: blue }"
     assert "h1 { color: blue }\n" in printed, "output while it runs"
 
