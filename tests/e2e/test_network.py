@@ -242,7 +242,10 @@ async def test_the_first_view_is_small_and_painted_at_once(editor: OpenEditor) -
 
 
 async def test_what_opens_a_file_is_small(editor: OpenEditor, site: str) -> None:
-    """Under 350 kB compressed, with fonts and the language, without terminal, preview, language servers."""
+    """Under 355 kB compressed, with fonts and the language, without terminal, preview, language servers.
+
+    It takes 349 kB where one tenant answers; what the answers about others take comes on top.
+    """
     window = await editor()
     sizes = await transferred(window)
     await window.watched.context.add_init_script(
@@ -252,4 +255,4 @@ async def test_what_opens_a_file_is_small(editor: OpenEditor, site: str) -> None
     await window.load_connected(f"{site}/src/app.tsx")
     await expect(window.text.locator("span").first).to_be_visible()  # coloured
     print(f"what opens a file: {sum(sizes) / 1000:.0f} kB")
-    assert sum(sizes) < 350_000
+    assert sum(sizes) < 355_000
