@@ -57,6 +57,7 @@ record() {
     by_time
     (
       export GIT_AUTHOR_NAME=nobody GIT_AUTHOR_EMAIL=nobody GIT_COMMITTER_NAME=outside
+      # shellcheck disable=SC2030 # for this turn alone
       message='Changed outside of turns'
       [ ! -s "$rest" ] || keep "$rest" >"$found"
     )
@@ -143,6 +144,7 @@ keep() { # LIST
   # shellcheck disable=SC2046 # two words
   if set -- $(git rev-parse -q turns 'turns^{tree}' -- 2>/dev/null) && [ $# = 3 ]; then parent="$1" before="$2"; fi
   [ "$tree" != "$before" ] || return 0
+  # shellcheck disable=SC2031
   turn=$(git commit-tree ${parent:+-p "$parent"} -m "$message" "$tree") || return 1
   git update-ref refs/heads/turns "$turn" || return 1
   echo "$turn"
@@ -168,7 +170,9 @@ before | after | undo)
     # a file that is in the place of a folder
     # shellcheck disable=SC2185
     above "$paths" |
-      find -files0-from - -maxdepth 0 ! -type d -print0 2>/dev/null >>"$paths"
+      find -files0-from - -maxdepth 0 ! -type d -print0 2>/dev/null >"$GIT_DIR/turn.above"
+    cat "$GIT_DIR/turn.above" >>"$paths"
+    rm -f "$GIT_DIR/turn.above"
   elif [ "$mode" = before ]; then
     git rev-parse -q --verify "$to^" >/dev/null || exit 67
     # as in restore.sh
