@@ -263,6 +263,11 @@ class LiveGateway:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition(f"{key}:")[2].split()[0]) << 10
 
+    def starved(self) -> float:
+        """Return the seconds for which the gateway's main thread could run and had no CPU."""
+        assert self.process is not None
+        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
+
     def reset_peak(self) -> None:
         assert self.process is not None
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
