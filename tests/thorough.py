@@ -309,10 +309,10 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         f"{_INTEGRATION}domains.py": (
             "test_a_domain_is_served_when_its_patch_answers_and_the_old_one_no_more[local]",
             "test_a_sleeping_tenants_new_domain_wakes_it[local]",
-            "test_whose_domains[local]",
-            "test_whatever_happens_at_once_a_domain_has_one_owner[local]",
-            "test_the_gateways_own_names_are_nobodys_even_after_a_sleep_and_a_wake[local]",
-            "test_a_patch_into_anothers_first_deployment_takes_nothing[local]",
+            "test_whose_domains[incus]",
+            "test_whatever_happens_at_once_a_domain_has_one_owner[incus]",
+            "test_the_gateways_own_names_are_nobodys_even_after_a_sleep_and_a_wake[incus]",
+            "test_a_patch_into_anothers_first_deployment_takes_nothing[incus]",
         ),
         f"{_INTEGRATION}rollback.py": ("TestLocal",),
         f"{_INTEGRATION}deployments_verify.py": ("test_a_site_of_the_local_runtime_is_told_the_same",),
@@ -329,7 +329,7 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "TestIncus::test_the_oldest_kept_site_goes_where_an_agent_finds_the_disk_full",
         ),
     },
-    "`polls` and `kills_its_shell` of tests/integration/actors.py do so over twenty kills in each run": {
+    "`polls` and `kills_its_shell` of tests/integration/actors.py do so over some kills in each run": {
         f"{_INTEGRATION}survive_tools.py": ("test_background_shells_go_on_where_they_stood",),
     },
     "one kill of incusd and of the gateway is in tests/integration/test_gateway_incus.py; here are more": {
@@ -338,6 +338,12 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_a_killed_gateway_with_ten_commands",
         ),
         f"{_INTEGRATION}runtime_incus.py": ("test_a_dead_incusd_is_told_and_its_return_found",),
+        f"{_INTEGRATION}gateway_incus.py": ("test_a_destroy_whose_end_is_not_known_is_in_the_audit",),
+    },
+    "TestIncusLife::test_what_others_do_is_seen_within_a_second of tests/integration/test_gateway_incus.py "
+    "holds it": {
+        f"{_INTEGRATION}gateway_incus.py": ("test_what_others_do_is_told",),
+        f"{_INTEGRATION}runtime_incus.py": ("test_watching_tells_what_others_do",),
     },
     "a client's part is in tests/integration/test_client_reconnect.py and clients/typescript/tests, an "
     "upgrade's in test_websockets_are_told_and_resume_with_exact_bytes": {

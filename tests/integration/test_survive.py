@@ -34,7 +34,7 @@ from tests.waits import until
 __all__ = ["host"]
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "20"))
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "7"))
 SECONDS = float(os.environ.get("GATEWAY_TEST_SECONDS", "inf"))  # after which nobody is killed any more
 HOLD = 0.5  # seconds
 CROWD, TRIES = 200, 4  # commands, and kills beside them

@@ -140,7 +140,7 @@ def test_the_odometer_is_set_anew_before_it_ends(memory: Memory, monkeypatch: py
 
 def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
     """Repeatedly, by SIGKILL, while it receives as fast as it can."""
-    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "20"))
+    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "8"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(True)
     memory = Memory.made()
@@ -192,7 +192,7 @@ def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
 
 async def test_a_writer_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
     """Exactly the bytes recorded as written or in transit arrive."""
-    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "20"))
+    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "8"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     memory = Memory.made()
