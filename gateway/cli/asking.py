@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.auth import issuing
 from gateway.cli.confirming import Failed
+from gateway.hostnames import plain
 from gateway.settings import load_client
 from gateway_client.client import Client
 from gateway_client.credentials import Token
@@ -35,7 +36,7 @@ async def tenant_of(client: Client, named: str) -> Tenant:
     """Return the tenant with a name or a domain, of which only a domain has a dot. Raises `Failed`."""
     if "." not in named:
         return client.tenant(named)
-    domain = named.rstrip(".").lower()
+    domain = plain(named) or named
     for info in await client.tenants():
         if info.domain == domain:
             return client.tenant(info.name)

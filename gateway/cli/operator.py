@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated
 
 import typer
 
 from gateway.auth import issuing
-from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.asking import client_of, run_to_end, tenant_of
 from gateway.cli.options import Json, TokenOption, Url
 from gateway.settings import load, load_client
 from gateway.terminal import err, line, out
@@ -19,7 +20,7 @@ from gateway_client.errors import Disconnected
 
 def token(
     tenant: Annotated[
-        list[str] | None, typer.Option(help="A tenant it covers; repeat for more; * for all.")
+        list[str] | None, typer.Option(help="A tenant it covers, or its domain; repeat for more; * for all.")
     ] = None,
     scope: Annotated[
         list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(issuing.SCOPES)))
@@ -39,7 +40,7 @@ def token(
     url: Url = None,
     own: TokenOption = None,
 ) -> None:
-    """Print a token. The tenants need not exist."""
+    """Print a token. A tenant that is named need not exist yet."""
     if (tenant is None) == (revoke is None):
         raise typer.BadParameter("give --tenant, or --revoke")
     if revoke is not None:
@@ -55,7 +56,13 @@ def token(
     secret = issuing.load_secret(settings.secret, settings.state_dir)
     scopes = " ".join(scope).replace(",", " ").split()
     subject = subject or issuing.caller()
-    out.say(issuing.issue(secret, subject, tenant or (), scopes, issuing.parse_ttl(ttl), domain or None))
+    names = run_to_end(_names(tenant or (), url, own)) if "." in "".join(tenant or ()) else tenant or ()
+    out.say(issuing.issue(secret, subject, names, scopes, issuing.parse_ttl(ttl), domain or None))
+
+
+async def _names(tenants: Sequence[str], url: str | None, own: str | None) -> Sequence[str]:
+    async with client_of(url, own) as client:
+        return [(await tenant_of(client, one)).name for one in tenants]
 
 
 async def _revoke(id_: str, expires: float | None, url: str | None, own: str | None) -> None:
@@ -75,7 +82,7 @@ async def _revoke(id_: str, expires: float | None, url: str | None, own: str | N
 
 
 def audit(
-    tenant: Annotated[str | None, typer.Option(help="Only of this tenant")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant, by its name or domain")] = None,
     lines: Annotated[int, typer.Option("-n", "--lines", min=1, max=1000, help="How many")] = 50,
     as_json: Json = False,
     url: Url = None,
@@ -85,7 +92,8 @@ def audit(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            entries = (await client.audit(tenant, limit=lines))[::-1]
+            about = tenant and (await tenant_of(client, tenant)).name
+            entries = (await client.audit(about, limit=lines))[::-1]
         if as_json:
             out.json(entries, indent=True)
             return

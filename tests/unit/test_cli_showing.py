@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import os
 import re
 import shutil
 import stat
 import tarfile
-from collections.abc import AsyncIterator
+import typing
+from collections.abc import AsyncIterator, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,11 +21,13 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
+from gateway.auth import tokens
 from gateway.cli import copying, following, main
 from gateway.cli.loading import Group
 from gateway.errors import ExecFailed
-from tests.live import LiveGateway
+from tests.live import SECRET, LiveGateway
 from tests.unit.command_line import run, served, start
+from tests.unit.test_cli_commands import ALL
 
 WAYS_OUT = ("..", "../..", "/etc", "here/..", "here/../..", "../there/..", "folder/../..")
 
@@ -43,15 +48,6 @@ async def test_one_tenant_is_shown(gateway: LiveGateway) -> None:
     assert found["url"] == said["url"] and found["site"]["answers"] is None
     for name in ("demo", "shown.example.com"):  # into a pipe it is printed alone
         assert await run(gateway, "open", name) == (0, f"{said['url']}\n".encode(), "")
-    domain = "shown.example.com"  # each command takes it in place of the name
-    assert (await run(gateway, "info", domain))[1] == (await run(gateway, "info", "demo"))[1]
-    assert (await run(gateway, "exec", domain, "--", "echo", "here"))[:2] == (0, b"here\n")
-    assert (await run(gateway, "cp", "-", f"{domain}:named"))[0] == 0
-    for words in (("logs",), ("metrics",), ("history",), ("snapshot", "--list"), ("restart",)):
-        assert (await run(gateway, words[0], domain, *words[1:]))[0] == 0, words
-    assert (await run(gateway, "info", "other.example.com"))[2] == (
-        "incus-gateway: no tenant has the domain other.example.com; `incus-gateway list` shows all\n"
-    )
     measured = (await run(gateway, "metrics", "demo"))[1].decode()
     assert "{" not in measured and "processes" in measured
     await run(gateway, "rename", "demo", "-")
@@ -60,6 +56,42 @@ async def test_one_tenant_is_shown(gateway: LiveGateway) -> None:
     code, _, err = await run(gateway, "open", "nobody")
     assert code == 1 and "`incus-gateway list` shows all" in err
     assert (await run(gateway, "info", "nobody"))[0] == 1
+    assert "no tenant has the domain a..b" in (await run(gateway, "info", "a..b"))[2], "which demo has not"
+
+
+def taking(of: str) -> Iterator[tuple[str, ...]]:
+    """Every command that is about a tenant that is there, each with `of` for it."""
+    yield ("cp", f"{of}:a", "b")
+    yield ("cp", "-", f"{of}:a")
+    for words, place in ALL.items():
+        module, _, name = place.partition(":")
+        function = getattr(import_module(module), name)
+        hints = typing.get_type_hints(function, include_extras=True)
+        named = next((name for name in hints if name in ("tenant", "domain")), None)
+        if named is None or words[0] in ("create", "deploy", "migrate"):  # whose domain may be new
+            continue
+        needed = [
+            name for name, one in inspect.signature(function).parameters.items() if one.default is one.empty
+        ]
+        given = [of if name == named else "small" for name in needed]
+        if named not in needed:
+            given += ["--tenant", of]
+        yield (*words, *(["--yes"] if "yes" in hints else []), *given)
+
+
+@pytest.mark.parametrize("words", [*taking("other.example.com")], ids=" ".join)
+async def test_every_command_looks_a_domain_up(gateway: LiveGateway, words: tuple[str, ...]) -> None:
+    said = "incus-gateway: no tenant has the domain other.example.com; `incus-gateway list` shows all\n"
+    assert await run(gateway, *words) == (1, b"", said)
+
+
+@pytest.mark.parametrize("domain", ["bücher.example.com", "XN--bcher-KVA.example.com."])
+async def test_a_domain_may_be_spelt_as_it_is_deployed(gateway: LiveGateway, domain: str) -> None:
+    await run(gateway, "rename", "demo", "bücher.example.com")
+    assert (await run(gateway, "exec", domain, "--", "echo", "here"))[:2] == (0, b"here\n")
+    _, out, _ = await run(gateway, "token", "--tenant", domain)
+    assert tokens.verify(SECRET, out.decode().strip()).tenants == {"demo"}
+    await run(gateway, "rename", "demo", "-")
 
 
 async def test_a_tenant_is_put_to_sleep_and_woken_by_a_command(gateway: LiveGateway) -> None:
