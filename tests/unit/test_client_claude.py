@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
+import mcp
 import pytest
 from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions
 
@@ -53,6 +54,18 @@ async def test_what_would_open_the_agents_host_is_refused(more: dict[str, Any]) 
     async with Client("http://127.0.0.1:9", token="t") as client:
         with pytest.raises(ValueError, match=words):
             claude.options(client.tenant("shop"), **more)
+
+
+async def test_that_there_are_no_tools_is_told_since_the_cli_goes_on_without_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Client("http://127.0.0.1:9", token="t") as client:
+        async with mcp.Client(claude.server(client.tenant("shop"))) as agent:
+            with pytest.raises(mcp.MCPError, match="no gateway answers"):
+                await agent.list_tools()
+    (said,) = [one for one in caplog.records if one.levelname != "INFO"]
+    assert said.exc_info is None
+    assert "the agent has none of the tenant's tools: no gateway answers" in said.getMessage()
 
 
 async def test_what_is_the_callers_own_is_kept_and_what_holds_the_host_shut_wins() -> None:

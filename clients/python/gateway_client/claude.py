@@ -45,6 +45,7 @@ with needed("claude"):
         PermissionUpdate,
         ToolPermissionContext,
     )
+    from mcp import MCPError
     from mcp.server import Server
     from mcp.server.context import ServerRequestContext
 
@@ -505,7 +506,11 @@ def _server(
     async def list_tools(
         context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
     ) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=[_described(tool) for tool in await tenant.tools()])
+        try:
+            return types.ListToolsResult(tools=[_described(tool) for tool in await tenant.tools()])
+        except GatewayError as error:  # the CLI goes on without them, and tells nobody
+            log.error("the agent has none of the tenant's tools: %s", error.message)
+            raise MCPError(types.INTERNAL_ERROR, error.message) from None
 
     async def call_tool(
         context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams

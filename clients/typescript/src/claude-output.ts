@@ -113,6 +113,6 @@ export class LiveOutput {
   }
 }
 
-function warn(words: string, error: unknown): void {
+export function warn(words: string, error: unknown): void {
   console.warn(`incus-gateway: ${words}: ${error instanceof Error ? error.message : error}`);
 }

@@ -4,7 +4,7 @@
  * them in the library zod.
  */
 
-import { LiveOutput, type OnOutput } from "./claude-output.js";
+import { LiveOutput, type OnOutput, warn } from "./claude-output.js";
 import type { Permissions } from "./claude-permissions.js";
 import { GatewayError } from "./errors.js";
 import type { Tenant } from "./tenant.js";
@@ -102,6 +102,8 @@ class Conversation {
       answer = { result: await this.#answer(id, method, params) };
     } catch (error) {
       const message = error instanceof Error ? error.message : String(error);
+      // the CLI goes on without them, and tells nobody
+      if (method === "tools/list") warn("the agent has none of the tenant's tools", error);
       answer = { error: { code: error instanceof UnknownMethod ? -32601 : -32603, message } };
     }
     // the other end is closed

@@ -244,7 +244,12 @@ export class Tenant extends Lifecycle<Tenant> implements Disposable {
     }
     const { signal, ...filter } = options;
     this.#events = new TenantEvents(this.#link, filter);
-    return await this.#events.begin(signal);
+    try {
+      return await this.#events.begin(signal);
+    } catch (error) {
+      this.#events = null;
+      throw error;
+    }
   }
 }
 

@@ -1,9 +1,10 @@
 /** What `claudeOptions` says to the SDK; what an agent then does is in tests/integration/test_claude_typescript.py. */
 
 import { readFileSync } from "node:fs";
-import { expect, test } from "vitest";
+import { expect, test, vi } from "vitest";
 import { claudeOptions } from "../src/claude.js";
 import { Permissions } from "../src/claude-permissions.js";
+import type { ToolServer } from "../src/claude-server.js";
 import { Gateway } from "../src/index.js";
 
 const tenant = new Gateway("http://127.0.0.1:1", { token: "t" }).tenant("demo");
@@ -41,6 +42,24 @@ test.each([
   ["allowedTools", ["Bash(git"]],
 ])("%s %j is refused, and why", (name, value) => {
   expect(() => claudeOptions(tenant, { [name]: value })).toThrow(/cannot be (set|held)|bare: false|no rule/);
+});
+
+test("that there are no tools is told, since the CLI goes on without them", async () => {
+  const warned = vi.spyOn(console, "warn").mockImplementation(() => {});
+  const { tenant: server } = claudeOptions(tenant).mcpServers ?? {};
+  const { instance } = server as unknown as { instance: ToolServer };
+  const answered = await new Promise<object>((send) => {
+    const transport = { start: async () => {}, send: async (answer: object) => send(answer) };
+    void instance.connect(transport).then(() => {
+      const { onmessage } = transport as unknown as { onmessage: (message: object) => void };
+      onmessage({ id: 1, method: "tools/list" });
+    });
+  });
+  expect(answered).toMatchObject({
+    error: { message: expect.stringContaining("no gateway answers at http://127.0.0.1:1") },
+  });
+  expect(warned.mock.calls.join()).toMatch(/none of the tenant's tools: no gateway answers/);
+  warned.mockRestore();
 });
 
 const RULES: Record<"allowed" | "denied", [string, string, boolean][]> = JSON.parse(

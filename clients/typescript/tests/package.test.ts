@@ -127,7 +127,8 @@ test("says at once, and with the address, that nobody answers", async () => {
     const gateway = new Gateway("http://127.0.0.1:${port}", { token: "x" });
     const shop = gateway.tenant("shop");
     const asking = [() => shop.connect(), () => shop.exec("true"), () => shop.watch(), () => shop.read("a"),
-      () => shop.files.read("a"), () => gateway.tenants(), () => gateway.events().next()];
+      () => shop.events(), () => shop.events(), () => shop.files.read("a"), () => gateway.tenants(),
+      () => gateway.events().next()];
     for (const ask of asking) await ask().catch((error) => console.log(error.name, error.message));
   `;
   writeFileSync(join(folder, "dead.js"), program);
@@ -137,5 +138,5 @@ test("says at once, and with the address, that nobody answers", async () => {
     timeout: 10_000,
   });
   const why = `no gateway answers at http://127.0.0.1:${port}: connect ECONNREFUSED 127.0.0.1:${port}`;
-  expect([stdout.trimEnd().split("\n"), stderr]).toEqual([Array(7).fill(`Disconnected ${why}`), ""]);
+  expect([stdout.trimEnd().split("\n"), stderr]).toEqual([Array(9).fill(`Disconnected ${why}`), ""]);
 });
