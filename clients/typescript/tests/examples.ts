@@ -7,7 +7,9 @@ import { vi } from "vitest";
 /** Returns the one example of a page in which a word stands. */
 export function example(word: string, page = "docs/clients.md"): string {
   const text = readFileSync(new URL(`../../../${page}`, import.meta.url), "utf8");
-  const blocks = [...text.matchAll(/^```(?:ts|typescript)\n(.*?)^```$/gms)].map(([, block]) => block ?? "");
+  const blocks = [...text.matchAll(/^ *```(?:ts|typescript)\n(.*?)^ *```$/gms)].map(
+    ([, block]) => block ?? "",
+  );
   const [found, ...more] = blocks.filter((block) => block.includes(word));
   if (found === undefined || more.length > 0) throw new Error(`not one example of ${page} has ${word}`);
   return found;

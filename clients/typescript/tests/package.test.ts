@@ -97,9 +97,10 @@ describe("has types that are checked too, and so are the programs of the docs", 
 
   test("in Node without the DOM", () => {
     have("@types/node");
-    const packing = 'export { packed } from "@incus-gateway/client/folder";\n';
+    const packing = `declare const gateway: import("@incus-gateway/client").Gateway;\n${example("packed(")}`;
+    const renewing = `import { Gateway } from "@incus-gateway/client";\ndeclare const url: string;\n${example("/my/token")}`;
     const readme = `declare const TOKEN: string;\n${example("new Gateway(", "README.md")}`;
-    const programs = [PROGRAM, packing, readme, example("bun run build")];
+    const programs = [PROGRAM, packing, renewing, readme, example("bun run build")];
     expect(said({ ...node, lib: ["es2022"], ...exactly }, ...programs)).toBe("");
   });
 
