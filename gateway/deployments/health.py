@@ -227,6 +227,7 @@ class Health:
     async def _one(self, site: Site) -> None:
         assert site.exposure is not None
         tenant, where, why, silent = site.tenant, site.exposure, "", False
+        began = self.deploying(tenant)
         try:
             limit, leisure = self._settings.health_timeout, self._settings.health_interval * _LEISURE
             status = await ask(
@@ -244,7 +245,7 @@ class Health:
         except Exception:  # an unexpected error with one site must not end the checks
             log.exception("cannot check the site of %s", tenant)
             why = "it cannot be checked"
-        if silent and self.deploying(tenant):
+        if silent and (began or self.deploying(tenant)):
             return
         self._hangs(tenant, site.domain if silent else None)
         if why:

@@ -19,6 +19,7 @@ from gateway.runtime.packets import packets
 from gateway.runtime.probe import status_of
 from gateway.runtime.sites import Exposure, Site, Sites
 from gateway.settings import Settings
+from tests.waits import until
 
 DEADLINE = 30
 
@@ -153,6 +154,21 @@ async def test_a_site_that_says_nothing_for_long_is_unhealthy_at_once() -> None:
         assert (kind, data["failures"], data["why"]) == ("tenant.unhealthy", 1, "no answer in 0.2 s")
         hanging.said = b"HTTP/1.1 404 Not Found\r\n\r\n"
         assert (await told.events.get())[0] == "tenant.healthy"
+
+
+async def test_a_look_that_began_while_a_site_was_deployed_says_nothing_of_it() -> None:
+    """It was asked while its server began, or of the one before; the deployment's visitors are answered."""
+    told, beginning, deploying = Told(), Server(None), True
+    async with (
+        asyncio.timeout(DEADLINE),
+        beginning.serving() as begins,
+        watching(told, {"begins": begins}, health_timeout=0.5) as health,
+    ):
+        health.deploying = lambda tenant: deploying
+        await until(lambda: beginning.asked == 1)
+        deploying, beginning.said = False, b"HTTP/1.1 200 OK\r\n\r\n"
+        await until(lambda: beginning.asked == 3)
+        assert told.events.empty()
 
 
 async def test_a_site_that_is_well_and_answers_nobody_is_looked_at_every_fourth_time() -> None:
