@@ -104,8 +104,10 @@ def _script(name: str, kind: str, install: Command, installed: str, clues: Clues
     python = _program(install, "python")
     start: Command
     if kind == "streamlit":
-        words = ("--server.headless", "true", "--server.address", "0.0.0.0", "--server.port", "$PORT")  # noqa: S104
-        start = (*python, "-m", "streamlit", "run", name, *words)
+        words = "--server.headless true --server.address 0.0.0.0 --server.port $PORT"
+        if clues.production:  # no watch for edits, and no menu for developers
+            words += " --server.fileWatcherType none --client.toolbarMode viewer"
+        start = (*python, "-m", "streamlit", "run", name, *words.split())
         return Detected("streamlit", "Streamlit", why, install, installed, start, f"Streamlit runs {name}")
     line = f"GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=$PORT exec {shlex.join((*python, name))}"
     return Detected(

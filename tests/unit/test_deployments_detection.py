@@ -353,6 +353,11 @@ def test_djangos_dev_server_is_told_the_domain_however_it_is_named() -> None:
         ({"manage.py": "", "shop/wsgi.py": "", "requirements.txt": "django\ngunicorn==23"},
          "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt",
          ".venv/bin/python -m gunicorn shop.wsgi:application --bind 0.0.0.0:$PORT"),
+        # without a watch for edits, and without the menu for developers
+        ({"app.py": "import streamlit", "requirements.txt": "streamlit"},
+         "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt",
+         ".venv/bin/python -m streamlit run app.py --server.headless true --server.address 0.0.0.0 "
+         "--server.port $PORT --server.fileWatcherType none --client.toolbarMode viewer"),
         ({"index.html": ""}, "", "."),
     ],
 )  # fmt: skip
