@@ -68,7 +68,7 @@ async def made(name: str, starter: Starter, settings: Settings, *, newest: bool 
 
 def _made(file: Path, starter: Starter, settings: Settings, newest: bool) -> Made:
     if not starter.make:
-        return Made(_packed(OURS / starter.ours))
+        return Made(packed(OURS / starter.ours))
     with fetching(file):
         if not file.exists():
             with _container(settings) as container:
@@ -77,7 +77,7 @@ def _made(file: Path, starter: Starter, settings: Settings, newest: bool) -> Mad
                     if said.returncode != 0:
                         why = said.stdout.decode(errors="replace").strip()
                         return Made(
-                            _packed(OURS / starter.ours, newest), f"its templates cannot be reached: {why}"
+                            packed(OURS / starter.ours, newest), f"its templates cannot be reached: {why}"
                         )
                 try:
                     done = _run(container, _MAKE % (starter.newest if newest else starter.make))
@@ -94,14 +94,17 @@ def _made(file: Path, starter: Starter, settings: Settings, newest: bool) -> Mad
         return Made(file.read_bytes())
 
 
-def _packed(folder: Path, newest: bool = False) -> bytes:
+def packed(folder: Path, newest: bool = False) -> bytes:
+    """Return a folder as an archive, `newest` with the latest release of each package."""
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(folder, place, dirs_exist_ok=True)
         manifest = Path(place, "package.json")
         if newest:
             said = json.loads(manifest.read_text())
             for kind in ("dependencies", "devDependencies"):
-                said[kind] = dict.fromkeys(said.get(kind, ()), "latest")
+                for name, version in said.get(kind, {}).items():
+                    # a prerelease is newer than the package's latest release
+                    said[kind][name] = version if "-" in version else "latest"
             manifest.write_text(json.dumps(said))
         return subprocess.run(["tar", "-cz", "-C", place, "."], capture_output=True, check=True).stdout
 

@@ -22,7 +22,7 @@ class Starter:
     Where `templates` of the generator lie on GitHub and that cannot be reached, `ours` is what is deployed: a
     folder of `tests/data/starters` with the same packages and fewer pages; without `make` it is always that,
     and not today's. `refused` is what its publication says where it cannot be built for production as it is,
-    `path` where the page is.
+    `throws` an error of its page that is its makers' fault, and `path` where the page is.
     """
 
     make: str
@@ -33,6 +33,7 @@ class Starter:
     shows: Shows = "at once"
     ours: str = ""
     refused: str = ""
+    throws: str = ""
     path: str = "/"
 
     @property
@@ -256,6 +257,8 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "Hello Solid",
         _SEEN,
         ours="solid-start",
+        # its toolbar for development imports packages that Vite has not prepared
+        throws="/@jridgewell/resolve-uri/dist/resolve-uri.umd.js",
     ),
     "docusaurus": Starter(
         "npx -y create-docusaurus@3.10.2 app classic --typescript --skip-install",

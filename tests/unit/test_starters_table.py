@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import tarfile
 
 import pytest
 
-from tests.starters.making import OURS
+from tests.starters.making import OURS, packed
 from tests.starters.table import STARTERS
 
 
@@ -23,3 +26,11 @@ def test_what_is_no_version_stays() -> None:
     assert STARTERS["django"].newest == "uv tool run --from django django-admin startproject app"
     assert STARTERS["tanstack-start"].newest.startswith("npm create -y @tanstack/start@latest app -- ")
     assert "yarn@$(npm view @yarnpkg/cli-dist@latest version)" in STARTERS["yarn-berry"].newest
+
+
+def test_of_our_own_pages_a_prerelease_stays_and_all_else_is_the_latest() -> None:
+    """What a registry calls the latest Nitro is older than what SolidStart's template names."""
+    with tarfile.open(fileobj=io.BytesIO(packed(OURS / "solid-start", newest=True))) as tar:
+        manifest = tar.extractfile("./package.json")
+        assert manifest is not None
+        assert json.load(manifest)["devDependencies"] == {"nitro": "^3.0.260610-beta", "vite": "latest"}
