@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Final
 
 from gateway.detection import node, python
@@ -13,6 +14,9 @@ from gateway.rootfs.paths import show
 
 _BUILT: Final = ("public", "dist", "build", "_site", "out", "www", "site", "docs")
 _WEB: Final = re.compile(r"^web[ \t]*:[ \t]*(\S[^\r\n]{0,2000})$", re.MULTILINE)
+# its other processes, of which so many are named
+_OTHERS: Final = re.compile(r"^(?!web[ \t]*:)([\w-]{1,40})[ \t]*:", re.MULTILINE | re.ASCII)
+_NAMED: Final = 3
 _LOCAL: Final = "PATH=node_modules/.bin:.venv/bin:$PATH"
 
 _DEVELOPS: Final = re.compile(
@@ -60,6 +64,15 @@ _HOW: Final = "give a command with `start` (--start), or write a site.toml"
 
 def detect(clues: Clues) -> Detected:
     """Return what a folder is; with `trouble` if there is no way to start it."""
+    found = _detected(clues)
+    if found.trouble or not (others := _OTHERS.findall(clues.text("Procfile"))[:_NAMED]):
+        return found
+    names = " and ".join(f"`{name}`" for name in others)
+    do = "does" if len(others) == 1 else "do"
+    return replace(found, why=f"{found.why}; {names} of the Procfile {do} not run here")
+
+
+def _detected(clues: Clues) -> Detected:
     if clues.empty:
         return Detected("empty", "an empty folder", "it has no files", trouble=_EMPTY)
     web = _WEB.search(clues.text("Procfile"))

@@ -211,6 +211,13 @@ def test_of_two_lockfiles_it_says_which_one_counts() -> None:
     assert found(folder).installed == "there is bun.lock (and package-lock.json, which is ignored)"
 
 
+@pytest.mark.parametrize("more", [{}, {"package.json": EXPRESS}, {"package.json": VITE}])
+def test_processes_of_a_procfile_that_do_not_run_are_named(more: Folder) -> None:
+    detected = found({"Procfile": "web: ./serve\nworker: ./work\n# old: x\nrelease : ./move\n", **more})
+    assert detected.lines()[0].endswith("; `worker` and `release` of the Procfile do not run here")
+    assert "do not run" not in found({"Procfile": "web: ./serve", **more}).lines()[0]
+
+
 def test_what_start_needs_is_built() -> None:
     """A script that starts what a build made has it made, where nothing else starts it."""
     text = package("express", **scripts(build="tsc", start="node ./dist/index.js"))
