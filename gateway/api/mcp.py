@@ -31,16 +31,19 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway import __version__
 from gateway.api import mcp_history
+from gateway.api.access import parsed
 from gateway.api.http import hold
 from gateway.auth.tokens import Token
-from gateway.errors import GatewayError, InvalidParams, NotFound, Unavailable
+from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.history import History
 from gateway.limits.budget import SMALL
-from gateway.protocol import switch
+from gateway.protocol import McpMessage, switch, validate
+from gateway.protocol.maxima import MCP_MAX
 from gateway.settings import Settings
 from gateway.tools.toolbox import Toolbox, ToolResult
 
 _CALLER: Final = "gateway.api.mcp.caller"
+_ARGUMENTS: Final = "gateway.api.mcp.arguments"
 _SESSION: Final = "mcp-session-id"
 # Claude Code sends the model's id of a call with it, which stays the same if the call is repeated
 _CALL_ID: Final = "claudecode/toolUseId"
@@ -143,12 +146,12 @@ class Mcp:
                 await Response(status_code=405, headers={"Allow": "POST, DELETE"})(scope, receive, send)
 
     async def _post(self, caller: _Caller, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        message = _message(body)
+        message, arguments = _parsed(body)
         method = message.get("method")
         if method == "notifications/cancelled" and caller.handshake is not None:
             # it arrives on another connection, where the package would find no call to cancel
             self._cancel(caller.tenant, caller.handshake, message.get("params"))
-        given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        given: list[Message] = [{"type": "http.request", "body": _checked(message), "more_body": False}]
 
         async def replay() -> Message:
             return given.pop() if given else await receive()
@@ -158,7 +161,7 @@ class Mcp:
                 MutableHeaders(scope=answer)[_SESSION] = secrets.token_hex(16)
             await send(answer)
 
-        scope = {**scope, _CALLER: caller}
+        scope = {**scope, _CALLER: caller, _ARGUMENTS: arguments}
         # a method of the handshake protocols only
         sending = send_with_session if method == "initialize" else send
         await self._manager.handle_request(scope, replay, sending)
@@ -196,10 +199,10 @@ class Mcp:
         """Run a tool; if the request ends first, end the tool and what it runs."""
         assert context.request is not None and context.request_id is not None
         caller: _Caller = context.request.scope[_CALLER]
+        arguments: dict[str, Any] = context.request.scope[_ARGUMENTS]
         if params.name == mcp_history.UNDO.name and self._history.on:
             try:
-                given = params.arguments or {}
-                return await mcp_history.undo(self._history, caller.tenant, caller.token, given)
+                return await mcp_history.undo(self._history, caller.tenant, caller.token, arguments)
             except GatewayError as error:
                 return _refusal(error)
         try:
@@ -215,7 +218,7 @@ class Mcp:
                 caller.tenant,
                 session,
                 params.name,
-                params.arguments or {},
+                arguments,
                 by=caller.token.subject,
                 call_id=call_id,
             )
@@ -303,10 +306,32 @@ def _refusal(error: GatewayError) -> types.CallToolResult:
     )
 
 
-def _message(body: bytes) -> dict[str, Any]:
-    """Return a request's message; empty if it is invalid, which the package then reports."""
+def _parsed(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a request's message without the arguments of a tool, and these. Raises `InvalidParams`.
+
+    The body is parsed once: the package would do it again, and copy the arguments, which may be large.
+    """
+    message = parsed(body)
+    if not isinstance(message, dict):
+        raise InvalidParams("a message must be a JSON object; batches are not supported")
+    message = {name: message[name] for name in McpMessage.model_fields if name in message}
+    params = message.get("params")
+    if message.get("method") != "tools/call" or not isinstance(params, dict):
+        return message, {}
+    arguments = params.get("arguments")
+    if not isinstance(arguments, dict):
+        return message, {}  # the package refuses what is no object
+    return {**message, "params": {**params, "arguments": {}}}, arguments
+
+
+def _checked(message: Mapping[str, Any]) -> bytes:
+    """Return what the package is to parse. Raises `InvalidParams`, and `TooLarge`."""
     try:
-        message = orjson.loads(body)
-    except ValueError:
-        return {}
-    return message if isinstance(message, dict) else {}
+        encoded = orjson.dumps(message)
+    except TypeError:
+        raise InvalidParams("the message is nested too deeply") from None
+    if len(encoded) > MCP_MAX:
+        what = "the message without the arguments of a tool"
+        raise TooLarge(f"{what} exceeds {MCP_MAX} bytes", limit=MCP_MAX)
+    validate(McpMessage, message)
+    return encoded

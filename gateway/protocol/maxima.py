@@ -22,6 +22,7 @@ ID_MAX: Final = 200
 EXEC_ID_MAX: Final = 128
 VARIABLES_MAX: Final = 4096
 SHORT_MAX: Final = 256
+MCP_MAX: Final = 64 << 10  # bytes of a message of MCP but a tool's arguments; icons may come as data: URLs
 
 # --- the head of an HTTP request ---------------------------------------------------------------------
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from signal import Signals
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PlainValidator,
+    Tag,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic.alias_generators import to_camel
+from typing_extensions import TypeAliasType
 
 from gateway.errors import InvalidParams, TooLarge
-from gateway.protocol.maxima import ARGUMENT_MAX, CONTENT_MAX, SHORT_MAX
+from gateway.protocol.maxima import ARGUMENT_MAX, CONTENT_MAX, MCP_MAX, SHORT_MAX
 from gateway.protocol.types import (
     Argv,
     CallId,
@@ -322,6 +325,40 @@ METHODS: Final[Mapping[str, type[Params]]] = {
 }
 
 
+McpName: TypeAlias = Annotated[str, Field(max_length=SHORT_MAX)]
+McpText: TypeAlias = Annotated[str, Field(max_length=MCP_MAX)]
+McpList: TypeAlias = Annotated["list[McpValue]", Field(max_length=256)]
+McpObject: TypeAlias = Annotated["dict[McpName, McpValue]", Field(max_length=64)]
+McpValue = TypeAliasType(
+    "McpValue",
+    Annotated[
+        Annotated[McpText, Tag("str")]
+        | Annotated[McpList, Tag("list")]
+        | Annotated[McpObject, Tag("dict")]
+        | Annotated[bool | int | float | None, Tag("other")],
+        # by the kind of a value, or each of a deep one would be compared with all kinds
+        Discriminator(lambda value: kind if (kind := type(value).__name__) in _NESTED else "other"),
+    ],
+)
+_NESTED: Final = ("str", "list", "dict")
+
+
+class McpMessage(BaseModel):
+    """What the package `mcp` gets to see of a message: all but the arguments of a tool.
+
+    Only their greatest lengths are checked here, and `MCP_MAX` for all together; the package checks the rest.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    jsonrpc: McpName = ""
+    id: McpName | int | None = None
+    method: McpName = ""
+    params: McpObject | None = None
+    result: McpObject | None = None
+    error: McpObject | None = None
+
+
 _SHOWN: Final = 100  # characters of a name that a client made up
 _MESSAGE_MAX: Final = 500
 
@@ -333,7 +370,9 @@ def validate(model: type[P], params: object) -> P:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         # for a union pydantic appends the type that it tried last; a name may be a client's own
-        where = ".".join(str(part)[:_SHOWN] for part in first["loc"] if part not in ("str", "int"))
+        where = ".".join(str(part)[:_SHOWN] for part in first["loc"] if part not in ("str", "int"))[
+            :_MESSAGE_MAX
+        ]
         message = first["msg"].removeprefix("Value error, ")[:_MESSAGE_MAX]
         limit = first.get("ctx", {}).get("max_length")
         if first["type"] == "string_too_long" and limit in (ARGUMENT_MAX, CONTENT_MAX):

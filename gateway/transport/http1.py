@@ -18,8 +18,10 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
 
 import h11
+from h11._receivebuffer import ReceiveBuffer, blank_line_regex
 from starlette.datastructures import Headers
 from starlette.types import Scope
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.admission import Admission, Reservation, descriptors
@@ -35,7 +37,11 @@ IDENTIFIED: Final = "gateway.identified"
 
 _STRANGERS: Final = 1024  # connections without a token, unless there are few descriptors
 _RESERVE: Final = 8  # an eighth of the descriptors is for the gateway's own work
-_HEAD: Final = 16 << 10  # bytes of a head that are looked at before h11 may find it too long (64 KiB)
+_HEAD_MAX: Final = 64 << 10  # bytes of a head or of trailers: what `maxima` allows, and some short headers
+
+_TURN: Final = (
+    512  # events of one connection in a turn of the loop, some 4 ms: a body may come in tiny chunks
+)
 
 
 class Silent:
@@ -75,10 +81,27 @@ class Silent:
         connection.transport.abort()
 
 
+class _Received(ReceiveBuffer):
+    """Holds heads and trailers to their maximum also when they come whole, which h11 would parse."""
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        if len(self) > _HEAD_MAX and blank_line_regex.search(self._data, 0, _HEAD_MAX) is None:
+            raise h11.RemoteProtocolError("a head is too long", error_status_hint=431)
+        return super().maybe_extract_lines()
+
+
 class _Http(h11.Connection):
     """Refuses requests whose length is in doubt, as others on the way may take them for two (RFC 9112 §6)."""
 
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, _HEAD_MAX)
+        self._receive_buffer = _Received()
+        self.left = _TURN
+
     def next_event(self) -> Any:
+        if self.left == 0:
+            return h11.PAUSED
+        self.left -= 1
         event = super().next_event()
         if isinstance(event, h11.Request):
             names = [name for name, _ in event.headers]
@@ -89,12 +112,24 @@ class _Http(h11.Connection):
         return event
 
 
+class _Flow(FlowControl):
+    """Reads nothing while there is `more` to work on of what was read."""
+
+    more = False
+
+    def resume_reading(self) -> None:
+        if not self.more:
+            super().resume_reading()
+
+
 class HttpProtocol(H11Protocol):
     """uvicorn's own, which is cut where it is silent for too long or has to make room for others.
 
     `strangers` counts the connections without a token; it is None where none of them is a stranger's.
     """
 
+    conn: _Http
+    flow: _Flow
     silent: Silent
     strangers: Admission[str] | None
     _stranger: Reservation[str] | None = None
@@ -105,8 +140,7 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        size = self.config.h11_max_incomplete_event_size
-        self.conn = _Http(h11.SERVER) if size is None else _Http(h11.SERVER, size)
+        self.conn, self.flow = _Http(), _Flow(transport)
         self._made = self._asked = self.loop.time()
         self._answered = None
         self._address = block(self.client[0] if self.client else "")
@@ -130,14 +164,24 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        while len(data) > _HEAD and self.conn.their_state is h11.IDLE:
-            # a head: h11 holds it to its limit between two reads only, and parses whatever came at once
-            super().data_received(data[:_HEAD])
-            data = data[_HEAD:]
-            if self.transport.is_closing() or self.transport.get_protocol() is not self:
-                return
         super().data_received(data)
         self._listen()
+
+    def handle_events(self) -> None:
+        self.conn.left = _TURN
+        super().handle_events()
+        if self.conn.left == 0 and not self.flow.more:
+            self.flow.more = True
+            self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self.flow.more = False
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:
+            return
+        self.handle_events()
+        self._listen()
+        if self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         if self._stranger is None and not self.transport.is_closing():

@@ -257,3 +257,28 @@ class McpContract:
                 assert (response.status, (await response.json())["code"]) == (413, "too_large")
             async with http.post(url, data=b"not json", headers=headers) as response:
                 assert response.status == 400
+
+    async def test_what_is_too_large_in_a_message_is_refused_by_the_schema(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """All but the arguments of a tool, whose maximum is that of a file; the package parses none of it."""
+        url, long = f"/v1/tenants/{tenant}/mcp", "é" * 40_000
+        told = {"jsonrpc": "2.0", "id": 1}
+        async with gateway.http(tenant) as http:
+            for message, status in (
+                ({**told, "method": "tools/list", "params": {"cursor": "x"}}, 200),
+                ({**told, "method": "tools/list", "params": {"cursor": long}}, 413),
+                ({**told, "method": "tools/list", "params": {"_meta": {"x": [1] * 257}}}, 400),
+                ({**told, "method": "ping", "id": "x" * 257}, 400),
+                ({**told, "method": "initialize", "params": {"clientInfo": {"name": long}}}, 413),
+                ({**call("Read", {"file_path": "x"}), "more": long}, 200),
+                (call("Write", {"file_path": "m/long.txt", "content": long}), 200),
+                ({**told, "method": "tools/call", "params": {"name": "Read", "arguments": [long]}}, 413),
+                ([told], 400),
+            ):
+                async with http.post(url, json=message, headers=ACCEPT) as response:
+                    assert response.status == status, (message, await response.text())
+            deep = b'{"jsonrpc":"2.0","id":1,"method":"ping","params":' + b'{"a":[' * 300 + b"]}" * 300 + b"}"
+            headers = {**ACCEPT, "Content-Type": "application/json"}
+            async with http.post(url, data=deep, headers=headers) as response:
+                assert (response.status, (await response.json())["code"]) == (400, "invalid_params")

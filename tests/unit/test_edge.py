@@ -23,12 +23,19 @@ from gateway.tools.schemas import TOOLS, check_size
 
 DOCUMENT: Final = openapi.document(ROUTES)
 WIRE: Final = protocol.wire_schema()
-# what another schema describes: a tool's input `tools.schemas`, a message of MCP its package
+# what another schema describes: a tool's input `tools.schemas`, a message of MCP `protocol.McpMessage`
 ELSEWHERE: Final = {
     "ws tools/call.arguments.*",
     "POST /v1/tenants/{tenant}/tools/{tool} body",
     "POST /v1/tenants/{tenant}/mcp body",
 }
+
+
+def deep(depth: int) -> Any:
+    value: Any = {}
+    for _ in range(depth):
+        value = [{"a": value}]
+    return value
 
 
 def unbounded(schema: Any, where: str, definitions: Mapping[str, Any]) -> Iterator[str]:
@@ -39,7 +46,9 @@ def unbounded(schema: Any, where: str, definitions: Mapping[str, Any]) -> Iterat
         yield f"{where} may be anything"
         return
     if "$ref" in schema:
-        yield from unbounded(definitions[schema["$ref"].rpartition("/")[2]], where, definitions)
+        name = schema["$ref"].rpartition("/")[2]
+        others = {each: one for each, one in definitions.items() if each != name}  # it may contain itself
+        yield from unbounded(definitions[name], where, others) if name in definitions else ()
         return
     if "enum" in schema or "const" in schema:
         return
@@ -84,6 +93,8 @@ def interfaces() -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
                     yield f"{name} body", media["schema"], schemas
     for tool, schema in TOOLS.items():
         yield f"tool {tool}", schema, {}
+    mcp = protocol.McpMessage.model_json_schema()
+    yield "MCP", mcp, mcp["$defs"]
 
 
 def test_all_that_a_client_sends_has_a_maximum() -> None:
@@ -113,6 +124,25 @@ def test_all_that_a_client_sends_has_a_maximum() -> None:
 )
 def test_what_has_no_maximum_is_found(schema: Any) -> None:
     assert list(unbounded(schema, "it", {"Text": {"type": "string"}}))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"id": "x" * 257},
+        {"method": "x" * 257},
+        {"params": {"x" * 257: 1}},
+        {"params": {"_meta": {"progressToken": "é" * 65_537}}},
+        {"params": {"clientInfo": {"icons": [{}] * 257}}},
+        {"params": {"capabilities": {str(number): 1 for number in range(65)}}},
+        {"params": {"cursor": deep(130)}},
+        {"result": {"x": ["y" * 65_537]}},
+    ],
+)
+def test_what_is_too_large_in_a_message_of_mcp_is_named(field: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParams) as caught:
+        protocol.validate(protocol.McpMessage, field)
+    assert caught.value.facts["field"].startswith(next(iter(field))) and len(caught.value.message) < 1100
 
 
 def refused(method: str, **params: Any) -> GatewayError:

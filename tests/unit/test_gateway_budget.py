@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -490,3 +491,31 @@ async def test_a_length_in_doubt_is_refused_and_ends_the_connection(
         await one.send(head.encode() + b"0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         said = await one.until_closed(10)
     assert said.startswith(b"HTTP/1.1 400 ") and said.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("first", ["", "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", "trailers"])
+async def test_a_head_over_64_kib_is_not_parsed_however_it_comes(gateway: LiveGateway, first: str) -> None:
+    """Alone, behind another request in one piece, or as the trailers of a body."""
+    many = "a: b\r\n" * (120_000 // 6)
+    if first == "trailers":
+        head = "POST /v1/session HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+        attack = f"{head}0\r\n{many}\r\n"
+    else:
+        attack = f"{first}GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n{many}\r\n"
+    with connections(gateway, 1) as (one,):
+        await one.send(attack.encode() + b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        said = await one.until_closed(10)
+    statuses = re.findall(rb"HTTP/1.1 (\d+) ", said)
+    assert statuses == [b"200", b"400"][not first.startswith("GET") :], said
+
+
+async def test_a_head_of_almost_64_kib_is_taken_in_whatever_pieces_it_comes(gateway: LiveGateway) -> None:
+    head = b"GET /healthz?" + b"a" * 30_000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: a="
+    head += b"b" * 30_000 + b"\r\n\r\n"
+    with connections(gateway, 2) as (whole, pieces):
+        await whole.send(head + head)
+        await pieces.send(head[:50_000])
+        await pause(0.2)  # until it was read, which nothing shows
+        await pieces.send(head[50_000:])
+        for one in (whole, pieces):
+            assert (await one.head()).startswith(b"HTTP/1.1 200 ")

@@ -18,11 +18,11 @@ import orjson
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from gateway.protocol import METHODS
+from gateway.protocol import METHODS, McpMessage
 from gateway.tools.schemas import TOOLS
 from tests import lag, neighbour, thorough
 from tests.live import LiveGateway, RpcFailure, local_gateway
-from tests.unit.test_edge import DOCUMENT, WIRE
+from tests.unit.test_edge import DOCUMENT, WIRE, deep
 
 LARGE: Final = 192 << 10  # characters, beyond most maxima; what is quadratic takes seconds for them
 LARGEST: Final = 15 << 20  # bytes of a message, just below GATEWAY_MAX_FRAME and GATEWAY_MAX_BODY
@@ -41,19 +41,12 @@ def filled(length: int) -> Iterator[str]:
     yield "x" * (length - 1) + "😀"  # four bytes for each character
 
 
-def deep(depth: int) -> Any:
-    value: Any = {}
-    for _ in range(depth):
-        value = [{"a": value}]
-    return value
-
-
 def plain(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
     """Return a small value that a schema allows, for the fields that are not tried."""
     match schema:
         case {"$ref": str(where)}:
-            return plain(definitions[where.rpartition("/")[2]], definitions)
-        case {"anyOf": [first, *_]}:
+            return plain(definitions.get(where.rpartition("/")[2], {}), definitions)
+        case {"anyOf": [first, *_]} | {"oneOf": [first, *_]}:
             return plain(first, definitions)
         case {"enum": [first, *_]} | {"const": first}:
             return first
@@ -77,8 +70,10 @@ def nasty(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator
     """Yield values for a field: the largest that its schema allows, larger ones, and some of other kinds."""
     match schema:
         case {"$ref": str(where)}:
-            yield from nasty(definitions[where.rpartition("/")[2]], definitions)
-        case {"anyOf": several}:
+            name = where.rpartition("/")[2]  # which may contain itself
+            inside = {each: one for each, one in definitions.items() if each != name}
+            yield from nasty(definitions[name], inside) if name in definitions else (deep(100),)
+        case {"anyOf": several} | {"oneOf": several}:
             for one in several:
                 yield from nasty(one, definitions)
         case {"type": "string"} if "enum" not in schema and "const" not in schema:
@@ -225,17 +220,25 @@ def requests(token: str) -> Iterator[Case]:
             }
             both = "application/json, text/event-stream"
             yield of(f"MCP {tool}", "POST", "/v1/tenants/demo/mcp", call, Accept=both)
-    for method in (
-        "initialize",
-        "tools/list",
-        "resources/read",
-        "ping",
-        "notifications/cancelled",
-        "x" * LARGE,
-    ):
+    schema = McpMessage.model_json_schema()
+    for method in ("initialize", "tools/list", "resources/read", "ping", "notifications/cancelled"):
         for value in ("x" * LARGE, ["a"] * 150_000, deep(100), {"uri": "history:///turns/" + "é" * LARGE}):
             message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": value}
-            yield of(f"MCP {method[:40]}", "POST", "/v1/tenants/demo/mcp", message, Accept=both)
+            yield of(f"MCP {method}", "POST", "/v1/tenants/demo/mcp", message, Accept=both)
+        for field in ("_meta", "clientInfo", "cursor", "uri", "name"):
+            for value in itertools.islice(nasty(schema["$defs"]["McpValue"], {}), 0, None, 3):
+                message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {field: value}}
+                yield of(f"MCP {method}", "POST", "/v1/tenants/demo/mcp", message, Accept=both)
+    for value in nasty(schema, schema["$defs"]):
+        yield of("MCP", "POST", "/v1/tenants/demo/mcp", {"jsonrpc": "2.0", **value}, Accept=both)
+    nested = (
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":'
+        + b'[{"a":' * 500
+        + b"0"
+        + b"}]" * 500
+        + b"}}"
+    )
+    yield of("MCP, a deep message", "POST", "/v1/tenants/demo/mcp", nested, Accept=both)
     write = {"file_path": "x" * (LARGEST - 99) + "😀", "content": "a"}
     call = {
         "jsonrpc": "2.0",
@@ -274,6 +277,14 @@ def requests(token: str) -> Iterator[Case]:
     for header in ("a:", "a:b", "cookie:gateway_session=a", "x-forwarded-for:1", "if-match:a"):
         lines = f"{header}\r\n" * (240_000 // (len(header) + 2))
         yield Case("many headers", f"GET /v1/tenants HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode())
+    for chunk in (b"1\r\na\r\n", b"1;" + b"a" * 99 + b"\r\na\r\n"):
+        body, coded = chunk * ((2 << 20) // len(chunk)), {"Transfer-Encoding": "chunked"}
+        for path in ("/v1/session", "/v1/tenants/demo/tools/Read", "/v1/tenants/demo/files/chunked"):
+            head = of("", "PUT" if "files" in path else "POST", path, **coded).message
+            assert isinstance(head, bytes)
+            yield Case(
+                "a body in tiny chunks", head.replace(b"Content-Length: 0\r\n", b"") + body + b"0\r\n\r\n"
+            )
     for query in ("a&" * 30_000, "slot=%41&" * 6_000, "&" * 60_000, "%" * 60_000):
         yield of("a query", "GET", f"/v1/tenants?{query}")
         upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
