@@ -31,7 +31,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway import __version__
 from gateway.api import mcp_history
-from gateway.api.access import parsed
 from gateway.api.http import hold
 from gateway.auth.tokens import Token
 from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
@@ -311,7 +310,10 @@ def _parsed(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
     The body is parsed once: the package would do it again, and copy the arguments, which may be large.
     """
-    message = parsed(body)
+    try:
+        message = orjson.loads(body)
+    except ValueError:
+        raise InvalidParams("the body is not JSON") from None
     if not isinstance(message, dict):
         raise InvalidParams("a message must be a JSON object; batches are not supported")
     message = {name: message[name] for name in McpMessage.model_fields if name in message}

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from gateway.admission import Admission
+from gateway.admission import Admission, descriptors
 from gateway.errors import GatewayError, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.links import Link, Links
@@ -141,7 +141,10 @@ class Transfers:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
         self._held: dict[str, dict[_Held, asyncio.Timeout]] = defaultdict(dict)
         self._slots = Admission[str](
-            "uploads and downloads", each=settings.max_transfers, hint="wait until some finish"
+            "uploads and downloads",
+            each=settings.max_transfers,
+            total=descriptors() // 8,  # each has a file open
+            hint="wait until some finish",
         )
         self._undoing: set[asyncio.Task[None]] = set()
         self._over = False

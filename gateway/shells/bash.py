@@ -46,8 +46,6 @@ class Bash:
         """Run a command under `exec_id`, after `begin`; see `Shells.call`."""
         command: str = given["command"]
         background = bool(given.get("run_in_background"))
-        if background:
-            self._commands.make_room(session)
         seconds = self._seconds(given.get("timeout"), background)
         record = Record(
             f"bash_{secrets.token_hex(4)}",
@@ -59,20 +57,25 @@ class Bash:
             shell.interpretation(command, 1),
             call,
         )
-        try:
-            started = await self._commands.start(root, record, command, exec_id, by, begin)
-        except ExecFailed as error:
-            if error.facts.get("reason") != "cwd" or session.cwd is None:
-                raise failure("Bash", error) from None
-            # the session's current folder is gone
-            session.cwd = record.cwd = None
-            record.notes = [_reset(root)]
-            started = await self._commands.start(root, record, command, exec_id, by, begin)
+        with contextlib.ExitStack() as taken:
+            slot = taken.enter_context(self._commands.make_room(session)) if background else None
+            try:
+                started = await self._commands.start(root, record, command, exec_id, by, begin)
+            except ExecFailed as error:
+                if error.facts.get("reason") != "cwd" or session.cwd is None:
+                    raise failure("Bash", error) from None
+                # the session's current folder is gone
+                session.cwd = record.cwd = None
+                record.notes = [_reset(root)]
+                started = await self._commands.start(root, record, command, exec_id, by, begin)
+            if slot is not None:
+                started.occupy(slot)
+                taken.pop_all()
         record.until = time.time() + seconds  # a busy tenant takes its time to start it
         self._telling[exec_id] = started
         try:
-            if background:
-                await self._commands.to_background(session, started)
+            if slot is not None:
+                await self._commands.to_background(session, started, slot)
                 return shell.begun(started.id, started.file.path, self._facts(root, session, started))
             return await self._foreground(root, session, started)
         except BaseException:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge
+from gateway.admission import Admission, Reservation
+from gateway.errors import GatewayError, InvalidParams, NotFound, RateLimited, TooLarge
 from gateway.execs import Exec, Execs
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
@@ -73,6 +74,12 @@ class Commands:
         self._workers = workers
         self._settings = settings
         self._of: WeakKeyDictionary[ToolSession, dict[str, Shell]] = WeakKeyDictionary()
+        self._slots = Admission[ToolSession](
+            "commands in the background",
+            each=settings.max_shells,
+            name="this session",
+            hint="end one with KillShell first",
+        )
         self._all: set[asyncio.Task[None]] = set()
         self._live: set[Shell] = set()  # whose output has not been copied completely
 
@@ -151,8 +158,8 @@ class Commands:
     async def cancel(self, one: Shell) -> Killed:
         return await self._execs.cancel(self._execs.get(one.tenant, one.exec_id))
 
-    def make_room(self, session: ToolSession) -> None:
-        """Forget ended shells to make room. Raises `ToolFailure` if the session may have no more shells."""
+    def make_room(self, session: ToolSession) -> Reservation[ToolSession]:
+        """Take a place among the session's running shells, and forget ended ones. Raises `ToolFailure`."""
         if session.ended:
             raise ToolFailure("gone", "This tool session has ended; open a new one.")
         if session.lifetime == "call":
@@ -162,21 +169,22 @@ class Commands:
                 "name one with X-Tool-Session, or use a websocket.",
             )
         shells = self._of.setdefault(session, {})
-        running = sum(one.status == "running" for one in shells.values())
-        if running >= self._settings.max_shells:
-            raise ToolFailure(
-                "rate_limited",
-                f"{running} commands run in the background, the most allowed; end one with KillShell first.",
-                limit=self._settings.max_shells,
-            )
+        try:
+            slot = self._slots.reserve(session)
+        except RateLimited as error:
+            raise failure("Bash", error) from None
         for one in [one for one in shells.values() if one.status != "running"]:
             if len(shells) < self._settings.shells_kept:
                 break
             self.drop(shells.pop(one.id))
+        return slot
 
-    async def to_background(self, session: ToolSession, started: Shell) -> None:
+    async def to_background(
+        self, session: ToolSession, started: Shell, slot: Reservation[ToolSession] | None = None
+    ) -> None:
         """Give a running command to its session, until its timeout. Raises `ToolFailure`."""
-        self.make_room(session)  # check again, since others may have been started meanwhile
+        if slot is None or session.ended:
+            started.occupy(self.make_room(session))
         self._of.setdefault(session, {})[started.id] = started
         if started.record.phase == "front":
             started.record.phase = "moved"
@@ -250,6 +258,7 @@ class Commands:
         one = left.shell = self._made(root, record, words[2] if len(words) > 2 else "", exec_)
         one.file.take_over(record.file)
         if record.phase != "front":
+            one.occupy(self._slots.hold(session))
             self._of.setdefault(session, {})[one.id] = one
             self._due(one)
             saving = asyncio.create_task(self._saved(one), name=f"file of {one.id}")

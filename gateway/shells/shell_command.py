@@ -8,11 +8,13 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from gateway.admission import Reservation
 from gateway.execs import Attachment, Cursor, Ended, Exec
 from gateway.runtime import StreamName
 from gateway.shells.printed import OutputFile, Unread
 from gateway.shells.record import Record, mark
 from gateway.tools import shell
+from gateway.tools.session import ToolSession
 
 
 class Shell:
@@ -52,6 +54,10 @@ class Shell:
         self._writing = asyncio.Lock()
         reader, exec_.reader = exec_.reader or exec_.attach(), None
         self.task = asyncio.create_task(self._carry(exec_, reader), name=f"shell {exec_.id}")
+
+    def occupy(self, slot: Reservation[ToolSession]) -> None:
+        """Keep a place among its session's commands until it has ended."""
+        self.task.add_done_callback(lambda _: slot.release())
 
     async def _carry(self, exec_: Exec, attachment: Attachment) -> None:
         """Copy all output, then resolve `ended`."""

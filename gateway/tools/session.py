@@ -7,15 +7,15 @@ import time
 from collections import OrderedDict, defaultdict
 from typing import Final, Literal, Protocol
 
-from gateway.errors import GatewayError, InvalidParams, RateLimited
+from gateway.admission import Admission, Reservation
+from gateway.errors import GatewayError, InvalidParams
 from gateway.settings import Settings
 from gateway.tools.answer import Seen
 from gateway.tools.folders import Folders
 
 # bytes kept for a file besides its path
 _SEEN: Final = 200
-# seconds after which a busy session may have become idle
-_RETRY_AFTER: Final = 30
+_RETRY_AFTER: Final = 30  # seconds in which a session that is in use may have become idle
 
 
 class ToolSession:
@@ -42,6 +42,7 @@ class ToolSession:
         self.name = name
         self.ended = False
         self.holders = 0
+        self.slot: Reservation[str] | None = None
         self.cwd = cwd
         self.read_before_write = read_before_write
         self.last_used = time.monotonic()
@@ -92,6 +93,13 @@ class Sessions:
         self._settings = settings
         # by tenant, least recently used first
         self._of: defaultdict[str, OrderedDict[str, ToolSession]] = defaultdict(OrderedDict)
+        self._slots = Admission[str](
+            "tool sessions in use",
+            each=settings.max_tenant_sessions,
+            total=settings.max_sessions,
+            hint="end one with session/end",
+            retry_after=_RETRY_AFTER,
+        )
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -142,6 +150,7 @@ class Sessions:
             self._expire(now)
             self._make_room(tenant)
             found = self._of[tenant][name] = self._new("named", read_before_write, name)
+            found.slot = self._slots.hold(tenant)
         self._of[tenant].move_to_end(name)
         found.holders += lasting
         found.read_before_write = read_before_write
@@ -189,24 +198,12 @@ class Sessions:
         return ToolSession(lifetime=lifetime, read_before_write=read_before_write, name=name, kept_bytes=kept)
 
     def _make_room(self, tenant: str) -> None:
-        settings, mine = self._settings, len(self._of.get(tenant, ()))
-        if mine >= settings.max_tenant_sessions and not self._drop(tenant):
-            raise RateLimited(
-                "all tool sessions of this tenant are in use; end one with session/end",
-                limit=settings.max_tenant_sessions,
-                retry_after=_RETRY_AFTER,
-            )
-        if sum(map(len, self._of.values())) < settings.max_sessions:
-            return
-        # from the tenant with most, so that no tenant is left without because of another
-        for other in sorted(self._of, key=lambda one: -len(self._of[one])):
-            if self._drop(other):
-                return
-        raise RateLimited(
-            "all tool sessions of the gateway are in use",
-            limit=settings.max_sessions,
-            retry_after=_RETRY_AFTER,
-        )
+        """End what is not in use if there is no room. Raises `RateLimited`."""
+        while (full := self._slots.full(tenant)) is not None:
+            # from the tenant with most, so that no tenant is left without because of another
+            most = sorted(self._of, key=self._slots.of, reverse=True) if full.of == "all" else [tenant]
+            if not any(map(self._drop, most)):
+                raise self._slots.refusal(full)
 
     def _drop(self, tenant: str) -> bool:
         """End the tenant's least recently used session; return False if all are in use."""
@@ -232,6 +229,8 @@ class Sessions:
 
     def _take(self, tenant: str, name: str) -> ToolSession:
         session = self._of[tenant].pop(name)
+        if session.slot is not None:
+            session.slot.release()
         if not self._of[tenant]:
             del self._of[tenant]
         return session

@@ -113,6 +113,7 @@ ONLY: dict[str, set[str]] = {
     },
     "files": {"admission", "bounds", "errors", "settings", "runtime", "rootfs", "events"},
     "tools": {
+        "admission",
         "errors",
         "protocol",
         "settings",
