@@ -87,7 +87,8 @@ def opened(secret: str, domain: str, given: str) -> str | None:
         origin = base64.urlsafe_b64decode(said + "=" * (-len(said) % 4)).decode("ascii")
     except ValueError:
         return None
-    fits = hmac.compare_digest(signature, _signed(secret, domain, origin, int(ends)))
+    signed = _signed(secret, domain, origin, int(ends))
+    fits = hmac.compare_digest(signature.encode(), signed.encode())
     return origin if fits and _ORIGIN.fullmatch(origin) else None
 
 

@@ -37,6 +37,7 @@ OTHERS: dict[str, Callable[[], str]] = {
     "another-mark": lambda: made().replace(".", "!", 1),
     "long": lambda: "9" * 400,
     "not-ascii": lambda: "é.é.é",
+    "not-ascii-signed": lambda: made() + "é",
 }
 
 
