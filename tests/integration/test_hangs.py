@@ -18,9 +18,10 @@ import pytest
 from gateway.rootfs import memory, process_tree
 from gateway.settings import Settings
 from tests.archives import archive
+from tests.contracts.processes import alive, mark
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
-from tests.waits import until
+from tests.waits import pause, until
 
 pytestmark = pytest.mark.timeout(200)
 TENANT, DOMAIN = "hangs-test", "hangs.test"
@@ -189,3 +190,65 @@ async def test_a_site_that_only_computes_is_answered_for(
     assert second[3] < PAGE, second
     assert (await first)[0] == 200
     await answers(host, browser)
+
+
+# --- what a tenant lets hang holds up nobody else ------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def asked(host: Hosting, count: int, method: str, path: str, body: Any = None) -> AsyncIterator[None]:
+    """Have a client of the tenant ask so often at once, and leave in the end."""
+    async with host.gateway.http(TENANT) as session:
+
+        async def one() -> None:
+            async with session.request(method, f"/v1/tenants/{TENANT}/{path}", json=body) as answer:
+                await answer.read()
+
+        asking = [asyncio.create_task(one()) for _ in range(count)]
+        try:
+            await pause(1)  # until all have been taken in, which nothing shows
+            yield
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+async def other(host: Hosting) -> str:
+    record = await host.deploy("other-hangs.test")
+    assert record["state"] == "succeeded", record["error"]
+    return str(record["tenant"])
+
+
+async def test_looks_at_a_site_that_accepts_and_says_nothing_hold_up_nobody_elses(
+    host: Hosting, other: str
+) -> None:
+    with stopped():
+        async with asked(host, 96, "GET", "site"):
+            began = time.monotonic()
+            status, said, _ = await host.call("GET", f"/v1/tenants/{other}/site", tenants=(other,))
+            seconds = time.monotonic() - began
+    print(f"\nanother's look took {seconds:.2f} s")
+    assert (status, said["answers"]) == (200, True) and seconds < 2, (said, seconds)
+
+
+async def test_publishes_whose_tar_hangs_hold_up_nobody_elses(host: Hosting, other: str) -> None:
+    """And nothing of them is left once their client has gone."""
+    seconds_asleep = mark()
+    hanging = f"printf '#!/bin/sh\\nexec sleep {seconds_asleep}\\n' >/usr/bin/tar && chmod +x /usr/bin/tar"
+    environment.incus("exec", TENANT, "--", "sh", "-c", f"mv /usr/bin/tar /usr/bin/tar.real && {hanging}")
+    try:
+        async with asked(host, 4, "POST", "publish", {"domain": "not-hangs.test"}):
+            await until(lambda: alive(seconds_asleep) == 1)  # one at a time for each owner
+            began = time.monotonic()
+            body = {"domain": "published-hangs.test", "tenant": "published-hangs"}
+            covered = (other, "published-hangs")
+            status, begun, _ = await host.call("POST", f"/v1/tenants/{other}/publish", body, tenants=covered)
+            seconds = time.monotonic() - began
+        print(f"\nanother's publish took {seconds:.2f} s")
+        assert status == 202 and seconds < 10, (begun, seconds)
+        assert (await host.ended(begun["id"]))["state"] == "succeeded"
+        await until(lambda: alive(seconds_asleep) == 0)
+    finally:
+        environment.incus("exec", TENANT, "--", "mv", "/usr/bin/tar.real", "/usr/bin/tar")
