@@ -28,6 +28,8 @@ _LOCKFILES: Final = {
 }
 # systemd's own messages between the program's
 _SYSTEMD: Final = re.compile(r"(?:site(?:-next)?\.service: |(?:Started|Starting|Stopped|Stopping) site)")
+# a call inside a package or inside Node, of which an error's stack may have more than is kept
+_INNER: Final = re.compile(r"\s+at .*(?:/node_modules/|\(?node:)")
 _BEGUN: Final = re.compile(r"^Started site.*$", re.MULTILINE)
 _EXITED: Final = re.compile(
     r"Main process exited, code=\w+, status=(\d+)/(\w+)|site\S*\.service: (Deactivated successfully)"
@@ -127,4 +129,5 @@ def last_words(said: str, *, finished: bool = False) -> str:
 
 
 def _own(said: str) -> str:
-    return "\n".join(line for line in said.splitlines() if line.strip() and not _SYSTEMD.match(line)).strip()
+    lines = (line for line in said.splitlines() if line.strip())
+    return "\n".join(line for line in lines if not (_SYSTEMD.match(line) or _INNER.match(line))).strip()

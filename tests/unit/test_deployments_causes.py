@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.deployments.causes import ended, install_failed, last_words
+from gateway.deployments.causes import ended, in_the_way, install_failed, last_words
 from gateway.errors import ExecFailed
 from gateway.runtime.installs import failure
 
@@ -114,3 +114,20 @@ def test_a_site_that_ended_says_why_though_it_has_begun_again() -> None:
     journal = f"{run}Started site.service - The site of this tenant.\n$ tsc\n"
     assert last_words(journal, finished=True) == "Its last output: $ tsc\nerror TS5011"
     assert last_words(journal) == "Its last output: $ tsc"
+
+
+def test_calls_inside_packages_do_not_displace_what_a_program_says() -> None:
+    """Those of Vite, as pnpm installs it, are longer than what is kept of its last output."""
+    where = "node_modules/.pnpm/vite@8.4.0_@types+node@24.19.4_jiti@2.6.1/node_modules/vite/dist/node/cli.js"
+    said = (
+        "Error: Found another Vite dev process for this project (PID 46).\nPass --bypass-lock to bypass it."
+    )
+    own = "    at file:///srv/site/vite.config.ts:3:7"
+    inner = [f"    at async start{number} (file:///srv/site-next/{where}:741:9)" for number in range(8)]
+    inner.append("    at process.processTicksAndRejections (node:internal/process/task_queues:105:5)")
+    journal = "\n".join((said, own, *inner, "  hook: 'configureServer'\n}", "[ELIFECYCLE] Command failed."))
+    last = last_words(journal)
+    assert in_the_way(last)
+    assert (
+        last == f"Its last output: {said}\n{own}\n  hook: 'configureServer'\n}}\n[ELIFECYCLE] Command failed."
+    )
