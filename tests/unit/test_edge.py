@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
+import h11
 import pytest
 
 from gateway import protocol
@@ -20,6 +21,7 @@ from gateway.runtime.incus import service_unit
 from gateway.tools import shell
 from gateway.tools.answer import ToolFailure
 from gateway.tools.schemas import TOOLS, check_size
+from gateway.transport import http1
 
 DOCUMENT: Final = openapi.document(ROUTES)
 WIRE: Final = protocol.wire_schema()
@@ -219,6 +221,20 @@ def test_a_host_is_not_looked_at_for_long(piece: str) -> None:
     assert seconds(lambda: host_allowed(host, {"gateway.example"}, near=False)) < 0.005
     assert seconds(lambda: normalized(host)) < 0.005
     assert seconds(lambda: normalized(host[:253])) < 0.05
+
+
+@pytest.mark.parametrize("chunk", [b"1\r\na\r\n", b"1;a\r\na\r\n", b"0001\r\na\r\n"])
+def test_a_body_in_tiny_chunks_is_not_worked_on_for_long(chunk: bytes) -> None:
+    """Anybody can send one, and a read has thousands: the rest is for later turns of the loop."""
+    read = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 40_000
+
+    def turn() -> None:
+        connection = http1._Http()
+        connection.receive_data(read)
+        while connection.next_event() not in (h11.NEED_DATA, h11.PAUSED):
+            pass
+
+    assert seconds(turn) < 0.05
 
 
 @pytest.mark.parametrize("piece", ODD)
