@@ -130,7 +130,8 @@ async def _check(process: Exec, said: bytes) -> None:
 async def _download(tenant: Tenant, path: str, user: str | None, target: str, copied: _Copied) -> Path:
     there = Path(target)
     if target.endswith("/") or there.is_dir():
-        there /= PurePosixPath(path).name or "workspace"
+        name = PurePosixPath(path).name
+        there /= "workspace" if name in ("", "..") else name
     reading, writing = os.pipe()
     unpacking = asyncio.create_task(asyncio.to_thread(_unpack, reading, there, copied))
     said = b""
@@ -223,7 +224,7 @@ def _stays_inside(name: PurePosixPath, wanted: str) -> bool:
 
 def _unpack_one(archive: tarfile.TarFile, entry: tarfile.TarInfo, to: Path, copied: _Copied) -> None:
     """Write one file. An existing one is replaced only when the new one is complete."""
-    if not entry.isreg():
+    if not entry.isreg() or entry.issparse():
         kind = f"a link to {entry.linkname}" if entry.issym() else "not a regular file"
         copied.leave(entry.name.removeprefix("./"), kind)
         return
