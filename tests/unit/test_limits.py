@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,21 @@ def test_limits_are_compared(
     assert all(key in words(found) for key in wrong)
 
 
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        ({"limits.cpu": "4096"}, {"cpu": os.cpu_count()}),  # more than the machine has
+        ({"limits.memory.enforce": "soft"}, {"memory": None, "swap": None}),
+    ],
+)
+def test_a_limit_that_cannot_be_in_force_does_not_differ(
+    config: dict[str, str], has: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.runtime.incus.resizing.kernel_limits.in_force", lambda *_: has)
+    instance = {**INSTANCE, "expanded_config": {**INSTANCE["expanded_config"], **config}}
+    assert not_in_force(instance, 7, NOWHERE) == {}
+
+
 class Kept(Incus):
     """An Incus with one instance, which another one changes before the first PUT."""
 
@@ -146,6 +162,10 @@ async def test_the_memory_of_an_update_is_taken_back_by_a_put(
     await resizing.shrink("shop")
     assert (incus.found["config"], shared) == (own, ["shop"])
     assert all(value for body in incus.bodies for value in body["config"].values())
+    await resizing.grow("shop")
+    incus.found["config"]["limits.memory"] = "2048MiB"  # by somebody else
+    await resizing.shrink("shop")
+    assert incus.found["config"] == {"limits.memory": "2048MiB"}
 
 
 @pytest.mark.parametrize("method", ["PATCH", "PUT", "POST"])

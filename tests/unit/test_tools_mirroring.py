@@ -16,6 +16,7 @@ from gateway.errors import InvalidParams, Timeout, TooLarge
 from gateway.rootfs.operation import Limits, Workspace
 from gateway.rootfs.root import Root
 from gateway.settings import Settings
+from gateway.tools import mirroring
 from gateway.tools.mirroring import KEPT, LOST, OPERATIONS, listed
 from tests.archives import Member, archive, link
 
@@ -190,6 +191,17 @@ def test_hostile_lists_are_bounded(live: Path) -> None:
         if path.is_file():
             path.unlink()
     assert {name[0] for name in told(live, LOST, new(clean=False))} == {"+"}
+
+
+def test_a_list_that_changes_while_it_is_read_is_bounded(live: Path) -> None:
+    os.mkfifo(live / "pipe")
+    (live / "large").write_bytes(bytes(100))
+    tree = Root(os.open(live, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    try:
+        assert mirroring._content(tree, "pipe", 8) == b""
+        assert mirroring._content(tree, "large", 8) == bytes(8)
+    finally:
+        tree.close()
 
 
 @pytest.mark.parametrize("keep", ['"["', '""', '"a\\nb"', f'"{"x" * 257}"', ", ".join(['"x"'] * 65), "1"])
