@@ -175,6 +175,7 @@ _HISTORY_OF_INCUS: Final = (
     "test_a_broken_history_begins_again",
     "test_bad_asks_are_refused_with_words",
     "test_http_has_the_same",
+    "test_what_was_asked_for_is_carried_out_though_its_client_is_gone",
     "test_mcp_has_turns_as_resources",
 )
 _SHELLS_OF_INCUS: Final = (

@@ -12,7 +12,7 @@
 #   TURN_TIMES in the environment: when it was at work, as pairs of seconds since the epoch. What changed at other times is
 #            a commit of nobody, before. Without it, all is the turn's
 #   TURN_LEFT in the environment: the time now, and pairs when others were at work; what changed since, or then, is left
-# Input:  for only, paths below the workspace, each with a NUL; for but and begin, such pathspecs.
+# Input:  for only, but and begin, paths below the workspace, each with a NUL.
 # Output: where some changed at other times, a line of `outside` with nobody's commit, and one with the count; nothing where nothing changed; else a line with the commit, one with the count of what changed, and the first
 #         of the paths that were left out, each with a NUL.
 # Exit:   0; 1 where it could not be recorded, 66 where there is no TURN, 67 where nothing was before it,
@@ -36,7 +36,10 @@ names() {
   if [ -e .gitignore ] && [ ! -f .gitignore ]; then standard="--exclude-from=$GIT_DIR/info/exclude"; fi
   case "$mode" in
   only | before | after | undo) xargs -0 -r git --literal-pathspecs ls-files -z "$@" "$standard" -- <"$paths" ;;
-  but | begin) xargs -0 -x git ls-files -z "$@" "$standard" -- . <"$paths" ;;
+  but | begin)
+    git ls-files -z "$@" "$standard" >"$GIT_DIR/turn.named" &&
+      sort -zu "$GIT_DIR/turn.named" | comm -z -23 - "$paths"
+    ;;
   *) git ls-files -z "$@" "$standard" ;;
   esac
 }
@@ -117,11 +120,6 @@ spans() { # [SINCE UNTIL]…
   done
 }
 
-# Prints the folders around paths.
-above() { # LIST
-  sed -z -n ':a;s|/[^/]*$||;T;p;ba' "$1" | sort -zu
-}
-
 # Commits what has changed of a list.
 keep() { # LIST
   good="$GIT_DIR/turn.good"
@@ -139,7 +137,10 @@ keep() { # LIST
   else
     good="$1"
   fi
-  git update-index -z --add --remove --replace --stdin <"$good" && tree=$(git write-tree) || return 1
+  if ! git update-index -z --add --remove --replace --stdin <"$good" 2>/dev/null; then
+    beyond "$good" && git update-index -z --add --remove --replace --stdin <"$good" || return 1
+  fi
+  tree=$(git write-tree) || return 1
   parent='' before=''
   # shellcheck disable=SC2046 # two words
   if set -- $(git rev-parse -q turns 'turns^{tree}' -- 2>/dev/null) && [ $# = 3 ]; then parent="$1" before="$2"; fi
@@ -152,6 +153,17 @@ keep() { # LIST
   [ ! -s "$left" ] || head -c 2000 "$left"
 }
 
+# Takes what is beyond a link out of a list, and out of the index: a folder was there before.
+beyond() { # LIST
+  gone="$GIT_DIR/turn.gone"
+  # shellcheck disable=SC2185
+  above "$1" | find -files0-from - -maxdepth 0 -type l -print0 2>/dev/null |
+    xargs -0 -r git --literal-pathspecs ls-files -z -- | sort -zu >"$gone"
+  sort -zu "$1" | comm -z -23 - "$gone" >"$gone.not" || return 1
+  sort -zu "$1" | comm -z -12 - "$gone" | xargs -0 -r printf '0 0000000000000000000000000000000000000000\t%s\0' |
+    git update-index -z --index-info && mv "$gone.not" "$1"
+}
+
 if [ -e "$GIT_DIR/HEAD" ]; then
   [ "$mode" != begin ] || exit 0
 else
@@ -161,7 +173,13 @@ indexed
 whole=$?
 : >"$left"
 case "$mode" in
-only | but | begin) cat >"$paths" ;;
+only | but | begin)
+  # what was written through a linked folder is where that leads
+  cat >"$good"
+  # shellcheck disable=SC2094 # both read it
+  xargs -0 -r realpath -z -m --relative-to=. -- <"$good" 2>/dev/null | grep -zv '^\.\./' |
+    sort -zu - "$good" >"$paths"
+  ;;
 before | after | undo)
   to=$(git rev-parse -q --verify "$5^{commit}") || exit 66
   if [ "$mode" = undo ]; then

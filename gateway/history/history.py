@@ -156,7 +156,8 @@ class History:
         self._check()
         before = await self.end(tenant, session, by)
         await self._recorder.ready(tenant)
-        await asyncio.gather(*self._outside.record(tenant))
+        if others := self._outside.record(tenant):
+            await asyncio.wait(others)  # they go on if this call is cancelled, as below
         key = _key(session, by)
         turn = OpenTurn(key, name(agent or by), name(by), said(title, TITLE_MAX))
         self._rests.begin(tenant, self._open.open(tenant, turn))
@@ -166,7 +167,7 @@ class History:
         """End a session's turn and return it once it is recorded; None if nothing changed."""
         self._check()
         turn = self._open.get(tenant, _key(session, by))
-        return None if turn is None else await self._finish(tenant, turn)
+        return None if turn is None else await self._recorder.carried(self._finish(tenant, turn))
 
     def leave(self, tenant: str, session: ToolSession) -> None:
         """End the turn of a session that has ended, without waiting for it."""
@@ -200,7 +201,7 @@ class History:
         self._check()
         _check_id(turn)
         await self._settle(tenant)
-        return await self._recorder.restore(tenant, turn, side, by)
+        return await self._recorder.carried(self._recorder.restore(tenant, turn, side, by))
 
     async def undo(self, tenant: str, turn: str, force: Collection[str], by: str) -> dict[str, Any]:
         """Take back exactly what one turn changed, as a new turn; later changes of others stay.
@@ -212,14 +213,17 @@ class History:
         self._check()
         _check_id(turn)
         await self._settle(tenant)
-        undone, conflicts = await self._recorder.undo(tenant, turn, frozenset(force), by)
+        undoing = self._recorder.undo(tenant, turn, frozenset(force), by)
+        undone, conflicts = await self._recorder.carried(undoing)
         return {"turn": None if undone is None else undone.on_wire(), "conflicts": conflicts}
 
     async def _settle(self, tenant: str) -> None:
         """Record what was changed outside of turns, and end the open ones."""
-        ending = self._outside.record(tenant)
-        ending += [self._recorder.spawn(tenant, self._finish(tenant, one)) for one in self._open.of(tenant)]
-        await asyncio.gather(*ending)
+        ending: set[asyncio.Task[Any]] = {*self._outside.record(tenant)}
+        ending |= {self._recorder.spawn(tenant, self._finish(tenant, one)) for one in self._open.of(tenant)}
+        ending |= {one.ending for one in self._open.waiting(tenant) if one.ending is not None}
+        if ending:
+            await asyncio.wait(ending)
 
     # --- with tenants and the gateway -------------------------------------------------------------------
 
@@ -281,6 +285,7 @@ class History:
 
     async def _finish(self, tenant: str, turn: OpenTurn) -> Turn | None:
         self._rests.end(turn)
+        turn.ending = asyncio.current_task()
         if self._open.get(tenant, turn.key) is turn:
             self._open.take(tenant, turn.key)
         if not turn.changed:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 Mode = Literal["all", "only", "but"]
 
@@ -26,8 +27,8 @@ class OpenTurn:
     `paths` were written by its file tools; if `wide`, a command of it may have changed any other.
     `made` are the paths that it created. `calls` counts its running calls, `changing` those that may change
     something, and `times` says when there were any; a command in the background lasts until the turn ends.
-    `parted` are paths at which all that it has done is on record. `tries` counts failed recordings. It ends
-    at `rested`, of the loop's clock, if no call comes before.
+    `parted` are paths at which all that it has done is on record. `tries` counts failed recordings, of which
+    `ending` is the first. It ends at `rested`, of the loop's clock, if no call comes before.
     """
 
     key: Hashable
@@ -43,6 +44,7 @@ class OpenTurn:
     made: set[str] = field(default_factory=set)
     parted: set[str] = field(default_factory=set)
     tries: int = 0
+    ending: asyncio.Task[Any] | None = None
     _bytes: int = 0
     _since: float | None = None
 

@@ -12,7 +12,7 @@ from gateway.rootfs.paths import show
 
 TITLE_MAX: Final = 4000  # characters
 _NAME_MAX: Final = 200
-CONFLICTS_MAX: Final = 1000  # paths of one undo; more are resolved a thousand at a time
+CONFLICTS_MAX: Final = 1000  # paths of one undo that are listed; one that has more cannot be forced
 _LEFT_MAX: Final = 20  # paths listed of those that were left out
 _FILES_MAX: Final = 10_000  # files listed of one turn
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from gateway.errors import Conflict, ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
@@ -21,6 +21,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 Side = Literal["before", "after"]
+T = TypeVar("T")
 
 _OURS: Final = "incus-gateway"  # author of commits without a turn
 _TRIES: Final = 3  # tries to record a turn of a running tenant
@@ -62,6 +63,14 @@ class Recorder:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def carried(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what `work` returns; it is carried through even if whoever asked for it is gone."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there
+        return await asyncio.shield(task)
 
     def expect(self, tenant: str, made: Collection[str] = ()) -> None:
         """Begin a history if there is none, so that the first turn can be undone.

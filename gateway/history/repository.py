@@ -40,6 +40,9 @@ _CONFIG: Final = {
     # run no program that the tenant's repository names
     "core.hooksPath": "/dev/null",
     "core.fsmonitor": "false",
+    # read nothing of the user's
+    "core.attributesFile": "/dev/null",
+    "core.excludesFile": "/dev/null",
     # no fsync: after a crash of the host a broken history begins again
     "core.fsync": "none",
     "core.looseCompression": "1",
@@ -82,7 +85,7 @@ class Repository:
 
     async def begin(self, tenant: str, made: Sequence[str], turn: Turn) -> Turn | None:
         """Record the workspace as it is, without the files in `made`, if there is no history yet."""
-        return await self._commit(tenant, "begin", _excluded(made), turn)
+        return await self._commit(tenant, "begin", made, turn)
 
     async def commit(
         self,
@@ -94,8 +97,7 @@ class Repository:
         others: Times = (),
     ) -> tuple[Turn | None, Turn | None]:
         """Commit the changes, and before them those outside of `times` and of `others`, as nobody's."""
-        given = _excluded(paths) if mode == "but" else paths
-        return both(await self._committed(tenant, mode, given, turn, times=times, others=others), turn)
+        return both(await self._committed(tenant, mode, paths, turn, times=times, others=others), turn)
 
     async def restore(
         self, tenant: str, to: str, side: str, outside: Turn, turn: Turn
@@ -135,9 +137,8 @@ class Repository:
 
     async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
         """Make the workspace a git repository, if it is not one, and `commit`."""
-        given = _excluded(paths) if mode == "but" else paths
         times = ((0.0, time.time()),)  # what is saved while git looks is not the deployment's
-        printed = await self._committed(tenant, mode, given, turn, script="deployed", times=times)
+        printed = await self._committed(tenant, mode, paths, turn, script="deployed", times=times)
         return both(printed, turn)[1]
 
     async def tidy(self, tenant: str) -> None:
@@ -283,10 +284,6 @@ async def _talk(process: Process, given: bytes, most: int) -> tuple[bytes, str]:
         feed(),
     )
     return printed, complaint.decode("utf-8", "replace")
-
-
-def _excluded(paths: Sequence[str]) -> list[str]:
-    return [f":(exclude,top,literal){path}" for path in paths]
 
 
 def _identity(turn: Turn) -> dict[str, str]:

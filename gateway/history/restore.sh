@@ -32,7 +32,7 @@ with() { # TREE TREE
   GIT_INDEX_FILE="$index" git read-tree "$1" || return 1
   {
     xargs -0 -r printf '0 0000000000000000000000000000000000000000\t%s\0' <"$paths"
-    xargs -0 -r git ls-tree --full-tree -r -z "$2" -- <"$paths"
+    xargs -0 -r git --literal-pathspecs ls-tree --full-tree -r -z "$2" -- <"$paths"
   } | GIT_INDEX_FILE="$index" git update-index -z --index-info && GIT_INDEX_FILE="$index" git write-tree || return 1
   rm -f "$index"
 }
@@ -46,7 +46,7 @@ undo)
   sort -zu >"$forced" || exit 1
   # a commit after TURN that takes it back: TURN is where both sides have parted
   theirs=$(git commit-tree -p "$of" -m undo "$to^{tree}") || exit 1
-  git -c merge.renames=false merge-tree --write-tree -z --name-only --no-messages "$parent" "$theirs" >"$merged"
+  git -c merge.directoryRenames=false merge-tree --write-tree -z --name-only --no-messages "$parent" "$theirs" >"$merged"
   [ $? -le 1 ] && tree=$(head -z -n 1 "$merged" | tr -d '\0') && [ -n "$tree" ] || exit 1
   # a file that has no room beside a folder of its name is listed as FILE~COMMIT
   tail -z -n +2 "$merged" | sed -z "s/~\($parent\|$theirs\)\(_[0-9]*\)\?\$//" | sort -zu >"$paths"

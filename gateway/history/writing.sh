@@ -36,6 +36,13 @@ mend() {
 # recorded before the first is written; what a kill leaves half done, whoever writes next carries through.
 go() { # COMMIT
   git update-index -q --refresh >/dev/null || : # a file that was saved unchanged is as it was recorded
+  git diff-tree -r -z --no-renames --name-only --diff-filter=A turns "$1" >"$GIT_DIR/turn.added" || return 1
+  above "$GIT_DIR/turn.added" >"$GIT_DIR/turn.above"
+  # shellcheck disable=SC2185 # the names are in a file
+  find -files0-from "$GIT_DIR/turn.above" -maxdepth 0 ! -type d -print0 2>/dev/null >>"$GIT_DIR/turn.added"
+  # git would overwrite what is ignored
+  lost=$(xargs -0 -r git --literal-pathspecs ls-files -z -o -- <"$GIT_DIR/turn.added" | head -z -n 1 | tr '\0' ' ')
+  [ -z "$lost" ] || { echo "no turn has $lost" >&2 && return 65; }
   git read-tree -n -m -u turns "$1" || return 65
   echo "$1" >"$GIT_DIR/turn.going"
   if ! git read-tree -m -u turns "$1"; then
@@ -71,7 +78,7 @@ carry() { # FROM TO
     git diff-tree -r -z --no-renames --name-only --diff-filter=A "$1" "$2" |
       find -files0-from - -maxdepth 0 -print0 2>/dev/null
   } | sort -zu | comm -z -23 "$differ" - >"$other"
-  xargs -0 -r git ls-tree --full-tree -r -z "$2" -- <"$other" >"$differ"
+  xargs -0 -r git --literal-pathspecs ls-tree --full-tree -r -z "$2" -- <"$other" >"$differ"
   rm -f "$GIT_DIR/turn.index"
   tree=$(
     export GIT_INDEX_FILE="$GIT_DIR/turn.index"
@@ -79,6 +86,11 @@ carry() { # FROM TO
     { xargs -0 -r printf '0 0000000000000000000000000000000000000000\t%s\0' <"$other" && cat "$differ"; } |
       git update-index -z --index-info && git write-tree
   ) && git read-tree -m -u "$1" "$tree"
+}
+
+# Prints the folders around paths.
+above() { # LIST
+  sed -z -n ':a;s|/[^/]*$||;T;p;ba' "$1" | sort -zu
 }
 
 # Makes the index from the last turn where it was removed.

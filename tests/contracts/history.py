@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from mcp import MCPError
 
+from gateway.history.open_turns import COARSE
 from tests.contracts.claude import call
 from tests.contracts.gateway import sse
 from tests.contracts.mcp import BOTH, mcp
 from tests.live import LiveGateway, RpcFailure, Wire
+from tests.waits import until_time
 
 QUICK: Mapping[str, str] = {"GATEWAY_TURN_REST": "2", "GATEWAY_TURN_FILE_MAX": "100000"}
 
@@ -332,10 +335,10 @@ class HistoryContract:
             helper = await wire.call("exec/start", argv=["sh", "-c", site], stdin=True, helper=True)
             await wire.call("turn/begin", title="Shell")
             await bash(wire, "echo 1 >one; mv folder renamed")
-            await asyncio.sleep(0.1)  # the kernel's time of a change is coarse
+            await until_time(time.time() + COARSE)
             await wire.stdin(helper["channel"], b"\n")
             await wire.until(lambda: b"done" in wire.output[helper["channel"], 1])
-            await asyncio.sleep(0.1)
+            await until_time(time.time() + COARSE)
             await bash(wire, "echo 2 >two")
             turn = await end(wire)
             changed = (await wire.call("history/diff", turn=turn["turn"]))["changed"]
@@ -381,6 +384,24 @@ class HistoryContract:
             for turn in [turn for turn in turns if turn["title"] == "Other"]:
                 assert (await one.call("history/undo", turn=turn["turn"]))["conflicts"] == []
             assert await text(one, "page") == page(line3="person")
+
+    async def test_what_was_asked_for_is_carried_out_though_its_client_is_gone(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """The end of a turn is its record, and an undo leaves no half of the files."""
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["turn.committed"])
+            async with gateway.wire(tenant) as gone:
+                await gone.call("turn/begin", title="Agent")
+                await write(gone, "page", "1\n")
+                await gone.start_call("turn/end")
+            await wire.until(lambda: "Agent" in [turn["title"] for turn in told(wire)])
+            turn = next(one for one in told(wire) if one["title"] == "Agent")
+            async with gateway.wire(tenant) as gone:
+                await gone.start_call("history/undo", turn=turn["turn"])
+            await wire.until(lambda: "Undo: Agent" in [turn["title"] for turn in told(wire)])
+            names = [entry["path"] for entry in (await wire.call("files/list", path="."))["entries"]]
+            assert "page" not in names
 
     async def test_hostile_trees_and_repositories_do_not_matter(
         self, gateway: LiveGateway, tenant: str

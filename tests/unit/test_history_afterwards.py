@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import cast
@@ -22,6 +22,7 @@ from gateway.history.recorder import Recorder
 from gateway.history.repository import Repository
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
+from gateway.tools.session import ToolSession
 from tests.waits import settled
 
 
@@ -138,6 +139,8 @@ class Written(Repository):
     def __init__(self) -> None:
         self.done: list[str] = []
         self.asleep = False
+        self.free = asyncio.Event()
+        self.free.set()
 
     async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
         self.done.append(f"deployed {mode} {','.join(paths)}")
@@ -158,8 +161,18 @@ class Written(Repository):
         times: Times = (),
         others: Times = (),
     ) -> tuple[Turn | None, Turn | None]:
-        self.done.append(f"commit {mode}")
+        await self.free.wait()
+        self.done.append(f"commit {mode} of {turn.by}")
         return None, None
+
+    async def changes(self, tenant: str, turn: str) -> dict[str, object]:
+        return {"title": "a turn", "kind": "turn"}
+
+    async def undo(
+        self, tenant: str, undone: str, force: Collection[str], outside: Turn, turn: Turn
+    ) -> tuple[Turn | None, Turn | None, list[str]]:
+        self.done.append(turn.title)
+        return None, None, []
 
     async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
         return []
@@ -281,6 +294,38 @@ async def test_who_looks_at_the_list_has_it_recorded_at_once(
     await history.turns("shop")
     await settled()
     assert "deployed all " in written.done
+
+
+async def test_an_undo_waits_for_a_turn_that_is_ending(followed: tuple[History, Bus, Written]) -> None:
+    """Or what that has changed would be nobody's."""
+    history, _, written = followed
+    await history.turns("shop")
+    session = ToolSession(lifetime="connection")
+    history._open.open("shop", OpenTurn(session, "ann", "ann")).wrote(None)
+    history._outside.saved("shop", "page", "eve")
+    written.free.clear()
+    ending = asyncio.create_task(history.end("shop", session, "ann"))
+    await settled()
+    undoing = asyncio.create_task(history.undo("shop", "0" * 40, (), "eve"))
+    await settled()
+    written.free.set()
+    await asyncio.wait_for(asyncio.gather(ending, undoing), 5)
+    assert written.done[-2:] == ["commit all of ann", "Undo: a turn"]
+
+
+async def test_whoever_leaves_during_an_undo_takes_no_turn_along(
+    followed: tuple[History, Bus, Written],
+) -> None:
+    history, _, written = followed
+    history._open.open("shop", OpenTurn("one", "ann", "ann")).wrote(None)
+    written.free.clear()
+    undoing = asyncio.create_task(history.undo("shop", "0" * 40, (), "eve"))
+    await settled()
+    undoing.cancel()
+    await asyncio.gather(undoing, return_exceptions=True)
+    written.free.set()
+    await settled()
+    assert written.done[-1] == "commit all of ann"
 
 
 async def test_at_the_end_of_the_gateway_it_is_recorded(followed: tuple[History, Bus, Written]) -> None:

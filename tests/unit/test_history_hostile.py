@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,9 +11,6 @@ import pytest
 from gateway.history import repository
 from gateway.history.reading import Turn, committed, listed
 from tests.unit.test_history import BLANK, Folder
-
-if shutil.which("git") is None:
-    pytest.skip("there is no git here", allow_module_level=True)
 
 PWNED = '"touch $PWD/pwned"'
 WORKSPACES = {

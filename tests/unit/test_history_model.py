@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -33,9 +32,6 @@ from gateway.tools.session import ToolSession
 from tests.thorough import ALL
 from tests.waits import settled
 
-if shutil.which("git") is None:
-    pytest.skip("there is no git here", allow_module_level=True)
-
 FILES: Final = ("a", "d/b")
 SLOTS: Final = 3
 COARSE: Final = 0.03  # seconds between two commands: the kernel's time of a change is coarse
@@ -45,9 +41,12 @@ State = Mapping[str, tuple[str, ...] | None]
 """Of each file the values of its slots; None if there is no such file."""
 
 
-def page(slots: tuple[str, ...]) -> str:
-    """Return a file: lines that never change around each slot, so that slots never overlap."""
-    return "".join(f"top {n}\n{slot}\nend {n}\n" for n, slot in enumerate(slots))
+def page(path: str, slots: tuple[str, ...]) -> str:
+    """Return a file: lines that never change around each slot, so that slots never overlap.
+
+    They are the file's own: none is taken for another that was renamed.
+    """
+    return "".join(f"top {n} of {path}\n{slot}\nend {n} of {path}\n" for n, slot in enumerate(slots))
 
 
 def slots(text: str) -> tuple[str, ...]:
@@ -121,7 +120,7 @@ class World:
         one = [*(now or [f"{value} {n}" for n in range(SLOTS)])]
         one[slot or 0] = value
         new = file.with_name(f".gateway-{self.number}")  # as the gateway's own workers write
-        new.write_text(page(tuple(one)))
+        new.write_text(page(path, tuple(one)))
         new.rename(file)
 
     async def agent(self, who: str, tool: str, path: str, slot: int | None) -> None:
@@ -183,7 +182,7 @@ class World:
             self.number += 1
             (self.work / path).unlink(missing_ok=True)
             if one is not None:
-                (self.work / path).write_text(page(one))
+                (self.work / path).write_text(page(path, one))
         self.history._outside.record("t")
         facts = {"deployment": "d", "by": "eve", "rollback": "d-0"}
         self.bus.publish("deployment.succeeded", "t", facts)
