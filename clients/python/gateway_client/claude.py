@@ -467,14 +467,14 @@ def _any_parts(command: str) -> set[str]:
     found = {command.strip()}
     for part in re.split(r"[;&|\n(){}`]+", command.replace("\\\n", " ")):
         found.add(part.strip())
-        words = re.sub(r"[\"'\\]", "", part).split()
+        words, option = re.sub(r"[\"'\\]", "", part).split(), False
         while words:
             program = words[0].rpartition("/")[2]
             found |= {" ".join(words), " ".join([program, *words[1:]])}
-            # also what stands before the command: options, durations, variables
-            if program not in _RUNS and not re.match(r"-|[\d.]+[smhd]?$|\w+=", words[0]):
+            # also what stands before the command: options and their values, durations, variables
+            if not (option or program in _RUNS or re.match(r"-|[\d.]+[smhd]?$|\w+=", words[0])):
                 break
-            del words[0]
+            option = words.pop(0).startswith("-")
     return found
 
 

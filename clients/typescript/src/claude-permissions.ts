@@ -234,12 +234,14 @@ export function anyParts(command: string): Set<string> {
       .replace(/["'\\]/g, "")
       .split(/\s+/)
       .filter(Boolean);
+    let option = false;
     while (words.length > 0) {
       const first = words[0]!;
       const program = first.slice(first.lastIndexOf("/") + 1);
       found.add(words.join(" ")).add([program, ...words.slice(1)].join(" "));
-      // also what stands before the command: options, durations, variables
-      if (!RUNS.has(program) && !/^(-|[\d.]+[smhd]?$|\w+=)/.test(first)) break;
+      // also what stands before the command: options and their values, durations, variables
+      if (!option && !RUNS.has(program) && !/^(-|[\d.]+[smhd]?$|\w+=)/.test(first)) break;
+      option = first.startsWith("-");
       words.shift();
     }
   }
