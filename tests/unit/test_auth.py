@@ -56,7 +56,7 @@ def test_deploying_includes_managing_only_in_tokens_from_before_that_scope() -> 
     issued = tokens.verify(SECRET, tokens.issue(SECRET, "ann", ["shop"], ["deploy"], 60))
     assert not issued.allows("manage")
     assert tokens.verify(SECRET, signed(scope="deploy")).scopes == {"deploy", "manage"}
-    for scope, ver in (("deploy", 2), ("exec files:read", None), ("exec files:read", 1)):
+    for scope, ver in (("deploy", 2), ("deploy", 3), ("exec files:read", None), ("exec files:read", 1)):
         assert not tokens.verify(SECRET, signed(scope=scope, ver=ver)).allows("manage")
     assert tokens.verify(SECRET, signed(scope="manage", ver=2)).scopes == {"manage"}
 
