@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from gateway import protocol
 from gateway.admission import Full, Reservation
+from gateway.api.connection.requests import Requests
 from gateway.errors import RateLimited
 from gateway.limits.budget import SMALL, Budget, Limits, Share
+from gateway.protocol.server_wire import Request
 from gateway.settings import Settings
 from gateway.transport.websocket import LARGE, Lengths
 from tests.waits import turn
@@ -49,6 +54,20 @@ def test_an_eighth_is_left_to_what_is_small(budget: Budget) -> None:
     assert socket.full(SMALL) is None
     for lease in held:
         lease.release()
+
+
+async def test_a_request_that_ends_before_it_begins_holds_nothing(budget: Budget) -> None:
+    """As before Python 3.12, where a task begins later than it is made."""
+    hub = SimpleNamespace(settings=SimpleNamespace(socket_bytes=MiB))
+    peer = SimpleNamespace(hub=hub, spawn=asyncio.create_task)
+    requests = Requests(cast(Any, peer), cast(Any, None), cast(Any, None), {})
+    asked = Request(1, "tools/list", protocol.NoParams())
+    await requests.start(asked, 100, budget.tenant("a").reserve())
+    assert budget.held > 100
+    (running,) = requests._running.values()
+    assert running.task is not None and running.task.cancel()
+    await asyncio.gather(running.task, return_exceptions=True)
+    assert budget.held == 0
 
 
 def test_one_message_of_any_size_fits_an_idle_share(budget: Budget) -> None:

@@ -59,6 +59,8 @@ class Requests:
         key = running if request.id is None else request.id
         self._running[key] = running
         running.task = self._peer.spawn(self._serve(request, key, running, lease))
+        # also if it is cancelled before it begins, which it may be before Python 3.12
+        running.task.add_done_callback(lambda _: lease.release())
 
     def cancel(self, request_id: RequestId) -> None:
         """End a pending request that the wire reports as cancelled."""
