@@ -14,10 +14,10 @@ from tests.live import LiveGateway
 
 
 @contextlib.asynccontextmanager
-async def served(state: Path) -> AsyncIterator[LiveGateway]:
+async def served(state: Path, **settings: str) -> AsyncIterator[LiveGateway]:
     """Run a gateway with the runtime `local` and the tenant `demo`."""
     gateway = LiveGateway(
-        {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(state)}, state / "gateway.log"
+        {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(state), **settings}, state / "gateway.log"
     )
     await gateway.start()
     assert (await run(gateway, "create", "demo"))[0] == 0
