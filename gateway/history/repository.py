@@ -85,7 +85,7 @@ class Repository:
 
     async def begin(self, tenant: str, made: Sequence[str], turn: Turn) -> Turn | None:
         """Record the workspace as it is, without the files in `made`, if there is no history yet."""
-        return await self._commit(tenant, "begin", made, turn)
+        return committed(await self._commit(tenant, "begin", made, turn), turn)
 
     async def commit(
         self,
@@ -97,7 +97,7 @@ class Repository:
         others: Times = (),
     ) -> tuple[Turn | None, Turn | None]:
         """Commit the changes, and before them those outside of `times` and of `others`, as nobody's."""
-        return both(await self._committed(tenant, mode, paths, turn, times=times, others=others), turn)
+        return both(await self._commit(tenant, mode, paths, turn, times=times, others=others), turn)
 
     async def restore(
         self, tenant: str, to: str, side: str, outside: Turn, turn: Turn
@@ -106,7 +106,7 @@ class Repository:
 
         Unrecorded changes in them are committed first, as `outside`, and returned too.
         """
-        found = await self._commit(tenant, side, (), outside, to)
+        found = committed(await self._commit(tenant, side, (), outside, to), outside)
         printed = await self._run(
             tenant, "restore", (side, to, self._wait, turn.title), _identity(turn), _SAID, missing=to
         )
@@ -120,7 +120,7 @@ class Repository:
         Returns what was unrecorded in these files and was committed first, as `outside`; the new turn, None
         if nothing changes; and the paths in conflict. Those in `force` become what they were before the turn.
         """
-        found = await self._commit(tenant, "undo", (), outside, undone)
+        found = committed(await self._commit(tenant, "undo", (), outside, undone), outside)
 
         async def merge(forced: Sequence[bytes]) -> bytes:
             words, given = ("undo", undone, self._wait, turn.title), b"".join(path + b"\0" for path in forced)
@@ -138,7 +138,7 @@ class Repository:
     async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
         """Make the workspace a git repository, if it is not one, and `commit`."""
         times = ((0.0, time.time()),)  # what is saved while git looks is not the deployment's
-        printed = await self._committed(tenant, mode, paths, turn, script="deployed", times=times)
+        printed = await self._commit(tenant, mode, paths, turn, script="deployed", times=times)
         return both(printed, turn)[1]
 
     async def tidy(self, tenant: str) -> None:
@@ -174,16 +174,6 @@ class Repository:
         return str(max(1, int(self._settings.turn_timeout / 2)))
 
     async def _commit(
-        self,
-        tenant: str,
-        mode: str,
-        given: Sequence[str],
-        turn: Turn,
-        of: str | None = None,
-    ) -> Turn | None:
-        return committed(await self._committed(tenant, mode, given, turn, of), turn)
-
-    async def _committed(
         self,
         tenant: str,
         mode: str,

@@ -153,13 +153,7 @@ class Written(Repository):
         return None
 
     async def commit(
-        self,
-        tenant: str,
-        mode: Mode,
-        paths: Sequence[str],
-        turn: Turn,
-        times: Times = (),
-        others: Times = (),
+        self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn, *_: Times, **__: Times
     ) -> tuple[Turn | None, Turn | None]:
         await self.free.wait()
         self.done.append(f"commit {mode} of {turn.by}")
