@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gateway.admission import Admission, Reservation
 from gateway.errors import RateLimited
-from tests.waits import turn
+from tests.waits import settled, turn
 
 
 def test_limits_are_of_parts_owners_and_all_and_the_full_one_is_named() -> None:
@@ -81,6 +81,20 @@ async def test_an_owner_at_its_limit_holds_up_nobody() -> None:
     first.release()
     (await asyncio.wait_for(waiting, 30)).release()
     other.release()
+    assert (admission.held, admission.waiting) == (0, 0)
+
+
+async def test_nobody_overtakes_what_is_large_until_it_gives_up() -> None:
+    admission = Admission[str]("bytes", each=4, total=4)
+    first = await admission.acquire("a", 3)
+    large = asyncio.create_task(admission.acquire("b", 3))
+    await turn()
+    small = asyncio.create_task(admission.acquire("c"))
+    await settled()
+    assert not small.done() and admission.held == 3
+    large.cancel()
+    (await asyncio.wait_for(small, 30)).release()
+    first.release()
     assert (admission.held, admission.waiting) == (0, 0)
 
 
