@@ -165,9 +165,9 @@ def options(
     `disallowed_tools` hold in any case. Rules have the tools' plain names: `Bash`, `Bash(git *)`.
 
     `bare` keeps even the CLI's description of this host out of the conversation; then the SDK's hooks,
-    sub-agents and the modes `plan` and `acceptEdits` are not to be had, and only ANTHROPIC_API_KEY is used.
-    Without it the model is told the CLI's working directory and platform, and that the prompt's description
-    of the container is what counts.
+    sub-agents and the modes `plan` and `acceptEdits` do not exist, and only ANTHROPIC_API_KEY is used.
+    Without it the model sees the CLI's working directory and platform, and the prompt says that those
+    of the container apply.
 
     `persist_session` has the CLI keep the conversation in the user's folder on this host, so that it can be
     resumed. Then it also stores each image that is read there, and tells the model its path.
@@ -188,7 +188,7 @@ def options(
         for name in [name for name, given in (("hooks", hooks), ("agents", agents)) if given]:
             raise ValueError(f"{name} need bare=False: the CLI has none in its bare mode")
         if mode in ("plan", "acceptEdits"):
-            raise ValueError(f"permission_mode {mode!r} needs bare=False: it is not to be had otherwise")
+            raise ValueError(f"permission_mode {mode!r} needs bare=False: bare mode does not have it")
     if not persist_session and any(more.get(name) for name in _OF_KEPT):
         raise ValueError("only a stored session can be resumed: set persist_session=True, also at its start")
     if SERVER in (mcp_servers or {}):

@@ -59,7 +59,7 @@ export class LiveOutput {
   /** Waits until all output of an ended command has been delivered. */
   async finish(call: string, { structuredContent: { exec, status } }: ToolResult): Promise<void> {
     if (typeof exec !== "string") return;
-    // a short command may have ended before its start is told; do not follow it then
+    // a short command may have ended before its start is reported; do not follow it then
     this.#expected.delete(call);
     this.#starting.delete(exec);
     const following = this.#follow(call, exec);

@@ -126,7 +126,7 @@ class Conversation {
       case "ping":
         return {};
       case "tools/list":
-        await this.#live?.open(); // before any call is made: what happens from here on is told
+        await this.#live?.open(); // before any call is made: it gets all events from here on
         return { tools: (await this.#tenant.tools()).map(described) };
       case "tools/call":
         return await this.#call(id, params);

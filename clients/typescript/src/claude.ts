@@ -81,8 +81,8 @@ export interface ClaudeOptions extends Omit<Options, keyof typeof REFUSED | "sys
   readonly lingerMs?: number | undefined;
   /**
    * Keeps even the CLI's description of this host out of the conversation; default true. Then there are no sub-agents,
-   * no hooks and no modes `plan` and `acceptEdits`, and only ANTHROPIC_API_KEY is used. With false the model sees the CLI's working directory and
-   * platform, and is told that the prompt's description of the container is what counts.
+   * no hooks and no modes `plan` and `acceptEdits`, and only ANTHROPIC_API_KEY is used. With false the model sees the
+   * CLI's working directory and platform, and the prompt says that those of the container apply.
    */
   readonly bare?: boolean | undefined;
   /**
@@ -139,7 +139,7 @@ export function claudeOptions(tenant: Tenant, options: ClaudeOptions = {}): Opti
   }
   const { canUseTool, permissionMode: mode, permissionPromptToolName, permissionPrompts } = more;
   if (bare && (mode === "plan" || mode === "acceptEdits"))
-    throw new TypeError(`permissionMode "${mode}" needs bare: false; it is not to be had otherwise`);
+    throw new TypeError(`permissionMode "${mode}" needs bare: false; bare mode does not have it`);
   if (!persistSession && OF_KEPT.some((name) => more[name]))
     throw new TypeError("only a stored session can be resumed: set persistSession: true, also at its start");
   if (more.mcpServers !== undefined && SERVER in more.mcpServers)
@@ -167,7 +167,7 @@ export function claudeOptions(tenant: Tenant, options: ClaudeOptions = {}): Opti
     instance: new ToolServer(tenant, { onOutput, lingerMs, permissions, begin }),
   };
   return {
-    cwd: "/", // no folder of a user's: its name would be told to the model
+    cwd: "/", // no folder of a user's: the model would see its name
     ...more,
     ...(more.agents === undefined ? {} : { agents: bounded(more.agents) }),
     ...(asking ? { canUseTool: permissions.ask } : {}),
