@@ -196,6 +196,40 @@ async def test_who_comes_while_a_server_is_started_again_waits_for_it(caddy: Rea
     await runner.cleanup()
 
 
+async def test_a_site_that_leaves_a_body_unread_is_asked_by_another_connection(caddy: RealCaddy) -> None:
+    """It hears nothing that is said after that body, and closes the connection later, as SvelteKit's does."""
+    port, domain = caddy.settings.caddy_http, "unread.localhost"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if b"Connection: close" in head:  # a body that is unread at the end takes the answer with it
+                    writer.transport.abort()
+                    return
+                writer.write(b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n")
+                if head.startswith(b"POST"):
+                    await pause(1.0)
+                    break
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with (
+        server,
+        aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client,
+        Caddy(caddy.settings) as routes,
+    ):
+        routes.set(domain, f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        for method in ("POST", "GET", "POST", "POST"):
+            began = time.monotonic()
+            async with client.request(
+                method,
+                "/",
+                headers={"Host": f"{domain}:{port}"},
+                data=b"x" * 50_000 if method == "POST" else None,
+            ) as said:
+                assert (said.status, time.monotonic() - began < 0.9) == (405, True), method
+
+
 async def test_strangers_are_told_apart_behind_caddy(caddy: RealCaddy, tmp_path: Path) -> None:
     """A gateway that Caddy leads to knows who asks by Caddy's word, and by nobody else's."""
     gateway: LiveGateway = await local_gateway(
