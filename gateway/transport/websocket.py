@@ -39,8 +39,9 @@ _SMALL: Final = 16 << 10  # bytes of one such message
 _JOINED: Final = 16 << 10  # bytes of an answer: to copy so few costs less than to write it in pieces
 _LINGER: Final = 5.0  # seconds in which the peer of a connection that is over must take something
 _FAREWELL: Final = 1 << 20  # bytes that a client may still send once the socket is closed
-_PIECE: Final = 8 << 10  # bytes of small frames that are looked at before others have their turn
-_FRAMES: Final = 500  # frames: each takes some 10 microseconds, whatever it contains
+_PIECE: Final = 2 << 10  # bytes of small frames that are looked at before others have their turn
+_FRAMES: Final = 200  # frames: each takes some 10 microseconds, whatever it contains
+_TURN: Final = 32  # messages, each with some 50 microseconds of work, until others have their turn
 _REFUSED: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 )
@@ -120,7 +121,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             deque()
         )  # of the messages in the queue, and which are large texts
         self._asked = 0  # large messages that are not admitted yet
-        self._late = 0
+        self._late = self._taken = 0
         self._given_up = False
         self._opening = 0  # bytes of the handshake
         self._later = b""  # what has come and is not looked at yet
@@ -246,6 +247,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._sizes.append((size, text))
 
     async def receive(self) -> Any:
+        self._taken += 1
+        if self._taken % _TURN == 0:  # what has arrived already is taken without a wait
+            await asyncio.sleep(0)
         message: Any = await self.queue.get()
         if self.read_paused and self.queue.empty():
             self.read_paused = False

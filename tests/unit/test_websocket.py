@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -19,7 +20,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN, State
 from websockets.uri import parse_uri
 
-from gateway.transport.websocket import _SMALL, _WAITING, TEXT, WebSocketProtocol
+from gateway.transport.websocket import _SMALL, _TURN, _WAITING, TEXT, WebSocketProtocol
 from tests.waits import until
 
 
@@ -85,6 +86,26 @@ async def test_flood_is_held_back(socket: tuple[WebSocketProtocol, Transport]) -
         assert not transport.reading
         await protocol.receive()
     assert transport.reading
+
+
+async def test_small_messages_that_are_taken_leave_the_loop_to_others(
+    socket: tuple[WebSocketProtocol, Transport],
+) -> None:
+    """However many have arrived, a few are taken in each turn of the loop."""
+    protocol, _ = socket
+    loop, taken, seen = asyncio.get_running_loop(), 0, [0]
+
+    def turn() -> None:
+        seen.append(taken)
+        loop.call_soon(turn)
+
+    loop.call_soon(turn)
+    for _ in range(10 * _TURN):
+        arrive(protocol, b"call")
+    while taken < 10 * _TURN:
+        await protocol.receive()
+        taken += 1
+    assert max(after - before for before, after in pairwise(seen)) <= _TURN
 
 
 async def test_large_message_is_held_back_at_once(socket: tuple[WebSocketProtocol, Transport]) -> None:
