@@ -13,5 +13,6 @@ user="$1"
 shift
 echo 30000 2>/dev/null >/proc/sys/kernel/ns_last_pid
 trap 'kill "$!"; wait "$!"; exit 0' TERM
-setpriv --reuid="$user" --regid="$user" --init-groups --inh-caps=-all "$@" &
+# by its path, since PATH is as the site has it
+/usr/bin/setpriv --reuid="$user" --regid="$user" --init-groups --inh-caps=-all "$@" &
 wait "$!"
