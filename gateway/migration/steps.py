@@ -29,7 +29,7 @@ from gateway.hostnames import DomainReserved, normalized, own_names, plain, rese
 from gateway.migration.destination import Destination
 from gateway.migration.plan import Plan, Wanted, decided
 from gateway.migration.record import ENDED, Moving, keys
-from gateway.migration.route import drained, led, own_block
+from gateway.migration.route import led, own_block
 from gateway.migration.scan import scan
 from gateway.migration.service import OldServices, Units
 from gateway.migration.shifted_mount import Owner, close_door
@@ -41,6 +41,7 @@ from gateway.runtime.incus.service_unit import environment_file
 from gateway.runtime.probe import answer
 from gateway.runtime.sites import Exposure
 from gateway.runtime.sizes import SIZES
+from gateway.runtime.visits import drained
 from gateway.settings import Settings
 from gateway.tasks import whole
 

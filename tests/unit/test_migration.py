@@ -18,7 +18,7 @@ from gateway.host import HostError
 from gateway.migration import service
 from gateway.migration.plan import Plan, Wanted, decided
 from gateway.migration.record import Moving, keys
-from gateway.migration.route import drained, own_block, waits
+from gateway.migration.route import own_block
 from gateway.migration.scan import Found, scan
 from gateway.migration.service import Old, Unit, bus_label, in_tenant
 from gateway.migration.shifted_mount import Owner, inside
@@ -153,25 +153,6 @@ def test_a_block_that_goes_before_the_routes_is_seen(host: str, handler: dict[st
     running = {"apps": {"http": {"servers": {"a": {"routes": routes}}}}}
     assert own_block(running, "shop.example.com", "/routes") is own
     assert own_block(None, "shop.example.com", "/routes") is False
-
-
-@pytest.mark.parametrize(
-    ("line", "waiting"),
-    [
-        ("0 0 127.0.0.1:1 127.0.0.1:3 cubic rto:204 lastsnd:40 lastrcv:2000 lastack:40", True),
-        ("0 0 127.0.0.1:1 127.0.0.1:3 cubic lastsnd:2000 lastrcv:40 lastack:40", False),
-        ("0 0 127.0.0.1:1 127.0.0.1:3 cubic lastsnd:40 lastack:40", True),
-        ("0 0 127.0.0.1:1 127.0.0.1:3 cubic", False),
-    ],
-)
-def test_who_sent_last_waits_for_an_answer(line: str, waiting: bool) -> None:
-    assert waits(line) is waiting
-
-
-async def test_a_service_has_rested_only_once_nobody_waits() -> None:
-    said = iter(["lastsnd:1 lastrcv:9", "lastsnd:5 lastrcv:90"])
-    assert await drained("127.0.0.1", 1, lambda *_: next(said, "lastsnd:9 lastrcv:1"))
-    assert next(said, None) is None
 
 
 def test_a_unit_that_does_not_run_is_refused() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.runtime import probe
+from gateway.runtime import probe, visits
 from gateway.runtime.visits import Place, visited
-from tests.waits import until
+from tests.waits import pause, until
 
 
 def _ages(port: int) -> float | None:
@@ -98,3 +98,22 @@ def test_a_table_of_many_connections_takes_a_moment(tmp_path: Path, monkeypatch:
     began = time.process_time()
     assert visited({"a": Place(0x7FF, "127.0.0.1"), "b": Place(0xFFFF, "127.0.0.1")}) == {"a": 0}
     assert time.process_time() - began < 3
+
+
+async def test_a_site_has_rested_only_once_nobody_waits_for_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection on which all is answered does not count, and time runs out."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client, server.accept()[0] as accepted:
+            client.send(b"GET /")
+            resting = asyncio.create_task(visits.drained("127.0.0.1", port))
+            await pause(3 * visits._ON_THE_WAY)
+            assert not resting.done()
+            accepted.send(b"answer")
+            assert await resting
+            await pause(0.01)  # for the kernel all within a millisecond is at once
+            client.send(b"GET /")
+            monkeypatch.setattr(visits, "_DRAIN", 0.1)
+            assert not await visits.drained("127.0.0.1", port)
