@@ -48,6 +48,11 @@ class RollbackPhases(_Changed):
         _, self._lives = await former.live(tenant)
         await self._begin(await former.recipe(tenant, self._record.rollback))
 
+    async def _lasting(self) -> dict[str, Any]:
+        # what one of both names is not in the other's copy (see put_former.sh)
+        lasting = await super()._lasting()
+        return lasting | {"keep": [*lasting["keep"], *self._recipe.keep]}
+
     async def push(self) -> dict[str, Any]:
         assert self._record.rollback is not None
         self._unless_another(self._sites.clear)

@@ -167,6 +167,21 @@ class RollbackContract:
         known = [entry["id"] for entry in listed["deployments"]]
         assert known[0] == live and set(kept) < set(known)
 
+    async def test_what_either_site_names_stays_in_place(self, host: Hosting) -> None:
+        """Also between one whose manifest names a database and an earlier one, whose manifest did not yet."""
+        story = Story(host, "named.example.com")
+        first = await host.deploy(story.domain, upload(*self.site("one")))
+        assert first["state"] == "succeeded", first["error"]
+        await story.put("data/db", "first")
+        second = await host.deploy(story.domain, upload(*self.site("two", 'keep = ["data/"]\n')))
+        assert second["state"] == "succeeded", second["error"]
+        assert await story.get("data/db") == "first"
+        for page, written in (("one", "second"), ("two", "third"), ("one", "fourth")):
+            await story.put("data/db", written)
+            record = await story.rollback()
+            assert (record["state"], await story.visit()) == ("succeeded", page), record["error"]
+            assert await story.get("data/db") == written
+
     async def test_an_environment_changes_by_itself(self, host: Hosting) -> None:
         """The site has it, what is written meanwhile is not lost, and no value is told but to who may run.
 
