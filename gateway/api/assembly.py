@@ -34,6 +34,7 @@ from gateway.cluster.records import Records
 from gateway.cluster.sharing import Sharing
 from gateway.deployments import Deployments, Hangs, Health
 from gateway.deployments.publishing import Sources
+from gateway.deployments.register import Register
 from gateway.execs import Execs
 from gateway.files.files import Files
 from gateway.history import History
@@ -108,6 +109,7 @@ class _Serving:
     lifecycle: Lifecycle
     idle: Idle
     health: Health
+    register: Register
     pressure: Pressure | None
     doors: Doors
 
@@ -131,7 +133,8 @@ async def _serving(base: Base, trust: Trust, stored: Stored, work: _Work) -> Asy
             *(runtime, sites, caddy, domains, workers, bus, stored.names, room, capacity, settings)
         )
         idle = await enter(Idle(runtime, sites, caddy, domains, lifecycle, work.execs.running_in, settings))
-        health = await enter(Health(sites, bus, settings, caddy.excuse))
+        register = Register(base.store, domains, settings)
+        health = await enter(Health(sites, bus, settings, register, caddy.excuse))
         pressure = None
         if isinstance(runtime, IncusRuntime):
             pressure = await enter(Pressure(runtime, workers.broker, bus, settings))
@@ -143,6 +146,7 @@ async def _serving(base: Base, trust: Trust, stored: Stored, work: _Work) -> Asy
             lifecycle=lifecycle,
             idle=idle,
             health=health,
+            register=register,
             pressure=pressure,
             doors=Doors(settings),
         )
@@ -182,7 +186,7 @@ async def _deploying(
     async with contextlib.AsyncExitStack() as stack:
         deployments = await stack.enter_async_context(
             Deployments(
-                *(runtime, sites, serving.caddy, serving.domains, base.store, stored.bus, settings),
+                *(runtime, sites, serving.caddy, serving.domains, serving.register, stored.bus, settings),
                 moving=leaving,
                 use=serving.idle.use,
                 admit=serving.room.admit,
@@ -190,17 +194,14 @@ async def _deploying(
                 promise=serving.capacity.promise,
                 ended=stored.names.ended,
                 workers=workers,
-                unwell=serving.health.unwell,
-                pressed=None if serving.pressure is None else serving.pressure.seconds,
+                health=serving.health,
+                pressure=serving.pressure,
                 remote=None if base.shared is None else base.shared.sites,
             )
         )
-        health = serving.health
-        health.deploying = deployments.deploying
         if isinstance(runtime, IncusRuntime):
-            hangs = Hangs(
-                runtime.containers, sites, workers.broker, health.hangs, deployments.deploying, settings
-            )
+            told = serving.health.hangs
+            hangs = Hangs(runtime.containers, sites, workers.broker, told, serving.register, settings)
             await stack.enter_async_context(hangs)
         work.history.afterwards.quiet = deployments.quiet
         yield deployments

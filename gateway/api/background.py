@@ -193,6 +193,8 @@ class Background:
     async def _tell_starved(self, runtime: IncusRuntime) -> None:
         async with contextlib.aclosing(runtime.changes.starved()) as told:
             async for event in told:
+                if self._services.pressure is not None:
+                    self._services.pressure.noticed(event)
                 self._services.bus.publish(event.type, event.tenant, event.data)
 
     async def _enforce_limits(self, runtime: IncusRuntime) -> None:

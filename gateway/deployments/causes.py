@@ -15,6 +15,9 @@ _IN_THE_WAY: Final = re.compile(
     r"(?i)eaddrinuse|addrinuse|in use|already|another|\block|\bbusy\b|only one|single instance"
 )
 LAST_OUTPUT: Final = "Its last output: "
+# as systemd words it, of a site's process, or of a shell that started it
+KILLED: Final = re.compile(r"status=(?:9/KILL|137/)")
+SIGKILL: Final = "it was killed (SIGKILL), and the kernel reports no lack of memory"
 _SAID: Final = 1000  # characters of a site's last output
 _SHOWN: Final = 200  # characters of a command
 # a lockfile, the command that makes it anew, and the one that installs without it, if any
@@ -86,6 +89,10 @@ def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> Ex
         case "memory":
             has = f"{memory >> 20} MiB" if memory else "its share of the machine's"
             why = f"`{command}` needs more memory than the tenant has ({has}): {more_memory(memory)}"
+        case "killed":
+            why = f"`{command}` was killed (SIGKILL), and the kernel reports no lack of memory"
+        case "registry":
+            why = f"{error.facts['of']} could not be reached; try again when it answers"
         case "program":
             program = show(error.facts["of"])
             why = f"the tenant's image has no {program}, which `{command}` needs: {_IMAGE}"
@@ -94,16 +101,19 @@ def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> Ex
     return ExecFailed(f"{why}. {error.message}", **error.facts)
 
 
-def ended(said: str, command: Sequence[str], memory: int) -> str:
-    """Explain why a site keeps ending, from the journal of its unit."""
+def ended(said: str, command: Sequence[str], memory: int, *, short: bool) -> str:
+    """Explain why a site keeps ending, from the journal of its unit.
+
+    `short` is whether one of its processes was killed because its `memory` ran out.
+    """
     line = shown(command)
     if (missing := _NO_PROGRAM.search(said)) is not None:
         return f"the tenant's image has no {missing[1]}, which `{line}` needs: {_IMAGE}"
     status, kind, clean = (_EXITED.findall(said) or [("", "", "")])[-1]
     if clean:
         how = "it ends by itself, without an error; a site's command must keep running"
-    elif kind == "KILL":
-        how = f"it is killed, as the kernel does when memory runs out: {more_memory(memory)}"
+    elif KILLED.search(f"status={status}/{kind}"):
+        how = f"the kernel kills it because memory runs out: {more_memory(memory)}" if short else SIGKILL
     else:
         how = f"it ends with code {status}" if status else "it ends"
     return f"the site keeps ending: {how}"

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from gateway.caddy import Caddy
+from gateway.deployments.health import Health
 from gateway.deployments.record import Record
 from gateway.deployments.register import Register
 from gateway.deployments.remote_routes import RemoteRoutes
 from gateway.deployments.verify import Verifier
 from gateway.errors import NotFound
+from gateway.limits.pressure import Pressure
 from gateway.ownership.domains import Domains
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
@@ -37,8 +39,8 @@ class Context:
     use: Callable[[str], contextlib.AbstractAsyncContextManager[None]]
     admit: Callable[[], Awaitable[None]]
     promise: Promise
-    unwell: Callable[[str, int, str, str], None]
-    pressed: Callable[[str], float]
+    health: Health | None
+    pressure: Pressure | None
     remote: RemoteRoutes | None
 
     def exchanging(self, tenant: str) -> contextlib.AbstractContextManager[None]:

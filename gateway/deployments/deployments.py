@@ -16,6 +16,7 @@ from gateway.caddy import Caddy
 from gateway.cluster.remote_sites import RemoteSites
 from gateway.deployments.admission import Admission
 from gateway.deployments.context import Context, Promise
+from gateway.deployments.health import Health
 from gateway.deployments.progress import Progress
 from gateway.deployments.queue import DeploymentQueue, Owner
 from gateway.deployments.reconciler import Reconciler
@@ -30,12 +31,12 @@ from gateway.deployments.verify import Verifier
 from gateway.deployments.warming import Warming
 from gateway.errors import Conflict, GatewayError, Unavailable
 from gateway.events import Bus
+from gateway.limits.pressure import Pressure
 from gateway.ownership.domains import Domains
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantEvent, TenantRuntime
 from gateway.runtime.sites import Former, Recipe, Sites
 from gateway.settings import Settings
-from gateway.storage.store import Store
 
 # events of a tenant after which its route may be wrong
 _MOVES: Final = (
@@ -54,7 +55,7 @@ class Deployments:
         sites: Sites,
         caddy: Caddy,
         domains: Domains,
-        store: Store,
+        register: Register,
         bus: Bus,
         settings: Settings,
         use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
@@ -63,28 +64,27 @@ class Deployments:
         promise: Promise | None = None,
         ended: Callable[[str], float] | None = None,
         workers: Workers | None = None,
-        unwell: Callable[[str, int, str, str], None] | None = None,
-        pressed: Callable[[str], float] | None = None,
+        health: Health | None = None,
+        pressure: Pressure | None = None,
         remote: RemoteSites | None = None,
         moving: Callable[[str], bool] | None = None,
     ) -> None:
         """`use` keeps a tenant awake while its context is open; `ended` returns when a name was last freed.
 
-        `unwell` is called with tenant, port, path and reason if a site does not stay up after its deployment.
         `admit` refuses if there is no room for another tenant, `spacious` if room would have to be made
-        first, `promise` if this host lacks the memory. `pressed` returns for how many seconds a tenant has
-        been short of memory. Without `workers` updates remove no files. In a cluster `remote` tells
-        where other members' sites are, and `moving` which tenants are about to go there.
+        first, `promise` if this host lacks the memory. Without `workers` updates remove no files. In a
+        cluster `remote` tells where other members' sites are, and `moving` which tenants are about to go
+        there.
         """
         self._caddy, self._domains, self._sites, self._tenants = caddy, domains, sites, runtime.tenants
         self._bus, self._settings = bus, settings
-        self._register = Register(store, domains, settings)
+        self._register = register
         self._admission = Admission(
             *(domains, self._register, sites, settings),
             ended=ended or (lambda tenant: 0.0),
             moving=moving or (lambda tenant: False),
         )
-        self._verifier = Verifier(sites.services, caddy, settings)
+        self._verifier = Verifier(sites.services, caddy, settings, pressure)
         self._turns = DeploymentQueue(settings)
         self._warming = Warming(sites.copies, self._turns, spacious, settings)
         self._recovered = asyncio.Event()
@@ -101,8 +101,8 @@ class Deployments:
             use=use or (lambda tenant: contextlib.nullcontext()),
             admit=admit or _anything,
             promise=promise or (lambda tenant, memory: contextlib.nullcontext()),
-            unwell=unwell or (lambda tenant, port, path, why: None),
-            pressed=pressed or (lambda tenant: 0.0),
+            health=health,
+            pressure=pressure,
             remote=None if remote is None else RemoteRoutes(caddy, domains, remote),
         )
         self._runner = Runner(context, self._turns, self._warming, self._recovered, bus)
@@ -203,8 +203,7 @@ class Deployments:
 
     def deploying(self, tenant: str) -> bool:
         """Return whether a deployment of the tenant is under way; one whose end can be seen is not."""
-        running = self._register.running.values()
-        return any(one.record.tenant == tenant and not one.record.over for one in running)
+        return self._register.deploying(tenant)
 
     async def change(
         self, tenant: str, change: Change, token: Token, *, key: str | None = None

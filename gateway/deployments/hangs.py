@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Final, Protocol
 
 from gateway.bounds import aside
+from gateway.deployments.register import Register
 from gateway.errors import GatewayError
 from gateway.rootfs import tcp
 from gateway.runtime.incus.containers import Containers
@@ -47,11 +48,11 @@ class Hangs:
         sites: Sites,
         root: Root,
         told: Callable[[Site, str], None],
-        deploying: Callable[[str], bool],
+        register: Register,
         settings: Settings,
     ) -> None:
         self._containers, self._sites, self._root, self._told = containers, sites, root, told
-        self._deploying, self._settings = deploying, settings
+        self._register, self._settings = register, settings
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -90,7 +91,9 @@ class Hangs:
             where = site.exposure
             if where is None or site.deployment is not None or site.tenant in self._asking:
                 continue
-            if self._deploying(site.tenant):  # an update shares its processors, and visitors rather wait
+            if self._register.deploying(
+                site.tenant
+            ):  # an update shares its processors, and visitors rather wait
                 continue
             end = (socket.inet_aton(where.address), where.port)
             if end not in ends or not (pid := await self._containers.init_pid(site.tenant)):
@@ -112,7 +115,7 @@ class Hangs:
         try:
             await ask(where.address, where.port, site.health, _CONNECT, limit / 2, host=site.domain)
         except TimeoutError:
-            if self._deploying(site.tenant):
+            if self._register.deploying(site.tenant):
                 return
             self._told(site, f"it has read no request for {limit * 3 / 4:g} s")
             await self._break_off(site.tenant, where.port)

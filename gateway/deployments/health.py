@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from gateway.admission import Admission
+from gateway.deployments.register import Register
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.runtime import TenantEvent
@@ -52,17 +53,17 @@ class Health:
         sites: Sites,
         bus: Bus,
         settings: Settings,
+        register: Register | None = None,
         excuse: Callable[[str, bool], None] = lambda domain, away: None,
         packets: Callable[[], Mapping[str, int]] = packets,
     ) -> None:
-        """`excuse` answers visitors of a domain with a page while its site hangs.
+        """`register` has the deployments: the site of a tenant that is being deployed may be slow.
 
-        `packets` counts the packets from each site's `link`.
+        `excuse` answers visitors of a domain with a page while its site hangs, and `packets` counts the
+        packets from each site's `link`.
         """
         self._sites, self._bus, self._settings = sites, bus, settings
-        self._excuse, self._packets = excuse, packets
-        self.deploying: Callable[[str], bool] = lambda tenant: False
-        """Whether a tenant is being deployed: its site is then slow, and no visitor is sent away."""
+        self._register, self._excuse, self._packets = register, excuse, packets
         # by tenant: the packets that it has sent, how many intervals may still be skipped, and whether it was
         # checked in the last one
         self._sent: dict[str, tuple[int, int, bool]] = {}
@@ -224,10 +225,13 @@ class Health:
         if (task := self._looks.pop(tenant, None)) is not None:
             task.cancel()
 
+    def _deploying(self, tenant: str) -> bool:
+        return self._register is not None and self._register.deploying(tenant)
+
     async def _one(self, site: Site) -> None:
         assert site.exposure is not None
         tenant, where, why, silent = site.tenant, site.exposure, "", False
-        began = self.deploying(tenant)
+        began = self._deploying(tenant)
         try:
             limit, leisure = self._settings.health_timeout, self._settings.health_interval * _LEISURE
             status = await ask(
@@ -245,8 +249,8 @@ class Health:
         except Exception:  # an unexpected error with one site must not end the checks
             log.exception("cannot check the site of %s", tenant)
             why = "it cannot be checked"
-        if silent and (began or self.deploying(tenant)):
-            return
+        if silent and (began or self._deploying(tenant)):
+            return  # no visitor is sent away
         self._hangs(tenant, site.domain if silent else None)
         if why:
             self._failed(site, self._failures.get(tenant, 0) + 1, why, at_once=silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -10,6 +11,7 @@ from gateway.deployments.causes import install_failed, more_memory
 from gateway.deployments.context import Context
 from gateway.deployments.progress import Progress
 from gateway.errors import ExecFailed
+from gateway.limits.pressure import Pressure
 from gateway.runtime.sites import Recipe, Side
 
 _SHORT: Final = 10.0  # seconds of pressure without a break, from which on it is told
@@ -23,14 +25,16 @@ async def install(
 
     Raises `ExecFailed`, with the cause and the next step where they are known.
     """
-    say = progress.say("install")
-    watching = asyncio.create_task(_tell_shortage(context, tenant, memory, say))
+    say, pressure, began = progress.say("install"), context.pressure, time.monotonic()
+    watching = asyncio.create_task(_tell_shortage(pressure, tenant, memory, say))
     try:
         await context.sites.install(tenant, side, recipe, say)
     except ExecFailed as error:
         # at its limit a tenant reads its programs back from the disk again and again: nothing is killed
-        if watching.done() and "exit_code" not in error.facts:
-            error.facts["cause"] = "memory"
+        if pressure is not None:
+            slow = watching.done() and "exit_code" not in error.facts
+            if slow or (error.facts.get("cause") == "killed" and await pressure.has_killed(tenant, began)):
+                error.facts["cause"] = "memory"
         raise install_failed(error, recipe.install, memory) from error
     finally:
         watching.cancel()
@@ -38,8 +42,12 @@ async def install(
     progress.flush()
 
 
-async def _tell_shortage(context: Context, tenant: str, memory: int, say: Callable[[str], None]) -> None:
+async def _tell_shortage(
+    pressure: Pressure | None, tenant: str, memory: int, say: Callable[[str], None]
+) -> None:
     """Say in the install log that the tenant is short of memory; return once that is said."""
-    while context.pressed(tenant) < _SHORT:  # noqa: ASYNC110 - memory is looked at every few seconds too
+    if pressure is None:
+        return
+    while pressure.seconds(tenant) < _SHORT:  # noqa: ASYNC110 - memory is looked at every few seconds too
         await asyncio.sleep(_LOOK)
     say(f"the tenant is short of memory, so this may take very long: {more_memory(memory)}")

@@ -409,4 +409,5 @@ async def unsteady(context: Context, record: Record, site: Subject, why: str) ->
         return
     if there.status == "running" and record.instance in (None, there.instance):
         log.warning("the site of %s did not stay up: %s", site.tenant, why)
-        context.unwell(site.tenant, site.exposure.port, site.recipe.health, why)
+        if context.health is not None:
+            context.health.unwell(site.tenant, site.exposure.port, site.recipe.health, why)

@@ -53,6 +53,10 @@ class Register:
         # ended, but not stored yet; bounded, since each was stored when it began
         self._unwritten: dict[str, Record] = {}
 
+    def deploying(self, tenant: str) -> bool:
+        """Return whether a deployment of the tenant is under way; one whose end can be seen is not."""
+        return any(one.record.tenant == tenant and not one.record.over for one in self.running.values())
+
     async def open(self, running: Running) -> None:
         """Store a new deployment, and hold its domain. It counts as running from then on."""
         record, digest = running.record, running.request.digest

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from gateway.caddy import Caddy, CaddyFailed
-from gateway.deployments.causes import ended, in_the_way, last_words
+from gateway.deployments.causes import KILLED, SIGKILL, ended, in_the_way, last_words
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.page import Browser, Page
 from gateway.deployments.steadiness import SMALL, Steadiness
 from gateway.errors import ExecFailed, GatewayError, Timeout
+from gateway.limits.pressure import Pressure
 from gateway.runtime.listening import Listener
 from gateway.runtime.probe import HostRefused, Silent, answer, ask
 from gateway.runtime.sites import Exposure, Recipe, Side, SiteServices
@@ -43,7 +44,6 @@ _OVER_LOOK: Final = 3.0  # in the background: each covers all since the last
 _REFUSED: Final = 3  # consecutive checks at which nothing listened: longer than a reload takes
 _LAST: Final = 2.0  # seconds for a last answer, which a reload may delay
 _WATCHED: Final = 64  # sites that are watched after their deployment, at most
-_KILLED: Final = "status=9/KILL"  # as systemd words it
 _LISTEN: Final = "it must listen on 0.0.0.0 and $PORT"
 
 
@@ -72,8 +72,6 @@ class Unsteady(ExecFailed):
     """A site that answered did not stay up; `why` is the reason in short."""
 
     def __init__(self, why: str, said: str) -> None:
-        if _KILLED in said:
-            why += f"; it was killed, as the kernel does when memory runs out: {SMALL}"
         self.why = why
         super().__init__(
             f"the site answered but did not stay up: {why}. {last_words(said, finished=True)}",
@@ -93,8 +91,11 @@ def host_refused(domain: str, error: HostRefused) -> ExecFailed:
 class Verifier:
     """Checks sites without changing anything in them. Close it at the end."""
 
-    def __init__(self, services: SiteServices, caddy: Caddy, settings: Settings) -> None:
+    def __init__(
+        self, services: SiteServices, caddy: Caddy, settings: Settings, pressure: Pressure | None = None
+    ) -> None:
         self._services, self._caddy, self._settings = services, caddy, settings
+        self._pressure = pressure
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
@@ -138,7 +139,8 @@ class Verifier:
                     say(f"it listens on {wrong}, and not yet on 0.0.0.0:{where.port}")
                 if service.restarts >= _RESTARTS:
                     said = await self._services.log(site.tenant, site.side)
-                    why = ended(said, site.recipe.start, site.memory)
+                    short = KILLED.search(said) is not None and await self._short(site, began)
+                    why = ended(said, site.recipe.start, site.memory, short=short)
                     raise Timeout(f"{why}. {last_words(said, finished=True)}", reason="never_healthy")
             if answering.done() and not answering.exception():
                 return await answering
@@ -198,7 +200,7 @@ class Verifier:
 
     async def _while_up(self, site: Subject, steady: Steadiness, work: Coroutine[Any, Any, None]) -> None:
         """Wait for a check of a site while the site stays up. Also raises `Unsteady`."""
-        task, refused = asyncio.create_task(work), 0
+        task, refused, began = asyncio.create_task(work), 0, time.monotonic()
         try:
             while not (await asyncio.wait({task}, timeout=_STEADY_LOOK))[0]:
                 why = await steady.failure()
@@ -206,7 +208,7 @@ class Verifier:
                 if not why and refused >= _REFUSED:
                     why = "nothing listens there any more"
                 if why and not task.done():
-                    raise await self._unsteady(site, why)
+                    raise await self._unsteady(site, why, began)
             await task
         finally:
             task.cancel()
@@ -299,11 +301,18 @@ class Verifier:
         if not why and (silent := await self._asked(site, way, _LAST)):
             why = f"it no longer answers ({silent})"
         if why:
-            raise await self._unsteady(site, why)
+            raise await self._unsteady(site, why, answered)
         return until > soonest
 
-    async def _unsteady(self, site: Subject, why: str) -> Unsteady:
-        return Unsteady(why, await self._services.log(site.tenant, site.side))
+    async def _unsteady(self, site: Subject, why: str, since: float) -> Unsteady:
+        said = await self._services.log(site.tenant, site.side)
+        if KILLED.search(said) is not None:
+            short = await self._short(site, since)
+            why += f"; the kernel killed it because memory ran out: {SMALL}" if short else f"; {SIGKILL}"
+        return Unsteady(why, said)
+
+    async def _short(self, site: Subject, since: float) -> bool:
+        return self._pressure is not None and await self._pressure.has_killed(site.tenant, since)
 
     def _browser(self, site: Subject, way: Way) -> Browser:
         if way == "caddy":

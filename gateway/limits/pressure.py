@@ -8,6 +8,7 @@ measurements of one tenant; `Pressure` measures all tenants, in a thread, and ac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -51,6 +52,7 @@ _STILL: Final = 0.02  # seconds waited between two measurements below which noth
 _TELL: Final = 60.0  # seconds between two reports about a tenant
 _LOOK: Final = 10.0  # seconds to measure all tenants, which takes milliseconds
 _LOGGING: Final = 20.0  # seconds to write a line into a site's log
+_REPORT: Final = 2.0  # seconds until a kill is known: the kernel log is read at least each second
 _STARTS: Final = ("tenant.started", "tenant.restarted", "tenant.created", "gateway.resynced")
 _MOVES: Final = (*_STARTS, "tenant.stopped", "tenant.destroyed", "tenant.renamed")
 
@@ -189,6 +191,8 @@ class Pressure:
         self._watched: dict[str, _Watched] = {}
         self._stale = asyncio.Event()
         self._acting: dict[tuple[str, Step], asyncio.Task[None]] = {}
+        self._killed: dict[str, float] = {}  # when a process was last killed for lack of memory
+        self._reported = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self.counts = Counts()
 
@@ -211,8 +215,28 @@ class Pressure:
         since = None if watched is None else watched.course.since
         return 0.0 if since is None else max(0.0, time.monotonic() - since)
 
+    async def has_killed(self, tenant: str, since: float) -> bool:
+        """Return whether a process of a tenant was killed for lack of memory `since` a monotonic time.
+
+        Waits a little for the report, which comes after the process has ended.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REPORT):
+                while self._killed.get(tenant, -1.0) < since:
+                    self._reported.clear()
+                    await self._reported.wait()
+        return self._killed.get(tenant, -1.0) >= since
+
+    def _note_kill(self, tenant: str) -> None:
+        self._killed[tenant] = time.monotonic()
+        self._reported.set()
+
     def noticed(self, event: TenantEvent) -> None:
         """Handle a tenant's event."""
+        if event.type == "tenant.oom" and event.tenant is not None:
+            self._note_kill(event.tenant)
+        if event.type == "tenant.destroyed" and event.tenant is not None:
+            self._killed.pop(event.tenant, None)
         if event.type in _MOVES:
             if event.tenant is not None:
                 self._watched.pop(event.tenant, None)
@@ -311,6 +335,7 @@ class Pressure:
             ended = await self._root.relieve(name)
             if ended is None:
                 return
+            self._note_kill(name)
             process, size = show(ended[0]), ended[1]
             facts = {"process": process, "bytes": size, "seconds": patience}
             self._bus.publish("tenant.pressure.killed", name, facts)

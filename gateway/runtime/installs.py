@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Cause = Literal["lockfile", "memory", "program"]
+Cause = Literal["lockfile", "memory", "killed", "program", "registry"]
 
 _MISSING: Final = 127  # a shell's code for a missing program
 _KILLED: Final = 128 + 9
@@ -22,15 +22,29 @@ _STALE: Final = (
     ("needs to be updated, but `--locked`", "uv"),
     ("changed significantly since poetry.lock was last generated", "poetry"),
 )
-_SHORT: Final = re.compile(
-    r"heap out of memory|ERR_WORKER_OUT_OF_MEMORY|Cannot allocate memory|\bSIGKILL\b|^Killed\b", re.MULTILINE
+_SHORT: Final = re.compile(r"heap out of memory|ERR_WORKER_OUT_OF_MEMORY|Cannot allocate memory")
+_SIGKILL: Final = re.compile(r"\bSIGKILL\b|^Killed\b", re.MULTILINE)
+# a registry's name, and each package manager's words for one that does not answer
+_AWAY: Final = (
+    (
+        "the npm registry",
+        re.compile(
+            r"npm error code E(?:NOTFOUND|AI_AGAIN|CONN\w+|TIMEDOUT|\w+UNREACH|50\d|RR_SOCKET_TIMEOUT)"
+            r"|(?:Connection\w+|FailedToOpenSocket|DNS\w+|Timeout) downloading"  # Bun
+            r"|ERR_PNPM_META_FETCH_FAIL|trouble with your network connection"
+        ),
+    ),
+    ("PyPI", re.compile(r"NewConnectionError|error sending request for url|All attempts to connect to")),
 )
 _NOT_FOUND: Final = re.compile(r"(?:\d+: |line \d+: )([\w./@+-]{1,60}): (?:command )?not found\b")
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A cause that would make every retry fail too; `of` is the package manager or program."""
+    """The cause of a failure; `of` is the package manager, program or registry. Only the last may come back.
+
+    Whether it was `killed` for lack of memory the kernel tells; see `Pressure.has_killed`.
+    """
 
     cause: Cause
     of: str = ""
@@ -43,11 +57,16 @@ class Failure:
 
 def failure(code: int | None, said: str) -> Failure | None:
     """Return the cause of a failure from exit code and end of output, None if unknown."""
-    for words, manager in _STALE:
-        if words in said:
+    for stale, manager in _STALE:
+        if stale in said:
             return Failure("lockfile", manager)
-    if code == _KILLED or _SHORT.search(said):
+    if _SHORT.search(said):
         return Failure("memory")
+    if code == _KILLED or _SIGKILL.search(said):
+        return Failure("killed")
     if code == _MISSING and (found := _NOT_FOUND.search(said)) is not None:
         return Failure("program", found[1])
+    for registry, words in _AWAY:
+        if words.search(said):
+            return Failure("registry", registry)
     return None

@@ -16,6 +16,7 @@ import pytest
 
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
+from gateway.deployments.register import Register
 from gateway.deployments.request import Rollback
 from gateway.errors import Unavailable
 from gateway.events import Bus, Event, MemoryJournal
@@ -136,8 +137,9 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
         caddy = Broken(await stack.enter_async_context(Caddy(settings)))
         bus = Bus(journal)
         domains = await Domains.opened(runtime.tenants, store, bus, settings)
+        register = Register(store, domains, settings)
         deployments = await stack.enter_async_context(
-            Deployments(runtime, sites, caddy, domains, store, bus, settings)  # type: ignore[arg-type]  # stands in
+            Deployments(runtime, sites, caddy, domains, register, bus, settings)  # type: ignore[arg-type]  # stands in
         )
         await deployments.recover()
         yield Rig(deployments, sites, former, caddy, journal, Hosting(settings, Path("/dev/null")))

@@ -19,6 +19,7 @@ import pytest
 
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
+from gateway.deployments.register import Register
 from gateway.errors import GatewayError
 from gateway.events import Bus, MemoryJournal
 from gateway.ownership.domains import Domains
@@ -59,8 +60,9 @@ class Desk:
             made = await stack.enter_async_context(IncusSites(settings, runtime))
             caddy = await stack.enter_async_context(Caddy(settings))
             domains = await Domains.opened(runtime.tenants, self.store, bus, settings)
+            register = Register(self.store, domains, settings)
             deployments = await stack.enter_async_context(
-                Deployments(runtime, made, caddy, domains, self.store, bus, settings)
+                Deployments(runtime, made, caddy, domains, register, bus, settings)
             )
             deployments._recovered.set()  # nothing is to be found from an earlier life
             record, _ = await deployments.begin(Request(DOMAIN, template), OPERATOR)

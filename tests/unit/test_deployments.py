@@ -17,6 +17,7 @@ from gateway.deployments import Deployments, Record, Request
 from gateway.deployments import record as records
 from gateway.deployments.context import Context
 from gateway.deployments.phases import unsteady
+from gateway.deployments.register import Register
 from gateway.deployments.verify import Subject
 from gateway.errors import Conflict, NotFound, RateLimited
 from gateway.events import Bus
@@ -70,7 +71,8 @@ async def rig(tmp_path: Path) -> AsyncIterator[tuple[Deployments, Told]]:
     nothing = cast(Any, Nothing())
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, told), settings)
-        yield Deployments(nothing, nothing, nothing, domains, store, cast(Bus, told), settings), told
+        register = Register(store, domains, settings)
+        yield Deployments(nothing, nothing, nothing, domains, register, cast(Bus, told), settings), told
 
 
 async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
@@ -182,8 +184,9 @@ async def test_a_key_of_who_had_the_name_before_is_nobodys(tmp_path: Path) -> No
     settings, nothing, ended = Settings(state_dir=tmp_path), cast(Any, Nothing()), dict[str, float]()
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
+        register = Register(store, domains, settings)
         deployments = Deployments(
-            *(nothing, nothing, nothing, domains, store, cast(Bus, Told()), settings),
+            *(nothing, nothing, nothing, domains, register, cast(Bus, Told()), settings),
             ended=lambda name: ended.get(name, 0.0),
         )
         first, _ = await deployments.begin(asked("a"), token("a", issued=1.0), key="1")
@@ -304,7 +307,8 @@ async def test_waiting_has_a_share_too(tmp_path: Path) -> None:
     nothing = cast(Any, Nothing())
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
-        deployments = Deployments(*(nothing, nothing, nothing, domains, store, cast(Bus, Told()), settings))
+        register, bus = Register(store, domains, settings), cast(Bus, Told())
+        deployments = Deployments(*(nothing, nothing, nothing, domains, register, bus, settings))
         greedy = token("a", "b", "c")
         begun = [(await deployments.begin(asked(name), greedy))[0] for name in "ab"]
         with pytest.raises(RateLimited) as caught:
@@ -334,7 +338,8 @@ async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there() -> 
         return tenants[0]
 
     runtime = SimpleNamespace(tenants=SimpleNamespace(get=get))
-    context = cast(Context, SimpleNamespace(runtime=runtime, unwell=lambda *told: unwell.append(told)))
+    health = SimpleNamespace(unwell=lambda *told: unwell.append(told))
+    context = cast(Context, SimpleNamespace(runtime=runtime, health=health))
     record = Record("shop", "shop.test", "https://shop.test", "static", "me", instance="i-1")
     where = Exposure("10.0.0.2", 3000, "10.0.0.2:3000")
     site = Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)

@@ -12,11 +12,12 @@ MiB = 1 << 20
 NPM = 'npm error [--workspaces]\nnpm error\nnpm error Run "npm help ci" for more info\n'
 
 
-def told(said: str, code: int, *install: str, memory: int = 512 * MiB) -> str:
+def told(said: str, code: int, *install: str, memory: int = 512 * MiB, short: bool = False) -> str:
     message = f"the install command {' '.join(install)} ended with {code}: {said}"
     known = failure(code, said)
     assert known is not None
-    failed = ExecFailed(message, reason="install_failed", exit_code=code, **known.facts)
+    facts = known.facts | ({"cause": "memory"} if short else {})
+    failed = ExecFailed(message, reason="install_failed", exit_code=code, **facts)
     return install_failed(failed, install, memory).message
 
 
@@ -56,7 +57,16 @@ def test_a_lockfile_that_does_not_fit_is_named(said: str, install: tuple[str, ..
 def test_a_build_without_memory_names_the_size_that_does(
     said: str, code: int, memory: int, first: str
 ) -> None:
-    assert told(said, code, "bun", "run", "build", memory=memory).startswith(first)
+    """Its own words say so, or the kernel."""
+    short = "heap" not in said
+    assert told(said, code, "bun", "run", "build", memory=memory, short=short).startswith(first)
+
+
+def test_a_build_that_somebody_killed_is_not_said_to_lack_memory() -> None:
+    for said, code in (("", 137), ("Killed\n", 1), ("terminated by signal SIGKILL", 1)):
+        message = told(said, code, "bun", "run", "build")
+        assert message.startswith("`bun run build` was killed (SIGKILL), and the kernel reports no")
+        assert "medium" not in message
 
 
 def test_a_program_that_the_image_lacks_is_named() -> None:
@@ -69,6 +79,28 @@ def test_a_program_that_the_image_lacks_is_named() -> None:
         "the tenant's image has no npm, which `npm ci` needs: the gateway's operator can"
     )
     assert error.facts["reason"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("said", "registry"),
+    [
+        ("npm error code EAI_AGAIN\nnpm error syscall getaddrinfo", "the npm registry"),
+        ("npm error code E503\nnpm error 503 Service Unavailable", "the npm registry"),
+        ("error: ConnectionRefused downloading package manifest is-odd", "the npm registry"),
+        (" ERR_PNPM_META_FETCH_FAIL  GET https://registry.npmjs.org/is-odd", "the npm registry"),
+        ("info There appears to be trouble with your network connection. Retrying...", "the npm registry"),
+        ("  Caused by: error sending request for url (https://pypi.org/simple/flask/)", "PyPI"),
+    ],
+)
+def test_a_registry_that_does_not_answer_is_named(said: str, registry: str) -> None:
+    assert told(said, 1, "npm", "ci").startswith(
+        f"{registry} could not be reached; try again when it answers. "
+    )
+
+
+def test_a_build_that_lacks_a_server_of_its_own_is_not_taken_for_that() -> None:
+    for said in ("Error: connect ECONNREFUSED 127.0.0.1:5432", "npm error code 1", "npm error code E404"):
+        assert failure(1, said) is None
 
 
 def test_what_nothing_is_known_of_stays() -> None:
@@ -93,8 +125,10 @@ CLEAN = "site.service: Deactivated successfully."
     [
         ("$ node index.js\nhello", CLEAN, "it ends by itself, without an error", "$ node index.js\nhello"),
         ("Error: no port", FAILED.format("1/FAILURE"), "it ends with code 1", "Error: no port"),
-        ("", FAILED.format("9/KILL"), "the kernel does when memory runs out: the size medium",
-         "nothing"),
+        ("short", FAILED.format("9/KILL"), "the kernel kills it because memory runs out: the size medium",
+         "short"),
+        ("short", FAILED.format("137/n/a"), "the kernel kills it because memory runs out", "short"),
+        ("", FAILED.format("9/KILL"), "it was killed (SIGKILL), and the kernel", "nothing"),
         ("env: ‘npm’: No such file or directory", FAILED.format("127/n/a"),
          "the tenant's image has no npm, which `npm run dev` needs", "env: ‘npm’: No such file or directory"),
     ],
@@ -102,7 +136,7 @@ CLEAN = "site.service: Deactivated successfully."
 def test_a_site_that_ends_says_how_and_what_it_said(said: str, how: str, why: str, words: str) -> None:
     """Its own words are those of its last run, without systemd's."""
     journal = "".join(RUN.format(n=n, said=said, how=how) for n in range(1, 5))
-    assert why in ended(journal, ("npm", "run", "dev"), 512 * MiB)
+    assert why in ended(journal, ("npm", "run", "dev"), 512 * MiB, short=said == "short")
     assert last_words(journal) == f"Its last output: {words}"
     begun = f"{journal}Started site.service - The site of this tenant.\n"
     assert last_words(begun) == f"Its last output: {words}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,7 +36,7 @@ class Log:
         pass
 
 
-async def installed(seconds: float, error: ExecFailed | None, log: Log) -> None:
+async def installed(seconds: float, error: ExecFailed | None, log: Log, *, killed: bool = False) -> None:
     """Install in a tenant that is short of memory; it ends once that was said, or at once with 0 seconds."""
 
     async def run(tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
@@ -45,7 +46,12 @@ async def installed(seconds: float, error: ExecFailed | None, log: Log) -> None:
             raise error
 
     sites: Any = SimpleNamespace(install=run)
-    context = cast(Context, SimpleNamespace(sites=sites, pressed=lambda tenant: seconds))
+
+    async def has_killed(tenant: str, since: float) -> bool:
+        return killed
+
+    pressure = SimpleNamespace(seconds=lambda tenant: seconds, has_killed=has_killed)
+    context = cast(Context, SimpleNamespace(sites=sites, pressure=pressure))
     async with asyncio.timeout(60):
         await installing.install(context, "shop", "live", RECIPE, 512 * MiB, cast(Progress, log))
 
@@ -77,3 +83,15 @@ async def test_one_that_is_slow_or_fails_by_itself_is_not_taken_for_that() -> No
         await installed(10.0, ExecFailed("it ended with 1", reason="install_failed", exit_code=1), Log())
     assert caught.value.message == "it ended with 1"
     await installed(10.0, None, Log())
+
+
+async def test_one_that_is_killed_lacked_memory_if_the_kernel_says_so() -> None:
+    def sigkill() -> ExecFailed:
+        return ExecFailed("it ended with 137", reason="install_failed", exit_code=137, cause="killed")
+
+    for killed, why in (
+        (True, "needs more memory than"),
+        (False, "was killed (SIGKILL), and the kernel reports"),
+    ):
+        with pytest.raises(ExecFailed, match=re.escape(f"`npm run build` {why}")):
+            await installed(0.0, sigkill(), Log(), killed=killed)

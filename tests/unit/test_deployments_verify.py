@@ -18,7 +18,7 @@ from hypothesis import given, strategies
 from gateway.deployments import steadiness, verify
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.steadiness import Steadiness, unsteady
-from gateway.deployments.verify import Subject, Verifier, Way
+from gateway.deployments.verify import Subject, Unsteady, Verifier, Way
 from gateway.errors import ExecFailed, Timeout
 from gateway.runtime.incus import unit_status
 from gateway.runtime.listening import Listener, in_table, listener, of_tree
@@ -142,6 +142,7 @@ class Rig:
         self.part = "200 OK"  # of what its page names
         self.later = ""  # instead, from the second word on
         self.body = ""
+        self.said = "out of luck"
         self.told: asyncio.Queue[str] = asyncio.Queue()
 
     async def ask(self, domain: str, path: str, timeout: float) -> int:
@@ -155,7 +156,7 @@ class Rig:
         return False
 
     async def log(self, tenant: str, side: str) -> str:
-        return "out of luck"
+        return self.said
 
     async def tell(self, why: str) -> None:
         self.told.put_nowait(why)
@@ -370,6 +371,26 @@ async def test_a_process_that_the_kernel_kills_is_told_of_the_same_life(rig: Rig
     (found,) = await steadied(rig, Life("1 7", 0.0, oom_kills=2), Life("1 7", 0.1, oom_kills=3))
     assert "because memory ran out" in found
     assert await steadied(rig, Life("1 7", 0.0, oom_kills=2), Life("1 7", 0.1, oom_kills=2)) == [""]
+
+
+@pytest.mark.parametrize("short", [True, False])
+async def test_a_site_that_is_killed_lacked_memory_only_if_that_was_reported(rig: Rig, short: bool) -> None:
+    rig.said = "site.service: Main process exited, code=killed, status=9/KILL"
+
+    async def has_killed(tenant: str, since: float) -> bool:
+        return short
+
+    async with rig.opened() as (verifier, site):
+        verifier._pressure = cast(Any, SimpleNamespace(has_killed=has_killed))
+        rig.service = Service("ended", restarts=1, started=time.monotonic() + 100)
+        with pytest.raises(Unsteady) as caught:
+            await verifier.settled(site, "direct", time.monotonic(), 0.3)
+        assert ("because memory ran out" in caught.value.why) is short
+        assert ("it was killed (SIGKILL)" in caught.value.why) is not short
+        rig.service, rig.status = Service("ended", restarts=verify._RESTARTS), "500 No"
+        with pytest.raises(Timeout) as refused:
+            await verifier.answering(site)
+        assert ("because memory runs out" in refused.value.message) is short
 
 
 async def test_a_life_that_began_after_the_answer_is_not_the_one_that_answered(rig: Rig) -> None:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import Any, cast
+
+import pytest
+
+from gateway.limits import pressure
 from gateway.limits.pressure import Course, Step, Window, advice, larger, window
 from gateway.rootfs.memory import Sample
+from gateway.runtime import TenantEvent
+from tests.waits import turn
 
 SHORT = Window(2.0, 0.6, 100_000)
 CALM = Window(2.0, 0.0, 0)
@@ -79,3 +88,26 @@ def test_advice_names_the_next_larger_size() -> None:
     said = advice("shop", 512 << 20, "medium")
     assert "512 MiB" in said and "incus-gateway resize shop medium" in said and "PATCH" in said
     assert "no larger size" in advice("shop", 64 << 30, None)
+
+
+async def test_a_kill_for_lack_of_memory_is_known_once_the_kernel_has_reported_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes after the process has ended; one before that, or of another tenant, is none."""
+    monkeypatch.setattr(pressure, "_REPORT", 0.05)
+    watch: Any = pressure.Pressure(*(cast(Any, None),) * 4)
+    oom = TenantEvent("tenant.oom", "shop", {})
+    watch.noticed(oom)
+    began = time.monotonic()
+    assert not await watch.has_killed("shop", began)
+    monkeypatch.setattr(pressure, "_REPORT", 30)
+    asking = asyncio.create_task(watch.has_killed("shop", began))
+    await turn()
+    watch.noticed(TenantEvent("tenant.oom", "other", {}))
+    await turn()
+    assert not asking.done()
+    watch.noticed(oom)
+    assert await asking and await watch.has_killed("shop", began)
+    watch.noticed(TenantEvent("tenant.destroyed", "shop", {}))
+    monkeypatch.setattr(pressure, "_REPORT", 0.05)
+    assert not await watch.has_killed("shop", began), "the next tenant of this name is another"

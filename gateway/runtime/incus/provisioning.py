@@ -115,7 +115,8 @@ class Provisioning:
                 return
             except ExecFailed as error:
                 # registries and name servers fail occasionally; what was fetched is kept
-                if not left or "exit_code" not in error.facts or "cause" in error.facts:
+                lasts = error.facts.get("cause", "registry") != "registry"
+                if not left or "exit_code" not in error.facts or lasts:
                     raise
                 say(f"the install command ended with {error.facts['exit_code']}, trying again")
 
