@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -189,6 +190,9 @@ class Phases:
         if self._copied:
             return {}
         lost, written = list[bytes](), list[bytes]()
+        if record.kind == "update" and (update := self._template.update()) is not self._template:
+            self._template = update
+            self._recipe = replace(self._recipe, archive=await asyncio.to_thread(update.archive))
         if record.kind == "update" and not self._template.shared:
             # a template deployed by name is the operator's, and what a tenant added to it stays
             lost, written = await live_files.lost(self._context, record.tenant, await self._lasting())

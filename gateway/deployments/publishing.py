@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
@@ -24,6 +24,8 @@ _WAITING: Final = 32
 _SECONDS: Final = 60.0  # for packing, and again for reading the tar
 _SILENCE: Final = 15.0  # seconds without a byte of the tar; a git that lists a large tree takes some
 _SAID: Final = 8 << 10  # bytes of the script's messages beside the tar
+# what a published site has of these is its own; a source file such as `schema.sqlite.ts` is none
+_DATABASES: Final = ("*.{db,sqlite,sqlite3}", "*.{db,sqlite,sqlite3}-*")
 _HEADERS: Final = 2048  # bytes of a tar entry besides its content
 
 
@@ -56,22 +58,18 @@ class Sources:
 def for_production(archive: bytes, settings: Settings) -> bytes:
     """Return an archive with its manifest changed to production. Raises `InvalidParams` and `TooLarge`.
 
-    Settings of the manifest for development, such as how it starts, are dropped; those for both stay. A
-    manifest that is for production already stays as it is.
+    Settings of the manifest for development, such as how it starts, are dropped; those for both stay. One
+    that is for production already keeps all. Databases are kept as if the manifest named them.
     """
     entries = read_archive(archive, settings)
     said = read_manifest(entries.get(MANIFEST))
+    facts = said.model_dump(exclude_defaults=True)
     if said.mode != "production":
-        facts: dict[str, Any] = {
-            "mode": "production",
-            "port": said.port,
-            "health": said.health,
-            "keep": list(said.keep),
-        }
-        facts |= {} if said.spa is None else {"spa": said.spa}
-        # JSON's numbers, strings and lists are TOML's, too
-        lines = [f"{name} = {orjson.dumps(value).decode()}\n" for name, value in facts.items()]
-        entries[MANIFEST] = Entry("".join(lines).encode())
+        facts = {name: facts[name] for name in ("port", "health", "spa") if name in facts}
+    facts |= {"mode": "production", "keep": [*_DATABASES, *said.keep]}
+    # JSON's numbers, strings and lists are TOML's, too
+    lines = [f"{name} = {orjson.dumps(value).decode()}\n" for name, value in facts.items()]
+    entries[MANIFEST] = Entry("".join(lines).encode())
     return packed(entries)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from gateway.rootfs.paths import HOME, show
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
 from gateway.tools.mirroring import Kind, listed
+from gateway.tools.search.ignore_files import rules
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _INSIDE: Final = re.compile(r"cd '?([^'\s]{1,200})'? && ")
@@ -73,6 +74,24 @@ class Template:
         facts = {"keep": self.manifest.keep, "left_out": [*LEFT_OUT], "clean": clean}
         return {"there": kinds, "ignored": ignored, **facts}
 
+    def update(self) -> Template:
+        """Return it as an update takes it.
+
+        What `keep` names is a production site's own data: a new one gets the folder's, an update brings none.
+        """
+        if self.manifest.mode != "production" or not self.manifest.keep:
+            return self
+        named = rules("\n".join(self.manifest.keep))
+        kept = {"": False}  # by folder
+        for folder in sorted(folders_above(self.entries)):
+            kept[folder] = kept[folder.rpartition("/")[0]] or bool(named.decide(folder, folder=True))
+        entries = {
+            path: entry
+            for path, entry in self.entries.items()
+            if not kept[path.rpartition("/")[0]] and not named.decide(path, folder=entry == Entry())
+        }
+        return replace(self, entries=entries)
+
     def project(self) -> Project:
         """Return the package.json of the folder in which it is started."""
         start = self.manifest.start or ()
@@ -93,7 +112,7 @@ class Template:
         manifest = self.manifest
         return Recipe(
             # caches of compiled files, such as Python's, compare modification times
-            archive=packed({**self.entries, **self._listed()}, int(time.time())),
+            archive=self.archive(),
             start=manifest.command,
             port=manifest.port,
             health=manifest.health,
@@ -105,10 +124,11 @@ class Template:
             template=self.name,
         )
 
-    def _listed(self) -> dict[str, Entry]:
-        """Return the list of its paths, by which later updates know what a folder had."""
+    def archive(self) -> bytes:
+        """Return its files as a tar, with the list of its paths by which updates know what a folder had."""
         path, content = listed([*self.entries, *folders_above(self.entries)])
-        return {path: Entry(content), f"{HOME}/.gitignore": Entry(b"*\n")}
+        own = {path: Entry(content), f"{HOME}/.gitignore": Entry(b"*\n")}
+        return packed({**self.entries, **own}, int(time.time()))
 
     def _key(self, owner: str) -> str:
         if self.shared or not owner:

@@ -266,3 +266,70 @@ async def test_a_python_app_outlives_its_update(host: Hosting) -> None:
     second = await deployed(host, "flask.test", files | {"app.py": app.format("two")})
     assert second["kind"] == "update"
     assert await host.visit("flask.test") == (200, "two")
+
+
+# a site with a database that nobody named, beside one that its manifest names in `keep`
+SHOP = """const fs = require("fs"), http = require("http");
+const read = (name) => fs.existsSync(name) ? fs.readFileSync(name, "utf8") : "";
+http.createServer((request, answer) => {
+  const [, verb, word] = request.url.split("/");
+  if (verb == "add") for (const name of ["shop.db", "shop.db-wal", "data/orders.json"]) {
+    fs.mkdirSync("data", { recursive: true });
+    fs.appendFileSync(name, word + " ");
+  }
+  answer.end(`${process.env.HOW} VERSION ${read("shop.db")}| ${read("data/orders.json")}`);
+}).listen(process.env.PORT, "0.0.0.0");
+"""
+
+
+async def test_what_a_published_site_has_written_outlives_the_next_publish(host: Hosting) -> None:
+    """A new one begins with the data of the site that it was made from; from then on it has its own."""
+    commands = {"dev": "HOW=dev node server.js", "start": "HOW=start node server.js"}
+    files = {
+        "package.json": json.dumps({"scripts": commands}),
+        "server.js": SHOP.replace("VERSION", "one"),
+        "site.toml": 'keep = ["data/"]\n',
+    }
+    await deployed(host, "shop.test", files)
+    await host.visit("shop.test", "/add/trial")
+    for number, version in enumerate(("one", "two")):
+        source = SHOP.replace("VERSION", version).encode()
+        async with host.gateway.http("shop-test") as session:
+            answer = await session.put("/v1/tenants/shop-test/files/server.js", data=source)
+            assert answer.status in (200, 201), await answer.text()
+        code, output = await cli(host, "publish", "shop.test", "www.shop.test")
+        assert code == 0, output
+        written = "trial " + "sold " * number
+        assert await host.visit("www.shop.test") == (200, f"start {version} {written}| {written}")
+        await host.visit("www.shop.test", "/add/sold")
+        await host.visit("shop.test", "/add/more")
+    # it goes back with all that was sold
+    status, begun, _ = await host.call("POST", "/v1/tenants/www-shop-test/rollback", {})
+    assert status == 202, begun
+    record = await host.ended(begun["id"])
+    assert record["state"] == "succeeded", record["error"]
+    assert await host.visit("www.shop.test") == (200, "start one trial sold sold | trial sold sold ")
+
+
+async def test_a_command_for_production_is_published_and_a_dev_server_is_not(host: Hosting) -> None:
+    """The refusal says which line to write; nothing is made by it."""
+    node = NODE.replace("process.env.npm_lifecycle_event", "process.env.HOW + process.env.NODE_ENV")
+    commands = {"dev": "HOW=dev nodemon server.js"}
+    files = {"package.json": json.dumps({"scripts": commands}), "server.js": node}
+    await deployed(host, "own.test", files, start="env HOW=dev node server.js")
+    code, output = await cli(host, "publish", "own.test", "www.own.test")
+    assert code != 0, output
+    for part in (
+        "its script `dev` (HOW=dev nodemon server.js) starts nodemon, which is for development only",
+        "add a script `start` to package.json",
+        "or give a command that does with `start` (--start)",
+    ):
+        assert part in " ".join(output.split()), output
+    status, said, _ = await host.call("GET", "/v1/tenants/www-own-test")
+    assert (status, said["code"]) == (404, "not_found")
+    for how in ("first", "second"):
+        words = ("publish", "own.test", "www.own.test", "--start", f"env HOW={how} node server.js")
+        code, output = await cli(host, *words)
+        assert code == 0, output
+        assert await host.visit("www.own.test") == (200, f"of node, by {how}production")
+    assert await host.visit("own.test") == (200, "of node, by devdevelopment")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 
 from gateway.deployments import publishing
@@ -17,10 +18,13 @@ from gateway.deployments.entries import Entry, packed, read_archive
 from gateway.deployments.manifest import MANIFEST, Manifest, read_manifest
 from gateway.deployments.publishing import Sources
 from gateway.deployments.queue import Owner
+from gateway.deployments.template import uploaded
 from gateway.errors import InvalidParams, Timeout
 from gateway.settings import Settings
+from tests.archives import archive
 
 SETTINGS = Settings()
+DATABASES = ("*.{db,sqlite,sqlite3}", "*.{db,sqlite,sqlite3}-*")
 
 
 def manifest(text: str | None) -> Manifest:
@@ -34,14 +38,32 @@ def manifest(text: str | None) -> Manifest:
 def test_how_it_starts_for_development_is_not_how_it_is_served() -> None:
     """Where it listens, what is asked to see whether it is well, and what an update keeps stay."""
     ways = 'start = ["bun", "dev"]\ninstall = ["bun", "install"]\n'
-    found = manifest(f'{ways}port = 4000\nhealth = "/up"\nkeep = ["data/**"]\n')
-    assert found == Manifest(mode="production", port=4000, health="/up", keep=("data/**",))
-    assert manifest(None) == Manifest(mode="production")
+    found = manifest(f'{ways}port = 4000\nhealth = "/up"\nkeep = ["data/**"]\nspa = false\n')
+    keep = (*DATABASES, "data/**")
+    assert found == Manifest(mode="production", port=4000, health="/up", keep=keep, spa=False)
+    assert manifest(None) == Manifest(mode="production", keep=DATABASES)
 
 
 def test_what_is_for_production_itself_stays_as_it_is() -> None:
-    said = 'mode = "production"\nstatic = "."\n'
-    assert manifest(said) == Manifest(mode="production", static=".")
+    said = 'mode = "production"\nstatic = "."\ndescription = "a \\"shop\\" of \\\\ and é"\n'
+    told = 'a "shop" of \\ and é'
+    assert manifest(said) == Manifest(mode="production", static=".", description=told, keep=DATABASES)
+
+
+@pytest.mark.parametrize("mode", ["production", "dev"])
+def test_an_update_brings_nothing_of_what_a_production_site_keeps(mode: str) -> None:
+    """Neither databases nor what the manifest names; sources with such names are none."""
+    data = ["a.db", "data/deep/x", "x/data/y", "x/b.sqlite3-wal", "x/c.sqlite", "own.json"]
+    source = ["data.js", "notes/data", "x/schema.sqlite.ts", "y.dbml"]
+    keep = orjson.dumps([*DATABASES, "data/", "/own.json"]).decode()
+    text = f'mode = "{mode}"\nstart = "x"\nkeep = {keep}\n'
+    members = [(name, b"") for name in (*data, *source)]
+    template = uploaded(archive(*members, manifest=text.encode()), SETTINGS)
+    update = template.update()
+    wanted = {*source, MANIFEST} | (set() if mode == "production" else set(data))
+    assert {path for path, entry in update.entries.items() if entry != Entry()} == wanted
+    assert read_archive(update.archive(), SETTINGS).keys() & {*data} == wanted & {*data}
+    assert {*data} <= template.entries.keys()
 
 
 def test_what_is_no_manifest_is_refused() -> None:
