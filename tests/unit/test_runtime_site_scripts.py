@@ -14,6 +14,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,7 @@ import gateway
 from gateway.runtime.incus import provisioning, script_files
 from gateway.runtime.incus.script_files import script, systemd_script
 from tests.thorough import examples
+from tests.waits import until_true
 
 SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
 SCRIPTS: Final = [
@@ -190,6 +192,24 @@ def test_what_the_sites_user_cannot_read_is_named(shell: tuple[str, ...], place:
     ended = run(shell, "stage", live, place / "next", str(UID), "update")
     _, named, path = ended.stdout.decode().rpartition(provisioning._UNREADABLE)
     assert (ended.returncode, bool(named), path) == (1, True, secret.name)
+
+
+def test_files_that_vanish_while_a_site_is_copied_are_not_missed(shell: tuple[str, ...], place: Path) -> None:
+    """As those of a database's transaction, of a commit or a build; all others are there."""
+    names = [f"{number:04}" for number in range(2000)]
+    live, following = owned(place / "live", dict.fromkeys(names, "")), place / "next"
+
+    def vanish() -> None:
+        until_true(lambda: following.exists() and any(following.iterdir()), every=0)
+        for name in reversed(names[1000:]):
+            (live / name).unlink()
+
+    vanishing = threading.Thread(target=vanish)
+    vanishing.start()
+    ended = run(shell, "stage", live, following, str(UID), "update")
+    vanishing.join()
+    assert ended.returncode == 0, ended
+    assert {*names[:1000]} <= held(following).keys() < {*names}, "none has vanished in time"
 
 
 @pytest.mark.parametrize("script", ["discard", "carry"])

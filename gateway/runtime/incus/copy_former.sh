@@ -11,5 +11,7 @@ live="$1" next="$2" uid="$3" copy="$2.copy"
 [ -d "$next.layers" ] || exit 0
 rm -rf "$copy" "$copy.new"
 install -d -m 0755 -o "$uid" -g "$uid" "$copy.new"
-setpriv --reuid="$uid" --regid="$uid" --clear-groups cp -a --reflink=auto "$live/." "$copy.new/"
+as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
+# again for what was replaced or has vanished while it was copied
+as_site cp -a --reflink=auto "$live/." "$copy.new/" || as_site cp -a --reflink=auto "$live/." "$copy.new/"
 mv -T "$copy.new" "$copy"

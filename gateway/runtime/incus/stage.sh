@@ -30,7 +30,14 @@ if [ "$how" = environment ]; then
   fi
   rm -rf "$layers"
 fi
-as_site cp -a --reflink=auto "$live/." "$next/" && exit
+# what vanishes while it is copied is not missed, and what is replaced is copied once more
+vanished=': No such file or directory$' replaced=', as it was replaced while being copied$'
+for again in true true false; do
+  said=$(as_site env LC_ALL=C cp -a --reflink=auto "$live/." "$next/" 2>&1) && exit
+  printf '%s\n' "$said" | grep -qve "$vanished" -e "$replaced" && break
+  $again || printf '%s\n' "$said" | grep -qv "$vanished" || exit 0
+done
+printf '%s\n' "$said"
 file=$(cd "$live" && as_site find . ! -type l '(' ! -readable -o -type d ! -executable ')' -printf %P -quit)
 [ -n "$file" ] || exit 1
 printf '\ncannot be read: %s' "$file"
