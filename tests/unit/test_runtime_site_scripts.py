@@ -184,6 +184,18 @@ def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
         assert held(following) == left | {kept: "written meanwhile"}
 
 
+def test_a_database_is_carried_without_what_the_next_site_wrote_beside_it(
+    shell: tuple[str, ...], place: Path
+) -> None:
+    """It would be replayed: a database that was closed in order has no log file of its own."""
+    live = owned(place / "live", {"a.db": "live", "b.db": "live", "b.db-wal": "live"})
+    rehearsed = dict.fromkeys(("a.db", "a.db-wal", "a.db-shm", "b.db", "b.db-wal", "b.db-journal"), "next")
+    following = owned(place / "next", rehearsed | {"c.db-wal": "deployed"})
+    words = (live, following, str(UID), place / "note", "update")
+    assert run(shell, "carry", *words, given=b"./a.db\0b.db\0b.db-wal\0").returncode == 0
+    assert held(following) == {**held(live), "c.db-wal": "deployed"}
+
+
 def test_what_the_sites_user_cannot_read_is_named(shell: tuple[str, ...], place: Path) -> None:
     live = owned(place / "live", {"a": "", "roots own\n%s": "secret"})
     secret = live / "roots own\n%s"

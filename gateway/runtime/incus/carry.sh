@@ -14,9 +14,10 @@ live="$1" next="$2" uid="$3" paths="$4.lasting" how="$5"
 as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups xargs --null --no-run-if-empty "$@"; }
 cat >"$paths" || exit
 if [ "$how" != environment ]; then
-  # a database would replay another's log file
   cd "$next" || exit
   as_site rm -rf -- <"$paths"
+  # a database would replay another's log file, which the live one may lack
+  for log in -wal -shm -journal; do sed --null-data "s/\$/$log/" "$paths" | as_site rm -f --; done
   cd "$live" || exit
   as_site cp -a --parents --reflink=auto --target-directory="$next" -- <"$paths" || :
 fi
