@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -164,11 +165,26 @@ async def test_a_look_that_began_while_a_site_was_deployed_says_nothing_of_it() 
         beginning.serving() as begins,
         watching(told, {"begins": begins}, health_timeout=0.5) as health,
     ):
-        health.deploying = lambda tenant: deploying
+        health._register = cast(Any, SimpleNamespace(deploying=lambda tenant: deploying))
         await until(lambda: beginning.asked == 1)
         deploying, beginning.said = False, b"HTTP/1.1 200 OK\r\n\r\n"
         await until(lambda: beginning.asked == 3)
         assert told.events.empty()
+
+
+async def test_a_site_that_says_nothing_while_it_is_deployed_is_not_unhealthy() -> None:
+    """It shares its processors with the next one, and visitors rather wait."""
+    told, hanging, deployed = Told(), Server(None), {"hangs"}
+    async with (
+        asyncio.timeout(DEADLINE),
+        hanging.serving() as hangs,
+        watching(told, {"hangs": hangs}, health_timeout=0.05) as health,
+    ):
+        health._register = cast(Any, SimpleNamespace(deploying=deployed.__contains__))
+        await until(lambda: hanging.asked > 2)
+        assert told.events.empty()
+        deployed.clear()
+        assert (await told.events.get())[0] == "tenant.unhealthy"
 
 
 async def test_a_site_that_is_well_and_answers_nobody_is_looked_at_every_fourth_time() -> None:

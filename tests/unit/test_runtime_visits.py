@@ -112,7 +112,11 @@ async def test_a_site_has_rested_only_once_nobody_waits_for_its_answer(
             await pause(3 * visits._ON_THE_WAY)
             assert not resting.done()
             accepted.send(b"answer")
+            answered = time.monotonic()
             assert await resting
+            assert time.monotonic() - answered >= visits._ON_THE_WAY - 2 * visits._LOOK, (
+                "one may be on its way"
+            )
             await pause(0.01)  # for the kernel all within a millisecond is at once
             client.send(b"GET /")
             monkeypatch.setattr(visits, "_DRAIN", 0.1)
