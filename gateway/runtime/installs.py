@@ -24,18 +24,15 @@ _STALE: Final = (
 )
 _SHORT: Final = re.compile(r"heap out of memory|ERR_WORKER_OUT_OF_MEMORY|Cannot allocate memory")
 _SIGKILL: Final = re.compile(r"\bSIGKILL\b|^Killed\b", re.MULTILINE)
-# a registry's name, and each package manager's words for one that does not answer
-_AWAY: Final = (
-    (
-        "the npm registry",
-        re.compile(
-            r"npm error code E(?:NOTFOUND|AI_AGAIN|CONN\w+|TIMEDOUT|\w+UNREACH|50\d|RR_SOCKET_TIMEOUT)"
-            r"|(?:Connection\w+|FailedToOpenSocket|DNS\w+|Timeout) downloading"  # Bun
-            r"|ERR_PNPM_META_FETCH_FAIL|trouble with your network connection"
-        ),
-    ),
-    ("PyPI", re.compile(r"NewConnectionError|error sending request for url|All attempts to connect to")),
+# each package manager's last words for a registry that does not answer, not those of a retry
+_NPM: Final = re.compile(
+    r"npm error code E(?:NOTFOUND|AI_AGAIN|CONN\w+|TIMEDOUT|\w+UNREACH|50\d|RR_SOCKET_TIMEOUT)"
+    r"|error: (?:Connection\w+|FailedToOpenSocket|DNS\w+|Timeout) downloading"  # Bun
+    r"|ERR_PNPM_META_FETCH_FAIL"
+    r'|An unexpected error occurred: "https?://[^"\n]*(?:getaddrinfo|ECONN|ETIMEDOUT)'  # Yarn
 )
+_PYPI: Final = re.compile(r"error sending request for url|All attempts to connect to")  # uv, Poetry
+_PIP: Final = ("NewConnectionError", "No matching distribution found")
 _NOT_FOUND: Final = re.compile(r"(?:\d+: |line \d+: )([\w./@+-]{1,60}): (?:command )?not found\b")
 
 
@@ -66,7 +63,8 @@ def failure(code: int | None, said: str) -> Failure | None:
         return Failure("killed")
     if code == _MISSING and (found := _NOT_FOUND.search(said)) is not None:
         return Failure("program", found[1])
-    for registry, words in _AWAY:
-        if words.search(said):
-            return Failure("registry", registry)
+    if _NPM.search(said) is not None:
+        return Failure("registry", "the npm registry")
+    if _PYPI.search(said) is not None or all(words in said for words in _PIP):
+        return Failure("registry", "PyPI")
     return None

@@ -88,7 +88,11 @@ def test_a_program_that_the_image_lacks_is_named() -> None:
         ("npm error code E503\nnpm error 503 Service Unavailable", "the npm registry"),
         ("error: ConnectionRefused downloading package manifest is-odd", "the npm registry"),
         (" ERR_PNPM_META_FETCH_FAIL  GET https://registry.npmjs.org/is-odd", "the npm registry"),
-        ("info There appears to be trouble with your network connection. Retrying...", "the npm registry"),
+        (
+            'error An unexpected error occurred: "https://registry.yarnpkg.com/x: getaddrinfo ENOTFOUND',
+            "the npm registry",
+        ),
+        ("broken by 'NewConnectionError('': /simple/x/\nERROR: No matching distribution found for x", "PyPI"),
         ("  Caused by: error sending request for url (https://pypi.org/simple/flask/)", "PyPI"),
     ],
 )
@@ -99,7 +103,9 @@ def test_a_registry_that_does_not_answer_is_named(said: str, registry: str) -> N
 
 
 def test_a_build_that_lacks_a_server_of_its_own_is_not_taken_for_that() -> None:
-    for said in ("Error: connect ECONNREFUSED 127.0.0.1:5432", "npm error code 1", "npm error code E404"):
+    retried = "warn: ConnectionRefused downloading package manifest x. Retry 1/5...\nerror: script failed"
+    server = "Error: connect ECONNREFUSED 127.0.0.1:5432"
+    for said in (server, retried, "npm error code 1", "npm error code E404"):
         assert failure(1, said) is None
 
 
