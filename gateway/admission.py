@@ -307,7 +307,10 @@ class Admission(Generic[Owner]):
 
     def _next(self, owner: Owner) -> tuple[_Waiter[Owner], Full | None]:
         """Return an owner's first waiter whose part has room, and what else has none."""
-        for waiter in self._queues[owner]:
+        queue = self._queues[owner]
+        for waiter in queue:
+            if waiter.granted.done() and waiter is not queue[-1]:
+                continue  # it was cancelled just now, and takes no turn of its owner's
             full = self.full(owner, waiter.size, waiter.part)
             if full is None or full.of != "part":
                 break

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.admission import Admission, Reservation
+from gateway.admission import Admission, Reservation, _Waiter
 from gateway.errors import RateLimited
 from tests.waits import settled, turn
 
@@ -150,6 +150,11 @@ class _Recorded(Admission[str]):
         found = super().hold(owner, size, part=part)
         self.look()
         return found
+
+    def _left(self, waiter: _Waiter[str]) -> None:
+        super()._left(waiter)
+        if waiter.owner not in self._queues:  # whoever comes back stands behind the others
+            self.overtaken.pop(waiter.owner, None)
 
     def look(self) -> None:
         assert self.held <= (self.total or 0)
