@@ -1,10 +1,12 @@
 import { LSPClient } from "@codemirror/lsp-client";
 import { EditorState } from "@codemirror/state";
+import { Decoration, EditorView, showTooltip, WidgetType } from "@codemirror/view";
 import { beforeEach, describe, expect, test, vi } from "vitest";
 import type * as lsp from "vscode-languageserver-protocol";
 import { joined } from "../src/editor/servers/completion.js";
 import { documentation, markdownOf, plain } from "../src/editor/servers/documentation.js";
 import { applyEdit, changing, offset } from "../src/editor/servers/edits.js";
+import { type Around, features } from "../src/editor/servers/features.js";
 import { Frames, frame } from "../src/editor/servers/framing.js";
 import { change, OpenFiles } from "../src/editor/servers/open-files.js";
 import { servedBy } from "../src/editor/servers/served.js";
@@ -234,4 +236,46 @@ describe("open files", () => {
     await expect(applyEdit(documents, files, edit, () => before)).rejects.toThrow("changed meanwhile");
     expect(doc.text).toBe(" one()\n");
   });
+});
+
+test("a hover that was asked for in one file is not shown in another", async () => {
+  let answer: (hover: object) => void = () => {};
+  const client = {
+    serverCapabilities: { hoverProvider: true },
+    request: () => new Promise((resolve) => (answer = resolve)),
+  } as unknown as LSPClient;
+  const around = { client, used: () => {}, changed: () => {} } as unknown as Around;
+  const extension = features(around);
+  const icon = new (class extends WidgetType {
+    toDOM() {
+      return document.createElement("i");
+    }
+  })();
+  const mark = EditorView.decorations.of(Decoration.set(Decoration.widget({ widget: icon }).range(50)));
+  const view = new EditorView({
+    parent: document.body,
+    state: EditorState.create({ doc: "x".repeat(100), extensions: [extension, mark] }),
+  });
+  const tooltips = () => view.state.facet(showTooltip).filter((one) => one !== null);
+  const hover = () =>
+    view.dom.querySelector("i")!.dispatchEvent(new MouseEvent("mousemove", { bubbles: true }));
+  vi.useFakeTimers();
+  try {
+    hover();
+    await vi.advanceTimersByTimeAsync(400);
+    answer({ contents: "of x" });
+    await vi.advanceTimersByTimeAsync(0);
+    expect(tooltips()).toHaveLength(1);
+    view.dispatch({ changes: { from: 0, insert: "y" } });
+    expect(tooltips()).toHaveLength(0);
+    hover();
+    await vi.advanceTimersByTimeAsync(400);
+    view.setState(EditorState.create({ doc: "short", extensions: [extension] }));
+    answer({ contents: "of x" });
+    await vi.advanceTimersByTimeAsync(0);
+    expect(tooltips()).toHaveLength(0);
+  } finally {
+    vi.useRealTimers();
+    view.destroy();
+  }
 });

@@ -69,12 +69,13 @@ function hover({ client, used }: Around): Extension {
     async (view, at) => {
       if (!client.serverCapabilities?.hoverProvider) return null;
       used();
+      const { doc } = view.state;
       const found = await client
         .request<object, lsp.Hover | null>("textDocument/hover", asked(view, at))
         .catch(() => null);
       const text = found == null ? "" : markdownOf(found.contents).trim();
-      if (text === "") return null;
-      const { doc } = view.state;
+      // CodeMirror drops an answer that a change outdates, but not one for another file
+      if (text === "" || view.state.doc !== doc) return null;
       const range = found?.range;
       const pos = range === undefined ? at : Math.min(at, offset(doc, range.start));
       const end = range === undefined ? at : Math.max(at, offset(doc, range.end));
