@@ -87,12 +87,17 @@ test("a shell that its tenant's stop took starts anew when the tenant does, and 
   expect(state.starts).toBe(1);
 });
 
-/** A tenant with one shell that printed `before` while another page was open, and prints `later` here. */
-function reloaded(before: number, chunks: readonly string[], sent: unknown[]) {
+/** A tenant with one shell that printed `before` bytes while another page was open, and then prints `chunks` here. */
+function reloaded(
+  before: number,
+  chunks: Iterable<string> | AsyncIterable<string>,
+  sent: unknown[],
+  attached = 0,
+) {
   const forever = new Promise<never>(() => {});
   const stdout = { taken: 0 };
   async function* output() {
-    for (const chunk of chunks) {
+    for await (const chunk of chunks) {
       const data = new TextEncoder().encode(chunk);
       stdout.taken += data.length;
       yield { stream: "stdout", data };
@@ -107,7 +112,7 @@ function reloaded(before: number, chunks: readonly string[], sent: unknown[]) {
     resize: async () => {},
     write: async (data: unknown) => sent.push(data),
   };
-  const known = { exec: "terminal-1", state: "running", offsets: { stdout: before, stderr: 0 } };
+  const known = { exec: "terminal-1", state: "running", attached, offsets: { stdout: before, stderr: 0 } };
   return {
     execs: async () => [known as ExecInfo],
     attach: async () => exec,
@@ -134,4 +139,56 @@ test("what was answered before a reload is not answered again, to the byte; type
   await vi.waitFor(() => expect(sent).toContain("\x1b[?1;2c"));
   expect(sent).toEqual(["x", "\x1b[0n", "\x1b[?1;2c"]);
   real.dispose();
+});
+
+/** One of the windows on the same shell: the earliest, or one that is `late`. */
+function windowOn(late: boolean) {
+  const sent: string[] = [];
+  let print = (_text: string) => {};
+  async function* printed() {
+    for (;;)
+      yield await new Promise<string>((resolve) => {
+        print = resolve;
+      });
+  }
+  const tenant = reloaded(0, printed(), sent, late ? 1 : 0);
+  const terminals = new Terminals(() => tenant, "windows");
+  const terminal = terminals.watch("terminal-1", "bash", false);
+  const shown = new Screen(false, false);
+  shown.onInput = (data) => terminals.input(terminal, data);
+  shown.onFocus = () => terminals.claim(terminal);
+  void terminals.run(terminal, shown);
+  return { sent, shown, terminals, print: (text: string) => print(text) };
+}
+
+test("of two windows on one terminal one answers a program: the first, then that which has the focus", async () => {
+  const windows = [windowOn(false), windowOn(true)] as const;
+  const [first, second] = windows;
+  /** Has the program ask both, and returns which of them answered. */
+  const asked = async () => {
+    for (const { print } of windows) print("\x1b[6n\x1b[c\x1b[5nasked");
+    for (const { shown } of windows) {
+      await vi.waitFor(() => expect(shown.text).toContain("asked"));
+      await shown.write(new TextEncoder().encode("\x1b[2J\x1b[H"));
+    }
+    return windows.map(({ sent }) => sent.splice(0).length);
+  };
+  const other = (one: typeof first) =>
+    vi.waitFor(() => expect(one.terminals.active.value!.answers).toBe(false));
+  try {
+    await vi.waitFor(() => expect(second.terminals.active.value!.state.value).toBe("running"));
+    expect(await asked()).toEqual([3, 0]);
+    second.shown.element.dispatchEvent(new FocusEvent("focusin"));
+    await other(first);
+    expect(await asked()).toEqual([0, 3]);
+    first.shown.element.dispatchEvent(new FocusEvent("focusin"));
+    await other(second);
+    expect(await asked()).toEqual([3, 0]);
+    first.terminals.input(first.terminals.active.value!, "x");
+    second.terminals.input(second.terminals.active.value!, "y");
+    expect(windows.map(({ sent }) => sent)).toEqual([["x"], ["y"]]);
+  } finally {
+    for (const { terminals } of windows) terminals.dispose();
+    sessionStorage.removeItem("gateway.terminals.windows");
+  }
 });

@@ -47,6 +47,8 @@ export class Terminal {
   wanted = false;
   /** It draws output that was on a screen before: what that asked the terminal has been answered. */
   replaying = false;
+  /** This window is the one that answers what the program asks its terminal. Others may show the terminal, too. */
+  answers = false;
   /** It did not end by itself: the tenant or the gateway went away, or somebody sent a signal. */
   taken = false;
 
@@ -69,6 +71,8 @@ export class Terminals {
   readonly #key: string;
   readonly list = signal<readonly Terminal[]>([]);
   readonly active = signal<Terminal | null>(null);
+  /** The browser's windows, which tell one another the terminal that a person goes to. */
+  readonly #windows = new BroadcastChannel("gateway.terminals");
   #count = 0;
 
   constructor(tenant: () => Tenant, name: string) {
@@ -76,6 +80,9 @@ export class Terminals {
     this.#key = `gateway.terminals.${name}`;
     for (const { id, title, foreign } of this.#kept())
       this.#add(new Terminal(id, title, foreign === true), false);
+    this.#windows.onmessage = ({ data }) => {
+      for (const terminal of this.list.value) if (terminal.id === data) terminal.answers = false;
+    };
   }
 
   #kept(): readonly Kept[] {
@@ -154,11 +161,13 @@ export class Terminals {
       if (terminal.id === "") {
         const options = { pty: screen.size, env: ENVIRONMENT, lingerMs: LINGER, buffer: BUFFER };
         terminal.id = TERMINAL + unique(); // known before its events come
+        terminal.answers = true;
         this.#keep();
         terminal.exec = await tenant.exec(SHELL, { ...options, execId: terminal.id });
       } else {
         const known = (await tenant.execs()).find(({ exec }) => exec === terminal.id);
         seen = known?.offsets.stdout ?? 0;
+        terminal.answers ||= known?.attached === 0;
         terminal.exec = await tenant.attach(terminal.id, {}, { buffer: BUFFER });
         if (!terminal.foreign && known?.state === "running") void this.#redraw(terminal, screen);
       }
@@ -213,6 +222,12 @@ export class Terminals {
   /** The next letter is one with Ctrl: a phone's keyboard has no such key. */
   readonly ctrl = signal(false);
 
+  /** Has this window answer the terminal's program, and no other of the browser: a person has gone to it here. */
+  claim(terminal: Terminal): void {
+    terminal.answers = true;
+    this.#windows.postMessage(terminal.id);
+  }
+
   input(terminal: Terminal, typed: string | Uint8Array): void {
     let data = typed;
     // what begins with Esc is another key; of letters a phone's keyboard may give several at once
@@ -222,7 +237,7 @@ export class Terminals {
     }
     if (terminal.over && data === "\r") this.again(terminal);
     if (terminal.foreign || terminal.exec === null || terminal.over) return;
-    if (terminal.replaying && escaped(data)) return;
+    if ((terminal.replaying || !terminal.answers) && escaped(data)) return;
     terminal.exec.write(data).catch((error) => {
       if (!(error instanceof Disconnected)) complain(error);
     });
@@ -252,6 +267,7 @@ export class Terminals {
   }
 
   dispose(): void {
+    this.#windows.close();
     for (const terminal of this.list.value) terminal.screen?.dispose();
   }
 }

@@ -15,11 +15,13 @@ export class Screen {
   readonly element: HTMLDivElement;
   onInput: (data: string | Uint8Array) => void = () => {};
   onResize: (size: Size) => void = () => {};
+  onFocus: () => void = () => {};
 
   /** `plain` output is no terminal's: its lines end without a carriage return. */
   constructor(readOnly: boolean, plain: boolean) {
     this.element = document.createElement("div");
     this.element.className = "screen";
+    this.element.addEventListener("focusin", () => this.onFocus());
     this.#xterm = new Xterm({
       allowProposedApi: true, // for widths by Unicode 11
       convertEol: plain,

@@ -186,7 +186,10 @@ function Keys({ terminal, current }: { terminal: Terminal; current: Workspace })
       aria-label={label}
       // the keyboard stays
       onPointerDown={(event) => event.preventDefault()}
-      onClick={() => terminals.input(terminal, sent)}
+      onClick={() => {
+        terminals.claim(terminal);
+        terminals.input(terminal, sent);
+      }}
     >
       {shown}
     </button>
@@ -334,6 +337,7 @@ function TerminalView({
         screen = made;
         screen.onInput = (data) => current.terminals.input(terminal, data);
         screen.onResize = () => current.terminals.resized(terminal);
+        screen.onFocus = () => current.terminals.claim(terminal);
         element.append(screen.element);
         screen.open();
         void current.terminals.run(terminal, made);
