@@ -1,6 +1,7 @@
 import { LSPClient } from "@codemirror/lsp-client";
 import { EditorState } from "@codemirror/state";
 import { Decoration, EditorView, showTooltip, WidgetType } from "@codemirror/view";
+import { Disconnected } from "@incus-gateway/client";
 import { beforeEach, describe, expect, test, vi } from "vitest";
 import type * as lsp from "vscode-languageserver-protocol";
 import { joined } from "../src/editor/servers/completion.js";
@@ -190,6 +191,13 @@ describe("open files", () => {
     const failed = "b.ts cannot be saved: changed. Changed, and not put back: a.ts.";
     await expect(applyEdit(documents, files, both(), () => null)).rejects.toThrow(failed);
     expect(shelf.text("a.ts")).toBe("the agent's\n");
+  });
+
+  test("of an edit may be changed where the connection broke before the answer, which is said", async () => {
+    shelf.meanwhile.write = () => Promise.reject(new Disconnected("the connection broke"));
+    const failed = "a.ts cannot be saved: the connection broke. It may have changed all the same.";
+    await expect(applyEdit(documents, files, both(), () => null)).rejects.toThrow(failed);
+    expect([shelf.text("a.ts"), shelf.text("b.ts")]).toEqual(["two()\n", "one()\n"]);
   });
 
   test("of an edit keep what is typed while they are saved", async () => {

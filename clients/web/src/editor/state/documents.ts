@@ -389,9 +389,11 @@ export class Documents {
           .catch((error: Error) => error);
         if (written instanceof Error) {
           const left = await this.#putBack(saves.slice(0, at));
-          if (left.length === 0) throw refuse(doc, `cannot be saved: ${written.message}.`);
-          const why = `${doc.path} cannot be saved: ${written.message}.`;
-          throw new Error(`${why} Changed, and not put back: ${left.join(", ")}.`);
+          const unknown = written instanceof Disconnected ? " It may have changed all the same." : "";
+          const why = `cannot be saved: ${written.message}.${unknown}`;
+          if (left.length === 0 && unknown === "") throw refuse(doc, why);
+          const others = left.length > 0 ? ` Changed, and not put back: ${left.join(", ")}.` : "";
+          throw new Error(`${doc.path} ${why}${others}`);
         }
         save.etag = written.etag;
       }

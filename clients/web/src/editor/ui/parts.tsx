@@ -222,7 +222,7 @@ export function Names({ names }: { names: readonly string[] }) {
 }
 
 // biome-ignore lint/suspicious/noControlCharactersInRegex: a terminal's sequences begin with one
-const SEQUENCE = /\x1b(?:\[([\d;:?]*)[ -/]*([@-~])|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])/g;
+const SEQUENCE = /\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-OQ-WYZ\\`-~])/g;
 /** A terminal's eight colours; black and white are the page's own. */
 const COLOURS = ["", ..."red green yellow blue magenta cyan".split(" ").map((name) => `ansi-${name}`), ""];
 /** Changes of colour in one line, at most. */
@@ -248,7 +248,8 @@ export function Coloured({ text }: { text: string }) {
         </span>,
       );
     at = found.index + found[0].length;
-    if (found[2] === "m") look = rendition(look, (found[1] ?? "").split(/[;:]/).map(Number));
+    const codes = found[1] ?? "";
+    if (found[2] === "m" && !/[<-?]/.test(codes)) look = rendition(look, codes.split(/[;:]/).map(Number));
   }
   return (
     <>
