@@ -192,7 +192,7 @@ function indentation(text: string): string {
   return found?.[1] ?? "  ";
 }
 
-/** Says what a text is called; its place in the order of Tab is told for what can only be read, too. */
+/** Names a text for screen readers, and makes it reachable by Tab even if it is read-only. */
 function named(path: string): Extension {
   return EditorView.contentAttributes.of({ "aria-label": path, tabindex: "0" });
 }
@@ -282,19 +282,19 @@ export function makeView(host: HTMLElement): EditorView {
   });
 }
 
-/** Does what a key does in the text; returns false where it does nothing. */
+/** Presses a key in the text; returns false if nothing handles it. */
 export function press(view: EditorView, key: string): boolean {
   return runScopeHandlers(view, new KeyboardEvent("keydown", { key, code: key }), "editor");
 }
 
-/** What a person likes of every file. */
+/** The user's settings for all files. */
 export interface Likes {
   readonly wrap: boolean;
   readonly tabWidth: number;
   readonly keys: Extension;
 }
 
-/** Has the view follow what a person likes. */
+/** Applies the user's settings to a view. */
 export function like(view: EditorView, { wrap, tabWidth, keys }: Likes): void {
   const liked = [EditorState.tabSize.of(tabWidth), wrap ? EditorView.lineWrapping : []];
   view.dispatch({ effects: [liking.reconfigure(liked), keying.reconfigure(keys)] });
@@ -310,7 +310,7 @@ export function serving(state: EditorState): Extension {
   return servers.get(state) ?? [];
 }
 
-/** Shows a state; `update` is told of all that happens to it from then on. */
+/** Shows a state, and calls `update` with each later one. */
 export function showState(view: EditorView, state: EditorState, update: (state: EditorState) => void): void {
   view.setState(state);
   view.dispatch({

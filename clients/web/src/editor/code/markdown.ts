@@ -1,6 +1,6 @@
 /**
- * Markdown as a page: a tree of elements, made without HTML, so that nothing in a file can run. A file may be made to
- * cost as much as it can: the parser is bounded, and works in slices.
+ * Renders Markdown as a tree of elements, without HTML, so that nothing in a file can run. Hostile files can be costly to
+ * parse: the parser is bounded, and works in slices.
  */
 
 import { markdownLanguage } from "@codemirror/lang-markdown";
@@ -8,19 +8,19 @@ import type { SyntaxNode, Tree } from "@lezer/common";
 import type { MarkdownConfig, MarkdownParser } from "@lezer/markdown";
 import { type ComponentChild, h } from "preact";
 
-/** A longer text is shown up to here. */
+/** Characters; the rest of a longer text is not shown. */
 const LONGEST = 400_000;
-/** Characters of a paragraph, a heading or a cell: the time that a longer one takes can grow by their square. */
+/** Characters of a paragraph, heading or cell: beyond that, the time to parse can grow quadratically. */
 const INLINE = 5000;
-/** Lists and quotes inside one another, two for each level of a list; and elements. */
+/** Nested blocks, of which each level of a list is two; and nested elements. */
 const DEPTH = 100;
-/** Elements of a page. What comes after them is shown as it is written. */
+/** Elements of a page; the text after them is shown unformatted. */
 const ELEMENTS = 10_000;
-/** Milliseconds for which the parser holds the page at once, and for which it works in all. */
+/** Milliseconds for which the parser blocks the page at a time, and for which it runs in all. */
 const SLICE = 10;
 const PATIENCE = 1000;
 
-/** Has a Markdown parser show as plain text what would cost too much. */
+/** Makes a Markdown parser treat what would be too costly as plain text. */
 export const bounded: MarkdownConfig = {
   parseInline: [
     {
@@ -40,7 +40,7 @@ export const bounded: MarkdownConfig = {
         context.nextLine();
         return true;
       },
-      // the title of a link's definition has no end of its own, and each line has it read again
+      // a link definition's title can go on for ever, and is parsed again at each line
       leaf: (_context, { content }) =>
         content.startsWith("[")
           ? {
@@ -78,7 +78,7 @@ const BLOCKS: Readonly<Record<string, string>> = {
 /** Parts of the notation itself. */
 const MARKS = /^(.*Mark|TableDelimiter|LinkLabel|URL|LinkTitle|CodeInfo)$/;
 
-/** Returns a text as a page; at once if it is an everyday one. What would take too long follows as it is written. */
+/** Renders a text, without a pause if it is an ordinary one. What would take too long follows unformatted. */
 export async function rendered(text: string): Promise<ComponentChild> {
   const source = text.slice(0, LONGEST).replace(/^---\n[\s\S]*?\n---\n/, "");
   const tree = await parsed(source);
@@ -103,15 +103,15 @@ async function parsed(source: string): Promise<Tree> {
   }
 }
 
-/** A word that a browser may take long to break into lines: the time grows by the square of its length. */
+/** A long word: browsers break it into lines in quadratic time. */
 const UNBROKEN = /\S{300}/;
 
-/** Returns text as it is shown: wrapped, unless that would cost too much. */
+/** Returns text that wraps, unless wrapping would be too costly. */
 function words(text: string): ComponentChild {
   return text.length > INLINE || UNBROKEN.test(text) ? h("span", { class: "long" }, text) : text;
 }
 
-/** A page while it is made: its text, how deep an element is in it, and how many more it may have. */
+/** The state of rendering: the text, the depth of the present element, and how many more elements may follow. */
 interface Page {
   readonly source: string;
   depth: number;

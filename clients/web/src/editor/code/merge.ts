@@ -1,4 +1,4 @@
-/** The merge view: their version to read, mine and what could be merged of theirs to edit. */
+/** The merge view: their version, read-only, and mine with the changes of theirs that merge, to edit. */
 
 import { defaultKeymap, history, historyKeymap } from "@codemirror/commands";
 import { MergeView } from "@codemirror/merge";
@@ -13,12 +13,12 @@ export interface Comparison {
   mine(): string;
   /** Whether a person changed it. */
   edited(): boolean;
-  /** Shows what they have by now, null for nothing, and merges it: where both changed the same lines, mine stay. */
+  /** Shows their present text, null if they deleted it, and merges it: where both changed the same lines, mine stay. */
   follow(theirs: string | null): void;
   destroy(): void;
 }
 
-/** Begins with what both had before; `follow` brings theirs. */
+/** Starts with the common base; `follow` adds their text. */
 export async function compare(
   host: HTMLElement,
   path: string,

@@ -9,7 +9,7 @@ interface Edit {
   readonly insert: string;
 }
 
-/** A text that differs too much is compared roughly: it must not hold up who types. */
+/** Texts that differ too much are compared roughly, so that typing never stalls. */
 const CARE = { scanLimit: 1000, timeout: 200 };
 
 function edits(base: string, text: string): readonly Edit[] {
@@ -20,11 +20,11 @@ function edits(base: string, text: string): readonly Edit[] {
   }));
 }
 
-/** Lines that are added between two others belong to neither: they are told by the end of the line before them. */
+/** Moves the insertion of whole lines to the end of the line before, so that it touches neither neighbour. */
 function placed(base: Text, edit: Edit): Edit {
   let { from, insert } = edit;
   if (from !== edit.to) return edit;
-  // within a line whose end is that of what is added, too, it is the same after that line
+  // a diff may split the insertion around a common line start; move that start to its end
   const end = insert.indexOf("\n") + 1;
   if (base.sliceString(from, from + end) === insert.slice(0, end)) {
     from += end;
@@ -34,7 +34,7 @@ function placed(base: Text, edit: Edit): Edit {
   return { from: from - 1, to: from - 1, insert: `\n${insert.slice(0, -1)}` };
 }
 
-/** Returns the first and last line that an edit changes; of lines that are added, a number between two. */
+/** Returns the first and last line that an edit changes; for inserted lines, a number between their neighbours. */
 function lines(base: Text, { from, to, insert }: Edit): readonly [number, number] {
   const line = base.lineAt(from);
   if (from === to && line.to === from && insert.startsWith("\n"))
@@ -43,9 +43,8 @@ function lines(base: Text, { from, to, insert }: Edit): readonly [number, number
 }
 
 /**
- * Returns the changes to `mine` that bring in what `theirs` changed since `base`. Where both changed the same lines,
- * or lines next to one another within one edit, these stay as they are in mine if `mineWins`; otherwise it returns
- * null.
+ * Returns the changes that merge what `theirs` changed since `base` into `mine`. Edits that overlap, or touch
+ * neighbouring lines as one edit, conflict: with `mineWins` mine are kept, otherwise the result is null.
  */
 export function incoming(base: Text, mine: Text, theirs: Text, mineWins = false): ChangeSet | null {
   const own = edits(base.toString(), mine.toString()).map((edit) => placed(base, edit));

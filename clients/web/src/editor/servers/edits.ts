@@ -6,7 +6,7 @@ import type { Doc } from "../state/doc.js";
 import type { Documents } from "../state/documents.js";
 import { change, type OpenFiles } from "./open-files.js";
 
-/** Files changed at once, at most: each is opened. */
+/** The most files that one edit may change: each is opened. */
 const FILES_MAX = 200;
 const EDITS_MAX = 100_000;
 

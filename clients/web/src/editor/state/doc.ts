@@ -34,7 +34,7 @@ export class Doc {
   readonly queued = signal<string | null>(null);
   /** Somebody else changed the file while we have unsaved changes. */
   readonly theirs = signal<Theirs | null>(null);
-  /** Of theirs, the text that ours was last merged with by hand: what ours lacks of it a person left out. */
+  /** Their text at the last merge by hand: what ours lacks of it, the user left out on purpose. */
   mergedWith: string | null = null;
   /** The file is gone; saving creates it again. */
   readonly gone = signal(false);
@@ -53,7 +53,7 @@ export class Doc {
   goTo: Place | Left | null = null;
   /** Whether its view takes the focus when it is shown next. */
   focuses = true;
-  /** Who wrote the file last, as far as it was told; for the line that says so. */
+  /** Who wrote the file last, if known; for the line that says so. */
   readonly writtenBy = signal<string | null>(null);
 
   constructor(public path: string) {}
@@ -62,7 +62,7 @@ export class Doc {
     return basename(this.path);
   }
 
-  /** The text from which ours and theirs went apart. */
+  /** The common base of ours and theirs. */
   get base(): string {
     return this.mergedWith ?? this.saved;
   }

@@ -76,8 +76,8 @@ export class Documents {
   }
 
   /**
-   * Shows a file that somebody else wrote, without the focus, while `wanted`. If a person types in the text that it
-   * would replace, that comes first; of several files that wait, the last is shown.
+   * Shows a file that somebody else wrote while `wanted`, without moving the focus. It waits while a person types in the
+   * text that it would replace; of several waiting files, the last is shown.
    */
   async follow(path: string, wanted: () => boolean): Promise<void> {
     this.#following = path;
@@ -98,7 +98,7 @@ export class Documents {
     for (const place of left) docs.get(place.path)!.goTo = place;
     if (active !== null && !docs.has(active)) docs.set(active, new Doc(active));
     const shown = docs.get(active ?? "") ?? [...docs.values()][0] ?? null;
-    const others = this.tabs.open.value.filter(({ path }) => !docs.has(path)); // opened since, by who was quick
+    const others = this.tabs.open.value.filter(({ path }) => !docs.has(path)); // the user opened these meanwhile
     this.tabs.open.value = [...docs.values(), ...others];
     if (this.tabs.active.value === null || docs.has(this.tabs.active.value.path))
       this.tabs.active.value = shown;
@@ -161,7 +161,7 @@ export class Documents {
     if (changed) this.#dirtied(doc);
   }
 
-  /** Finds out whether a document has unsaved text, and has that kept. */
+  /** Updates whether a document has unsaved text, and keeps that as a draft. */
   #dirtied(doc: Doc): void {
     const before = doc.dirty.value;
     doc.dirty.value = doc.gone.value || doc.text !== doc.saved;
@@ -172,8 +172,8 @@ export class Documents {
   }
 
   /**
-   * Saves a document, unless somebody else changed the same lines first: then that is shown at once, or if nobody
-   * `asked` to save now, by a line above the text.
+   * Saves a document, unless somebody else changed the same lines first: then the conflict dialog opens if the user
+   * `asked` to save, otherwise a line above the text says so.
    */
   async save(doc: Doc, asked = true): Promise<boolean> {
     if (doc.phase.value !== "ready" || doc.state === null) return false;
@@ -186,7 +186,7 @@ export class Documents {
       return false;
     }
     if (doc.saving.value) {
-      doc.queued.value = doc.text; // what is under way may be an older text
+      doc.queued.value = doc.text; // the running write may have an older text
       return false;
     }
     doc.queued.value = null;
@@ -239,7 +239,7 @@ export class Documents {
           this.#ask(doc, asked);
           return false;
         }
-        // theirs is in ours by now, and they may have written again
+        // theirs is merged now, and they may have written again
         text = doc.text;
         etag = theirs.etag;
       }
@@ -268,7 +268,7 @@ export class Documents {
     return true;
   }
 
-  /** Has a person choose between ours and theirs: now, or if nobody `asked` to save now, when they get to it. */
+  /** Lets the user choose between ours and theirs: at once if they `asked` to save, otherwise when they want to. */
   #ask(doc: Doc, asked: boolean): void {
     if (asked) this.comparing.value = doc;
     else say(`${doc.name} is not saved: others changed the same lines.`, "error");
@@ -291,8 +291,8 @@ export class Documents {
   }
 
   /**
-   * Takes the text that a file has by now into its document, unsaved changes included. Returns false where both changed
-   * the same lines: then a person has to choose. What they began to choose stays, and is not taken for the choice.
+   * Merges a file's present text into its document, which may have unsaved changes. Returns false if both changed the
+   * same lines: then the user has to choose. A merge that they have begun is kept, but is no choice yet.
    */
   async #arrived(doc: Doc, text: string, etag: string): Promise<boolean> {
     doc.gone.value = false;
@@ -315,7 +315,7 @@ export class Documents {
     return true;
   }
 
-  /** Takes in texts of a document one after the other: of two at once the later would be merged a second time. */
+  /** Takes in a document's texts one after another: of two at once, the later would be merged twice. */
   #inTurn<Result>(doc: Doc, take: () => Promise<Result>): Promise<Result> {
     const turn = doc.turn.then(take);
     doc.turn = turn.catch(() => {});
@@ -335,13 +335,13 @@ export class Documents {
     }
   }
 
-  /** Takes into a document what was merged of ours and theirs by hand; which of them is saved stays to be chosen. */
+  /** Takes over a merge that was made by hand; the user still has to choose what is saved. */
   merged(doc: Doc, text: string): void {
     if (text !== doc.text) this.#replace(doc, text);
     doc.mergedWith = doc.theirs.value?.text ?? doc.mergedWith;
   }
 
-  /** Ends a conflict by this text, which takes the place of what the others wrote. */
+  /** Ends a conflict: this text replaces what the others wrote. */
   async settle(doc: Doc, text: string): Promise<boolean> {
     const theirs = doc.theirs.value;
     if (theirs === null) return false;
@@ -356,8 +356,8 @@ export class Documents {
   }
 
   /**
-   * Changes documents and saves them, with what else is unsaved in them, or none of them: if one cannot be saved, those
-   * before it are put back, and nothing changes here. Throws what stood in the way.
+   * Changes documents and saves them, with what else is unsaved in them, or none of them: if one cannot be saved, the
+   * earlier ones are put back, and the open documents stay as they are. Throws the reason.
    */
   async saveTogether(changes: ReadonlyMap<Doc, TransactionSpec>): Promise<void> {
     const saves = [...changes].map(([doc, spec]) => {
@@ -417,7 +417,7 @@ export class Documents {
     }
   }
 
-  /** Gives files the text that they had before they were saved; returns those that others have changed by now. */
+  /** Writes the earlier texts back; returns the files where that failed because others changed them. */
   async #putBack(saves: readonly { readonly doc: Doc; readonly etag: string }[]): Promise<readonly string[]> {
     const left: string[] = [];
     for (const { doc, etag } of saves) {
@@ -462,7 +462,7 @@ export class Documents {
       const present = await this.#tenant().files.read(path);
       const late = await this.#inTurn(doc, async () => {
         if (doc.path !== path || doc.phase.value !== "ready") return false;
-        if (doc.saving.value || doc.etag !== known) return true; // what was read is older by now
+        if (doc.saving.value || doc.etag !== known) return true; // the text that was read is outdated
         if (present.etag === doc.etag || present.text === undefined) return false;
         doc.size.value = present.size;
         await this.#arrived(doc, present.text, present.etag);
@@ -490,12 +490,12 @@ export class Documents {
     this.#dirtied(doc);
   }
 
-  /** Has the open files follow a file or folder that `work` moves from one path to another. */
+  /** Lets open files follow a file or folder that `work` moves. */
   move(from: string, to: string, work: Promise<unknown>): Promise<void> {
     return this.#afterwards(work.then(() => this.#moved(from, to)));
   }
 
-  /** Closes the open files of what `work` removes once it is gone; their unsaved text is lost then. */
+  /** Closes the open files at `path` once `work` has removed it; their unsaved text is lost. */
   remove(path: string, work: Promise<unknown>): Promise<void> {
     const closed = work.then(() => {
       for (const doc of this.tabs.open.value) if (within(doc.path, path)) this.close(doc);
@@ -503,7 +503,7 @@ export class Documents {
     return this.#afterwards(closed);
   }
 
-  /** Has what the watcher sees wait for what is moved or removed here. */
+  /** Delays the watcher's changes until a move or removal is done. */
   async #afterwards(moved: Promise<void>): Promise<void> {
     this.#moving.add(moved);
     try {

@@ -1,4 +1,4 @@
-/** What agents changed, turn by turn; one is looked at closer, taken back, or gone back to. */
+/** What agents changed, turn by turn: to view, undo or restore. */
 
 import {
   GatewayError,
@@ -23,13 +23,13 @@ export class History {
   readonly more = signal(false);
   readonly failure = signal<string | null>(null);
   readonly busy = signal(false);
-  /** The turn that is looked at, and what it changed once that is known. */
+  /** The open turn, and its changes once they are known. */
   readonly open = signal<string | null>(null);
   readonly shown = signal<TurnChanges | null>(null);
-  /** A turn that cannot be undone without changing what others have changed since at these paths. */
+  /** A turn whose undo conflicts with later changes at these paths. */
   readonly conflict = signal<UndoConflict | null>(null);
   #asked = false;
-  /** For each list that is being loaded, the turns that were told meanwhile: its answer may be without them. */
+  /** For each list that is loading, the turns that were recorded meanwhile: its answer may lack them. */
   readonly #meanwhile = new Set<Turn[]>();
 
   constructor(tenant: () => Tenant) {
@@ -79,7 +79,7 @@ export class History {
     });
   }
 
-  /** Takes back exactly what a turn changed; where later changes are of the same lines, asks first. */
+  /** Takes back exactly what a turn changed; asks first if later changes touch the same lines. */
   undo(turn: string, force: readonly string[] = []): Promise<void> {
     this.conflict.value = null;
     return this.#try(async () => {

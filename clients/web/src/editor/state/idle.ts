@@ -1,11 +1,11 @@
-/** Has what nobody waits for come after what is waited for. */
+/** Delays work that nobody waits for, and knows whether a person is typing. */
 
 import { effect } from "@preact/signals";
 
-/** Milliseconds after which it comes though the page is busy. */
+/** Milliseconds after which the work starts even though the page is busy. */
 const PATIENCE = 1000;
 
-/** Resolves at the page's next free moment. */
+/** Resolves when the page is idle. */
 export function idle(): Promise<void> {
   return new Promise((resolve) => {
     // Safari has none
@@ -14,12 +14,12 @@ export function idle(): Promise<void> {
   });
 }
 
-/** Milliseconds after a key until a person who has the cursor in a text no longer counts as typing. */
+/** Milliseconds after the last key for which a person still counts as typing. */
 const TYPING = 5000;
 let typedAt = Number.NEGATIVE_INFINITY;
 let composing = false;
 
-// `input`, too: a phone's keyboard and a dictation give no keys
+// `input` too: phone keyboards and dictation send no keys
 for (const kind of ["keydown", "input", "compositionstart", "compositionend"])
   addEventListener(
     kind,
@@ -30,12 +30,12 @@ for (const kind of ["keydown", "input", "compositionstart", "compositionend"])
     { capture: true },
   );
 
-/** Returns the milliseconds that a person must be left alone because of keys that were just pressed, 0 for none. */
+/** Returns for how many milliseconds a person still counts as typing, 0 if they do not. */
 export function typing(): number {
   return composing ? TYPING : Math.max(0, typedAt + TYPING - performance.now());
 }
 
-/** Resolves once this is so, or after `atMost` milliseconds. */
+/** Resolves once `so` returns true, or after `atMost` milliseconds. */
 export function once(so: () => boolean, atMost = 3000): Promise<void> {
   return new Promise((resolve) => {
     const timer = setTimeout(() => end(), atMost);

@@ -128,7 +128,7 @@ export class Insights {
   }
 }
 
-/** A session that ended is told by the window, not here. */
+/** The window reports that a session has ended, not this view. */
 function ended(error: unknown): boolean {
   return error instanceof GatewayError && error.code === "unauthorized";
 }

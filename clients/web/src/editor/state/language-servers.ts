@@ -11,7 +11,7 @@ import { load } from "./network.js";
 import { languageServers } from "./settings.js";
 import { complain } from "./toasts.js";
 
-/** Whoever wanted them tells that they did not load. */
+/** The caller that wanted them reports that they did not load. */
 const untold = () => {};
 
 export class LanguageServers {

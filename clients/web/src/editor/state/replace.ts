@@ -29,7 +29,7 @@ export function replaced(text: string, wanted: Wanted, by: string): { text: stri
   return { text: places === 0 ? text : text.replace(patternOf(wanted), replacement), places };
 }
 
-/** Replaces in each file as it is now; one that somebody writes meanwhile is left as it is, and told. */
+/** Replaces in the present text of each file; a file that somebody writes meanwhile is left alone and reported. */
 export async function replaceIn(
   tenant: Tenant,
   paths: readonly string[],

@@ -104,7 +104,7 @@ export function identify(token: string): Promise<Session> {
 
 /**
  * Returns the session that a sign-in from the address would go past, which is to be asked about: the tab's `own` where
- * it opens other tenants, and any other person's in this browser. Else a page of a stranger could have somebody work,
+ * it opens other tenants, and any other person's in this browser. Otherwise a stranger's page could make somebody work,
  * unknowing, in the stranger's tenant.
  */
 export function goesPast(found: Session, own: boolean): Session | null {

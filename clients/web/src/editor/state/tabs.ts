@@ -8,7 +8,7 @@ export type Pane = "main" | "beside";
 export class Tabs {
   readonly open = signal<readonly Doc[]>([]);
   readonly active = signal<Doc | null>(null);
-  /** A second document, shown beside that one; none is in both places. */
+  /** A second document, shown next to that one; none is in both places. */
   readonly beside = signal<Doc | null>(null);
   /** Which of the two was used last. */
   readonly pane = signal<Pane>("main");
@@ -27,7 +27,7 @@ export class Tabs {
     this.open.value = at < 0 ? [...this.open.value, doc] : this.open.value.toSpliced(at + 1, 0, doc);
   }
 
-  /** Shows an open document in the main place, unless it is shown; the focus, and what commands are about, stay. */
+  /** Shows an open document in the main place, unless it is visible; the focus and the commands' target stay. */
   follow(doc: Doc): void {
     if (this.active.value === doc || this.beside.value === doc) return;
     doc.focuses = false;

@@ -22,7 +22,7 @@ export type TerminalState = "starting" | "running" | "away" | "ended" | "lost";
 /** How long a shell waits for somebody to come back to it. */
 const LINGER = 30 * 60_000;
 const BUFFER = 2 << 20;
-/** Milliseconds after which a start of the tenant is none of now. */
+/** Milliseconds after which a tenant's start is an old event. */
 const RECENT = 60_000;
 const SHELL = ["/bin/bash", "-l"];
 const ENVIRONMENT = { TERM: "xterm-256color", COLORTERM: "truecolor", LANG: "C.UTF-8" };
@@ -45,9 +45,9 @@ export class Terminal {
   screen: Screen | null = null;
   /** The user opened it and wants to type. A terminal that opens by itself does not take the focus. */
   wanted = false;
-  /** It draws output that was on a screen before: what that asked the terminal has been answered. */
+  /** It draws recorded output, whose queries were answered before. */
   replaying = false;
-  /** This window is the one that answers what the program asks its terminal. Others may show the terminal, too. */
+  /** This window answers the program's queries. Other windows may show the same terminal, and must not. */
   answers = false;
   /** It did not end by itself: the tenant or the gateway went away, or somebody sent a signal. */
   taken = false;
@@ -71,7 +71,7 @@ export class Terminals {
   readonly #key: string;
   readonly list = signal<readonly Terminal[]>([]);
   readonly active = signal<Terminal | null>(null);
-  /** The browser's windows, which tell one another the terminal that a person goes to. */
+  /** Carries the ids of terminals that get the focus to this browser's other windows. */
   readonly #windows = new BroadcastChannel("gateway.terminals");
   #count = 0;
 
@@ -138,7 +138,7 @@ export class Terminals {
   /** Has shells that a stop of the tenant ended restart, once it runs again. */
   take({ type, time }: GatewayEvent): void {
     if (type !== "tenant.started" && type !== "tenant.restarted") return;
-    if (Date.now() - Date.parse(time) > RECENT) return; // it is told of the past
+    if (Date.now() - Date.parse(time) > RECENT) return; // a replayed event
     for (const terminal of this.list.value) if (terminal.over && terminal.taken) this.again(terminal);
   }
 
@@ -203,7 +203,7 @@ export class Terminals {
     }
   }
 
-  /** Has a full-screen program redraw: it does so when the size changes. */
+  /** Makes a full-screen program redraw, by changing the size and changing it back. */
   async #redraw(terminal: Terminal, screen: Screen): Promise<void> {
     const { cols, rows } = screen.size;
     await terminal.exec?.resize({ cols, rows: Math.max(1, rows - 1) }).catch(() => {});
@@ -222,7 +222,7 @@ export class Terminals {
   /** The next letter is one with Ctrl: a phone's keyboard has no such key. */
   readonly ctrl = signal(false);
 
-  /** Has this window answer the terminal's program, and no other of the browser: a person has gone to it here. */
+  /** Makes this window the only one of the browser that answers the terminal's program. */
   claim(terminal: Terminal): void {
     terminal.answers = true;
     this.#windows.postMessage(terminal.id);
@@ -272,7 +272,7 @@ export class Terminals {
   }
 }
 
-/** Whether this is a sequence: a key that is no letter, or an answer of xterm.js to a program. */
+/** Whether this is an escape sequence: a key such as an arrow, or an answer of xterm.js to a query. */
 function escaped(data: string | Uint8Array): boolean {
   return typeof data === "string" && data.length > 1 && data.startsWith("\x1b");
 }

@@ -30,11 +30,11 @@ import { Terminals } from "./terminals.js";
 import { complain, say } from "./toasts.js";
 import { Tree } from "./tree.js";
 
-/** How many events of before are asked for; ids grow by one with each. */
+/** How many earlier events are requested; ids count up by one. */
 const EARLIER = 1500;
 /** Milliseconds without a move of the cursor until it is remembered. */
 const REST = 400;
-/** Milliseconds without a key until a text is saved by itself. */
+/** Milliseconds without a key until a text is saved automatically. */
 const PAUSE = 1000;
 
 export class Workspace {
@@ -65,10 +65,10 @@ export class Workspace {
   readonly #stops: (() => void)[] = [];
   #wentOn = 0;
   readonly #key: string;
-  /** As the page before left it: what is written from now on is of this one. */
+  /** What the previous page had open; later writes are this page's. */
   readonly #left: Kept;
   readonly #drafts: Drafts;
-  /** Whether what was open before is open again. */
+  /** Whether the previous page's files are open again. */
   readonly #restored = signal(false);
 
   constructor(readonly name: string) {
@@ -105,7 +105,7 @@ export class Workspace {
     void this.#begin();
   }
 
-  /** Remembers what is open, and where the cursors are, for the page after a reload. */
+  /** Stores the open files and cursors, for the next page after a reload. */
   keep(): void {
     const { open, active } = this.documents.tabs;
     const value: Kept = {
@@ -124,33 +124,33 @@ export class Workspace {
     return this.#tenant;
   }
 
-  /** Whether what changes files can be done now; says so if not. Only a save is kept until it can. */
+  /** Whether files can be changed now; shows a message if not. Only saves wait until they can. */
   get reachable(): boolean {
     const open = this.status.value.state === "open";
     if (!open) say("The gateway cannot be reached now. Nothing was changed.", "error");
     return open;
   }
 
-  /** Where the files are, once commands can be run there. */
+  /** The workspace's folder, once commands can run there. */
   get #ready(): string | null {
     const runs = this.info.value?.status === "running" && allows("exec");
     return runs ? (this.server.value?.workspace ?? null) : null;
   }
 
-  /** Saves a document because a person wants it saved, formatted if one likes that. */
+  /** Saves a document by hand, formatted first if that is switched on. */
   async save(doc: Doc): Promise<void> {
     if (formatOnSave.value && allows("files:write") && doc.theirs.value === null)
       await this.servers.format(doc);
     await this.documents.save(doc);
   }
 
-  /** Resolves once the file that the page begins with is there to be read, if there is one. */
+  /** Resolves once the page's first file has loaded, if there is one. */
   begun(): Promise<void> {
     const { active } = this.documents.tabs;
     return once(() => this.#restored.value && active.value?.phase.value !== "loading");
   }
 
-  /** Opens again what was open when the page was left, or crashed. */
+  /** Reopens the files of the page that was left, or that crashed. */
   async restore(file: string | null): Promise<void> {
     const { open, active } = this.#left;
     const drafts = await this.#drafts.take().catch(() => []);
@@ -178,7 +178,7 @@ export class Workspace {
 
   #saving: ReturnType<typeof setTimeout> | undefined;
 
-  /** Saves by itself what nobody types in any more, if one likes that; a conflict waits for a person. */
+  /** Saves automatically after a pause in typing, if that is switched on; conflicts wait for the user. */
   saveSoon(): void {
     if (!autosave.value) return;
     clearTimeout(this.#saving);
@@ -189,7 +189,7 @@ export class Workspace {
     }, PAUSE);
   }
 
-  /** Keeps what the page would take with it; returns whether that is all there is. */
+  /** Stores what would be lost with the page; returns whether nothing else is unsaved. */
   leave(): boolean {
     this.keep();
     void this.#drafts.flush();
@@ -206,7 +206,7 @@ export class Workspace {
         if (status.error?.code === "unauthorized" && status.state !== before) void look();
         if (status.state === "open" && before !== "open") {
           this.documents.flush();
-          // `usage` and address may be others after a break
+          // usage and address may have changed during a break
           void this.refreshInfo();
         }
       }),
@@ -224,7 +224,7 @@ export class Workspace {
     try {
       this.info.value = await this.#tenant.info();
     } catch {
-      // the state of the connection says it
+      // the connection's state shows it
     }
   }
 
@@ -260,7 +260,7 @@ export class Workspace {
           this.agent.take(event);
           if (event.type === "file.written") this.#written(event.data);
           const told = event.type.startsWith("tenant.") || event.type === "deployment.succeeded";
-          // of one that is gone there is nothing to be asked
+          // a destroyed tenant has no info
           if (told && event.type !== "tenant.destroyed") void this.refreshInfo();
         }
       } catch (error) {
@@ -274,7 +274,7 @@ export class Workspace {
     if (written !== null && by !== who()) this.documents.written(written, String(by ?? ""));
   }
 
-  /** Starts the tenant; what it runs comes by events. */
+  /** Starts the tenant; events report what it runs. */
   async start(): Promise<void> {
     this.starting.value = true;
     try {
@@ -286,13 +286,13 @@ export class Workspace {
     }
   }
 
-  /** Has the connection go on where the session has ended and there is another by now. */
+  /** Reconnects if the session has ended and a new one exists. */
   #goOn(): void {
     const { state, error } = this.#tenant.status;
     if (state !== "unauthorized" && error?.code !== "unauthorized") return;
     const now = Date.now();
     if (now - this.#wentOn < 2000) {
-      // the one way knows of a session and the other does not: not again and again at once
+      // HTTP knows the session and the websocket does not yet: do not retry in a tight loop
       const timer = setTimeout(() => session.value && this.#goOn(), 2000);
       this.#stops.push(() => clearTimeout(timer));
       return;
@@ -302,7 +302,7 @@ export class Workspace {
     else if (state === "closed") this.reconnect();
   }
 
-  /** Signs in by another token, with which everything here goes on. Throws where it does not open this tenant. */
+  /** Signs in with another token and continues. Throws if it does not cover this tenant. */
   async renew(token: string): Promise<void> {
     const found = await identify(token);
     if (!covers(found, this.name)) {
@@ -313,8 +313,8 @@ export class Workspace {
       );
     }
     await signIn(token, found);
-    if (this.status.value.state !== "open") return; // it goes on by itself
-    // the gateway takes another person's token only on a new connection
+    if (this.status.value.state !== "open") return; // `#goOn` continues
+    // another person's token needs a new connection
     await this.#tenant.renew(token).catch(() => this.#tenant.reconnect());
   }
 
@@ -354,7 +354,7 @@ export async function listTenants(): Promise<void> {
   }
 }
 
-/** Opens a tenant; the caller has asked about unsaved text. */
+/** Opens a tenant; the caller must have asked about unsaved text. */
 export function openTenant(name: string, file: string | null = null): void {
   if (workspace.value?.name === name) return;
   workspace.value?.dispose();
@@ -364,14 +364,14 @@ export function openTenant(name: string, file: string | null = null): void {
   void opened.restore(file);
 }
 
-/** Closes what is open; the caller has asked about unsaved text. */
+/** Closes the open tenant; the caller must have asked about unsaved text. */
 export function leaveTenant(): void {
   workspace.value?.dispose();
   workspace.value = null;
   tenants.value = [];
 }
 
-/** Opens the tenant of the address where the session does, else the last one, else the first. */
+/** Opens the tenant in the address if the session covers it, otherwise the last one, otherwise the first. */
 export async function openFirst(wanted: string | null, file: string | null): Promise<void> {
   if (wanted !== null && session.value && covers(session.value, wanted)) {
     openTenant(wanted, file);
@@ -387,5 +387,5 @@ export async function openFirst(wanted: string | null, file: string | null): Pro
 addEventListener("beforeunload", (event) => {
   if (workspace.value?.leave() === false) event.preventDefault();
 });
-// a tab that crashes, or that the system ends, says nothing more after this
+// a tab that crashes, or that the system ends, fires no later event
 addEventListener("visibilitychange", () => workspace.value?.leave());

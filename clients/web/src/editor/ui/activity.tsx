@@ -108,7 +108,7 @@ function ActivityRow({ item, current }: { item: Item; current: Workspace }) {
   );
 }
 
-/** Tools are an agent's: one that works by the token of who looks on has no name of its own. */
+/** Agents use tools. One that works with the viewer's own token has no other name. */
 function named({ by, tool }: Item, mine: boolean): string {
   if (!mine) return by;
   return tool ? `an agent, as ${by}` : "you";

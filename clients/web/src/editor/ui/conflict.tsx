@@ -1,4 +1,4 @@
-/** The conflict dialog: both versions side by side, with three ways to settle. What was merged in it stays. */
+/** The conflict dialog: both versions side by side, with three ways to settle. Closing it keeps what was merged. */
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Comparison } from "../code/merge.js";
@@ -97,7 +97,7 @@ export function Conflict({ current, doc }: { current: Workspace; doc: Doc }) {
   );
 }
 
-/** Brings what the file is by now into a comparison. */
+/** Updates a comparison with the file's present text. */
 function follow(comparison: Comparison, doc: Doc): void {
   const theirs = doc.theirs.value;
   comparison.follow(theirs === null ? doc.saved : theirs.text);

@@ -224,7 +224,7 @@ function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
           return;
         }
         const code = await load(() => import("../code/editor.js"));
-        // whoever likes other keys can type without them until these come
+        // until other keys are loaded, the default ones work
         if (liked.name !== keys.peek()) await likeKeys().catch(() => {});
         if (mine !== turn || host.current === null || doc.state === null) return;
         if (made === null) {

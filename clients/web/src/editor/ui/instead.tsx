@@ -1,4 +1,4 @@
-/** What is told of a file, and what is shown where there is no text to be edited. */
+/** Notices above a file, and what is shown if it has no text to edit. */
 
 import { keysOf } from "../state/commands.js";
 import type { Doc } from "../state/doc.js";
@@ -6,7 +6,7 @@ import type { Workspace } from "../state/workspace.js";
 import { bytes, Empty, Icon, Key, Spinner } from "./parts.js";
 import { Logo } from "./sign-in.js";
 
-/** What one must know of this file: somebody else changed it, it is gone, it may not be written. */
+/** Notices: somebody else changed the file, it is gone, or it is read-only. */
 export function Told({ doc, current }: { doc: Doc; current: Workspace }) {
   const { documents } = current;
   if (doc.theirs.value !== null) {

@@ -7,7 +7,7 @@ import { load } from "../state/network.js";
 import { Icon } from "./parts.js";
 import { caret } from "./view.js";
 
-/** What can be looked at as a page or picture beside its text. */
+/** Files that can be shown as a page or picture instead of their text. */
 export const PAGES = /\.(md|mdx|markdown|svg)$/i;
 
 /** A file as a page or picture, if one asks for it. */
@@ -52,13 +52,13 @@ function Picture({ doc, text }: { doc: Doc; text: string }) {
   );
 }
 
-/** A text of Markdown as a page; null until it is one. While the text grows faster than pages are made, some are left out. */
+/** Renders Markdown; null until the first page is ready. Versions are skipped if the text changes too fast. */
 export function useMarkdown(text: string): ComponentChild {
   const [page, setPage] = useState<ComponentChild>(null);
   const latest = useRef<string | null>(text);
   const making = useRef(false);
   latest.current = text;
-  // before the text is seen without it, if that takes no time
+  // before the browser paints the plain text, if rendering is fast
   useLayoutEffect(() => {
     if (making.current) return;
     making.current = true;

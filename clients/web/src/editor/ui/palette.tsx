@@ -53,7 +53,7 @@ export function Palette({ current }: { current: Workspace | null }) {
   const close = () => {
     palette.value = null;
   };
-  const known = tenants.value; // asked for anew as this opens
+  const known = tenants.value; // requested each time this opens
   const choices = useMemo<readonly Choice[]>(() => {
     if (mode === "tenants") {
       return known
@@ -108,7 +108,7 @@ export function Palette({ current }: { current: Workspace | null }) {
     close();
     queueMicrotask(() => choice.run());
   };
-  // what was found before is an answer to another name
+  // earlier results are for another name
   const looking = mode === "files" && name !== "" && found?.name !== name;
   useEffect(() => {
     if (!entered || looking) return;

@@ -35,7 +35,7 @@ export function Preview({ current }: { current: Workspace }) {
   const [chosen, setChosen] = useState<string | null>(() => localStorage.getItem(kept));
   const base = chosen ?? site;
   const [visited, setVisited] = useState<Visited>(NOWHERE);
-  /** The address that the frame was told to load; its page may have moved on since. */
+  /** The address that the frame loads first; its page may have moved on since. */
   const [load, setLoad] = useState<string | null>(null);
   /** The text typed into the address field, or null. */
   const [typed, setTyped] = useState<string | null>(null);
