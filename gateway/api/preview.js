@@ -65,7 +65,11 @@
   ]) {
     const said = console[name];
     console[name] = (...values) => {
-      tell(kind, sentence(values.slice(0, 10)));
+      try {
+        tell(kind, sentence(values.slice(0, 10)));
+      } catch {
+        // a value that has no text
+      }
       said.apply(console, values);
     };
   }

@@ -140,6 +140,15 @@ describe("the script in a page", () => {
     expect(told.at(-1)).toEqual(["error", expected]);
   });
 
+  test("breaks no page whose values have no text", () => {
+    const { told, said } = inserted();
+    const loop: Record<string, unknown> = Object.create(null);
+    loop.self = loop;
+    for (const values of [["%d", Symbol("x")], [loop]]) said.error(...values);
+    said.error("later");
+    expect(told.at(-1)).toEqual(["error", "later"]);
+  });
+
   test("says why storage is refused", () => {
     expect(inserted().told).toEqual([["page", ""]]);
     const refuse = () => {
