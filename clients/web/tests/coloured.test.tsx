@@ -17,8 +17,8 @@ test.each([
   ["no colour", "no colour", []],
   ["\x1b[32m➜\x1b[39m  \x1b[1mLocal\x1b[22m: x", "➜  Local: x", ["➜: ansi-green", "Local:  bold"]],
   ["\x1b[38;5;240mgrey\x1b[0m \x1b[38;5;196mred\x1b[m y", "grey red y", ["grey: ansi-grey", "red: ansi-red"]],
-  ["\x1b[38;2;20;20;250mblue \x1b[48;5;1mstill", "blue still", ["blue : ansi-blue"]],
-  ["\x1b[2mfaint\x1b[22m \x1b[1;93mtwo", "faint two", ["faint: ansi-grey"]],
+  ["\x1b[38;2;20;20;250mblue \x1b[48;5;1mstill", "blue still", ["blue : ansi-blue", "still: ansi-blue"]],
+  ["\x1b[2mfaint\x1b[22m \x1b[1;93mtwo", "faint two", ["faint: ansi-grey", "two: ansi-yellow bold"]],
   ["\x1b]8;;http://x\x07link\x1b]8;;\x1b\\ \x1b[2K\x1b[1Gend \x1b[?25h", "link end ", []],
   ["\x1b[31mred\x1b(B\x1b[m plain", "red plain", ["red: ansi-red"]], // as tput ends it
   ["\x1b7\x1b[>4;2mplain\x1b8 \x1bPq#0\x1b\\text", "plain text", []],

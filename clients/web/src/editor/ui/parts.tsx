@@ -239,24 +239,23 @@ export function Coloured({ text }: { text: string }) {
   const parts: ComponentChildren[] = [];
   let look = PLAIN;
   let at = 0;
+  const add = (shown: string) => {
+    if (shown === "") return;
+    parts.push(
+      <span key={at} class={`${look.colour}${look.bold ? " bold" : ""}`}>
+        {shown}
+      </span>,
+    );
+  };
   for (const found of text.matchAll(SEQUENCE)) {
-    if (parts.length === CHANGES) break;
-    if (found.index > at)
-      parts.push(
-        <span key={at} class={`${look.colour}${look.bold ? " bold" : ""}`}>
-          {text.slice(at, found.index)}
-        </span>,
-      );
+    if (parts.length === CHANGES - 1) break;
+    add(text.slice(at, found.index));
     at = found.index + found[0].length;
     const codes = found[1] ?? "";
     if (found[2] === "m" && !/[<-?]/.test(codes)) look = rendition(look, codes.split(/[;:]/).map(Number));
   }
-  return (
-    <>
-      {parts}
-      {plain(text.slice(at))}
-    </>
-  );
+  add(plain(text.slice(at)));
+  return <>{parts}</>;
 }
 
 interface Rendition {
