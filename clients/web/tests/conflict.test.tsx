@@ -110,8 +110,23 @@ test("what was merged is kept where the agent takes its change back while one me
   write(right, "mine", "both of us");
   await agent(["theirs", "two"], ["four of theirs", "four"]);
   await vi.waitFor(() => expect(documents.comparing.value).toBeNull());
-  expect(doc.text).toContain("both of us");
+  expect(doc.text).toBe("one\nboth of us\nthree\nfour\nfive\n");
   expect(doc.theirs.value).toBeNull();
+});
+
+test("a dialog that was only looked at changes nothing", async () => {
+  await compared();
+  await act(() => void host.querySelector("dialog")!.dispatchEvent(new Event("cancel", { cancelable: true })));
+  expect([doc.text, doc.mergedWith]).toEqual([TEXT.replace("two", "mine"), null]);
+});
+
+test("what a person left out of theirs does not come back with their next edit", async () => {
+  write(await compared(), "four of theirs", "four");
+  await act(
+    () => void host.querySelector("dialog")!.dispatchEvent(new Event("cancel", { cancelable: true })),
+  );
+  await agent(["one", "one of theirs"]);
+  expect(doc.text).toBe("one of theirs\nmine\nthree\nfour\nfive\n");
 });
 
 test("Take theirs takes theirs, whatever was merged", async () => {
