@@ -9,6 +9,7 @@ export default defineConfig({
     environment: "happy-dom",
     // a process and a DOM for each file took three quarters of the time; they share what modules keep, too
     isolate: false,
+    testTimeout: 60_000, // of a busy machine
     setupFiles: ["fake-indexeddb/auto", "./tests/page.ts"],
   },
 });

@@ -9,6 +9,8 @@ import type { Workspace } from "../src/editor/state/workspace.js";
 import { Conflict } from "../src/editor/ui/conflict.js";
 import { Shelf } from "./tenant.js";
 
+/** Milliseconds for a busy machine. */
+const PATIENCE = 20_000;
 const TEXT = "one\ntwo\nthree\nfour\nfive\n";
 
 let shelf: Shelf;
@@ -21,6 +23,9 @@ function App({ current }: { current: Workspace }) {
   const shown = current.documents.comparing.value;
   return shown === null ? null : <Conflict current={current} doc={shown} />;
 }
+
+/** Resolves once the dialog has closed and cleaned up, which Preact does after the next frame. */
+const closed = (right: EditorView) => vi.waitFor(() => expect(right.dom.parentNode).toBeNull(), PATIENCE);
 
 /** The agent writes: line two as we do, and one more line. */
 async function agent(...changes: readonly (readonly [string, string])[]): Promise<void> {
@@ -41,7 +46,7 @@ async function compared(): Promise<EditorView> {
     expect(side).toBeDefined();
     expect(button("Save mine").disabled).toBe(false);
     return EditorView.findFromDOM(side!)!;
-  });
+  }, PATIENCE);
 }
 
 function button(name: string): HTMLButtonElement {
@@ -109,14 +114,16 @@ test("what was merged is kept where the agent takes its change back while one me
   const right = await compared();
   write(right, "mine", "both of us");
   await agent(["theirs", "two"], ["four of theirs", "four"]);
-  await vi.waitFor(() => expect(documents.comparing.value).toBeNull());
+  await closed(right);
   expect(doc.text).toBe("one\nboth of us\nthree\nfour\nfive\n");
   expect(doc.theirs.value).toBeNull();
 });
 
 test("a dialog that was only looked at changes nothing", async () => {
   await compared();
-  await act(() => void host.querySelector("dialog")!.dispatchEvent(new Event("cancel", { cancelable: true })));
+  await act(
+    () => void host.querySelector("dialog")!.dispatchEvent(new Event("cancel", { cancelable: true })),
+  );
   expect([doc.text, doc.mergedWith]).toEqual([TEXT.replace("two", "mine"), null]);
 });
 
@@ -133,8 +140,7 @@ test("Take theirs takes theirs, whatever was merged", async () => {
   const right = await compared();
   write(right, "mine", "both of us");
   button("Take theirs").click();
-  await vi.waitFor(() => expect(documents.comparing.value).toBeNull());
-  await act(async () => {});
+  await closed(right);
   expect(doc.text).toBe("one\ntheirs\nthree\nfour of theirs\nfive\n");
   expect(doc.dirty.value).toBe(false);
 });

@@ -222,7 +222,8 @@ export function Names({ names }: { names: readonly string[] }) {
 }
 
 // biome-ignore lint/suspicious/noControlCharactersInRegex: a terminal's sequences begin with one
-const SEQUENCE = /\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-OQ-WYZ\\`-~])/g;
+const SEQUENCE =
+  /\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-OQ-WYZ\\`-~])/g;
 /** A terminal's eight colours; black and white are the page's own. */
 const COLOURS = ["", ..."red green yellow blue magenta cyan".split(" ").map((name) => `ansi-${name}`), ""];
 /** Changes of colour in one line, at most. */
