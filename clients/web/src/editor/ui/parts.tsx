@@ -222,16 +222,15 @@ export function Names({ names }: { names: readonly string[] }) {
 }
 
 // biome-ignore lint/suspicious/noControlCharactersInRegex: a terminal's sequences begin with one
-const SEQUENCE =
-  /\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-OQ-WYZ\\`-~])/g;
+const ANSI = /\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-OQ-WYZ\\`-~])/g;
 /** A terminal's eight colours; black and white are the page's own. */
 const COLOURS = ["", ..."red green yellow blue magenta cyan".split(" ").map((name) => `ansi-${name}`), ""];
-/** Changes of colour in one line, at most. */
+/** The most changes of colour in one text. */
 const CHANGES = 200;
 
 /** Returns a program's text without a terminal's sequences. */
 export function plain(text: string): string {
-  return text.replace(SEQUENCE, "");
+  return text.replace(ANSI, "");
 }
 
 /** A program's text in the colours that it gives it in a terminal, as far as the page has these. */
@@ -248,7 +247,7 @@ export function Coloured({ text }: { text: string }) {
       </span>,
     );
   };
-  for (const found of text.matchAll(SEQUENCE)) {
+  for (const found of text.matchAll(ANSI)) {
     if (parts.length === CHANGES - 1) break;
     add(text.slice(at, found.index));
     at = found.index + found[0].length;
