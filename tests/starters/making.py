@@ -6,12 +6,14 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +50,21 @@ class Made:
     def template(self) -> dict[str, str]:
         """Return it as a deployment takes it."""
         return {"archive": base64.b64encode(self.archive).decode()}
+
+    def with_files(self, files: Mapping[str, str]) -> Made:
+        """Return it with more files, by their names."""
+        packed = io.BytesIO()
+        with (
+            tarfile.open(fileobj=io.BytesIO(self.archive)) as old,
+            tarfile.open(fileobj=packed, mode="w") as new,
+        ):
+            for member in old:
+                new.addfile(member, old.extractfile(member) if member.isfile() else None)
+            for name, text in files.items():
+                more = tarfile.TarInfo(name)
+                more.size = len(text)
+                new.addfile(more, io.BytesIO(text.encode()))
+        return Made(packed.getvalue(), self.ours)
 
 
 class World(Exception):

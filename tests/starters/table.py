@@ -59,6 +59,10 @@ _FLASK: Final = (
     "printf '%s\\n' 'from flask import Flask' '' 'app = Flask(__name__)' '' '@app.route(\"/\")' "
     "'def hello_world():' '    return \"<p>Hello, World!</p>\"' >app/hello.py"
 )
+_EXPRESS: Final = (
+    "import express from 'express'; const app = express(); "
+    "app.get('/', (request, answer) => answer.send('Hello World!')); app.listen(3000)"
+)
 _URLS: Final = (
     "from django.http import HttpResponse\n"
     'urlpatterns = [path("", lambda request: HttpResponse(f"<h1>Seen at {request.get_host()}</h1>")),'
@@ -144,6 +148,17 @@ STARTERS: Final[Mapping[str, Starter]] = {
         _SEEN,
         "after a restart",
         path="/users",
+    ),
+    # the first page of its documentation, which has the port in its code
+    "express-hello": Starter(
+        f'mkdir app && cd app && echo "{_EXPRESS}" >app.js && npm init -y >/dev/null && npm pkg set '
+        "type=module main=app.js scripts.start='node app.js' && "
+        "npm install --package-lock-only express@5.2.1",
+        "Express",
+        ("app.js", "Hello World!", _SEEN),
+        "Hello World!",
+        _SEEN,
+        "after a restart",
     ),
     "fastify": Starter(
         f"npx -y fastify-cli@8.0.2 generate app --lang=js && {_BUN}",
