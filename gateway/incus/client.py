@@ -256,16 +256,17 @@ class Incus(Rest):
 
         One of an instance that is just being copied to another member begins after that. Raises `IncusError`
         if it fails or takes longer than `timeout` seconds, and with status 412 if the resource no longer has
-        the ETag `if_match` that `get_tagged` returned. Raises `ValueError` for an empty limit: incusd applies
-        that to a running instance as no limit, whatever its profile says (measured with 6.0.4). A limit that
-        is left out of a PUT becomes the profile's.
+        the ETag `if_match` that `get_tagged` returned. Raises `ValueError` for an empty limit in a change:
+        incusd applies that to a running instance as no limit, whatever its profile says (measured with
+        6.0.4). A limit that is left out of a PUT becomes the profile's.
         """
-        config = (body or {}).get("config") or {}
+        making = (method, path) == ("POST", "/1.0/instances")  # a copy is made without its source's limits
+        config = {} if making else (body or {}).get("config") or {}
         if empty := [key for key, value in config.items() if key.startswith("limits.") and not value]:
             raise ValueError(f"{', '.join(empty)} of {path} would be lifted; leave it out of a PUT instead")
         query = {} if project is None else {"project": project}
         # else Incus chooses the member with the fewest instances, and for a copy sends the disk there
-        if (method, path) == ("POST", "/1.0/instances") and (member := target or await self.member()):
+        if making and (member := target or await self.member()):
             query["target"] = member
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout

@@ -173,3 +173,10 @@ async def test_no_change_of_an_instance_may_lift_a_limit(method: str) -> None:
     incus = Incus(NOWHERE, "default", 1.0)
     with pytest.raises(ValueError, match="would be lifted"):
         await incus.operate(method, "/1.0/instances/shop", {"config": {"limits.memory": ""}}, timeout=1)
+
+
+async def test_a_copy_may_be_made_without_the_limits_of_its_source() -> None:
+    body = {"name": "copy", "source": {"type": "copy"}, "config": {"limits.cpu": ""}}
+    async with Incus(NOWHERE, "default", 1.0) as incus:
+        with pytest.raises(IncusError):  # nobody answers there
+            await incus.operate("POST", "/1.0/instances", body, timeout=1, target="m2")
