@@ -91,9 +91,8 @@ class Hangs:
             where = site.exposure
             if where is None or site.deployment is not None or site.tenant in self._asking:
                 continue
-            if self._register.deploying(
-                site.tenant
-            ):  # an update shares its processors, and visitors rather wait
+            # an update shares its processors, and visitors rather wait
+            if self._register.deploying(site.tenant):
                 continue
             end = (socket.inet_aton(where.address), where.port)
             if end not in ends or not (pid := await self._containers.init_pid(site.tenant)):
