@@ -366,6 +366,34 @@ Moved.__doc__ = (
 )
 
 
+class StandbyCopy(TypedDict):
+    """The copy on `member` of a tenant of `home`, as it was at `of`.
+
+    `lost_seconds` is the age of the copy when `home` was last heard. `lost` is set once that was removed.
+    """
+
+    tenant: str
+    home: str
+    member: str
+    of: str
+    lost_seconds: int
+    lost: bool
+
+
+class StandbyCopies(TypedDict):
+    """`unanswered` names the members that did not answer."""
+
+    copies: list[StandbyCopy]
+    unanswered: list[str]
+
+
+class Recovered(TypedDict):
+    """The tenants that are back on the `member` of their copy, and why others are not, by name."""
+
+    recovered: list[StandbyCopy]
+    failed: dict[str, str]
+
+
 class Revoked(TypedDict):
     """`closed` counts the websockets that were closed, in a cluster at all gateways that heard of it at once.
 

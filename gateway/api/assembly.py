@@ -28,7 +28,7 @@ from gateway.api.metrics import Metrics
 from gateway.api.moving import moving
 from gateway.api.preview import Previews
 from gateway.api.services import Services
-from gateway.api.standing_by import StandingBy, standing_by
+from gateway.api.standing_by import standing_by
 from gateway.caddy import Caddy
 from gateway.cluster.records import Records
 from gateway.cluster.sharing import Sharing
@@ -44,6 +44,7 @@ from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
+from gateway.lifecycle.standby import Standby
 from gateway.limits.budget import Limits
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
@@ -163,19 +164,18 @@ class _Leaving:
 
 @contextlib.asynccontextmanager
 async def _copying(
-    base: Base, trust: Trust, stored: Stored, work: _Work, serving: _Serving, leaving: _Leaving
-) -> AsyncIterator[StandingBy | None]:
+    base: Base, stored: Stored, work: _Work, serving: _Serving, leaving: _Leaving
+) -> AsyncIterator[Standby | None]:
     """Keep copies of tenants on other members of a cluster of Incus."""
-    runtime, cluster, shared, cutter = base.runtime, base.cluster, base.shared, base.cutter
-    if not isinstance(runtime, IncusRuntime) or cluster is None or shared is None or cutter is None:
+    runtime, cluster, shared = base.runtime, base.cluster, base.shared
+    if not isinstance(runtime, IncusRuntime) or cluster is None or shared is None:
         yield None
         return
     async with standing_by(
-        *(cluster, shared, runtime, cutter, trust.connections, serving.doors, serving.caddy, base.workers),
-        *(work.files, base.settings, serving.capacity, stored.names, work.records, base.store, stored.bus),
-        leaving,
-    ) as standing:
-        yield standing
+        *(cluster, shared, runtime, serving.doors, base.workers, base.settings, serving.capacity),
+        *(stored.names, work.records, base.store, stored.bus, leaving),
+    ) as standby:
+        yield standby
 
 
 @contextlib.asynccontextmanager
@@ -250,7 +250,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
         work = await enter(_work(base, stored))
         serving = await enter(_serving(base, trust, stored, work))
         leaving = _Leaving()
-        standing = await enter(_copying(base, trust, stored, work, serving, leaving))
+        standby = await enter(_copying(base, stored, work, serving, leaving))
         deployments = await enter(_deploying(base, stored, work, serving, leaving))
         stack.callback(stored.bus.close)
         mcp = None
@@ -258,7 +258,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
             mcp = await enter(McpEndpoint(work.toolbox, work.history, settings))
         departures, arrivals = await enter(_moves(base, trust, stored, work, serving, deployments))
         leaving.departures = departures
-        yield _services(base, trust, stored, work, serving, deployments, standing, mcp, departures, arrivals)
+        yield _services(base, trust, stored, work, serving, deployments, standby, mcp, departures, arrivals)
 
 
 def _services(
@@ -268,7 +268,7 @@ def _services(
     work: _Work,
     serving: _Serving,
     deployments: Deployments,
-    standing: StandingBy | None,
+    standby: Standby | None,
     mcp: McpEndpoint | None,
     departures: Departures | None,
     arrivals: Arrivals | None,
@@ -288,8 +288,8 @@ def _services(
         metrics.show_pressure(serving.pressure.counts)
     if cluster is not None:
         metrics.show_peers(cluster.peers, tunnels)
-        if standing is not None:
-            metrics.show_standby(lambda: standing.standby.late)
+        if standby is not None:
+            metrics.show_standby(lambda: standby.late)
     return Services(
         settings=settings,
         runtime=runtime,
@@ -323,7 +323,7 @@ def _services(
         pressure=serving.pressure,
         doors=serving.doors,
         deployments=deployments,
-        standing=standing,
+        standby=standby,
         mcp=mcp,
         departures=departures,
         arrivals=arrivals,

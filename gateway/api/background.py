@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from gateway.api.http import end
 from gateway.api.services import Services
+from gateway.api.standing_by import leave_cluster
 from gateway.cluster.quorum import Quorum
 from gateway.errors import GatewayError, NotFound
 from gateway.protocol import CloseCode
@@ -98,17 +99,15 @@ class Background:
                 jobs["the check for a quorum"] = quorum.follow
         if services.dead_peers is not None:
             jobs["the check of silent servers"] = services.dead_peers.follow
-        if (standing := services.standing) is not None:
-            jobs["the copies of tenants"] = standing.standby.copy
-            jobs["the tenants of lost servers"] = standing.standby.bring_back
-            if standing.fence is not None:
-                jobs["the lease of this member"] = standing.fence.renew
-                jobs["the fence without a lease"] = standing.fence.guard
-                jobs["the tenants that a lease brings back"] = standing.fence.follow
-            if standing.returning is not None:
-                jobs["what is left of other members' tenants"] = standing.returning.follow
-            if standing.takeover is not None:
-                jobs["the tenants of servers that have died"] = standing.takeover.follow
+        if services.cluster is not None:
+            jobs["the removal of this server from the cluster"] = partial(
+                leave_cluster,
+                *(services.cluster, services.runtime, services.connections, services.doors),
+                services.lifecycle.caddy,
+            )
+        if services.standby is not None:
+            jobs["the copies of tenants"] = services.standby.copy
+            jobs["the tenants of removed servers"] = services.standby.follow
         if services.revoking is not None:
             jobs["the revocations of the cluster"] = services.revoking.follow
         if services.shared is not None and services.revoking is not None:

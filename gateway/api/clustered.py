@@ -25,6 +25,7 @@ from gateway.api.connection import close_code
 from gateway.api.first_message import FirstMessage
 from gateway.api.http import REQUEST_ID, address, ask, hold, problem, shutting_down
 from gateway.api.placing import room_here
+from gateway.api.routes import recovery
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import Services
 from gateway.auth.tokens import Token
@@ -32,7 +33,7 @@ from gateway.cluster.cluster import ASK_ROOM, ASK_SECRET, PUT_RECORDS, TELL_REVO
 from gateway.cluster.dialing import dial
 from gateway.cluster.known import Known
 from gateway.cluster.listener import FROM, Question
-from gateway.cluster.peers import Peer
+from gateway.cluster.peers import Peer, Removed
 from gateway.cluster.relay import NOT_HOME, PART, Body, NotHome, client_of, relay
 from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
 from gateway.hostnames import Misdirected
@@ -45,6 +46,7 @@ from gateway.transport.websocket import TAKE
 log = logging.getLogger(__name__)
 
 _LASTING: Final = ("/events", "/logs", "/ws", "/mcp")  # paths of what stays open
+_OUTSIDE: Final = ("/healthz", "/metrics")  # what a removed server still answers
 _WINDOW: Final = 512 << 10  # bytes that are on their way through here, of one request and its answer
 
 
@@ -54,8 +56,11 @@ def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         found = services()
         clustered = found is not None and found.cluster is not None
-        asked = Asked.of(scope) if clustered and scope["type"] in ("http", "websocket") else None
-        if found is None or asked is None:
+        asks = scope["type"] in ("http", "websocket")
+        asked = Asked.of(scope) if clustered and asks else None
+        if _removed(found) and asks and scope["path"] not in _OUTSIDE:
+            await _refuse(Removed(), scope, receive, send)
+        elif found is None or asked is None:
             await app(scope, receive, send)
         elif FROM in scope:
             await _for_peer(app, found, asked, scope, receive, send)
@@ -65,6 +70,11 @@ def relaying(app: ASGIApp, services: Callable[[], Services | None]) -> ASGIApp:
             await _Relayed(app, found, scope, receive, send).websocket(asked.name)
 
     return wrapped
+
+
+def _removed(services: Services | None) -> bool:
+    """Return whether this server is known to be removed from its cluster."""
+    return services is not None and services.cluster is not None and services.cluster.peers.out.is_set()
 
 
 async def _for_peer(
@@ -117,24 +127,29 @@ async def opened(services: Services, store: Store, app: ASGIApp) -> AsyncIterato
         found |= {name: one for name, one in told.items() if moving and moving.keeps(name)}
         told.clear()
         told.update(found)
-        standing = services.standing  # another member may have by now what it holds
-        return [one for name, one in found.items() if standing is None or not standing.holds(name)]
+        if services.standby is not None:  # so that all requests for these come here
+            lost = (Known(name, status="error") for name in services.standby.lost)
+            found = {one.name: one for one in lost} | found
+        return [*found.values()]
 
     async def keep(_: Peer, text: bytes) -> Any:
         kept = await services.records.keep(text)
-        if services.standing is not None:
-            await services.standing.standby.received(kept.tenant, kept.id)
+        if services.standby is not None:
+            await services.standby.received(kept.tenant, kept.id)
         return {"id": kept.id}
 
     facts, questions = {"version": __version__}, _questions(services)
     uploads = {PUT_RECORDS: keep}
-    orders = {} if services.arrivals is None else services.arrivals.orders()
+    orders = {} if services.arrivals is None else {**services.arrivals.orders()}
+    if services.standby is not None:
+        questions |= recovery.questions(services.standby)
+        orders |= recovery.orders(services.standby)
     async with cluster.open(app, store, tenants, partial(has, services), facts, questions, orders, uploads):
         await cluster.settle()
         yield
 
 
-def _questions(services: Services) -> Mapping[str, Question]:
+def _questions(services: Services) -> dict[str, Question]:
     """Return the questions that peers may ask, apart from who has a tenant."""
 
     async def secret(_: Peer, what: Any) -> Any:
@@ -149,8 +164,7 @@ def _questions(services: Services) -> Mapping[str, Question]:
     async def room(_: Peer, what: Any) -> Any:
         return (await room_here(services)).to_dict()
 
-    leases = {} if services.standing is None else services.standing.lease.questions
-    return {ASK_SECRET: secret, TELL_REVOKED: revoked, ASK_ROOM: room, **leases}
+    return {ASK_SECRET: secret, TELL_REVOKED: revoked, ASK_ROOM: room}
 
 
 def _known(tenant: Tenant) -> Known:

@@ -60,8 +60,6 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
         workers = await enter(Workers(settings, tenants=runtime.locations))
         own, members = await _membership(settings, runtime)
         cluster = await enter(joined(own, members, settings)) if own else None
-        if own and isinstance(runtime, IncusRuntime):
-            runtime.incus.slots.second = settings.failover_project
         yield Prepared(runtime=runtime, workers=workers, removals=removals, cluster=cluster)
 
 

@@ -11,7 +11,6 @@ from gateway.api.connection import Hub
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
 from gateway.api.preview import Previews
-from gateway.api.standing_by import StandingBy
 from gateway.audit import Audit
 from gateway.auth.revocations import Revocations
 from gateway.cluster.cluster import Cluster
@@ -29,6 +28,7 @@ from gateway.lifecycle.arrivals import Arrivals
 from gateway.lifecycle.departures import Departures
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
+from gateway.lifecycle.standby import Standby
 from gateway.limits.pressure import Pressure
 from gateway.ownership.domains import Domains
 from gateway.ownership.names import Names
@@ -43,7 +43,7 @@ class Services(Hub):
 
     `secret` signs tokens. `end_token` ends what is open under a token, by its id, and returns how many
     websockets that closed. `pressure` is None on the local runtime, `mcp` if that extra is not installed, and
-    `revoking` and `cluster` are if there is no cluster. `shared`, `dead_peers` and `standing` are if there
+    `revoking` and `cluster` are if there is no cluster. `shared`, `dead_peers` and `standby` are if there
     is none of Incus.
     """
 
@@ -74,7 +74,7 @@ class Services(Hub):
     dead_peers: DeadPeers | None
     departures: Departures | None  # to other members, and
     arrivals: Arrivals | None  # from them; None without a cluster of Incus
-    standing: StandingBy | None
+    standby: Standby | None  # copies on other members
     tunnels: set[Near]  # websockets of other members' tenants
     draining: bool = False
 

@@ -1,53 +1,32 @@
-"""Builds what copies tenants to other members, and what keeps two members from serving the same tenant."""
+"""Builds what copies tenants to other members, and what ends a member that was removed from the cluster."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
-from typing import Final
 
 from gateway.api.connection import Peer
 from gateway.caddy import Caddy
 from gateway.cluster.cluster import Cluster
-from gateway.cluster.dead_peers import answers
-from gateway.cluster.lease import Lease
-from gateway.cluster.peers import MemberAway
+from gateway.cluster.peers import Removed
 from gateway.cluster.records import Records
 from gateway.cluster.sharing import Sharing
 from gateway.errors import GatewayError
 from gateway.events import Bus
-from gateway.files.files import Files
 from gateway.lifecycle.doors import Doors
-from gateway.lifecycle.fencing import Fence
 from gateway.lifecycle.standby import Standby
-from gateway.lifecycle.takeover import Return, Takeover
 from gateway.limits.capacity import Capacity
 from gateway.ownership.names import Names
 from gateway.protocol import CloseCode
-from gateway.rootfs.cutter import Cutter
 from gateway.rootfs.workers import Workers
+from gateway.runtime import TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.standby_copies import StandbyCopies
 from gateway.settings import Settings
 from gateway.storage.store import Store
 
-_RETRY_MS: Final = 5000  # milliseconds until clients of a tenant that is fenced may come again
-
-
-@dataclass(frozen=True, slots=True)
-class StandingBy:
-    """`lease` answers peers in any case; the others exist only if tenants come back by themselves."""
-
-    standby: Standby
-    lease: Lease
-    fence: Fence | None = None
-    takeover: Takeover | None = None
-    returning: Return | None = None
-
-    def holds(self, tenant: str) -> bool:
-        """Return whether this member may not serve a tenant now."""
-        return self.fence is not None and self.fence.holds(tenant)
+log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
@@ -55,12 +34,8 @@ async def standing_by(
     cluster: Cluster,
     shared: Sharing,
     runtime: IncusRuntime,
-    cutter: Cutter,
-    connections: Collection[Peer],
     doors: Doors,
-    caddy: Caddy,
     workers: Workers,
-    files: Files,
     settings: Settings,
     capacity: Capacity,
     names: Names,
@@ -68,49 +43,32 @@ async def standing_by(
     store: Store,
     bus: Bus,
     moving: Callable[[str], bool],
-) -> AsyncIterator[StandingBy]:
-    """Yield them after one attempt to renew the lease. Tenants that are `moving` are not copied."""
-    lease = Lease(cluster.own, cluster.peers, shared.keys, settings.lease)
-    fence: Fence | None = None
-
-    def busy(tenant: str) -> bool:
-        return moving(tenant) or (fence is not None and fence.holds(tenant))
-
+) -> AsyncIterator[Standby]:
+    """Yield the copies of tenants. Tenants that are `moving` are not copied."""
     async with StandbyCopies(settings, runtime) as copies:
         standby = Standby(
             *(copies, runtime.tenants, cluster, shared.members, capacity, names),
             *(records, store, bus, settings),
             changed=workers.broker.changed,
-            moving=busy,
+            moving=lambda tenant: moving(tenant) or cluster.peers.out.is_set(),
         )
-        if not settings.failover:
-            yield StandingBy(standby, lease)
-            return
+        doors.check = standby.check
+        yield standby
 
-        async def part(tenant: str) -> None:
-            for connection in [one for one in connections if one.tenant == tenant]:
-                connection.announce_draining(_RETRY_MS)
-                connection.close(CloseCode.TRY_LATER, MemberAway(cluster.own).message)
-            doors.end_streams(tenant)
-            await workers.forget(tenant)
-            with contextlib.suppress(GatewayError):
-                await files.forget(tenant, "away")
 
-        returning = Return(
-            *(cluster.own, shared.placements, standby, copies, runtime.tenants, names, records),
-            *(runtime.moves, runtime.containers.leaving, lambda tenant: cluster.changed()),
-            state_dir=settings.state_dir,
-        )
-        fence = Fence(
-            *(cluster.own, lease, cutter, settings.state_dir, lambda: standby.copied, cluster.domain),
-            *(part, caddy.excuse, returning.accused, returning.start, lambda: returning.left),
-        )
-        takeover = Takeover(
-            *(cluster, lease, shared.placements, copies, standby, answers, shared.statuses, settings)
-        )
-        await standby.recall()
-        doors.check = runtime.containers.check = fence.check
-        shared.domains.is_doubtful = fence.holds
-        with contextlib.suppress(GatewayError):  # before anybody is answered
-            await lease.renew()
-        yield StandingBy(standby, lease, fence, takeover, returning)
+async def leave_cluster(
+    cluster: Cluster, runtime: TenantRuntime, connections: Collection[Peer], doors: Doors, caddy: Caddy
+) -> None:
+    """Once this member turns out to be removed from its cluster, end what clients and visitors have here."""
+    await cluster.peers.out.wait()
+    for connection in list(connections):
+        connection.close(CloseCode.TRY_LATER, Removed().message)
+    doors.end_streams()
+    for domain in caddy.listed():
+        caddy.excuse(domain, True)
+    try:
+        for tenant in await runtime.tenants.list():
+            if tenant.status == "running":
+                await runtime.tenants.stop(tenant.name)
+    except GatewayError as error:
+        log.error("cannot stop the tenants of this removed server: %s", error.message)

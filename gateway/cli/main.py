@@ -40,6 +40,7 @@ COMMANDS: Final[Table] = {
             "restore": "gateway.cli.moving:restore",
             "remove": "gateway.cli.cluster:remove",
             "recover": "gateway.cli.cluster:recover",
+            "recover-from-quorum-loss": "gateway.cli.cluster:recover_from_quorum_loss",
         },
     ),
     "image": Group("The tenants' base image.", {"build": "gateway.cli.host:image_build"}),

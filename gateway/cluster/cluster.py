@@ -92,7 +92,10 @@ class Cluster:
         listener.orders |= orders
         listener.uploads |= uploads
         self._server = SecureServer(
-            listener, self._settings, self.peers.accepting, lambda shown: self.peers.of(shown) is not None
+            listener,
+            self._settings,
+            self.peers.accepting,
+            lambda shown: self.peers.of(shown) is not None or self.peers.was_known(shown),
         )
         jobs = {
             "the list of this member's tenants": tell.look,

@@ -6,20 +6,24 @@ a certificate is trusted because it is the very one that was published.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
 import secrets
 import ssl
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import orjson
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _FILE: Final = "peer.pem"
+_KNOWN: Final = "known-members"
 _SLACK: Final = datetime.timedelta(days=7)  # that the clocks of two members may differ
 _LIFE: Final = datetime.timedelta(days=36500)  # it is trusted by being published, and as long as it is
 
@@ -39,6 +43,7 @@ class Identity:
             _write(self._file, *_made())
             self.certificate = _certificate(self._file.read_text())
         self.fingerprint = fingerprint(self.certificate)
+        self.known = KnownMembers(folder)
 
     def accepting(self) -> ssl.SSLContext:
         """Return a context for connections of peers, which must show a certificate.
@@ -74,6 +79,44 @@ def fingerprint(certificate: str | bytes) -> str:
     """Return the hexadecimal SHA-256 of a certificate, PEM or DER. Raises `ValueError` for what is no PEM."""
     der = ssl.PEM_cert_to_DER_cert(certificate) if isinstance(certificate, str) else certificate
     return hashlib.sha256(der).hexdigest()
+
+
+class KnownMembers:
+    """The members whose certificates this gateway has ever trusted, kept in the state dir.
+
+    One that is no longer a member is told so, and its copies are as old as they were when it was last heard.
+    The methods block for a small file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / _KNOWN
+        self._entries: dict[str, Mapping[str, Any]] = {}  # by fingerprint
+        with contextlib.suppress(OSError, ValueError):
+            self._entries = dict(orjson.loads(self._file.read_bytes()))
+
+    def name(self, shown: str) -> str | None:
+        """Return the name of the member that had the certificate with this fingerprint."""
+        entry = self._entries.get(shown)
+        return None if entry is None else str(entry["name"])
+
+    def certificates(self) -> Iterator[str]:
+        return (str(entry["certificate"]) for entry in self._entries.values())
+
+    def note(self, name: str, certificate: str, heard: float | None = None) -> None:
+        """Record a member, and when it was last heard, in seconds since the epoch. Raises `OSError`."""
+        shown = fingerprint(certificate)
+        before = self._entries.get(shown, {})
+        entry = {"name": name, "certificate": certificate, "heard": heard or before.get("heard")}
+        if entry != before:
+            self._entries[shown] = entry
+            new = self._file.with_suffix(".new")
+            new.write_bytes(orjson.dumps(self._entries))
+            new.replace(self._file)
+
+    def heard(self, name: str) -> float | None:
+        """Return when a member that is silent was last heard, None if this gateway does not know."""
+        found = [entry["heard"] for entry in self._entries.values() if entry["name"] == name]
+        return max((float(at) for at in found if at is not None), default=None)
 
 
 def _made() -> tuple[bytes, bytes]:

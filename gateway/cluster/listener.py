@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.admission import Admission
 from gateway.cluster.own import Own
-from gateway.cluster.peers import Peer, Peers
+from gateway.cluster.peers import GONE, Peer, Peers
 from gateway.cluster.relay import RELAYED, as_client
 from gateway.errors import GatewayError
 from gateway.tasks import begin
@@ -60,8 +60,9 @@ class Listener:
         peer = self._peers.of(scope["state"][PEER])
         path: str = scope["path"]
         relayed = Headers(scope=scope).get(RELAYED)
-        if peer is None:  # it was one when it connected
-            await _answer(scope, send, 403)
+        if peer is None:  # it was one when it connected, or before it was removed
+            removed = await self._peers.was_removed(scope["state"][PEER])
+            await _answer(scope, send, GONE if removed else 403)
         elif relayed is not None:
             await self._app({**as_client(scope, relayed), FROM: peer.name}, receive, send)
         elif scope["type"] == "http" and path == "/peer/watch":

@@ -13,10 +13,9 @@ from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 2
 """Of what gateways say to one another. A gateway passes over what a higher one says besides, and expects of a
-lower one what that knows: 1 tells tenants and answers questions, 2 takes orders, such as moves, 3 those of
-tenants in the second project.
+lower one what that knows: 1 tells tenants and answers questions, 2 takes orders, such as moves.
 """
 BEAT: Final = 1.0
 """Seconds after which something is told in any case, so that silence means something."""

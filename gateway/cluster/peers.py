@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
@@ -45,6 +46,11 @@ _SOON: Final = 1.0  # seconds after which they are, where a peer or Incus does n
 _LOOKING: Final = 5.0  # seconds that such a look may take: without a quorum it does not end
 _LINE: Final = 256 << 10  # bytes
 _ANSWER: Final = 1 << 20  # bytes
+# seconds for which a removed member still counts as one that is away: until every gateway has looked, and
+# those that have copies of its tenants answer for them
+_REMOVED: Final = 15.0
+GONE: Final = 410
+"""Status by which a gateway tells another that it was removed from the cluster."""
 _KEEP: Final = 60.0  # seconds that an unused connection to a peer is kept; it keeps ours longer
 
 _FAILED: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
@@ -56,6 +62,16 @@ class Members(Protocol):
     async def members(self) -> Sequence[Member]: ...
 
     async def publish(self, config: Mapping[str, str]) -> None: ...
+
+
+class Removed(Unavailable):
+    """This server was removed from the cluster, so its tenants may run elsewhere by now."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this server was removed from the cluster and serves nothing any more; ask another member",
+            reason="member_away",
+        )
 
 
 class MemberAway(Unavailable):
@@ -75,7 +91,7 @@ class Peer:
     def __init__(self, name: str) -> None:
         self.name = name
         self.address = ""
-        self.fingerprint = ""
+        self.certificate = self.fingerprint = ""
         self.incus = ""
         """HOST:PORT of its server's Incus, empty while that is not known."""
         self.tenants: dict[str, Known] = {}
@@ -85,8 +101,10 @@ class Peer:
         self.drained = False  # it gets no new tenants
         self.cut: set[Callable[[], None]] = set()
         """Called once it has been away for a while: what depends on it ends then."""
-        self.gone: Callable[[], None] = lambda: None
+        self.gone: Callable[[Peer], None] = lambda _: None
         """Called as soon as it is away."""
+        self.last_heard: float | None = None
+        """When it was last heard before it went away, in seconds since the epoch."""
         self.doubts: set[Callable[[], None]] = set()
         """Called as soon as it is away: what may as well be asked again."""
         self._heard: float | None = None
@@ -130,22 +148,27 @@ class Peer:
             again = loop.time() + _LATE  # this process was busy: what came meanwhile is read first
         elif (again := self._heard + AWAY) <= loop.time():
             log.warning("no heartbeat from %s: it is away", self.name)
-            self._heard = None
+            self._lose()
             self.told.clear()
             self._timer = loop.call_later(_CUT, self.end)
-            self.gone()
+            self.gone(self)
             for doubt in list(self.doubts):
                 doubt()
             return
         self._timer = loop.call_at(again, self._look, again)
+
+    def _lose(self) -> None:
+        assert self._heard is not None
+        self.last_heard = time.time() - (asyncio.get_running_loop().time() - self._heard)
+        self._heard = None
 
     def end(self) -> None:
         """End all requests that depend on it."""
         if self._timer is not None:
             self._timer.cancel()
         if self.alive:
-            self._heard = None
-            self.gone()
+            self._lose()
+            self.gone(self)
         self._timer = None
         self.told.clear()
         for end in list(self.cut):
@@ -160,12 +183,20 @@ class Peers:
 
     def __init__(self, own: str, members: Members, identity: Identity) -> None:
         self.own = own
+        self.out = asyncio.Event()
+        """Set once a peer has told that our own member was removed: then it must serve nothing."""
+        self.removed: dict[str, float] = {}
+        """Members that were removed a moment ago, and when, by the loop's clock; they are still in `all`."""
         self.host: str | None = None
         """Where our own member is reached, once that is known."""
         self.drained = False
         """Whether our own member gets no new tenants."""
         self.all: dict[str, Peer] = {}
         self.accepting = identity.accepting()
+        for certificate in identity.known.certificates():  # also of removed members, to tell them so
+            with contextlib.suppress(ValueError):
+                trust(self.accepting, certificate)
+        self._known_members = identity.known
         self.changed: Callable[[Peer], None] = lambda _: None
         self.moved: Callable[[], None] = lambda: None
         """Called when a peer has come or gone."""
@@ -227,7 +258,42 @@ class Peers:
     def of(self, certificate: bytes) -> Peer | None:
         """Return the peer that has this certificate, as DER; None if none has."""
         shown = fingerprint(certificate)
-        return next((peer for peer in self.all.values() if peer.fingerprint == shown), None)
+        present = (peer for name, peer in self.all.items() if name not in self.removed)
+        return next((peer for peer in present if peer.fingerprint == shown), None)
+
+    def was_known(self, certificate: bytes) -> bool:
+        """Return whether this certificate, as DER, was ever a member's."""
+        return self._known_members.name(fingerprint(certificate)) is not None
+
+    async def was_removed(self, certificate: bytes) -> bool:
+        """Ask the cluster whether the member with this certificate is none any more; False if it cannot say.
+
+        One that has joined again may not have published its certificate yet.
+        """
+        name = self._known_members.name(shown := fingerprint(certificate))
+        if name is None:
+            return False
+        try:
+            async with asyncio.timeout(_LOOKING):
+                members = await self._members.members()
+        except (IncusError, GatewayError, TimeoutError, OSError):
+            return False
+        present = next((member for member in members if member.name == name), None)
+        if present is None:
+            return True
+        try:
+            return fingerprint(_published(present.config.get(KEY, ""))[1]) != shown
+        except ValueError:
+            return False
+
+    def heard(self, member: str) -> float | None:
+        """Return when a member that is away or removed was last heard, None if that is not known."""
+        peer = self.all.get(member)
+        return (None if peer is None else peer.last_heard) or self._known_members.heard(member)
+
+    def look(self) -> None:
+        """Look at the members soon."""
+        self._look.set()
 
     # --- who there is -------------------------------------------------------------------------------
 
@@ -258,17 +324,24 @@ class Peers:
         found = {member.name: member for member in members if member.name != self.own}
         self.host = next((member.host for member in members if member.name == self.own), None)
         self.drained = any(member.drained for member in members if member.name == self.own)
+        now = asyncio.get_running_loop().time()
         for name in self.all.keys() - found.keys():
-            log.info("%s is no longer a member", name)
-            if name in self._following:
-                self._following.pop(name).cancel()
-            peer = self.all.pop(name)
-            peer.end()
-            peer.tenants = {}
-            self.changed(peer)
+            peer = self.all[name]
+            if name not in self.removed:
+                log.info("%s is no longer a member", name)
+                self.removed[name] = now
+                if name in self._following:
+                    self._following.pop(name).cancel()
+                peer.end()
+            elif now - self.removed[name] >= _REMOVED:
+                del self.all[name], self.removed[name]
+                peer.tenants = {}
+                self.changed(peer)
+        for name in self.removed.keys() & found.keys():  # it joined again
+            del self.removed[name]
         for name, member in found.items():
             peer = self.all.get(name) or self.all.setdefault(name, Peer(name))
-            peer.gone, peer.drained = self._gone, member.drained
+            peer.gone, peer.drained = self._lost, member.drained
             if peer.incus != member.address:
                 peer.incus = member.address
                 if not peer.alive:
@@ -279,18 +352,28 @@ class Peers:
                 if (address, shown) != (peer.address, peer.fingerprint):
                     trust(self.accepting, certificate)
                     peer.tls = self._identity.calling(certificate)
-                    peer.address, peer.fingerprint = address, shown
+                    peer.address, peer.certificate, peer.fingerprint = address, certificate, shown
+                    self._note(peer)
             except ValueError:
                 continue  # its gateway has not come up yet
-        for name in self.all.keys() - self._following.keys():
+        for name in self.all.keys() - self._following.keys() - self.removed.keys():
             self._following[name] = begin(self._follow(self.all[name]))
         for changed in list(self.watchers):
             changed()
         self._known.set()
 
-    def _gone(self) -> None:
+    def _lost(self, peer: Peer) -> None:
+        self._note(peer)
         self.moved()
         self.silent()
+
+    def _note(self, peer: Peer) -> None:
+        if not peer.certificate:
+            return
+        try:
+            self._known_members.note(peer.name, peer.certificate, peer.last_heard)
+        except OSError as error:
+            log.error("cannot record that %s is a member: %s", peer.name, error)
 
     # --- what they tell -----------------------------------------------------------------------------
 
@@ -316,6 +399,9 @@ class Peers:
         patience = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=AWAY)
         tenants: dict[str, Known] = {}
         async with self.session.get(f"{peer.url}/peer/watch", ssl=peer.tls, timeout=patience) as answer:
+            if answer.status == GONE and not self.out.is_set():
+                log.error("%s says that this server was removed: it serves nothing any more", peer.name)
+                self.out.set()
             if answer.status != 200:
                 raise ValueError(f"{peer.name} answered {answer.status}")
             async for text in answer.content:
@@ -373,7 +459,7 @@ class Peers:
             except MemberAway:
                 silent.append(peer.name)
 
-        await asyncio.gather(*map(one, list(self.all.values())))
+        await asyncio.gather(*(one(peer) for peer in self.all.values() if peer.name not in self.removed))
         return found, sorted(silent)
 
 

@@ -21,9 +21,6 @@ _SWEPT: Final = 20  # expired ones that are removed with each choice
 _TRIES: Final = 10
 _RETRY_AFTER: Final = 60
 _MOVING: Final = 30 * 86_400.0  # seconds that a move's decision stands, for homes that are away meanwhile
-# the same of a tenant that was brought back: its old home may be away for long
-_AWAY: Final = 3650 * 86_400.0
-_LOST: Final = "lost-"  # of such a decision, with the suspicion that led to it
 
 
 class Placements:
@@ -73,9 +70,7 @@ class Placements:
             found = await self._keys.get(key)
             if _move(found) == (member, move):
                 return
-            # as long as before, if its old home may still come back with it
-            until = max(round(time.time() + _MOVING), round(_parsed(found)[1]))
-            value = orjson.dumps([member, until, move]).decode()
+            value = orjson.dumps([member, round(time.time() + _MOVING), move]).decode()
             if await self._keys.swap(key, found, value):
                 return
         raise Unavailable(f"other members keep choosing a home for {tenant}; try again", reason="contended")
@@ -84,63 +79,17 @@ class Placements:
         """Return whether a move was decided. Raises `Unavailable` if the cluster cannot say."""
         return _move(await self._keys.get(_KIND + tenant))[1] == move
 
-    async def after(self, tenant: str, home: str, wish: str, suspicion: str) -> str:
-        """Return the member that gets a tenant of `home`, maybe lost: the one chosen earlier, or `wish`.
-
-        The first to ask decides: the home itself, once it is back, or the member with the copy. Raises
-        `Unavailable` if the cluster cannot decide.
-        """
-        key, mark = _KIND + tenant, _LOST + suspicion
-        for _ in range(_TRIES):
-            found = await self._keys.get(key)
-            member, _ = _parsed(found)
-            if _move(found)[1] == mark or (member not in ("", home) and member in await self._members()):
-                return member  # decided, or it has another home since
-            until = round(time.time() + (self._kept if wish == home else _AWAY))
-            if await self._keys.swap(key, found, orjson.dumps([wish, until, mark]).decode()):
-                return wish
-        raise Unavailable(f"other members keep deciding about {tenant}; try again", reason="contended")
-
-    async def taken(self, member: str) -> Collection[str]:
-        """Return the tenants that `after` has given to a member. Raises `Unavailable`."""
-        listed = {key: _move(value) for key, value in (await self._keys.listed(_KIND)).items()}
-        return {
-            key.removeprefix(_KIND)
-            for key, (home, mark) in listed.items()
-            if home == member and mark.startswith(_LOST)
-        }
-
     async def is_member(self, name: str) -> bool:
         """Return whether the cluster has a member of this name. Raises `Unavailable` if it cannot say."""
         return name in await self._members()
 
-    async def back(self, tenant: str, member: str, suspicion: str) -> None:
-        """Let a decision of `after` expire, once the lost home is back without the tenant.
-
-        The decision of a later move of the tenant expires too.
-        """
-        key = _KIND + tenant
-        found = await self._keys.get(key)
-        home, mark = _move(found)
-        if mark == _LOST + suspicion:
-            await self._let_go(key, found, member)
-        elif home == member and not mark.startswith(_LOST):
-            value = orjson.dumps([home, round(time.time() + _MOVING), mark]).decode()
-            await self._keys.swap(key, found, value)
-
     async def settle(self, tenant: str, member: str, move: str) -> None:
-        """Let a move's decision expire, once all members have seen where the tenant is.
-
-        If the tenant's lost home may return with it, the decision stays until `back`.
-        """
+        """Let a move's decision expire, once all members have seen where the tenant is."""
         key = _KIND + tenant
         found = await self._keys.get(key)
-        if _move(found) == (member, move) and _parsed(found)[1] < time.time() + 2 * _MOVING:
-            await self._let_go(key, found, member)
-
-    async def _let_go(self, key: str, found: str | None, member: str) -> None:
-        value = orjson.dumps([member, round(time.time() + self._kept)]).decode()
-        await self._keys.swap(key, found, value)
+        if _move(found) == (member, move):
+            value = orjson.dumps([member, round(time.time() + self._kept)]).decode()
+            await self._keys.swap(key, found, value)
 
     async def forget(self, tenant: str, member: str) -> None:
         """Take back the choice of this member, which could not create the tenant and left nothing behind."""

@@ -60,8 +60,8 @@ class RemoteSites:
         return self._addresses.get(member)
 
     def away(self, member: str) -> bool:
-        """Return whether a member was not there to serve its sites at the last look."""
-        return member in self._away
+        """Return whether a member was not there to serve its sites at the last look, or was removed."""
+        return member in self._away or (bool(self._addresses) and member not in self._addresses)
 
     @property
     def own(self) -> str | None:

@@ -38,8 +38,6 @@ class Reservations:
     ) -> None:
         """`own` is the name of this gateway's member; `members` returns those of all, or raises."""
         self._keys, self._kind, self._own, self._members = keys, kind, own, members
-        self.is_doubtful: Callable[[str], bool] = lambda tenant: False
-        """Whether a tenant that is here may be another member's by now: then it takes no name from that."""
 
     async def take(self, name: str, tenant: str, *, here: bool = False) -> bool:
         """Take a name for a tenant of this member; return whether it has it now. Idempotent.
@@ -54,7 +52,7 @@ class Reservations:
             if holder == wanted:
                 return True
             if holder is not None and holder.member != self._own:
-                moved = here and holder.tenant == tenant and not self.is_doubtful(tenant)
+                moved = here and holder.tenant == tenant
                 if not moved and holder.member in await self._members():
                     return False
             if await self._keys.swap(key, found, _text(wanted)):

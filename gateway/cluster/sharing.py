@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,8 +33,6 @@ class Sharing:
     own: str
     members: Callable[[], Awaitable[Collection[str]]]
     """Returns the names of the cluster's members, or raises `Unavailable`."""
-    statuses: Callable[[], Awaitable[Mapping[str, str]]]
-    """Returns Incus's word of each member, see `Member.status`, or raises `Unavailable`."""
     keys: SharedKeys
     domains: Reservations
     placements: Placements
@@ -69,14 +67,10 @@ async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) ->
         async def names() -> Collection[str]:
             return {member.name for member in await members()}
 
-        async def statuses() -> Mapping[str, str]:
-            return {member.name: member.status for member in await members()}
-
         async with IncusKeys(incus, settings.cluster_patience) as keys:
             yield Sharing(
                 own=own,
                 members=names,
-                statuses=statuses,
                 keys=keys,
                 domains=Reservations(keys, "domain", own, names),
                 placements=Placements(keys, names, settings.cluster_home_kept),

@@ -40,7 +40,7 @@ def undecided(settings: Settings) -> str | None:
             f"Incus's database does not answer within {_DECIDES:.0f} s: most members are away, or the leader "
             "has just died. Sites and commands keep running, but nothing can be changed. Start the other "
             "members, or incusd here; if most of them are lost for good, run on the one that is to continue: "
-            "incus-gateway cluster recover (docs/cluster.md)"
+            "incus-gateway cluster recover-from-quorum-loss (docs/cluster.md)"
         )
     return None
 

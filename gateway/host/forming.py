@@ -157,19 +157,30 @@ def set_drained(settings: Settings, name: str, drained: bool) -> None:
     incus.patch("cluster", "members", name, json={**kept, "config": config})
 
 
+def check_removable(settings: Settings, name: str, *, force: bool) -> None:
+    """Raise `HostError` unless it is another member, and with `force` one that Incus takes for dead."""
+    found = next((row for row in rows(settings) if row["name"] == name), None)
+    if found is None:
+        raise HostError(f"{name} is not a member of this cluster; see: incus-gateway cluster list")
+    if found["own"]:
+        raise HostError(f"this is {name} itself; run this on another member")
+    if force and found["status"] == "Online":
+        raise HostError(
+            f"{name} is online; move its tenants away with `incus-gateway cluster drain {name}`, then remove it "
+            "without --force; or switch it off"
+        )
+
+
 def remove(settings: Settings, name: str, *, force: bool) -> None:
-    """Remove another member; with `force` one that is dead for good, and its tenants with it.
+    """Remove another member; with `force` one that is dead for good, and its instances with it.
 
     Raises `HostError`, without `force` if it has any instance left or does not answer.
     """
     incus = Incus(settings.incus_socket, timeout=_JOIN)
-    own = member_of(incus.get())
-    if name == own:
-        raise HostError(f"this is {name} itself; run this on another member")
     incus.delete("cluster", "members", name, **({"params": {"force": "1"}} if force else {}))
 
 
-def recover(settings: Settings, report: Report) -> None:
+def recover_from_quorum_loss(settings: Settings, report: Report) -> None:
     """Make this server continue alone, with its own tenants, after most members were lost for good.
 
     Its incusd is restarted, its tenants run on. No other voter may ever be started again: it would be a
@@ -185,7 +196,9 @@ def recover(settings: Settings, report: Report) -> None:
         )
     finally:
         daemon.ensure(report)
-    report("this server decides alone now; docs/cluster.md says how the lost members leave")
+    report(
+        "this server decides alone now; remove each lost member: incus-gateway cluster remove NAME --force"
+    )
 
 
 def own_address(peer: str = "192.0.2.1:9") -> str:

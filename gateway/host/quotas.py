@@ -30,9 +30,8 @@ def unlimited(settings: Settings, tenants: Collection[str]) -> list[str]:
     """Return which of these tenants no limit counts for, in a pool with simple quotas. Needs root."""
     if (groups := _of(settings).groups()) is None:
         return []
-    own, second = settings.incus_project, settings.failover_project
+    own = settings.incus_project
     folders = {tenant if own == "default" else f"{own}_{tenant}": tenant for tenant in tenants}
-    folders |= {f"{second}_{tenant}": tenant for tenant in tenants}  # those that were brought back
     return [folders[folder] for folder in groups.lacking() if folder in folders]
 
 

@@ -30,7 +30,6 @@ from gateway.incus.memory import Memory
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
 from gateway.incus.rest import Elsewhere, IncusError, NotAwaited, Rest, instance_path, unreachable
-from gateway.incus.slots import Slots, named
 from gateway.incus.socket import StreamSocket
 from gateway.incus.states import Lacks, States, start_of
 from gateway.incus.waiting import Waiting
@@ -58,26 +57,6 @@ class Incus(Rest):
         self._states = States(lambda name: self._find(name, state=True))
         self._pids: dict[str, tuple[str, int]] = {}  # by instance: id of its start, init pid
         self._member: str | None = None
-        self.slots = Slots(project)
-
-    async def project_of(self, path: str) -> str:
-        name = named(path)
-        if name and self.slots.second and self.slots.names is None:
-            await self._second()
-        return self.slots.of(name)
-
-    async def _second(self) -> list[dict[str, Any]]:
-        """Return this member's instances in the second project, which there may not be yet."""
-        if not (second := self.slots.second):
-            return []
-        found: list[dict[str, Any]] = []
-        try:
-            found = await self.own("/1.0/instances", recursion="1", project=second)
-        except IncusError as error:
-            if error.status != 404:
-                raise
-        self.slots.names = {str(entry["name"]) for entry in found}
-        return found
 
     async def member(self) -> str:
         """Return the name of this server in its cluster, empty if it is in none. Asked once.
@@ -102,22 +81,13 @@ class Incus(Rest):
             return await self.get(path, **query)
         return (await self._request("GET", path, query=query, alone=True))["metadata"]
 
-    async def names(self, project: str | None = None) -> set[str]:
-        """Return the names of all instances of both projects, or of one; those of dead members, too.
+    async def names(self) -> set[str]:
+        """Return the names of all instances of the project, including those of dead members.
 
         Raises `IncusError`, in a cluster without a quorum after a while.
         """
-        names = set[str]()
-        for one in (project,) if project is not None else filter(None, (self.project, self.slots.second)):
-            try:
-                more = {} if one == self.project else {"project": one}
-                found = await self.get("/1.0/instances", **more)
-            except IncusError as error:
-                if error.status != 404 or one == self.project:  # the second one comes with its first instance
-                    raise
-            else:
-                names |= {unquote(str(url).split("?")[0].rpartition("/")[2]) for url in found}
-        return names
+        found = await self.get("/1.0/instances")
+        return {unquote(str(url).split("?")[0].rpartition("/")[2]) for url in found}
 
     async def _here(self, found: Mapping[str, Any]) -> None:
         """Raise `Elsewhere` unless an instance is on this server."""
@@ -142,18 +112,12 @@ class Incus(Rest):
 
     async def _bare(self, name: str) -> dict[str, Any]:
         """Return an instance without its state. Raises `Elsewhere` and `IncusError`."""
-        path, second = instance_path(name), self.slots.second
-        try:
-            found: dict[str, Any] = await self.get(path)
-        except IncusError as error:
-            if error.status != 404 or not second or not await self.member():
-                raise
-            found = await self.get(path, project=second)  # another member may have it there
+        found: dict[str, Any] = await self.get(instance_path(name))
         await self._here(found)
         return found
 
     async def _list(self) -> list[dict[str, Any]]:
-        found = [*await self.own("/1.0/instances", recursion="1"), *await self._second()]
+        found = await self.own("/1.0/instances", recursion="1")
         # Incus 6.0.4 lists a stopping instance by its name alone, for up to a second: see `instance`.
         whole = [
             await self._find(entry["name"], state=True) if entry.get("config") is None else entry
@@ -190,7 +154,7 @@ class Incus(Rest):
             answer = await self._request("GET", path, query={"recursion": "1"}, most=_STATE_MAX)
             found: dict[str, Any] = answer["metadata"]
         except IncusError as error:
-            if error.status == 0 or (error.status == 404 and not self.slots.second):
+            if error.status == 0 or (error.status == 404):
                 raise
             # its init has ended but Incus does not know yet ("Invalid PID"), or the state is too large
             found = await self._bare(name)
@@ -227,8 +191,7 @@ class Incus(Rest):
 
     def _on_host(self, name: str) -> str:
         """Return an instance's name as it appears in host paths."""
-        project = self.slots.of(name)
-        return name if project == "default" else f"{project}_{name}"
+        return name if self.project == "default" else f"{self.project}_{name}"
 
     async def busy(self) -> set[str]:
         """Return the names of instances with a running operation, such as the copy that creates them."""
@@ -248,11 +211,8 @@ class Incus(Rest):
         timeout: float,
         if_match: str | None = None,
         target: str | None = None,
-        project: str | None = None,
     ) -> Operation:
         """Start an operation and wait for its result. An instance is created on this server, or on `target`.
-
-        It is one of `project`, without which that of the instance is meant, or our first one.
 
         One of an instance that is just being copied to another member begins after that. Raises `IncusError`
         if it fails or takes longer than `timeout` seconds, and with status 412 if the resource no longer has
@@ -264,7 +224,7 @@ class Incus(Rest):
         config = {} if making else (body or {}).get("config") or {}
         if empty := [key for key, value in config.items() if key.startswith("limits.") and not value]:
             raise ValueError(f"{', '.join(empty)} of {path} would be lifted; leave it out of a PUT instead")
-        query = {} if project is None else {"project": project}
+        query = dict[str, str]()
         # else Incus chooses the member with the fewest instances, and for a copy sends the disk there
         if making and (member := target or await self.member()):
             query["target"] = member
@@ -278,8 +238,6 @@ class Incus(Rest):
                 else:
                     operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
                 if operation.ok:
-                    if target in (None, self._member):
-                        self.slots.did(method, path, body, project)
                     return operation
                 raise IncusError(operation.error, 400)
             except IncusError as error:
@@ -378,18 +336,13 @@ class Incus(Rest):
 
         In a cluster, what happens to instances of other members is left out; Incus sends that too.
         """
-        member, slots = await self.member(), self.slots
-        query = {"type": ",".join(types)}
-        query |= {"all-projects": "true"} if slots.second else {"project": self.project}
+        member = await self.member()
+        query = {"type": ",".join(types), "project": self.project}
 
         def wanted(event: Mapping[str, Any]) -> bool:
-            return slots.holds(event) and (not member or concerns(member, event))
+            return not member or concerns(member, event)
 
-        def noted(event: Mapping[str, Any]) -> None:
-            slots.noted(event)
-            self._inventory.noted(event)
-
-        keep = (noted, self._inventory.listening) if "lifecycle" in types else ()
+        keep = (self._inventory.noted, self._inventory.listening) if "lifecycle" in types else ()
         async with contextlib.aclosing(heard(self.session, query, wanted, *keep)) as events:
             async for event in events:
                 yield event

@@ -98,10 +98,6 @@ class Rest:
             raise RuntimeError("Incus must be used inside its `async with`")
         return self._session
 
-    async def project_of(self, path: str) -> str:
-        """Return the project that a request at this path is about."""
-        return self.project
-
     async def get(self, path: str, **query: str) -> Any:
         """Return the metadata of a GET. Raises `IncusError`."""
         return (await self._request("GET", path, query=query))["metadata"]
@@ -117,7 +113,7 @@ class Rest:
         Raises `IncusError`, also if the file exceeds `most` bytes.
         """
         at = instance_path(instance, "files")
-        params = {"project": await self.project_of(at), "path": path}
+        params = {"project": self.project, "path": path}
         try:
             async with (
                 self._in_quorum(at),
@@ -145,7 +141,7 @@ class Rest:
             "X-Incus-gid": "0",
         }
         at = instance_path(instance, "files")
-        params = {"project": await self.project_of(at), "path": path}
+        params = {"project": self.project, "path": path}
         try:
             async with (
                 self._in_quorum(at),
@@ -189,9 +185,7 @@ class Rest:
         if_match: str | None = None,
         alone: bool = False,
     ) -> dict[str, Any]:
-        params = {**(query or {})}
-        if "project" not in params:
-            params["project"] = await self.project_of(path)
+        params = {"project": self.project, **(query or {})}
         data = None if body is None else orjson.dumps(body)
         # with aiohttp's default content type incusd would take a new instance's description for a backup
         headers = {"Content-Type": "application/json"}

@@ -34,9 +34,7 @@ TIDY: Final = "move-tidy"
 class NewHome(Protocol):
     """What a runtime does for a tenant that arrives; see `gateway.runtime.incus.moves`."""
 
-    async def copy(
-        self, tenant: str, instance: str, move: str, *, project: str = "", last: bool = False
-    ) -> None: ...
+    async def copy(self, tenant: str, instance: str, move: str, *, last: bool = False) -> None: ...
 
     async def take_over(self, tenant: str, instance: str, move: str, managed: str | None) -> None: ...
 
@@ -94,11 +92,11 @@ class Arrivals:
         if move.running:
             async with self._capacity.promise(move.tenant, move.memory):
                 pass  # refused now rather than when it is stopped
-        await self._steps.copy(move.tenant, move.instance, move.id, project=move.project)
+        await self._steps.copy(move.tenant, move.instance, move.id)
         return {}
 
     async def _last_copy(self, move: Move) -> Any:
-        await self._steps.copy(move.tenant, move.instance, move.id, project=move.project, last=True)
+        await self._steps.copy(move.tenant, move.instance, move.id, last=True)
         return {}
 
     async def _drop(self, move: Move) -> Any:

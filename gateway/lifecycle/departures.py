@@ -24,9 +24,7 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# versions of the peers' protocol that have moves, and moves of tenants in another project
-_ORDERS: Final = 2
-_PROJECTS: Final = 3
+_ORDERS: Final = 2  # version of the peers' protocol that has moves
 
 
 class Departures:
@@ -88,7 +86,7 @@ class Departures:
         if self._resting:
             raise Unavailable("the gateway is being replaced; try again", retry_after=1)
         peer = self._mover.peer(target)
-        found, project = await self._tenants.get(tenant), await self._mover.project(tenant)
+        found = await self._tenants.get(tenant)
         if (move := self._moves.get(tenant)) is not None:
             if move.target == target:
                 return move
@@ -97,12 +95,11 @@ class Departures:
             raise Conflict(f"the site of {tenant} is being deployed; wait for that", reason="deploying")
         if not peer.alive:
             raise MemberAway(target)
-        if peer.version < (_PROJECTS if project else _ORDERS):
+        if peer.version < _ORDERS:
             raise Unavailable(
                 f"the gateway of {target} is too old to take {tenant}; upgrade it first", reason="older"
             )
         move = Move(tenant, found.instance or "", self._cluster.own, target, by, drained=drained)
-        move.project = project
         move.running, move.memory = found.status == "running", found.limits.get("memory")
         self._moves[tenant] = move
         try:

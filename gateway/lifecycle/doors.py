@@ -38,10 +38,11 @@ class Doors:
         """Make calls wait from now on. Idempotent."""
         self._closed.setdefault(tenant, asyncio.Event())
 
-    def end_streams(self, tenant: str) -> None:
-        """End streams, which would otherwise stay open."""
-        for end in list(self._streams.get(tenant, ())):
-            end()
+    def end_streams(self, tenant: str | None = None) -> None:
+        """End the streams of a tenant, or of all, which would otherwise stay open."""
+        for name in [*self._streams] if tenant is None else [tenant]:
+            for end in list(self._streams.get(name, ())):
+                end()
 
     def open(self, tenant: str) -> None:
         """Let all calls continue. Idempotent."""

@@ -89,7 +89,7 @@ class Lifecycle:
         settings: Settings,
     ) -> None:
         self._tenants, self._snapshots = runtime.tenants, runtime.snapshots
-        self._caddy, self._domains = caddy, domains
+        self.caddy, self._domains = caddy, domains
         self._site_domains = SiteDomains(runtime.tenants, sites, caddy, domains)
         self._bus = bus
         self._names, self._room, self.capacity = names, room, capacity
@@ -117,9 +117,9 @@ class Lifecycle:
             await self.let_go(ask.tenant)
             instance = self._names.holder(ask.tenant)
             await self._tenants.destroy(ask.tenant)
-            async with self._domains.deciding(), self._caddy.changing:
+            async with self._domains.deciding(), self.caddy.changing:
                 for domain in await self._domains.left(ask.tenant):
-                    self._caddy.unset(domain)
+                    self.caddy.unset(domain)
             await self._names.over(ask.tenant, instance)
 
     async def clone(self, ask: Ask) -> Mapping[str, Any]:
@@ -142,11 +142,11 @@ class Lifecycle:
         if domain is not None:
             await self._domains.permit(ask.token, domain)
         async with self.alone(ask.tenant):  # a concurrent restore would bring the old domain back
-            async with self._domains.moving(ask.tenant, domain) as before, self._caddy.changing:
+            async with self._domains.moving(ask.tenant, domain) as before, self.caddy.changing:
                 await self._tenants.rename(ask.tenant, domain)
                 site = await self._site_domains.route(ask.tenant, domain)
                 if before not in (None, domain) and self._domains.serves(before, ask.tenant):
-                    self._caddy.unset(before)
+                    self.caddy.unset(before)
             await self._site_domains.reached(ask.tenant, domain, site)
             if domain is not None and domain != before:
                 await self._site_domains.allow(ask.tenant, domain)

@@ -38,7 +38,6 @@ class Move:
     running: bool = False  # before it was stopped to be moved
     memory: str | None = None  # its limit
     managed: str | None = None  # the instance's own mark as a tenant
-    project: str = ""  # of Incus, where that is not the tenants' own
     drained: bool = False  # it is to come back when its member is restored
     leftover: bool = False  # the target could not be told that the move is given up
 

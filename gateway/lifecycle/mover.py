@@ -55,8 +55,6 @@ class OldHome(Protocol):
 
     async def managed(self, tenant: str) -> str | None: ...
 
-    async def project(self, tenant: str) -> str: ...
-
     async def snapshot(self, tenant: str, number: int) -> None: ...
 
     async def forget_snapshots(self, tenant: str, but: int | None = None) -> None: ...
@@ -121,10 +119,6 @@ class Mover:
         if peer is None:
             raise InvalidParams(f"{member[:63]} is not a member of the cluster", field="member")
         return peer
-
-    async def project(self, tenant: str) -> str:
-        """Return the Incus project that a tenant is in, empty for the tenants' own one."""
-        return await self._steps.project(tenant)
 
     def shut(self, tenant: str) -> None:
         """Keep everybody from using a tenant, as during the switch."""

@@ -1,8 +1,12 @@
-"""Keeps a copy of each tenant of this member on another one, and brings back the tenants of a lost member.
+"""Keeps a copy of each tenant of this member on another one, from which an operator can bring it back.
 
-A member is lost once it has been removed from the cluster (`incus cluster remove --force`). Nothing of it
-comes back then, and its tenants' names are free. A member that was not removed may still come back with its
-tenants.
+```
+home      SHOP ── a copy each `GATEWAY_STANDBY` seconds ──►╮   dies, is removed from the cluster
+another   copy of SHOP ◄───────────────────────────────────╯── lost: 503 ── recover ──► SHOP
+```
+
+A tenant is lost once its member has been removed from the cluster: only then is its name free, and that
+member serves nothing when it comes back. While its member is just away, it waits for that.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import re
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -22,7 +26,7 @@ from typing import Any, Final
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.peers import MemberAway
 from gateway.cluster.records import Records, unsure
-from gateway.errors import Conflict, GatewayError, NotFound
+from gateway.errors import Conflict, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
 from gateway.limits.capacity import Capacity
 from gateway.ownership.names import Names
@@ -35,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _LOOK: Final = 10.0  # seconds between two looks for tenants that are due, at most
 _AGAIN: Final = 2.0  # seconds until lost tenants are looked for again, where that failed
+_AT_ONCE: Final = 4  # tenants that are brought back at a time: incusd and the disk are shared with all others
+_RETRY_AFTER: Final = 5
 _NOTICED: Final = 0.1  # seconds between two looks whether Incus has told of what was brought back
 _LOOKS: Final = 50
 _SENDING: Final = 30.0  # seconds that a peer may take to keep a tenant's records
@@ -62,7 +68,7 @@ class Standing:
 class Standby:
     """The copies of this member's tenants on others, and those of others here.
 
-    `members` asks the cluster. Tenants that are `moving` are left alone.
+    `members` asks the cluster. Tenants that are `moving` are not copied.
     """
 
     def __init__(
@@ -87,8 +93,9 @@ class Standby:
         self._standing: dict[str, Standing] = {}
         self._tried: dict[str, float] = {}  # when each tenant was looked at last, by the monotonic clock
         self._held: set[str | None] = set()  # instances that Incus starts, or not, as the settings say
-        self._refused: set[str] = set()  # lost tenants whose names are others' by now
-        self._reviving: set[str] = set()
+        self._over: set[str] = set()  # tenants whose copies here are of no use any more
+        self._lost: dict[str, StandbyCopy] = {}
+        self._recovering = asyncio.Lock()
         self._seen: dict[str, tuple[str | None, str]] = {}  # instance and status of each tenant, a look ago
         self._pause = _LOOK
         # when each tenant's copy was up to date last, or first was due, and its interval
@@ -109,16 +116,6 @@ class Standby:
         """The tenants without a copy that was up to date within the last three intervals."""
         now = time.monotonic()
         return {name for name, (at, interval) in self._fresh.items() if now - at > _LATE * interval}
-
-    def instance(self, tenant: str) -> str:
-        """Return the instance of a tenant that was copied, empty for any other."""
-        found = self._standing.get(tenant)
-        return "" if found is None else found.instance
-
-    @property
-    def copied(self) -> Collection[str]:
-        """The tenants of this member of which another one may have a copy."""
-        return self._standing.keys()
 
     async def recall(self) -> None:
         """Load what an earlier process copied. Raises `StoreFailed`."""
@@ -190,7 +187,7 @@ class Standby:
         interval = self._interval(tenant)
         if not interval or tenant.status not in _QUIET or tenant.deployment or tenant.migration:
             return False
-        if self._moving(tenant.name) or tenant.name in self._reviving:
+        if self._moving(tenant.name) or tenant.name in self._lost:
             return False
         tried = self._tried.get(tenant.name)
         return tried is None or time.monotonic() >= tried + interval
@@ -200,7 +197,7 @@ class Standby:
         try:
             workspace = self._settings.workspace
             if tenant.instance not in self._held:
-                await self._copies.hold_back(name, held=bool(self._settings.failover))
+                await self._copies.hold_back(name, held=True)
                 self._held.add(tenant.instance)
             made = standing if standing is not None and standing.at else None
             if made is not None and await self._is_unchanged(name, workspace, made):
@@ -303,66 +300,127 @@ class Standby:
 
     # --- lost members -------------------------------------------------------------------------------
 
-    async def bring_back(self) -> None:
-        """Bring back the tenants of lost members whose copies are here, forever."""
-        followed = frozenset[str]()
-        lost = asyncio.Event()
-        lost.set()  # there may be some since the last process
+    @property
+    def lost(self) -> Collection[str]:
+        """The tenants of removed members whose copies this member has, until they are back."""
+        return self._lost.keys()
 
-        def looked() -> None:
-            nonlocal followed
-            now = frozenset(self._cluster.peers.all)
-            if followed - now:
-                lost.set()
-            followed = now
+    def check(self, tenant: str) -> None:
+        """Raise `Unavailable` for a tenant that is lost and not back yet."""
+        if (copy := self._lost.get(tenant)) is not None:
+            raise Unavailable(
+                f"the server of {tenant}, {copy.home}, was removed; it comes back from its copy with: "
+                f"incus-gateway cluster recover {tenant}",
+                reason="member_away",
+                location=copy.home,
+                retry_after=_RETRY_AFTER,
+            )
 
-        self._cluster.peers.watchers.add(looked)
+    async def follow(self) -> None:
+        """Keep `lost` up to date, forever; first start what ran when this server went down."""
+        await self._cluster.peers.known()
+        await self._cluster.settle()  # by then a removed member knows that it is one
+        changed = asyncio.Event()
+        self._cluster.peers.watchers.add(changed.set)
+        started = False
         try:
-            while True:
-                await lost.wait()
-                lost.clear()
+            while not self._cluster.peers.out.is_set():
+                changed.clear()
                 try:
-                    await self._bring_back()
+                    if not started:
+                        await self._start_fallen()
+                        started = True
+                    peers = self._cluster.peers
+                    await self._look_for_lost({self._cluster.own, *peers.all} - peers.removed.keys())
                 except GatewayError as error:
-                    log.warning("cannot look for copies of lost servers' tenants: %s", error.message)
-                    lost.set()
+                    log.warning("cannot look for tenants of removed servers now: %s", error.message)
+                    changed.set()
                     await asyncio.sleep(_AGAIN)
+                await changed.wait()
         finally:
-            self._cluster.peers.watchers.discard(looked)
+            self._cluster.peers.watchers.discard(changed.set)
 
-    async def _bring_back(self) -> None:
-        """Recreate the tenants whose copies are here and whose member was removed."""
-        found = [copy for copy in await self._copies.here() if copy.home != self._cluster.own]
-        if not found:
-            return
+    async def _start_fallen(self) -> None:
+        for tenant in await self._copies.fallen():
+            try:
+                await self._tenants.start(tenant)
+            except GatewayError as error:
+                log.warning("cannot start %s after its server was down: %s", tenant, error.message)
+
+    async def _look_for_lost(self, members: Collection[str]) -> None:
+        before = set(self._lost)
+        for copy in await self._copies.here():
+            if copy.home in members or copy.tenant in self._over:
+                continue
+            if copy.tenant not in before:
+                if self._names.holder(copy.tenant) == copy.instance:  # an earlier process has begun this
+                    await self._revive(await self._latest(copy))
+                    continue
+                log.warning("%s is lost with its server %s; this one has its copy", copy.tenant, copy.home)
+            self._lost[copy.tenant] = await self._latest(copy)
+        if before != set(self._lost):
+            self._cluster.changed()
+
+    async def _latest(self, copy: StandbyCopy) -> StandbyCopy:
+        """Return a copy as of its records, which come before its home confirms it."""
+        known = await self._records.kept(copy.tenant)
+        return copy.of(known.id) if known is not None and known.instance == copy.instance else copy
+
+    async def listed(self) -> Sequence[Mapping[str, Any]]:
+        """Return the copies of others' tenants on this member as clients see them. Raises `Unavailable`."""
         members = await self._members()
-        for copy in found:
-            if copy.home not in members and copy.tenant not in self._refused:
-                await self.revive(copy)
+        copies = [copy for copy in await self._copies.here() if copy.home != self._cluster.own]
+        return [self._described(await self._latest(copy), members) for copy in copies]
 
-    async def revive(self, copy: StandbyCopy, *, away: bool = False) -> None:
-        """Turn a copy on this member into the tenant, as the cluster has decided. Idempotent.
+    def _described(self, copy: StandbyCopy, members: Collection[str]) -> Mapping[str, Any]:
+        """Return a copy as clients see it; what is lost with its home is what was done since the copy."""
+        return {
+            "tenant": copy.tenant,
+            "home": copy.home,
+            "member": self._cluster.own,
+            "of": _iso(copy.at),
+            "lost_seconds": self._age(copy),
+            "lost": copy.home not in members,
+        }
 
-        `away`: its old server may come back. Raises `Unavailable`.
+    def _age(self, copy: StandbyCopy) -> int:
+        """Return how old a copy was when its home was last heard, in seconds."""
+        heard = self._cluster.peers.heard(copy.home)
+        return round(max(0.0, (time.time() if heard is None else heard) - copy.at))
+
+    async def recover(self, tenants: Collection[str]) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+        """Bring back those of these tenants that are lost and have their copy here. Can be repeated.
+
+        Return them, and why others did not come back, by tenant. Raises `Unavailable`.
         """
-        self._reviving.add(copy.tenant)
-        try:
-            await self._revive(copy, away=away)
-        finally:
-            self._reviving.discard(copy.tenant)
+        async with self._recovering:
+            self._cluster.peers.look()
+            await self._look_for_lost(members := await self._members())
+            few, failed = asyncio.Semaphore(_AT_ONCE), dict[str, str]()
 
-    async def _revive(self, copy: StandbyCopy, *, away: bool) -> None:
+            async def one(copy: StandbyCopy) -> Mapping[str, Any] | None:
+                async with few:
+                    try:
+                        await self._revive(copy)
+                    except GatewayError as error:
+                        log.warning("cannot recover %s of %s: %s", copy.tenant, copy.home, error.message)
+                        failed[copy.tenant] = error.message
+                        return None
+                return self._described(copy, members)
+
+            wanted = [copy for name, copy in list(self._lost.items()) if name in tenants]
+            done = await asyncio.gather(*map(one, wanted))
+        return [one for one in done if one is not None], failed
+
+    async def _revive(self, copy: StandbyCopy) -> None:
+        """Turn a copy on this member into the tenant. Idempotent. Raises `Conflict` and `Unavailable`."""
         name = copy.tenant
-        # these come before a copy is confirmed, which its home may not have lived to do
-        known = await self._records.kept(name)
-        if known is not None and known.instance == copy.instance:
-            copy = copy.of(known.id)
         try:
-            await self._copies.revive(copy, away=away)
-        except Conflict as error:
-            log.warning("cannot recover %s of the lost %s: %s", name, copy.home, error.message)
-            self._refused.add(name)
-            return
+            await self._copies.revive(copy)
+        except Conflict:
+            self._over.add(name)
+            self._lost.pop(name, None)
+            raise
         try:
             await self._records.adopt(name, copy.snapshot)
         except GatewayError as error:
@@ -378,13 +436,16 @@ class Standby:
             if self._names.holder(name) == copy.instance:
                 break
             await asyncio.sleep(_NOTICED)
-        lost = round(max(0.0, time.time() - copy.at))
-        log.warning("recovered %s of the lost %s, as it was %d s ago", name, copy.home, lost)
-        told = {"from": copy.home, "to": self._cluster.own, "of": _iso(copy.at), "lostSeconds": lost}
-        self._bus.publish("tenant.recovered", name, told)
-        with contextlib.suppress(GatewayError):  # or with its next copy
+        log.warning("recovered %s of the lost %s, as it was at %s", name, copy.home, _iso(copy.at))
+        facts = {"from": copy.home, "to": self._cluster.own, "of": _iso(copy.at)}
+        self._bus.publish("tenant.recovered", name, {**facts, "lostSeconds": self._age(copy)})
+        try:
             await self._copies.forget(name)
-        await self._copies.drop(name)
+            await self._copies.drop(name)
+        except GatewayError as error:
+            log.warning("the copy that %s came back from is left: %s", name, error.message)
+            self._over.add(name)
+        self._lost.pop(name, None)
 
 
 def _iso(at: float) -> str:

@@ -15,7 +15,6 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections that it does not read |
 | `{"do": "bind_ports", "tenant"}` | `{}`: its MAC address is bound to its port, see `bridge_port` |
 | `{"do": "cut_off", "member": "HOST:PORT"}` | `{"ended": n}` connections with it, see `dead_members` |
-| `{"do": "fence", "tenant", "frozen": bool}` | `{}`: its container is frozen, or no longer, see `fence` |
 | `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `subvolume` |
 | `{"do": "quotas", "read_ahead": N}` | `{"changed": [words], "read_ahead": words}`: the disk quotas are
   enforced, see `quotas`, N bytes are read ahead at most, see `read_ahead`, and folders of the host that were
@@ -148,9 +147,6 @@ class Broker:
                     answer = {"changed": changed(disk.path, str(request["since"]))}
                 case "cut_off":
                     answer = {"ended": cut_off(str(request["member"]), self._tenants.members())}
-                case "fence":
-                    self._tenants.fence(str(request["tenant"]), frozen=request["frozen"] is True)
-                    answer = {}
                 case "bind_ports":
                     for port in self._tenants.ports(str(request["tenant"])):
                         port.bind()

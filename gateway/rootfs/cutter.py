@@ -1,4 +1,4 @@
-"""Cuts connections and freezes containers without incusd, while the cluster is broken."""
+"""Closes connections to dead members without incusd, while the cluster is broken."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from gateway.errors import Unavailable
 from gateway.rootfs import dead_members
 from gateway.rootfs.broker_client import BrokerClient
-from gateway.rootfs.locations import Instances
 from gateway.settings import Settings
 
 
@@ -23,7 +22,6 @@ class Cutter:
         at = settings.broker_socket
         self._broker = None if at is None else BrokerClient(at=at)
         self._incus = settings.incus_socket.parent
-        self._tenants = Instances.of(settings)
 
     async def cut_off(self, member: str) -> int:
         """Close the connections with a member's Incus at HOST:PORT; return how many.
@@ -35,18 +33,6 @@ class Cutter:
             return {"ended": dead_members.cut_off(member, dead_members.members(self._incus))}
 
         return int((await self._do({"do": "cut_off", "member": member}, cut))["ended"])
-
-    async def fence(self, tenant: str, *, frozen: bool) -> None:
-        """Freeze or thaw a tenant's container. Idempotent.
-
-        Raises `NotFound` if it is not running, and `Unavailable`.
-        """
-
-        def fence() -> dict[str, Any]:
-            self._tenants.fence(tenant, frozen=frozen)
-            return {}
-
-        await self._do({"do": "fence", "tenant": tenant, "frozen": frozen}, fence)
 
     async def _do(self, request: dict[str, Any], here: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
         if self._broker is not None:

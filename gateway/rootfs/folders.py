@@ -54,9 +54,6 @@ class Folders:
     def ports(self, tenant: str) -> Sequence[Port]:
         raise NotFound("a tenant without a container has no ports")
 
-    def fence(self, tenant: str, *, frozen: bool) -> None:
-        raise NotFound("a tenant without a container cannot be frozen")
-
     def quotas(self) -> Quotas | None:
         return None
 

@@ -23,7 +23,6 @@ from gateway.rootfs import (
     asking,
     bridge_port,
     dead_members,
-    fence,
     process_tree,
     read_ahead,
     shown_folders,
@@ -74,10 +73,6 @@ class Tenants(Protocol):
         """Return a tenant's current ports of the tenants' bridge."""
         ...
 
-    def fence(self, tenant: str, *, frozen: bool) -> None:
-        """Freeze or thaw the container of that name without asking incusd, see `fence`."""
-        ...
-
     def quotas(self) -> Quotas | None:
         """Return the quotas of the tenants' disks; None for folders, which have none."""
         ...
@@ -116,8 +111,8 @@ class Instances:
     """Tenants as containers of one Incus project; incusd is queried each time, only by GET.
 
     Only `workspace` is served, as its owner `uid`. `socket_path` is incusd's; its folder also contains the
-    pools. `bridge` and `pool` are those of the tenants. Those that were brought back are in the project
-    `second`, while another member may have an instance of their name in `project`.
+    pools. `bridge` and `pool` are those of the tenants. Standby copies are in the
+    project `standby`.
     """
 
     def __init__(
@@ -128,7 +123,6 @@ class Instances:
         uid: int,
         bridge: str,
         pool: str,
-        second: str = "",
         standby: str = "",
     ) -> None:
         self._socket = socket_path
@@ -138,7 +132,6 @@ class Instances:
         self._uid = uid
         self._bridge = bridge
         self._pool = pool
-        self._second = second
         self._standby = standby
         self._groups: dict[str, _Group] = {}
         self._member = ""
@@ -153,7 +146,6 @@ class Instances:
             settings.workspace_uid,
             settings.network,
             settings.pool,
-            settings.failover_project,
             settings.standby_project,
         )
 
@@ -167,7 +159,6 @@ class Instances:
             "uid": self._uid,
             "bridge": self._bridge,
             "pool": self._pool,
-            "second": self._second,
             "standby": self._standby,
         }
 
@@ -244,13 +235,6 @@ class Instances:
     def ports(self, tenant: str) -> Sequence[Port]:
         return [*bridge_port.ports(self._instance(tenant)["config"], self._bridge)]
 
-    def fence(self, tenant: str, *, frozen: bool) -> None:
-        if not _NAME.fullmatch(tenant):
-            raise NotFound(f"no tenant {tenant[:100]}")
-        step = fence.freeze if frozen else fence.thaw
-        folder = folder_of({"name": tenant, "project": self._project_of(tenant)})
-        step(Path(self._socket).parent, folder)
-
     def quotas(self) -> Quotas:
         return Quotas(Path(self._pools, self._pool))
 
@@ -281,7 +265,7 @@ class Instances:
         done = 0
         for folder in groups.lacking():
             name = folder.rpartition("_")[2]
-            if folder != folder_of({"name": name, "project": self._project_of(name)}):
+            if folder != folder_of({"name": name, "project": self._project}):
                 continue  # another project's
             with contextlib.suppress(GatewayError):  # not one of ours, or just being made
                 done += self.limit_disk(name) is not None
@@ -299,12 +283,11 @@ class Instances:
     def _identities(self) -> set[str] | None:
         """Return the ids of all instances; None while Incus lists one without its configuration."""
         found = set()
-        for project in filter(None, (self._project, self._second)):
-            asks = f"/1.0/instances?recursion=1&project={quote(project, safe='')}"
-            for instance in asking.get(self._socket, asks, _INSTANCES_MAX) or ():
-                if instance.get("config") is None:  # it is stopping (Incus 6.0.4)
-                    return None
-                found.add(identity_of(instance))
+        asks = f"/1.0/instances?recursion=1&project={quote(self._project, safe='')}"
+        for instance in asking.get(self._socket, asks, _INSTANCES_MAX) or ():
+            if instance.get("config") is None:  # it is stopping (Incus 6.0.4)
+                return None
+            found.add(identity_of(instance))
         return found
 
     def members(self) -> Collection[str]:
@@ -317,16 +300,16 @@ class Instances:
 
         In a cluster, raises `Unavailable` for one on another server: its paths and ids mean others here.
         """
-        found, project = None, self._project_of(tenant)
+        found = None
         if _NAME.fullmatch(tenant):
-            found = self._get(f"/1.0/instances/{quote(tenant)}", query, project)
+            found = self._get(f"/1.0/instances/{quote(tenant)}", query)
         accepts = is_marked if ours else is_tenant
         if found is None or found.get("name") != tenant or not accepts(found):
             raise NotFound(f"no tenant {tenant[:100]}")
         location = found.get("location")
         if location not in (None, "", "none") and location != self._own_member():
             raise Unavailable(f"tenant {tenant} is on another server", reason="elsewhere", location=location)
-        return {**found, "project": project}
+        return {**found, "project": self._project}
 
     def _copy(self, tenant: str) -> dict[str, Any]:
         """Return the standby copy of a tenant that this server has. Raises `NotFound` and `Unavailable`."""
@@ -336,14 +319,6 @@ class Instances:
         if found is None or found.get("location") != self._own_member():
             raise NotFound(f"no copy of {tenant[:100]}")
         return {**found, "project": self._standby}
-
-    def _project_of(self, tenant: str) -> str:
-        """Return the project of a tenant of this server, by Incus's link to each instance that is here.
-
-        To ask for a name whose instance is on a member that is away takes Incus longer than a client waits.
-        """
-        link = f"{os.path.dirname(self._socket)}/containers/{self._second}_{tenant}"
-        return self._second if self._second and os.path.lexists(link) else self._project
 
     def _own_member(self) -> str:
         """Return the name of this server in its cluster. Asked once."""
@@ -370,7 +345,7 @@ class _Group:
 def found_by(told: Mapping[str, Any]) -> Tenants:
     """Create the object described by `told`. Raises `KeyError`, `ValueError`."""
     if told["kind"] == "incus":
-        names = ("socket", "project", "workspace", "uid", "bridge", "pool", "second", "standby")
+        names = ("socket", "project", "workspace", "uid", "bridge", "pool", "standby")
         return Instances(*(told[name] for name in names))
     idmap = tuple(IdMap(*line) for line in told["idmap"])
     return Folders(told["home"], told["below"], told["uid"], idmap)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
 from gateway.settings.units import KiB
-
-MARGIN: Final = 5.0
-"""Seconds from the end of a member's lease until its tenants may run elsewhere, at least."""
 
 
 class ClusterSettings(BaseModel):
@@ -50,33 +47,15 @@ class ClusterSettings(BaseModel):
     standby: float = Field(
         0.0,
         ge=0,
-        description="seconds between two copies of each tenant to another member, from which it is brought "
-        "back if its own member is lost; 0: none. `user.gateway.standby` of an instance "
-        "overrides it",
+        description="seconds between two copies of each tenant to another member, from which `incus-gateway "
+        "cluster recover` brings it back if its own member is lost; 0: none. `user.gateway.standby` of an "
+        "instance overrides it",
     )
     standby_project: str = Field(
         "gateway-standby", description="Incus project for these copies, and for nothing else"
     )
     standby_timeout: float = Field(
         900.0, gt=0, description="seconds that one copy may take; the first one transfers the whole disk"
-    )
-    failover: float = Field(
-        0.0,
-        ge=0,
-        description="seconds after a member's last sign of life until its tenants are brought back from "
-        "copies on others, at least five more than GATEWAY_LEASE; 0: only once the member is "
-        "removed from the cluster",
-    )
-    failover_project: str = Field(
-        "gateway-recovered",
-        description="Incus project for tenants that were brought back while their old server may still "
-        "return with its own instances of the same names, and for nothing else",
-    )
-    lease: float = Field(
-        10.0,
-        gt=0,
-        description="seconds without contact with most members and without a quorum, after which a member "
-        "freezes the tenants that others have copies of; only with GATEWAY_FAILOVER",
     )
     cluster_events_ahead: int = Field(
         64 * KiB,
@@ -104,11 +83,3 @@ class ClusterSettings(BaseModel):
     move_copy_timeout: float = Field(
         3600.0, gt=0, description="seconds that the copy of a tenant's disk to another member may take"
     )
-
-    @model_validator(mode="after")
-    def _leases_end_first(self) -> Self:
-        if self.failover and self.failover < self.lease + MARGIN:
-            raise ValueError(
-                f"GATEWAY_FAILOVER is 0, or at least {MARGIN:.0f} seconds longer than GATEWAY_LEASE"
-            )
-        return self

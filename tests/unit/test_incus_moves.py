@@ -47,16 +47,8 @@ SHOP = {
 }
 
 
-SECOND = "gateway-recovered"
-
-
 class Member(Incus):
-    """The incusd of one member of a cluster whose instances are `all`; of the second project as PROJECT_NAME.
-
-    Whoever asks for one of a member that is `away` waits forever.
-    """
-
-    away = ""
+    """The incusd of one member of a cluster whose instances are `all`."""
 
     def __init__(self, name: str, all: dict[str, dict[str, Any]]) -> None:
         super().__init__(Path("/nowhere"), "default", 1.0)
@@ -67,56 +59,33 @@ class Member(Incus):
     async def member(self) -> str:
         return self.name
 
-    def _key(self, name: str, project: str | None = None) -> str:
-        project = project or self.slots.of(name)
-        return name if project == "default" else f"{project}_{name}"
-
-    def _found(self, name: str, project: str | None = None) -> dict[str, Any]:
-        key = self._key(name, project)
-        if key not in self.all:
+    def _found(self, name: str) -> dict[str, Any]:
+        if name not in self.all:
             raise IncusError("Instance not found", 404)
-        found = copy.deepcopy(self.all[key])
-        assert found["location"] != self.away, f"{key} is away"
+        found = copy.deepcopy(self.all[name])
         managed = {"user.gateway.managed": "true"}  # by the profile
         expanded = {"expanded_config": managed | found["config"], "expanded_devices": found["devices"]}
         return found | expanded | {"name": name, "state": {}}
 
     async def get(self, path: str, **query: str) -> Any:
-        project = query.pop("project", None)
         match path.split("/")[2:]:
             case ["instances", name]:
-                return self._found(name, project)
+                return self._found(name)
             case ["instances", name, "snapshots"]:
-                there = self.all[self._key(name)]["snapshots"]
+                there = self.all[name]["snapshots"]
                 taken = [f"{path}/{one}" for one in there]
                 shown = [{"name": f"{name}/{one}", "created_at": one} for one in there]
                 return shown if query else taken
             case ["instances"]:
-                return [f"/1.0/instances/{name}" for name in self._names(project)]
+                return [f"/1.0/instances/{name}" for name in self.all]
         raise AssertionError(path)
-
-    def _names(self, project: str | None) -> list[str]:
-        prefix = "" if project in (None, "default") else f"{project}_"
-        others = "" if prefix else f"{SECOND}_"
-        return [
-            key.removeprefix(prefix)
-            for key in self.all
-            if key.startswith(prefix) and not (others and key.startswith(others))
-        ]
 
     async def own(self, path: str, **query: str) -> Any:
         if path.endswith("/leases"):
             return []
-        project = query.get("project")
-        found = [
-            name
-            for name in self._names(project)
-            if self.all[self._key(name, project)]["location"] == self.name
-        ]
-        return [self._found(name, project or "default") for name in found]
+        return [self._found(name) for name, one in self.all.items() if one["location"] == self.name]
 
     async def instance(self, name: str, **_: Any) -> dict[str, Any]:
-        await self.project_of(f"/1.0/instances/{name}")
         found = self._found(name)
         if found["location"] != self.name:
             raise Elsewhere(name, found["location"])
@@ -139,42 +108,34 @@ class Member(Incus):
         timeout: float,
         if_match: str | None = None,
         target: str | None = None,
-        project: str | None = None,
     ) -> Operation:
         given = copy.deepcopy(dict(body or {}))
         match method, path.split("/")[2:]:
             case "POST", ["instances"]:
-                self._copy(given, project or "default")
+                self._copy(given)
             case "POST", ["instances", name]:
-                key = self._key(name)
-                new = key.removesuffix(name) + given["name"]
-                if new in self.all:
+                if given["name"] in self.all:
                     raise IncusError("Name is already in use", 400)
-                self.all[new] = self.all.pop(key)
+                self.all[given["name"]] = self.all.pop(name)
             case "PATCH", ["instances", name]:
-                config = self.all[self._key(name)]["config"] | given["config"]
-                self.all[self._key(name)]["config"] = {key: value for key, value in config.items() if value}
+                config = self.all[name]["config"] | given["config"]
+                self.all[name]["config"] = {key: value for key, value in config.items() if value}
             case "PUT", ["instances", name]:
-                self.all[self._key(name)] |= {key: given[key] for key in ("config", "devices", "profiles")}
+                self.all[name] |= {key: given[key] for key in ("config", "devices", "profiles")}
             case "DELETE", ["instances", name]:
-                del self.all[self._key(name)]
+                del self.all[name]
             case "POST", ["instances", name, "snapshots"]:
-                self.all[self._key(name)]["snapshots"].append(given["name"])
+                self.all[name]["snapshots"].append(given["name"])
             case "DELETE", ["instances", name, "snapshots", snapshot]:
-                self.all[self._key(name)]["snapshots"].remove(snapshot)
+                self.all[name]["snapshots"].remove(snapshot)
             case _:
                 raise AssertionError(f"{method} {path}")
-        self.slots.did(method, path, body, project)
         return Operation(ok=True)
 
-    def _copy(self, given: dict[str, Any], project: str) -> None:
+    def _copy(self, given: dict[str, Any]) -> None:
         self.copied.append(given)
-        source = self.all[self._key("shop", given["source"].pop("project", project))]
-        assert source["location"] != self.away and given["source"] == {
-            **{"type": "copy", "source": "shop"},
-            "refresh": True,
-        }
-        name = self._key(given["name"], project)
+        source, name = self.all["shop"], given["name"]
+        assert given["source"] == {"type": "copy", "source": "shop", "refresh": True}
         there = self.all.get(name, {})
         assert there.get("location", self.name) == self.name and there.get("status", "Stopped") == "Stopped"
         kept = {key: given[key] for key in ("type", "profiles", "config", "devices", "architecture")}
@@ -254,59 +215,6 @@ async def test_a_copy_becomes_the_tenant_with_an_address_of_its_new_member(
         await there.discard_old("7")
     await here.forget_snapshots("shop")
     assert set(new.all) == {"shop", "theirs"} and shop["snapshots"] == []
-
-
-@pytest.mark.parametrize("away", [True, False], ids=["while its old server is away", "afterwards"])
-async def test_one_that_was_brought_back_moves_too(old: Member, new: Member, away: bool) -> None:
-    """Into the tenants' own project once its name is free there, whose instance nobody asks for before."""
-    shop = old.all[f"{SECOND}_shop"] = old.all.pop("shop")
-    if away:
-        old.all["shop"] = copy.deepcopy(SHOP) | {"location": "m3"}
-        old.away = new.away = "m3"
-    for member in (old, new):
-        member.slots.second = SECOND
-    there, here = steps(old), steps(new)
-    project = await there.project("shop")
-    assert project == SECOND
-    for number in range(2):
-        await there.snapshot("shop", number)
-        await here.copy("shop", "i-1", "7", project=project)
-        await there.forget_snapshots("shop", number)
-    shop["status"] = "Stopped"
-    shop["config"]["limits.cpu"] = "4"
-    await here.copy("shop", "i-1", "7", project=project, last=True)
-    for _ in range(2):
-        await there.put_aside("shop", "i-1", "7")
-        await here.take_over("shop", "i-1", "7", None)
-    for _ in range(2):
-        await there.discard_old("7")
-    await here.forget_snapshots("shop")
-    key = f"{SECOND}_shop" if away else "shop"
-    assert set(new.all) == {key, "shop"}
-    found = new.all[key]
-    assert (found["location"], found["config"]["limits.cpu"], found["snapshots"]) == ("m2", "4", [])
-    assert (await here.project("shop"), await there.project("shop")) == (SECOND if away else "", "")
-
-
-async def test_a_gateway_that_is_killed_between_a_move_s_steps_finds_its_instances_in_either_project(
-    old: Member, new: Member
-) -> None:
-    old.all[f"{SECOND}_shop"] = old.all.pop("shop") | {"status": "Stopped"}
-    old.all["shop"] = copy.deepcopy(SHOP) | {"location": "m3"}
-
-    def again(member: Member) -> Moves:
-        """Return the steps of a process that knows nothing yet."""
-        fresh = Member(member.name, member.all)
-        fresh.slots.second, fresh.away = SECOND, "m3"
-        return steps(fresh)
-
-    await again(new).copy("shop", "i-1", "7", project=SECOND)
-    await again(new).copy("shop", "i-1", "7", project=SECOND, last=True)
-    for _ in range(2):
-        await again(old).put_aside("shop", "i-1", "7")
-        await again(new).take_over("shop", "i-1", "7", None)
-    await again(old).discard_old("7")
-    assert set(new.all) == {f"{SECOND}_shop", "shop"} and new.all[f"{SECOND}_shop"]["location"] == "m2"
 
 
 async def test_one_that_was_put_aside_can_be_brought_back(old: Member) -> None:

@@ -53,15 +53,6 @@ async def test_what_a_member_has_it_may_take_again_and_for_another_tenant(rig: R
     assert await rig.m1.held() == {SHOP: Holder("m1", "other")}
 
 
-async def test_a_member_takes_no_name_for_a_tenant_that_may_be_another_ones_by_now(rig: Rig) -> None:
-    """Its server was cut off, and still has what it was."""
-    assert await rig.m2.take(SHOP, "shop", here=True)
-    rig.m1.is_doubtful = {"shop"}.__contains__
-    assert not await rig.m1.take(SHOP, "shop", here=True)
-    rig.m1.is_doubtful = set[str]().__contains__
-    assert await rig.m1.take(SHOP, "shop", here=True)
-
-
 async def test_only_its_member_leaves_a_name(rig: Rig) -> None:
     assert await rig.m1.take(SHOP, "shop")
     await rig.m2.leave(SHOP)

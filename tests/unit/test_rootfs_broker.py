@@ -259,12 +259,3 @@ async def test_foreign_instances(broker: Running, root: FilesystemRoot) -> None:
             assert f"Uid:{ids}\nGid:{ids}\n" in status
             assert Path(f"/proc/{worker}/mountinfo").read_text().split()[3].endswith("/one/rootfs/srv/site")
         await workers.broker.request({"do": "kill", "worker": answer["worker"]})
-
-
-@needs_root
-async def test_freezes_no_group_but_that_of_a_container(broker: Running) -> None:
-    client = BrokerClient(at=broker.socket)
-    for name in ("../shop", "lxc.payload.shop", "shop*", "", "shop/gateway", "nobody"):
-        with pytest.raises(NotFound):
-            print(name, await client.request({"do": "fence", "tenant": name, "frozen": True}))
-    await client.aclose()

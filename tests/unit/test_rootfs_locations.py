@@ -280,7 +280,7 @@ def test_a_standby_copy_is_counted_and_then_counts_for_the_tenant_that_is_made_o
 ) -> None:
     with_groups(monkeypatch, groups := Groups())
     path = str(host.folder / "unix.socket")
-    tenants = Instances(path, "default", WORKSPACE, 1000, "br0", "pool", "second", "standby")
+    tenants = Instances(path, "default", WORKSPACE, 1000, "br0", "pool", "standby")
     host.table["/1.0"] = {"environment": {"server_name": "m1"}}
     with pytest.raises(NotFound):
         tenants.limit_disk("shop", standby=True)

@@ -47,6 +47,7 @@ class Copies:
     of: list[str] = field(default_factory=list)  # the snapshots of those
     full: set[str] = field(default_factory=set)  # members
     taken: set[str] = field(default_factory=set)  # names
+    stopped: list[str] = field(default_factory=list)  # that ran when the server went down
     silent: bool = False
     half: bool = True  # of the snapshot of `half` only a part is left
     tidied: list[tuple[str, str]] = field(default_factory=list)
@@ -92,7 +93,10 @@ class Copies:
     async def forget(self, name: str) -> None:
         self.forgotten.append(name)
 
-    async def revive(self, copy: StandbyCopy, *, away: bool = False) -> None:
+    async def fallen(self) -> list[str]:
+        return self.stopped
+
+    async def revive(self, copy: StandbyCopy) -> None:
         if copy.tenant in self.taken:
             raise Conflict("there is one")
         self.revived.append(copy.tenant)
@@ -118,6 +122,10 @@ class World:
     asleep: list[str] = field(default_factory=list)
     full: bool = False  # of memory
     moving: set[str] = field(default_factory=set)
+    out: asyncio.Event = field(default_factory=asyncio.Event)
+    reported: int = 0  # how often other gateways were told that the lost ones are others
+    heard: float | None = None  # when a member was last heard
+    here: set[str] = field(default_factory=set)  # tenants that this member has
 
     def __post_init__(self) -> None:
         for name in ("m2", "m3"):
@@ -129,6 +137,9 @@ class World:
 
     async def start(self, name: str) -> None:
         self.started.append(name)
+
+    def changed(self) -> None:
+        self.reported += 1
 
     async def mark_asleep(self, name: str, asleep: bool) -> None:
         assert asleep
@@ -157,12 +168,18 @@ class World:
                 raise NotFound("no tenant")
             return name not in self.unchanged
 
-        async def settle() -> None:
+        async def nothing() -> None:
             pass
 
-        peers = SimpleNamespace(all=self.peers, watchers=self.watchers)
-        names = SimpleNamespace(holder=lambda name: f"id-{name}")
-        cluster = SimpleNamespace(own="m1", peers=peers, settle=settle, send_records=self.send_records)
+        peers = SimpleNamespace(
+            all=self.peers, watchers=self.watchers, removed={}, known=nothing, out=self.out
+        )
+        peers.removed, peers.look, peers.heard = {}, lambda: None, lambda name: self.heard
+        names = SimpleNamespace(
+            holder=lambda name: f"id-{name}" if name in {*self.here, *self.copies.revived} else ""
+        )
+        cluster = SimpleNamespace(own="m1", peers=peers, settle=nothing, send_records=self.send_records)
+        cluster.changed = self.changed
         world = cast(Any, self)
         return Standby(
             cast(Any, self.copies),
@@ -188,15 +205,15 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 @contextlib.asynccontextmanager
 async def following(standby: Standby) -> AsyncIterator[None]:
-    """Copy and bring back until the end of the block."""
-    tasks = [asyncio.create_task(work) for work in (standby.copy(), standby.bring_back())]
+    """Copy, and look for lost tenants, until the end of the block."""
+    tasks = [asyncio.create_task(work) for work in (standby.copy(), standby.follow())]
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
+        assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ended), ended
 
 
 @pytest.fixture(autouse=True)
@@ -297,25 +314,33 @@ async def test_a_copy_that_is_late_is_an_alarm(world: World) -> None:
 
 
 async def test_a_tenant_is_known_to_have_a_copy_before_it_has_one(world: World) -> None:
-    """Its member could bring it back from then on, also where this process ends in the midst of the copy."""
+    """It goes with the tenant then, also where this process ends in the midst of the copy."""
     world.tenants = [tenant("unsent")]
-    standby = world.standby()
-    async with following(standby):
+    async with following(world.standby()):
         await until(lambda: world.copies.given_up)
-        assert list(standby.copied) == ["unsent"] and standby.of("unsent") is None
-    again = world.standby()
-    await again.recall()
-    assert list(again.copied) == ["unsent"] and again.instance("unsent") == "id-unsent"
+    world.tenants = []
+    async with following(world.standby()):
+        await until(lambda: world.copies.gone)
+    assert world.copies.gone == ["unsent"]
 
 
-@pytest.mark.parametrize("failover", [0, 20])
-async def test_whether_incus_starts_a_tenant_with_its_server_is_settled_before_its_first_copy(
-    world: World, failover: float
-) -> None:
+async def test_incus_leaves_it_to_us_to_start_a_tenant_that_has_a_copy(world: World) -> None:
     world.tenants, world.unchanged = [tenant("one")], {"one"}
-    async with following(world.standby(failover=failover)):
+    async with following(world.standby()):
         await until(lambda: world.looked.count("one") >= 3)
-    assert world.copies.held == [("one", failover > 0)]
+    assert world.copies.held == [("one", True)]
+
+
+async def test_what_ran_when_the_server_went_down_is_started_unless_that_was_removed(world: World) -> None:
+    world.copies.stopped = ["one"]
+    async with following(world.standby()):
+        await until(lambda: world.started)
+    assert world.started == ["one"]
+    world.started.clear()
+    world.out.set()
+    async with asyncio.timeout(5):
+        await world.standby().follow()
+    assert not world.started
 
 
 async def test_a_tenant_that_has_just_been_started_is_not_copied(world: World) -> None:
@@ -340,10 +365,9 @@ async def test_a_tenant_that_is_just_brought_back_is_not_copied(world: World) ->
         await go_on.wait()
 
     world.start = start  # type: ignore[method-assign]  # one that takes a while
-    lost = StandbyCopy("lost", "id-lost", "m4", time.time(), True)
-    world.tenants, world.copies.there = [tenant("lost"), tenant("one")], [lost]
+    world.tenants, world.copies.there = [tenant("lost"), tenant("one")], [copy("lost", "m4")]
     standby = world.standby()
-    reviving = asyncio.create_task(standby.revive(lost))
+    reviving = asyncio.create_task(standby.recover({"lost"}))
     await begun.wait()
     async with following(standby):
         await until(lambda: len(world.copies.made) >= 3)
@@ -417,33 +441,44 @@ def copy(name: str, home: str, **more: Any) -> StandbyCopy:
     return StandbyCopy(name, f"id-{name}", home, time.time() - 100, more.get("running", True))
 
 
-async def test_the_tenants_of_a_member_that_is_none_any_more_come_back(world: World) -> None:
+async def test_tenants_of_a_removed_member_are_lost_until_an_operator_brings_them_back(world: World) -> None:
+    """Meanwhile they are refused for now. What is lost counts from when the member was last heard."""
     world.copies.there = [copy("one", "m4"), copy("still", "m4", running=False), copy("theirs", "m3")]
     world.members |= {"m4"}
+    world.heard = time.time() - 40  # the copies are 100 s old
+    world.peers["m4"] = SimpleNamespace(name="m4", alive=False, told=asyncio.Event())
     standby = world.standby()
     async with following(standby):
-        world.peers["m4"] = SimpleNamespace(name="m4", alive=False, told=asyncio.Event())
         await until(lambda: world.watchers)
-        for looked in list(world.watchers):
-            looked()
-        assert not world.copies.revived, "it may come back with them"
+        assert await standby.recover({"one", "still"}) == ([], {}), "it may come back with them"
+        assert not standby.lost
         del world.peers["m4"]
         world.members.remove("m4")
         for looked in list(world.watchers):
             looked()
-        await until(lambda: len(world.told) == 2)
-    assert (world.copies.revived, world.started) == (["one", "still"], ["one"])
-    (kind, name, facts), _ = world.told
+        await until(lambda: standby.lost)
+        assert {*standby.lost} == {"one", "still"} and world.reported == 1 and not world.copies.revived
+        with pytest.raises(Unavailable) as refused:
+            standby.check("one")
+        assert refused.value.facts["retry_after"] > 0 and refused.value.code == "unavailable"
+        standby.check("theirs")
+        shown = {one["tenant"]: one for one in await standby.listed()}
+        assert [shown[name]["lost"] for name in ("one", "still", "theirs")] == [True, True, False]
+        recovered, failed = await standby.recover({"one", "still", "theirs"})
+    assert (sorted(one["tenant"] for one in recovered), failed) == (["one", "still"], {})
+    assert (sorted(world.copies.revived), world.started) == (["one", "still"], ["one"])
+    standby.check("one")
+    (kind, name, facts), _ = sorted(world.told)
     assert (kind, name) == ("tenant.recovered", "one")
-    assert (facts["from"], facts["to"]) == ("m4", "m1") and 100 <= facts["lostSeconds"] < 160
+    assert (facts["from"], facts["to"]) == ("m4", "m1") and 59 <= facts["lostSeconds"] <= 61
     assert [one.tenant for one in world.copies.there] == ["theirs"]
 
 
-async def test_a_start_finds_what_was_lost_meanwhile_also_if_incus_answers_late(world: World) -> None:
-    world.copies.there, world.copies.silent = [copy("one", "m4")], True
+async def test_a_recovery_that_a_process_has_begun_is_finished_by_the_next_one(world: World) -> None:
+    world.copies.there, world.copies.silent, world.here = [copy("one", "m4")], True, {"one"}
     async with following(world.standby()):
         await until(lambda: world.told)
-    assert world.copies.revived == ["one"]
+    assert world.copies.revived == ["one"] and not world.copies.there
 
 
 async def test_records_come_back_with_the_disk_that_they_are_of(world: World) -> None:
@@ -460,8 +495,7 @@ async def test_records_come_back_with_the_disk_that_they_are_of(world: World) ->
     await idempotency.forget_tenant("one")
     await world.store.settled()
     world.copies.there = [replace(newer, at=newer.at - 60)]
-    async with following(world.standby()):
-        await until(lambda: world.told)
+    await world.standby().recover({"one"})
     assert 100 <= world.told[0][2]["lostSeconds"] < 160 and world.copies.of == [newer.snapshot]
     await idempotency.recall("one")
     assert await idempotency.result(("one", "call", "before"), b"d") == b"done"
@@ -471,13 +505,14 @@ async def test_records_come_back_with_the_disk_that_they_are_of(world: World) ->
 
 async def test_one_whose_name_is_taken_leaves_the_others_to_come_back(world: World) -> None:
     world.copies.there, world.copies.taken = [copy("one", "m4"), copy("two", "m4")], {"one"}
-    async with following(world.standby()):
-        await until(lambda: world.told)
+    standby = world.standby()
+    recovered, failed = await standby.recover({"one", "two"})
+    assert [one["tenant"] for one in recovered] == ["two"] and failed == {"one": "there is one"}
     assert world.copies.revived == ["two"] and [one.tenant for one in world.copies.there] == ["one"]
+    standby.check("one")  # it is the other one now
 
 
 async def test_what_has_no_room_to_run_waits_for_a_visitor(world: World) -> None:
     world.copies.there, world.full = [copy("one", "m4")], True
-    async with following(world.standby()):
-        await until(lambda: world.told)
+    await world.standby().recover({"one"})
     assert (world.started, world.asleep) == ([], ["one"])

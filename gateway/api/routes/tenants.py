@@ -46,8 +46,7 @@ async def show(request: Request) -> Response:
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.tenants.get(name)
     usage = await gateway.runtime.usage.metrics(name) if tenant.status == "running" else None
-    standing = gateway.standing
-    standby = {} if standing is None else {"standby": standing.standby.of(name)}
+    standby = {} if gateway.standby is None else {"standby": gateway.standby.of(name)}
     return as_json(described(tenant, gateway.settings) | {"usage": usage} | standby)
 
 

@@ -108,7 +108,6 @@ class Creation:
         profiles: Sequence[str] = (),
         architecture: str = "",
         patience: float | None = None,
-        project: str | None = None,
     ) -> None:
         """Create an instance with its own address. Raises `Conflict` if the name is taken.
 
@@ -131,7 +130,7 @@ class Creation:
                 }
                 with translated(name):
                     try:
-                        await self.operate("POST", "/1.0/instances", body, patience, project)
+                        await self.operate("POST", "/1.0/instances", body, patience)
                         await self.limited(name)
                         if start:
                             if identity_of(await self.instance(name)) != identity:
@@ -362,11 +361,10 @@ class Creation:
         path: str,
         body: Mapping[str, Any] | None = None,
         patience: float | None = None,
-        project: str | None = None,
     ) -> None:
         """Run an operation to its end even if cancelled, so that nothing happens after an undo."""
         timeout = self._settings.lifecycle_timeout if patience is None else patience
-        await whole(self._incus.operate(method, path, body, timeout=timeout, project=project))
+        await whole(self._incus.operate(method, path, body, timeout=timeout))
 
     async def remove_device(self, name: str, device: str) -> None:
         """Remove a device from an instance's own configuration and change nothing else. Idempotent."""

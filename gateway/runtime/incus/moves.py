@@ -9,9 +9,6 @@ Incus's own `move` sends the whole disk while the tenant is stopped. A refresh s
 last snapshot that both have. Names are unique in the cluster; those of the two others are no tenant's, since
 they begin with a capital letter.
 
-A tenant that was brought back while its old server is away is in the second project (`gateway.incus.slots`).
-Its next move brings it into the first one, if its name is free there by then.
-
 Facts about incusd that shape this module (measured on 6.0.4): a running instance can be copied to another
 member only by a refresh; a refresh also brings and removes snapshots; to rename takes a tenth of a second.
 """
@@ -27,9 +24,8 @@ from gateway.errors import Conflict, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.instance_record import IDENTITY, MANAGED, identity_of
-from gateway.runtime import OnAnotherServer
 from gateway.runtime.incus.creation import MADE, STATIC, Creation
-from gateway.runtime.incus.disks import OURS, Disks
+from gateway.runtime.incus.disks import OURS
 from gateway.runtime.incus.errors import translated
 from gateway.settings import Settings
 
@@ -58,12 +54,6 @@ class Moves:
         self._settings, self._incus, self._making = settings, incus, making
 
     # --- at the old home ----------------------------------------------------------------------------
-
-    async def project(self, tenant: str) -> str:
-        """Return the Incus project that a tenant is in, empty for the tenants' own one."""
-        with translated(tenant):
-            found = await self._incus.project_of(instance_path(tenant))
-        return "" if found == self._incus.project else found
 
     async def snapshot(self, tenant: str, number: int) -> None:
         """Take the snapshot of one round."""
@@ -101,39 +91,16 @@ class Moves:
         """Delete the instance that was put aside. Idempotent."""
         await self._discard(MOVED + move)
 
-    async def give_up(self, tenant: str, instance: str, move: str) -> None:
-        """Delete, in any state, the instance of a tenant that another member has by now. Can be repeated."""
-        try:
-            found = await self._making.instance(tenant)
-            if identity_of(found) == instance and found["status"] != "Stopped":
-                body = {"action": "stop", "timeout": -1, "force": True}  # it may be frozen
-                with translated(tenant):
-                    await self._operate("PUT", instance_path(tenant, "state"), body)
-            if identity_of(found) == instance:  # what a power cut left of one would stop what follows
-                await Disks(self._settings, self._incus).tidy(tenant)
-            await self.put_aside(tenant, instance, move)
-        except (NotFound, OnAnotherServer):
-            return  # it is gone already
-        await self.discard_old(move)
-
     # --- at the new home ----------------------------------------------------------------------------
 
-    async def copy(
-        self, tenant: str, instance: str, move: str, *, project: str = "", last: bool = False
-    ) -> None:
-        """Make the copy of another member's tenant, or refresh it; `last`: with all its settings, too.
-
-        `project` is what that member's `project` returned.
-        """
+    async def copy(self, tenant: str, instance: str, move: str, *, last: bool = False) -> None:
+        """Make the copy of another member's tenant, or refresh it; `last`: with all its settings, too."""
         name, patience = MOVING + move, self._settings.move_copy_timeout
         with translated(tenant):
-            # another one of its name may be in the other project, of a member that is away
-            found = await self._incus.get(instance_path(tenant), project=project or self._incus.project)
+            found = await self._incus.get(instance_path(tenant))
         if identity_of(found) != instance:
             raise Conflict(f"{tenant} is a different instance now")
         source = {"type": "copy", "source": tenant, "refresh": True}
-        if project:
-            source["project"] = project
         config = {key: value for key, value in found["config"].items() if _travels(key)}
         config |= {MANAGED: "false", _MARK: move}
         try:
@@ -146,23 +113,15 @@ class Moves:
                 profiles=found["profiles"],
                 architecture=found["architecture"],
                 patience=patience,
-                project=await self._free_project(tenant, project),
             )
             return
         if last:
             copy = await self._settle(copy, found, config)
         body = {key: copy[key] for key in ("name", "type", "profiles", "config", "devices", "architecture")}
         with translated(tenant):
-            there = await self._incus.project_of(instance_path(name))
-            await self._operate("POST", "/1.0/instances", {**body, "source": source}, patience, there)
+            await self._operate("POST", "/1.0/instances", {**body, "source": source}, patience)
         # each time, since the next refresh removes the snapshot that this one's bytes count for
         await self._making.limited(name)
-
-    async def _free_project(self, tenant: str, project: str) -> str | None:
-        """Return where a copy can get its tenant's name, None for the tenants' own project."""
-        with translated(tenant):
-            taken = bool(project) and tenant in await self._incus.names(self._incus.project)
-        return project if taken else None
 
     async def _settle(
         self, copy: Mapping[str, Any], found: Mapping[str, Any], config: Mapping[str, str]
@@ -227,11 +186,10 @@ class Moves:
         path: str,
         body: Mapping[str, Any] | None = None,
         patience: float | None = None,
-        project: str | None = None,
     ) -> None:
         try:
             limit = patience or self._settings.lifecycle_timeout
-            await self._incus.operate(method, path, body, timeout=limit, project=project)
+            await self._incus.operate(method, path, body, timeout=limit)
         except IncusError as error:
             if "already exists" not in error.message:
                 raise

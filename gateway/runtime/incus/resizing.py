@@ -187,7 +187,7 @@ class Resizing:
                 await self.shrink(name)
                 continue
             instance, init = await self._incus.started(name)
-            instance = {**instance, "project": self._incus.slots.of(name)}
+            instance = {**instance, "project": self._incus.project}
             found = await asyncio.to_thread(not_in_force, instance, init, self._pool) if init else {}
             if found:
                 before, count = self._looks.get(name, (found, 0))

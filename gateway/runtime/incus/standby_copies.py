@@ -9,7 +9,7 @@ Facts about incusd that shape this module (measured on 6.0.4, three members):
   Without one it moves all of the disk each time. So each copy begins with a snapshot of the tenant, and the
   one before is deleted once the copy has this one too.
 - A refresh leaves the copy's configuration as it was.
-- Names are unique in a project, also those of a dead member: hence the second project.
+- A member that is away keeps the names of its instances until it is removed from the cluster.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _KEY: Final = COPY
 _INSTANCE: Final = "user.gateway.standby.instance"
 """On a copy: the configuration, devices and profiles of the tenant's instance, as JSON."""
 _AUTOSTART: Final = "user.gateway.standby.autostart"
-"""On a tenant that another member may bring back: what its `boot.autostart` was, which is false now.
+"""On a tenant with a copy: what its `boot.autostart` was, which is false now.
 
-After a power cut it must not run before it is known whether it does elsewhere.
+The gateway starts it after a power cut, once it has asked whether this server was removed meanwhile.
 """
 _UNSET: Final = "unset"
 _LATE_FILE: Final = "standby-late"
@@ -141,13 +141,12 @@ class StandbyCopies:
         It counts as the copy of before until `confirm`. Raises `GatewayError`.
         """
         name = copy.tenant
-        await self._project(self._copies.project, "copies of tenants, for when their server is lost")
+        await self._make_project()
         await self._drop_other(copy, member)
         with translated(name):
             found = await self._incus.instance(name, state=lambda one: False)
         # with `refresh` also the first time: Incus would want to move a running one's memory, too
-        project = self._incus.slots.of(name)
-        source = {"type": "copy", "source": name, "project": project, "refresh": True}
+        source = {"type": "copy", "source": name, "project": self._incus.project, "refresh": True}
         body = {"name": name, "type": "container", "source": source, **_bare(found)}
         await self._operate(self._copies, "POST", "/1.0/instances", body, target=member)
 
@@ -199,13 +198,8 @@ class StandbyCopies:
             change = {"boot.autostart": _autostart(config), _AUTOSTART: ""}
         await self._operate(self._incus, "PATCH", instance_path(tenant), {"config": change})
 
-    async def held(self) -> Mapping[str, str]:
-        """Return the tenants of this member that Incus leaves to us to start, with their instances' ids."""
-        own = await self._runtime.making.instances()
-        return {one["name"]: identity_of(one) for one in own if _AUTOSTART in one["config"]}
-
     async def fallen(self) -> Sequence[str]:
-        """Return those that ran when their server went down."""
+        """Return the held back tenants that ran when their server went down."""
         return [
             str(one["name"])
             for one in await self._runtime.making.instances()
@@ -234,8 +228,9 @@ class StandbyCopies:
                 with contextlib.suppress(NotFound):
                     await self._operate(self._incus, "DELETE", instance_path(name, "snapshots", snapshot))
 
-    async def _project(self, project: str, description: str) -> None:
-        """Make a project if there is none of that name."""
+    async def _make_project(self) -> None:
+        """Create the project of the copies, unless it exists."""
+        project = self._copies.project
         with translated(""):
             try:
                 await self._copies.get(f"/1.0/projects/{project}")
@@ -244,7 +239,8 @@ class StandbyCopies:
                 if error.status != 404:
                     raise
             config = {f"features.{name}": "false" for name in _FEATURES}
-            body = {"name": project, "config": config, "description": description}
+            about = "copies of tenants, for when their server is lost"
+            body = {"name": project, "config": config, "description": about}
             try:
                 await self._copies.operate(
                     "POST", "/1.0/projects", body, timeout=self._settings.incus_timeout
@@ -255,11 +251,10 @@ class StandbyCopies:
 
     # --- back to life -------------------------------------------------------------------------------
 
-    async def revive(self, copy: StandbyCopy, *, away: bool = False) -> None:
+    async def revive(self, copy: StandbyCopy) -> None:
         """Make the tenant of a copy that this member has, with its name, id and disk, stopped. Idempotent.
 
-        With `away` the member that had it may still come back, and its instance has the name. Raises
-        `Conflict` if another instance has it, and `Unavailable`. `drop` the copy afterwards.
+        Raises `Conflict` if another instance has the name, and `Unavailable`. `drop` the copy afterwards.
         """
         name, own = copy.tenant, await self._runtime.making.instances()
         found = next((one for one in own if one["name"] == name), None)
@@ -269,7 +264,7 @@ class StandbyCopies:
             return  # an earlier process did
         try:
             if found is None:
-                await self._made(copy, away=away)
+                await self._made(copy)
             # what the copy has since may be half of a refresh that its server did not live to finish
             await self._disks.restore(name, copy.snapshot)
             await self._runtime.making.limited(name)
@@ -282,12 +277,10 @@ class StandbyCopies:
                 await making.remove(lambda one: identity_of(one) == copy.instance, "it could not be revived")
             raise
 
-    async def _made(self, copy: StandbyCopy, *, away: bool) -> None:
+    async def _made(self, copy: StandbyCopy) -> None:
         """Make the instance with the copy's disk and snapshots."""
         making, name = self._runtime.making, copy.tenant
-        project = await self._free_project(name) if away else None
-        if project is None:
-            await making.free(name)
+        await making.free(name)
         with translated(name):
             there = await self._copies.get(instance_path(name))
         kept = orjson.loads(there["config"][_INSTANCE])
@@ -301,20 +294,7 @@ class StandbyCopies:
             start=False,
             identity=copy.instance,
             profiles=kept["profiles"],
-            project=project,
         )
-
-    async def _free_project(self, name: str) -> str | None:
-        """Return the project where no instance has a name; None for the tenants' own one."""
-        first, second = self._incus.project, self._incus.slots.second
-        with translated(name):
-            if name not in await self._incus.names(first):
-                return None
-        await self._project(second, "tenants that were brought back while their old server is away")
-        with translated(name):
-            if name in await self._incus.names(second):
-                raise Conflict(f"two servers that are away each have an instance {name}")
-        return second
 
     async def _operate(
         self, incus: Incus, method: str, path: str, body: Mapping[str, Any] | None = None, target: str = ""

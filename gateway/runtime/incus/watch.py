@@ -160,11 +160,10 @@ class Watch:
 
         Ends at once if the kernel log, which only root can read, is not readable.
         """
-        project, second = self._settings.incus_project, self._settings.failover_project
-        first = "" if project == "default" else f"{project}_"
+        project = self._settings.incus_project
+        prefix = "" if project == "default" else f"{project}_"
         async with contextlib.aclosing(ooms()) as told:
             async for container, process, count in told:
-                prefix = f"{second}_" if container.startswith(f"{second}_") else first
                 name = container.removeprefix(prefix)
                 # instances of other projects have an underscore in their names
                 if container.startswith(prefix) and TENANT_NAME.fullmatch(name):
