@@ -58,7 +58,7 @@ def remove(
         bool,
         typer.Option(
             "--force",
-            help="Remove a dead member, and bring its tenants back from their standby copies; others are lost",
+            help="Remove a dead member and bring its tenants back from their standby copies",
         ),
     ] = False,
     yes: Yes = False,
@@ -82,8 +82,8 @@ def remove(
         err.say(f"{tenant}: has no standby copy, and is lost for good")
     if not yes:
         confirm(
-            f"Remove {name} and bring {len(copies)} tenants back from their copies? {len(without)} are lost for "
-            "good.",
+            f"Remove {name} and bring {len(copies)} tenants back from their copies? {len(without)} are lost "
+            "for good.",
             "nothing was removed",
         )
     run(settings, name, force=True)
@@ -108,8 +108,8 @@ def recover(
         if name not in lost:
             home = found[name]["home"]
             raise Failed(
-                f"{home}, the server of {name}, is still a member: {name} is back when it is; if {home} is lost for "
-                f"good: incus-gateway cluster remove {home} --force"
+                f"{home}, the server of {name}, is still a member, and {name} is back when that is; "
+                f"if {home} is lost for good: incus-gateway cluster remove {home} --force"
             )
     if not lost:
         out.say("no tenant is lost")

@@ -66,7 +66,7 @@ class Listener:
         elif relayed is not None:
             await self._app({**as_client(scope, relayed), FROM: peer.name}, receive, send)
         elif scope["type"] == "http" and path == "/peer/watch":
-            await self._watch(receive, send)
+            await self._watch(scope["state"][PEER], receive, send)
         elif scope["type"] == "http" and path.startswith("/peer/ask/"):
             question = self.questions.get(path.removeprefix("/peer/ask/"))
             await self._ask(peer, question, scope, receive, send)
@@ -80,15 +80,15 @@ class Listener:
         else:
             await _answer(scope, send, 404)
 
-    async def _watch(self, receive: Receive, send: Send) -> None:
-        """Report this member's tenants until the peer hangs up."""
+    async def _watch(self, certificate: bytes, receive: Receive, send: Send) -> None:
+        """Report this member's tenants until the peer hangs up, or is none any more."""
         wake = asyncio.Event()
         leaving = begin(_gone(receive))
         leaving.add_done_callback(lambda _: wake.set())
         await send(_start(200, b"application/x-ndjson"))
         async with contextlib.aclosing(self._own.follow(wake)) as told:
             async for line in told:
-                if leaving.done():
+                if leaving.done() or self._peers.of(certificate) is None:
                     break
                 body = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
                 await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -166,8 +166,8 @@ def check_removable(settings: Settings, name: str, *, force: bool) -> None:
         raise HostError(f"this is {name} itself; run this on another member")
     if force and found["status"] == "Online":
         raise HostError(
-            f"{name} is online; move its tenants away with `incus-gateway cluster drain {name}`, then remove it "
-            "without --force; or switch it off"
+            f"{name} is online; move its tenants away (incus-gateway cluster drain {name}) and remove it "
+            "without --force, or switch it off"
         )
 
 

@@ -99,7 +99,7 @@ def main(words: list[str]) -> int:
                 forming.join(settings(), os.environ["TEST_TOKEN"], print)
                 setup(settings(), print)
             case ["recover"]:
-                forming.recover(settings(), print)
+                forming.recover_from_quorum_loss(settings(), print)
             case [("drain" | "restore") as action]:
                 return command("cluster", action, os.environ["TEST_NAME"])
             case ["members"]:

@@ -10,10 +10,10 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
+from gateway.host import HostError
 from tests.cluster.conftest import MakeTenant, Served, heal
 from tests.cluster.rig import Member
 from tests.cluster.test_dying import booted
-from tests.cluster.test_failover import site
 from tests.cluster.test_standby import write
 from tests.contracts.processes import mark
 from tests.live import Wire
@@ -23,6 +23,49 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.thorough]
 
 _SOON: Final = 5.0  # seconds, on a machine that is busy with three members; 2 are the goal
 _LONG: Final = 35.0  # seconds
+
+
+# each start of it has another page
+_SITE: Final = """
+set -e
+mkdir -p /srv/site
+cat >/srv/page.py <<'PY'
+import functools, http.server, socketserver
+# not `python3 -m http.server`, which asks for its own name first, ten seconds without a resolver
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="/srv/site")
+socketserver.TCPServer(("", 3000), handler).serve_forever()
+PY
+cat >/etc/systemd/system/page.service <<'UNIT'
+[Service]
+ExecStartPre=/bin/sh -c 'date +%%s%%N >/srv/site/index.html'
+ExecStart=/usr/bin/python3 /srv/page.py
+[Install]
+WantedBy=multi-user.target
+UNIT
+systemctl daemon-reload
+systemctl enable --now page
+"""
+
+
+async def site(gateway: Served, tenant: str) -> str:
+    """Give a tenant a site that starts with it, and return its domain once it is there."""
+    domain, home = f"{tenant}.example.com", gateway.member
+    await until(lambda: booted(gateway, tenant), 60, every=0.2)
+    home.incus("config", "set", tenant, f"user.gateway.domain={domain}", "user.gateway.port=3000")
+    await asyncio.to_thread(home.incus, "exec", tenant, "--", "sh", "-c", _SITE)
+    await until(lambda: served(gateway, domain), 60, every=0.3)
+    return domain
+
+
+async def served(gateway: Served, domain: str) -> bool:
+    """Return whether a site answers within a second: while it starts, a connection to it may hang."""
+    words = ["curl", "--silent", "--fail", "--max-time", "1", "--output", "/dev/null"]
+    try:
+        at = "http://127.0.0.1:2020/"
+        await asyncio.to_thread(gateway.member.run, *words, "--header", f"Host: {domain}", at)
+    except HostError:
+        return False
+    return True
 
 
 async def readiness(gateway: Served) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import signal
 import ssl
 import time
@@ -18,6 +19,7 @@ import pytest
 
 from gateway.auth import tokens
 from gateway.cluster.identity import Identity
+from gateway.protocol import CloseCode
 from tests.clusters import clustered
 from tests.contracts.gateway import no_traceback, sse
 from tests.live import LiveGateway, RpcFailure
@@ -426,3 +428,62 @@ async def test_an_upgrade_of_the_home_is_noticed_by_no_request(mortal: dict[str,
         finally:
             asking.cancel()
             assert await successor.stop() == 0
+
+
+async def says(gateway: LiveGateway, path: str, method: str = "GET", **given: Any) -> tuple[int, str]:
+    """Return status and detail of an answer; 0 while nobody listens."""
+    try:
+        async with gateway.http("*") as http:
+            status, said = await answer(http, path, method, **given)
+    except aiohttp.ClientError:
+        return 0, ""
+    return status, said.get("detail", "")
+
+
+async def test_a_removed_member_that_starts_again_serves_nothing(
+    mortal: dict[str, LiveGateway], tmp_path: Path
+) -> None:
+    """Its own database still has it as a member: its peer tells it. One that joins again is a member."""
+    m1, m2 = mortal["m1"], mortal["m2"]
+    await m2.stop(signal.SIGKILL)
+    file, database = tmp_path / "members" / "m2", tmp_path / "its-own"
+    shutil.copytree(file.parent, database)
+    kept = file.read_bytes()
+    file.unlink()
+
+    async def knows() -> bool:
+        async with m1.http("*") as http:
+            return (await answer(http, "/v1/tenants"))[1]["unanswered"] == []
+
+    await until(knows, 30, every=0.1)
+    m2.environment["GATEWAY_LOCAL_MEMBER"] = str(database / "m2")
+    starting = asyncio.create_task(m2.start())
+
+    async def refuses() -> bool:
+        status, said = await says(m2, "/readyz")
+        assert status != 200, said
+        return status == 503 and "was removed from the cluster" in said
+
+    await until(refuses, 30, every=0.05)
+    write = {"file_path": "a.txt", "content": "by the removed one"}
+    assert (await says(m2, "/v1/tenants/two/tools/Write", "POST", json=write))[0] == 503
+    assert not [*(tmp_path / "m2").rglob("a.txt")]
+    assert (await says(m1, "/v1/tenants/one"))[0] == 200
+    starting.cancel()
+    await m2.stop()
+    file.write_bytes(kept)
+    m2.environment["GATEWAY_LOCAL_MEMBER"] = str(file)
+    await m2.start()
+    assert (await says(m2, "/v1/tenants/two"))[0] == 200
+
+
+async def test_a_member_that_is_removed_while_it_runs_ends_what_clients_have_open(
+    mortal: dict[str, LiveGateway], tmp_path: Path
+) -> None:
+    m2 = mortal["m2"]
+    async with m2.wire("two") as wire:
+        (tmp_path / "members" / "m2").unlink()  # of the folder of all: what its own says of it, it never asks
+        with pytest.raises(ConnectionError):
+            await wire.until(lambda: False, 40)
+        assert wire.socket.close_code == CloseCode.TRY_LATER
+    assert (await says(m2, "/v1/tenants/two"))[0] == 503
