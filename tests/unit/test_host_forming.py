@@ -177,10 +177,22 @@ def test_without_the_command_incus_none_is_formed(on: Any, monkeypatch: pytest.M
     assert server.changed == []
 
 
-def test_a_member_is_removed_by_another_one(on: Any) -> None:
+def test_a_member_is_removed_by_another_one_and_by_force_only_if_it_is_dead(
+    on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = on(Server("m1"))
-    with pytest.raises(HostError, match="itself"):
-        forming.remove(Settings(), "m1", force=True)
+    states = {"m1": "Online", "m2": "Online", "m3": "Offline"}
+    rows = [{"name": name, "status": status, "own": name == "m1"} for name, status in states.items()]
+    monkeypatch.setattr(forming, "rows", lambda settings: rows)
+    for name, force, reason in (
+        ("m1", True, "itself"),
+        ("m2", True, "online"),
+        ("m4", False, "not a member"),
+    ):
+        with pytest.raises(HostError, match=reason):
+            forming.check_removable(Settings(), name, force=force)
+    forming.check_removable(Settings(), "m2", force=False)
+    forming.check_removable(Settings(), "m3", force=True)
     assert server.changed == []
     forming.remove(Settings(), "m2", force=False)
     forming.remove(Settings(), "m3", force=True)
