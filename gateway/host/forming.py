@@ -196,9 +196,7 @@ def recover_from_quorum_loss(settings: Settings, report: Report) -> None:
         )
     finally:
         daemon.ensure(report)
-    report(
-        "this server decides alone now; remove each lost member: incus-gateway cluster remove NAME --force"
-    )
+    report("this server decides alone now; for each lost one: incus-gateway cluster remove NAME --force")
 
 
 def own_address(peer: str = "192.0.2.1:9") -> str:

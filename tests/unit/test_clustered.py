@@ -47,7 +47,9 @@ def services() -> Any:
     """Return those of a gateway that has the tenant `shop`, as a peer says of itself, too."""
     peer = SimpleNamespace(name="m2", alive=True)
     return SimpleNamespace(
-        cluster=SimpleNamespace(homes=SimpleNamespace(home=lambda name: peer)),
+        cluster=SimpleNamespace(
+            homes=SimpleNamespace(home=lambda name: peer), peers=SimpleNamespace(out=asyncio.Event())
+        ),
         names=SimpleNamespace(holder=lambda name: "an instance"),
         runtime=SimpleNamespace(tenants=Silent()),
         settings=SimpleNamespace(origins=(), domain=None),
