@@ -45,8 +45,12 @@ async def elsewhere(request: Request) -> Elsewhere:
 
 
 def unheard(request: Request, token: Token, others: Elsewhere) -> Iterable[dict[str, Any]]:
-    """Yield the last known tenants of members that did not answer, as far as the token covers them."""
+    """Yield the tenants of members that did not answer or were removed, as far as the token covers them."""
     gateway = services(request)
+    if gateway.standby is not None:
+        for name in filter(token.covers, gateway.standby.lost):
+            lost = Tenant(name, "error", location=gateway.standby.home(name))
+            yield described(lost, gateway.settings) | {"reason": "member_away"}
     if gateway.cluster is None or others.silent is None:
         return
     for peer, known in gateway.cluster.homes.unheard(others.silent):

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
@@ -287,9 +287,16 @@ class Peers:
             return False
 
     def heard(self, member: str) -> float | None:
-        """Return when a member that is away or removed was last heard, None if that is not known."""
+        """Return when a member that is away or removed was last heard; None if it is not, or if unknown."""
         peer = self.all.get(member)
-        return (None if peer is None else peer.last_heard) or self._known_members.heard(member)
+        if peer is None or peer.last_heard is None:
+            return self._known_members.heard(member) if peer is None or not peer.alive else None
+        return None if peer.alive else peer.last_heard
+
+    @property
+    def present(self) -> Collection[str]:
+        """The names of the other members."""
+        return self.all.keys() - self.removed.keys()
 
     def look(self) -> None:
         """Look at the members soon."""

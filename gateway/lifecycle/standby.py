@@ -305,6 +305,10 @@ class Standby:
         """The tenants of removed members whose copies this member has, until they are back."""
         return self._lost.keys()
 
+    def home(self, tenant: str) -> str:
+        """Return the removed member that had a lost tenant."""
+        return self._lost[tenant].home
+
     def check(self, tenant: str) -> None:
         """Raise `Unavailable` for a tenant that is lost and not back yet."""
         if (copy := self._lost.get(tenant)) is not None:
@@ -320,25 +324,27 @@ class Standby:
         """Keep `lost` up to date, forever; first start what ran when this server went down."""
         await self._cluster.peers.known()
         await self._cluster.settle()  # by then a removed member knows that it is one
-        changed = asyncio.Event()
-        self._cluster.peers.watchers.add(changed.set)
-        started = False
+        peers, looked, started = self._cluster.peers, asyncio.Event(), False
+        members: Collection[str] | None = None
+        peers.watchers.add(looked.set)
         try:
-            while not self._cluster.peers.out.is_set():
-                changed.clear()
+            while not peers.out.is_set():
+                looked.clear()
                 try:
                     if not started:
                         await self._start_fallen()
                         started = True
-                    peers = self._cluster.peers
-                    await self._look_for_lost({self._cluster.own, *peers.all} - peers.removed.keys())
+                    if members != {self._cluster.own, *peers.present}:
+                        members = {self._cluster.own, *peers.present}
+                        await self._look_for_lost(members)
                 except GatewayError as error:
                     log.warning("cannot look for tenants of removed servers now: %s", error.message)
-                    changed.set()
+                    members = None
                     await asyncio.sleep(_AGAIN)
-                await changed.wait()
+                else:
+                    await looked.wait()
         finally:
-            self._cluster.peers.watchers.discard(changed.set)
+            peers.watchers.discard(looked.set)
 
     async def _start_fallen(self) -> None:
         for tenant in await self._copies.fallen():

@@ -174,7 +174,7 @@ class World:
         peers = SimpleNamespace(
             all=self.peers, watchers=self.watchers, removed={}, known=nothing, out=self.out
         )
-        peers.removed, peers.look, peers.heard = {}, lambda: None, lambda name: self.heard
+        peers.present, peers.look, peers.heard = self.peers.keys(), lambda: None, lambda name: self.heard
         names = SimpleNamespace(
             holder=lambda name: f"id-{name}" if name in {*self.here, *self.copies.revived} else ""
         )

@@ -66,7 +66,7 @@ async def recover(request: Request) -> Response:
         except GatewayError as error:
             return {"recovered": [], "failed": {}, "silent": f"{peer.name}: {error.message}"}
 
-    present = [peer for name, peer in peers.all.items() if name not in peers.removed]
+    present = [peers.all[name] for name in peers.present]
     found = await asyncio.gather(_recovered(standby, wanted), *map(there, present))
     recovered = [copy for answer in found for copy in answer["recovered"]]
     failed = {tenant: why for answer in found for tenant, why in answer["failed"].items()}
