@@ -205,11 +205,6 @@ class Cluster:
         peer = self.homes.home(tenant)
         return None if peer is None else peer.tenants[tenant].instance
 
-    def domain(self, tenant: str) -> str | None:
-        """Return the domain that a tenant of this member had when it was last checked."""
-        told = None if self._tenants is None else self._tenants.tenants.get(tenant)
-        return None if told is None else told.domain
-
     def alive(self, member: str) -> bool:
         """Return whether a member's gateway is reachable."""
         return member == self.own or (member in self.peers.all and self.peers.all[member].alive)

@@ -21,15 +21,10 @@ _TRIES: Final = 5  # of a change that another one came before
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One server of the cluster; `address` is its HOST:PORT for the others. Both are empty without a cluster.
-
-    `status` is Incus's word: Online, Offline, Evacuated or Blocked. It lags a death by 12 s or more, and for
-    some seconds after a leader's death healthy members are Offline too: no proof of either.
-    """
+    """One server of the cluster, and its HOST:PORT for the others. Both are empty without a cluster."""
 
     name: str
     address: str = ""
-    status: str = "Online"
     config: Mapping[str, str] = field(default_factory=dict)  # its keys that begin with PREFIX
 
     @property
@@ -93,4 +88,4 @@ class Membership:
 
 def _member(entry: Mapping[str, Any]) -> Member:
     config = {key: value for key, value in (entry.get("config") or {}).items() if key.startswith(PREFIX)}
-    return Member(entry["server_name"], urlsplit(entry["url"]).netloc, entry["status"], config)
+    return Member(entry["server_name"], urlsplit(entry["url"]).netloc, config)

@@ -32,8 +32,6 @@ class Containers:
         self._found: dict[str, _Found] = {}
         self.leaving: set[str] = set()
         """Tenants on their way to another member: nothing of them is touched, and their end is no event."""
-        self.check: Callable[[str], None] = lambda tenant: None
-        """Raises `Unavailable` for a tenant of which nothing may run here now."""
 
     async def filesystem(self, name: str) -> FilesystemRoot:
         """Return where the tenant's files are, also for a stopped tenant."""
@@ -51,7 +49,6 @@ class Containers:
             self._found.pop(name, None)
 
     async def _find(self, name: str) -> _Found:
-        self.check(name)
         if name in self.leaving:
             raise Unavailable(f"tenant {name} is moving to another server; try again", reason="moving")
         if (found := self._found.get(name)) is not None:

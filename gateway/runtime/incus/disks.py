@@ -139,7 +139,7 @@ class Disks:
             "type": "copy",
             "source": name if snapshot is None else f"{name}/{snapshot}",
             "instance_only": True,
-        } | ({"project": found["project"]} if "project" in found else {})
+        }
         return Copy(source, unset, devices, found["profiles"])
 
     async def blank(self, name: str) -> None:

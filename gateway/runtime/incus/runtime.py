@@ -58,7 +58,6 @@ class IncusRuntime:
         self.tenants = IncusTenants(
             *(settings, self.incus, self.making, disks, self._disk_limits),
             resizing=self.resizing,
-            containers=self.containers,
             changed=self._changed,
         )
         self.snapshots = IncusSnapshots(self.tenants, disks, self._disk_limits, self.making, self._changed)

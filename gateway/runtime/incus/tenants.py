@@ -17,7 +17,6 @@ from gateway.incus.client import instance_path
 from gateway.rootfs.disk_limits import DiskLimits
 from gateway.rootfs.instance_record import MANAGED, identity_of, is_tenant
 from gateway.runtime import Status, Tenant
-from gateway.runtime.incus.containers import Containers
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks, inherited
 from gateway.runtime.incus.errors import translated
@@ -41,12 +40,11 @@ class IncusTenants:
         disks: Disks,
         disk_limits: DiskLimits,
         resizing: Resizing,
-        containers: Containers,
         changed: Callable[[str], None],
     ) -> None:
         self._settings, self._incus, self._making = settings, incus, making
         self._disks, self._disk_limits, self._resizing = disks, disk_limits, resizing
-        self._containers, self._changed = containers, changed
+        self._changed = changed
 
     async def list(self, *, addresses: bool = True) -> list[Tenant]:
         with translated(""):
@@ -86,7 +84,6 @@ class IncusTenants:
 
     async def start(self, name: str) -> None:
         status = await self._status(name)
-        self._containers.check(name)
         if status == "frozen":
             await self._state(name, "unfreeze")
         elif status != "running":
