@@ -1,4 +1,4 @@
-"""What the restore of a snapshot leaves as it was; tests/cluster/test_failover.py restores real ones."""
+"""What the restore of a snapshot leaves as it was; tests/cluster/test_standby.py restores real ones."""
 
 from __future__ import annotations
 
