@@ -336,7 +336,8 @@ class Standby:
                         started = True
                     if members != {self._cluster.own, *peers.present}:
                         members = {self._cluster.own, *peers.present}
-                        await self._look_for_lost(members)
+                        async with self._recovering:  # else it may find copies that are just being used
+                            await self._look_for_lost(members)
                 except GatewayError as error:
                     log.warning("cannot look for tenants of removed servers now: %s", error.message)
                     members = None

@@ -474,6 +474,45 @@ async def test_tenants_of_a_removed_member_are_lost_until_an_operator_brings_the
     assert [one.tenant for one in world.copies.there] == ["theirs"]
 
 
+async def test_a_look_during_a_recovery_takes_no_tenant_for_lost_that_is_back(world: World) -> None:
+    """It may have listed the copy before that was deleted."""
+    world.copies.there = [copy("one", "m4")]
+    standby = world.standby()
+    begun, started, listed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def start(name: str) -> None:
+        begun.set()
+        await started.wait()
+
+    async def here() -> list[StandbyCopy]:
+        found = list(world.copies.there)
+        await listed.wait()
+        return found
+
+    world.start = start  # type: ignore[method-assign]  # one that takes a while
+    async with following(standby):
+        await until(lambda: standby.lost)
+        recovering = asyncio.create_task(standby.recover({"one"}))
+        await begun.wait()
+        world.copies.here = here  # type: ignore[method-assign]  # one that takes a while
+        del world.peers["m3"]
+        for looked in list(world.watchers):
+            looked()
+        for _ in range(10):  # turns of the loop, in which the look begins if it may
+            await asyncio.sleep(0)
+        started.set()
+        await recovering
+        reported = world.reported
+        listed.set()
+        world.peers["m5"] = SimpleNamespace(name="m5", alive=False, told=asyncio.Event())
+        for looked in list(world.watchers):
+            looked()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await world.store.settled()
+        assert not standby.lost and world.reported == reported
+
+
 async def test_a_recovery_that_a_process_has_begun_is_finished_by_the_next_one(world: World) -> None:
     world.copies.there, world.copies.silent, world.here = [copy("one", "m4")], True, {"one"}
     async with following(world.standby()):
