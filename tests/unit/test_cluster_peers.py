@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
@@ -81,3 +83,40 @@ async def test_an_incus_that_cannot_say_the_members_yet_is_soon_asked_again(
     async with following(tmp_path, "m1", "m2", failures=3) as peers:
         await asyncio.wait_for(peers.known(), 30)
         assert peers.all.keys() == {"m2"}
+
+
+async def test_a_removed_member_is_away_for_a_while_and_known_by_its_certificate_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to the next process; and how long ago it was last heard. One that joins again is a member."""
+    monkeypatch.setattr(looks, "_REMOVED", 0.0)
+    monkeypatch.setattr(looks, "_SOON", 0.01)
+    members = Members(tmp_path / "m3")
+    everybody = members.found
+    shown = ssl.PEM_cert_to_DER_cert(Identity(tmp_path / "m3").certificate)
+    (tmp_path / "m1").mkdir()
+    async with Peers("m1", members, Identity(tmp_path / "m1")) as peers:
+        await until(lambda: peers.of(shown) is not None)
+        assert not await peers.was_removed(shown)
+        began = time.time()
+        peers.all["m3"].hear()
+        peers.all["m3"].end()  # its silence is long enough
+        members.found = everybody[:2]
+        peers.look()
+        await until(lambda: "m3" not in peers.present)
+        assert "m3" in peers.all and peers.of(shown) is None and await peers.was_removed(shown)
+        peers.look()
+        await until(lambda: "m3" not in peers.all)
+    async with Peers("m1", members, Identity(tmp_path / "m1")) as peers:
+        await peers.known()
+        heard = peers.heard("m3")
+        assert heard is not None and began - 1 <= heard <= time.time()
+        assert peers.was_known(shown) and await peers.was_removed(shown)
+        members.found = [*everybody[:2], Member("m3")]  # it has not published its certificate yet
+        assert not await peers.was_removed(shown)
+        members.found = everybody
+        peers.look()
+        await until(lambda: peers.of(shown) is not None)
+        assert not await peers.was_removed(shown)
+        stranger = ssl.PEM_cert_to_DER_cert(Identity(tmp_path).certificate)
+        assert not peers.was_known(stranger) and not await peers.was_removed(stranger)
