@@ -34,6 +34,7 @@ from gateway.runtime import Tenant, Tenants
 from gateway.runtime.incus.standby_copies import StandbyCopies, StandbyCopy, tell_late
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
+from gateway.tasks import begin
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Standby:
         self._tried: dict[str, float] = {}  # when each tenant was looked at last, by the monotonic clock
         self._held: set[str | None] = set()  # instances that Incus starts, or not, as the settings say
         self._over: set[str] = set()  # tenants whose copies here are of no use any more
+        self._tidying: set[str] = set()  # tenants that are back, whose copies are being deleted
         self._lost: dict[str, StandbyCopy] = {}
         self._recovering = asyncio.Lock()
         self._seen: dict[str, tuple[str | None, str]] = {}  # instance and status of each tenant, a look ago
@@ -187,7 +189,7 @@ class Standby:
         interval = self._interval(tenant)
         if not interval or tenant.status not in _QUIET or tenant.deployment or tenant.migration:
             return False
-        if self._moving(tenant.name) or tenant.name in self._lost:
+        if self._moving(tenant.name) or tenant.name in self._lost or tenant.name in self._tidying:
             return False
         tried = self._tried.get(tenant.name)
         return tried is None or time.monotonic() >= tried + interval
@@ -357,7 +359,7 @@ class Standby:
     async def _look_for_lost(self, members: Collection[str]) -> None:
         before = set(self._lost)
         for copy in await self._copies.here():
-            if copy.home in members or copy.tenant in self._over:
+            if copy.home in members or copy.tenant in self._over | self._tidying:
                 continue
             if copy.tenant not in before:
                 if self._names.holder(copy.tenant) == copy.instance:  # an earlier process has begun this
@@ -446,13 +448,20 @@ class Standby:
         log.warning("recovered %s of the lost %s, as it was at %s", name, copy.home, _iso(copy.at))
         facts = {"from": copy.home, "to": self._cluster.own, "of": _iso(copy.at)}
         self._bus.publish("tenant.recovered", name, {**facts, "lostSeconds": self._age(copy)})
+        self._tidying.add(name)
+        self._lost.pop(name, None)
+        begin(self._tidy(name))  # nobody waits for that: it took ten tenants another ten seconds
+
+    async def _tidy(self, name: str) -> None:
+        """Delete the copy that a tenant came back from."""
         try:
             await self._copies.forget(name)
             await self._copies.drop(name)
         except GatewayError as error:
             log.warning("the copy that %s came back from is left: %s", name, error.message)
             self._over.add(name)
-        self._lost.pop(name, None)
+        finally:
+            self._tidying.discard(name)
 
 
 def _iso(at: float) -> str:
