@@ -57,6 +57,7 @@ class Cluster:
 @pytest.fixture
 async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
     monkeypatch.setattr(remote_sites, "_KEPT", 0.0)
+    monkeypatch.setattr(remote_sites, "_CONNECT", 30.0)  # what does not listen refuses at once
     async with Caddy(Settings(state_dir=tmp_path)) as caddy:
         yield Cluster(caddy)
 
