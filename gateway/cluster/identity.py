@@ -84,7 +84,8 @@ def fingerprint(certificate: str | bytes) -> str:
 class KnownMembers:
     """The members whose certificates this gateway has ever trusted, kept in the state dir.
 
-    One that is no longer a member is told so, and its copies are as old as they were when it was last heard.
+    By these a former member learns that it was removed, and the age of its copies is counted until it was
+    last heard.
     The methods block for a small file.
     """
 

@@ -198,7 +198,7 @@ class Sessions:
         return ToolSession(lifetime=lifetime, read_before_write=read_before_write, name=name, kept_bytes=kept)
 
     def _make_room(self, tenant: str) -> None:
-        """End what is not in use if there is no room. Raises `RateLimited`."""
+        """End idle sessions until there is room for one more. Raises `RateLimited` if all are in use."""
         while (full := self._slots.full(tenant)) is not None:
             # from the tenant with most, so that no tenant is left without because of another
             most = sorted(self._of, key=self._slots.of, reverse=True) if full.of == "all" else [tenant]

@@ -39,9 +39,8 @@ _STRANGERS: Final = 1024  # connections without a token, unless there are few de
 _RESERVE: Final = 8  # an eighth of the descriptors is for the gateway's own work
 _HEAD_MAX: Final = 64 << 10  # bytes of a head or of trailers: what `maxima` allows, and some short headers
 
-_TURN: Final = (
-    512  # events of one connection in a turn of the loop, some 4 ms: a body may come in tiny chunks
-)
+# events of one connection in a turn of the loop, some 4 ms: a body may come in tiny chunks
+_TURN: Final = 512
 
 
 class Silent:

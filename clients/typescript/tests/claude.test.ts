@@ -44,7 +44,7 @@ test.each([
   expect(() => claudeOptions(tenant, { [name]: value })).toThrow(/cannot be (set|held)|bare: false|no rule/);
 });
 
-test("that there are no tools is told, since the CLI goes on without them", async () => {
+test("missing tools are reported, since the CLI goes on without them", async () => {
   const warned = vi.spyOn(console, "warn").mockImplementation(() => {});
   const { tenant: server } = claudeOptions(tenant).mcpServers ?? {};
   const { instance } = server as unknown as { instance: ToolServer };

@@ -53,7 +53,7 @@ export class Doc {
   goTo: Place | Left | null = null;
   /** Whether its view takes the focus when it is shown next. */
   focuses = true;
-  /** Who wrote the file last, if known; for the line that says so. */
+  /** Who wrote the file last, if known, to be named above the text. */
   readonly writtenBy = signal<string | null>(null);
 
   constructor(public path: string) {}

@@ -173,7 +173,7 @@ export class Documents {
 
   /**
    * Saves a document, unless somebody else changed the same lines first: then the conflict dialog opens if the user
-   * `asked` to save, otherwise a line above the text says so.
+   * `asked` to save, otherwise a line above the text reports it.
    */
   async save(doc: Doc, asked = true): Promise<boolean> {
     if (doc.phase.value !== "ready" || doc.state === null) return false;

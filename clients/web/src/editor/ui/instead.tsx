@@ -1,4 +1,4 @@
-/** Notices above a file, and what is shown if it has no text to edit. */
+/** Notices above a file, and the view of a file that is not text. */
 
 import { keysOf } from "../state/commands.js";
 import type { Doc } from "../state/doc.js";
