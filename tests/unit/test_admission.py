@@ -71,6 +71,19 @@ async def test_a_light_owner_waits_for_one_turn_of_a_heavy_one() -> None:
     assert (admission.held, admission.waiting) == (0, 0)
 
 
+async def test_a_waiter_that_is_cancelled_as_there_is_room_takes_no_turn_of_its_owner() -> None:
+    admission = Admission[str]("commands", each=2, total=1)
+    room = admission.reserve("a")
+    gone, next_, other = (asyncio.ensure_future(admission.acquire(owner)) for owner in ("c", "c", "b"))
+    await turn()
+    room.release()
+    gone.cancel()  # the room is given before it has left the queue
+    await settled()
+    assert next_.done() and not other.done()
+    next_.result().release()
+    (await other).release()
+
+
 async def test_an_owner_at_its_limit_holds_up_nobody() -> None:
     admission = Admission[str]("publishes", each=1, total=2)
     first = await admission.acquire("a")
