@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from gateway.admission import Admission
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.peers import MemberAway
 from gateway.cluster.records import Records, unsure
@@ -405,10 +406,10 @@ class Standby:
         async with self._recovering:
             self._cluster.peers.look()
             await self._look_for_lost(members := await self._members())
-            few, failed = asyncio.Semaphore(_AT_ONCE), dict[str, str]()
+            few, failed = Admission[str]("recoveries", each=_AT_ONCE), dict[str, str]()
 
             async def one(copy: StandbyCopy) -> Mapping[str, Any] | None:
-                async with few:
+                async with few.slot(self._cluster.own):
                     try:
                         await self._revive(copy)
                     except GatewayError as error:
