@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TextIO
 
+from tests import constants
+
 PROGRAM: Final = (sys.executable, "-m", "gateway")
 _ROOT: Final = Path(__file__).parents[1]
 _REQUEST_MAX: Final = 1 << 16
@@ -306,6 +308,7 @@ def _main(number: str) -> None:
     gc.freeze()  # stays shared with the forks as long as nobody writes to it
     if (start := _serve(socket.socket(fileno=int(number)))) is not None:
         _become(start)
+        constants.apply()
         runpy.run_module(PROGRAM[-1], run_name="__main__", alter_sys=True)
 
 

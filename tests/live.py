@@ -30,7 +30,7 @@ from gateway import protocol
 from gateway.auth import tokens
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
-from tests import forks, shapes
+from tests import constants, forks, shapes
 from tests.waits import until
 
 SECRET = "a secret of the tests, long enough to sign with"
@@ -216,7 +216,7 @@ class LiveGateway:
             **environment,
         }
         self.log = log
-        self.program: tuple[str, ...] = forks.PROGRAM
+        self.program: tuple[str, ...] = forks.PROGRAM  # or another one
         self.serve: tuple[str, ...] = ("serve",)
         self.signatures: set[str] = set()  # of the tokens that were made for it
         self.process: asyncio.subprocess.Process | forks.Forked | None = None
@@ -230,7 +230,7 @@ class LiveGateway:
         """Start it, by the command `before` if there is one, and return once it is ready."""
         with self.log.open("ab") as log:
             if before or self.program != forks.PROGRAM or not forks.can_start(self.environment):
-                command = (*before, *self.program, *self.serve)
+                command = (*before, *constants.program(self.program, self.environment), *self.serve)
                 self.process = await asyncio.create_subprocess_exec(
                     *command, env=self.environment, stdout=log, stderr=log
                 )

@@ -20,6 +20,7 @@ import aiohttp
 from gateway.auth.tokens import Token
 from gateway.caddy import Caddy
 from gateway.settings import Settings
+from tests.constants import constants as constants_of
 from tests.integration import environment
 from tests.live import LiveGateway, free_ports
 from tests.waits import pause, until
@@ -105,10 +106,10 @@ class RealCaddy:
 class Hosting:
     """One gateway with its Caddy, and a client's requests to them."""
 
-    def __init__(self, settings: Settings, log: Path) -> None:
+    def __init__(self, settings: Settings, log: Path, values: Mapping[str, Any] | None = None) -> None:
         variables = environment.variables(settings)
         del variables["GATEWAY_LISTEN"]
-        self.gateway = LiveGateway(variables, log)
+        self.gateway = LiveGateway(variables | constants_of(values or {}), log)
         # the gateway's, so that both write the same configuration
         self.settings = settings.model_copy(update={"listen": f"127.0.0.1:{self.gateway.port}"})
         self.caddy = RealCaddy(self.settings)
@@ -313,10 +314,19 @@ def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:
 
 @contextlib.asynccontextmanager
 async def hosting(
-    base: Settings, state: Path, *, caddy: bool = True, start: bool = True, **changes: Any
+    base: Settings,
+    state: Path,
+    *,
+    caddy: bool = True,
+    start: bool = True,
+    constants: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Hosting]:
-    """Yield a running gateway with its Caddy; destroy the tenants that it leaves at the end."""
-    host = Hosting(settings_for(base, state, **changes), state.with_suffix(".log"))
+    """Yield a running gateway with its Caddy; destroy the tenants that it leaves at the end.
+
+    `constants` are other ones than the product's, by full name; `changes` are settings.
+    """
+    host = Hosting(settings_for(base, state, **changes), state.with_suffix(".log"), constants)
     state.mkdir(exist_ok=True)
     before = {entry["name"] for entry in environment.instances()}
     if caddy:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests import forks
+from tests.constants import constants, program
 from tests.live import LiveGateway, local_gateway
 from tests.waits import until
 
@@ -149,3 +150,16 @@ async def test_a_forked_command_is_as_a_started_one(
 def test_what_is_read_while_modules_are_imported_is_not_forked(name: str) -> None:
     assert forks.can_start({"PATH": "/bin", "GATEWAY_SECRET": "x"})
     assert not forks.can_start({"PATH": "/bin", name: "x"})
+
+
+async def test_a_process_has_the_constants_that_a_test_gives_it() -> None:
+    environment = {"PATH": os.environ["PATH"], **constants({"gateway.__version__": "9.8.7"})}
+    assert await forks.run("--version", environment=environment) == (0, b"9.8.7\n", b"")
+    words = program(forks.PROGRAM, environment)
+    process = await asyncio.create_subprocess_exec(*words, "--version", env=environment, stdout=PIPE)
+    assert (await process.communicate())[0] == b"9.8.7\n"
+
+
+def test_a_constant_that_is_not_there_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"there is no gateway\.execs\.notes\.NONE"):
+        constants({"gateway.execs.notes.NONE": 1})
