@@ -27,9 +27,12 @@ from gateway.server.listening import inherited, listen, remove
 from gateway.server.predecessor import Predecessor
 from gateway.server.succession import Succession
 from gateway.settings import Settings
+from gateway.settings.settings import unknown_settings
 from gateway.storage.state_dir import close
 from gateway.terminal import log_to_stderr
 from gateway.transport import http1, options
+
+log = logging.getLogger(__name__)
 
 # glibc's malloc.h: block size from which memory is mapped separately, free bytes kept at the top of the heap
 _MMAP_THRESHOLD: Final = (-3, 1 << 20)
@@ -136,6 +139,8 @@ def serve(settings: Settings, *, log_level: str = "info", take_over: bool = Fals
     then keeps running.
     """
     log_to_stderr(log_level)
+    for warning in unknown_settings():
+        log.warning(warning)
     # no access log: URLs contain no tokens, but names of tenants
     logging.getLogger("uvicorn.access").disabled = True
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 from pydantic_settings import (
     BaseSettings,
@@ -25,6 +29,10 @@ from gateway.settings.serving import ServerSettings
 from gateway.settings.sites import SiteSettings
 from gateway.settings.tenants import TenantSettings
 from gateway.settings.tools import ToolSettings
+
+# variables of the command line, and those that only tests set
+_NOT_SETTINGS: Final = frozenset({"GATEWAY_CONFIG", "GATEWAY_URL", "GATEWAY_TOKEN"})
+_OF_TESTS: Final = "GATEWAY_TEST_"
 
 
 # the fields of the last base come first: so they have the order of docs/settings.md
@@ -68,3 +76,24 @@ class Settings(
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file())
+
+
+def unknown_settings() -> Iterator[str]:
+    """Yield a warning for each `GATEWAY_…` variable, and each key of the TOML file, that is not a setting.
+
+    Raises `OSError` or `ValueError` if the file cannot be read, as reading `Settings` does.
+    """
+    for name in sorted(os.environ):
+        setting = name.lower().removeprefix("gateway_")
+        if setting != name.lower() and name not in _NOT_SETTINGS and not name.startswith(_OF_TESTS):
+            yield from _unknown(name, setting, lambda nearest: f"GATEWAY_{nearest.upper()}")
+    file = config_file()
+    for key in TomlConfigSettingsSource(Settings, toml_file=file).toml_data:
+        yield from _unknown(f"{key} in {file}", key.lower(), str)
+
+
+def _unknown(given: str, setting: str, spelled: Callable[[str], str]) -> Iterator[str]:
+    if setting not in Settings.model_fields:
+        nearest = difflib.get_close_matches(setting, Settings.model_fields, 1)
+        hint = f"; the nearest setting is {spelled(nearest[0])}" if nearest else ""
+        yield f"{given} is not a setting, and has no effect{hint}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from gateway.settings import Settings
+from gateway.settings.settings import unknown_settings
 
 DOCS = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
 
@@ -23,3 +25,23 @@ def test_a_setting_is_documented_as_it_is(name: str) -> None:
 def test_no_setting_is_documented_that_there_is_not() -> None:
     rows = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith("| `GATEWAY_")]
     assert rows == [f"GATEWAY_{name.upper()}" for name in Settings.model_fields]
+
+
+def test_what_is_no_setting_is_named_with_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in os.environ if name.startswith("GATEWAY_")]:
+        monkeypatch.delenv(name)
+    file = tmp_path / "gateway.toml"
+    file.write_text('listen = "127.0.0.1:9000"\nstatedir = "/srv"\n')
+    monkeypatch.setenv("GATEWAY_CONFIG", str(file))
+    for name in ("GATEWAY_TOKEN", "GATEWAY_LISTEN", "gateway_domain", "GATEWAY_TEST_HOST", "OTHER"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("GATEWAY_TENANT_MEMROY", "2GiB")
+    monkeypatch.setenv("GATEWAY_QQQQQQ", "1")
+    assert [*unknown_settings()] == [
+        "GATEWAY_QQQQQQ is not a setting, and has no effect",
+        "GATEWAY_TENANT_MEMROY is not a setting, and has no effect; the nearest setting is "
+        "GATEWAY_TENANT_MEMORY",
+        f"statedir in {file} is not a setting, and has no effect; the nearest setting is state_dir",
+    ]
