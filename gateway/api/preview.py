@@ -187,14 +187,8 @@ class Previews:
     ) -> Response:
         host = request.headers["host"]
         where = target.removeprefix("asleep_")
-        connector: aiohttp.BaseConnector
-        if where.endswith(".sock"):
-            connector, base = aiohttp.UnixConnector(str(self._caddy.sockets / where)), f"http://{host}"
-        else:
-            connector, base = aiohttp.TCPConnector(), f"http://{where}"
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
-                connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=_SILENCE),
@@ -203,7 +197,7 @@ class Previews:
         headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_ASKED]
         headers += [("host", host), ("accept-encoding", "identity")]
         answer = await stack.enter_async_context(
-            session.get(URL(base + uri, encoded=True), headers=headers, allow_redirects=False)
+            session.get(URL(f"http://{where}{uri}", encoded=True), headers=headers, allow_redirects=False)
         )
         response = _Page(answer, origin, stack)
         response.raw_headers = [

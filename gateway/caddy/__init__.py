@@ -7,6 +7,6 @@ from gateway.caddy.admin import socket_of
 from gateway.caddy.caddy import Caddy
 from gateway.caddy.configuration import shipped, site_url
 from gateway.caddy.errors import CaddyFailed
-from gateway.caddy.routes import TARGET, asleep, elsewhere
+from gateway.caddy.routes import asleep, elsewhere
 
-__all__ = ["TARGET", "Caddy", "CaddyFailed", "asleep", "elsewhere", "shipped", "site_url", "socket_of"]
+__all__ = ["Caddy", "CaddyFailed", "asleep", "elsewhere", "shipped", "site_url", "socket_of"]

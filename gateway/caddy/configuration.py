@@ -89,7 +89,6 @@ def _values(settings: Settings, routes: Routes, streams: str) -> dict[str, str]:
         "ASK": str(settings.caddy_ask),
         "ISSUER": "internal" if settings.caddy_issuer == "internal" else settings.caddy_email,
         "ROUTES": str(routes.routes),
-        "SOCKETS": str(routes.sockets),
         "AWAY": str(routes.away),
         "GATEWAY": routes.gateway(),
         "KEEPALIVE": f"{settings.caddy_keepalive:g}s",

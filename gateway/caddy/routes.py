@@ -27,8 +27,8 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
-_ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
+TARGET: Final = re.compile(r"(?:asleep_)?[0-9.]+:[0-9]+")
+_ASLEEP: Final = "asleep_"
 _ELSEWHERE: Final = "peer_"
 
 
@@ -50,7 +50,6 @@ class Routes:
         self._own = own_names(settings)
         self.folder = settings.caddy_folder
         self.routes = self.folder / "routes"
-        self.sockets = self.folder / "sockets"
         self.away = self.folder / "away"  # has a file for each domain whose site hangs
         self._targets = self.folder / "targets"
         # a target is created before its route: nobody may remove it as unused in between
@@ -66,7 +65,7 @@ class Routes:
 
     def lay(self) -> None:
         """Create the folders of the routes. Raises `CaddyFailed` if this user may not write to them."""
-        for folder in (self.routes, self._targets, self.sockets, self.away):
+        for folder in (self.routes, self._targets, self.away):
             try:
                 folder.mkdir(mode=0o755, parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):
@@ -113,7 +112,7 @@ class Routes:
         return f"{host}:{port}"
 
     def set(self, domain: str, target: str) -> str | None:
-        """Route a tenant's domain to `ADDRESS:PORT` or `NAME.sock`; return its target before. Atomic.
+        """Route a tenant's domain to `ADDRESS:PORT`; return its target before. Atomic.
 
         Raises `DomainReserved` for a domain of the gateway's own.
         """
@@ -202,13 +201,8 @@ class Routes:
         found = {name: self.get(name) for name in os.listdir(self.routes) if name != PROBE}
         return {domain: target for domain, target in found.items() if target is not None}
 
-    def reconcile(
-        self, wanted: Mapping[str, str], leave: Collection[str], sockets: Collection[str]
-    ) -> list[str]:
-        """Set the routes as wanted, except for the domains in `leave`; return the domains that changed.
-
-        Removes all sockets that are not in `sockets`: Incus leaves the file of one that it no longer needs.
-        """
+    def reconcile(self, wanted: Mapping[str, str], leave: Collection[str]) -> list[str]:
+        """Set the routes as wanted, except for the domains in `leave`; return the domains that changed."""
         changed = []
         leave = {*leave, self._home(), PROBE}
         for domain, target in wanted.items():
@@ -224,9 +218,6 @@ class Routes:
             if (name not in wanted or reserved(name, self._own)) and name not in leave:
                 self.unset(name)
                 changed.append(name)
-        for name in os.listdir(self.sockets):
-            if name not in sockets:
-                (self.sockets / name).unlink(missing_ok=True)
         with self._setting:
             used = {*self.listed().values(), self.get(PROBE)}
             for name in {*os.listdir(self._targets)} - used:

@@ -69,7 +69,6 @@ class Reconciler:
         left = await self._register.unfinished()
         async with self._domains.deciding(), self._caddy.changing:
             found = await self._sites.listed()
-            deploying = [running.record for running in self._register.running.values()]
             serving = {
                 site.tenant
                 for site in found
@@ -77,8 +76,6 @@ class Reconciler:
             }
             await self._domains.look(found, serving, left | self._register.running.keys())
             busy = self._domains.held()
-            sockets = {f"{site.tenant}.sock" for site in found}
-            sockets |= {f"{record.tenant}{side}.sock" for record in deploying for side in ("", ".next")}
             wanted |= {
                 site.domain: asleep(site.exposure.target) if site.asleep else site.exposure.target
                 for site in found
@@ -86,7 +83,7 @@ class Reconciler:
                 and site.deployment is None
                 and self._domains.serves(site.domain, site.tenant)
             }
-            changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy, sockets)
+            changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy)
         self._look_again(found)
         if changed:
             log.info("corrected routes: %s", ", ".join(changed))

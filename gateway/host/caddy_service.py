@@ -115,12 +115,11 @@ def hand_over(settings: Settings) -> str | None:
     if folder.stat().st_uid == user.pw_uid:
         return None
     changed = False
-    for name in ("routes", "targets", "sockets", "away", "peers"):
+    for name in ("routes", "targets", "away", "peers"):
         place = folder / name
         if place.exists() and place.stat().st_uid == user.pw_uid:
             continue
-        if name != "sockets":  # sockets in use cannot be created again
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         place.mkdir(mode=0o755, exist_ok=True)
         reader = _user() if name == "peers" else None
         os.chown(place, user.pw_uid, user.pw_gid if reader is None else pwd.getpwnam(reader).pw_gid)

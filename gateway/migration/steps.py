@@ -191,7 +191,7 @@ class Migration:
         try:
             await self._sites.start(tenant, "next", recipe)
             address = (await self._runtime.tenants.get(tenant)).address or ""
-            there = Exposure(address, recipe.port, f"{address}:{recipe.port}")
+            there = Exposure(address, recipe.port)
             await self._verifier.answering(Subject(tenant, "next", moving.domain, recipe, there))
         finally:
             await self._there.run(tenant, "rest")

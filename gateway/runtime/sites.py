@@ -99,11 +99,15 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """Where a site answers: address and port for the gateway's probes, `target` for a Caddy route."""
+    """Where a site answers."""
 
     address: str
     port: int
-    target: str
+
+    @property
+    def target(self) -> str:
+        """The target of its route in Caddy."""
+        return f"{self.address}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

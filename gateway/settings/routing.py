@@ -57,12 +57,6 @@ class RouteSettings(BaseModel):
         description="suffixes under which every token may give its tenants a domain `NAME.SUFFIX`, "
         "comma-separated",
     )
-    expose: Literal["address", "port", "socket"] = Field(
-        "address",
-        description="how Caddy reaches a site: at its address, or through a proxy device at a port of "
-        "this host or a unix socket",
-    )
-    expose_ports: str = Field("20000-29999", description="ports of this host that proxy devices may use")
     max_previews: int = Field(
         32,
         gt=0,

@@ -211,7 +211,6 @@ class Hosting:
                 if entry["config"].get("user.gateway.role") not in ("pool", "golden")
             },
             "routes": sorted((e.name, e.readlink().name) for e in (caddy / "routes").iterdir()),
-            "sockets": sorted(e.name for e in (caddy / "sockets").iterdir()),
             "files": sorted(e.name for e in caddy.iterdir() if e.name.startswith(".")),
         }
 

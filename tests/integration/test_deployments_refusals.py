@@ -7,7 +7,6 @@ import base64
 import contextlib
 import json
 import os
-import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ from gateway.deployments.register import Register
 from gateway.errors import GatewayError
 from gateway.events import Bus, MemoryJournal
 from gateway.ownership.domains import Domains
-from gateway.runtime.incus import IncusRuntime, IncusSites, ports
+from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.archives import folder
 from tests.integration import environment
 from tests.integration.sites import OPERATOR, Hosting, RealCaddy, filled, hosting, settings_for
-from tests.live import free_ports
 from tests.waits import until
 
 pytestmark = pytest.mark.timeout(300)
@@ -184,18 +182,6 @@ async def test_a_full_pool(desk: Desk) -> None:
         said = await desk.refused()
         assert (said["code"], said["reason"]) == ("unavailable", "disk_full")
         assert "storage pool is full" in said["message"]
-
-
-async def test_a_port_that_is_taken(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a program of this host: that was there, or that came in between, which incusd finds out."""
-    (port,) = free_ports(1)
-    monkeypatch.setattr(ports, "_FAILURES", 1)  # each takes incusd seconds
-    with socket.create_server(("127.0.0.1", port)):
-        for unused in (ports._unused, lambda ports: next(iter(ports), None)):
-            monkeypatch.setattr(ports, "_unused", unused)
-            said = await desk.refused(expose="port", expose_ports=f"{port}-{port}")
-            assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "port_taken", "expose")
-            assert "GATEWAY_EXPOSE_PORTS" in said["message"]
 
 
 async def test_what_is_wrong_with_the_site(desk: Desk) -> None:

@@ -27,11 +27,10 @@ from tests.contracts.gateway import no_traceback, sse
 from tests.contracts.idle import told
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
-from tests.live import Wire, free_ports
+from tests.live import Wire
 from tests.waits import until
 
 GATEWAY = "gateway.localhost"
-PORTS = 4
 DEADLINE = 60
 COUNT = "i=0; until [ -e enough ]; do echo $((i += 1)); sleep 0.01; done"
 
@@ -54,17 +53,14 @@ Bun.serve({
 async def pair(
     incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Hosting, Hosting]]:
-    """Two gateways that share a small range of ports for their sites."""
+    """Two gateways on one Incus."""
     folder = tmp_path_factory.mktemp("network")
     template = folder / "templates" / "talk"
     template.mkdir(parents=True)
     (template / "site.toml").write_text('start = ["bun", "site.js"]\nport = 3000\n')
     (template / "site.js").write_text(SITE)
-    first = some_ports()
     changes: dict[str, Any] = {
         "templates_dir": template.parent,
-        "expose": "port",
-        "expose_ports": f"{first}-{first + PORTS - 1}",
         "reconcile_interval": 0.5,
         "health_interval": 0.5,
         "health_failures": 2,
@@ -77,38 +73,6 @@ async def pair(
         yield one, two
         for host in (one, two):
             await no_traceback(host.gateway)
-
-
-def some_ports() -> int:
-    """Return the first of several consecutive free ports."""
-    while (found := free_ports(PORTS)) != [*range(found[0], found[0] + PORTS)]:
-        pass
-    return found[0]
-
-
-def ports(host: Hosting) -> set[int]:
-    first, _, last = host.settings.expose_ports.partition("-")
-    return {*range(int(first), int(last) + 1)}
-
-
-def open_ports(host: Hosting) -> set[int]:
-    """Return the ports for sites on which something listens."""
-    found = set()
-    for port in ports(host):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                found.add(port)
-    return found
-
-
-def proxies() -> dict[str, int]:
-    """Return the ports of all instances' proxy devices."""
-    return {
-        entry["name"]: int(device["listen"].rpartition(":")[2])
-        for entry in environment.instances()
-        for device in entry["devices"].values()
-        if device["type"] == "proxy"
-    }
 
 
 @contextlib.asynccontextmanager
@@ -157,42 +121,17 @@ async def site(pair: tuple[Hosting, Hosting]) -> str:
     return "stays.localhost"
 
 
-async def test_gateways_that_deploy_at_once_give_their_sites_different_ports(
+async def test_gateways_that_deploy_at_once_each_serve_their_sites(
     pair: tuple[Hosting, Hosting], site: str
 ) -> None:
-    """The free ports are just enough, since a stranger has one; destroyed sites leave none in use."""
     one, two = pair
     hosts = {"a.localhost": one, "b.localhost": two}
-    before = open_ports(one)
-    with socket.create_server(("127.0.0.1", min(ports(one) - before))) as stranger:
-        records = await asyncio.gather(*(host.deploy(domain, "talk") for domain, host in hosts.items()))
-        assert [record["state"] for record in records] == ["succeeded"] * 2, [r["error"] for r in records]
-        listening = [proxies()[domain.replace(".", "-")] for domain in (*hosts, site)]
-        assert {*listening, stranger.getsockname()[1]} == ports(one)
-        for domain, host in hosts.items():
-            assert await host.visit(domain) == (200, domain)
-            assert await asked_by_websocket(host, domain) == f"{domain}:{host.settings.caddy_http}"
+    records = await asyncio.gather(*(host.deploy(domain, "talk") for domain, host in hosts.items()))
+    assert [record["state"] for record in records] == ["succeeded"] * 2, [r["error"] for r in records]
+    for domain, host in hosts.items():
+        assert await host.visit(domain) == (200, domain)
+        assert await asked_by_websocket(host, domain) == f"{domain}:{host.settings.caddy_http}"
     await asyncio.gather(*(destroy(host, domain) for domain, host in hosts.items()))
-    assert [*proxies()] == [site.replace(".", "-")]
-    await until(lambda: open_ports(one) == before)
-
-
-async def test_a_site_by_its_socket_is_there_after_its_restart_and_leaves_none(
-    pair: tuple[Hosting, Hosting],
-) -> None:
-    host, domain = pair[1], "socket.localhost"
-    sockets = host.settings.state_dir / "caddy" / "sockets"
-    await host.gateway.stop()
-    host.gateway.environment["GATEWAY_EXPOSE"] = "socket"
-    await host.gateway.start()
-    record = await host.deploy(domain, "talk")
-    assert record["state"] == "succeeded", record["error"]
-    assert [path.name for path in sockets.iterdir()] == ["socket-localhost.sock"]
-    assert await asked_by_websocket(host, domain) == f"{domain}:{host.settings.caddy_http}"
-    assert (await host.call("POST", "/v1/tenants/socket-localhost/restart"))[0] == 200
-    await answers(host, domain)
-    await destroy(host, domain)
-    await until(lambda: not [*sockets.iterdir()])
 
 
 async def test_a_caddy_that_lost_everything_serves_again(pair: tuple[Hosting, Hosting], site: str) -> None:

@@ -31,7 +31,7 @@ async def test_a_route_that_is_set_while_others_are_put_right_stays_whole(
             return found
 
         monkeypatch.setattr(caddy, "listed", looked)
-        await asyncio.to_thread(caddy.reconcile, {}, {"a.test"}, ())
+        await asyncio.to_thread(caddy.reconcile, {}, {"a.test"})
         setting.join()
         assert (caddy.routes / "a.test" / "127.0.0.1:9").exists()
 
@@ -45,25 +45,17 @@ async def test_routes_are_put_right_and_what_none_has_is_removed(tmp_path: Path)
             ("c.test", "10.0.0.3:80"),
         ):
             caddy.set(domain, target)
-        (caddy.routes / PROBE).symlink_to("../targets/probe.sock")
-        caddy._lead("d.test", "probe.sock")
+        (caddy.routes / PROBE).symlink_to("../targets/127.0.0.1:9")
+        caddy._lead("d.test", "127.0.0.1:9")
         caddy.unset("d.test")
         (targets / "10.0.0.2:80" / "10.0.0.2:80").unlink()
         (targets / ".new-0").symlink_to("../targets/10.0.0.1:80")  # of a gateway that was killed
         wanted = {"a.test": "10.0.0.1:80", "b.test": "10.0.0.2:80"}
-        assert caddy.reconcile(wanted, (), ()) == ["b.test", "c.test"]
-        assert caddy.reconcile(wanted, (), ()) == []
+        assert caddy.reconcile(wanted, ()) == ["b.test", "c.test"]
+        assert caddy.reconcile(wanted, ()) == []
         assert caddy.listed() == wanted  # without the probe's
         assert (caddy.routes / "b.test" / "10.0.0.2:80").exists()
-        assert {path.name for path in targets.iterdir()} == {*wanted.values(), "probe.sock"}
-
-
-async def test_only_the_sockets_that_are_needed_stay(tmp_path: Path) -> None:
-    async with Caddy(Settings(state_dir=tmp_path)) as caddy:
-        for name in ("gone.sock", "there.sock"):
-            (caddy.sockets / name).touch()
-        caddy.reconcile({}, (), {"there.sock", "coming.sock"})
-        assert [path.name for path in caddy.sockets.iterdir()] == ["there.sock"]
+        assert {path.name for path in targets.iterdir()} == {*wanted.values(), "127.0.0.1:9"}
 
 
 async def test_the_page_of_a_site_that_hangs_stays_whoever_else_speaks_to_caddy(tmp_path: Path) -> None:
@@ -94,7 +86,7 @@ async def test_no_tenant_is_led_to_by_the_gateways_own_names(tmp_path: Path) -> 
                 caddy.set(name, "10.0.0.9:3000")
         caddy._lead("edit.example.com", "10.0.0.9:3000")
         wanted = dict.fromkeys(("gw.example.com", "edit.example.com", "shop.example.com"), "10.0.0.9:3000")
-        assert sorted(caddy.reconcile(wanted, (), ())) == ["edit.example.com", "shop.example.com"]
+        assert sorted(caddy.reconcile(wanted, ())) == ["edit.example.com", "shop.example.com"]
         assert caddy.listed() == {"gw.example.com": "127.0.0.1:8080", "shop.example.com": "10.0.0.9:3000"}
 
 
@@ -103,7 +95,7 @@ async def test_what_is_no_name_as_caddy_looks_it_up_makes_no_link(tmp_path: Path
     async with Caddy(Settings(state_dir=tmp_path)) as caddy:
         with pytest.raises((InvalidParams, ValueError)):
             caddy.set(name, "10.0.0.9:3000")
-        assert caddy.reconcile({name: "10.0.0.9:3000"}, (), ()) == []
+        assert caddy.reconcile({name: "10.0.0.9:3000"}, ()) == []
         assert [*caddy.routes.iterdir()] == []
 
 

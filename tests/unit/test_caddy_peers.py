@@ -42,7 +42,7 @@ async def test_a_route_may_lead_to_another_member(tmp_path: Path, address: str) 
         caddy.set("own.example.com", "10.0.0.9:3000")
         assert caddy.elsewhere() == frozenset({"shop.example.com"})
         assert not caddy.sleeps("shop.example.com")
-        assert not caddy.reconcile(caddy.listed(), (), ())
+        assert not caddy.reconcile(caddy.listed(), ())
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there() -> 
     health = SimpleNamespace(unwell=lambda *told: unwell.append(told))
     context = cast(Context, SimpleNamespace(runtime=runtime, health=health))
     record = Record("shop", "shop.test", "https://shop.test", "static", "me", instance="i-1")
-    where = Exposure("10.0.0.2", 3000, "10.0.0.2:3000")
+    where = Exposure("10.0.0.2", 3000)
     site = Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
     await unsteady(context, record, site, "it ended")
     assert unwell == [("shop", 3000, "/", "it ended")]

@@ -179,7 +179,7 @@ class Rig:
         port = server.sockets[0].getsockname()[1]
         services = cast(Any, SimpleNamespace(state=state, life=life, log=self.log))
         verifier = Verifier(services, cast(Any, self), Settings(caddy_ask=port, **settings))
-        where = Exposure("127.0.0.1", port, f"127.0.0.1:{port}")
+        where = Exposure("127.0.0.1", port)
         async with server, asyncio.timeout(30):
             yield verifier, Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
             await verifier.aclose()

@@ -52,9 +52,7 @@ class Listed:
 
     async def listed(self) -> Sequence[Site]:
         return [
-            Site(
-                tenant, f"{tenant}.test", True, Exposure("127.0.0.1", port, f"127.0.0.1:{port}"), link=tenant
-            )
+            Site(tenant, f"{tenant}.test", True, Exposure("127.0.0.1", port), link=tenant)
             for tenant, port in self.ports.items()
         ]
 

@@ -101,7 +101,7 @@ async def test_the_health_of_a_site_that_refuses_its_domain() -> None:
 
     class Listed:
         async def listed(self) -> Sequence[Site]:
-            where = Exposure("127.0.0.1", port, f"127.0.0.1:{port}")
+            where = Exposure("127.0.0.1", port)
             return [Site("shop", domain, True, where)]
 
     class Told:

@@ -42,7 +42,7 @@ class Cluster:
         self.domains.elsewhere = domains
 
     async def look(self) -> dict[str, str]:
-        self.caddy.reconcile(await self.routes.wanted(), (), ())
+        self.caddy.reconcile(await self.routes.wanted(), ())
         return self.caddy.listed()
 
     async def _read(self) -> Sequence[Member]:

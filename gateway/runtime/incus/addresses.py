@@ -33,17 +33,10 @@ def address_of(instance: Instance) -> str | None:
     return fixed(instance) or leased(instance)
 
 
-def exposure(instance: Instance, port: int, device: str = "site") -> Exposure | None:
-    """Return where an instance's site answers: through its proxy device if it has one, else directly."""
+def exposure(instance: Instance, port: int) -> Exposure | None:
+    """Return where an instance's site answers, or None."""
     address = address_of(instance)
-    if address is None:
-        return None
-    listen = (instance["expanded_devices"].get(device) or {}).get("listen", "")
-    if listen.startswith("unix:"):
-        return Exposure(address, port, listen.rpartition("/")[2])
-    if listen.startswith("tcp:"):
-        return Exposure(address, port, listen.removeprefix("tcp:"))
-    return Exposure(address, port, f"{address}:{port}")
+    return None if address is None else Exposure(address, port)
 
 
 def sharers(instances: Sequence[Instance]) -> Mapping[str, Sequence[str]]:

@@ -20,7 +20,9 @@ _NETWORK_AWAY: Final = (
     "the tenants' network is down in Incus; if Incus has just started, try again in a minute; otherwise see "
     "`incus network list` and incusd's log"
 )
-_TAKEN: Final = "no free port for the site; set GATEWAY_EXPOSE_PORTS to ports that nothing else uses"
+_TAKEN: Final = (
+    "a proxy device of the instance listens on a port that is taken; free it, or change the device"
+)
 
 _RETRY_AFTER: Final = 2  # seconds
 

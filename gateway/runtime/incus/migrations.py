@@ -38,4 +38,4 @@ def old_service(config: Mapping[str, str]) -> Exposure | None:
         address = str(ipaddress.IPv4Address(match[1]))
     except ValueError:
         return None
-    return Exposure(address, int(match[2]), f"{address}:{match[2]}")
+    return Exposure(address, int(match[2]))

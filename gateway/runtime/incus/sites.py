@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
+from gateway.errors import Unavailable
 from gateway.hostnames import plain
 from gateway.incus.client import instance_path
 from gateway.rootfs.instance_record import MANAGED
@@ -22,7 +23,6 @@ from gateway.runtime.incus.golden_copies import UNMARKED, GoldenCopies
 from gateway.runtime.incus.marks import ROLE, Marks
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.pool import Pool
-from gateway.runtime.incus.ports import DEVICES, Ports
 from gateway.runtime.incus.provisioning import Provisioning
 from gateway.runtime.incus.records import (
     ASLEEP,
@@ -68,7 +68,6 @@ class IncusSites:
         self._services = IncusServices(self._provisioning, self._init_pid)
         self.services: SiteServices = self._services
         self.former: FormerSites = IncusFormerSites(settings, self._incus, self._provisioning)
-        self._ports = Ports(settings, self._making)
         baking = Baking(settings, self._incus, self._making, self._provisioning, self._services)
         marks = Marks(settings, self._incus)
         self._pool = Pool(settings, self._making, marks)
@@ -158,8 +157,7 @@ class IncusSites:
                     created=instance.get("created_at"),
                     shares_address=len(same) > 1,
                     loose=port.isdigit() and fixed(instance) is None,
-                    # with a proxy, answers pass elsewhere
-                    link=config.get(LINK) if self._settings.expose == "address" else None,
+                    link=config.get(LINK),
                 )
             )
         return sites
@@ -170,7 +168,10 @@ class IncusSites:
         await self._making.anchor(tenant)
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
-        return await self._ports.expose(tenant, side, recipe)
+        found = exposure(await self._making.placed(tenant), recipe.listens(side))
+        if found is None:
+            raise Unavailable(f"tenant {tenant} has no address on {self._settings.network}")
+        return found
 
     # --- in the container ---------------------------------------------------------------------------
 
@@ -210,7 +211,6 @@ class IncusSites:
 
     async def clear(self, tenant: str) -> None:
         await self._provisioning.clear(tenant)
-        await self._making.remove_device(tenant, DEVICES["next"])
         await self._resizing.shrink(tenant)
 
 

@@ -190,7 +190,7 @@ class LocalSites:
         service = self._services.find(tenant, side)
         if service is None:
             raise NotFound(f"the site of {tenant} is not running")
-        return Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
+        return Exposure("127.0.0.1", service.port)
 
     async def halt(self, tenant: str) -> None:
         facts = self._folders.noted(tenant)
@@ -259,7 +259,7 @@ class LocalSites:
             service = self._services.find(tenant.name, "live")
             exposure = None
             if service is not None:
-                exposure = Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
+                exposure = Exposure("127.0.0.1", service.port)
             kept = self._folders.noted(tenant.name)
             sites.append(
                 Site(
