@@ -1,4 +1,4 @@
-"""Tasks: start one at once, complete one despite a cancel, keep one running."""
+"""Tasks: start one at once, complete one despite a cancel, keep one running, log what fails."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAUSES: Final = (1.0, 60.0)  # seconds before a failed job is restarted: the first and the longest pause
+_CLOSED_HANDLE: Final = "the handler is closed"  # uvloop's UVHandle._ensure_alive
 _LONG: Final = 10  # times as long as it had paused before: what breaks off then is another failure
 
 
@@ -76,3 +77,15 @@ def apart(what: str) -> Iterator[None]:
         log.warning("%s failed: %s", what, error.message)
     except Exception:
         log.exception("%s failed", what)
+
+
+def log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what failed in the event loop with nothing awaiting it, unless a TLS connection was already closed.
+
+    uvloop answers what it has just read without checking whether the connection has been lost meanwhile
+    (`SSLProtocol._process_outgoing`), and reports that as a fault. The connection's owner learns of the loss.
+    """
+    error = context.get("exception")
+    lost = isinstance(error, RuntimeError) and str(error).endswith(_CLOSED_HANDLE)
+    if not (lost and "SSL" in context["message"]):
+        loop.default_exception_handler(context)

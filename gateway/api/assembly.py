@@ -46,8 +46,7 @@ from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
 from gateway.lifecycle.standby import Standby
 from gateway.limits.budget import Limits
-from gateway.limits.capacity import Capacity
-from gateway.limits.disk import DiskSpace
+from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.limits.pressure import Pressure
 from gateway.ownership.domains import Domains
 from gateway.runtime.incus import IncusRuntime, IncusSites

@@ -10,8 +10,7 @@ from typing import Any
 from gateway.api.connection import Peer
 from gateway.audit import Audit
 from gateway.auth import tokens
-from gateway.auth.grants import Grants
-from gateway.auth.revocations import Revocations
+from gateway.auth.grants import Grants, Revocations
 from gateway.cluster.cluster import Cluster, joined
 from gateway.cluster.common_secret import common_secret
 from gateway.cluster.dead_peers import DeadPeers

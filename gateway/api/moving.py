@@ -17,8 +17,7 @@ from gateway.lifecycle.departures import Departures
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.move import MoveLog
 from gateway.lifecycle.mover import Mover, Uses
-from gateway.limits.capacity import Capacity
-from gateway.limits.disk import DiskSpace
+from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.ownership.names import Names
 from gateway.protocol import CloseCode
 from gateway.runtime.incus import IncusRuntime

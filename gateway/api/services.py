@@ -12,7 +12,7 @@ from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
 from gateway.api.preview import Previews
 from gateway.audit import Audit
-from gateway.auth.revocations import Revocations
+from gateway.auth.grants import Revocations
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.dead_peers import DeadPeers
 from gateway.cluster.peers import MemberAway

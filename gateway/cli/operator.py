@@ -73,7 +73,7 @@ async def _revoke(id_: str, expires: float | None, url: str | None, own: str | N
         if url is not None:
             raise
         # no gateway runs here; the next one reads it from the store
-        from gateway.auth.revocations import Revocations
+        from gateway.auth.grants import Revocations
         from gateway.storage.store import Store
 
         async with Store(load().state_dir) as store:

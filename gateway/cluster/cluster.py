@@ -26,7 +26,7 @@ from gateway.errors import Unavailable
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from gateway.tasks import begin, lasting
-from gateway.transport.secure import SecureServer
+from gateway.transport.http1 import SecureServer
 
 log = logging.getLogger(__name__)
 

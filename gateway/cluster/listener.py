@@ -19,7 +19,7 @@ from gateway.cluster.peers import GONE, Peer, Peers
 from gateway.cluster.relay import RELAYED, as_client
 from gateway.errors import GatewayError
 from gateway.tasks import begin
-from gateway.transport.secure import PEER
+from gateway.transport.http1 import PEER
 
 log = logging.getLogger(__name__)
 

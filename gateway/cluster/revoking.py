@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import orjson
 
+from gateway.auth.grants import KEPT, Revocations
 from gateway.auth.issuing import MAX_TTL
-from gateway.auth.revocations import KEPT, Revocations
 from gateway.cluster.shared_keys import Keys
 from gateway.errors import GatewayError, RateLimited, Unavailable
 

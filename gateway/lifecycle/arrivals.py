@@ -16,8 +16,7 @@ from gateway.cluster.records import Records
 from gateway.errors import NotFound
 from gateway.events import Bus
 from gateway.lifecycle.move import Move, MoveLog, parsed
-from gateway.limits.capacity import Capacity
-from gateway.limits.disk import DiskSpace
+from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.ownership.names import Names
 from gateway.runtime import OnAnotherServer, Tenants
 from gateway.tasks import whole

@@ -22,8 +22,7 @@ from gateway.errors import Conflict, InvalidParams, RateLimited, Timeout
 from gateway.events import Bus
 from gateway.hostnames import normalized
 from gateway.lifecycle.site_domains import SiteDomains
-from gateway.limits.capacity import Capacity
-from gateway.limits.disk import DiskSpace
+from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.ownership.domains import Domains
 from gateway.ownership.names import Names
 from gateway.protocol import types

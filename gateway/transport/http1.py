@@ -1,4 +1,4 @@
-"""Limits on uvicorn's HTTP connections: how long each may be silent, how many there are, what they may send.
+"""HTTP connections: uvicorn's own with limits, how uvicorn serves our sockets, and the socket for peers.
 
 uvicorn waits for a request's head forever, and reads the rest of an unwanted body for as long as something
 comes. The application itself limits how long it waits for a body that it reads.
@@ -12,21 +12,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import socket
+import ssl
 from collections.abc import Callable, Iterator
 from functools import partial
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
 
 import h11
+import uvicorn
 from h11._receivebuffer import ReceiveBuffer, blank_line_regex
 from starlette.datastructures import Headers
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from gateway.admission import Admission, Reservation, descriptors
 from gateway.settings import Settings
-from gateway.transport.websocket import drop
+from gateway.transport.websocket import WebSocketProtocol, drop
+
+log = logging.getLogger(__name__)
 
 # in a scope's state: cuts the connection, for an answer that must end and is not read
 ABORT: Final = "gateway.abort"
@@ -302,3 +309,95 @@ def block(address: str) -> str:
     if isinstance(found, IPv6Address):
         return str(found.ipv4_mapped or ip_network((found, 64), strict=False))
     return address
+
+
+# --- servers -------------------------------------------------------------------------------------------
+
+
+def config(app: ASGIApp, settings: Settings, http: type[HttpProtocol], **more: Any) -> uvicorn.Config:
+    """Return the configuration of a server for `app`; `more` are uvicorn's own options."""
+    return uvicorn.Config(
+        app,
+        http=http,
+        ws=WebSocketProtocol,
+        ws_max_size=settings.max_frame,
+        ws_ping_interval=None,
+        ws_per_message_deflate=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        **more,
+    )
+
+
+PEER: Final = "gateway.peer"
+"""In a scope's state: the client's certificate, as DER."""
+_KEEP: Final = 75  # seconds that an unused connection is kept; longer than its client keeps it
+_BACKLOG: Final = 256
+_ENDING: Final = 2.0  # seconds in which requests notice that nobody waits for them
+
+
+class SecureServer:
+    """A second socket of the same process, with TLS, for clients whose certificate passes `known`."""
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, context: ssl.SSLContext, known: Callable[[bytes], bool]
+    ) -> None:
+        self._config = config(
+            app, settings, _protocol(settings, known), lifespan="off", timeout_keep_alive=_KEEP
+        )
+        self._context = context
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, host: str, port: int) -> tuple[str, int]:
+        """Accept connections from now on; return where. Raises `OSError`."""
+        self._config.load()
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            self._connection, host, port, ssl=self._context, backlog=_BACKLOG, reuse_address=True
+        )
+        wire: socket.socket = self._server.sockets[0]
+        found = wire.getsockname()
+        return str(found[0]), int(found[1])
+
+    def _connection(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self._config.http_protocol_class(  # type: ignore[call-arg]  # uvicorn's own
+            config=self._config, server_state=self._state, app_state={}
+        )
+        return made
+
+    def refuse(self) -> None:
+        """Accept nothing more, neither connections nor requests on those there are."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._state.connections):
+            if isinstance(connection, _Connection):
+                connection.shutdown()  # one that is being answered ends after its answer
+
+    async def close(self) -> None:
+        """Accept nothing more, and end what is open."""
+        self.refuse()
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        if tasks := list(self._state.tasks):
+            await asyncio.wait(tasks, timeout=_ENDING)
+
+
+class _Connection(HttpProtocol):
+    known: Callable[[bytes], bool]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        shown = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        super().connection_made(transport)
+        if not shown or not self.known(shown):
+            log.warning("refused a connection whose certificate is no peer's")
+            transport.abort()
+            return
+        self.app_state = {**self.app_state, PEER: shown}
+
+
+def _protocol(settings: Settings, known: Callable[[bytes], bool]) -> type[_Connection]:
+    kind: dict[str, Any] = {"silent": Silent(settings), "strangers": None, "known": staticmethod(known)}
+    return type("_Connection", (_Connection,), kind)

@@ -14,7 +14,7 @@ from gateway.deployments.queue import DeploymentQueue, Owner, uploader
 from gateway.deployments.template import uploaded
 from gateway.deployments.warming import Warming
 from gateway.errors import Unavailable
-from gateway.limits.disk import DiskSpace
+from gateway.limits.capacity import DiskSpace
 from gateway.runtime import Space
 from gateway.runtime.incus.uploads import Upload, freeing, number, surplus
 from gateway.runtime.sites import Prepared, Recipe

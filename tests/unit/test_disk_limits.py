@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from gateway.errors import NotFound, TooLarge, Unavailable
-from gateway.limits.disk import DiskSpace
+from gateway.limits.capacity import DiskSpace
 from gateway.rootfs.disk_limits import DiskLimits
 from gateway.rootfs.locations import Folders
 from gateway.rootfs.spawn import UNKNOWN

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.auth import revocations
-from gateway.auth.revocations import KEPT, Revocations
+from gateway.auth.grants import KEPT, Revocations
 from gateway.cluster.revoking import Revoking, Spread
 from gateway.errors import RateLimited, Unavailable
 from gateway.storage.store import Store
@@ -43,7 +42,7 @@ async def test_one_whose_token_has_long_expired_is_forgotten(store: Store) -> No
 
 
 async def test_expired_ones_make_room(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revocations, "MOST", 2)
+    monkeypatch.setattr("gateway.auth.grants.MOST", 2)
     revoked = await Revocations.opened(store)
     await revoked.add("old", "me", time.time() - KEPT - 1)
     await revoked.add("a", "me")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.server.failures import report, report_of_predecessor
+from gateway.server.handover import log_own_failure
+from gateway.tasks import log_failure
 
 CLOSED = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
 TLS = "Fatal error on SSL protocol"
@@ -27,7 +28,7 @@ TLS = "Fatal error on SSL protocol"
 async def test_a_lost_connection_is_no_failure_of_ours(
     context: dict[str, Any], logged: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    report(asyncio.get_running_loop(), context)
+    log_failure(asyncio.get_running_loop(), context)
     assert (context["message"] in caplog.text) == logged
 
 
@@ -37,5 +38,5 @@ async def test_a_lost_connection_is_no_failure_of_ours(
 async def test_a_predecessor_says_nothing_of_records_that_are_its_successors(
     error: Exception, logged: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    report_of_predecessor(asyncio.get_running_loop(), {"message": "a task failed", "exception": error})
+    log_own_failure(asyncio.get_running_loop(), {"message": "a task failed", "exception": error})
     assert ("a task failed" in caplog.text) == logged
