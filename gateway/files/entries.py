@@ -6,9 +6,9 @@ import os
 import stat
 from typing import Any
 
-from gateway.rootfs.operation import Workspace
 from gateway.rootfs.paths import show
 from gateway.rootfs.root import Root, etag
+from gateway.rootfs.worker import Workspace
 
 
 def locate(workspace: Workspace, path: str) -> str:

@@ -25,10 +25,10 @@ from gateway.files import removing
 from gateway.files.conditions import check, present, stale
 from gateway.files.entries import entry, locate
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Operation, Workspace
 from gateway.rootfs.paths import unfinished
 from gateway.rootfs.refusals import refusal
 from gateway.rootfs.root import Made, Root, etag
+from gateway.rootfs.worker import Operation, Workspace
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 _NUL_WINDOW = 8192  # a NUL within this many bytes makes a file binary, as for the tools

@@ -19,10 +19,10 @@ from gateway.errors import IsADirectory, NotFound, RateLimited
 from gateway.files.conditions import check, present, stale
 from gateway.files.entries import locate
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Operation, Passing, Workspace
 from gateway.rootfs.paths import TEMPORARY
 from gateway.rootfs.refusals import refusal
 from gateway.rootfs.root import etag
+from gateway.rootfs.worker import Operation, Passing, Workspace
 
 
 @dataclass(frozen=True, slots=True)

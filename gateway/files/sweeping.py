@@ -16,9 +16,9 @@ from typing import Any
 import orjson
 
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Operation, Workspace
 from gateway.rootfs.paths import unfinished
 from gateway.rootfs.walk import Walk
+from gateway.rootfs.worker import Operation, Workspace
 
 _FOLDER = kernel.O_PATH | os.O_DIRECTORY
 

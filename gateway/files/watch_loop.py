@@ -11,9 +11,9 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.files.watcher import Watcher
-from gateway.rootfs.operation import Operation, Workspace
+from gateway.rootfs.messages import TOLD, frame
 from gateway.rootfs.refusals import refusal
-from gateway.rootfs.worker import TOLD, answer, frame, receive_request
+from gateway.rootfs.worker import Operation, Workspace, answer, receive_request
 
 
 def serve(connection: socket.socket, workspace: Workspace) -> None:

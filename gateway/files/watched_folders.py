@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from gateway.errors import RateLimited, Unavailable
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Limits
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.paths import unfinished
 from gateway.rootfs.root import Root
 

@@ -19,9 +19,9 @@ from gateway.files.changes import Change, Changes, Wish
 from gateway.files.entries import sendable
 from gateway.files.watched_folders import Folder, WatchedFolders
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Workspace
+from gateway.rootfs.messages import TOLD, frame
 from gateway.rootfs.paths import show, unfinished
-from gateway.rootfs.worker import TOLD, frame
+from gateway.rootfs.worker import Workspace
 
 _BATCH: Final = 256 << 10  # bytes of events per read; the kernel's queue holds about twice that
 _SOON: Final = 0.015  # seconds from the first change to its message, so that related changes go together

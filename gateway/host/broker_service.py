@@ -15,8 +15,7 @@ from typing import NoReturn
 import orjson
 
 from gateway.host import HostError, Report
-from gateway.rootfs.broker_client import BOOT
-from gateway.rootfs.locations import Instances
+from gateway.rootfs.broker_client import BOOT, instances
 from gateway.settings import Settings
 
 OPERATIONS = "gateway.tools.worker_operations"
@@ -46,7 +45,7 @@ def run(settings: Settings, report: Report) -> NoReturn:
     told = {
         "path": str(path),
         "operations": OPERATIONS,
-        "tenants": Instances.of(settings).to_dict(),
+        "tenants": instances(settings).to_dict(),
         "uids": uids,
         "gid": gid,
     }

@@ -1,31 +1,19 @@
 """Safe access to a workspace in which a hostile tenant controls every byte and every name.
 
-`FilesystemRoot` identifies a tenant's files; `Workers` runs operations on them in separate processes per
-tenant. Only the broker knows where the files are on the host.
+`FilesystemRoot` identifies a tenant's files; `workers.Workers` runs operations on them in separate processes
+per tenant. Only the broker knows where the files are on the host.
 
 Parts: `kernel` (raw calls), `root` (safe paths), `worker` (the loop), `confine` (how a worker is confined),
 `locations` (where each tenant's files are), `broker` and `zygote` (start workers), `broker_client`, `workers`
-and `links` (the gateway's side). Everything except the gateway's side also runs inside workers, so it imports
-as little as possible, and `Workers` is loaded on first use.
+and `links` (the gateway's side). The broker runs as root, so what it imports has a budget: `kernel`,
+`messages`, `confine` and what locates tenants, but nothing that only workers or the gateway need.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from gateway.rootfs.workers import Workers
-
-__all__ = ["FilesystemRoot", "IdMap", "Workers"]
-
-
-def __getattr__(name: str) -> object:
-    if name != "Workers":
-        raise AttributeError(name)
-    from gateway.rootfs.workers import Workers
-
-    return Workers
+__all__ = ["FilesystemRoot", "IdMap"]
 
 
 @dataclass(frozen=True, slots=True)

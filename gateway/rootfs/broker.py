@@ -51,8 +51,7 @@ from gateway.rootfs.confine import Namespaces, Plan
 from gateway.rootfs.dead_members import cut_off
 from gateway.rootfs.disk import Disk
 from gateway.rootfs.locations import Tenants, found_by
-from gateway.rootfs.root import Root
-from gateway.rootfs.spawn import MESSAGE_MAX, UNKNOWN, Spawn
+from gateway.rootfs.messages import MESSAGE_MAX, Spawn
 from gateway.rootfs.subvolume import changed
 from gateway.rootfs.worker_cgroup import WorkerCgroup
 from gateway.rootfs.zygote import Zygote, preload
@@ -166,7 +165,7 @@ class Broker:
                     of = {key: request.get(key) is True for key in ("ending", "standby")}
                     answer = {"counted": self._tenants.limit_disk(str(request["instance"]), **of)}
                 case _:
-                    answer = {"error": UNKNOWN}
+                    raise ValueError("unknown request")
         except GatewayError as error:
             answer = {"refused": error.code, "message": error.message, "facts": error.facts}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -192,7 +191,7 @@ class Broker:
             top = os.open(disk.path, flags | os.O_NOFOLLOW)
         try:
             # The folder itself must not be a link either: the tenant controls its parents and may swap it.
-            return Root(top, "/").open_real(disk.inside, flags)
+            return kernel.open_real(top, disk.inside, flags)
         finally:
             os.close(top)
 

@@ -16,7 +16,9 @@ import orjson
 
 from gateway import errors
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs.spawn import MESSAGE_MAX, UNKNOWN
+from gateway.rootfs.locations import Instances
+from gateway.rootfs.messages import MESSAGE_MAX
+from gateway.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +39,17 @@ REFUSALS: dict[str, type[GatewayError]] = {
 }
 
 
-class OldBroker(Unavailable):
-    """The broker does not know a request."""
+def instances(settings: Settings) -> Instances:
+    """Return the tenants of a gateway with these settings."""
+    return Instances(
+        str(settings.incus_socket),
+        settings.incus_project,
+        settings.workspace,
+        settings.workspace_uid,
+        settings.network,
+        settings.pool,
+        settings.standby_project,
+    )
 
 
 class BrokerClient:
@@ -95,8 +106,6 @@ class BrokerClient:
             answer, descriptors = exchange.result()
         if "refused" in answer:
             raise REFUSALS.get(answer["refused"], Unavailable)(answer["message"], **answer["facts"])
-        if answer.get("error") == UNKNOWN:
-            raise OldBroker(f"the broker is of an earlier version, which cannot {message['do']}: restart it")
         if "error" in answer:
             _log.warning("the broker refused to %s: %s", message["do"], answer["error"])
             raise Unavailable("the file service could not open the workspace")

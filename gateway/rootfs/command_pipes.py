@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gateway.bounds import part
-from gateway.rootfs.kernel import O_PATH
+from gateway.rootfs.kernel import O_PATH, read_part
 from gateway.rootfs.process_tree import stat
 
 _LOOKS = 16  # processes of a command to look at: the kernel lists the one that incusd started first
@@ -36,7 +35,7 @@ def opened(path: Path) -> list[int]:
         except OSError:
             continue
         try:
-            if part(f"/proc/self/fd/{helper}/cmdline", _WORDS).split(b"\0")[1:2] == [_HELPER]:
+            if read_part(f"/proc/self/fd/{helper}/cmdline", _WORDS).split(b"\0")[1:2] == [_HELPER]:
                 return _pipes(helper)
         except OSError:  # it has ended
             pass
@@ -48,7 +47,7 @@ def opened(path: Path) -> list[int]:
 def _first(path: Path) -> list[int]:
     """Return the first processes in a cgroup; not of those below it, which only a tenant makes."""
     try:
-        text = part(path / "cgroup.procs", _PIDS)
+        text = read_part(path / "cgroup.procs", _PIDS)
     except OSError:  # it is gone
         return []
     return [int(word) for word in text[: text.rfind(b"\n") + 1].split()][:_LOOKS]

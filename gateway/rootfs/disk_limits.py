@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from gateway.errors import GatewayError
-from gateway.rootfs.broker_client import BrokerClient, OldBroker
+from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.locations import Tenants
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,7 @@ class DiskLimits:
         `NotFound` and `Unavailable`.
         """
         if self._broker is not None:
-            try:
-                return await self._broker.limit_disk(instance, ending=ending, standby=standby)
-            except OldBroker as error:  # until it is restarted, Incus's own limit has to do
-                log.warning("the disk of %s: %s", instance, error)
-                return None
+            return await self._broker.limit_disk(instance, ending=ending, standby=standby)
         if os.geteuid() != 0:
             return None
         limit = partial(self._tenants.limit_disk, instance, ending=ending, standby=standby)

@@ -21,7 +21,7 @@ import orjson
 
 from gateway.errors import GatewayError, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.worker import LENGTH, PASSED, REPLY_MAX, TOLD
+from gateway.rootfs.messages import LENGTH, PASSED, REPLY_MAX, TOLD
 from gateway.rootfs.worker_connection import result_of
 from gateway.rootfs.worker_processes import WorkerProcesses
 from gateway.rootfs.workers import Workers

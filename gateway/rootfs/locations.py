@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from gateway.errors import GatewayError, NotFound, Unavailable
@@ -42,10 +42,6 @@ from gateway.rootfs.instance_record import (
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
 from gateway.rootfs.size import size_of
-
-if TYPE_CHECKING:  # a broker does not need the settings, which are slow to load
-    from gateway.settings import Settings
-
 
 _GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
@@ -135,19 +131,6 @@ class Instances:
         self._standby = standby
         self._groups: dict[str, _Group] = {}
         self._member = ""
-
-    @classmethod
-    def of(cls, settings: Settings) -> Instances:
-        """Return the tenants of a gateway with these settings."""
-        return cls(
-            str(settings.incus_socket),
-            settings.incus_project,
-            settings.workspace,
-            settings.workspace_uid,
-            settings.network,
-            settings.pool,
-            settings.standby_project,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return a description from which `found_by` makes an equal object in another process."""

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gateway.bounds import part
 from gateway.rootfs import process_tree
-from gateway.rootfs.kernel import started
+from gateway.rootfs.kernel import read_part, started
 from gateway.rootfs.worker_cgroup import controller_mount
 
 SITE: Final = "system.slice/site.service"  # the cgroup of the site's unit
@@ -91,23 +90,11 @@ def _memory_mount() -> str | None:
 
 
 def text(path: str, limit: int = _TEXT) -> bytes:
-    """Return the first bytes of a kernel file, b"" if its cgroup or process is gone.
-
-    Hundreds are read at each check, so this avoids Python's file objects.
-    """
+    """Return the first bytes of a kernel file, b"" if its cgroup or process is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return read_part(path, limit)
     except OSError:
         return b""
-    try:
-        found = os.read(descriptor, limit)
-        while 0 < len(found) < limit and (more := os.read(descriptor, limit - len(found))):
-            found += more
-    except OSError:
-        return b""
-    finally:
-        os.close(descriptor)
-    return found
 
 
 class KernelFile:
@@ -238,7 +225,7 @@ def _biggest(pids: list[int]) -> tuple[int, Process, str] | None:
     for pid in pids[:_LOOKED_AT]:
         began = started(pid)
         try:
-            status = part(f"/proc/{pid}/status", _STATUS)
+            status = read_part(f"/proc/{pid}/status", _STATUS)
         except OSError:
             continue  # it has already ended
         resident, name, inner = _RESIDENT.search(status), _NAME.search(status), _INNER.search(status)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from gateway.bounds import part
+from gateway.rootfs.kernel import read_part
 
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
 MARKER = "GATEWAY_EXEC"  # variable that names a command's cgroup, so that processes that left it can be found
@@ -65,7 +65,7 @@ def of_init(pid: int) -> Path | None:
     if mount is None:
         return None
     try:
-        lines = part(f"/proc/{pid}/cgroup", _PIECE).decode("utf-8", "surrogateescape").split("\n")
+        lines = read_part(f"/proc/{pid}/cgroup", _PIECE).decode("utf-8", "surrogateescape").split("\n")
     except OSError:
         return None
     path = next((line[3:].strip() for line in lines if line.startswith("0::")), None)
@@ -122,7 +122,7 @@ def pids(path: Path) -> list[int]:
     for folder in folders(path):
         # gone, also between open and read (ENODEV)
         with contextlib.suppress(OSError):
-            text = part(folder / "cgroup.procs", _PIDS)
+            text = read_part(folder / "cgroup.procs", _PIDS)
             found += map(int, text[: text.rfind(b"\n") + 1].split())
     return found
 
@@ -140,7 +140,7 @@ def members(path: Path) -> list[Member]:
     found: list[Member] = []
     for pid in pids(path)[:_LISTED]:
         try:
-            status = part(f"/proc/{pid}/status", _STATUS)
+            status = read_part(f"/proc/{pid}/status", _STATUS)
         except OSError:
             continue  # it has ended
         inner, name = _INNER.search(status), _NAME.search(status)

@@ -26,16 +26,15 @@ from gateway.errors import (
     TooLarge,
 )
 from gateway.rootfs import kernel
+from gateway.rootfs.messages import DEPTH_MAX
 from gateway.rootfs.paths import TEMPORARY, locate
 from gateway.rootfs.refusals import refusal
 
-DEPTH_MAX = 256  # default limit of folders in a path
 LINKS_MAX = 40  # symbolic links in a path, as in the kernel (path_resolution(7))
 
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
-_REAL = _BENEATH | kernel.RESOLVE_NO_SYMLINKS
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
+FOLDER = kernel.FOLDER
 
 
 def etag(status: os.stat_result) -> str:
@@ -113,18 +112,7 @@ class Root:
 
     def open_real(self, path: str, flags: int) -> int:
         """Open `path`, which must not contain links; one at the end raises ELOOP."""
-        if kernel.HAS_OPENAT2:
-            return kernel.openat2(self.descriptor, os.fsencode(path or "."), flags, _REAL)
-        directory = os.dup(self.descriptor)
-        folder, _, name = path.rpartition("/")
-        try:
-            for part in folder.split("/") if folder else ():
-                following = os.open(part, FOLDER | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-                os.close(directory)
-                directory = following
-            return os.open(name or ".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        finally:
-            os.close(directory)
+        return kernel.open_real(self.descriptor, path, flags)
 
     def _real(self, path: str) -> str:
         """Resolve every link in `path` by hand; missing parts stay as they are.

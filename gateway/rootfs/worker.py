@@ -1,10 +1,7 @@
-"""The loop of a worker: one request, one reply, on a stream socket, until the gateway closes it.
+"""What a confined worker does: its operations, and the loop that answers one request after the other.
 
-A request is a u32 length (big-endian) and the JSON `[operation, arguments]`. A reply is a u32 length, a
-status byte and a payload: DONE with the operation's bytes, REFUSED with `{code, message, facts}` of a
-`GatewayError`, BROKEN with text for the log. The first frame, READY, is unsolicited and lists the
-confinement's layers as JSON. PASSED is DONE with a descriptor (SCM_RIGHTS), TOLD is an unsolicited frame;
-both are only for `gateway.rootfs.links`.
+The package that implements the operations (`gateway.tools`) has a module with a `SERVICE`. A broker is
+started with that module's name, so neither it nor this package imports anything from there.
 """
 
 from __future__ import annotations
@@ -12,27 +9,68 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import orjson
 
 from gateway.errors import GatewayError
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Operation, Passing, Workspace
+from gateway.rootfs.messages import BROKEN, DONE, LENGTH, PASSED, REFUSED, Limits, Spawn, frame
+from gateway.rootfs.root import Root
 
-DONE, REFUSED, BROKEN, READY, PASSED, TOLD = range(6)
-HEAD = struct.Struct(">IB")  # length of status byte and payload, status
-LENGTH = struct.Struct(">I")
+SCAN: Final = "scan"  # the operation that lists files containing a pattern, for a share of the folders
+SCANNED: Final = b"+"  # prefix of its reply, unless the search has to be done in another way
+NAMED_MAX: Final = 8 << 20  # bytes of names with which a search of a large tree continues
+
 _USUAL = 16 << 10  # bytes; longer requests are assembled
 REQUEST_MAX = 64 << 20  # bytes; the gateway's own frame limits are lower
-REPLY_MAX = 64 << 20  # bytes the gateway accepts from a worker, which may be compromised
 IDLE = 5  # seconds without a request after which cached memory is freed
 
 
-def frame(status: int, payload: bytes) -> bytes:
-    return HEAD.pack(len(payload) + 1, status) + payload
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The workspace of an operation, and its limits."""
+
+    root: Root
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """A reply with an open descriptor; the worker closes its own once it has been passed."""
+
+    reply: bytes
+    descriptor: int
+
+
+# Receives the arguments of a call and returns the whole reply. May raise GatewayError.
+Operation = Callable[[Workspace, dict[str, Any]], bytes | Passing]
+# Runs instead of answering calls, until the gateway closes the socket.
+Loop = Callable[[socket.socket, Workspace], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What workers serve: `operations` and `loops`. `idle` drops caches after a while without calls."""
+
+    operations: Mapping[str, Operation]
+    idle: Callable[[], None]
+    loops: Mapping[str, Loop] = field(default_factory=dict)
+
+    def run(self, connection: socket.socket, folder: int, spawn: Spawn, *, nodev: bool) -> None:
+        """Serve the workspace in `folder` as requested, until the gateway closes the socket.
+
+        `nodev` means that the mount refuses device nodes.
+        """
+        root = Root(folder, spawn.workspace, nodev=nodev, depth=spawn.limits.depth_max)
+        workspace = Workspace(root, spawn.limits)
+        if spawn.loop:
+            self.loops[spawn.loop](connection, workspace)
+        else:
+            serve(connection, workspace, self.operations, self.idle)
 
 
 def serve(

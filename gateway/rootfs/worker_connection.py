@@ -12,7 +12,7 @@ import orjson
 from gateway.errors import Unavailable
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.broker_client import REFUSALS
-from gateway.rootfs.worker import BROKEN, DONE, LENGTH, PASSED, REFUSED, REPLY_MAX
+from gateway.rootfs.messages import BROKEN, DONE, LENGTH, PASSED, REFUSED, REPLY_MAX
 
 _log = logging.getLogger(__name__)
 

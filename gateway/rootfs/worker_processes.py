@@ -14,8 +14,7 @@ from typing import Protocol
 from gateway.errors import GatewayError, Unavailable
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.broker_client import BrokerClient
-from gateway.rootfs.spawn import Spawn
-from gateway.rootfs.worker import READY
+from gateway.rootfs.messages import READY, Spawn
 
 _log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ import orjson
 from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker_client import BrokerClient
-from gateway.rootfs.operation import NAMED_MAX, SCAN, SCANNED, Limits
-from gateway.rootfs.spawn import Spawn
+from gateway.rootfs.messages import Limits, Spawn
+from gateway.rootfs.worker import NAMED_MAX, SCAN, SCANNED
 from gateway.rootfs.worker_connection import Forgotten, WorkerConnection, forgotten, result_of
 from gateway.rootfs.worker_processes import SPAWN_TIMEOUT, Exchanges, WorkerProcesses
 

@@ -21,10 +21,7 @@ import orjson
 
 from gateway.rootfs import kernel
 from gateway.rootfs.confine import Plan, confine, end_with_parent
-from gateway.rootfs.operation import Loop, Workspace
-from gateway.rootfs.root import Root
-from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
-from gateway.rootfs.worker import BROKEN, READY, frame, serve
+from gateway.rootfs.messages import BROKEN, MESSAGE_MAX, READY, Spawn, frame
 from gateway.rootfs.worker_cgroup import WorkerCgroup, WorkerCgroups, hierarchies
 
 _SEARCH_NICE = 5  # a third of the others' share; a search still progresses on a busy machine
@@ -46,7 +43,7 @@ class Forked:
 class Zygote:
     """Forks workers. One of each requested kind is kept waiting in advance.
 
-    `operations` is the module with the workers' operations. A worker without a plan closes `connection`,
+    `operations` is the module with the workers' `SERVICE`. A worker without a plan closes `connection`,
     which is the broker's own.
     """
 
@@ -55,10 +52,8 @@ class Zygote:
         self._groups = WorkerCgroups(hierarchies() if privileged else [])
         self._spares: dict[bool, Forked | None] = {}  # by `search`, for the kinds requested so far
         self._number = time.time_ns() // 1_000_000  # so that numbers of a crashed broker are not reused
-        module = importlib.import_module(operations)
-        self._operations = module.OPERATIONS
-        self._idle = module.idle
-        self._loops: dict[str, Loop] = getattr(module, "LOOPS", {})
+        # a `worker.Service`, from what only workers run
+        self._service = importlib.import_module(operations).SERVICE
 
     def close(self) -> None:
         """End the waiting processes."""
@@ -171,14 +166,8 @@ class Zygote:
             else:
                 control.close()
                 self._connection.close()
-            depth = spawn.limits.depth_max
-            root = Root(folder, spawn.workspace, nodev=told["plan"] is not None, depth=depth)
             connection.sendall(frame(READY, orjson.dumps(layers)))
-            workspace = Workspace(root, spawn.limits)
-            if spawn.loop:
-                self._loops[spawn.loop](connection, workspace)
-            else:
-                serve(connection, workspace, self._operations, self._idle)
+            self._service.run(connection, folder, spawn, nodev=told["plan"] is not None)
             code = 0
         except (EOFError, BrokenPipeError, ConnectionResetError):
             code = 0

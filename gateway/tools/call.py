@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from gateway.errors import GatewayError, InvalidParams
-from gateway.rootfs.operation import Workspace
 from gateway.rootfs.paths import show
 from gateway.rootfs.refusals import NO_SPACE
+from gateway.rootfs.worker import Workspace
 from gateway.tools.answer import Seen, ToolFailure
 
 _NAMES_MAX = 5000  # names in a folder that are compared for a "Did you mean"

@@ -18,9 +18,9 @@ from itertools import islice
 from typing import Any, Final, Literal
 
 from gateway.errors import Timeout, TooLarge
-from gateway.rootfs.operation import Operation, Workspace
 from gateway.rootfs.paths import HOME
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Operation, Workspace
 from gateway.tools.search.globs import Glob, GlobError
 from gateway.tools.search.ignore_files import Rules, rules
 

@@ -20,10 +20,10 @@ import orjson
 import re2
 
 from gateway.errors import Conflict, GatewayError
-from gateway.rootfs.operation import Operation, Workspace
 from gateway.rootfs.paths import HOME
 from gateway.rootfs.refusals import refusal
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Operation, Workspace
 
 FOLDER: Final = f"{HOME}/output"
 _SEEN_MAX = 10_000  # names that are checked when old files are removed

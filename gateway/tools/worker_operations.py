@@ -1,15 +1,16 @@
-"""The operations that a worker serves, for file tools and the editor; see `gateway.rootfs.operation`."""
+"""The operations that a worker serves, for file tools and the editor; see `gateway.rootfs.worker`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from gateway.errors import GatewayError
 from gateway.files import handlers, opening, sweeping, watch_loop
 from gateway.rootfs import walk
-from gateway.rootfs.operation import SCAN, Limits, Loop, Operation, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.refusals import refusal
+from gateway.rootfs.worker import SCAN, Operation, Service, Workspace
 from gateway.tools import mirroring, outputs
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure
@@ -109,6 +110,6 @@ OPERATIONS: dict[str, Operation] = {
     SCAN: scan,
 }
 
-LOOPS: dict[str, Loop] = {**watch_loop.LOOPS}
+SERVICE: Final = Service(OPERATIONS, idle, watch_loop.LOOPS)
 
-__all__ = ["LOOPS", "OPERATIONS", "idle"]
+__all__ = ["OPERATIONS", "SERVICE"]

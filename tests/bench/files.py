@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.rootfs import FilesystemRoot, IdMap, Workers, kernel
+from gateway.rootfs import FilesystemRoot, IdMap, kernel
 from gateway.rootfs.locations import Folders, found_by
+from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings, load
 from gateway.tools import FileTools, ToolSession

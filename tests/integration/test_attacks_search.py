@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import FilesystemRoot, Workers
-from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Workspace
+from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import orjson
 
-from gateway.rootfs import FilesystemRoot, Workers
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.integration import environment

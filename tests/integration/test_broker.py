@@ -21,8 +21,9 @@ import pytest
 from gateway.errors import NotFound, Unavailable
 from gateway.host.caddy_service import CaddyService
 from gateway.host.setup import setup
-from gateway.rootfs import FilesystemRoot, Workers, process_tree
+from gateway.rootfs import FilesystemRoot, process_tree
 from gateway.rootfs.broker_client import BrokerClient
+from gateway.rootfs.workers import Workers
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.inside import Inside

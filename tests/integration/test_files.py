@@ -18,7 +18,8 @@ import pytest
 
 from gateway.errors import GatewayError, Unavailable
 from gateway.host import daemon, quotas
-from gateway.rootfs import FilesystemRoot, Workers
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolResult, ToolSession

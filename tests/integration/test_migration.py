@@ -29,7 +29,7 @@ from gateway.host.daemon import systemd_runs
 from gateway.migration import Migration, Wanted, opened
 from gateway.migration.service import Systemctl, Unit
 from gateway.rootfs import shown_folders
-from gateway.rootfs.locations import Instances
+from gateway.rootfs.broker_client import instances
 from gateway.runtime.incus import migrations
 from gateway.settings import Settings
 from tests.contracts.gateway import no_traceback
@@ -250,7 +250,7 @@ async def domain(host: Hosting) -> AsyncIterator[str]:
     yield domain
     tenant = domain.replace(".", "-")
     environment.incus("delete", "--force", tenant, check=False)
-    Instances.of(host.settings).release_folders()
+    instances(host.settings).release_folders()
 
 
 @contextlib.asynccontextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.rootfs import Workers
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container

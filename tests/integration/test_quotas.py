@@ -20,7 +20,7 @@ from gateway.host.doctor import doctor
 from gateway.host.findings import Finding
 from gateway.host.setup import setup
 from gateway.rootfs import btrfs, disk_groups
-from gateway.rootfs.locations import Instances
+from gateway.rootfs.broker_client import instances
 from gateway.rootfs.quotas import Quotas
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.disks import OURS, Disks
@@ -340,7 +340,7 @@ async def test_what_an_operator_restores_is_limited_too(
     for words in (("stop", "--force", tenant), ("snapshot", "restore", tenant, "s"), ("start", tenant)):
         await asyncio.to_thread(environment.incus, *words)
     assert not _look(simple).ok and tenant in _look(simple).detail
-    assert Instances.of(simple).limit_disks() == 1
+    assert instances(simple).limit_disks() == 1
     assert _look(simple).ok and quotas.unlimited(simple, [tenant]) == []
 
 

@@ -1,8 +1,8 @@
 """As `test_rootfs_probes`, for workers of a kernel without Landlock."""
 
 from gateway.rootfs import confine
-from tests.unit.test_rootfs_probes import OPERATIONS, idle
+from tests.unit.test_rootfs_probes import SERVICE
 
-__all__ = ["OPERATIONS", "idle"]
+__all__ = ["SERVICE"]
 
 confine._landlock = lambda handled, allowed: False

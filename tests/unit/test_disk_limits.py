@@ -17,7 +17,6 @@ from gateway.errors import NotFound, TooLarge, Unavailable
 from gateway.limits.capacity import DiskSpace
 from gateway.rootfs.disk_limits import DiskLimits
 from gateway.rootfs.locations import Folders
-from gateway.rootfs.spawn import UNKNOWN
 from gateway.runtime import Snapshot
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -66,17 +65,6 @@ async def test_the_broker_limits_and_tells_what_counts(tmp_path: Path) -> None:
             await limits.limit("shop")
     await limits.aclose()
     assert asked == [{"do": "limit_disk", "instance": "shop", "ending": False, "standby": False}] * 4
-
-
-async def test_with_a_broker_of_an_earlier_version_tenants_start(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is restarted after the gateway, and then limits all disks that are not."""
-    limits = DiskLimits(tmp_path / "sock", Counting(""))
-    with broker(tmp_path / "sock", {"error": UNKNOWN}):
-        assert await limits.limit("shop") is None
-    await limits.aclose()
-    assert "restart it" in caplog.text
 
 
 @pytest.mark.parametrize(("uid", "counted"), [(0, 4), (1000, None)])

@@ -13,8 +13,9 @@ import pytest
 from gateway.errors import Conflict, NotFound
 from gateway.files import handlers, opening, sweeping
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Limits, Passing, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Passing, Workspace
 
 OPERATIONS = handlers.OPERATIONS | opening.OPERATIONS | sweeping.OPERATIONS
 

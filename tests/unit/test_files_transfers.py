@@ -8,7 +8,7 @@ import pytest
 
 from gateway.errors import RateLimited, Unavailable
 from gateway.files.transfers import Transfers
-from gateway.rootfs import Workers
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from tests.unit.test_rootfs_workers import folders, make_root
 

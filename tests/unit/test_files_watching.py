@@ -19,8 +19,9 @@ from gateway.errors import NotFound, RateLimited, Unavailable
 from gateway.files.watcher import Watcher
 from gateway.files.watches import Watch
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Workspace
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="inotify is Linux's")
 

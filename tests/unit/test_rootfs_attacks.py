@@ -22,9 +22,10 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import Workers, kernel
-from gateway.rootfs.operation import Limits
+from gateway.rootfs import kernel
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolResult, ToolSession
 from gateway.tools.search import scan

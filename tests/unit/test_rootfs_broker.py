@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import NotFound, Unavailable
-from gateway.rootfs import FilesystemRoot, Workers, process_tree
+from gateway.rootfs import FilesystemRoot, process_tree
 from gateway.rootfs.broker_client import BrokerClient
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit.incusd import answering, instance

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import IsADirectory, NotAFile, RateLimited, Timeout, Unavailable
-from gateway.rootfs import Workers
 from gateway.rootfs.links import Links
-from gateway.rootfs.worker import REPLY_MAX
+from gateway.rootfs.messages import REPLY_MAX
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root
 from tests.waits import turn

@@ -16,8 +16,8 @@ import orjson
 
 from gateway.errors import TooLarge
 from gateway.rootfs import kernel
-from gateway.rootfs.operation import SCAN, SCANNED, Workspace
-from gateway.rootfs.worker import TOLD, frame
+from gateway.rootfs.messages import TOLD, frame
+from gateway.rootfs.worker import SCAN, SCANNED, Service, Workspace
 
 
 def _echo(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -343,5 +343,8 @@ OPERATIONS = {
 }
 
 
-def idle() -> None:
+def _idle() -> None:
     """Nothing to free."""
+
+
+SERVICE = Service(OPERATIONS, _idle)

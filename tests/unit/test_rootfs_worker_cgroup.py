@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.rootfs import Workers
 from gateway.rootfs.worker_cgroup import Hierarchy, WorkerCgroups, hierarchies
+from gateway.rootfs.workers import Workers
 from gateway.settings import MiB, Settings
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, echo, gone, make_root, pid_of
 from tests.unit.test_rootfs_workers import folders as at

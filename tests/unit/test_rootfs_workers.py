@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import orjson
 import pytest
 
 from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
-from gateway.rootfs import FilesystemRoot, IdMap, Workers
+from gateway.rootfs import FilesystemRoot, IdMap
 from gateway.rootfs.locations import Folders
-from gateway.rootfs.operation import NAMED_MAX, Limits
-from gateway.rootfs.spawn import Spawn
-from gateway.rootfs.worker import REPLY_MAX
+from gateway.rootfs.messages import REPLY_MAX
+from gateway.rootfs.worker import NAMED_MAX
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit import test_rootfs_probes as probes
@@ -622,14 +622,6 @@ async def test_answers_too_much(root: LaidRoot) -> None:
             await workers.call(root, "much", {"length": much + 1})
         await gone(pid)
         assert await echo(workers, root) == "hi"
-
-
-def test_an_older_gateway_is_understood() -> None:
-    """A broker upgraded first still serves a gateway that does not know read-only workers."""
-    spawn = Spawn("one", "/srv/site", Limits(), 1 << 20, "", True, True)
-    assert Spawn.of(spawn.wire()) == spawn
-    older = {key: value for key, value in spawn.wire().items() if key != "looks"}
-    assert Spawn.of(older) == replace(spawn, looks=False)
 
 
 async def test_a_crashed_brokers_numbers_are_nobodys(workers: Workers, root: LaidRoot) -> None:

@@ -20,9 +20,11 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import FilesystemRoot, Workers
-from gateway.rootfs.operation import SCAN, SCANNED, Limits, Workspace
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import SCAN, SCANNED, Workspace
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools import FILE_TOOLS, FileTools, ToolSession
 from gateway.tools.answer import ToolFailure

@@ -15,8 +15,9 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.rootfs.operation import SCAN, SCANNED, Limits, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import SCAN, SCANNED, Workspace
 from gateway.tools.answer import decode
 from gateway.tools.worker_operations import OPERATIONS
 from tests import thorough

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import Timeout
-from gateway.rootfs import Workers
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root

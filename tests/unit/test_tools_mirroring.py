@@ -13,8 +13,9 @@ import pytest
 from gateway.deployments.entries import folders_above
 from gateway.deployments.template import uploaded
 from gateway.errors import InvalidParams, Timeout, TooLarge
-from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Workspace
 from gateway.settings import Settings
 from gateway.tools import mirroring
 from gateway.tools.mirroring import KEPT, LOST, OPERATIONS, listed

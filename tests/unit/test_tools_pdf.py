@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.rootfs import Workers
+from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from gateway.tools.reading import pdfium

@@ -12,9 +12,10 @@ import orjson
 import pytest
 
 from gateway.errors import Timeout
-from gateway.rootfs.operation import SCAN, SCANNED, Limits, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
+from gateway.rootfs.worker import SCAN, SCANNED, Workspace
 from gateway.tools.answer import ToolFailure, decode
 from gateway.tools.search.matcher import compiled
 from gateway.tools.search.regexes import PatternError, translate

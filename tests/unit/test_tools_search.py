@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from gateway.rootfs import FilesystemRoot, walk
-from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Workspace
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from gateway.tools.search import contents

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
+from gateway.rootfs.worker import Workspace
 from gateway.tools import shell
 from gateway.tools.outputs import OPERATIONS
 

@@ -11,8 +11,8 @@ from gateway.errors import NotFound, Unavailable
 from gateway.holder.holder import Holder
 from gateway.incus import Incus
 from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.broker_client import instances
 from gateway.rootfs.disk_limits import DiskLimits
-from gateway.rootfs.locations import Instances
 from gateway.runtime import Removed, unheard
 from gateway.runtime.incus.clusters import serving
 from gateway.runtime.incus.commands import Commands
@@ -46,9 +46,9 @@ class IncusRuntime:
     ) -> None:
         self._settings = settings
         self.incus = incus or Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
-        instances = Instances.of(settings)
-        self.locations: Mapping[str, Any] = instances.to_dict()
-        self._disk_limits = DiskLimits(settings.broker_socket, instances)
+        tenants = instances(settings)
+        self.locations: Mapping[str, Any] = tenants.to_dict()
+        self._disk_limits = DiskLimits(settings.broker_socket, tenants)
         self.making = Creation(settings, self.incus, removed, self._disk_limits.limit)
         self.moves = Moves(settings, self.incus, self.making)
         self.containers = Containers(settings, self.incus, lambda: self.changes.standing)

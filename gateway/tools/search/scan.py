@@ -16,8 +16,8 @@ from zlib import crc32
 import re2
 
 from gateway.errors import GatewayError, Timeout
-from gateway.rootfs.operation import NAMED_MAX, SCANNED, Workspace
 from gateway.rootfs.walk import Walk
+from gateway.rootfs.worker import NAMED_MAX, SCANNED, Workspace
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call
 from gateway.tools.schemas import checked

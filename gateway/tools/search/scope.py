@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gateway.errors import GatewayError, Timeout
-from gateway.rootfs.operation import Limits
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.paths import HOME, show
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk

@@ -1,15 +1,50 @@
-"""The request for a worker, from the gateway to the broker, and what is common to all requests."""
+"""Messages between the gateway, the broker and workers: the request for a worker, its limits, and frames.
+
+A worker's requests and replies are on a stream socket. A request is a u32 length (big-endian) and the JSON
+`[operation, arguments]`. A reply is a u32 length, a status byte and a payload: DONE with the operation's
+bytes, REFUSED with `{code, message, facts}` of a `GatewayError`, BROKEN with text for the log. The first
+frame, READY, is unsolicited and lists the confinement's layers as JSON. PASSED is DONE with a descriptor
+(SCM_RIGHTS), TOLD is an unsolicited frame; both are only for `gateway.rootfs.links`.
+"""
 
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from gateway.rootfs.operation import Limits
+MESSAGE_MAX: Final = 64 << 10  # bytes of a request to or an answer of the broker
 
-MESSAGE_MAX = 64 << 10  # bytes of a request to or an answer of the broker
-UNKNOWN = "unknown request"  # the broker's error for a request of a later version
+DONE, REFUSED, BROKEN, READY, PASSED, TOLD = range(6)
+HEAD: Final = struct.Struct(">IB")  # length of status byte and payload, status
+LENGTH: Final = struct.Struct(">I")
+REPLY_MAX: Final = 64 << 20  # bytes the gateway accepts from a worker, which may be compromised
+
+DEPTH_MAX: Final = 256  # default limit of folders in a path
+
+
+def frame(status: int, payload: bytes) -> bytes:
+    return HEAD.pack(len(payload) + 1, status) + payload
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of one call, as in the settings with the same names: bytes, entries, seconds."""
+
+    read_max: int = 256 << 10
+    write_max: int = 8 << 20
+    result_max: int = 1 << 20
+    visit_max: int = 300_000
+    tool_timeout: float = 10.0
+    list_max: int = 10_000
+    watch_folders: int = 8192
+    watch_changes: int = 1000
+    pdf_max: int = 32 << 20
+    pdf_pages: int = 20
+    matches_max: int = 10_000
+    depth_max: int = DEPTH_MAX
+    pattern_max: int = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +91,5 @@ class Spawn:
             memory,
             str(message["loop"]),
             bool(message["search"]),
-            bool(message.get("looks")),  # missing from an older gateway
+            bool(message["looks"]),
         )
