@@ -65,7 +65,7 @@ async def leave_cluster(
         connection.close(CloseCode.TRY_LATER, Removed().message)
     doors.end_streams()
     for domain in caddy.listed():
-        caddy.excuse(domain, True)
+        caddy.show_error_page(domain, True)
     try:
         for tenant in await runtime.tenants.list():
             if tenant.status == "running":
