@@ -10,7 +10,7 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from gateway.api import openapi, reference
+from gateway.api import openapi
 from gateway.api.routes import ROUTES
 from gateway.cli.main import app
 from gateway.cli.manual import Entry, entries
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def http() -> str:
     """Return the page of the HTTP API."""
-    body = reference.body(openapi.document(ROUTES))
+    body = openapi.body(openapi.document(ROUTES))
     return f"# HTTP API\n\n[The protocol](protocol.md) says what it means. Made from the code.\n\n{body}"
 
 
