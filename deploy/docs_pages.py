@@ -36,7 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead links out of docs/ to where those pages are here."""
+    """Point links out of docs/ to where those pages are here. Source files are not: their links go."""
+    markdown = re.sub(r"\[([^]]+)\]\(\.\./gateway/[^)]+\)", r"\1", markdown)
     for path, place in OUTSIDE.items():
         markdown = markdown.replace(f"](../{path}", f"]({place}").replace(f"]({path}", f"]({place}")
     return markdown
