@@ -75,7 +75,7 @@ def told(what: str, values: Sequence[float], goal: float | None = None) -> str:
 
 def cpu(pid: int) -> float:
     """Return the CPU seconds of a process and of its children that have ended."""
-    return sum(_times(pid))
+    return sum(times(pid))
 
 
 def own_cpu(host: Hosting) -> float:
@@ -87,9 +87,9 @@ def own_cpu(host: Hosting) -> float:
 def spent(host: Hosting, tenants: Sequence[str]) -> dict[str, float]:
     """Return the CPU seconds so far of what has a part in a deployment."""
     assert host.caddy.process is not None
-    own, ended = _times(int(environment.daemon().pidfile.read_text()))
+    own, ended = times(int(environment.daemon().pidfile.read_text()))
     return {
-        "tenants": sum(map(_inside, tenants)),
+        "tenants": sum(map(inside, tenants)),
         "incusd": own,
         "its commands": ended,
         "gateway": own_cpu(host),
@@ -98,7 +98,7 @@ def spent(host: Hosting, tenants: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _inside(tenant: str) -> float:
+def inside(tenant: str) -> float:
     """Return the CPU seconds of a tenant's processes since its start; 0 if it does not run."""
     for tree in ("unified", "."):
         with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ def _inside(tenant: str) -> float:
     return 0.0
 
 
-def _times(pid: int) -> tuple[float, float]:
+def times(pid: int) -> tuple[float, float]:
     """Return the CPU seconds of a process, and of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / _HERTZ, sum(map(int, fields[13:15])) / _HERTZ
