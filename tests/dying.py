@@ -8,7 +8,7 @@ import sys
 from typing import Any, Final
 
 from gateway.cli.main import main
-from gateway.execs.starting import Starting
+from gateway.execs.registry import Starting
 from gateway.incus import ExecSockets
 from gateway.runtime import Holding
 

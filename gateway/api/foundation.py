@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.api.connection import ClientSession
+from gateway.api.connection import Peer
 from gateway.audit import Audit
 from gateway.auth import tokens
 from gateway.auth.grants import Grants, Revocations
@@ -23,7 +23,7 @@ from gateway.cluster.shared_keys import Keys
 from gateway.cluster.sharing import Sharing, own_member, sharing
 from gateway.errors import GatewayError
 from gateway.events import Bus, StoredJournal
-from gateway.holder.holder import Holder
+from gateway.holder.holder import HolderClient
 from gateway.idempotency import Idempotency
 from gateway.ownership.names import Names
 from gateway.rootfs.cutter import Cutter
@@ -52,7 +52,7 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
         enter = stack.enter_async_context
         removals = _Removals()
         runtime: IncusRuntime | LocalRuntime = await enter(
-            IncusRuntime(settings, removals.note, holder=await enter(Holder(settings.holder_socket)))
+            IncusRuntime(settings, removals.note, holder=await enter(HolderClient(settings.holder_socket)))
             if settings.runtime == "incus"
             else LocalRuntime(settings, removals.note)
         )
@@ -120,7 +120,7 @@ class Trust:
     revocations: Revocations
     revoking: Revoking | None
     grants: Grants
-    connections: set[ClientSession]
+    connections: set[Peer]
     end_token: Callable[[str], int]
 
     def verify(self, raw: str | None) -> tokens.Token:
@@ -131,7 +131,7 @@ async def opened_trust(base: Base) -> Trust:
     secret = await _secret(base.settings, base.shared, base.cluster)
     revocations = await Revocations.opened(base.store)
     grants = Grants(revocations.__contains__)
-    connections: set[ClientSession] = set()
+    connections: set[Peer] = set()
 
     def end_token(token: str) -> int:
         closed = sum(one.token is not None and one.token.id == token for one in connections)

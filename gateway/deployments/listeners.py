@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from gateway.runtime.listening import ANYWHERE, Listener
+from gateway.runtime.listening import ANYWHERE, ListeningSocket
 from gateway.runtime.sites import Service
 
 _GRACE: Final = 3.0  # seconds in which it may still begin to listen on the right port too
@@ -25,9 +25,9 @@ class Misplaced:
     def __init__(self, port: int, addresses: Collection[str], usual: Collection[int] = ()) -> None:
         self._port, self._usual = port, frozenset(usual)
         self._right = ANYWHERE | frozenset(addresses)
-        self._since: dict[Listener, float] = {}
+        self._since: dict[ListeningSocket, float] = {}
 
-    def look(self, service: Service, now: float) -> Listener | None:
+    def look(self, service: Service, now: float) -> ListeningSocket | None:
         """Take what was found at `now`, a monotonic time; return where it has listened wrongly."""
         self._since = {one: self._since.get(one, now) for one in service.listens}
         if self.reached(service):
@@ -38,7 +38,7 @@ class Misplaced:
         """Return whether it listens where it must."""
         return any(one.port == self._port and one.address in self._right for one in service.listens)
 
-    def suspects(self, service: Service) -> list[Listener]:
+    def suspects(self, service: Service) -> list[ListeningSocket]:
         """Return where it listens and might serve the site, most likely first."""
         sure = {self._port, *self._usual}
         found = [

@@ -21,8 +21,8 @@ from gateway.deployments.page import Browser, Page
 from gateway.deployments.steadiness import SMALL, Steadiness
 from gateway.errors import ExecFailed, GatewayError, Timeout
 from gateway.limits.pressure import Pressure
-from gateway.runtime.listening import Listener
-from gateway.runtime.probe import HostRefused, Silent, answer, ask
+from gateway.runtime.listening import ListeningSocket
+from gateway.runtime.probe import HostRefused, NoAnswer, answer, ask
 from gateway.runtime.sites import Exposure, Recipe, Side, SiteServices
 from gateway.settings import Settings
 
@@ -124,7 +124,7 @@ class Verifier:
 
         answering = asyncio.create_task(first())
         misplaced, service = Misplaced(where.port, (where.address,), site.usual), None
-        wrong: Listener | None = None
+        wrong: ListeningSocket | None = None
         pause = _COPIED if copied else _LOOK
         try:
             while not (await asyncio.wait({answering}, timeout=pause))[0]:
@@ -165,7 +165,7 @@ class Verifier:
             await asyncio.gather(answering, return_exceptions=True)
         raise Timeout(f"{why}. {await self._said(site)}", reason="never_healthy")
 
-    async def _kept_out(self, site: Subject, began: float, wrong: Listener | None) -> bool:
+    async def _kept_out(self, site: Subject, began: float, wrong: ListeningSocket | None) -> bool:
         """Return whether a next side cannot answer beside the live one, but may live on (`tsx watch`)."""
         if wrong is not None or time.monotonic() - began < _KEPT_OUT:
             return wrong is not None
@@ -335,7 +335,7 @@ class Verifier:
             except (OSError, ValueError):
                 last = "no answer"
             except CaddyFailed as error:
-                silent = isinstance(error.__cause__, Silent)
+                silent = isinstance(error.__cause__, NoAnswer)
                 last = f"no answer in {_ANSWER:g} s" if silent else error.message
                 await self._caddy.ensure()
             await asyncio.sleep(0.05)  # there is no event to wait for but the answer itself

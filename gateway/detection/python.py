@@ -6,7 +6,8 @@ import re
 import shlex
 from typing import Final
 
-from gateway.detection.clues import Clues, Command, Detected
+from gateway.detection.clues import Clues
+from gateway.detection.detected import Command, Detected
 
 DEV_SERVERS: Final = frozenset({"fastapi", "flask", "django"})
 

@@ -5,11 +5,10 @@
 websockets. Other packages import only the names listed here.
 """
 
-from gateway.execs.attachment import Attachment
-from gateway.execs.ended import Ended
-from gateway.execs.exec import Exec
+from gateway.execs.ended import ExecEnd
+from gateway.execs.exec import Exec, started_at
+from gateway.execs.readers import Attachment
 from gateway.execs.registry import Execs
-from gateway.execs.shown import started_at
 from gateway.execs.streams import Cursor, Reading
 
-__all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "Reading", "started_at"]
+__all__ = ["Attachment", "Cursor", "Exec", "ExecEnd", "Execs", "Reading", "started_at"]

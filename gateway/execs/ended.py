@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from gateway.errors import Unavailable
 from gateway.rootfs.process_tree import Member
-from gateway.runtime import Exit, Holding, Killed, StreamName
+from gateway.runtime import Exit, Holding, KillResult, StreamName
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ExecEnd:
     """How a command ended. `code` and `signal` are None if the wait status is unknown.
 
     `left` counts the processes of its tree that were still running; None if unknown. `cause` says why it was
@@ -43,14 +43,14 @@ class Ended:
         }
 
 
-def ended_of(told: Mapping[str, Any]) -> Ended:
-    """Parse the output of `Ended.on_wire`."""
+def ended_of(told: Mapping[str, Any]) -> ExecEnd:
+    """Parse the output of `ExecEnd.on_wire`."""
     code, signal, left = told.get("exitCode"), told.get("signal"), told.get("left")
-    ended = Ended(told["reason"], code, signal, told["durationMs"], told["offsets"], left)
+    ended = ExecEnd(told["reason"], code, signal, told["durationMs"], told["offsets"], left)
     return replace(ended, cause=told.get("cause"))
 
 
-class Past:
+class EndedProcess:
     """Stand-in for the process of a command that ended under an earlier gateway process; it does nothing."""
 
     holding: Holding | None = None
@@ -93,8 +93,8 @@ class Past:
     async def wait(self) -> Exit:
         raise Unavailable("the command ended before this gateway started")
 
-    async def kill(self, grace: float) -> Killed:
-        return Killed(0, False, 0)
+    async def kill(self, grace: float) -> KillResult:
+        return KillResult(0, False, 0)
 
     async def left(self) -> Sequence[Member]:
         return ()

@@ -12,15 +12,121 @@ import asyncio
 import contextlib
 import logging
 import os
+import struct
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, TypeVar
 
-from gateway.execs.accounts import Accounts
+from gateway.errors import GatewayError
 from gateway.limits.budget import SMALL, Share
-from gateway.runtime import Process
+from gateway.runtime import Holding, Process, Pty
+
+
+class _SenderPlace(Protocol):
+    """A sender's place, as far as it counts here."""
+
+    slot: int
+    taken: int
+    consumed: int
+    closed: bool
+
+
+class PendingEof:
+    """Whether the input is to end, and how many bytes each slot of its accounts must have before that."""
+
+    def __init__(self) -> None:
+        self._closing = False
+        self._sizes: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Have the input end after what was taken over."""
+        self._closing, self._sizes = True, {}
+
+    def facts(self, places: Iterable[_SenderPlace]) -> list[list[int]] | None:
+        """Return what another process needs: waiting input may have to be sent again. None without an end."""
+        if not self._closing:
+            return None
+        waits = {place.slot: place.taken for place in places if place.taken > place.consumed}
+        return [list(one) for one in (waits | self._sizes).items()]
+
+    def take_over(self, owed: Iterable[Sequence[int]], passed: Sequence[int]) -> None:
+        """Continue from an earlier process's facts; `passed` is how far each slot has come."""
+        self._closing = True
+        self._sizes = {slot: size for slot, size in owed if passed[slot] < size}
+
+    def due(self, places: Iterable[_SenderPlace]) -> bool:
+        """Return whether the input is to end now."""
+        if not self._closing:
+            return False
+        taken = {place.slot: place.taken for place in places if not place.closed}
+        self._sizes = {slot: size for slot, size in self._sizes.items() if taken.get(slot, size) < size}
+        return not self._sizes
+
+
+SLOTS: Final = 64  # senders that are accounted for separately
+# current sender, bytes accounted for in total, bytes settled per sender
+_ACCOUNTS: Final = struct.Struct(f"<QQ{SLOTS}Q")
+
+
+class Accounts:
+    """The accounts of one command's input. Without a `holding` they are lost with this process.
+
+    The runtime counts all bytes written to the command. Bytes not accounted for yet belong to the last
+    sender.
+    """
+
+    def __init__(self, holding: Holding | None) -> None:
+        self._holding = holding
+        self._giver = 0
+        self._settled = 0 if holding is None else holding.position
+        self.passed = [0] * SLOTS
+
+    def take_over(self) -> None:
+        """Continue from the accounts of an earlier process."""
+        assert self._holding is not None
+        self._giver, settled, *self.passed = _ACCOUNTS.unpack_from(self._holding.accounts())
+        self.passed[self._giver] += max(0, self._holding.position - settled)
+        self.settle()
+
+    def open(self, slot: int) -> None:
+        """Reset a slot for a new sender."""
+        self.passed[slot] = 0
+        self._note()
+
+    def gives(self, slot: int) -> None:
+        """Record which sender the next bytes come from."""
+        if slot != self._giver:
+            self._giver = slot
+            self._note()
+
+    def gave(self, slot: int, size: int) -> None:
+        """Record that `size` bytes of a sender were written."""
+        self.passed[slot] += size
+        self._settled += size
+        self._note()
+
+    def dropped(self, slot: int, size: int) -> None:
+        """Record that `size` bytes of a sender were discarded."""
+        self.passed[slot] += size
+        self._note()
+
+    def other(self, size: int) -> None:
+        """Record that `size` bytes were written that came from no sender."""
+        self._settled += size
+        self._note()
+
+    def settle(self) -> None:
+        """Count everything written so far as accounted for."""
+        if self._holding is not None:
+            self._settled = self._holding.position
+        self._note()
+
+    def _note(self) -> None:
+        if self._holding is not None:
+            self._holding.account(_ACCOUNTS.pack(self._giver, self._settled, *self.passed))
+
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +175,7 @@ class Spools:
             del self._taken[tenant]
 
 
-class Input:
+class StdinQueue:
     """The input of one command, passed from its senders to the process in order of arrival.
 
     Bytes waiting in memory count towards the tenant's `share`. If that is full, the disk is used earlier.
@@ -280,3 +386,84 @@ class _Spool:
         first = min(size, self._spools.each - place)
         found = os.pread(self._file.fileno(), first, place)
         return found + os.pread(self._file.fileno(), size - first, 0) if size > first else found
+
+
+_CTRL_C: Final = b"\x03"
+_TAKES: Final = 0.05  # seconds in which a terminal accepts a byte, if it accepts any
+_SEES: Final = 0.15  # seconds in which a program notices that its terminal was resized
+
+
+class PtyControl:
+    """Control of a command's terminal. A command without one only has its input. Close it at the end.
+
+    `resized` is called after each change of the size.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        input_: StdinQueue,
+        size: Pty | None,
+        exec_id: str,
+        resized: Callable[[], None],
+    ) -> None:
+        self._process = process
+        self._input = input_
+        self._size = size
+        self._exec_id = exec_id
+        self._resized = resized
+        self._closed = False
+        self._interrupting: asyncio.Task[None] | None = None
+        self._redrawing: asyncio.Task[None] | None = None
+
+    async def write(self, data: bytes, by: Sender) -> None:
+        """Queue input; see `StdinQueue.put`. A Ctrl-C gets through even to a terminal that accepts no input.
+
+        If the terminal's buffer of some 4 KiB is full, the byte would wait behind everything typed or pasted.
+        That input is dropped, as a terminal itself does on Ctrl-C.
+        """
+        await self._input.put(data, by)
+        if data == _CTRL_C and self._size is not None:
+            self._interrupting = asyncio.create_task(self._interrupt(), name=f"interrupt {self._exec_id}")
+
+    async def _interrupt(self) -> None:
+        await asyncio.sleep(_TAKES)
+        if self._input.waiting or self._process.unsent:
+            self._input.discard()
+            with contextlib.suppress(GatewayError, TimeoutError):
+                await self._process.flush()
+                await self._process.write(_CTRL_C)
+                self._input.accounts.other(len(_CTRL_C))
+
+    async def resize(self, cols: int, rows: int) -> None:
+        """Resize the terminal."""
+        self._size = Pty(cols, rows)
+        await self._process.resize(cols, rows)
+        self._resized()
+
+    @property
+    def size(self) -> Pty | None:
+        return self._size
+
+    def redraw(self) -> None:
+        """Make a full-screen program redraw, for a reader that lacks the earlier output."""
+        if not (self._size is None or self._closed or self._redrawing):
+            self._redrawing = asyncio.create_task(self._redraw(self._size), name=f"redraw {self._exec_id}")
+
+    async def _redraw(self, size: Pty) -> None:
+        # a program is signalled only if the size changes, and may miss two changes in quick succession
+        try:
+            await self._process.resize(size.cols, max(1, size.rows - 1))
+            await asyncio.sleep(_SEES)
+            assert self._size is not None
+            await self._process.resize(self._size.cols, self._size.rows)
+        finally:
+            self._redrawing = None
+
+    async def close(self) -> None:
+        """Cancel pending work. Idempotent."""
+        self._closed = True
+        tasks = [task for task in (self._interrupting, self._redrawing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

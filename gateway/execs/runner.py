@@ -1,33 +1,221 @@
-"""Makes commands, runs each in a task of its own, and reports how it starts and ends."""
+"""Runs commands to their ends, records and reports these, and keeps ended commands for a while."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+import orjson
+
 from gateway.events import Bus, Event
-from gateway.execs.exec import Exec
+from gateway.execs.ended import EndedProcess, ExecEnd, ended_of
+from gateway.execs.exec import Exec, shortened
 from gateway.execs.input import Spools
-from gateway.execs.kept import Kept
-from gateway.execs.notes import SHORT, Notes
 from gateway.execs.streams import Pace
-from gateway.limits.budget import Budget
+from gateway.idempotency import Idempotency, IdempotencyRecord, Key
+from gateway.limits.budget import Budget, Share
 from gateway.runtime import ExecSpec, Process
 from gateway.settings import Settings
+from gateway.storage.store import StoreFailed
 
 log = logging.getLogger(__name__)
+
+SHORT: Final = 200  # characters of a command in events and records
+_UNNOTED: Final = 0.01  # seconds; the same delay as the event journal's
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedExec:
+    """A command of an earlier process, without its output: how it ended, or that it was `lost`."""
+
+    tenant: str
+    exec_id: str
+    spec: ExecSpec
+    process: EndedProcess
+    asked: bytes
+    ended: ExecEnd
+    lost: bool
+    age: float  # seconds since it was recorded
+
+
+class Notes:
+    """Records of commands in the idempotency store. A failed write is only logged."""
+
+    def __init__(self, idempotency: Idempotency) -> None:
+        self._idempotency = idempotency
+
+    async def earlier(self) -> Iterator[RecordedExec]:
+        """Return the recorded commands of earlier processes, of each tenant the oldest first."""
+        return (_earlier(key, record) for key, record in await self._idempotency.earlier("exec"))
+
+    async def start(self, exec_: Exec, once: bool) -> None:
+        """Record that a command runs, so that the next process can report it as lost.
+
+        For a command without a caller's id the write is delayed briefly, so as not to delay its first byte;
+        if it ends before that, nothing is recorded.
+        """
+        if not once:
+            await asyncio.sleep(_UNNOTED)
+            if exec_.ended.done():
+                return
+        try:
+            await self._idempotency.note(_key(exec_), exec_.asked, orjson.dumps(_facts(exec_)))
+        except StoreFailed as failed:
+            log.warning("exec %s will be unknown after a restart: %s", exec_.id, failed.message)
+
+    async def end(self, exec_: Exec) -> None:
+        """Record how a command with a caller's id ended."""
+        told = {**_facts(exec_), "exit": exec_.over.on_wire(exec_.id)}
+        try:
+            await self._idempotency.finish(_key(exec_), exec_.asked, orjson.dumps(told))
+        except StoreFailed as failed:
+            log.error("the end of exec %s will be unknown after a restart: %s", exec_.id, failed.message)
+
+    async def forget(self, exec_: Exec) -> None:
+        """Delete the record of an ended command that has no caller's id."""
+        try:
+            await self._idempotency.forget(_key(exec_))
+        except StoreFailed as failed:
+            log.warning("exec %s will be reported as lost after a restart: %s", exec_.id, failed.message)
+
+
+def _earlier(key: Key, record: IdempotencyRecord) -> RecordedExec:
+    tenant, _, exec_id = key
+    told: Mapping[str, Any] = {} if record.result is None else orjson.loads(record.result)
+    process = EndedProcess(told.get("pid", 0), told.get("startedAt", record.at))
+    words = tuple(told.get("argv") or [told.get("command", "")])  # older records have only the command line
+    # a command that ran when its gateway was killed counts as running until now
+    ran = max(0, int((time.time() - process.started_at) * 1000))
+    exit_ = told.get("exit") or {
+        "reason": "lost",
+        "durationMs": ran,
+        "offsets": {"stdout": 0, "stderr": 0},
+    }
+    ended = ended_of(exit_)
+    lost, age = record.state == "begun", time.time() - record.at
+    return RecordedExec(tenant, exec_id, ExecSpec(words), process, record.digest, ended, lost, age)
+
+
+def _key(exec_: Exec) -> Key:
+    return exec_.tenant, "exec", exec_.id
+
+
+def _facts(exec_: Exec) -> dict[str, Any]:
+    """Return what the next process must know of a command, except its end."""
+    process = exec_.process
+    words = shortened(exec_.spec, SHORT)
+    return {"pid": process.pid, "startedAt": process.started_at, "argv": words}
+
+
+class EndedExecs:
+    """Ended commands of all tenants. `forgotten` is called with each command that is dropped."""
+
+    def __init__(self, settings: Settings, forgotten: Callable[[Exec], None]) -> None:
+        self._settings = settings
+        self._forgotten = forgotten
+        self._of: dict[str, dict[str, Exec]] = {}  # per tenant, oldest end first
+        self._whole: dict[str, dict[Exec, int]] = {}  # those kept with their output: bytes
+        self._held = 0  # their sum
+        self._looks: set[asyncio.Task[None]] = set()
+
+    def add(self, exec_: Exec) -> None:
+        """Keep an ended command for a while; above the limits, drop the oldest commands' output first.
+
+        A command with processes still running is kept until they end, so that they can be listed and killed,
+        unless there are too many of these as well.
+        """
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        exec_.keeping = loop.call_later(settings.exec_keep, self._forget_in_time, exec_)
+        of_tenant = self._of.setdefault(exec_.tenant, {})
+        of_tenant[exec_.id] = exec_
+        whole = self._whole.setdefault(exec_.tenant, {})
+        whole[exec_] = exec_.kept_bytes
+        self._held += exec_.kept_bytes
+        for other in [*whole][: max(0, len(whole) - settings.exec_keep_count)]:
+            self._shed(other)
+        while self._held > settings.exec_keep_bytes:
+            most = max(self._whole.values(), key=lambda of_one: sum(of_one.values()))
+            self._shed(next(iter(most)))
+        if len(of_tenant) > settings.exec_keep_exits:
+            first = sorted(of_tenant.values(), key=lambda other: other.tree.lasting)
+            for other in first[: len(first) - settings.exec_keep_exits]:
+                self.forget(other)
+
+    def make_room(self, tenant: str, share: Share, size: int) -> bool:
+        """Return whether a tenant's share has room, for which its ended commands' output gives way.
+
+        The oldest goes first, but none that is being read: its readers keep it in memory. A running command
+        needs the room more: without it, it may be lost.
+        """
+        if share.full(size) is None:
+            return True
+        for exec_ in [*self._whole.get(tenant, {})]:
+            if exec_.streams.kept and not exec_.readers:
+                self._shed(exec_)
+                if share.full(size) is None:
+                    return True
+        return False
+
+    def _shed(self, exec_: Exec) -> None:
+        self._forget_output(exec_)
+        exec_.shed(shortened(exec_.spec, SHORT))
+
+    def _forget_output(self, exec_: Exec) -> None:
+        whole = self._whole.get(exec_.tenant, {})
+        self._held -= whole.pop(exec_, 0)
+        if not whole:
+            self._whole.pop(exec_.tenant, None)
+
+    def _forget_in_time(self, exec_: Exec) -> None:
+        if exec_.tree.lasting:
+            task = asyncio.create_task(self._forget_unless_it_lasts(exec_), name=f"look at {exec_.id}")
+            self._looks.add(task)
+            task.add_done_callback(self._looks.discard)
+        else:
+            self.forget(exec_)
+
+    async def _forget_unless_it_lasts(self, exec_: Exec) -> None:
+        await exec_.tree.look()
+        if exec_.tree.lasting:
+            loop = asyncio.get_running_loop()
+            exec_.keeping = loop.call_later(self._settings.exec_keep, self._forget_in_time, exec_)
+        else:
+            self.forget(exec_)
+
+    def forget(self, exec_: Exec) -> None:
+        """Drop a command."""
+        if exec_.keeping is not None:
+            exec_.keeping.cancel()  # a pending timer would keep the command and all its output alive
+        self._forget_output(exec_)
+        exec_.let_go()
+        exec_.streams.release()
+        of_tenant = self._of.get(exec_.tenant, {})
+        if of_tenant.get(exec_.id) is exec_:
+            del of_tenant[exec_.id]
+            if not of_tenant:
+                del self._of[exec_.tenant]
+        self._forgotten(exec_)
+
+    async def close(self) -> None:
+        """Cancel all pending checks."""
+        for task in self._looks:
+            task.cancel()
+        await asyncio.gather(*self._looks, return_exceptions=True)
+
 
 _LATEST: Final = 4096  # events; one that a kill separated from the record of its command is among the last
 
 
-class Runner:
+class ExecRunner:
     """Runs commands to their ends, after which they are `kept`."""
 
-    def __init__(self, notes: Notes, kept: Kept, bus: Bus, settings: Settings) -> None:
+    def __init__(self, notes: Notes, kept: EndedExecs, bus: Bus, settings: Settings) -> None:
         self._notes, self._kept, self._bus, self._settings = notes, kept, bus, settings
         self._budget = Budget(settings.exec_bytes, settings.exec_tenant_bytes)
         self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from gateway.holder.messages import VERSION, close, receive, send
+from gateway.holder.holding import VERSION, close, receive, send
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _RARELY: Final = 1.0  # seconds between attempts in the end
 _SOON: Final = 0.05  # seconds after which the holder is told what can wait
 
 
-class Holder:
+class HolderClient:
     """The descriptors held for this gateway. An async context manager; leaving it drops nothing.
 
     If the holder dies, the client reconnects to the next one and sends everything again. `there` tells
@@ -41,7 +41,7 @@ class Holder:
         self._telling: asyncio.TimerHandle | None = None
         self._attending: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Holder:
+    async def __aenter__(self) -> HolderClient:
         with contextlib.suppress(OSError):
             self._socket = _connected(self._path)
         return self

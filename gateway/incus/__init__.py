@@ -8,22 +8,22 @@ the runtime translates it before a client sees it.
 from gateway.incus.client import Elsewhere, Incus, IncusError, member_of
 from gateway.incus.exec_sockets import RELIEF, ExecSockets, outputs
 from gateway.incus.frame_socket import Lost
-from gateway.incus.memory import Memory, Record
+from gateway.incus.memory import ExecMemory, MemoryRecord
 from gateway.incus.operation import Operation
 from gateway.incus.rest import NoQuorum, NotAwaited
 
 __all__ = [
     "RELIEF",
     "Elsewhere",
+    "ExecMemory",
     "ExecSockets",
     "Incus",
     "IncusError",
     "Lost",
-    "Memory",
+    "MemoryRecord",
     "NoQuorum",
     "NotAwaited",
     "Operation",
-    "Record",
     "member_of",
     "outputs",
 ]

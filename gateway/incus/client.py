@@ -26,13 +26,13 @@ from gateway.incus.exec_sockets import ExecSockets, connect
 from gateway.incus.frame_socket import HandshakeRefused
 from gateway.incus.hearing import concerns, heard
 from gateway.incus.inventory import Inventory, touched_by
-from gateway.incus.memory import Memory
+from gateway.incus.memory import ExecMemory
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
 from gateway.incus.rest import Elsewhere, IncusError, NotAwaited, Rest, instance_path, unreachable
 from gateway.incus.socket import StreamSocket
 from gateway.incus.states import Lacks, States, start_of
-from gateway.incus.waiting import Waiting
+from gateway.incus.waiting import OperationWait
 
 __all__ = ["Elsewhere", "Incus", "IncusError", "instance_path"]
 
@@ -306,12 +306,12 @@ class Incus(Rest):
         answer = await self._request("POST", instance_path(instance, "exec"), body=body)
         operation = answer["metadata"]["id"]
         fds: dict[str, str] = answer["metadata"]["metadata"]["fds"]
-        memory = Memory.made() if outlive else None
+        memory = ExecMemory.made() if outlive else None
         sockets: dict[str, StreamSocket] = {}
         waiting = None
         try:
             # before the command starts: an operation's record is gone 5 s after its end
-            waiting = await Waiting.ask(self.socket, operation)
+            waiting = await OperationWait.ask(self.socket, operation)
             sockets = await connect(self.socket, operation, fds, memory, terminal=pty is not None)
             return ExecSockets(sockets, waiting, memory, terminal=pty is not None)
         except BaseException as error:

@@ -31,10 +31,10 @@ import orjson
 from gateway.errors import GatewayError
 from gateway.incus.frames import Frames
 from gateway.incus.inlet import Inlet, in_pipe
-from gateway.incus.memory import Log, Memory, Odometer
+from gateway.incus.memory import ExecMemory, Log, Odometer
 from gateway.incus.operation import Operation
 from gateway.incus.socket import StreamSocket
-from gateway.incus.waiting import Waiting
+from gateway.incus.waiting import OperationWait
 
 _OPENING: Final = 0.25  # seconds until the pipes are opened: well before incusd first looks again
 _TRIES: Final = 8  # of these times, as on a busy host or in a container that boots the shell may not run yet
@@ -47,7 +47,7 @@ def _area(name: str, *, terminal: bool) -> str | None:
     return outputs.get(name)
 
 
-def outputs(memory: Memory, *, terminal: bool) -> dict[str, tuple[int, bytes]]:
+def outputs(memory: ExecMemory, *, terminal: bool) -> dict[str, tuple[int, bytes]]:
     """Return the outputs in an ended command's memory, each with the offset of its first byte.
 
     Raises `ValueError`.
@@ -61,7 +61,7 @@ def outputs(memory: Memory, *, terminal: bool) -> dict[str, tuple[int, bytes]]:
 
 
 async def connect(
-    place: Path, operation: str, fds: Mapping[str, str], memory: Memory | None, *, terminal: bool
+    place: Path, operation: str, fds: Mapping[str, str], memory: ExecMemory | None, *, terminal: bool
 ) -> dict[str, StreamSocket]:
     """Open every socket of an exec operation, control first. If one fails, the others are closed.
 
@@ -98,8 +98,8 @@ class ExecSockets:
     def __init__(
         self,
         sockets: dict[str, StreamSocket],
-        waiting: Waiting,
-        memory: Memory | None = None,
+        waiting: OperationWait,
+        memory: ExecMemory | None = None,
         pipe: tuple[int, int] | None = None,
         *,
         terminal: bool,
@@ -127,10 +127,10 @@ class ExecSockets:
         loose = [memory, out, into, *others]  # not owned by any object yet
         opened: dict[str, StreamSocket] = {}
         owned: list[socket.socket] = []
-        kept: Memory | None = None
+        kept: ExecMemory | None = None
         try:
             loose.remove(memory)
-            kept = Memory(memory)
+            kept = ExecMemory(memory)
             for descriptor in others:
                 owned.append(socket.socket(fileno=descriptor))
                 loose.remove(descriptor)
@@ -145,7 +145,7 @@ class ExecSockets:
             }
             for name, own in connections.items():
                 opened[name] = await StreamSocket.adopted(own, logs.get(name))
-            found = cls(opened, Waiting(owned[0]), kept, (out, into), terminal=terminal)
+            found = cls(opened, OperationWait(owned[0]), kept, (out, into), terminal=terminal)
         except BaseException:
             for stream in opened.values():
                 stream.close()

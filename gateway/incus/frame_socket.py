@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from gateway.incus.frames import Frames
-from gateway.incus.memory import Full
+from gateway.incus.memory import MemoryFull
 
 KiB = 1 << 10
 
@@ -142,7 +142,7 @@ class FrameSocket(asyncio.BufferedProtocol):
         if log is not None:
             try:
                 return log.room()
-            except Full:
+            except MemoryFull:
                 self._frames.log = None
         return _SHARED
 

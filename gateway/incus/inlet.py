@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from gateway.incus.frames import BINARY, TEXT, frame
-from gateway.incus.memory import Memory
+from gateway.incus.memory import ExecMemory
 
 _PIECE: Final = 32 << 10  # bytes of input in one frame; with its header it fits into a pipe
 _NONBLOCK: Final = 2  # SPLICE_F_NONBLOCK
@@ -29,7 +29,7 @@ _PLACE: Final = struct.Struct("<QQ")
 class Inlet:
     """The input of one command, of which `position` bytes are in the socket or the pipe."""
 
-    def __init__(self, own: socket.socket, pipe: tuple[int, int], memory: Memory) -> None:
+    def __init__(self, own: socket.socket, pipe: tuple[int, int], memory: ExecMemory) -> None:
         """Continue from the position in `memory`; an earlier process may have left a frame in the pipe."""
         self.pipe = pipe
         self._socket = own
@@ -43,7 +43,7 @@ class Inlet:
         self._commit()
 
     @classmethod
-    def made(cls, own: socket.socket, memory: Memory) -> Inlet:
+    def made(cls, own: socket.socket, memory: ExecMemory) -> Inlet:
         return cls(own, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK), memory)
 
     @property

@@ -54,11 +54,11 @@ Facts = Literal["facts", "purpose"]
 """Two kinds: of the command itself, and of what it is for, which change more often."""
 
 
-class Full(Exception):
+class MemoryFull(Exception):
     """The memory has no room left."""
 
 
-class Memory:
+class ExecMemory:
     """The memory of one command: `made` creates one, the constructor opens an existing descriptor."""
 
     def __init__(self, descriptor: int) -> None:
@@ -78,21 +78,21 @@ class Memory:
         self.closed = False
 
     @classmethod
-    def made(cls) -> Memory:
+    def made(cls) -> ExecMemory:
         descriptor = os.memfd_create("command", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, _SIZE)
         return cls(descriptor)
 
-    def reopened(self) -> Memory:
+    def reopened(self) -> ExecMemory:
         """Close it and return it as another process would open it, with nothing claimed yet."""
-        again = Memory(os.dup(self.descriptor))
+        again = ExecMemory(os.dup(self.descriptor))
         self.close()
         return again
 
     def take(self, after: int | None = None) -> int:
         """Return the number of a free segment: if it can be had with pages, the one that follows `after`.
 
-        Else of used ones the one that was freed first. Raises `Full`.
+        Else of used ones the one that was freed first. Raises `MemoryFull`.
         """
         if after is not None and after + 1 in self._free:
             self._free.remove(after + 1)
@@ -102,7 +102,7 @@ class Memory:
         while self._fresh in self._claimed:
             self._fresh += 1
         if self._fresh == SEGMENTS - 1:  # the last is `beginning`
-            raise Full
+            raise MemoryFull
         self._fresh += 1
         return self._fresh - 1
 
@@ -157,17 +157,17 @@ class Memory:
         return found
 
     def write_facts(self, facts: Mapping[str, object], area: Facts = "facts") -> None:
-        """Store facts. Raises `Full` if they are too large."""
+        """Store facts. Raises `MemoryFull` if they are too large."""
         data = orjson.dumps(facts)
         if len(data) > _AREAS[area] - 4:
-            raise Full
+            raise MemoryFull
         self.record(area).write(struct.pack("<I", len(data)) + data)
 
-    def record(self, area: str) -> Record:
+    def record(self, area: str) -> MemoryRecord:
         start = 0
         for name, size in _AREAS.items():
             if name == area:
-                return Record(self.view, start, size)
+                return MemoryRecord(self.view, start, size)
             start += 64 + 2 * size
         raise KeyError(area)
 
@@ -181,7 +181,7 @@ class Memory:
                 self._map.close()
 
 
-class Record:
+class MemoryRecord:
     """Two copies of a state and a word that selects the valid one."""
 
     def __init__(self, view: memoryview, start: int, size: int) -> None:
@@ -243,7 +243,7 @@ class Log:
     command has no odometer and can be read without its socket.
     """
 
-    def __init__(self, memory: Memory, area: str, odometer: Odometer | None) -> None:
+    def __init__(self, memory: ExecMemory, area: str, odometer: Odometer | None) -> None:
         """Open the log stored in the memory, empty if the memory is new. Raises `ValueError`."""
         self._memory = memory
         self._record = memory.record(area)
@@ -264,7 +264,7 @@ class Log:
         return self._points[0][1]
 
     def room(self) -> memoryview:
-        """Return the memory for the next bytes to receive. Raises `Full`.
+        """Return the memory for the next bytes to receive. Raises `MemoryFull`.
 
         A long output is given segments that lie together, if there are any: a socket has more for us than the
         rest of one.
@@ -274,7 +274,7 @@ class Log:
         return self._memory.part(self._at, min(self._until, self._at + _READ))
 
     def _make_room(self) -> None:
-        """Find where the next bytes go, and how many segments lie together there. Raises `Full`."""
+        """Find where the next bytes go, and how many segments lie together there. Raises `MemoryFull`."""
         index, at = divmod(self.raw - self._first, SEGMENT)
         there, long = len(self._segments) - index, self.raw >= SEGMENT
         if (missing := -(-(at + (_READ if long else 1)) // SEGMENT) - there) > 0:
@@ -285,11 +285,11 @@ class Log:
         self._at, self._until = number * SEGMENT + at, (number + end - index) * SEGMENT
 
     def _extend(self, index: int, number: int) -> None:
-        """Take segments behind the one at `index`, and that itself if it is not there. Raises `Full`."""
+        """Take segments behind the one at `index`, and that one too if it is missing. Raises `MemoryFull`."""
         try:
             for _ in range(number):
                 self._segments.append(self._memory.take(self._segments[-1] if self._segments else None))
-        except Full:
+        except MemoryFull:
             if index >= len(self._segments):
                 raise
         self._commit()

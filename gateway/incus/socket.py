@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gateway.incus.frame_socket import FrameSocket
 from gateway.incus.frames import BINARY, CLOSE, TEXT, Frames, arrived, frame
-from gateway.incus.memory import Log, Memory, Odometer
+from gateway.incus.memory import ExecMemory, Log, Odometer
 
 
 class StreamSocket(FrameSocket):
@@ -30,7 +30,7 @@ class StreamSocket(FrameSocket):
 
     @classmethod
     async def connect(
-        cls, place: Path, path: str, memory: Memory | None = None, area: str | None = None
+        cls, place: Path, path: str, memory: ExecMemory | None = None, area: str | None = None
     ) -> StreamSocket:
         """Open the websocket at `path` of the daemon's socket `place`. Raises `OSError` if incusd refuses.
 

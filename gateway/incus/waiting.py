@@ -26,7 +26,7 @@ _PARTS: Final = 0.005  # seconds between checks of an incomplete answer
 _CODES: Final = {"Command not executable": 126, "Command not found": 127}
 
 
-class Waiting:
+class OperationWait:
     """A pending `/wait` request: `ask` sends one, the constructor adopts the socket of an earlier one."""
 
     def __init__(self, own: socket.socket) -> None:
@@ -34,7 +34,7 @@ class Waiting:
         own.setblocking(False)
 
     @classmethod
-    async def ask(cls, place: Path, operation: str) -> Waiting:
+    async def ask(cls, place: Path, operation: str) -> OperationWait:
         """Send the request. Raises `OSError`."""
         own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

@@ -19,7 +19,7 @@ from gateway.runtime.command import REPORT_MAX as REPORT_MAX
 from gateway.runtime.command import Adopted as Adopted
 from gateway.runtime.command import ExecSpec as ExecSpec
 from gateway.runtime.command import Exit as Exit
-from gateway.runtime.command import Killed as Killed
+from gateway.runtime.command import KillResult as KillResult
 from gateway.runtime.command import Process as Process
 from gateway.runtime.command import Pty as Pty
 from gateway.runtime.holding import Holding as Holding

@@ -70,7 +70,7 @@ class Exit:
 
 
 @dataclass(frozen=True, slots=True)
-class Killed:
+class KillResult:
     """The result of a kill: processes ended, whether KILL was needed, processes still running."""
 
     killed: int
@@ -133,7 +133,7 @@ class Process(Protocol):
         """Discard the input in the command's terminal and in transit to it."""
         ...
 
-    async def kill(self, grace: float) -> Killed:
+    async def kill(self, grace: float) -> KillResult:
         """Kill the whole tree: TERM, `grace` seconds, KILL. Return once none of it is left."""
         ...
 

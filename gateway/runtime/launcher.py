@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from gateway.errors import ExecFailed, InvalidParams, TooLarge, Unavailable
-from gateway.runtime import Killed, Pty
+from gateway.runtime import KillResult, Pty
 
 START_SCRIPT: Final = Path(__file__).with_name("start.sh").read_text()
 WAIT_SCRIPT: Final = Path(__file__).with_name("wait.sh").read_text()
@@ -47,7 +47,7 @@ _KILLED: Final = re.compile(rb"\s*(\d{1,7}) ([01]) (\d{1,7}) (cgroup|scan)\s*")
 KILLED_MAX: Final = 256  # bytes of that
 
 
-def killed(said: bytes) -> Killed:
+def killed(said: bytes) -> KillResult:
     """Parse the output of `KILL_SCRIPT`. Raises `Unavailable` if it is not valid."""
     match = _KILLED.fullmatch(said)
     if match is None:
@@ -56,7 +56,7 @@ def killed(said: bytes) -> Killed:
         )
     survivors = int(match[3])
     method: Method = "cgroup" if match[4] == b"cgroup" else "scan"
-    return Killed(max(0, int(match[1]) - survivors), match[2] == b"1", survivors, method)
+    return KillResult(max(0, int(match[1]) - survivors), match[2] == b"1", survivors, method)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ _STAT: Final = 4096  # bytes of one process's stat file
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Listener:
+class ListeningSocket:
     """An address and port on which a process listens."""
 
     address: str
@@ -39,7 +39,7 @@ class Listener:
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
-def listener(end: str) -> Listener | None:
+def listener(end: str) -> ListeningSocket | None:
     """Parse a table's end such as `0100007F:1F40`; None if it is not one.
 
     An address consists of one or four 32-bit numbers, each in native byte order.
@@ -52,10 +52,10 @@ def listener(end: str) -> Listener | None:
     address = ip_address(packed)
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    return Listener(str(address), int(match[2], 16))
+    return ListeningSocket(str(address), int(match[2], 16))
 
 
-def of_tree(pid: int) -> frozenset[Listener]:
+def of_tree(pid: int) -> frozenset[ListeningSocket]:
     """Return where a process and its descendants listen.
 
     Omits what cannot be read; without /proc that is everything.
@@ -88,18 +88,18 @@ def _sockets(pid: int) -> Iterator[str]:
                     yield inode.strip("[]")
 
 
-def _listeners(sockets: Collection[str]) -> Iterator[Listener]:
+def _listeners(sockets: Collection[str]) -> Iterator[ListeningSocket]:
     for family in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             yield from in_table(part(Path("/proc/net") / family, _TABLE).decode().splitlines(), sockets)
 
 
-def of_network(process: int) -> frozenset[Listener]:
+def of_network(process: int) -> frozenset[ListeningSocket]:
     """Return where any process listens in the network of one, by a descriptor of its folder in /proc.
 
     Once that process has ended nothing is found, whoever has its id by then.
     """
-    found = set[Listener]()
+    found = set[ListeningSocket]()
     for family in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             table = part(f"/proc/self/fd/{process}/net/{family}", _TABLE)
@@ -107,7 +107,7 @@ def of_network(process: int) -> frozenset[Listener]:
     return frozenset(found)
 
 
-def in_table(lines: Iterable[str], sockets: Collection[str] | None) -> Iterator[Listener]:
+def in_table(lines: Iterable[str], sockets: Collection[str] | None) -> Iterator[ListeningSocket]:
     """Yield the listeners of a table: those whose inodes are among `sockets`, all if that is None."""
     for line in lines:
         words = line.split()

@@ -41,7 +41,7 @@ class HostRefused(Exception):
         self.status, self.said = status, said
 
 
-class Silent(TimeoutError):
+class NoAnswer(TimeoutError):
     """The connection was accepted, but no answer came."""
 
 
@@ -123,7 +123,7 @@ async def ask(
 
     `connect` and `answer` are timeouts in seconds. Only the first line of the answer is read; a hostile
     answer may be anything and endless. Reading may be delayed by up to `leisure` seconds, so that many
-    answers are read together. Raises `OSError` (including `TimeoutError` and `Silent`) and `ValueError`.
+    answers are read together. Raises `OSError` (including `TimeoutError` and `NoAnswer`) and `ValueError`.
     """
     line, _ = await _exchange(address, port, path, connect, answer, host=host, tls=tls, leisure=leisure)
     return status_of(line)
@@ -182,7 +182,7 @@ async def _streamed(
             finally:
                 writer.transport.abort()  # neither send nor wait for anything else
     except TimeoutError:
-        raise Silent from None
+        raise NoAnswer from None
     return line, body
 
 
@@ -204,7 +204,7 @@ class _Asking:
     async def line(self, place: tuple[str, int], connect: float, leisure: float) -> bytes:
         """Connect and send; return at most `_HEAD` bytes of the first line.
 
-        Raises `OSError`, including `TimeoutError` and `Silent`.
+        Raises `OSError`, including `TimeoutError` and `NoAnswer`.
         """
         failed = self._own.connect_ex(place)
         if failed not in (0, errno.EINPROGRESS):
@@ -237,7 +237,7 @@ class _Asking:
         except OSError as error:
             self._fail(error)
             return True
-        self._timers = [self._loop.call_later(self._answer, self._fail, Silent())]
+        self._timers = [self._loop.call_later(self._answer, self._fail, NoAnswer())]
         if leisure:
             # together with all others sent within the same interval
             moment = (self._loop.time() // leisure + 2) * leisure

@@ -22,7 +22,7 @@ Exec = Callable[[str, ExecSpec], Awaitable[Process]]
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ScriptResult:
     """A script's exit code, and the end of its output."""
 
     code: int
@@ -31,7 +31,7 @@ class Ended:
 
 async def run(
     exec_: Exec, tenant: str, argv: Sequence[str], *, given: bytes = b"", seconds: float, printed: int
-) -> Ended:
+) -> ScriptResult:
     """Run a command as the tenant's root with the input `given`; on failure kill its whole tree.
 
     Raises `TimeoutError` after `seconds`, and `ExecFailed` if it does not start or prints more than `printed`
@@ -54,7 +54,7 @@ async def run(
         raise
     finally:
         await process.aclose()
-    return Ended(exit_.code, said)
+    return ScriptResult(exit_.code, said)
 
 
 async def _feed(process: Process, data: bytes) -> None:

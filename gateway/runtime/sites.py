@@ -17,7 +17,7 @@ from typing import Final, Literal, Protocol
 from gateway.bounds import Lines
 from gateway.errors import ExecFailed, GatewayError
 from gateway.runtime import Process
-from gateway.runtime.listening import Listener
+from gateway.runtime.listening import ListeningSocket
 
 _TAIL: Final = 4000  # bytes of a command's output in an error
 _LINE: Final = 2000  # bytes of one line passed on
@@ -123,7 +123,7 @@ class Service:
     restarts: int = 0
     started: float = 0.0
     oom_kills: int = 0
-    listens: frozenset[Listener] = frozenset()
+    listens: frozenset[ListeningSocket] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +262,7 @@ class SiteServices(Protocol):
         """Call `ended` once when the live site's service may have ended; return False if nothing tells."""
         ...
 
-    async def listening(self, tenant: str) -> Collection[Listener]:
+    async def listening(self, tenant: str) -> Collection[ListeningSocket]:
         """Return where processes of a tenant listen; nothing if it does not run."""
         ...
 

@@ -34,7 +34,7 @@ _HOST_BYTES: Final = 64 << 20  # of the host's table, which has all visitors
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TenantPort:
     """Where a site's connections are visible: its port, its address, and the init pid of its network."""
 
     port: int
@@ -42,7 +42,7 @@ class Place:
     pid: int | None = None
 
 
-def visited(places: Mapping[str, Place]) -> dict[str, float]:
+def visited(places: Mapping[str, TenantPort]) -> dict[str, float]:
     """Return how many seconds ago each site's last connection ended, 0 while one is open; others are omitted.
 
     Our own probes do not count. A tenant with too many connections to read counts as in use.

@@ -32,16 +32,16 @@ Key = tuple[str, bool]
 """The tenant, and whether the shell has a terminal."""
 
 
-class Shell(Protocol):
+class WarmShell(Protocol):
     """A running shell that waits for its command line."""
 
     async def abandon(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Waiting:
+class _WaitingShell:
     key: Key
-    shell: Shell
+    shell: WarmShell
     expiry: asyncio.TimerHandle
 
 
@@ -51,8 +51,8 @@ class _Filling:
 
     key: Key
     begun: bool = False
-    claim: asyncio.Future[Shell | None] | None = None
-    task: asyncio.Task[Shell | None] | None = None
+    claim: asyncio.Future[WarmShell | None] | None = None
+    task: asyncio.Task[WarmShell | None] | None = None
 
 
 class WarmShells:
@@ -67,7 +67,7 @@ class WarmShells:
 
     def __init__(
         self,
-        start: Callable[[str, bool], Awaitable[Shell]],
+        start: Callable[[str, bool], Awaitable[WarmShell]],
         *,
         wanted: Mapping[bool, int],
         maximum: int,
@@ -82,7 +82,7 @@ class WarmShells:
         self._delay = delay
         self._age = age
         self._idle = idle
-        self._waiting: list[_Waiting] = []  # oldest first
+        self._waiting: list[_WaitingShell] = []  # oldest first
         self._starts = Admission[str]("shells being started", each=starts, total=starts)
         self._filling: list[_Filling] = []  # in the order of starting
         self._due: dict[str, asyncio.TimerHandle] = {}
@@ -109,11 +109,11 @@ class WarmShells:
                     loop = asyncio.get_running_loop()
                     self._leaving[tenant] = loop.call_later(self._idle, self._left, tenant)
 
-    def waiting(self, tenant: str, terminal: bool) -> list[Shell]:
+    def waiting(self, tenant: str, terminal: bool) -> list[WarmShell]:
         """Return a tenant's warm shells of one kind without taking them."""
         return [waiting.shell for waiting in self._waiting if waiting.key == (tenant, terminal)]
 
-    async def take(self, tenant: str, terminal: bool) -> Shell | None:
+    async def take(self, tenant: str, terminal: bool) -> WarmShell | None:
         """Take a shell out of the pool; a replacement is started.
 
         Returns None if none is ready, or will be before one the caller starts itself.
@@ -130,7 +130,7 @@ class WarmShells:
             self._fill_soon(tenant)
         return taken.shell
 
-    async def _claimed(self, key: Key) -> Shell | None:
+    async def _claimed(self, key: Key) -> WarmShell | None:
         """Wait for a shell being started and return it; None if all are claimed by others or it fails."""
         tenant = key[0]
         if tenant in self._due:
@@ -141,7 +141,7 @@ class WarmShells:
         filling = next((one for one in soon if one.key == key and one.claim is None), None)
         if filling is None:
             return None
-        claim: asyncio.Future[Shell | None] = asyncio.get_running_loop().create_future()
+        claim: asyncio.Future[WarmShell | None] = asyncio.get_running_loop().create_future()
         filling.claim = claim
         try:
             async with asyncio.timeout(_PATIENCE):
@@ -224,7 +224,7 @@ class WarmShells:
             filling.task = asyncio.create_task(self._started(filling), name=f"standby {tenant}")
             filling.task.add_done_callback(partial(self._filled, filling))
 
-    async def _started(self, filling: _Filling) -> Shell | None:
+    async def _started(self, filling: _Filling) -> WarmShell | None:
         tenant = filling.key[0]
         try:
             async with self._starts.slot(tenant):
@@ -238,7 +238,7 @@ class WarmShells:
             log.exception("a standby shell of %s did not start", tenant)
         return None
 
-    def _filled(self, filling: _Filling, task: asyncio.Task[Shell | None]) -> None:
+    def _filled(self, filling: _Filling, task: asyncio.Task[WarmShell | None]) -> None:
         """Hand a started shell to the command that waits for it, or put it into the pool."""
         if filling in self._filling:  # otherwise it was discarded
             self._filling.remove(filling)
@@ -251,10 +251,12 @@ class WarmShells:
         elif shell is not None and self._keep(filling.key, shell) and self._missing(tenant) is not None:
             self._fill_soon(tenant)
 
-    def _keep(self, key: Key, shell: Shell) -> bool:
+    def _keep(self, key: Key, shell: WarmShell) -> bool:
         """Put a shell into the pool; return whether there is room for more."""
         loop = asyncio.get_running_loop()
-        waiting: _Waiting = _Waiting(key, shell, loop.call_later(self._age, lambda: self._expired(waiting)))
+        waiting: _WaitingShell = _WaitingShell(
+            key, shell, loop.call_later(self._age, lambda: self._expired(waiting))
+        )
         self._waiting.append(waiting)
         if not self._keeps(key[0]):
             self._give_up(waiting)
@@ -263,11 +265,11 @@ class WarmShells:
             return False
         return True
 
-    def _expired(self, waiting: _Waiting) -> None:
+    def _expired(self, waiting: _WaitingShell) -> None:
         self._give_up(waiting)
         self._fill(waiting.key[0])
 
-    def _give_up(self, waiting: _Waiting) -> None:
+    def _give_up(self, waiting: _WaitingShell) -> None:
         self._waiting.remove(waiting)
         waiting.expiry.cancel()
         task = asyncio.create_task(waiting.shell.abandon())

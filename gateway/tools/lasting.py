@@ -23,7 +23,7 @@ class LastingCall:
     began: float  # since the epoch
 
 
-class LeftBehind(Protocol):
+class AdoptedCall(Protocol):
     """A command of an earlier process. `in_front` means that its call has not been answered."""
 
     @property
@@ -72,7 +72,7 @@ class ShellTools(Background, Protocol):
         """Leave the held commands to the next process; return the tenants and ids of their calls."""
         ...
 
-    def left_behind(self) -> Iterator[Any]:  # of `LeftBehind`
+    def left_behind(self) -> Iterator[Any]:  # of `AdoptedCall`
         ...
 
     def discard(self, left: Any) -> None: ...

@@ -33,7 +33,7 @@ from gateway.storage.store import StoreFailed
 from gateway.tools.answer import ToolFailure
 from gateway.tools.file_tools import FileTools, ToolResult
 from gateway.tools.folders import Folders
-from gateway.tools.lasting import LastingCall, LeftBehind, ShellTools
+from gateway.tools.lasting import AdoptedCall, LastingCall, ShellTools
 from gateway.tools.running import Left, Running, only_brief
 from gateway.tools.schemas import SHELL_TOOLS, check_size, descriptions
 from gateway.tools.session import Sessions, ToolSession
@@ -270,7 +270,7 @@ class Toolbox:
         if writing := self._writing():
             await asyncio.wait([one.work for one in writing], timeout=_WRITTEN)
 
-    async def _take_over(self, left: LeftBehind) -> None:
+    async def _take_over(self, left: AdoptedCall) -> None:
         """Continue what an earlier process left behind, if anybody may still need it."""
         call, running = left.call, False
         key: Key = (left.tenant, "call", "" if call is None else call.id)
@@ -301,7 +301,7 @@ class Toolbox:
         digest: bytes,
         root: FilesystemRoot,
         session: ToolSession,
-        left: LeftBehind,
+        left: AdoptedCall,
         call: LastingCall,
     ) -> ToolResult:
         """Finish a call of an earlier process."""
@@ -309,7 +309,7 @@ class Toolbox:
         return await self._recorded(key, digest, work, left.exec_id)
 
     async def _finished(
-        self, root: FilesystemRoot, session: ToolSession, left: LeftBehind, call: LastingCall
+        self, root: FilesystemRoot, session: ToolSession, left: AdoptedCall, call: LastingCall
     ) -> ToolResult:
         who = {"call": call.event, "by": call.by, "callId": call.id}
         with self._told(left.tenant, session, "Bash", who, call.began) as outcome:

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from gateway.holder import messages
+from gateway.holder import holding
 from gateway.holder.holder import held_at
 from gateway.host.holder_process import command
-from gateway.incus import Memory
+from gateway.incus import ExecMemory
 from gateway.settings import Settings
 from tests.live import LiveGateway
 from tests.waits import until
@@ -68,15 +68,15 @@ class Host:
         noted: list[Any] = [one.read_facts() for one in self.memories() if one.noted]
         return {str(one["facts"]["id"]) for one in noted}
 
-    def memories(self) -> Iterator[Memory]:
+    def memories(self) -> Iterator[ExecMemory]:
         """Yield the memory of each command and waiting shell that the holder has."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.connect(str(self.settings.holder_socket))
-            messages.send(connection, {"v": messages.VERSION, "list": True})
-            while (received := messages.receive(connection)) is not None and "end" not in received[0]:
+            holding.send(connection, {"v": holding.VERSION, "list": True})
+            while (received := holding.receive(connection)) is not None and "end" not in received[0]:
                 memory, *others = received[1]
-                messages.close(others)
-                with contextlib.closing(Memory(memory)) as one:
+                holding.close(others)
+                with contextlib.closing(ExecMemory(memory)) as one:
                     yield one
 
     async def kill(self, meanwhile: Callable[[], Awaitable[object]] | None = None) -> None:

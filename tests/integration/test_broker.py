@@ -26,7 +26,7 @@ from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.workers import Workers
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
-from gateway.runtime.incus.inside import Inside
+from gateway.runtime.incus.inside import ContainerScripts
 from gateway.settings import Settings
 from tests.contracts.processes import Tree
 from tests.integration import environment
@@ -203,7 +203,7 @@ async def test_ends_trees_by_the_broker(
 
     for step in process_tree.STEPS:
         monkeypatch.setitem(process_tree.STEPS, step, never)
-    monkeypatch.setattr(Inside, "kill", never)
+    monkeypatch.setattr(ContainerScripts, "kill", never)
     async with IncusRuntime(place.settings) as runtime:
         tree = Tree()
         process = await runtime.commands.exec(tenant.name, ExecSpec(("bash", "-c", tree.script)))

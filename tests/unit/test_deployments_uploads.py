@@ -16,7 +16,7 @@ from gateway.deployments.warming import Warming
 from gateway.errors import Unavailable
 from gateway.limits.capacity import DiskSpace
 from gateway.runtime import Space
-from gateway.runtime.incus.uploads import Upload, freeing, number, surplus
+from gateway.runtime.incus.uploads import UploadedSite, freeing, number, surplus
 from gateway.runtime.sites import Prepared, Recipe
 from gateway.settings import Settings
 from tests.archives import archive, folder
@@ -66,12 +66,12 @@ def test_an_uploads_key_is_of_its_owner_and_of_all_that_it_holds(tmp_path: Path)
     assert (nobodys.key, nobodys.owner) == ("", "")
 
 
-def copy(name: str, owner: str = "me", used: float = 0.0, size: int = 1, **more: str) -> Upload:
+def copy(name: str, owner: str = "me", used: float = 0.0, size: int = 1, **more: str) -> UploadedSite:
     given = {"content": name, "base": "now"} | more
-    return Upload(name=name, identity=name, owner=owner, used=used, bytes=size, **given)
+    return UploadedSite(name=name, identity=name, owner=owner, used=used, bytes=size, **given)
 
 
-def gone(copies: list[Upload], coming: str | None = None, **settings: Any) -> set[str]:
+def gone(copies: list[UploadedSite], coming: str | None = None, **settings: Any) -> set[str]:
     known = Settings(**({"upload_copies_unused": 7 * DAY} | settings))
     held = {one.content for one in copies} - {"ended"}
     return {one.name for one in surplus(copies, known, held=held, base="now", now=10 * DAY, coming=coming)}

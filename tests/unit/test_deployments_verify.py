@@ -21,7 +21,7 @@ from gateway.deployments.steadiness import Steadiness, unsteady
 from gateway.deployments.verify import Subject, Unsteady, Verifier, Way
 from gateway.errors import ExecFailed, Timeout
 from gateway.runtime.incus import unit_status
-from gateway.runtime.listening import Listener, in_table, listener, of_tree
+from gateway.runtime.listening import ListeningSocket, in_table, listener, of_tree
 from gateway.runtime.sites import Exposure, Life, Recipe, Service, Side
 from gateway.settings import Settings
 from tests.waits import turn
@@ -34,7 +34,7 @@ def told(looks: Iterable[tuple[float, str]]) -> list[str | None]:
     misplaced, found = Misplaced(PORT, (AT,)), []
     for now, where in looks:
         ends = (one.rpartition(":") for one in where.split())
-        listens = frozenset(Listener(address, int(port)) for address, _, port in ends)
+        listens = frozenset(ListeningSocket(address, int(port)) for address, _, port in ends)
         one = misplaced.look(Service("running", listens=listens), now)
         found.append(None if one is None else str(one))
     return found
@@ -50,8 +50,11 @@ def test_the_right_port_of_a_wrong_address_is_told_soon(where: str) -> None:
 def test_a_right_port_that_is_of_those_for_others_is_told_too() -> None:
     for port in (9229, 41_000):
         misplaced = Misplaced(port, (AT,))
-        service = Service("running", listens=frozenset({Listener("127.0.0.1", port)}))
-        assert [misplaced.look(service, now) for now in (0.0, 3.0)] == [None, Listener("127.0.0.1", port)]
+        service = Service("running", listens=frozenset({ListeningSocket("127.0.0.1", port)}))
+        assert [misplaced.look(service, now) for now in (0.0, 3.0)] == [
+            None,
+            ListeningSocket("127.0.0.1", port),
+        ]
 
 
 @pytest.mark.parametrize("where", ["0.0.0.0:3000", ":::3000", f"{AT}:3000", "127.0.0.1:3000 0.0.0.0:3000"])
@@ -91,7 +94,7 @@ def test_a_service_is_read_from_what_its_container_tells() -> None:
         "NRestarts=2\nExecMainStartTimestampMonotonic=13351533966\nActiveState=active\nSubState=running\n"
         "OomKills=1\nListen=0100007F:1F40\nListen=" + "0" * 24 + "01000000:0BB8\n"
     )
-    listens = {Listener("127.0.0.1", 8000), Listener("::1", 3000)}
+    listens = {ListeningSocket("127.0.0.1", 8000), ListeningSocket("::1", 3000)}
     assert unit_status.read(said) == Service("running", 2, 13351.533966, 1, frozenset(listens))
     waits = unit_status.read("ActiveState=activating\nSubState=auto-restart\n")
     assert waits is not None and waits.state == "ended"
@@ -113,7 +116,10 @@ def test_a_table_is_read_as_the_kernel_writes_it() -> None:
     mapped = "0000000000000000FFFF00000100007F"
     lines = ["sl local_address", line.format("00000000", "0A", 7), line.format(mapped, "0A", 8)]
     lines += [line.format("0100007F", "0A", 9), line.format("0100007F", "01", 7), "", "x" * 1000]
-    assert [*in_table(lines, {"7", "8"})] == [Listener("0.0.0.0", 8000), Listener("127.0.0.1", 8000)]
+    assert [*in_table(lines, {"7", "8"})] == [
+        ListeningSocket("0.0.0.0", 8000),
+        ListeningSocket("127.0.0.1", 8000),
+    ]
 
 
 async def test_a_process_tree_is_asked_where_it_listens() -> None:
@@ -127,7 +133,7 @@ async def test_a_process_tree_is_asked_where_it_listens() -> None:
     ) as shell:
         assert shell.stdin is not None and shell.stdout is not None
         port = int(await asyncio.to_thread(shell.stdout.readline))
-        assert of_tree(shell.pid) == {Listener("127.0.0.1", port)}
+        assert of_tree(shell.pid) == {ListeningSocket("127.0.0.1", port)}
         shell.stdin.close()
     assert not of_tree(shell.pid)
 
@@ -207,7 +213,7 @@ async def test_a_site_that_is_slow_is_not_told_to_listen_elsewhere(
     monkeypatch.setattr(verify, "_LOOK", 0.05)
     rig.status = "503 Service Unavailable"
     async with rig.opened(verify_timeout=0.4) as (verifier, site):
-        rig.service = Service("running", listens=frozenset({Listener(address, site.exposure.port)}))
+        rig.service = Service("running", listens=frozenset({ListeningSocket(address, site.exposure.port)}))
         with pytest.raises(Timeout) as caught:
             await verifier.answering(site)
         assert said in caught.value.message

@@ -16,9 +16,8 @@ import pytest
 from gateway.errors import Cancelled, GatewayError, NotFound, RateLimited
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
-from gateway.execs.ended import Past
-from gateway.execs.streams import Cursor, Pace, Reading, Stream
-from gateway.execs.tail import READ
+from gateway.execs.ended import EndedProcess
+from gateway.execs.streams import READ, Cursor, Pace, Reading, Stream
 from gateway.idempotency import Idempotency
 from gateway.lifecycle.site_logs import Following, SiteLogs
 from gateway.limits.budget import Budget, Share
@@ -286,7 +285,7 @@ async def test_a_window_is_kept_to_by_text_too() -> None:
 CHUNK = 10_000
 
 
-class Printing(Past):
+class Printing(EndedProcess):
     """A process that prints `chunks` numbered chunks as fast as it is read; `printed` counts them."""
 
     def __init__(self, chunks: int) -> None:

@@ -19,23 +19,22 @@ import pytest
 from gateway.errors import Conflict
 from gateway.events import Bus, MemoryJournal
 from gateway.execs import Execs, Reading
-from gateway.holder.holder import Holder, held_at
+from gateway.holder.holder import HolderClient, held_at
 from gateway.host import holder_process
 from gateway.idempotency import Idempotency, Key
-from gateway.incus import Incus, Memory
+from gateway.incus import ExecMemory, Incus
 from gateway.incus.frames import BINARY, Frames
 from gateway.incus.memory import Log, Odometer
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Adopted
 from gateway.runtime.incus import commands
-from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local.commands import LocalCommands
 from gateway.runtime.local.disks import LocalDisks
 from gateway.settings import Settings
 from gateway.shells import Shells
-from gateway.shells.record import mark
-from gateway.shells.shell_command import Shell
+from gateway.shells.shell_command import BashCommand, mark
 from gateway.storage.store import Store
 from gateway.tools.session import ToolSession
 from tests.waits import turn, until
@@ -110,13 +109,13 @@ PURPOSE = {
 class HeldCommands(LocalCommands):
     """Commands of the local runtime, but adopting held ones of containers."""
 
-    def __init__(self, settings: Settings, disks: LocalDisks, holder: Holder) -> None:
+    def __init__(self, settings: Settings, disks: LocalDisks, holder: HolderClient) -> None:
         super().__init__(settings, disks)
 
         async def none(name: str) -> int:
             return 0
 
-        self._held = Commands(settings, Incus(Path("/nowhere"), "default", 1.0), none, holder)
+        self._held = IncusCommands(settings, Incus(Path("/nowhere"), "default", 1.0), none, holder)
 
     async def adopt(self) -> Sequence[Adopted]:
         return await self._held.adopt()
@@ -125,7 +124,7 @@ class HeldCommands(LocalCommands):
 class Adopting(LocalRuntime):
     """The local runtime, but adopting held commands of containers."""
 
-    def __init__(self, settings: Settings, holder: Holder) -> None:
+    def __init__(self, settings: Settings, holder: HolderClient) -> None:
         super().__init__(settings)
         self.commands = HeldCommands(settings, self.disks, holder)
 
@@ -134,7 +133,7 @@ class Adopting(LocalRuntime):
 async def successor(settings: Settings) -> AsyncIterator[tuple[LocalRuntime, Idempotency]]:
     """Yield the runtime and the records of a gateway that starts after another."""
     async with (
-        Holder(settings.holder_socket) as holder,
+        HolderClient(settings.holder_socket) as holder,
         Adopting(settings, holder) as runtime,
         Store(settings.state_dir / "records") as store,
     ):
@@ -150,9 +149,9 @@ async def settings(tmp_path: Path) -> AsyncIterator[Settings]:
     holder_process.stop(settings)
 
 
-def ended(facts: Any, purpose: Any = None) -> Memory:
+def ended(facts: Any, purpose: Any = None) -> ExecMemory:
     """Return the memory of a command that has printed something and ended, of Bash if it has a purpose."""
-    memory = Memory.made()
+    memory = ExecMemory.made()
     for area, printed in (("first", b"hello\n"), ("second", b"\x01K\nerr\n")):
         log = Log(memory, area, None)
         log.begin(0)
@@ -166,8 +165,8 @@ def ended(facts: Any, purpose: Any = None) -> Memory:
     return memory
 
 
-async def put(settings: Settings, memories: Sequence[Memory]) -> None:
-    async with Holder(settings.holder_socket) as holder:
+async def put(settings: Settings, memories: Sequence[ExecMemory]) -> None:
+    async with HolderClient(settings.holder_socket) as holder:
         await holder.taken_over()
         for number, memory in enumerate(memories):
             holder.put(f"command/{number}", [memory.descriptor])
@@ -271,13 +270,13 @@ async def test_a_command_that_goes_on_is_sent_to_the_next_holder_alone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one that kept it has it already: a start with hundreds of commands would wait for that."""
-    sent, send = list[str](), Holder._sent
+    sent, send = list[str](), HolderClient._sent
 
-    def noted_too(self: Holder, name: str) -> bool:
+    def noted_too(self: HolderClient, name: str) -> bool:
         sent.append(name)
         return send(self, name)
 
-    monkeypatch.setattr(Holder, "_sent", noted_too)
+    monkeypatch.setattr(HolderClient, "_sent", noted_too)
     facts = {**FACTS, "over": None, "owed": None, "places": []}
     noted = {"format": 1, "own": {**OWN, "cgroup": None}, "facts": facts}
     async with all_left_waiting(settings, 1, noted, 0):
@@ -312,7 +311,7 @@ async def test_facts_of_any_kind_are_taken_over_or_let_go_of(settings: Settings)
         memories.append(ended(told))
     await put(settings, memories)
     before = len(os.listdir("/proc/self/fd"))
-    async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
+    async with HolderClient(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
         async with Store(settings.state_dir / "records") as store:
             receipts = await Idempotency.opened(store, settings)
             async with Execs(runtime.commands, Bus(MemoryJournal(1000)), receipts, settings) as execs:
@@ -323,9 +322,9 @@ async def test_facts_of_any_kind_are_taken_over_or_let_go_of(settings: Settings)
 
 
 @contextlib.asynccontextmanager
-async def taken_over(settings: Settings) -> AsyncIterator[dict[str, Shell]]:
+async def taken_over(settings: Settings) -> AsyncIterator[dict[str, BashCommand]]:
     """Go on with the commands of Bash that are held, as in one session; yields those by exec."""
-    async with Holder(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
+    async with HolderClient(settings.holder_socket) as holder, Adopting(settings, holder) as runtime:
         with contextlib.suppress(Conflict):
             await runtime.tenants.create("demo")
         async with (
@@ -337,7 +336,7 @@ async def taken_over(settings: Settings) -> AsyncIterator[dict[str, Shell]]:
                 Execs(runtime.commands, Bus(MemoryJournal(1000)), receipts, settings) as execs,
                 Shells(execs, workers, settings) as shells,
             ):
-                session, found = ToolSession(lifetime="named", name="agent"), dict[str, Shell]()
+                session, found = ToolSession(lifetime="named", name="agent"), dict[str, BashCommand]()
                 for left in shells.left_behind():
                     if left.in_front:  # of a call that nobody knows
                         shells.discard(left)
@@ -362,7 +361,7 @@ class Waiting:
     """
 
     def __init__(self, noted: Any, purpose: Any, position: int, printed: Sequence[bytes] = ()) -> None:
-        self.memory = Memory.made()
+        self.memory = ExecMemory.made()
         if noted is not None:
             self.memory.write_facts(purpose, "purpose")
             self.memory.write_facts(noted)
@@ -410,7 +409,7 @@ async def all_left_waiting(
 ) -> AsyncIterator[list[Waiting]]:
     """Have a holder keep some shells whose gateway was killed."""
     shells = [Waiting(noted, PURPOSE, position, printed) for _ in range(number)]
-    async with Holder(settings.holder_socket) as holder:
+    async with HolderClient(settings.holder_socket) as holder:
         await holder.taken_over()
         for at, shell in enumerate(shells):
             holder.put(f"command/waiting-{at}", shell.descriptors)
@@ -468,7 +467,7 @@ async def test_a_shell_that_waited_for_its_command_ends_without_a_word(
 ) -> None:
     async with (
         left_waiting(settings, None, 0) as shell,
-        Holder(settings.holder_socket) as holder,
+        HolderClient(settings.holder_socket) as holder,
         Adopting(settings, holder) as runtime,
     ):
         before = len(os.listdir("/proc/self/fd"))
@@ -487,7 +486,7 @@ async def test_shells_that_do_not_begin_hold_up_a_start_once(
     noted = {"format": 1, "own": STARTING, "facts": {**FACTS, "over": None, "starting": {"by": "me"}}}
     async with (
         all_left_waiting(settings, 20, noted, STARTING["starting"]) as shells,
-        Holder(settings.holder_socket) as holder,
+        HolderClient(settings.holder_socket) as holder,
         Adopting(settings, holder) as runtime,
     ):
         async with asyncio.timeout(30):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gateway.execs import input as module
-from gateway.execs.input import Input, Spools
+from gateway.execs.input import Spools, StdinQueue
 from gateway.limits.budget import Budget
 from tests.waits import settled, turn, until
 
@@ -52,10 +52,10 @@ class Sender:
         self.consumed += size
 
 
-def make(folder: Path, *, memory: int, each: int, limit: int) -> tuple[Any, Input, Spools, Any]:
+def make(folder: Path, *, memory: int, each: int, limit: int) -> tuple[Any, StdinQueue, Spools, Any]:
     process: Any = Slow()
     spools = Spools(folder, each, limit)
-    input_ = Input(process, memory, spools, Budget(1 << 30, 1 << 30).tenant("demo"), "demo")
+    input_ = StdinQueue(process, memory, spools, Budget(1 << 30, 1 << 30).tenant("demo"), "demo")
     return process, input_, spools, asyncio.create_task(input_.run())
 
 
@@ -236,7 +236,7 @@ async def test_input_goes_to_disk_sooner_where_the_tenants_share_is_full(tmp_pat
     process: Any = Slow()
     share = Budget(1 << 20, 1 << 20).tenant("demo")
     share.hold(1 << 20)
-    input_ = Input(process, 1 << 20, Spools(tmp_path, 1 << 20, 1 << 20), share, "demo")
+    input_ = StdinQueue(process, 1 << 20, Spools(tmp_path, 1 << 20, 1 << 20), share, "demo")
     writing, sender, before = asyncio.create_task(input_.run()), Sender(), spooled()
     async with asyncio.timeout(10):
         for number in range(20):

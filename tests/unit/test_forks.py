@@ -161,5 +161,5 @@ async def test_a_process_has_the_constants_that_a_test_gives_it() -> None:
 
 
 def test_a_constant_that_is_not_there_is_named() -> None:
-    with pytest.raises(AssertionError, match=r"there is no gateway\.execs\.notes\.NONE"):
-        constants({"gateway.execs.notes.NONE": 1})
+    with pytest.raises(AssertionError, match=r"there is no gateway\.execs\.runner\.NONE"):
+        constants({"gateway.execs.runner.NONE": 1})

@@ -20,8 +20,8 @@ import pytest
 
 from gateway.holder import holder as holder_client
 from gateway.holder import holding
-from gateway.holder.holder import Holder, held_at
-from gateway.holder.messages import close, receive, send
+from gateway.holder.holder import HolderClient, held_at
+from gateway.holder.holding import close, receive, send
 from gateway.host import HostError, doctor, holder_process
 from gateway.host.findings import Hint
 from gateway.host.holder_process import command
@@ -81,7 +81,7 @@ async def test_what_can_wait_is_told_a_moment_later(start: Start, tmp_path: Path
     await start()
     path = tmp_path / "holder.sock"
     read, write = os.pipe()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         holder.put("one", [read], soon=True)
         assert held_at(path) == 0
@@ -101,7 +101,7 @@ async def test_what_is_put_outlives_who_put_it(start: Start, tmp_path: Path) -> 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     ours, theirs = socket.socketpair()
     read, write = os.pipe()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         assert await holder.taken_over() == {}
         holder.put("one", [theirs.fileno(), write])
         holder.put("gone", [read])
@@ -109,7 +109,7 @@ async def test_what_is_put_outlives_who_put_it(start: Start, tmp_path: Path) -> 
         await until(lambda: held_at(path) == 1)
     theirs.close()
     os.close(write)
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         found = await holder.taken_over()
         assert list(found) == ["one"]
         again = socket.socket(fileno=found["one"][0])
@@ -134,7 +134,7 @@ async def test_without_descriptors_a_name_is_refused_and_the_others_stay(
     await start(before=("prlimit", "--nofile=100:100"))
     path, room = tmp_path / "holder.sock", 100 - holding._SPARE
     ours, theirs = socket.socketpair()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         for number in range(3 * room):
             holder.put(str(number), [theirs.fileno()])
@@ -145,7 +145,7 @@ async def test_without_descriptors_a_name_is_refused_and_the_others_stay(
         await until(lambda: held_at(path) == room)
         assert "no room for last" not in caplog.text and "is gone" not in caplog.text
     theirs.close()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         found = await holder.taken_over()
         assert found.keys() == {*map(str, range(1, room)), "last"}
         for descriptors in found.values():
@@ -158,7 +158,7 @@ async def test_all_is_closed_where_no_gateway_comes(start: Start, tmp_path: Path
     await start(0.3)
     path = tmp_path / "holder.sock"
     ours, theirs = socket.socketpair()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         with theirs:
             holder.put("one", [theirs.fileno()])
@@ -173,7 +173,7 @@ async def test_a_holder_that_was_killed_gets_everything_anew(start: Start, tmp_p
     process = await start()
     path = tmp_path / "holder.sock"
     ours, theirs = socket.socketpair()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         holder.put("one", [theirs.fileno()])
         process.send_signal(signal.SIGKILL)
@@ -183,7 +183,7 @@ async def test_a_holder_that_was_killed_gets_everything_anew(start: Start, tmp_p
         await start()
         await until(lambda: holder.there and held_at(path) == 2)
     theirs.close()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         found = await holder.taken_over()
         assert found.keys() == {"one", "two"}
         for held in found.values():
@@ -198,7 +198,7 @@ async def test_holder_and_gateway_die_in_turn_at_any_moment(start: Start, tmp_pa
     chance, process = random.Random(seed), await start()
     pairs, kept = list[tuple[socket.socket, socket.socket]](), dict[str, list[int]]()
     for number in range(TURNS):
-        async with Holder(path) as holder:
+        async with HolderClient(path) as holder:
             found = await holder.taken_over()
             assert found.keys() == kept.keys()
             for name, descriptors in found.items():
@@ -228,7 +228,7 @@ async def test_a_holder_that_lives_on_drops_what_it_was_not_told_to_drop(
     """A word that a broken connection took with it is said again: a command's sockets would stay open."""
     await start()
     path = tmp_path / "holder.sock"
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         holder.put("one", [0])
         holder.put("two", [0])
@@ -240,7 +240,7 @@ async def test_a_holder_that_lives_on_drops_what_it_was_not_told_to_drop(
 
 
 async def test_without_a_holder_nothing_is_held_and_nothing_fails(tmp_path: Path) -> None:
-    async with Holder(tmp_path / "holder.sock") as holder:
+    async with HolderClient(tmp_path / "holder.sock") as holder:
         assert await holder.taken_over() == {}
         assert not holder.there
         holder.put("one", [0])
@@ -266,7 +266,7 @@ async def test_no_thread_is_used_to_look_for_a_holder(
     monkeypatch.setattr(holder_client, "_connected", look)
     monkeypatch.setattr(holder_client, "_AGAIN", 0.001)
     monkeypatch.setattr(loop, "run_in_executor", aside)
-    async with Holder(tmp_path / "holder.sock") as holder:
+    async with HolderClient(tmp_path / "holder.sock") as holder:
         await holder.taken_over()
         await until(lambda: looks["all"] > 5)
     assert not threads
@@ -293,7 +293,7 @@ async def test_many_names_arrive_whole(start: Start, tmp_path: Path) -> None:
     await start()
     path = tmp_path / "holder.sock"
     ours, theirs = socket.socketpair()
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         for number in range(600):
             holder.put(f"n{number}", [theirs.fileno()] * 8)
@@ -332,13 +332,13 @@ async def test_a_holder_that_is_slow_is_waited_for(
     """What a gateway does not get to know of at its start would end."""
     process = await start()
     path = tmp_path / "holder.sock"
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         holder.put("one", [0])
         await until(lambda: held_at(path) == 1)
     monkeypatch.setattr(holder_client, "_PATIENCE", 0.05)
     process.send_signal(signal.SIGSTOP)
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         listing = asyncio.create_task(holder.taken_over())
         await until(lambda: "cannot list" in caplog.text)
         monkeypatch.setattr(holder_client, "_PATIENCE", 30.0)
@@ -363,7 +363,7 @@ async def test_a_list_that_breaks_off_leaves_no_descriptor(tmp_path: Path) -> No
         listener.bind(str(path))
         listener.listen()
         breaking = asyncio.create_task(asyncio.to_thread(break_off, listener))
-        async with Holder(path) as holder:
+        async with HolderClient(path) as holder:
             assert await holder.taken_over() == {}
             await breaking
             theirs.close()
@@ -382,7 +382,7 @@ async def test_leaving_amid_a_reconnect_closes_its_connection(
     waiting = [loop.run_in_executor(None, free.wait) for _ in range(100 if busy else 0)]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.ExitStack() as last:
         last.callback(free.set)
-        async with Holder(path) as holder:
+        async with HolderClient(path) as holder:
             await holder.taken_over()  # nobody is there
             listener.bind(str(path))
             listener.listen()
@@ -399,7 +399,7 @@ async def test_what_waits_for_room_is_sent_before_the_holder_is_left(start: Star
     """To a holder that is slow, and whose queue is full."""
     process = await start()
     path = tmp_path / "holder.sock"
-    async with Holder(path) as holder:
+    async with HolderClient(path) as holder:
         await holder.taken_over()
         process.send_signal(signal.SIGSTOP)
         for number in range(1000):
@@ -421,7 +421,7 @@ async def test_another_user_gets_nothing_even_if_the_socket_is_open_to_it(
     tmp_path.chmod(0o711)
     (tmp_path / "holder.sock").chmod(0o666)
     read, write = os.pipe()
-    async with Holder(tmp_path / "holder.sock") as holder:
+    async with HolderClient(tmp_path / "holder.sock") as holder:
         holder.put("one", [read])
         with contextlib.chdir(tmp_path), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
             stranger.settimeout(30)

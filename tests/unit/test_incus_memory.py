@@ -22,8 +22,8 @@ from gateway.incus import IncusError
 from gateway.incus.exec_sockets import ExecSockets, outputs
 from gateway.incus.frames import BINARY, TEXT, Frames, frame, header
 from gateway.incus.inlet import Inlet
-from gateway.incus.memory import SEGMENT, SEGMENTS, Full, Log, Memory, Odometer
-from gateway.incus.waiting import Waiting
+from gateway.incus.memory import SEGMENT, SEGMENTS, ExecMemory, Log, MemoryFull, Odometer
+from gateway.incus.waiting import OperationWait
 from tests.thorough import examples
 
 HANDSHAKE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
@@ -38,8 +38,8 @@ def sent(data: bytes, kind: int = BINARY) -> bytes:
 
 
 @pytest.fixture
-def memory() -> Iterator[Memory]:
-    memory = Memory.made()
+def memory() -> Iterator[ExecMemory]:
+    memory = ExecMemory.made()
     yield memory
     memory.close()
 
@@ -57,9 +57,9 @@ def taken(log: Log, own: socket.socket, frames: Frames, size: int) -> bytes:
     return data
 
 
-def adopted(memory: Memory, own: socket.socket) -> tuple[int, bytes]:
+def adopted(memory: ExecMemory, own: socket.socket) -> tuple[int, bytes]:
     """Return what another process finds, with the first byte's offset, through its own memory object."""
-    again = Memory(os.dup(memory.descriptor))
+    again = ExecMemory(os.dup(memory.descriptor))
     try:
         log = Log(again, "first", Odometer(own))
         frames = Frames(log)
@@ -75,7 +75,7 @@ def test_another_process_finds_what_was_received_and_not_let_go_of(
 ) -> None:
     """Wherever frames and segments are split, and although the last read was never recorded."""
     ours, theirs = socket.socketpair()
-    memory = Memory.made()
+    memory = ExecMemory.made()
     whole, floor = b"", 0
     try:
         theirs.setblocking(True)
@@ -108,7 +108,7 @@ def test_another_process_finds_what_was_received_and_not_let_go_of(
         theirs.close()
 
 
-def test_the_odometer_is_set_anew_before_it_ends(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_odometer_is_set_anew_before_it_ends(memory: ExecMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the process is killed before, during or after the reset."""
     monkeypatch.setattr("gateway.incus.memory._TURN", 50_000)
     ours, theirs = socket.socketpair()
@@ -143,7 +143,7 @@ def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
     kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "8"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(True)
-    memory = Memory.made()
+    memory = ExecMemory.made()
     Odometer(theirs).reset()
     Log(memory, "first", Odometer(theirs)).begin(0)
     writer = os.fork()
@@ -161,7 +161,7 @@ def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
             reader = os.fork()
             if reader == 0:
                 with contextlib.suppress(BaseException):
-                    again = Memory(os.dup(memory.descriptor))
+                    again = ExecMemory(os.dup(memory.descriptor))
                     log = Log(again, "first", Odometer(theirs))
                     frames = Frames(log)
                     end = frames.start + sum(len(p) for view in log.replay() for p in frames.feed(view))
@@ -195,7 +195,7 @@ async def test_a_writer_that_is_killed_anywhere_loses_and_doubles_nothing() -> N
     kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "8"))
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    memory = Memory.made()
+    memory = ExecMemory.made()
     pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     arrived = bytearray()
     loop = asyncio.get_running_loop()
@@ -205,7 +205,7 @@ async def test_a_writer_that_is_killed_anywhere_loses_and_doubles_nothing() -> N
             child = os.fork()
             if child == 0:
                 with contextlib.suppress(BaseException):
-                    asyncio.run(_give(theirs, pipe, Memory(os.dup(memory.descriptor))))
+                    asyncio.run(_give(theirs, pipe, ExecMemory(os.dup(memory.descriptor))))
                 os._exit(1)
             await asyncio.sleep(random.uniform(0.005, 0.03))
             os.kill(child, signal.SIGKILL)
@@ -233,14 +233,14 @@ async def test_a_writer_that_is_killed_anywhere_loses_and_doubles_nothing() -> N
     theirs.close()
 
 
-async def _give(own: socket.socket, pipe: tuple[int, int], memory: Memory) -> None:
+async def _give(own: socket.socket, pipe: tuple[int, int], memory: ExecMemory) -> None:
     inlet = Inlet(own, pipe, memory)
     while True:
         start = inlet.position % 251
         await inlet.write((bytes(range(251)) * 300)[start : start + random.randint(1, 70_000)])
 
 
-def test_a_long_output_has_room_for_all_that_a_socket_has(memory: Memory) -> None:
+def test_a_long_output_has_room_for_all_that_a_socket_has(memory: ExecMemory) -> None:
     """But for once in each turn through the segments: a shorter read costs as much as a whole one."""
     log, rooms = Log(memory, "first", None), list[int]()
     log.begin(0)
@@ -253,16 +253,16 @@ def test_a_long_output_has_room_for_all_that_a_socket_has(memory: Memory) -> Non
     assert rooms.count(256 << 10) > 400
 
 
-def test_a_memory_that_is_full_says_so(memory: Memory) -> None:
+def test_a_memory_that_is_full_says_so(memory: ExecMemory) -> None:
     for _ in range(SEGMENTS - 1):  # the last is for the beginning
         memory.take()
-    with pytest.raises(Full):
+    with pytest.raises(MemoryFull):
         memory.take()
-    with pytest.raises(Full):
+    with pytest.raises(MemoryFull):
         memory.write_facts({"x": "y" * 60_000})
 
 
-def test_what_is_let_go_of_goes_back_to_the_kernel(memory: Memory) -> None:
+def test_what_is_let_go_of_goes_back_to_the_kernel(memory: ExecMemory) -> None:
     ours, theirs = socket.socketpair()
     Odometer(theirs).reset()
     log = Log(memory, "first", Odometer(theirs))
@@ -286,7 +286,7 @@ def test_a_memory_that_was_written_over_is_read_within_bounds(
     changes: list[tuple[int, bytes]],
 ) -> None:
     """It never crashes, nor returns more than there is."""
-    memory = Memory.made()
+    memory = ExecMemory.made()
     try:
         memory.write_facts({"format": 1})
         log = Log(memory, "first", None)
@@ -294,7 +294,7 @@ def test_a_memory_that_was_written_over_is_read_within_bounds(
         log.close()
         for at, data in changes:
             memory.view[at : at + len(data)] = data
-        again = Memory(os.dup(memory.descriptor))
+        again = ExecMemory(os.dup(memory.descriptor))
         try:
             with contextlib.suppress(ValueError, struct.error, IndexError):
                 found = outputs(again, terminal=False)
@@ -320,14 +320,14 @@ async def test_descriptors_that_are_no_commands_are_refused_and_closed() -> None
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_an_output_that_goes_on_at_once_takes_no_memory_of_the_other(
-    memory: Memory, loop: Callable[[], asyncio.AbstractEventLoop]
+    memory: ExecMemory, loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     """uvloop reads the first before the second is adopted."""
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(_go_on_at_once(memory))
 
 
-async def _go_on_at_once(memory: Memory) -> None:
+async def _go_on_at_once(memory: ExecMemory) -> None:
     pairs = [socket.socketpair() for _ in range(5)]  # the answer, control, input and the two outputs
     logs = [Log(memory, "first", Odometer(pairs[3][1])), Log(memory, "second", Odometer(pairs[4][1]))]
     for (theirs, ours), log in zip(pairs[3:], logs, strict=True):
@@ -366,7 +366,7 @@ async def test_an_answer_waits_for_whoever_has_its_descriptor(
     """Also for a process that comes after its header was consumed."""
     ours, theirs = socket.socketpair()
     ours.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-    waiting = Waiting(theirs)
+    waiting = OperationWait(theirs)
     if taken:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(waiting.result(), 0.05)
@@ -383,7 +383,7 @@ async def test_an_answer_is_the_last_of_its_connection(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "incusd"))
         listener.listen()
-        waiting = await Waiting.ask(tmp_path / "incusd", "1234")
+        waiting = await OperationWait.ask(tmp_path / "incusd", "1234")
         with listener.accept()[0] as asked:
             lines = asked.recv(1000).split(b"\r\n")
         waiting.close()
@@ -391,7 +391,7 @@ async def test_an_answer_is_the_last_of_its_connection(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("written", [False, True])
-async def test_a_piece_that_was_written_but_not_noted_counts(memory: Memory, written: bool) -> None:
+async def test_a_piece_that_was_written_but_not_noted_counts(memory: ExecMemory, written: bool) -> None:
     """The kill came between the write into the pipe and the note of it, or before the write."""
     ours, theirs = socket.socketpair()
     pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -410,7 +410,7 @@ async def test_an_answer_that_broke_off_is_none(said: bytes) -> None:
     ours, theirs = socket.socketpair()
     ours.sendall(said)
     ours.close()
-    waiting = Waiting(theirs)
+    waiting = OperationWait(theirs)
     with pytest.raises(IncusError):
         await asyncio.wait_for(waiting.result(), 30)
     waiting.close()
@@ -421,7 +421,7 @@ def test_what_is_known_of_an_ended_command_is_small() -> None:
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        memories = [Memory.made() for _ in range(50)]
+        memories = [ExecMemory.made() for _ in range(50)]
         assert (tracemalloc.get_traced_memory()[0] - before) / 50 < 2000
         for memory in memories:
             memory.close()
@@ -429,23 +429,23 @@ def test_what_is_known_of_an_ended_command_is_small() -> None:
         tracemalloc.stop()
 
 
-def test_facts_are_read_without_taking_the_memory_that_they_may_have(memory: Memory) -> None:
+def test_facts_are_read_without_taking_the_memory_that_they_may_have(memory: ExecMemory) -> None:
     """The kernel gives a page for each that is read: 500 commands would take 24 MiB at a restart."""
     memory.write_facts({"id": "x"})
     before = os.fstat(memory.descriptor).st_blocks
-    again = Memory(os.dup(memory.descriptor))
+    again = ExecMemory(os.dup(memory.descriptor))
     assert again.read_facts() == {"id": "x"}
     again.close()
     assert os.fstat(memory.descriptor).st_blocks == before
 
 
-def test_what_a_command_is_for_and_its_beginning_are_there_for_the_next(memory: Memory) -> None:
+def test_what_a_command_is_for_and_its_beginning_are_there_for_the_next(memory: ExecMemory) -> None:
     memory.write_facts({"phase": "front"}, "purpose")
     memory.write_facts({"phase": "moved"}, "purpose")
     memory.beginning[3:5] = b"xy"
-    again = Memory(os.dup(memory.descriptor))
+    again = ExecMemory(os.dup(memory.descriptor))
     assert again.read_facts("purpose") == {"phase": "moved"}
     assert bytes(again.beginning[:6]) == b"\0\0\0xy\0"
-    with pytest.raises(Full):
+    with pytest.raises(MemoryFull):
         memory.write_facts({"x": "y" * 4096}, "purpose")
     again.close()

@@ -19,7 +19,7 @@ from gateway.errors import Unavailable
 from gateway.incus import exec_sockets
 from gateway.incus.exec_sockets import ExecSockets, connect, outputs
 from gateway.incus.frame_socket import Lost
-from gateway.incus.memory import Memory
+from gateway.incus.memory import ExecMemory
 from gateway.incus.socket import StreamSocket
 from tests.thorough import examples
 from tests.waits import turn, until
@@ -215,7 +215,7 @@ class Waits:
 
 
 async def command(
-    peer: Any, memory: Memory | None, *, terminal: bool = False
+    peer: Any, memory: ExecMemory | None, *, terminal: bool = False
 ) -> tuple[ExecSockets, dict[str, ServerConnection]]:
     """Return the sockets of a command, and incusd's ends of them."""
     path, came = peer
@@ -234,7 +234,7 @@ async def test_what_incusd_left_in_a_pipe_follows_what_it_sent(
 ) -> None:
     """And is kept with it for the next process; the pipes are closed then."""
     monkeypatch.setattr(exec_sockets, "_OPENING", 0.0)
-    memory = Memory.made() if held else None
+    memory = ExecMemory.made() if held else None
     sockets, ends = await command(peer, memory)
     pipes = {name: os.pipe2(os.O_NONBLOCK) for name in ("1", "2")}
     left = os.urandom(size)

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.incus import Incus, IncusError
 from gateway.rootfs import kernel_limits, memory
-from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.resizing import UPDATING, Resizing, not_in_force, words
 from gateway.settings import Settings
@@ -150,7 +150,7 @@ async def test_the_memory_of_an_update_is_taken_back_by_a_put(
     async def nowhere(name: str) -> int:
         return 0
 
-    resizing = Resizing(settings, incus, making, Commands(settings, incus, nowhere))
+    resizing = Resizing(settings, incus, making, IncusCommands(settings, incus, nowhere))
     shared: list[str] = []
 
     async def applied(name: str) -> None:

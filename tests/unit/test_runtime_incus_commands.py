@@ -14,12 +14,12 @@ import pytest
 from gateway.errors import GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, NotAwaited, Operation, client
 from gateway.incus.socket import StreamSocket
-from gateway.incus.waiting import Waiting
+from gateway.incus.waiting import OperationWait
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import commands as starting
-from gateway.runtime.incus.commands import Commands
-from gateway.runtime.incus.inside import Inside
+from gateway.runtime.incus.commands import IncusCommands
+from gateway.runtime.incus.inside import ContainerScripts
 from gateway.runtime.incus.process import IncusProcess
 from gateway.runtime.incus.shell import Assignment, IncusShell
 from gateway.settings import Settings
@@ -67,7 +67,7 @@ async def test_a_command_for_a_tenant_that_was_just_paused_says_so(
     async def take(tenant: str, terminal: bool) -> IncusShell:
         return shell
 
-    commands = Commands(Settings(exec_start_timeout=0.01), Incusd(status), given)
+    commands = IncusCommands(Settings(exec_start_timeout=0.01), Incusd(status), given)
     monkeypatch.setattr(commands._warm_shells, "take", take)
     with pytest.raises(raised) as caught:
         await commands.exec("shop", ExecSpec(("true",)))
@@ -95,7 +95,7 @@ async def test_a_shell_whose_sockets_came_too_late_is_started_again(late: int, a
         return 0
 
     incusd = Late(late)
-    commands = Commands(Settings(), incusd, pid)
+    commands = IncusCommands(Settings(), incusd, pid)
     if late < asked:
         assert await commands._begin("shop", ["sh"], None)
     else:
@@ -157,7 +157,7 @@ class Staying(CommandCgroup):
 async def test_an_exit_is_known_even_if_the_cgroup_is_not_removed_in_time(why: GatewayError) -> None:
     """It was told as lost on a host under load."""
     settings = Settings()
-    inside = Inside(settings, Incusd("Running"))
+    inside = ContainerScripts(settings, Incusd("Running"))
     own = {"tenant": "shop", "exec": "own/abc", "pid": 7, "started": 1.0, "terminal": False, "path": ""}
     process = IncusProcess(inside, 1.0, {**own, "method": "cgroup"}, Ended(), Staying(why), None)
     assert (await process.wait()).code == 3
@@ -193,7 +193,7 @@ async def test_a_start_that_is_given_up_leaves_no_sockets(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(starting, "of_init", slow)
     start = asyncio.create_task(
-        Commands(Settings(), Starting("Running"), given).exec("shop", ExecSpec(("true",)))
+        IncusCommands(Settings(), Starting("Running"), given).exec("shop", ExecSpec(("true",)))
     )
     await looking.wait()
     start.cancel()
@@ -212,7 +212,7 @@ async def test_a_command_that_cannot_be_followed_leaves_no_sockets(monkeypatch: 
         def close(self) -> None:
             closed.append("stream")
 
-    class Asked(Waiting):
+    class Asked(OperationWait):
         def __init__(self) -> None:
             pass
 
@@ -223,7 +223,7 @@ async def test_a_command_that_cannot_be_followed_leaves_no_sockets(monkeypatch: 
         async def _request(self, *given: Any, **more: Any) -> dict[str, Any]:
             return {"metadata": {"id": "op", "metadata": {"fds": {}}}}
 
-    async def ask(*given: Any) -> Waiting:
+    async def ask(*given: Any) -> OperationWait:
         return Asked()
 
     async def connected(*given: Any, **more: Any) -> dict[str, StreamSocket]:
@@ -232,7 +232,7 @@ async def test_a_command_that_cannot_be_followed_leaves_no_sockets(monkeypatch: 
     def full(*given: Any, **more: Any) -> ExecSockets:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(Waiting, "ask", ask)
+    monkeypatch.setattr(OperationWait, "ask", ask)
     monkeypatch.setattr(client, "connect", connected)
     monkeypatch.setattr(client, "ExecSockets", full)
     with pytest.raises(IncusError):

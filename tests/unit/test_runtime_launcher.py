@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies
 
 from gateway.errors import ExecFailed, Unavailable
-from gateway.runtime import Killed
+from gateway.runtime import KillResult
 from gateway.runtime.launcher import KILLED_MAX, PID_MAX, Preamble, killed
 
 SAID = b"\x01R 7 cgroup \n\x01K\n"
@@ -84,8 +84,8 @@ def test_what_others_said_is_told_where_nothing_starts() -> None:
 
 
 def test_the_answer_of_the_script_that_kills() -> None:
-    assert killed(b"5 1 2 cgroup\n") == Killed(3, True, 2, "cgroup")
-    assert killed(b"0 0 0 scan") == Killed(0, False, 0, "scan")
+    assert killed(b"5 1 2 cgroup\n") == KillResult(3, True, 2, "cgroup")
+    assert killed(b"0 0 0 scan") == KillResult(0, False, 0, "scan")
     assert killed(b"2 1 5 scan\n").killed == 0, "those that survived were born meanwhile"
 
 

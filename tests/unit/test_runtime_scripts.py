@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 
 from gateway.errors import ExecFailed
 from gateway.rootfs.process_tree import MARKER, PARENT
-from gateway.runtime import Killed, Pty
+from gateway.runtime import KillResult, Pty
 from gateway.runtime.launcher import (
     DRAIN_SCRIPT,
     KILL_SCRIPT,
@@ -362,10 +362,10 @@ def test_a_marked_tree_ends(shell: tuple[str, ...], grace: str, trap: str, escal
             assert leader.stdout is not None and leader.stdout.readline() == b"\n"
             asked = [*shell, "-c", KILL_SCRIPT, "sh", exec_id, grace, "5000"]
             said = subprocess.run(asked, env=BASE, stdout=subprocess.PIPE, timeout=30).stdout
-            assert killed(said) == Killed(3, escalated, 0, "scan")
+            assert killed(said) == KillResult(3, escalated, 0, "scan")
             assert leader.wait(10) == -(signal.SIGKILL if escalated else signal.SIGTERM)
             said = subprocess.run(asked, env=BASE, stdout=subprocess.PIPE, timeout=30).stdout
-            assert killed(said) == Killed(0, False, 0, "scan")
+            assert killed(said) == KillResult(0, False, 0, "scan")
         finally:
             leader.kill()
 
@@ -381,7 +381,7 @@ def test_what_is_found_late_hears_term_too(shell: tuple[str, ...], tmp_path: Pat
             assert leader.stdout is not None and leader.stdout.readline() == b"\n"
             asked = [*shell, "-c", KILL_SCRIPT, "sh", exec_id, "20000", "5000"]
             said = subprocess.run(asked, env=BASE, stdout=subprocess.PIPE, timeout=30).stdout
-            assert killed(said) == Killed(2, False, 0, "scan")
+            assert killed(said) == KillResult(2, False, 0, "scan")
         finally:
             leader.kill()
 
@@ -394,7 +394,7 @@ def test_a_process_cannot_pass_for_a_zombie_by_its_name(shell: tuple[str, ...], 
         try:
             asked = [*shell, "-c", KILL_SCRIPT, "sh", exec_id, "0", "5000"]
             said = subprocess.run(asked, env=BASE, stdout=subprocess.PIPE, timeout=30).stdout
-            assert killed(said) == Killed(1, True, 0, "scan")
+            assert killed(said) == KillResult(1, True, 0, "scan")
         finally:
             process.kill()
 

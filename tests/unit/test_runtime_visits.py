@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from gateway.runtime import probe, visits
-from gateway.runtime.visits import Place, visited
+from gateway.runtime.visits import TenantPort, visited
 from tests.waits import pause, until
 
 
 def _ages(port: int) -> float | None:
-    return visited({"site": Place(port, "127.0.0.1")}).get("site")
+    return visited({"site": TenantPort(port, "127.0.0.1")}).get("site")
 
 
 def test_a_connection_is_seen_while_it_is_open_and_a_minute_after() -> None:
@@ -49,8 +49,8 @@ def test_the_network_of_a_process_is_looked_at_by_the_sites_own_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):
-            assert visited({"a": Place(port, pid=os.getpid())}) == {"a": 0}
-            assert visited({"a": Place(9, pid=os.getpid())}) == {}
+            assert visited({"a": TenantPort(port, pid=os.getpid())}) == {"a": 0}
+            assert visited({"a": TenantPort(9, pid=os.getpid())}) == {}
 
 
 async def test_the_gateways_own_probes_are_no_visits() -> None:
@@ -81,10 +81,10 @@ def test_a_tenant_with_more_connections_than_are_looked_through_is_in_use(
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):
             monkeypatch.setattr("gateway.runtime.visits._BYTES", 10)
-            assert visited({"a": Place(9, pid=os.getpid())}) == {"a": 0}
-            assert visited({"a": Place(9, "127.0.0.1")}) == {}
+            assert visited({"a": TenantPort(9, pid=os.getpid())}) == {"a": 0}
+            assert visited({"a": TenantPort(9, "127.0.0.1")}) == {}
             monkeypatch.setattr("gateway.runtime.visits._HOST_BYTES", 10)
-            assert visited({"a": Place(9, "127.0.0.1"), "b": Place(9)}) == {"a": 0}
+            assert visited({"a": TenantPort(9, "127.0.0.1"), "b": TenantPort(9)}) == {"a": 0}
 
 
 def test_a_table_of_many_connections_takes_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_a_table_of_many_connections_takes_a_moment(tmp_path: Path, monkeypatch:
         "gateway.runtime.visits.Path", lambda path: tmp_path if path == "/proc" else Path(path)
     )
     began = time.process_time()
-    assert visited({"a": Place(0x7FF, "127.0.0.1"), "b": Place(0xFFFF, "127.0.0.1")}) == {"a": 0}
+    assert visited({"a": TenantPort(0x7FF, "127.0.0.1"), "b": TenantPort(0xFFFF, "127.0.0.1")}) == {"a": 0}
     assert time.process_time() - began < 3
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from gateway.errors import Unavailable
 from gateway.settings import Settings
-from gateway.shells import bash
-from gateway.shells.record import Record
+from gateway.shells import shells
+from gateway.shells.shell_command import BashRecord
 from gateway.tools.session import ToolSession
 from tests.waits import pause
 
@@ -28,7 +28,7 @@ class SlowStart:
         self.late = 0.0
         self.moved = False
 
-    async def start(self, root: object, record: Record, *_: object) -> Any:
+    async def start(self, root: object, record: BashRecord, *_: object) -> Any:
         self.late = START
         task = asyncio.ensure_future(pause(0.05))
         return SimpleNamespace(task=task, record=record, left=False, held=True, ended=None, exec_id="x")
@@ -40,8 +40,8 @@ class SlowStart:
 async def test_the_timeout_counts_from_the_start_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy tenant takes its time to start a command, which is not to be in the background by then."""
     commands = SlowStart()
-    monkeypatch.setattr(bash, "time", SimpleNamespace(time=lambda: time.time() + commands.late))
-    tools = bash.Bash(cast(Any, commands), cast(Any, None), Settings(runtime="local"))
+    monkeypatch.setattr(shells, "time", SimpleNamespace(time=lambda: time.time() + commands.late))
+    tools = shells.Bash(cast(Any, commands), cast(Any, None), Settings(runtime="local"))
     given = {"command": "echo", "timeout": 30_000}
     with pytest.raises(Unavailable, match="exit was lost"):  # it has ended, and has no exit here
         await tools.run(cast(Any, None), ToolSession(), given, "x", "", None, None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.limits.budget import Budget
-from gateway.shells.printed import Unread
+from gateway.shells.shell_command import Unread
 from tests.contracts import claude
 from tests.contracts.gateway import no_traceback
 from tests.contracts.shells import QUICK, ShellContract

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.execs.tail import Tail
+from gateway.execs.streams import Tail
 
 
 @given(st.integers(1, 30), st.lists(st.binary(min_size=1, max_size=20), max_size=30), st.data())

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.errors import ExecFailed, InvalidParams, TenantNotRunning, Timeout, Unavailable
-from gateway.holder.holder import Holder
-from gateway.incus import ExecSockets, Incus, Memory, NotAwaited
+from gateway.holder.holder import HolderClient
+from gateway.incus import ExecMemory, ExecSockets, Incus, NotAwaited
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.command_cgroup import CommandCgroup, commands, lives, of_init
 from gateway.rootfs.process_tree import of_command
 from gateway.runtime import Adopted, ExecSpec, Process, Pty, StreamName
 from gateway.runtime.incus.errors import in_time, translated
-from gateway.runtime.incus.held import FORMAT, Held, close, kept
-from gateway.runtime.incus.inside import Inside
+from gateway.runtime.incus.held import FORMAT, HeldCommand, close, kept
+from gateway.runtime.incus.inside import ContainerScripts
 from gateway.runtime.incus.process import IncusProcess
 from gateway.runtime.incus.shell import Assignment, IncusShell
 from gateway.runtime.launcher import (
@@ -56,7 +56,7 @@ def is_ours(command: list[str]) -> bool:
     return len(command) > 2 and command[2] in _OURS
 
 
-class Commands:
+class IncusCommands:
     """Commands of one gateway in the containers of one Incus; see `gateway.runtime.Commands`.
 
     `init_pid` returns the host pid of a container's init process, 0 if it is not running, and raises
@@ -68,7 +68,7 @@ class Commands:
         settings: Settings,
         incus: Incus,
         init_pid: Callable[[str], Awaitable[int]],
-        holder: Holder | None = None,
+        holder: HolderClient | None = None,
     ) -> None:
         self.settings = settings
         self._holder = holder
@@ -76,7 +76,7 @@ class Commands:
         self._adopted: set[str] = set()  # cgroups of commands continued from earlier processes
         self._incus = incus
         self._init_pid = init_pid
-        self.inside = Inside(settings, incus)
+        self.inside = ContainerScripts(settings, incus)
         self._broker = BrokerClient(at=settings.broker_socket) if settings.broker_socket else None
         self._warm_shells = WarmShells(
             self._wait_warm,
@@ -264,7 +264,7 @@ class Commands:
         found = await asyncio.gather(*(self._continued(self._holder, *one) for one in held.items()))
         return [adopted for adopted in found if adopted is not None]
 
-    async def _continued(self, holder: Holder, name: str, descriptors: list[int]) -> Adopted | None:
+    async def _continued(self, holder: HolderClient, name: str, descriptors: list[int]) -> Adopted | None:
         try:
             return await self._adopt(holder, name, descriptors)
         except Exception as error:  # one broken record must not affect the others
@@ -272,10 +272,10 @@ class Commands:
             holder.drop(name)
             return None
 
-    async def _adopt(self, holder: Holder, name: str, descriptors: list[int]) -> Adopted | None:
+    async def _adopt(self, holder: HolderClient, name: str, descriptors: list[int]) -> Adopted | None:
         """Continue one command; None for a shell that waited for its command, which ends."""
         if len(descriptors) == 1:
-            memory, sockets = Memory(descriptors[0]), None
+            memory, sockets = ExecMemory(descriptors[0]), None
         elif len(descriptors) in _DESCRIPTORS:
             sockets = await ExecSockets.adopted(descriptors)
             assert sockets.memory is not None
@@ -297,7 +297,7 @@ class Commands:
                 sockets.ended()
                 await sockets.aclose()
                 sockets, memory = None, memory.reopened()  # its logs are read once more
-            holding = Held(holder, name, memory, sockets, own)
+            holding = HeldCommand(holder, name, memory, sockets, own)
             holding.go_on()
             if sockets is None:
                 told, report = kept(memory, own)

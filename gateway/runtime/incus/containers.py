@@ -15,7 +15,7 @@ from gateway.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Container:
     root: FilesystemRoot
     init_pid: int
 
@@ -29,7 +29,7 @@ class Containers:
 
     def __init__(self, settings: Settings, incus: Incus, standing: Callable[[], bool]) -> None:
         self._settings, self._incus, self._standing = settings, incus, standing
-        self._found: dict[str, _Found] = {}
+        self._found: dict[str, _Container] = {}
         self.leaving: set[str] = set()
         """Tenants on their way to another member: nothing of them is touched, and their end is no event."""
 
@@ -48,7 +48,7 @@ class Containers:
         else:
             self._found.pop(name, None)
 
-    async def _find(self, name: str) -> _Found:
+    async def _find(self, name: str) -> _Container:
         if name in self.leaving:
             raise Unavailable(f"tenant {name} is moving to another server; try again", reason="moving")
         if (found := self._found.get(name)) is not None:
@@ -58,7 +58,7 @@ class Containers:
             instance, init_pid = await self._incus.started(name)
         if not is_tenant(instance):
             raise NotFound(f"no tenant {name}")
-        found = _Found(FilesystemRoot(name, self._settings.workspace, disk_state(instance)), init_pid)
+        found = _Container(FilesystemRoot(name, self._settings.workspace, disk_state(instance)), init_pid)
         if standing and self._standing():
             self._found[name] = found
         return found

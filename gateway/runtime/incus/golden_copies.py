@@ -29,7 +29,7 @@ from gateway.runtime.incus.uploads import (
     CONTENT,
     UPLOADER,
     USED,
-    Upload,
+    UploadedSite,
     freeing,
     surplus,
     upload_of,
@@ -243,7 +243,7 @@ class GoldenCopies:
         )
         await self._give_up(gone, "a golden copy of an upload is no longer wanted")
 
-    async def _give_up(self, copies: Collection[Upload], why: str) -> int:
+    async def _give_up(self, copies: Collection[UploadedSite], why: str) -> int:
         """Remove copies, except those being copied for a tenant; return the bytes they held."""
         free = [copy for copy in copies if not self._copying[copy.name]]
         for copy in free:
@@ -256,7 +256,7 @@ class GoldenCopies:
             )
         return sum(copy.bytes for copy in free)
 
-    def _uploads(self, instances: Sequence[Mapping[str, Any]]) -> list[Upload]:
+    def _uploads(self, instances: Sequence[Mapping[str, Any]]) -> list[UploadedSite]:
         """Return the complete copies of uploads."""
         golden = self._marks.among(instances, "golden")
         found = (upload_of(one, self._used) for one in golden if one["name"] in self._whole)

@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-from gateway.holder.holder import Holder
-from gateway.incus import ExecSockets, Memory, outputs
+from gateway.holder.holder import HolderClient
+from gateway.incus import ExecMemory, ExecSockets, outputs
 from gateway.runtime import REPORT_MAX, StreamName
 
 FORMAT: Final = 1  # version of the facts; other versions are not adopted
 
 
-class Held:
+class HeldCommand:
     """Implements `gateway.runtime.Holding`. `own` are the runtime's facts; the registry adds its own.
 
     A shell that waits for its command has none yet. `sockets` is None once the command has ended. One output
@@ -23,9 +23,9 @@ class Held:
 
     def __init__(
         self,
-        holder: Holder,
+        holder: HolderClient,
         name: str,
-        memory: Memory,
+        memory: ExecMemory,
         sockets: ExecSockets | None,
         own: Mapping[str, Any],
     ) -> None:
@@ -147,7 +147,7 @@ def streams_of(own: Mapping[str, Any]) -> tuple[StreamName, ...]:
     return ("stdout",) if own["terminal"] or own.get("merged") else ("stdout", "stderr")
 
 
-def kept(memory: Memory, own: Mapping[str, Any]) -> tuple[dict[StreamName, tuple[int, bytes]], bytes]:
+def kept(memory: ExecMemory, own: Mapping[str, Any]) -> tuple[dict[StreamName, tuple[int, bytes]], bytes]:
     """Return the outputs that are kept of an ended command, and its report. Raises `ValueError`."""
     found = outputs(memory, terminal=bool(own["terminal"]))
     told: dict[StreamName, tuple[int, bytes]] = {}

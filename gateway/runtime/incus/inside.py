@@ -10,7 +10,7 @@ from typing import Final
 from gateway.bounds import Flood, first
 from gateway.errors import Timeout
 from gateway.incus import Incus, Lost
-from gateway.runtime import Killed
+from gateway.runtime import KillResult
 from gateway.runtime.incus.errors import in_time, translated
 from gateway.runtime.launcher import DRAIN_SCRIPT, KILL_SCRIPT, KILLED_MAX, killed
 from gateway.settings import Settings
@@ -18,13 +18,13 @@ from gateway.settings import Settings
 _KILL_STARTS: Final = 5.0  # seconds for the kill script to start
 
 
-class Inside:
+class ContainerScripts:
     """Actions on a gateway's commands that run inside their containers."""
 
     def __init__(self, settings: Settings, incus: Incus) -> None:
         self._incus, self._limit = incus, settings.cancel_timeout
 
-    async def kill(self, name: str, exec_id: str, grace: float) -> Killed:
+    async def kill(self, name: str, exec_id: str, grace: float) -> KillResult:
         """Kill a process tree from inside the container, if the host's cgroups are not accessible."""
         limit = self._limit
         milliseconds = [str(int(seconds * 1000)) for seconds in (grace, limit)]

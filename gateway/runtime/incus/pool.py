@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
+class _PooledInstance:
     """An instance of the pool."""
 
     name: str
@@ -45,7 +45,7 @@ class Pool:
     def __init__(self, settings: Settings, making: Creation, marks: Marks) -> None:
         self._settings, self._making, self._marks = settings, making, marks
         # Incus lists an instance that is still being copied; these are known to be complete
-        self._members: dict[str, list[_Member]] = {}
+        self._members: dict[str, list[_PooledInstance]] = {}
 
     async def claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
         """Turn an instance of the pool into the tenant; return False if there is none.
@@ -83,14 +83,14 @@ class Pool:
         while len(members) < self._settings.warm_pool:
             await quiet()
             name = f"gateway-pool-{secrets.token_hex(6)}"
-            member = _Member(name, str(uuid4()))
+            member = _PooledInstance(name, str(uuid4()))
             marks = self._marks.of("pool", key)
             await self._making.make(name, source, marks, {}, start=False, identity=member.identity)
             members.append(member)
 
     def adopt(self, instance: Instance) -> None:
         """Add a complete instance created by an earlier process."""
-        member = _Member(instance["name"], identity_of(instance))
+        member = _PooledInstance(instance["name"], identity_of(instance))
         self._members.setdefault(instance["config"][KEY], []).append(member)
 
     async def drain(self) -> None:

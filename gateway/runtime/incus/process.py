@@ -12,9 +12,9 @@ from gateway.errors import GatewayError, Timeout, Unavailable
 from gateway.incus import RELIEF, ExecSockets, IncusError, Lost, Operation
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.rootfs.process_tree import Member
-from gateway.runtime import REPORT_MAX, Exit, Holding, Killed, StreamName
-from gateway.runtime.incus.held import Held, cut, reported, socket_of, streams_of
-from gateway.runtime.incus.inside import Inside
+from gateway.runtime import REPORT_MAX, Exit, Holding, KillResult, StreamName
+from gateway.runtime.incus.held import HeldCommand, cut, reported, socket_of, streams_of
+from gateway.runtime.incus.inside import ContainerScripts
 
 _LOOK: Final = 0.002  # seconds between polls where no event exists
 _FULL: Final = 0.3  # seconds after which incusd is taken to be blocked by a full terminal
@@ -29,7 +29,7 @@ class IncusProcess:
 
     def __init__(
         self,
-        inside: Inside,
+        inside: ContainerScripts,
         limit: float,
         own: Mapping[str, Any],
         sockets: ExecSockets,
@@ -139,12 +139,12 @@ class IncusProcess:
         finally:
             ending.cancel()
 
-    async def kill(self, grace: float) -> Killed:
+    async def kill(self, grace: float) -> KillResult:
         cgroup = self._cgroup
         try:
             if cgroup is not None and await cgroup.reachable():
                 ended = await cgroup.kill(grace, self._limit)
-                return Killed(ended.killed, ended.escalated, ended.survivors)
+                return KillResult(ended.killed, ended.escalated, ended.survivors)
             return await self._inside.kill(self.tenant, self._exec_id, grace)
         finally:
             # for a leader that left its cgroup, or a tenant that gave no answer; otherwise it has ended
@@ -158,7 +158,7 @@ class IncusProcess:
     def leave(self) -> None:
         """Stop reading from and writing to a held command; it keeps running for another process."""
         self._sockets.leave()
-        if isinstance(self.holding, Held):
+        if isinstance(self.holding, HeldCommand):
             self.holding.leave()
 
     async def aclose(self) -> None:

@@ -14,7 +14,7 @@ from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, scripts
 from gateway.runtime.incus import service_unit
 from gateway.runtime.incus.addresses import exposure
-from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.errors import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.script_files import script, systemd_script
@@ -63,7 +63,7 @@ _DROP: Final = script("drop_former")
 class Provisioning:
     """The sites inside the containers of one Incus project; the methods are those of `Sites`."""
 
-    def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: Commands) -> None:
+    def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: IncusCommands) -> None:
         self._settings, self._incus = settings, incus
         self._making, self._commands = making, commands
         self._uid = str(settings.workspace_uid)

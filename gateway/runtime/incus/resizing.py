@@ -27,7 +27,7 @@ from gateway.rootfs.disk_groups import SLACK
 from gateway.rootfs.instance_record import folder_of, identity_of, is_tenant
 from gateway.runtime import scripts
 from gateway.runtime.incus.addresses import Instance
-from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import WHOLE, Creation
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.script_files import systemd_script
@@ -64,7 +64,7 @@ _SHOWN: Final = 500  # characters of output to log
 class Resizing:
     """The sizes of one Incus project's instances. Does not check whether an instance is a tenant."""
 
-    def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: Commands) -> None:
+    def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: IncusCommands) -> None:
         self._settings, self._incus = settings, incus
         self._making, self._commands = making, commands
         self._pool = settings.incus_socket.parent / "storage-pools" / settings.pool
@@ -289,7 +289,7 @@ class Resizing:
         if why:
             log.warning("the site of %s keeps its old limits until it restarts: %s", name, why)
 
-    async def _root(self, name: str, argv: tuple[str, ...], seconds: float) -> scripts.Ended:
+    async def _root(self, name: str, argv: tuple[str, ...], seconds: float) -> scripts.ScriptResult:
         """Run a command as the container's root, and wait until it has ended."""
         try:
             return await scripts.run(self._commands.exec, name, argv, seconds=seconds, printed=_PRINTED)

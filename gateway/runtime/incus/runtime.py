@@ -8,14 +8,14 @@ from types import TracebackType
 from typing import Any
 
 from gateway.errors import NotFound, Unavailable
-from gateway.holder.holder import Holder
+from gateway.holder.holder import HolderClient
 from gateway.incus import Incus
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.broker_client import instances
 from gateway.rootfs.disk_limits import DiskLimits
 from gateway.runtime import Removed, unheard
 from gateway.runtime.incus.clusters import serving
-from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.containers import Containers
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks
@@ -25,7 +25,7 @@ from gateway.runtime.incus.resizing import Resizing
 from gateway.runtime.incus.snapshots import IncusSnapshots
 from gateway.runtime.incus.tenants import IncusTenants
 from gateway.runtime.incus.usage import IncusUsage
-from gateway.runtime.incus.watch import Watch
+from gateway.runtime.incus.watch import LifecycleWatch
 from gateway.settings import Settings
 from gateway.tasks import apart
 
@@ -42,7 +42,7 @@ class IncusRuntime:
         settings: Settings,
         removed: Removed = unheard,
         incus: Incus | None = None,
-        holder: Holder | None = None,
+        holder: HolderClient | None = None,
     ) -> None:
         self._settings = settings
         self.incus = incus or Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
@@ -52,7 +52,7 @@ class IncusRuntime:
         self.making = Creation(settings, self.incus, removed, self._disk_limits.limit)
         self.moves = Moves(settings, self.incus, self.making)
         self.containers = Containers(settings, self.incus, lambda: self.changes.standing)
-        self.commands = Commands(settings, self.incus, self.containers.init_pid, holder)
+        self.commands = IncusCommands(settings, self.incus, self.containers.init_pid, holder)
         self.resizing = Resizing(settings, self.incus, self.making, self.commands)
         disks = Disks(settings, self.incus)
         self.tenants = IncusTenants(
@@ -62,7 +62,9 @@ class IncusRuntime:
         )
         self.snapshots = IncusSnapshots(self.tenants, disks, self._disk_limits, self.making, self._changed)
         self.usage = IncusUsage(settings, self.incus, self.tenants, self.making, self.containers)
-        self.changes = Watch(settings, self.incus, self.tenants, self._changed, self.containers.leaving)
+        self.changes = LifecycleWatch(
+            settings, self.incus, self.tenants, self._changed, self.containers.leaving
+        )
 
     async def __aenter__(self) -> IncusRuntime:
         await self.incus.__aenter__()

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.errors import GatewayError, Unavailable
-from gateway.holder.holder import Holder
+from gateway.holder.holder import HolderClient
 from gateway.incus import ExecSockets, Lost
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.runtime import ExecSpec
-from gateway.runtime.incus.held import Held
-from gateway.runtime.incus.inside import Inside
+from gateway.runtime.incus.held import HeldCommand
+from gateway.runtime.incus.inside import ContainerScripts
 from gateway.runtime.incus.process import IncusProcess
 from gateway.runtime.launcher import Account, Preamble, command_line
 
@@ -41,17 +41,17 @@ class IncusShell:
 
     def __init__(
         self,
-        inside: Inside,
+        inside: ContainerScripts,
         limit: float,
         tenant: str,
         exec_id: str,
         sockets: ExecSockets,
         cgroup: CommandCgroup | None,
-        holder: Holder | None = None,
+        holder: HolderClient | None = None,
     ) -> None:
         self.tenant = tenant
-        self.holding: Held | None = None
-        self._waiting: Held | None = None  # what the holder has of it while it waits
+        self.holding: HeldCommand | None = None
+        self._waiting: HeldCommand | None = None  # what the holder has of it while it waits
         self._holder = holder
         self._inside, self._limit = inside, limit
         self._exec_id = exec_id
@@ -63,12 +63,12 @@ class IncusShell:
     @classmethod
     def adopted(
         cls,
-        inside: Inside,
+        inside: ContainerScripts,
         limit: float,
         own: Mapping[str, Any],
         sockets: ExecSockets,
         cgroup: CommandCgroup | None,
-        holding: Held,
+        holding: HeldCommand,
     ) -> IncusShell:
         """Continue a shell to which an earlier process was sending its command, from its recorded facts."""
         self = cls(inside, limit, str(own["tenant"]), str(own["exec"]), sockets, cgroup)
@@ -152,10 +152,10 @@ class IncusShell:
 
     # --- its place at the holder ----------------------------------------------------------------------
 
-    def _holdable(self) -> Held | None:
+    def _holdable(self) -> HeldCommand | None:
         memory = self._sockets.memory
         if self._waiting is None and memory is not None and self._holder is not None:
-            self._waiting = Held(self._holder, f"command/{self._exec_id}", memory, self._sockets, {})
+            self._waiting = HeldCommand(self._holder, f"command/{self._exec_id}", memory, self._sockets, {})
         return self._waiting
 
     def _withdraw(self) -> None:

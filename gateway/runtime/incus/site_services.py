@@ -11,7 +11,7 @@ from gateway.runtime.incus import unit_status
 from gateway.runtime.incus.lives import Ends, life
 from gateway.runtime.incus.provisioning import LOOK, Provisioning
 from gateway.runtime.incus.service_unit import NAMES
-from gateway.runtime.listening import Listener, of_network
+from gateway.runtime.listening import ListeningSocket, of_network
 from gateway.runtime.sites import Life, Service, Side
 
 
@@ -46,7 +46,7 @@ class IncusServices:
             return False
         return bool(init_pid) and self._ends.report(init_pid, NAMES["live"], ended)
 
-    async def listening(self, tenant: str) -> Collection[Listener]:
+    async def listening(self, tenant: str) -> Collection[ListeningSocket]:
         init_pid = await self._init_pid(tenant)
         try:
             folder = os.open(f"/proc/{init_pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -15,7 +15,7 @@ from gateway.incus.client import instance_path
 from gateway.rootfs.instance_record import MANAGED
 from gateway.runtime.incus.addresses import exposure, fixed, sharers
 from gateway.runtime.incus.baking import Baking
-from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import is_ours
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.former import IncusFormerSites
@@ -63,7 +63,7 @@ class IncusSites:
         self._settings = settings
         self._incus, self._making, self._resizing = runtime.incus, runtime.making, runtime.resizing
         # separate, because it also runs commands in instances that are not tenants
-        self._commands = Commands(settings, self._incus, self._init_pid)
+        self._commands = IncusCommands(settings, self._incus, self._init_pid)
         self._provisioning = Provisioning(settings, self._incus, self._making, self._commands)
         self._services = IncusServices(self._provisioning, self._init_pid)
         self.services: SiteServices = self._services

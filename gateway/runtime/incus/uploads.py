@@ -25,7 +25,7 @@ BASE: Final = "user.gateway.base"
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
+class UploadedSite:
     """A golden copy of an upload; `used` is in seconds since the epoch."""
 
     name: str
@@ -37,12 +37,12 @@ class Upload:
     bytes: int
 
 
-def upload_of(instance: Mapping[str, Any], used: Mapping[str, float]) -> Upload | None:
+def upload_of(instance: Mapping[str, Any], used: Mapping[str, float]) -> UploadedSite | None:
     """Return an instance as an upload's copy, None for a template's. `used` has more recent uses by name."""
     config, name = instance["config"], instance["name"]
     if not config.get(UPLOADER):
         return None
-    return Upload(
+    return UploadedSite(
         name=name,
         identity=identity_of(instance),
         content=config.get(CONTENT, ""),
@@ -54,19 +54,19 @@ def upload_of(instance: Mapping[str, Any], used: Mapping[str, float]) -> Upload 
 
 
 def surplus(
-    copies: Collection[Upload],
+    copies: Collection[UploadedSite],
     settings: Settings,
     *,
     held: Collection[str],
     base: str,
     now: float,
     coming: str | None = None,
-) -> list[Upload]:
+) -> list[UploadedSite]:
     """Return the copies to remove. `held` are the contents of existing tenants.
 
     With `coming`, room is made for one more copy of that owner.
     """
-    kept = list[Upload]()
+    kept = list[UploadedSite]()
     for copy in sorted(copies, key=lambda one: one.used, reverse=True):
         fresh = now - copy.used <= settings.upload_copies_unused and copy.base == base
         if fresh and copy.content in held:
@@ -82,9 +82,9 @@ def surplus(
     return [copy for copy in copies if copy.identity not in stays]
 
 
-def freeing(copies: Collection[Upload], wanted: int) -> list[Upload]:
+def freeing(copies: Collection[UploadedSite], wanted: int) -> list[UploadedSite]:
     """Return the least recently used copies whose removal frees `wanted` bytes."""
-    gone, freed = list[Upload](), 0
+    gone, freed = list[UploadedSite](), 0
     for copy in sorted(copies, key=lambda one: one.used):
         if freed >= wanted:
             break
@@ -93,7 +93,7 @@ def freeing(copies: Collection[Upload], wanted: int) -> list[Upload]:
     return gone
 
 
-def _over(newest_first: Sequence[Upload], count: int, room: int) -> list[Upload]:
+def _over(newest_first: Sequence[UploadedSite], count: int, room: int) -> list[UploadedSite]:
     """Return the copies exceeding `count` or `room` bytes: the oldest, and any too large by itself."""
     over, held = [copy for copy in newest_first if copy.bytes > room], 0
     fitting = [copy for copy in newest_first if copy.bytes <= room]

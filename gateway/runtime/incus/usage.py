@@ -15,7 +15,7 @@ from gateway.runtime.incus.containers import Containers
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.records import metrics_of
 from gateway.runtime.incus.tenants import IncusTenants
-from gateway.runtime.visits import Place, visited
+from gateway.runtime.visits import TenantPort, visited
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class IncusUsage:
             if tenant.port is not None:
                 with contextlib.suppress(NotFound):
                     pid = await self._containers.init_pid(tenant.name)
-                    places[tenant.name] = Place(tenant.port, tenant.address, pid or None)
+                    places[tenant.name] = TenantPort(tenant.port, tenant.address, pid or None)
         return await asyncio.to_thread(visited, places)
 
     async def held(self, name: str) -> int | None:

@@ -62,7 +62,7 @@ _AFTER: Final[Mapping[str, Status]] = {
 _LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "instance-console")
 
 
-class Watch:
+class LifecycleWatch:
     """The changes of one Incus project's tenants; see `gateway.runtime.Changes`.
 
     `changed` is called with the name of each tenant that may have changed, and with None if any may have.

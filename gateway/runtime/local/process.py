@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.rootfs.process_tree import PARENT, Member, mount_point
-from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Holding, Killed, Pty, StreamName
+from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Holding, KillResult, Pty, StreamName
 from gateway.runtime.launcher import KILL_SCRIPT, Preamble, killed, start_command
 
 _CHUNK: Final = 64 * 1024
@@ -206,11 +206,11 @@ class LocalProcess:
             await cgroup.remove()
         return Exit.of(code)
 
-    async def kill(self, grace: float) -> Killed:
+    async def kill(self, grace: float) -> KillResult:
         cgroup = self._cgroup()
         if cgroup is not None and await cgroup.reachable():
             ended = await cgroup.kill(grace, self._limit)
-            return Killed(ended.killed, ended.escalated, ended.survivors)
+            return KillResult(ended.killed, ended.escalated, ended.survivors)
         milliseconds = [str(int(seconds * 1000)) for seconds in (grace, self._limit)]
         script = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", KILL_SCRIPT, "sh", self._exec_id, *milliseconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from gateway.runtime.listening import Listener
+from gateway.runtime.listening import ListeningSocket
 from gateway.runtime.local.service import LocalService
 from gateway.runtime.sites import Life, Service, Side
 
@@ -44,7 +44,7 @@ class LocalServices:
     async def report_end(self, tenant: str, ended: Callable[[], None]) -> bool:
         return False
 
-    async def listening(self, tenant: str) -> Collection[Listener]:
+    async def listening(self, tenant: str) -> Collection[ListeningSocket]:
         service = await self.state(tenant, "live")
         return () if service is None else service.listens
 

@@ -10,7 +10,7 @@ from typing import Any
 from gateway.runtime import Space, Tenant
 from gateway.runtime.local.commands import LocalCommands
 from gateway.runtime.local.disks import LocalDisks, size
-from gateway.runtime.visits import Place, visited
+from gateway.runtime.visits import TenantPort, visited
 
 
 class LocalUsage:
@@ -24,7 +24,7 @@ class LocalUsage:
         return {"processes": self._commands.running(name)}
 
     async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
-        places = {t.name: Place(t.port, "127.0.0.1") for t in tenants if t.port is not None}
+        places = {t.name: TenantPort(t.port, "127.0.0.1") for t in tenants if t.port is not None}
         return await asyncio.to_thread(visited, places)
 
     async def held(self, name: str) -> int | None:
