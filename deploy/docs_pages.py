@@ -10,7 +10,7 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from gateway.api import openapi, reference
+from gateway.api import openapi
 from gateway.api.routes import ROUTES
 from gateway.cli.main import app
 from gateway.cli.manual import Entry, entries
@@ -36,7 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead links out of docs/ to where those pages are here."""
+    """Point links out of docs/ to where those pages are here. Source files are not: their links go."""
+    markdown = re.sub(r"\[([^]]+)\]\(\.\./gateway/[^)]+\)", r"\1", markdown)
     for path, place in OUTSIDE.items():
         markdown = markdown.replace(f"](../{path}", f"]({place}").replace(f"]({path}", f"]({place}")
     return markdown
@@ -44,7 +45,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def http() -> str:
     """Return the page of the HTTP API."""
-    body = reference.body(openapi.document(ROUTES))
+    body = openapi.body(openapi.document(ROUTES))
     return f"# HTTP API\n\n[The protocol](protocol.md) says what it means. Made from the code.\n\n{body}"
 
 

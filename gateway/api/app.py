@@ -16,8 +16,7 @@ from gateway import __version__
 from gateway.api import background, clustered
 from gateway.api.assembly import opened
 from gateway.api.foundation import Prepared, prepared
-from gateway.api.http import RETRY_AFTER_MS, at_the_edge, problem_handler, with_request_id
-from gateway.api.pages import for_listed_origins
+from gateway.api.http import RETRY_AFTER_MS, at_the_edge, for_listed_origins, problem_handler, with_request_id
 from gateway.api.routes import ROUTES
 from gateway.api.services import Services
 from gateway.errors import GatewayError, Unavailable

@@ -122,8 +122,8 @@ async def _serving(base: Base, trust: Trust, stored: Stored, work: _Work) -> Asy
         enter = stack.enter_async_context
         caddy = await enter(Caddy(settings))
         await _meet_peers(caddy, trust.secret, shared)
-        caddy.lead_home()
-        caddy.excuse_nobody()
+        caddy.route_own_domain()
+        caddy.clear_error_pages()
         domains = await Domains.opened(
             *(runtime.tenants, base.store, bus, settings), None if shared is None else shared.domains
         )
@@ -134,7 +134,7 @@ async def _serving(base: Base, trust: Trust, stored: Stored, work: _Work) -> Asy
         )
         idle = await enter(Idle(runtime, sites, caddy, domains, lifecycle, work.execs.running_in, settings))
         register = Register(base.store, domains, settings)
-        health = await enter(Health(sites, bus, settings, register, caddy.excuse))
+        health = await enter(Health(sites, bus, settings, register, caddy.show_error_page))
         pressure = None
         if isinstance(runtime, IncusRuntime):
             pressure = await enter(Pressure(runtime, workers.broker, bus, settings))

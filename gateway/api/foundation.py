@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.api.connection import Peer
+from gateway.api.connection import ClientSession
 from gateway.audit import Audit
 from gateway.auth import tokens
 from gateway.auth.grants import Grants, Revocations
@@ -120,7 +120,7 @@ class Trust:
     revocations: Revocations
     revoking: Revoking | None
     grants: Grants
-    connections: set[Peer]
+    connections: set[ClientSession]
     end_token: Callable[[str], int]
 
     def verify(self, raw: str | None) -> tokens.Token:
@@ -131,7 +131,7 @@ async def opened_trust(base: Base) -> Trust:
     secret = await _secret(base.settings, base.shared, base.cluster)
     revocations = await Revocations.opened(base.store)
     grants = Grants(revocations.__contains__)
-    connections: set[Peer] = set()
+    connections: set[ClientSession] = set()
 
     def end_token(token: str) -> int:
         closed = sum(one.token is not None and one.token.id == token for one in connections)

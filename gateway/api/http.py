@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -16,6 +16,7 @@ import orjson
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -23,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway import protocol
+from gateway.auth import tokens
 from gateway.bounds import LEAST_RATE, aside, paced
 from gateway.errors import (
     Cancelled,
@@ -385,3 +387,48 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
 def shutting_down() -> Unavailable:
     """Return what is said to a client whose request the next process has to answer."""
     return Unavailable("the gateway is shutting down; try again soon", retryAfterMs=RETRY_AFTER_MS)
+
+
+# --- pages of other origins ----------------------------------------------------------------------------
+
+
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_SENT: Final = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "If-Match",
+    "If-None-Match",
+    "Last-Event-ID",
+    "Mcp-Protocol-Version",
+    "Mcp-Session-Id",
+    "Range",
+    "X-Call-Linger",
+    "X-Request-Id",
+    "X-Session-Slot",
+    "X-Tool-Session",
+)
+_READ: Final = ("Content-Range", "ETag", "Location", "Retry-After", "X-Request-Id")
+_KEPT: Final = 600  # seconds for which a browser does not ask again
+
+
+class _Listed(CORSMiddleware):
+    """Allows an origin in any spelling, as the check of requests does."""
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        return tokens.origin_allowed(origin, None, "", self.allow_origins)
+
+
+def for_listed_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Answer browsers' preflight requests, and let pages of the listed origins read the answers."""
+    listed = [origin for origin in origins if origin != "*"]  # that would be every origin, and is none here
+    if not listed:
+        return app
+    return _Listed(
+        app,
+        allow_origins=listed,
+        allow_methods=_METHODS,
+        allow_headers=_SENT,
+        expose_headers=_READ,
+        max_age=_KEPT,
+    )

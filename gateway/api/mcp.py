@@ -4,6 +4,8 @@ Nothing is kept between requests. A client of protocol 2026-07-28 has no session
 dropping the response. A client of the handshake protocols (2025-11-25 and before) gets a random session id,
 which only names its tool session and its calls, so that it can cancel one by a notification.
 
+A tenant's history is served too: the turns as resources, and a tool to undo one.
+
 Imported only by `mcp_loading`, since `mcp` is an extra, and large.
 """
 
@@ -30,16 +32,90 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import __version__
-from gateway.api import mcp_history
 from gateway.api.http import hold
 from gateway.auth.tokens import Token
 from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.history import History
 from gateway.limits.budget import SMALL
-from gateway.protocol import McpMessage, switch, validate
+from gateway.protocol import HistoryUndo, McpMessage, switch, validate
 from gateway.protocol.maxima import MCP_MAX
 from gateway.settings import Settings
 from gateway.tools.toolbox import Toolbox, ToolResult
+
+# --- history -------------------------------------------------------------------------------------------
+
+
+_LIST: Final = "history:///turns"
+_TURN: Final = "history:///turns/"
+
+# fixed, since a client may request the list at each connection, and no git should run for that
+_RESOURCES: Final = types.ListResourcesResult(
+    resources=[
+        types.Resource(
+            name="turns",
+            title="Turns",
+            uri=_LIST,
+            description="What agents changed in this project, turn by turn, latest first.",
+            mime_type="application/json",
+        )
+    ]
+)
+_TEMPLATES: Final = types.ListResourceTemplatesResult(
+    resource_templates=[
+        types.ResourceTemplate(
+            name="turn",
+            title="Turn",
+            uri_template=f"{_TURN}{{turn}}",
+            description="What one turn changed, as a patch.",
+            mime_type="text/x-diff",
+        )
+    ]
+)
+
+_UNDO: Final = types.Tool(
+    name="UndoTurn",
+    description=(
+        "Takes back exactly what one turn changed in this project; what was changed later stays. The "
+        f"resource {_LIST} lists the turns. Where later changes are of the same lines, nothing is changed, "
+        "and the answer has the paths in `conflicts`; those repeated in `force` become what they were before "
+        "the turn. The undo is a turn too, and can be undone."
+    ),
+    input_schema=HistoryUndo.model_json_schema(by_alias=True),
+    annotations=types.ToolAnnotations(read_only_hint=False, destructive_hint=True, open_world_hint=False),
+)
+
+
+async def _undo(
+    history: History, tenant: str, token: Token, arguments: Mapping[str, Any]
+) -> types.CallToolResult:
+    """Take back a turn. Raises what `History.undo` raises, and `InvalidParams`."""
+    token.require("files:write")
+    given = validate(HistoryUndo, arguments)
+    done = await history.undo(tenant, given.turn, given.force, token.subject)
+    text = types.TextContent(text=orjson.dumps(done).decode())
+    return types.CallToolResult(content=[text], structured_content=done)
+
+
+async def _read_resource(history: History, tenant: str, token: Token, uri: str) -> types.ReadResourceResult:
+    """Return a resource. Raises `MCPError`."""
+    try:
+        token.require("files:read")
+        if uri == _LIST:
+            text, kind = orjson.dumps(await history.turns(tenant)).decode(), "application/json"
+        elif uri.startswith(_TURN):
+            shown = await history.changes(tenant, uri.removeprefix(_TURN))
+            text, kind = f"{shown['title']}\n\n{shown['diff']}", "text/x-diff"
+        else:
+            raise MCPError(
+                types.INVALID_PARAMS, f"no resource {uri[:200]}; there are {_LIST} and {_TURN}TURN"
+            )
+    except GatewayError as error:
+        raise MCPError(types.INVALID_PARAMS, error.message, {**error.facts, "code": error.code}) from None
+    return types.ReadResourceResult(contents=[types.TextResourceContents(uri=uri, mime_type=kind, text=text)])
+
+
+# --- the endpoint --------------------------------------------------------------------------------------
+
 
 _CALLER: Final = "gateway.api.mcp.caller"
 _ARGUMENTS: Final = "gateway.api.mcp.arguments"
@@ -101,7 +177,7 @@ class Mcp:
         self._settings = settings
         self._tools = [_tool(description) for description in toolbox.descriptions()]
         if history.on:
-            self._tools.append(mcp_history.UNDO)
+            self._tools.append(_UNDO)
         schemas = {tool.name: tool.input_schema for tool in self._tools}
         server: Server[Any] = Server(
             "incus-gateway",
@@ -178,19 +254,19 @@ class Mcp:
     async def _resources(
         self, context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
     ) -> types.ListResourcesResult:
-        return mcp_history.RESOURCES
+        return _RESOURCES
 
     async def _templates(
         self, context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
     ) -> types.ListResourceTemplatesResult:
-        return mcp_history.TEMPLATES
+        return _TEMPLATES
 
     async def _read(
         self, context: ServerRequestContext[Any, Any], params: types.ReadResourceRequestParams
     ) -> types.ReadResourceResult:
         assert context.request is not None
         caller: _Caller = context.request.scope[_CALLER]
-        return await mcp_history.read(self._history, caller.tenant, caller.token, str(params.uri))
+        return await _read_resource(self._history, caller.tenant, caller.token, str(params.uri))
 
     async def _call(
         self, context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
@@ -199,9 +275,9 @@ class Mcp:
         assert context.request is not None and context.request_id is not None
         caller: _Caller = context.request.scope[_CALLER]
         arguments: dict[str, Any] = context.request.scope[_ARGUMENTS]
-        if params.name == mcp_history.UNDO.name and self._history.on:
+        if params.name == _UNDO.name and self._history.on:
             try:
-                return await mcp_history.undo(self._history, caller.tenant, caller.token, arguments)
+                return await _undo(self._history, caller.tenant, caller.token, arguments)
             except GatewayError as error:
                 return _refusal(error)
         try:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Collection
 from typing import Any, Final
 
-from gateway.api.connection import Peer
+from gateway.api.connection import ClientSession
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.placements import Placements
 from gateway.cluster.records import Records
@@ -32,7 +32,7 @@ async def moving(
     cluster: Cluster,
     placements: Placements,
     runtime: IncusRuntime,
-    connections: Collection[Peer],
+    connections: Collection[ClientSession],
     deployments: Deployments,
     store: Store,
     bus: Bus,

@@ -1,4 +1,4 @@
-"""Commands that run within one HTTP request."""
+"""Commands as clients describe them, and those that run within one HTTP request."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pydantic import Field
 
 from gateway import protocol
 from gateway.admission import Reservation
-from gateway.api.exec_spec import exec_spec
 from gateway.errors import InvalidParams, RateLimited, Unavailable
 from gateway.execs import Attachment, ExecEnd, Execs
 from gateway.limits.budget import Share
 from gateway.protocol import types
-from gateway.runtime import StreamName
+from gateway.runtime import ExecSpec, Pty, StreamName
 from gateway.settings import Settings
 
 _SLICE: Final = 64 << 10  # bytes of output encoded as JSON at a time
@@ -38,6 +37,22 @@ class ExecBody(protocol.Params):
     timeout_ms: Annotated[int, Field(gt=0, le=86_400_000)] | None = None
 
 
+def exec_spec(asked: protocol.ExecStart | ExecBody) -> ExecSpec:
+    """Return the command to run: `argv`, or else the line `command` by bash. Raises `InvalidParams`."""
+    if asked.argv is not None and not asked.argv[0]:
+        raise InvalidParams("argv: the first entry, the program's name, is empty", field="argv")
+    pty = asked.pty if isinstance(asked, protocol.ExecStart) else None
+    return ExecSpec(
+        tuple(asked.argv) if asked.argv is not None else ("/bin/bash", "-c", asked.command or ""),
+        cwd=asked.cwd,
+        env=dict(asked.env),
+        user=asked.user,
+        pty=None if pty is None else Pty(pty.cols, pty.rows),
+        stdin=pty is not None or asked.stdin not in (None, False),
+        work="helper" if asked.helper else "client",
+    )
+
+
 async def run(
     execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Reservation[Share]
 ) -> Iterator[bytes]:
@@ -49,9 +64,7 @@ async def run(
         raise InvalidParams("give either argv or command")
     exec_ = await execs.start(
         tenant,
-        exec_spec(
-            body.argv, body.command, body.cwd, body.env, body.user, None, body.stdin is not None, body.helper
-        ),
+        exec_spec(body),
         timeout=settings.exec_timeout if body.timeout_ms is None else body.timeout_ms / 1000,
         by=by,
     )

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 
-from gateway.api.connection import Peer
+from gateway.api.connection import ClientSession
 from gateway.caddy import Caddy
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.peers import Removed
@@ -57,7 +57,11 @@ async def standing_by(
 
 
 async def leave_cluster(
-    cluster: Cluster, runtime: TenantRuntime, connections: Collection[Peer], doors: Doors, caddy: Caddy
+    cluster: Cluster,
+    runtime: TenantRuntime,
+    connections: Collection[ClientSession],
+    doors: Doors,
+    caddy: Caddy,
 ) -> None:
     """Once this member turns out to be removed from its cluster, end what clients and visitors have here."""
     await cluster.peers.out.wait()
@@ -65,7 +69,7 @@ async def leave_cluster(
         connection.close(CloseCode.TRY_LATER, Removed().message)
     doors.end_streams()
     for domain in caddy.listed():
-        caddy.excuse(domain, True)
+        caddy.show_error_page(domain, True)
     try:
         for tenant in await runtime.tenants.list():
             if tenant.status == "running":

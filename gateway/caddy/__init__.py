@@ -3,10 +3,7 @@
 Other packages use `Caddy`, `CaddyFailed`, and the names below.
 """
 
-from gateway.caddy.admin import socket_of
-from gateway.caddy.caddy import Caddy
-from gateway.caddy.configuration import shipped, site_url
-from gateway.caddy.errors import CaddyFailed
-from gateway.caddy.routes import asleep, elsewhere
+from gateway.caddy.caddy import Caddy, shipped, site_url, socket_of
+from gateway.caddy.routes import CaddyFailed, asleep, elsewhere
 
 __all__ = ["Caddy", "CaddyFailed", "asleep", "elsewhere", "shipped", "site_url", "socket_of"]

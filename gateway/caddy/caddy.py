@@ -8,25 +8,33 @@ instead, and leaves the configuration to whoever started Caddy.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
+import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import aiohttp
 import orjson
 
-from gateway.caddy import configuration
-from gateway.caddy.admin import Admin
-from gateway.caddy.errors import CaddyFailed
-from gateway.caddy.routes import Routes
+from gateway.caddy.routes import NAME, CaddyFailed, Routes, peer_endpoint
 from gateway.hostnames import PROBE
 from gateway.runtime.probe import ask
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# seconds that Caddy keeps an unused connection to a site; fewer than any server does (Node's: 5)
+KEEPALIVE: Final = 4.0
+# seconds that a request waits for a sleeping tenant, in Caddy and in the gateway
+WAKE_TIMEOUT: Final = 30.0
+_MAIN: Final = "Caddyfile"
+_SITE: Final = "site.caddy"
+_PEERS: Final = "peers.caddy"
 _CONNECT: Final = 5.0  # seconds for Caddy to accept a connection
 _STREAMS: Final = "stream_close_delay"  # of reverse_proxy, since Caddy 2.7
 _STREAMS_STAY: Final = f"{_STREAMS} 24h"
@@ -43,7 +51,7 @@ class Caddy(Routes):
         self._streams_can_stay: bool | None = None  # None: not known yet
 
     async def __aenter__(self) -> Caddy:
-        await asyncio.to_thread(self.lay)
+        await asyncio.to_thread(self.create_folders)
         self._admin.open()
         return self
 
@@ -56,18 +64,88 @@ class Caddy(Routes):
 
     def write(self) -> Path:
         """Write the configuration to start a Caddy with; return its main file."""
-        return configuration.write(self.folder, self.rendered())
+        files = self.rendered()
+        for name, text in files.items():
+            new = self.folder / f".{name}.new"
+            new.write_text(text)
+            new.replace(self.folder / name)
+        if _PEERS not in files:
+            (self.folder / _PEERS).unlink(missing_ok=True)
+        return self.folder / _MAIN
+
+    def _written(self) -> dict[str, str | None]:
+        """Return the configuration's files as they are on disk; None for one that cannot be read.
+
+        The one for peers exists in a cluster only.
+        """
+        found = dict[str, str | None]()
+        for name in (_MAIN, _SITE, _PEERS):
+            try:
+                found[name] = (self.folder / name).read_text()
+            except OSError:
+                if name != _PEERS:
+                    found[name] = None
+        return found
 
     def serves(self, running: Mapping[str, Any]) -> bool:
         """Return whether a Caddy's configuration is ours, or an operator's that uses our routes."""
-        return self._ours(running) or str(self.routes) in orjson.dumps(running).decode()
+        return self._is_ours(running) or str(self.routes) in orjson.dumps(running).decode()
+
+    def _is_ours(self, running: Mapping[str, Any]) -> bool:
+        root = running.get("storage", {}).get("root")
+        if "apps" not in running or root is None:
+            return False
+        # it may name the same folder by its former path
+        return Path(root).resolve() == (self.folder / "data").resolve()
 
     def rendered(self, streams: str = "") -> dict[str, str]:
-        """Return the files of the configuration with this gateway's values in them."""
-        return configuration.rendered(self._settings, self, streams)
-
-    def _ours(self, running: Mapping[str, Any]) -> bool:
-        return configuration.ours(self.folder, running)
+        """Return the files of the configuration with this gateway's values in them, the main one first."""
+        settings, admin, endpoint = self._settings, self._settings.caddy_admin, peer_endpoint(self.folder)
+        path = socket_of(admin)
+        values = {
+            "ADMIN": f"unix/{path}" if path is not None else admin.split("://")[-1].rstrip("/"),
+            "DATA": str(self.folder / "data"),
+            "HTTP": str(settings.caddy_http),
+            "HTTPS": str(settings.caddy_https),
+            "HTTPS_SUFFIX": "" if settings.caddy_https == 443 else f":{settings.caddy_https}",
+            "ASK": str(settings.caddy_ask),
+            "ISSUER": "internal" if settings.caddy_issuer == "internal" else settings.caddy_email,
+            "ROUTES": str(self.routes),
+            "AWAY": str(self.away),
+            "GATEWAY": self.gateway(),
+            "KEEPALIVE": f"{KEEPALIVE:g}s",
+            "RETRY": f"{settings.caddy_retry:g}s",
+            "WAKE_TIMEOUT": f"{WAKE_TIMEOUT:g}s",
+            "SITE": str(self.folder / _SITE),
+            "STREAMS": streams,
+            "TRUSTED": "",
+            "PEERS": "",
+            "ELSEWHERE": "",
+        }
+        templates = shipped("caddy")
+        site = (templates / _SITE).read_text()
+        files = {_MAIN: (templates / _MAIN).read_text(), _SITE: site}
+        if endpoint is not None:
+            values |= {
+                "PEERS": f"import {self.folder / _PEERS}",
+                "PEER_HOST": endpoint.host.strip("[]"),
+                "PEER_PORT": str(endpoint.port),
+                "PEER_CERTIFICATE": str(endpoint.certificate),
+                "PEER_KEY": str(endpoint.key),
+                "PEER_NAME": NAME,
+                "ELSEWHERE": "import site_elsewhere",
+            }
+            files[_SITE] += "\n" + (templates / "elsewhere.caddy").read_text()
+            # the other members' Caddys pass on visitors, and say whose request it is
+            trusting = site.replace("{$GATEWAY_CADDY_TRUSTED}", "trusted_proxies 0.0.0.0/0 ::/0")
+            trusting = re.sub(r"(\(|import )(site)", r"\1peer_\2", trusting)
+            trusting = trusting.replace("{$GATEWAY_CADDY_ELSEWHERE}", "import peer_site_elsewhere")
+            files[_PEERS] = trusting + "\n" + (templates / _PEERS).read_text()
+        for name, text in files.items():
+            for key, value in values.items():
+                text = text.replace("{$GATEWAY_CADDY_" + key + "}", value)
+            files[name] = text
+        return files
 
     async def ensure(self) -> bool:
         """Make Caddy run our configuration; return whether it had to be loaded. Raises `CaddyFailed`.
@@ -80,9 +158,9 @@ class Caddy(Routes):
             except CaddyFailed as error:
                 if error.facts["reason"] != "caddy_denied":
                     raise
-                await self._look()
+                await self._check_routes()
                 return False
-            if "apps" in running and not self._ours(running):
+            if "apps" in running and not self._is_ours(running):
                 self.write()  # for it to import
                 if self.serves(running):
                     return False  # an operator's own
@@ -93,8 +171,8 @@ class Caddy(Routes):
                     "(deploy/quickstart does) with another GATEWAY_CADDY_ADMIN",
                     reason="caddy_foreign",
                 )
-            before = configuration.written(self.folder)
-            same = self._ours(running) and before == self.rendered()
+            before = self._written()
+            same = self._is_ours(running) and before == self.rendered()
             stay = _STREAMS in orjson.dumps(running).decode()
             if same and stay == self._streams_can_stay:
                 return False
@@ -111,9 +189,9 @@ class Caddy(Routes):
                 raise
             return True
 
-    async def _look(self) -> None:
+    async def _check_routes(self) -> None:
         """Check with a test route that Caddy finds our routes. Raises `CaddyFailed`."""
-        self._lead(PROBE, "127.0.0.1:9")  # nothing listens there (RFC 863)
+        self._route(PROBE, "127.0.0.1:9")  # nothing listens there (RFC 863)
         status = await self._site(self._settings.caddy_ask, "127.0.0.1", f"/?domain={PROBE}", 10.0)
         if status != 200:
             raise CaddyFailed(
@@ -122,7 +200,7 @@ class Caddy(Routes):
                 "docs/operations.md",
                 reason="caddy_foreign",
             )
-        if configuration.written(self.folder) != self.rendered():
+        if self._written() != self.rendered():
             log.warning("Caddy's configuration does not match these settings; run deploy/quickstart as root")
 
     async def _adapted(self) -> Any:
@@ -133,7 +211,10 @@ class Caddy(Routes):
         it then refuses the file.
         """
         for streams in ("",) if self._streams_can_stay is False else (_STREAMS_STAY, ""):
-            text = configuration.joined(self.folder, self.rendered(streams))
+            files = self.rendered(streams)
+            text = files[_MAIN]
+            for name, more in files.items():
+                text = text.replace(f"import {self.folder / name}\n", more)
             try:
                 adapted = (await self._admin.ask("POST", "/adapt", text))["result"]
             except CaddyFailed as error:
@@ -147,7 +228,7 @@ class Caddy(Routes):
     # --- sites as visitors see them -----------------------------------------------------------------
 
     def url(self, domain: str) -> str:
-        return configuration.site_url(domain, self._settings)
+        return site_url(domain, self._settings)
 
     async def ask(self, domain: str, path: str, timeout: float) -> int:
         """Request a site through Caddy's listener without certificates; return the status.
@@ -182,3 +263,94 @@ def _any_certificate() -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def shipped(name: str) -> Path:
+    """Return a file or folder that is part of the gateway, in its package or its checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "shipped" / name
+    return inside if inside.exists() else package.parent / name
+
+
+def site_url(domain: str, settings: Settings) -> str:
+    """Return a site's URL for people."""
+    if domain.endswith(".localhost"):
+        return f"http://{domain}" + ("" if settings.caddy_http == 80 else f":{settings.caddy_http}")
+    return f"https://{domain}" + ("" if settings.caddy_https == 443 else f":{settings.caddy_https}")
+
+
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
+_TRIES: Final = 3
+_PAUSE: Final = 0.1  # seconds between two
+
+
+class Admin:
+    """The admin API at `address`. Open it before the first question, and close it after the last."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._session: aiohttp.ClientSession | None = None
+
+    def open(self) -> None:
+        path = socket_of(self.address)
+        # a connection that is kept would be to the API before
+        connector = (
+            aiohttp.TCPConnector(force_close=True)
+            if path is None
+            else aiohttp.UnixConnector(path, force_close=True)
+        )
+        self._session = aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def ask(self, method: str, path: str, body: str | dict[str, Any] | None = None) -> Any:
+        """Return the JSON of an answer. A `body` of text is sent as a Caddyfile. Raises `CaddyFailed`."""
+        address = self.address
+        unix = socket_of(address) is not None
+        url = ("http://caddy" if unix else address.rstrip("/")) + path
+        # on a unix socket Caddy wants no origin and takes any host
+        headers = {"Content-Type": "text/caddyfile" if isinstance(body, str) else "application/json"}
+        data = body if body is None or isinstance(body, str) else orjson.dumps(body)
+        if unix:
+            headers["Host"] = ""
+        try:
+            status, said = await self._answer(method, url, data, headers)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if getattr(error, "errno", None) == errno.EACCES:
+                raise CaddyFailed(
+                    f"the gateway's user may not use Caddy's admin API at {address}", reason="caddy_denied"
+                ) from error
+            raise CaddyFailed(
+                f"Caddy's admin API at {address} does not answer; start Caddy "
+                "(systemctl start incus-gateway-caddy, or deploy/quickstart), or set GATEWAY_CADDY_ADMIN",
+                reason="caddy_down",
+            ) from error
+        if status >= 400:
+            reason = said.decode(errors="replace")[:500]
+            raise CaddyFailed(f"Caddy refuses the gateway's configuration: {reason}", reason="caddy_refused")
+        try:
+            return orjson.loads(said) if said.strip() else None
+        except ValueError:
+            return None
+
+    async def _answer(
+        self, method: str, url: str, data: str | bytes | None, headers: dict[str, str]
+    ) -> tuple[int, bytes]:
+        assert self._session is not None
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                async with self._session.request(method, url, data=data, headers=headers) as answer:
+                    return answer.status, await answer.read()
+            await asyncio.sleep(_PAUSE)
+        async with self._session.request(method, url, data=data, headers=headers) as answer:
+            return answer.status, await answer.read()
+
+
+def socket_of(address: str) -> str | None:
+    """Return the path of a unix socket in `/PATH`, `unix:/PATH` or Caddy's `unix//PATH`."""
+    if address.startswith("/"):
+        return address
+    match = re.fullmatch(r"unix(?::(?://)?|/)(/.+)", address)
+    return None if match is None else match[1]

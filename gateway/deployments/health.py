@@ -54,21 +54,21 @@ class Health:
         bus: Bus,
         settings: Settings,
         register: Register | None = None,
-        excuse: Callable[[str, bool], None] = lambda domain, away: None,
+        show_error_page: Callable[[str, bool], None] = lambda domain, away: None,
         packets: Callable[[], Mapping[str, int]] = packets,
     ) -> None:
         """`register` has the deployments: the site of a tenant that is being deployed may be slow.
 
-        `excuse` answers visitors of a domain with a page while its site hangs, and `packets` counts the
-        packets from each site's `link`.
+        `show_error_page` answers visitors of a domain with a page while its site hangs, and `packets` counts
+        the packets from each site's `link`.
         """
         self._sites, self._bus, self._settings = sites, bus, settings
-        self._register, self._excuse, self._packets = register, excuse, packets
+        self._register, self._show_error_page, self._packets = register, show_error_page, packets
         # by tenant: the packets that it has sent, how many intervals may still be skipped, and whether it was
         # checked in the last one
         self._sent: dict[str, tuple[int, int, bool]] = {}
         self._reported: set[str] = set()  # tenants whose site's end will be reported
-        self._away: dict[str, str] = {}  # domains that are excused, by tenant
+        self._away: dict[str, str] = {}  # domains that show an error page, by tenant
         self._failures: dict[str, int] = {}
         self._unhealthy: set[str] = set()
         self._starting: dict[str, asyncio.Task[None]] = {}
@@ -277,7 +277,7 @@ class Health:
         for name, away in ((before, False), (domain, True)):
             if name is not None and before != domain:
                 with contextlib.suppress(OSError):
-                    self._excuse(name, away)
+                    self._show_error_page(name, away)
 
     def _failed(self, site: Site, failures: int, why: str, *, at_once: bool) -> None:
         tenant = site.tenant

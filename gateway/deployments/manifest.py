@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from gateway.deployments.entries import SHOWN, Entry, refused
 from gateway.detection import Detected
-from gateway.detection.detected import line_of
+from gateway.detection.clues import line_of
 from gateway.rootfs.paths import show
 from gateway.tools.mirroring import understood
 

@@ -23,7 +23,7 @@ class RemoteRoutes:
         """
         await self._sites.look()
         known = self._domains.elsewhere
-        routed = {domain: self._caddy.get(domain) or "" for domain in self._caddy.elsewhere()}
+        routed = {domain: self._caddy.get(domain) or "" for domain in self._caddy.remote_domains()}
         if known is None:
             return routed
         wanted, away = dict[str, str](), set[str]()
@@ -35,6 +35,6 @@ class RemoteRoutes:
             if self._sites.away(member):
                 away.add(domain)
         for domain in away ^ self._excused:
-            self._caddy.excuse(domain, domain in away)
+            self._caddy.show_error_page(domain, domain in away)
         self._excused = frozenset(away)
         return wanted

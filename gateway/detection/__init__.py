@@ -4,8 +4,7 @@ Other packages use `Clues`, `detect` and `Detected`. A folder's contents are unt
 part of them, and `detect` is a function of that part, without IO.
 """
 
-from gateway.detection.clues import Clues
+from gateway.detection.clues import Clues, Detected
 from gateway.detection.decision import detect
-from gateway.detection.detected import Detected
 
 __all__ = ["Clues", "Detected", "detect"]

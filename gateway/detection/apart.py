@@ -11,8 +11,7 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from gateway.detection.clues import Clues
-from gateway.detection.detected import Detected
+from gateway.detection.clues import Clues, Detected
 from gateway.errors import Unavailable
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.detection.clues import Clues
-from gateway.detection.detected import Command, Detected, line_of
+from gateway.detection.clues import Clues, Command, Detected, line_of
 from gateway.detection.frameworks import (
     TABLE,
     Framework,

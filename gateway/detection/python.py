@@ -6,8 +6,7 @@ import re
 import shlex
 from typing import Final
 
-from gateway.detection.clues import Clues
-from gateway.detection.detected import Command, Detected
+from gateway.detection.clues import Clues, Command, Detected
 
 DEV_SERVERS: Final = frozenset({"fastapi", "flask", "django"})
 

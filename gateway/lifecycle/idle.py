@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from gateway.admission import Admission
-from gateway.caddy import Caddy
+from gateway.caddy import Caddy, asleep, caddy
 from gateway.errors import (
     Conflict,
     GatewayError,
@@ -30,11 +30,10 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.lifecycle.lifecycle import Lifecycle
-from gateway.lifecycle.sleep_marks import SleepMarks
 from gateway.ownership.domains import Domains
-from gateway.runtime import Tenant, TenantEvent, TenantRuntime
+from gateway.runtime import Tenant, TenantEvent, TenantRuntime, Tenants
 from gateway.runtime.probe import HostRefused, answer
-from gateway.runtime.sites import Sites, site_of
+from gateway.runtime.sites import Site, Sites, site_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,10 @@ log = logging.getLogger(__name__)
 # seconds for a request whose route Caddy has looked up to become a connection
 _ON_THE_WAY: Final = 0.5
 
-_RETRY_AFTER: Final = 5
+LOOK_INTERVAL: Final = 15.0  # seconds between two checks of which tenants are in use
+_WAKES: Final = 8  # tenants that are woken or put to sleep at once: each start and stop keeps incusd busy
+VISITORS: Final = 2000  # visitors that wait for sleeping sites and for updates, half of them for one site
+_RETRY_AFTER: Final = 5  # seconds
 _HELD: Final = 150.0  # seconds for which a visitor waits for an update: a new site's start, and its undo
 _HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
@@ -73,16 +75,15 @@ class Idle:
         self._stops: set[str] = set()  # tenants whose last stop was ours
         self._starts: set[str] = set()  # tenants whose next start is ours
         self._waking: dict[str, _Waking] = {}
-        most = settings.wakes_waiting
         self._visitors = Admission[str](
             "visitors that wait for a sleeping site",
-            each=max(1, most // 2),
-            total=most,
+            each=VISITORS // 2,
+            total=VISITORS,
             name="this site",
             hint="try again soon",
             retry_after=_RETRY_AFTER,
         )
-        self._slots = Admission[str]("wakes", each=2, total=settings.wakes_at_once)
+        self._slots = Admission[str]("wakes", each=2, total=_WAKES)
         self._dozing: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
 
@@ -153,7 +154,7 @@ class Idle:
 
     async def _within(self, waking: asyncio.Future[None]) -> None:
         try:
-            async with asyncio.timeout(self._settings.wake_timeout):
+            async with asyncio.timeout(caddy.WAKE_TIMEOUT):
                 await waking
         except TimeoutError:
             raise Timeout(
@@ -195,7 +196,7 @@ class Idle:
         if site is not None and site.exposure is not None:
             where = site.exposure
             try:
-                limit = self._settings.wake_timeout
+                limit = caddy.WAKE_TIMEOUT
                 await answer(where.address, where.port, site.health, limit, host=site.domain)
             except HostRefused:
                 log.warning("the site of %s refuses its domain after it was woken", tenant)
@@ -220,7 +221,7 @@ class Idle:
                 log.info("cannot tell which tenants are in use: %s", error.message)
             except Exception:
                 log.exception("cannot tell which tenants are in use")
-            await asyncio.sleep(self._settings.idle_look)
+            await asyncio.sleep(LOOK_INTERVAL)
 
     async def _look(self) -> None:
         moving = self._dozing.keys() | self._waking.keys()
@@ -340,3 +341,32 @@ class _Waking:
 
     def __init__(self, started: asyncio.Future[None], task: asyncio.Task[None]) -> None:
         self.started, self.task = started, task
+
+
+class SleepMarks:
+    """Sets and removes the marks. Neither starts nor stops a tenant."""
+
+    def __init__(self, tenants: Tenants, sites: Sites, caddy: Caddy, domains: Domains) -> None:
+        self._tenants, self._sites, self._caddy, self._domains = tenants, sites, caddy, domains
+
+    async def set(self, tenant: str) -> None:
+        """Mark a tenant as asleep."""
+        async with self._caddy.changing:
+            await self._tenants.mark_asleep(tenant, True)
+            site = await self._served(tenant)
+            target = None if site is None else self._caddy.get(site.domain)
+            if site is not None and target is not None:
+                self._caddy.set(site.domain, asleep(target))
+
+    async def remove(self, tenant: str) -> None:
+        """Mark a tenant as awake, and route its domain to its site again."""
+        async with self._caddy.changing:
+            await self._tenants.mark_asleep(tenant, False)
+            site = await self._served(tenant)
+            if site is not None and site.exposure is not None and self._caddy.sleeps(site.domain):
+                self._caddy.set(site.domain, site.exposure.target)
+
+    async def _served(self, tenant: str) -> Site | None:
+        """Return a tenant's site if the domain that it carries is its own."""
+        site = await site_of(self._sites, tenant)
+        return site if site is not None and self._domains.serves(site.domain, tenant) else None

@@ -147,7 +147,7 @@ def serve(settings: Settings, *, log_level: str = "info", take_over: bool = Fals
     share()
     raise_descriptors()
     close(settings)
-    Caddy(settings).lay()
+    Caddy(settings).create_folders()
     given = inherited()
     with contextlib.ExitStack() as stack:
         predecessor = stack.enter_context(Predecessor(settings)) if take_over else None

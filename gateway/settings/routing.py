@@ -37,12 +37,6 @@ class RouteSettings(BaseModel):
         "(`internal`)",
     )
     caddy_email: str = Field("", description="email address that the public authority writes to")
-    caddy_keepalive: float = Field(
-        4.0,
-        gt=0,
-        description="seconds that Caddy keeps an unused connection to a site; must be fewer than the site "
-        "keeps it",
-    )
     caddy_retry: float = Field(
         2.0,
         ge=0,

@@ -35,16 +35,3 @@ class SiteSettings(BaseModel):
         description="seconds without use after which a tenant is put to sleep, until it is needed again; "
         "0: never",
     )
-    idle_look: float = Field(
-        15.0, gt=0, le=50, description="seconds between two checks of which tenants are in use"
-    )
-    wake_timeout: float = Field(30.0, gt=0, description="seconds that a request waits for a sleeping tenant")
-    wakes_at_once: int = Field(
-        8, gt=0, description="maximum number of tenants that are woken or put to sleep at once"
-    )
-    wakes_waiting: int = Field(
-        2000,
-        gt=0,
-        description="maximum number of visitors that wait for sleeping sites and for updates, half of them "
-        "for one site; more are refused",
-    )

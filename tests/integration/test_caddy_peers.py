@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from gateway.caddy import Caddy, asleep, elsewhere
-from gateway.caddy.peers import NAME, certified
+from gateway.caddy.routes import NAME, certified
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.sites import RealCaddy, settings_for
@@ -165,22 +165,22 @@ async def test_a_site_that_sleeps_is_woken_at_home(members: tuple[Member, Member
 
 async def test_the_page_of_a_site_that_hangs_comes_from_home(members: tuple[Member, Member]) -> None:
     m1, m2 = members
-    m2.routes.excuse(SHOP, True)
+    m2.routes.show_error_page(SHOP, True)
     try:
         status, said = await m1.ask(SHOP)
         assert (status, said["retry"]) == (503, "5")
     finally:
-        m2.routes.excuse(SHOP, False)
+        m2.routes.show_error_page(SHOP, False)
 
 
 async def test_the_sites_of_a_member_that_is_away_are_503_at_once(members: tuple[Member, Member]) -> None:
     m1, _ = members
-    m1.routes.excuse(SHOP, True)
+    m1.routes.show_error_page(SHOP, True)
     try:
         status, said = await m1.ask(SHOP)
         assert (status, said["retry"]) == (503, "5")
     finally:
-        m1.routes.excuse(SHOP, False)
+        m1.routes.show_error_page(SHOP, False)
 
 
 async def test_two_that_each_take_a_site_for_the_others_do_not_go_round(
@@ -216,7 +216,7 @@ async def test_only_a_gateway_of_the_cluster_is_a_peer(
 
 async def test_a_member_that_leaves_the_cluster_has_the_configuration_of_one_alone(tmp_path: Path) -> None:
     routes = Caddy(Settings(state_dir=tmp_path))
-    routes.lay()
+    routes.create_folders()
     alone = routes.rendered()
     routes.join("[fd00::1]:8445", SECRET)
     clustered = routes.rendered()

@@ -136,11 +136,10 @@ async def world(base: Settings, folder: Path, runtime: str, **changes: Any) -> A
         "templates_dir": template.parent,
         "runtime": runtime,
         "domain": HOME,
-        "caddy_keepalive": 0.5,
-        "idle_look": 0.2,
         **changes,
     }
-    async with hosting(base, folder / "state", **fields) as host:
+    constants = {"gateway.lifecycle.idle.LOOK_INTERVAL": 0.2, "gateway.caddy.caddy.KEEPALIVE": 0.5}
+    async with hosting(base, folder / "state", constants=constants, **fields) as host:
         yield World(host, runtime)
         await no_traceback(host.gateway)
 

@@ -103,7 +103,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert quickstart.front.pid() == caddy
     assert "changed" not in capfd.readouterr().out.replace("nothing to change", "")
 
-    other = caddy_service.CaddyService(quickstart.settings.model_copy(update={"wake_timeout": 31.0}))
+    other = caddy_service.CaddyService(quickstart.settings.model_copy(update={"caddy_retry": 31.0}))
     assert other.start(CHECKOUT / "deploy") == f"loaded the new configuration, pid {caddy}"
     assert '"try_duration": 31000000000' in json.dumps(other.running())  # nanoseconds
 
@@ -169,7 +169,7 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
         try:
             assert before.start(CHECKOUT / "deploy").startswith("started")
             caddy = Caddy(old)
-            caddy.lay()
+            caddy.create_folders()
             caddy.set("site.localhost", f"127.0.0.1:{site}")
             pid = before.pid()
             assert pid is not None and Path(f"/proc/{pid}").owner() == "caddy"

@@ -57,11 +57,10 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
     (template / "site.js").write_text(SITE)
     changes: dict[str, Any] = {
         "templates_dir": template.parent,
-        "idle_look": 0.2,
         "health_interval": 1.0,
-        "caddy_keepalive": KEPT,
     }
-    async with hosting(incus_settings, folder / "state", **changes) as host:
+    constants = {"gateway.lifecycle.idle.LOOK_INTERVAL": 0.2, "gateway.caddy.caddy.KEEPALIVE": KEPT}
+    async with hosting(incus_settings, folder / "state", constants=constants, **changes) as host:
         record = await host.deploy(DOMAIN, "sleepy")
         assert record["state"] == "succeeded", record["error"]
         # only this one, since other tests' tenants are in the same Incus

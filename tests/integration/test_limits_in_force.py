@@ -23,13 +23,19 @@ DOMAIN, TENANT, COPY = "limited.test", "limited-test", "limited-copy"
 PAGE: Final = 4096
 
 
+QUICK = {"gateway.lifecycle.idle.LOOK_INTERVAL": 0.5, "gateway.caddy.caddy.KEEPALIVE": 0.5}
+
+
 @pytest.fixture(scope="module")
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
     """A gateway that mends nothing, since it never looks."""
     state = tmp_path_factory.mktemp("limited") / "state"
     never = 3600.0
     async with hosting(
-        incus_settings, state, idle_look=0.5, caddy_keepalive=0.5, reconcile_interval=never
+        incus_settings,
+        state,
+        constants=QUICK,
+        reconcile_interval=never,
     ) as host:
         record = await host.deploy(DOMAIN)
         assert record["state"] == "succeeded", record["error"]

@@ -275,7 +275,7 @@ async def test_what_a_new_configuration_cuts_goes_on_without_loss(
     )
     url, token = f"http://{GATEWAY}:{port}", host.gateway.token("*")
     right = Caddy(host.settings)
-    other = Caddy(host.settings.model_copy(update={"wake_timeout": host.settings.wake_timeout + 1}))
+    other = Caddy(host.settings.model_copy(update={"caddy_retry": host.settings.caddy_retry + 1}))
     is_right = lambda: right.folder.joinpath("site.caddy").read_text() == right.rendered()["site.caddy"]  # noqa: E731
     told: list[str] = []
     async with (

@@ -28,10 +28,17 @@ MEDIUM = {"cpu": "2", "memory": "1GiB", "disk": "8GiB"}
 HOG = "let kept = Array.from({length: 415}, (_, i) => new Uint8Array(1 << 20).fill(i)); console.log('full');"
 
 
+QUICK = {"gateway.lifecycle.idle.LOOK_INTERVAL": 0.5, "gateway.caddy.caddy.KEEPALIVE": 0.5}
+
+
 @pytest.fixture(scope="module")
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
     state = tmp_path_factory.mktemp("sizes") / "state"
-    async with hosting(incus_settings, state, idle_look=0.5, caddy_keepalive=0.5) as host:
+    async with hosting(
+        incus_settings,
+        state,
+        constants=QUICK,
+    ) as host:
         record = await host.deploy(DOMAIN)
         assert record["state"] == "succeeded", record["error"]
         yield host

@@ -10,7 +10,7 @@ import pytest
 
 from gateway import protocol
 from gateway.admission import Full, Reservation
-from gateway.api.connection.requests import Requests
+from gateway.api.connection.connection import Requests
 from gateway.errors import RateLimited
 from gateway.limits.budget import SMALL, Budget, Limits, Share
 from gateway.protocol.server_wire import Request

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gateway.caddy import Caddy
-from gateway.caddy.admin import Admin
-from gateway.caddy.errors import CaddyFailed
+from gateway.caddy.caddy import Admin
+from gateway.caddy.routes import CaddyFailed
 from gateway.errors import InvalidParams
 from gateway.hostnames import PROBE, DomainReserved
 from gateway.settings import Settings
@@ -46,7 +46,7 @@ async def test_routes_are_put_right_and_what_none_has_is_removed(tmp_path: Path)
         ):
             caddy.set(domain, target)
         (caddy.routes / PROBE).symlink_to("../targets/127.0.0.1:9")
-        caddy._lead("d.test", "127.0.0.1:9")
+        caddy._route("d.test", "127.0.0.1:9")
         caddy.unset("d.test")
         (targets / "10.0.0.2:80" / "10.0.0.2:80").unlink()
         (targets / ".new-0").symlink_to("../targets/10.0.0.1:80")  # of a gateway that was killed
@@ -62,17 +62,17 @@ async def test_the_page_of_a_site_that_hangs_stays_whoever_else_speaks_to_caddy(
     """As the command line does beside a gateway; only the next gateway begins without any."""
     settings = Settings(state_dir=tmp_path)
     async with Caddy(settings) as caddy:
-        caddy.excuse("shop.example.com", True)
-        caddy.excuse("../out", True)
+        caddy.show_error_page("shop.example.com", True)
+        caddy.show_error_page("../out", True)
         async with Caddy(settings):
             pass
         away = caddy.folder / "away"
         assert [path.name for path in away.iterdir()] == ["shop.example.com"]
-        caddy.excuse("other.example.com", False)  # there was none
-        caddy.excuse("shop.example.com", False)
+        caddy.show_error_page("other.example.com", False)  # there was none
+        caddy.show_error_page("shop.example.com", False)
         assert list(away.iterdir()) == []
-        caddy.excuse("shop.example.com", True)
-        caddy.excuse_nobody()
+        caddy.show_error_page("shop.example.com", True)
+        caddy.clear_error_pages()
         assert list(away.iterdir()) == []
 
 
@@ -80,11 +80,11 @@ async def test_no_tenant_is_led_to_by_the_gateways_own_names(tmp_path: Path) -> 
     """Not when asked for it, nor when Incus says so; and what an earlier version let through goes."""
     settings = Settings(state_dir=tmp_path, domain="GW.example.com", origins=("https://edit.example.com",))
     async with Caddy(settings) as caddy:
-        caddy.lead_home()
+        caddy.route_own_domain()
         for name in ("gw.example.com", "Gw.Example.com.", "edit.example.com", "probe.invalid", "localhost"):
             with pytest.raises(DomainReserved):
                 caddy.set(name, "10.0.0.9:3000")
-        caddy._lead("edit.example.com", "10.0.0.9:3000")
+        caddy._route("edit.example.com", "10.0.0.9:3000")
         wanted = dict.fromkeys(("gw.example.com", "edit.example.com", "shop.example.com"), "10.0.0.9:3000")
         assert sorted(caddy.reconcile(wanted, ())) == ["edit.example.com", "shop.example.com"]
         assert caddy.listed() == {"gw.example.com": "127.0.0.1:8080", "shop.example.com": "10.0.0.9:3000"}

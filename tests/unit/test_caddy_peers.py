@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.caddy import Caddy, asleep, elsewhere
-from gateway.caddy.peers import certified, peers
+from gateway.caddy.routes import certified, peer_endpoint
 from gateway.settings import Settings
 
 SECRET, ADDRESS = "s" * 40, "10.90.0.2:8445"
@@ -22,7 +22,7 @@ def test_all_gateways_of_a_secret_make_the_same_certificate() -> None:
 def test_the_key_is_for_caddy_and_the_gateway_alone(tmp_path: Path) -> None:
     caddy = Caddy(Settings(state_dir=tmp_path))
     caddy.join(ADDRESS, SECRET)
-    found = peers(caddy.folder)
+    found = peer_endpoint(caddy.folder)
     assert found is not None
     assert (found.host, found.port) == ("10.90.0.2", 8445)
     assert found.key.stat().st_mode & 0o777 == 0o640
@@ -32,7 +32,7 @@ def test_the_key_is_for_caddy_and_the_gateway_alone(tmp_path: Path) -> None:
     caddy.join(ADDRESS, "t" * 40)
     assert found.key.read_bytes() == certified("t" * 40)[1]
     caddy.leave()
-    assert peers(caddy.folder) is None and not found.key.exists()
+    assert peer_endpoint(caddy.folder) is None and not found.key.exists()
 
 
 @pytest.mark.parametrize("address", ["10.90.0.2:8445", "[fd00::1]:8445", "m2.example.com:443"])
@@ -40,7 +40,7 @@ async def test_a_route_may_lead_to_another_member(tmp_path: Path, address: str) 
     async with Caddy(Settings(state_dir=tmp_path)) as caddy:
         caddy.set("shop.example.com", elsewhere(address))
         caddy.set("own.example.com", "10.0.0.9:3000")
-        assert caddy.elsewhere() == frozenset({"shop.example.com"})
+        assert caddy.remote_domains() == frozenset({"shop.example.com"})
         assert not caddy.sleeps("shop.example.com")
         assert not caddy.reconcile(caddy.listed(), ())
 

@@ -80,7 +80,7 @@ def test_every_test_that_is_named_is_there() -> None:
     known = modules()
     defined = {path: names(path) for paths in known.values() for path in paths}
     lost, named = [], 0
-    for heading in ("What a tenant may take of what all share", "Attacks"):
+    for heading in ("Shared resources", "Attacks"):
         for about, cells in rows(heading):
             named += sum(len(_WORD.findall(cell)) for cell in cells)
             lost += [f"{about[:60]}: {name}" for cell in cells for name in missing(cell, known, defined)]
@@ -89,7 +89,7 @@ def test_every_test_that_is_named_is_there() -> None:
 
 
 def test_each_share_names_a_test() -> None:
-    for about, cells in rows("What a tenant may take of what all share"):
+    for about, cells in rows("Shared resources"):
         assert any(_WORD.search(cell) for cell in cells), about
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.constants import constants
 from tests.contracts.gateway import no_traceback
 from tests.contracts.idle import IdleContract
 from tests.live import LiveGateway, local_gateway
@@ -20,7 +21,7 @@ def tenants() -> tuple[str, ...]:
 async def sleepy(
     tmp_path_factory: pytest.TempPathFactory, tenants: tuple[str, ...]
 ) -> AsyncIterator[LiveGateway]:
-    quick = {"GATEWAY_IDLE_STOP": "0.5", "GATEWAY_IDLE_LOOK": "0.1"}
+    quick = {"GATEWAY_IDLE_STOP": "0.5", **constants({"gateway.lifecycle.idle.LOOK_INTERVAL": 0.1})}
     gateway = await local_gateway(tmp_path_factory.mktemp("state"), *tenants, **quick)
     await gateway.start()
     yield gateway

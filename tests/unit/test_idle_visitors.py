@@ -32,9 +32,10 @@ class Asleep:
         return None
 
 
-async def test_visitors_of_one_site_are_half_at_most() -> None:
+async def test_visitors_of_one_site_are_half_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.lifecycle.idle.VISITORS", 4)
     asleep = cast(Any, Asleep())
-    idle = Idle(asleep, asleep, asleep, asleep, asleep, asleep, Settings(wakes_waiting=4))
+    idle = Idle(asleep, asleep, asleep, asleep, asleep, asleep, Settings())
     waiting = [asyncio.ensure_future(idle.visit("greedy.example.com")) for _ in range(2)]
     await turn()
     for _ in range(2):

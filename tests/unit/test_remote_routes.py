@@ -99,7 +99,7 @@ async def test_the_sites_of_a_member_that_is_away_are_excused_until_it_is_back(c
     cluster.away.add("m2")
     assert (await cluster.look()).keys() == {SHOP, BLOG}, "its route is there when it is back"
     assert excused(cluster) == {SHOP}
-    cluster.caddy.excuse("hangs.example.com", True)  # by others, for a site here
+    cluster.caddy.show_error_page("hangs.example.com", True)  # by others, for a site here
     cluster.away.clear()
     await cluster.look()
     assert excused(cluster) == {"hangs.example.com"}

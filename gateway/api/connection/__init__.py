@@ -6,12 +6,12 @@ Connection ─ reads ─► ClientSocket ─► ServerWire (gateway.protocol): e
 ```
 
 `Connection` joins the parts. `ClientSocket` moves messages at the client's pace. `ServerWire` decides what
-each one means. `Requests` runs calls, each as a task with one answer. `Peer` is the client: tenant, token,
-tasks. The families answer: session, exec, tools, files, history, watches, events. Other packages use the
-names in this module.
+each one means. `Requests` runs calls, each as a task with one answer. `ClientSession` is the client: tenant,
+token, tasks. The families in `methods` and `exec_methods` answer. Other packages use the names
+in this module.
 """
 
+from gateway.api.connection.client_session import ClientSession, Hub, close_code
 from gateway.api.connection.connection import Connection
-from gateway.api.connection.peer import Hub, Peer, close_code
 
-__all__ = ["Connection", "Hub", "Peer", "close_code"]
+__all__ = ["ClientSession", "Connection", "Hub", "close_code"]

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from gateway import protocol
-from gateway.api import openapi, reference
+from gateway.api import openapi
 from gateway.api.operation import OPEN, Media, Operation
 
 _HEADERS: Final = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
@@ -29,8 +29,8 @@ async def wire(request: Request) -> Response:
 
 async def page(request: Request) -> Response:
     """Return the HTTP API as a page to read."""
-    text = await asyncio.to_thread(reference.page, await _document(request))
-    return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": reference.POLICY})
+    text = await asyncio.to_thread(openapi.page, await _document(request))
+    return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": openapi.POLICY})
 
 
 async def _document(request: Request) -> dict[str, Any]:
