@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -34,6 +35,9 @@ def test_the_gateway_asks_for_all_that_its_client_does() -> None:
     assert (ROOT / "clients/python/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
+distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
 def imported(module: Path) -> set[str]:
     """Return the packages of others that a module imports anywhere, also only for its types."""
     found: set[str] = set()
@@ -53,9 +57,8 @@ def test_what_a_module_imports_is_asked_for(module: Path) -> None:
     """By the distribution itself, or by the extra that is named as the module."""
     extra = CLIENT["optional-dependencies"].get(module.stem, [])
     asked = {canonicalize_name(Requirement(word).name) for word in (*CLIENT["dependencies"], *extra)}
-    distributions = importlib.metadata.packages_distributions()
     for name in imported(module):
-        assert asked & {canonicalize_name(one) for one in distributions[name]}, f"{name} is not asked for"
+        assert asked & {canonicalize_name(one) for one in distributions()[name]}, f"{name} is not asked for"
 
 
 @pytest.fixture(scope="module")

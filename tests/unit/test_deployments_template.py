@@ -117,10 +117,10 @@ def test_an_archive_takes_the_time_and_room_of_its_bytes() -> None:
     """Millions of pieces, facts, headers, names of folders: each is refused, or read in a moment."""
     one = header("a", tarfile.REGTYPE, **{f"a.{n}": "x" for n in range(31)})
     hostile = (
-        gzip.compress(told(**{"GNU.sparse.map": "9999,0," * 4_000_000})),
-        one.tobuf(tarfile.PAX_FORMAT) * 10_000,
-        archive(*((f"node_modules/{n}", b"") for n in range(20_000))),
-        archive(*(("ab/" * 31 + str(n), b"") for n in range(9_000))),
+        gzip.compress(told(**{"GNU.sparse.map": "9999,0," * 1_000_000})),
+        one.tobuf(tarfile.PAX_FORMAT) * 2_500,
+        archive(*((f"node_modules/{n}", b"") for n in range(5_000))),
+        archive(*(("ab/" * 31 + str(n), b"") for n in range(2_300))),
     )
     tracemalloc.start()
     try:
@@ -128,8 +128,8 @@ def test_an_archive_takes_the_time_and_room_of_its_bytes() -> None:
             began = time.process_time()
             with contextlib.suppress(GatewayError):
                 uploaded(data, Settings())
-            assert time.process_time() - began < 15  # each allocation is traced meanwhile
-        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+            assert time.process_time() - began < 4  # each allocation is traced meanwhile
+        assert tracemalloc.get_traced_memory()[1] < 25 << 20
     finally:
         tracemalloc.stop()
 

@@ -32,11 +32,18 @@ USUAL: Final = 0.05  # and in 99 of 100 cases
 CALM: Final = 0.045  # seconds of CPU that `yardstick` takes there
 
 
+_KINDS: Final = ("x", "x ", "\n", "'", "[(", "é", '"a', "\\", "/a", "..", "a,", "\x01", "*", "%")
+_turns = itertools.count()
+
+
 def filled(length: int) -> Iterator[str]:
-    """Yield texts of a length, each of a kind that something finds hard."""
-    pieces = ("x", "x ", "\n", "'", "[(", "é", '"a')
-    more = ("\\", "/a", "..", "a,", "\x01", "*", "%") if thorough.ALL else ()
-    for piece in (*pieces, *more):
+    """Yield texts of a length, each of a kind that something finds hard.
+
+    Each field gets a few kinds of them, the next field the next few; `tests/run thorough` gives each field all.
+    """
+    first = next(_turns) * 3
+    for number in range(len(_KINDS) if thorough.ALL else 3):
+        piece = _KINDS[(first + number) % len(_KINDS)]
         yield (piece * (length // len(piece) + 1))[:length]
     yield "x" * (length - 1) + "😀"  # four bytes for each character
 
