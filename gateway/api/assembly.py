@@ -55,7 +55,7 @@ from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.storage.store import Store
-from gateway.tools.folders import Folders
+from gateway.tools.session import Folders
 from gateway.tools.toolbox import Toolbox
 from gateway.transport.tunnel import Near
 

@@ -15,7 +15,7 @@ from gateway.deployments.template import Template, checked
 from gateway.errors import InvalidParams, TooLarge
 from gateway.rootfs.paths import show
 from gateway.settings import Settings
-from gateway.tools.search.ignore_files import Rules, rules
+from gateway.tools.globs import Rules, rules
 
 _IGNORE_MAX: Final = 64 << 10  # bytes of an ignore file
 _LOOKED_AT: Final = 200_000  # files and folders; a larger folder is not counted to its end

@@ -30,8 +30,8 @@ from gateway.errors import InvalidParams, NotFound, Unavailable
 from gateway.rootfs.paths import HOME, show
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
+from gateway.tools.globs import rules
 from gateway.tools.mirroring import Kind, listed
-from gateway.tools.search.ignore_files import rules
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _INSIDE: Final = re.compile(r"cd '?([^'\s]{1,200})'? && ")

@@ -22,8 +22,8 @@ from gateway.history.rests import Rests
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import TenantEvent, TenantRuntime
 from gateway.settings import Settings
-from gateway.tools.file_tools import ToolResult, named_file
 from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import ToolResult, named_file
 
 _WRITING: Final = frozenset({"Write", "Edit"})
 _CHANGING: Final = _WRITING | {"Bash"}

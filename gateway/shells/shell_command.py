@@ -25,9 +25,9 @@ from gateway.rootfs.workers import Workers
 from gateway.runtime import StreamName
 from gateway.settings import Settings
 from gateway.tools import outputs, shell
-from gateway.tools.lasting import LastingCall
 from gateway.tools.session import ToolSession
 from gateway.tools.shell import KEPT
+from gateway.tools.toolbox import LastingCall
 
 Count = Annotated[int, Field(ge=0)]
 Short = Annotated[str, Field(max_length=512)]

@@ -37,12 +37,10 @@ from gateway.runtime import ExecSpec, KillResult
 from gateway.settings import Settings
 from gateway.shells.shell_command import BashCommand, BashRecord, OutputFile, mark, parsed
 from gateway.tools import shell
-from gateway.tools.answer import Answer, ToolFailure
-from gateway.tools.call import failure
-from gateway.tools.file_tools import ToolResult
-from gateway.tools.lasting import LastingCall
+from gateway.tools.call import ToolAnswer, ToolFailure, failure
 from gateway.tools.schemas import checked
 from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import LastingCall, ToolResult
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ _BRIEF: Final = 1.0  # seconds to answer the calls that end with this process
 
 @dataclass(slots=True)
 class AdoptedBash:
-    """A Bash command of an earlier process; see `gateway.tools.lasting`. `shell` is set once it continues."""
+    """A Bash command of an earlier process; see `gateway.tools.toolbox`. `shell` is set once it continues."""
 
     exec_: Exec
     record: BashRecord
@@ -323,7 +321,7 @@ class Bash:
         by: str,
         call: LastingCall | None,
         begin: Callable[[], Awaitable[None]] | None,
-    ) -> Answer:
+    ) -> ToolAnswer:
         """Run a command under `exec_id`, after `begin`; see `Shells.call`."""
         command: str = given["command"]
         background = bool(given.get("run_in_background"))
@@ -363,7 +361,7 @@ class Bash:
             await asyncio.shield(self._abandon(session, started))
             raise
 
-    async def resume(self, root: FilesystemRoot, session: ToolSession, one: BashCommand) -> Answer:
+    async def resume(self, root: FilesystemRoot, session: ToolSession, one: BashCommand) -> ToolAnswer:
         """Finish the call of a command that was taken over from an earlier process."""
         self._telling[one.exec_id] = one
         record = one.record
@@ -398,7 +396,9 @@ class Bash:
         most = settings.bash_background_timeout_max if background else settings.bash_timeout_max
         return min(most, default if timeout is None or timeout <= 0 else timeout / 1000)
 
-    async def _foreground(self, root: FilesystemRoot, session: ToolSession, started: BashCommand) -> Answer:
+    async def _foreground(
+        self, root: FilesystemRoot, session: ToolSession, started: BashCommand
+    ) -> ToolAnswer:
         record = started.record
         done, _ = await asyncio.wait([started.task], timeout=max(0.0, record.until - time.time()))
         if started.left:
@@ -416,12 +416,12 @@ class Bash:
             return shell.timed_out(started.printed(), record.seconds, facts)
         return self._moved(started, self._facts(root, session, started))
 
-    def _moved(self, started: BashCommand, facts: Mapping[str, Any]) -> Answer:
+    def _moved(self, started: BashCommand, facts: Mapping[str, Any]) -> ToolAnswer:
         # BashOutput returns this again, so that its output is complete
         text, _, _ = started.unread["stdout"].look(final=False, lines=False)
         return shell.moved(text, started.id, started.file.path, started.record.seconds, facts)
 
-    async def _finished(self, root: FilesystemRoot, session: ToolSession, started: BashCommand) -> Answer:
+    async def _finished(self, root: FilesystemRoot, session: ToolSession, started: BashCommand) -> ToolAnswer:
         await started.task
         notes = tuple(started.record.notes)
         ended = started.ended
@@ -566,7 +566,7 @@ class Shells:
 
     async def _output(
         self, root: FilesystemRoot, session: ToolSession, given: Mapping[str, Any], call_id: str | None
-    ) -> Answer:
+    ) -> ToolAnswer:
         one = await self._commands.find(session, given["bash_id"])
         began = one.asked(call_id)
         ended, status, facts = (
@@ -594,7 +594,7 @@ class Shells:
         code = None if ended is None or status == "killed" else ended.code
         return shell.report(status, code, texts, facts)
 
-    async def _kill(self, session: ToolSession, given: Mapping[str, Any], call_id: str | None) -> Answer:
+    async def _kill(self, session: ToolSession, given: Mapping[str, Any], call_id: str | None) -> ToolAnswer:
         one = await self._commands.find(session, given["shell_id"])
         if one.status == "running":
             one.record.killer = mark(call_id)
@@ -609,7 +609,7 @@ class Shells:
         return shell.killed(one.id, one.command, {**facts, "survivors": killed.survivors})
 
 
-async def _result(session: ToolSession, work: Coroutine[Any, Any, Answer]) -> ToolResult:
+async def _result(session: ToolSession, work: Coroutine[Any, Any, ToolAnswer]) -> ToolResult:
     session.last_used = time.monotonic()
     try:
         answer = await work

@@ -21,8 +21,7 @@ from gateway.errors import Timeout, TooLarge
 from gateway.rootfs.paths import HOME
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Operation, Workspace
-from gateway.tools.search.globs import Glob, GlobError
-from gateway.tools.search.ignore_files import Rules, rules
+from gateway.tools.globs import Glob, GlobError, Rules, rules
 
 Kind = Literal["file", "folder", "link"]
 LOST: Final = "workspace/lost"

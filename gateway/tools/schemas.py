@@ -15,7 +15,7 @@ import orjson
 
 from gateway.errors import InvalidParams
 from gateway.protocol.maxima import ARGUMENT_MAX, CONTENT_MAX, PATH_MAX, SHORT_MAX
-from gateway.tools.answer import ToolFailure
+from gateway.tools.call import ToolFailure
 
 _DIGITS_MAX = 400  # characters of a number given as text
 _VALUES_MAX = 256  # values in lists and objects of one input; no tool here takes any

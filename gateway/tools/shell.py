@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.tools.answer import Answer, ToolFailure
+from gateway.tools.call import ToolAnswer, ToolFailure
 
 RESULT_MAX: Final = 30_000  # characters of a result; of a longer one only a preview is shown
 ERROR_MAX: Final = 10_000  # characters of a failed command's result, half from each end
@@ -84,7 +84,7 @@ def needs_file(printed: Printed) -> bool:
 
 def finished(
     meant: str | None, printed: Printed, code: int, notes: tuple[str, ...], facts: Mapping[str, Any]
-) -> Answer:
+) -> ToolAnswer:
     """Return the result of a command that ended by itself. `notes` are lines after its output.
 
     `meant` is what `interpretation` said of exit code 1.
@@ -101,7 +101,7 @@ def finished(
             output = _persisted(output, printed)
             structured["truncated"] = True
         words = "\n".join(part for part in (output, *notes) if part) or SILENT
-        return Answer([{"type": "text", "text": words}], structured)
+        return ToolAnswer([{"type": "text", "text": words}], structured)
     lines = [f"Exit code {code}"]
     if code == _TERMINATED and not trimmed(printed.tail).endswith("Terminated"):
         notes = ("Terminated", *notes)
@@ -118,7 +118,7 @@ def finished(
         words = f"{head[:half]}\n\n... [{cut} characters truncated] ...\n\n{tail[-half:].lstrip(chr(10))}"
         structured["truncated"] = True
     structured["code"] = "exec_failed"
-    return Answer([{"type": "text", "text": words}], structured, True, "exec_failed")
+    return ToolAnswer([{"type": "text", "text": words}], structured, True, "exec_failed")
 
 
 def _persisted(output: str, printed: Printed) -> str:
@@ -164,7 +164,7 @@ def _last_program(command: str) -> str:
     return name if at == len(command) else ""
 
 
-def moved(text: str, shell_id: str, file: str | None, seconds: float, facts: Mapping[str, Any]) -> Answer:
+def moved(text: str, shell_id: str, file: str | None, seconds: float, facts: Mapping[str, Any]) -> ToolAnswer:
     """Return the result of a command that continues after its timeout. `text` is its output."""
     limit = int(seconds + 0.5)
     words = (
@@ -175,13 +175,13 @@ def moved(text: str, shell_id: str, file: str | None, seconds: float, facts: Map
     if len(output) > RESULT_MAX:
         output = _preview(output) + "\n..."
     words = f"{output}\n{words}" if output else words
-    return Answer([{"type": "text", "text": words}], _with_file(facts, file))
+    return ToolAnswer([{"type": "text", "text": words}], _with_file(facts, file))
 
 
-def begun(shell_id: str, file: str | None, facts: Mapping[str, Any]) -> Answer:
+def begun(shell_id: str, file: str | None, facts: Mapping[str, Any]) -> ToolAnswer:
     """Return the result of a command that was started in the background."""
     words = f"Command running in background with ID: {shell_id}. {_following(file)}"
-    return Answer([{"type": "text", "text": words}], _with_file(facts, file))
+    return ToolAnswer([{"type": "text", "text": words}], _with_file(facts, file))
 
 
 def _with_file(facts: Mapping[str, Any], file: str | None) -> dict[str, Any]:
@@ -193,11 +193,11 @@ def _following(file: str | None) -> str:
     return f"{written}Use BashOutput to read new output and KillShell to end it."
 
 
-def timed_out(printed: Printed, seconds: float, facts: Mapping[str, Any]) -> Answer:
+def timed_out(printed: Printed, seconds: float, facts: Mapping[str, Any]) -> ToolAnswer:
     """Return the result of a command that was ended at its timeout, because it could not continue."""
     notes = (f"Command timed out after {int(seconds + 0.5)}s and was ended.",)
     answer = finished(None, printed, _TERMINATED, notes, facts)
-    return Answer(answer.content, {**answer.structured, "code": "timeout"}, True, "timeout")
+    return ToolAnswer(answer.content, {**answer.structured, "code": "timeout"}, True, "timeout")
 
 
 def flooded(limit: int) -> str:
@@ -208,7 +208,7 @@ def unknown(shell_id: str) -> ToolFailure:
     return ToolFailure("not_found", f"No shell found with ID: {shell_id[:100]}")
 
 
-def report(status: str, code: int | None, streams: Mapping[str, str], facts: Mapping[str, Any]) -> Answer:
+def report(status: str, code: int | None, streams: Mapping[str, str], facts: Mapping[str, Any]) -> ToolAnswer:
     """Return BashOutput's result: `status` one of running, completed, failed, killed; output by stream."""
     parts = [f"<status>{status}</status>"]
     if code is not None:
@@ -219,7 +219,7 @@ def report(status: str, code: int | None, streams: Mapping[str, str], facts: Map
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
     parts.append(f"<timestamp>{stamp}.{int(now * 1000) % 1000:03d}Z</timestamp>")
-    return Answer([{"type": "text", "text": "\n\n".join(parts)}], dict(facts))
+    return ToolAnswer([{"type": "text", "text": "\n\n".join(parts)}], dict(facts))
 
 
 def _latest(output: str) -> str:
@@ -227,9 +227,9 @@ def _latest(output: str) -> str:
     return output if cut <= 0 else f"... [{cut} characters truncated] ...\n\n{output[-RESULT_MAX:]}"
 
 
-def killed(shell_id: str, command: str, facts: Mapping[str, Any]) -> Answer:
+def killed(shell_id: str, command: str, facts: Mapping[str, Any]) -> ToolAnswer:
     said = {"message": f"Successfully killed shell: {shell_id} ({command})", "shell_id": shell_id}
-    return Answer([{"type": "text", "text": orjson.dumps(said).decode()}], dict(facts))
+    return ToolAnswer([{"type": "text", "text": orjson.dumps(said).decode()}], dict(facts))
 
 
 def not_running(shell_id: str, status: str) -> ToolFailure:

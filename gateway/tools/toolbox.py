@@ -1,7 +1,7 @@
 """Calls of tools: checks scopes, finds the session, runs each call once, and publishes events.
 
-The websocket, HTTP and MCP call tools through it. It finds the tenant's files and passes the call to the
-package that runs it.
+The websocket, HTTP and MCP call tools through `Toolbox`. `FileTools` passes Read, Write, Edit, Glob and Grep
+to the tenant's workers; `ShellTools`, which `gateway.shells` implements, runs Bash, BashOutput and KillShell.
 """
 
 from __future__ import annotations
@@ -10,37 +10,35 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol
 
 import orjson
 
-from gateway.errors import Conflict, GatewayError, NotFound, Timeout, Unavailable
+from gateway.errors import Cancelled, Conflict, GatewayError, NotFound, Timeout, Unavailable
 from gateway.events import Bus
 from gateway.files.files import file_written
 from gateway.idempotency import Idempotency, Key
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.refusals import Spare, nothing_to_spare
+from gateway.rootfs.paths import locate
+from gateway.rootfs.refusals import NO_SPACE, Spare, nothing_to_spare
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
-from gateway.tools.answer import ToolFailure
-from gateway.tools.file_tools import FileTools, ToolResult
-from gateway.tools.folders import Folders
-from gateway.tools.lasting import AdoptedCall, LastingCall, ShellTools
-from gateway.tools.running import Left, Running, only_brief
-from gateway.tools.schemas import SHELL_TOOLS, check_size, descriptions
-from gateway.tools.session import Sessions, ToolSession
+from gateway.tasks import begin
+from gateway.tools.call import Seen, ToolAnswer, ToolFailure, decode, meant, timed_out
+from gateway.tools.schemas import FILE_TOOLS, SHELL_TOOLS, check_size, descriptions
+from gateway.tools.session import Background, Folders, Sessions, ToolSession
 
 log = logging.getLogger(__name__)
-
-__all__ = ["ToolResult", "ToolSession", "Toolbox"]
 
 _SCOPES: Final[Mapping[str, str]] = {
     "Read": "files:read",
@@ -61,6 +59,286 @@ _WRITES: Final = frozenset({"Write", "Edit"})
 _WRITTEN: Final = 1.0  # seconds for calls of these to end while clients wait for the next process
 # tools whose effects may outlast the gateway
 _LASTING: Final = _WRITES | {"Bash"}
+_SEARCHES: Final = frozenset({"Glob", "Grep"})
+_CORES: Final = os.cpu_count() or 1
+_PROCESSES_MAX: Final = 4  # of one search
+_BRIEFLY: Final = 0.1  # seconds a call may have been running when the gateway is handed over
+
+
+@dataclass(frozen=True, slots=True)
+class LastingCall:
+    """A call under its caller's id, as recorded with its command. Times are in seconds."""
+
+    id: str
+    digest: str  # of its input, in hexadecimal digits
+    linger: float  # how long it continues without its caller
+    event: str  # its id in events
+    by: str
+    began: float  # since the epoch
+
+
+class AdoptedCall(Protocol):
+    """A command of an earlier process. `in_front` means that its call has not been answered."""
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def exec_id(self) -> str: ...
+
+    @property
+    def session(self) -> str | None:
+        """The name of its session, if it has one."""
+        ...
+
+    @property
+    def cwd(self) -> str | None:
+        """The session's folder when it began."""
+        ...
+
+    @property
+    def call(self) -> LastingCall | None: ...
+
+    @property
+    def in_front(self) -> bool: ...
+
+
+class ShellTools(Background, Protocol):
+    """Runs Bash, BashOutput and KillShell; `gateway.shells` implements it."""
+
+    async def call(
+        self,
+        root: FilesystemRoot,
+        session: ToolSession,
+        name: str,
+        arguments: object,
+        *,
+        exec_id: str,
+        by: str,
+        call_id: str | None = None,
+        call: LastingCall | None = None,
+        begin: Callable[[], Awaitable[None]] | None = None,
+    ) -> ToolResult: ...
+
+    def told(self, exec_id: str) -> None: ...
+
+    async def leave(self) -> set[tuple[str, str]]:
+        """Leave the held commands to the next process; return the tenants and ids of their calls."""
+        ...
+
+    def left_behind(self) -> Iterator[Any]:  # of `AdoptedCall`
+        ...
+
+    def discard(self, left: Any) -> None: ...
+
+    def take_over(self, root: FilesystemRoot, session: ToolSession, left: Any) -> None: ...
+
+    async def resume(self, root: FilesystemRoot, session: ToolSession, left: Any) -> ToolResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """One finished tool call.
+
+    `encoded` is the JSON of `{content, isError, structuredContent}`, which is spliced into a reply unchanged.
+    `code` is a wire code if the tool failed.
+    """
+
+    encoded: bytes
+    is_error: bool
+    code: str | None = None
+
+    @classmethod
+    def of(cls, answer: ToolAnswer) -> ToolResult:
+        head, body = decode(answer.encode())
+        return cls(body, head["is_error"], head["code"])
+
+    def packed(self) -> bytes:
+        """Return the result as one value for storage; `unpacked` reverses it."""
+        return orjson.dumps([self.is_error, self.code]) + b"\n" + self.encoded
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> ToolResult:
+        head, _, encoded = packed.partition(b"\n")
+        is_error, code = orjson.loads(head)
+        return cls(encoded, is_error, code)
+
+    def data(self) -> dict[str, Any]:
+        """Decode the result, for the few callers that read it."""
+        found: dict[str, Any] = orjson.loads(self.encoded)
+        return found
+
+
+class FileTools:
+    """Read, Write, Edit, Glob and Grep on a tenant's workspace. None of it runs in the container."""
+
+    def __init__(self, workers: Workers, settings: Settings, spare: Spare = nothing_to_spare) -> None:
+        self._workers = workers
+        self._settings = settings
+        self._spare = spare
+
+    async def call(
+        self, root: FilesystemRoot, session: ToolSession, name: str, arguments: object
+    ) -> ToolResult:
+        """Run one tool. A refusal by the tool itself is a result.
+
+        Raises `NotFound` for an unknown tool, `InvalidParams` for input that is not JSON, and `Unavailable`,
+        `RateLimited` or `Timeout` of the worker.
+        """
+        if name not in FILE_TOOLS:
+            raise NotFound(f"no such tool: {str(name)[:100]}")
+        session.last_used = time.monotonic()
+        cwd = session.cwd or root.workspace
+        path = named_file(arguments, cwd, root.workspace)
+        seen = session.seen(path) if path is not None else None
+        given = {
+            "input": arguments,
+            "cwd": cwd,
+            "seen": seen.wire() if seen else None,
+            "read_first": session.read_before_write,
+            "brief": name in _SEARCHES,
+            "named": None,
+        }
+        if name in _SEARCHES:
+            return await self._search(root, name, given)
+        # rendering a document takes long, and must not block other reads
+        apart = name == "Read" and (path or "").lower().endswith(".pdf")
+        head, body = decode(await self._workers.call(root, name, given, search=apart))
+        while head["is_error"] and _had_no_room(name, body) and await self._spare(root.tenant):
+            head, body = decode(await self._workers.call(root, name, given))
+        if path is not None and head["seen"] is not None:
+            session.remember(path, Seen(*head["seen"]))
+        return ToolResult(body, head["is_error"], head["code"])
+
+    async def _search(self, root: FilesystemRoot, name: str, given: dict[str, Any]) -> ToolResult:
+        # Most searches end quickly, so the worker for single files tries first: it is awake and warm.
+        # A longer one goes to a worker where it blocks no other call.
+        apart = not self._workers.rests(root.tenant)
+        head, body = decode(await self._workers.call(root, name, given, search=apart))
+        if head["code"] == "timeout":
+            given["brief"] = False
+            if name == "Grep":
+                try:
+                    named = await self._named(root, {"input": given["input"], "cwd": given["cwd"]})
+                except Timeout:
+                    return ToolResult.of(timed_out(self._settings.tool_timeout).answer())
+                given["named"] = None if named is None else named.decode("latin-1")
+            head, body = decode(await self._workers.call(root, name, given, search=True))
+        return ToolResult(body, head["is_error"], head["code"])
+
+    async def _named(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
+        """Return the names of the matching files in a large tree; None if one worker must walk it instead."""
+        # a core for each process if no other tenant needs one: a second one on two cores left none to
+        # the neighbours, the p99 of their reads tripled
+        cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _PROCESSES_MAX)
+        return await self._workers.scan(root, asked, cores)
+
+
+def _had_no_room(name: str, body: bytes) -> bool:
+    """Say whether a tool failed since the disk was full."""
+    return name in _WRITES and orjson.loads(body)["structuredContent"].get("reason") == NO_SPACE
+
+
+def named_file(arguments: object, cwd: str, workspace: str) -> str | None:
+    """Return the relative path of the file that a call names, None if it names none in the workspace."""
+    given = arguments.get("file_path") if isinstance(arguments, dict) else None
+    if not isinstance(given, str):
+        return None
+    try:
+        return locate(meant(given), cwd, workspace)
+    except GatewayError:
+        return None
+
+
+class Left(Unavailable):
+    """The gateway is ending; the next one continues the call and answers it under its id."""
+
+    def __init__(self) -> None:
+        super().__init__("the gateway is being restarted; call again with the same id", retry_after=1)
+
+
+class Running:
+    """A running call of a tool under a `callId`: its input, and its waiting callers."""
+
+    __slots__ = ("_asked", "_lingering", "_since", "_waiting", "digest", "tool", "work")
+
+    def __init__(self, tool: str, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
+        self.tool = tool
+        self.digest = digest
+        self._lingering: asyncio.TimerHandle | None = None
+        self._waiting: set[asyncio.Future[ToolResult]] = set()
+        self._asked = 0.0  # until when a caller that left may return
+        self._since = asyncio.get_running_loop().time()
+        self.work = begin(self._do(work))
+        self.work.add_done_callback(self._over)
+
+    async def _do(self, work: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
+        result = await work()
+        # not at this task's end, which others notice one turn of the loop later
+        self._tell(lambda one: one.set_result(result))
+        return result
+
+    def _over(self, work: asyncio.Task[ToolResult]) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+        if work.cancelled():
+            self._tell(lambda one: one.set_exception(given_up()))
+        elif (error := work.exception()) is not None:
+            self._tell(lambda one: one.set_exception(error))
+
+    def _tell(self, how: Callable[[asyncio.Future[ToolResult]], None]) -> None:
+        for one in self._waiting:
+            if not one.done():
+                how(one)
+
+    async def result(self, linger: float) -> ToolResult:
+        """Wait for the result. The work is ended `linger` seconds after its last caller has left.
+
+        Of several callers that left, the longest `linger` counts. Raises what the work raises, and
+        `Cancelled` if it was given up.
+        """
+        if self.work.done():
+            if self.work.cancelled():
+                raise given_up()
+            return self.work.result()
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        loop = asyncio.get_running_loop()
+        one: asyncio.Future[ToolResult] = loop.create_future()
+        if not self._waiting:
+            self._asked = 0.0  # the caller came back
+        self._waiting.add(one)
+        try:
+            return await one
+        finally:
+            self._waiting.discard(one)
+            self._asked = max(self._asked, loop.time() + linger)
+            if not self._waiting and not self.work.done():
+                self._lingering = loop.call_at(self._asked, self.work.cancel)
+
+    def expect(self, linger: float) -> None:
+        """Give the caller of an earlier process `linger` seconds to come back, then end the call."""
+        if not self._waiting and not self.work.done():
+            self._lingering = asyncio.get_running_loop().call_later(linger, self.work.cancel)
+
+    def leave(self) -> None:
+        """Tell all callers that the next process will have the result."""
+        self._tell(lambda one: one.set_exception(Left()))
+
+
+async def only_brief(calls: Callable[[], Iterable[Running]], seconds: float) -> None:
+    """Wait until all of the running `calls` have just begun, for at most some seconds."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    while late := [one.work for one in calls() if loop.time() - one._since >= _BRIEFLY]:
+        if loop.time() >= until:
+            return
+        await asyncio.wait(late, timeout=until - loop.time())
+
+
+def given_up() -> Cancelled:
+    return Cancelled("the caller cancelled the call")
 
 
 class Turns(Protocol):

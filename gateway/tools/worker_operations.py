@@ -12,19 +12,16 @@ from gateway.rootfs.messages import Limits
 from gateway.rootfs.refusals import refusal
 from gateway.rootfs.worker import SCAN, Operation, Service, Workspace
 from gateway.tools import mirroring, outputs
-from gateway.tools.answer import Answer, ToolFailure
-from gateway.tools.call import Call, failure
-from gateway.tools.reading.read import read
+from gateway.tools.call import Call, ToolAnswer, ToolFailure, failure
+from gateway.tools.glob import glob
+from gateway.tools.grep import forget, grep, scan
+from gateway.tools.patterns import compiled
+from gateway.tools.reading import read
 from gateway.tools.schemas import checked
-from gateway.tools.search import contents
-from gateway.tools.search.glob import glob
-from gateway.tools.search.grep import grep
-from gateway.tools.search.matcher import compiled
-from gateway.tools.search.scan import scan
-from gateway.tools.search.scope import brief
+from gateway.tools.search import brief
 from gateway.tools.writing import edit, write
 
-_TOOLS: dict[str, Callable[[Call], Answer]] = {
+_TOOLS: dict[str, Callable[[Call], ToolAnswer]] = {
     "Read": read,
     "Write": write,
     "Edit": edit,
@@ -59,7 +56,7 @@ def _bounded(tool: str, reply: bytes, limits: Limits) -> bytes:
     return ToolFailure("too_large", words, tagged=False, limit=limits.result_max).answer().encode()
 
 
-def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
+def _operation(name: str, tool: Callable[[Call], ToolAnswer]) -> Operation:
     def run(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
         try:
             given = checked(name, arguments["input"])
@@ -94,7 +91,7 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
 
 def idle() -> None:
     """Drop caches between calls. A worker calls it after a while without calls."""
-    contents.forget()
+    forget()
     walk.forget()
     compiled.cache_clear()
 

@@ -11,10 +11,8 @@ from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
 from gateway.rootfs.paths import show
 from gateway.rootfs.refusals import refusal
 from gateway.rootfs.root import FOLDER, Made, etag
-from gateway.tools.answer import Answer, Seen, ToolFailure, text
-from gateway.tools.call import Call, failure, meant, missing, outside
-from gateway.tools.replacing import STALE, replaced
-from gateway.tools.texts import Text, decode, trimmed
+from gateway.tools.call import Call, Seen, ToolAnswer, ToolFailure, failure, meant, missing, outside, text
+from gateway.tools.texts import STALE, Text, decode, replaced, trimmed
 
 _CURRENT = " (file state is current in your context — no need to Read it back)"
 _CHANGED = (
@@ -141,7 +139,7 @@ def _place(call: Call, given: str) -> str:
         raise outside(call, "write", given, error) from None
 
 
-def write(call: Call) -> Answer:
+def write(call: Call) -> ToolAnswer:
     given: str = call.given["file_path"]
     content: str = call.given["content"]
     path = _place(call, given)
@@ -154,7 +152,7 @@ def write(call: Call) -> Answer:
     return _attempted(call, given, path, lambda made: _write(call, given, path, content, made))
 
 
-def _attempted(call: Call, given: str, path: str, change: Callable[[list[Made]], Answer]) -> Answer:
+def _attempted(call: Call, given: str, path: str, change: Callable[[list[Made]], ToolAnswer]) -> ToolAnswer:
     """Make a change of a file, again if the file changes meanwhile. Raises `ToolFailure`."""
     for attempt in range(_ATTEMPTS):
         try:
@@ -181,7 +179,7 @@ def _is_directory(call: Call, given: str) -> ToolFailure:
     )
 
 
-def _write(call: Call, given: str, path: str, content: str, made: list[Made]) -> Answer:
+def _write(call: Call, given: str, path: str, content: str, made: list[Made]) -> ToolAnswer:
     target = _Target(call, path, create=True, made=made)
     try:
         form = _PLAIN
@@ -214,7 +212,7 @@ def _write(call: Call, given: str, path: str, content: str, made: list[Made]) ->
     return text(f"The file {show(given)} has been updated successfully.{_CURRENT}", facts, seen=seen)
 
 
-def edit(call: Call) -> Answer:
+def edit(call: Call) -> ToolAnswer:
     given: str = call.given["file_path"]
     old: str = call.given["old_string"]
     new: str = call.given["new_string"]
@@ -232,7 +230,9 @@ def edit(call: Call) -> Answer:
     return _attempted(call, given, path, lambda made: _edit(call, given, path, old, new, shorter, made))
 
 
-def _edit(call: Call, given: str, path: str, old: str, new: str, shorter: str, made: list[Made]) -> Answer:
+def _edit(
+    call: Call, given: str, path: str, old: str, new: str, shorter: str, made: list[Made]
+) -> ToolAnswer:
     target = _Target(call, path, create=not old, made=made)
     try:
         before = target.old

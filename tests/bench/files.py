@@ -30,7 +30,8 @@ from gateway.rootfs.locations import Folders, found_by
 from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings, load
-from gateway.tools import FileTools, ToolSession
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from gateway_client import Tenant
 from tests.bench import bench
 from tests.bench.bench import CLI, GATEWAY, PROJECT, SOCKET, USER, WORKSPACE, Case, Way, check

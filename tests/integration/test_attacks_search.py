@@ -24,8 +24,9 @@ from gateway.rootfs.worker import Workspace
 from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
-from gateway.tools.search import scan
+from gateway.tools import grep
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from tests.integration import environment
 from tests.integration.conftest import Container
 from tests.integration.test_attacks import SECONDS, SECRET, emptied, pool, victim
@@ -159,12 +160,12 @@ async def test_without_a_worker(tenant: Container, careful: bool, monkeypatch: p
     """As the host's root, who may read all of it, our way of opening alone keeps out; any other leaks."""
     site = environment.rootfs(tenant.name, environment.settings().pool) / "srv/site"
     if not careful:
-        monkeypatch.setattr(scan, "_FLAGS", scan._FLAGS & ~os.O_NOFOLLOW)
+        monkeypatch.setattr(grep, "_FLAGS", grep._FLAGS & ~os.O_NOFOLLOW)
     tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     asked = {"input": {"pattern": "host-secret"}, "cwd": "/srv/site", "share": [0, 1]}
 
     def leaks() -> bool:
-        named = scan.scan(Workspace(tree, Limits()), asked)
+        named = grep.scan(Workspace(tree, Limits()), asked)
         assert b"many/f77.txt" in named
         return b"quiet" in named
 

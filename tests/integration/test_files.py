@@ -22,7 +22,8 @@ from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolResult, ToolSession
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools, ToolResult
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.integration.sites import filled

@@ -19,7 +19,7 @@ from gateway.hostnames import host_allowed, normalized
 from gateway.protocol import maxima
 from gateway.runtime.incus import service_unit
 from gateway.tools import shell
-from gateway.tools.answer import ToolFailure
+from gateway.tools.call import ToolFailure
 from gateway.tools.schemas import TOOLS, check_size
 from gateway.transport import http1
 

@@ -27,8 +27,9 @@ from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolResult, ToolSession
-from gateway.tools.search import scan
+from gateway.tools import grep
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools, ToolResult
 from tests.unit.test_rootfs_workers import USER, LaidRoot, folders, make_root, needs_root
 from tests.unit.test_tools_conformance import HereWorkers
 
@@ -602,7 +603,7 @@ async def test_naive_scan_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     target = Target(tmp_path, root, FileTools(here, Settings()))  # type: ignore[arg-type]  # stand-in
     lair(target)
     if without == "O_NOFOLLOW":
-        monkeypatch.setattr(scan, "_FLAGS", scan._FLAGS & ~os.O_NOFOLLOW)
+        monkeypatch.setattr(grep, "_FLAGS", grep._FLAGS & ~os.O_NOFOLLOW)
     else:
         monkeypatch.setattr(
             Root,

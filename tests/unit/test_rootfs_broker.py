@@ -19,7 +19,8 @@ from gateway.rootfs import FilesystemRoot, process_tree
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from tests.unit.incusd import answering, instance
 from tests.unit.test_dead_members import incus
 from tests.unit.test_rootfs_workers import children_of, gone, make_root, workers_below

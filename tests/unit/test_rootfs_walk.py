@@ -13,8 +13,8 @@ import pytest
 from gateway.rootfs import walk
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
-from gateway.tools.search.filters import GlobFilter, GrepFilter
-from gateway.tools.search.globs import Globs
+from gateway.tools.globs import Globs
+from gateway.tools.search import GlobFilter, GrepFilter
 from tests.waits import until_true
 
 

@@ -22,7 +22,8 @@ from gateway.rootfs.messages import REPLY_MAX
 from gateway.rootfs.worker import NAMED_MAX
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from tests.unit import test_rootfs_probes as probes
 from tests.waits import Gate, turn, until
 

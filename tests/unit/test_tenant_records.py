@@ -16,7 +16,7 @@ from gateway.errors import Cancelled, Gone, TooLarge
 from gateway.idempotency import Idempotency, Key
 from gateway.settings import Settings
 from gateway.storage.store import Store
-from gateway.tools.folders import Folders
+from gateway.tools.session import Folders
 
 MOST = 1 << 20
 CALL: Key = ("shop", "call", "c1")

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.errors import RateLimited
 from gateway.settings import Settings
-from gateway.tools.answer import Seen
+from gateway.tools.call import Seen
 from gateway.tools.session import Sessions, ToolSession
 from tests.waits import turn
 

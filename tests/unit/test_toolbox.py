@@ -7,12 +7,11 @@ import asyncio
 import pytest
 
 from gateway.errors import Cancelled, NotFound
-from gateway.tools.answer import Answer
-from gateway.tools.running import Running, only_brief
-from gateway.tools.toolbox import ToolResult
+from gateway.tools.call import ToolAnswer
+from gateway.tools.toolbox import Running, ToolResult, only_brief
 from tests.waits import pause, settled, turn
 
-DONE = ToolResult.of(Answer([{"type": "text", "text": "done"}], {}))
+DONE = ToolResult.of(ToolAnswer([{"type": "text", "text": "done"}], {}))
 
 
 @pytest.mark.parametrize("ending", ["result", "error", "given up"])

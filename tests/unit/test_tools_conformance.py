@@ -26,9 +26,11 @@ from gateway.rootfs.root import Root
 from gateway.rootfs.worker import SCAN, SCANNED, Workspace
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
-from gateway.tools import FILE_TOOLS, FileTools, ToolSession
-from gateway.tools.answer import ToolFailure
-from gateway.tools.reading.image import SCALE
+from gateway.tools import media
+from gateway.tools.call import ToolFailure
+from gateway.tools.schemas import FILE_TOOLS
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from gateway.tools.worker_operations import OPERATIONS
 from tests import thorough
 from tests.unit.test_rootfs_workers import MAPPED, USER, folders
@@ -47,7 +49,7 @@ LEFT = {
     "read-persisted-output": "needs Bash: it is run with the cases of that",
     **(
         {}
-        if SCALE is not None
+        if media.pillow is not None
         else {"read-image-downscale": "optional: needs Pillow, which the extra `images` installs"}
     ),
 }

@@ -18,7 +18,7 @@ import pytest
 from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import SCAN, SCANNED, Workspace
-from gateway.tools.answer import decode
+from gateway.tools.call import decode
 from gateway.tools.worker_operations import OPERATIONS
 from tests import thorough
 

@@ -10,7 +10,8 @@ import pytest
 
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from tests.unit.test_rootfs_workers import LaidRoot, folders, make_root
 
 

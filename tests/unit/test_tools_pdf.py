@@ -17,8 +17,10 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
-from gateway.tools.reading import pdfium
+from gateway.tools.call import ToolFailure
+from gateway.tools.media import PdfDocument
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from tests.unit.test_rootfs_workers import MAPPED, LaidRoot, folders, make_root
 from tests.unit.test_tools_conformance import HereWorkers
 from tests.waits import turn
@@ -175,7 +177,7 @@ async def test_size_of_a_page(site: Site) -> None:
 
 async def test_without_the_extra(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing can draw it the document itself comes; its pages are refused with what to do."""
-    monkeypatch.setattr("gateway.tools.reading.pdf.pdfium", None)
+    monkeypatch.setattr("gateway.tools.media.pdfium", None)
     here = HereWorkers(site.folder)
     try:
         site.tools = FileTools(here, SETTINGS)  # type: ignore[arg-type]  # the stand-in
@@ -242,10 +244,10 @@ async def test_hostile(site: Site, name: str) -> None:
 
 def test_time() -> None:
     """No further page is drawn after the call's deadline."""
-    with pdfium.Document(pdf(3)) as document:
-        assert next(document.images(range(1, 4), 2000, time.monotonic() + 60)).startswith(b"\xff\xd8")
-        with pytest.raises(TimeoutError):
-            next(document.images(range(1, 4), 2000, time.monotonic() - 1))
+    with PdfDocument(pdf(3)) as document:
+        assert next(document.images(range(1, 4), time.monotonic() + 60)).startswith(b"\xff\xd8")
+        with pytest.raises(ToolFailure, match="too long"):
+            next(document.images(range(1, 4), time.monotonic() - 1))
 
 
 async def test_mutations(site: Site) -> None:

@@ -15,10 +15,11 @@ from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Workspace
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
-from gateway.tools.search import contents
-from gateway.tools.search.filters import GrepFilter
-from gateway.tools.search.globs import Glob, GlobError, Globs
+from gateway.tools import grep
+from gateway.tools.globs import Glob, GlobError, Globs
+from gateway.tools.search import GrepFilter
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import FileTools
 from gateway.tools.worker_operations import OPERATIONS
 from tests.unit.test_tools_conformance import HereWorkers
 
@@ -191,7 +192,7 @@ async def test_negated_glob(site: Path) -> None:
 
 async def test_session_is_bounded() -> None:
     """A session forgets the file that was used longest ago, and of each all but how it was seen last."""
-    from gateway.tools.answer import Seen
+    from gateway.tools.call import Seen
 
     session = ToolSession(maximum=2)
     for path in ("a", "b"):
@@ -304,9 +305,9 @@ def test_a_line_of_megabytes_is_given_up_in_time(site: Path, given: dict[str, ob
 @pytest.fixture
 def kept() -> Iterator[Callable[[], int]]:
     """Say how many files' contents are kept for the next search."""
-    contents.forget()
-    yield lambda: len(contents._cache)
-    contents.forget()
+    grep.forget()
+    yield lambda: len(grep._cache)
+    grep.forget()
 
 
 async def test_keeps_what_is_settled(

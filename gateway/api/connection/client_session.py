@@ -43,7 +43,8 @@ from gateway.protocol import CloseCode
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from gateway.tasks import begin
-from gateway.tools.toolbox import Toolbox, ToolSession
+from gateway.tools.session import ToolSession
+from gateway.tools.toolbox import Toolbox
 from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE, TEXT
 
 _SLOWEST: Final = 16 << 10  # bytes a second that a client must take of a large answer

@@ -18,7 +18,7 @@ from gateway.errors import Forbidden, NotFound
 from gateway.events import Filter, Subscription, positions
 from gateway.files.files import Files
 from gateway.files.watches import Watch
-from gateway.tools.running import Left
+from gateway.tools.toolbox import Left
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,18 @@
-"""The syntax of ripgrep's patterns: its errors, and the translation to RE2.
+"""A Grep's pattern: ripgrep's syntax and errors, translated to RE2 and compiled.
 
-Rust's regular expressions are nearly those of RE2. What RE2 lacks (class operations, the flag `x`, the word
-boundaries `\\<` and `\\b{start}`) is refused; `\\b` is ASCII here and Unicode there.
+Rust's regular expressions are nearly those of RE2: neither has look-around or back-references. What RE2
+lacks (class operations, the flag `x`, the word boundaries `\\<` and `\\b{start}`) is refused; `\\b` is ASCII
+here and Unicode there.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import re2
 
 _BEYOND: Final = (
     "\n\nConsider enabling PCRE2 with the --pcre2 flag, which can handle backreferences\nand look-around."
@@ -45,19 +50,13 @@ _NAMED: Final = re.compile(r"\?P?<[A-Za-z_][^>]*>")
 
 
 class PatternError(Exception):
-    """A pattern that does not parse; `words` is ripgrep's text."""
-
-    def __init__(self, wrapped: str, start: int, end: int, words: str) -> None:
-        self.words = (
-            f"regex parse error:\n    {wrapped}\n    {' ' * start}{'^' * max(1, end - start)}\nerror: {words}"
-        )
-        super().__init__(self.words)
+    """A pattern that does not parse; its text is ripgrep's."""
 
     @classmethod
-    def of(cls, pattern: str, said: str) -> PatternError:
-        """Return the error for a pattern that only RE2 refuses."""
-        words = next((words for key, words in _RE2 if key in said), _UNKNOWN)
-        return cls(f"(?:{pattern})", 0, 1, words)
+    def at(cls, wrapped: str, start: int, end: int, words: str) -> PatternError:
+        """Return the error that marks a part of the `wrapped` pattern."""
+        mark = " " * start + "^" * max(1, end - start)
+        return cls(f"regex parse error:\n    {wrapped}\n    {mark}\nerror: {words}")
 
 
 class Translated(NamedTuple):
@@ -102,7 +101,7 @@ class _Scan:
         self.literals = [""]  # the longest of them in each alternative
 
     def _wrong(self, start: int, end: int, words: str) -> PatternError:
-        return PatternError(self._text, start, end, words)
+        return PatternError.at(self._text, start, end, words)
 
     def _take(self, end: int, said: str | None = None) -> None:
         self.out.append(self._text[self._at : end] if said is None else said)
@@ -262,3 +261,81 @@ class _Scan:
             self.out.append(")")
         self._repeats = True
         self._take(end)
+
+
+_MEMORY: Final = 8 << 20  # bytes; with re2's own 64 MB default a worker grew to 114 MB
+_NEEDLE_MIN: Final = 3  # characters; shorter literals are in too many files
+_COMMON: Final = " etrnosaicpdlumfhg.,(=;\"'"  # the most frequent bytes of source code; all others are rarer
+_NOWHERE: Final = (-1, -1)
+
+# Returns the next match from a position on: its start and end, -1 for none.
+Find = Callable[[bytes | memoryview, int], tuple[int, int]]
+
+
+class Pattern(NamedTuple):
+    """A compiled pattern, and whether a match may span lines.
+
+    Every match contains one of `needles`; there are none if some of them are short or unknown.
+    """
+
+    find: Find
+    spanning: bool
+    needles: tuple[str, ...]
+
+
+@lru_cache(8)
+def compiled(pattern: str, ignore_case: bool, multiline: bool) -> Pattern:
+    """Compile a pattern of Grep. Raises `PatternError`.
+
+    Without `multiline` nothing in it matches a line end, not even `\\s`.
+    """
+    translated = translate(pattern, multiline=multiline)
+    if translated.names_line_end and not multiline:
+        raise PatternError(
+            'the literal "\\n" is not allowed in a regex\n\nConsider enabling multiline mode with the '
+            "--multiline flag (or -U for short).\nWhen multiline mode is enabled, new line characters can be "
+            "matched."
+        )
+    options = re2.Options()
+    options.max_mem = _MEMORY
+    options.log_errors = False
+    options.case_sensitive = not ignore_case
+    options.dot_nl = multiline
+    options.never_nl = not multiline
+    try:
+        regex = re2.compile(b"(?m)" + translated.text.encode(), options)
+    except re2.error as error:
+        words = next((words for key, words in _RE2 if key in str(error)), _UNKNOWN)
+        raise PatternError.at(f"(?:{pattern})", 0, 1, words) from None
+    known = not ignore_case and min(map(len, translated.literals)) >= _NEEDLE_MIN
+    needles = translated.literals if known else ()
+    return Pattern(finder(regex), multiline and translated.meets_line_end, needles)
+
+
+def finder(regex: Any) -> Find:
+    """Return a function that finds the next match of a compiled expression.
+
+    It uses `finditer`, because `search` is a slower wrapper of it, and one is called for each file.
+    """
+    matches = regex.finditer
+
+    def find(data: bytes | memoryview, at: int) -> tuple[int, int]:
+        found = next(matches(data, at), None)
+        if found is None:
+            return _NOWHERE
+        span: tuple[int, int] = found.span()
+        return span
+
+    return find
+
+
+def literal(needle: str) -> Find:
+    """Return a search for a literal, or for the rest of it from a rare byte on.
+
+    RE2 jumps from one occurrence of the first byte to the next: at up to 20 GB/s, or 1 if it is frequent.
+    """
+    last = len(needle) - _NEEDLE_MIN
+    rarest = max(range(last + 1), key=lambda at: _COMMON.find(needle[at]) % (len(_COMMON) + 1))
+    options = re2.Options()
+    options.literal = True
+    return finder(re2.compile(needle[rarest:], options))

@@ -6,17 +6,15 @@ import re
 
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs.walk import Walk
-from gateway.tools.answer import Answer, text
-from gateway.tools.call import Call, timed_out
-from gateway.tools.search.filters import GlobFilter
-from gateway.tools.search.globs import GlobError, Globs
-from gateway.tools.search.scope import bad_folder, bounded, exists, hidden, rejected, start_of
+from gateway.tools.call import Call, ToolAnswer, text, timed_out
+from gateway.tools.globs import GlobError, Globs
+from gateway.tools.search import GlobFilter, bad_folder, bounded, exists, hidden, rejected, start_of
 
 GLOB_LIMIT = 100  # paths of one Glob
 
 
-def glob(call: Call) -> Answer:
-    """Answer a Glob: the matching paths, oldest first."""
+def glob(call: Call) -> ToolAnswer:
+    """ToolAnswer a Glob: the matching paths, oldest first."""
     pattern: str = call.given["pattern"].rstrip()
     if not pattern or pattern.startswith("#"):
         pattern = "**"  # an empty line or a comment for ripgrep
