@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from gateway.bounds import aside
 from gateway.deployments.register import Register
 from gateway.errors import GatewayError
-from gateway.rootfs import tcp
+from gateway.rootfs import connections
 from gateway.runtime.incus.containers import Containers
 from gateway.runtime.probe import ask, own_ports
 from gateway.runtime.sites import Site, Sites
@@ -74,7 +74,7 @@ class Hangs:
         while True:
             await asyncio.sleep(step)
             try:
-                found = await aside("hangs", _LOOK, tcp.waiting, self._settings.network_ipv4, step)
+                found = await aside("hangs", _LOOK, connections.waiting, self._settings.network_ipv4, step)
                 if found:
                     await self._look(found)
             except (GatewayError, OSError) as error:
@@ -82,7 +82,7 @@ class Hangs:
             except Exception:
                 log.exception("cannot list the visitors that wait for a site")
 
-    async def _look(self, found: Sequence[tcp.Connection]) -> None:
+    async def _look(self, found: Sequence[connections.Connection]) -> None:
         """Begin to probe each site that has not read what one of these visitors sent."""
         own = own_ports()
         visitors = {(one.local, one.remote) for one in found if one.local[1] not in own}
@@ -97,7 +97,7 @@ class Hangs:
             end = (socket.inet_aton(where.address), where.port)
             if end not in ends or not (pid := await self._containers.init_pid(site.tenant)):
                 continue
-            unread = await aside("hangs", _LOOK, tcp.unread, pid, end)
+            unread = await aside("hangs", _LOOK, connections.unread, pid, end)
             if any((local, end) in visitors for local in unread):
                 task = asyncio.create_task(self._asked(site), name=f"does {site.tenant} hang")
                 self._asking[site.tenant] = task

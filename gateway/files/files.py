@@ -18,7 +18,7 @@ from gateway.files.transfers import Source, Transfers
 from gateway.files.watches import Watch, Watches
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.links import Links
-from gateway.rootfs.refusals import NO_SPACE, Spare, nothing_to_spare
+from gateway.rootfs.root import NO_SPACE, Spare, nothing_to_spare
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings

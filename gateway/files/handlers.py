@@ -26,8 +26,7 @@ from gateway.files.conditions import check, present, stale
 from gateway.files.entries import entry, locate
 from gateway.rootfs import kernel
 from gateway.rootfs.paths import unfinished
-from gateway.rootfs.refusals import refusal
-from gateway.rootfs.root import Made, Root, etag
+from gateway.rootfs.root import Made, Root, etag, refusal
 from gateway.rootfs.worker import Operation, Workspace
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK

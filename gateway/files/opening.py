@@ -20,8 +20,7 @@ from gateway.files.conditions import check, present, stale
 from gateway.files.entries import locate
 from gateway.rootfs import kernel
 from gateway.rootfs.paths import TEMPORARY
-from gateway.rootfs.refusals import refusal
-from gateway.rootfs.root import etag
+from gateway.rootfs.root import etag, refusal
 from gateway.rootfs.worker import Operation, Passing, Workspace
 
 

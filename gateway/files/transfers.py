@@ -22,7 +22,7 @@ from gateway.admission import Admission, descriptors
 from gateway.errors import GatewayError, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.links import Link, Links
-from gateway.rootfs.refusals import refusal
+from gateway.rootfs.root import refusal
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 

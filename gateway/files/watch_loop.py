@@ -12,7 +12,7 @@ import orjson
 from gateway.errors import GatewayError
 from gateway.files.watcher import Watcher
 from gateway.rootfs.messages import TOLD, frame
-from gateway.rootfs.refusals import refusal
+from gateway.rootfs.root import refusal
 from gateway.rootfs.worker import Operation, Workspace, answer, receive_request
 
 

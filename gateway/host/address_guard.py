@@ -1,4 +1,5 @@
-"""Put the table in force that lets each tenant of the network use its own address only; see `guarded_port`.
+"""Put the table in force that lets each tenant of the network use its own address only; see
+`bridge_port`.
 
 A bridge learns from each frame where an address is, and Incus's filter looks at frames after that. This table
 looks before. A second one drops what comes to the host past the bridge.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.host import HostError
-from gateway.rootfs import guarded_port
+from gateway.rootfs import bridge_port
 from gateway.settings import Settings
 
 _HERE: Final = Path(__file__).with_suffix("")
@@ -26,7 +27,7 @@ def guard(settings: Settings) -> str | None:
 
     Where the kernel cannot have such a table, tenants get Incus's filter. Raises `HostError`.
     """
-    hook = guarded_port.hook(settings.incus_socket.parent, settings.network)
+    hook = bridge_port.guard_hook(settings.incus_socket.parent, settings.network)
     nft, wanted = shutil.which("nft"), rendered(settings)
     if wanted is None:
         hook.unlink(missing_ok=True)
@@ -71,8 +72,8 @@ def rendered(settings: Settings) -> str | None:
     names, addresses = [], []
     for address in bridge.network.hosts():
         if address != bridge.ip:
-            names.append(f'"{guarded_port.port_name(address)}"')
-            addresses.append(f"{names[-1]} . {guarded_port.hardware_address(address)} . {address}")
+            names.append(f'"{bridge_port.port_name(address)}"')
+            addresses.append(f"{names[-1]} . {bridge_port.hardware_address(address)} . {address}")
     words = {"TABLE": table_name(settings), "NAMES": ", ".join(names), "ADDRESSES": ", ".join(addresses)}
     return _filled(_HERE.with_suffix(".nft").read_text(), words)
 

@@ -58,7 +58,7 @@ def run(settings: Settings, report: Report) -> NoReturn:
         "-ISBc",
         BOOT,
         imports,
-        "gateway.rootfs.broker_listener:listening",
+        "gateway.rootfs.broker:listening",
         orjson.dumps(told),
     )
     os.execve(sys.executable, words, environment)  # noqa: S606 - our own interpreter with our own words

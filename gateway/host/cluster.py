@@ -13,7 +13,7 @@ from gateway.errors import Unavailable
 from gateway.host import HostError
 from gateway.host.incus import Incus
 from gateway.incus import member_of
-from gateway.rootfs import asking, sock_diag
+from gateway.rootfs import connections, locations
 from gateway.settings import Settings
 
 ADDRESSES: Final = f"{PREFIX}addresses"
@@ -34,7 +34,7 @@ def undecided(settings: Settings) -> str | None:
     if not (settings.incus_socket.parent / "cluster.crt").exists():
         return None
     try:
-        asking.get(str(settings.incus_socket), "/1.0/projects", seconds=_DECIDES)
+        locations.ask_incus(str(settings.incus_socket), "/1.0/projects", seconds=_DECIDES)
     except Unavailable:
         return (
             f"Incus's database does not answer within {_DECIDES:.0f} s: most members are away, or the leader "
@@ -158,7 +158,7 @@ def problems(incus: Incus, settings: Settings) -> tuple[list[str], list[str]]:
             f"images are kept on {replicas} of {len(there)} members, and elsewhere a first tenant waits for "
             f"its copy; run: incus config set {_REPLICAS}=-1"
         )
-    if not sock_diag.can_destroy():
+    if not connections.can_destroy():
         better.append(
             "this kernel cannot close others' connections (CONFIG_INET_DIAG_DESTROY): when the leader's "
             "power fails, Incus answers nobody for some 30 s instead of 5 to 9; use a kernel that can"

@@ -28,7 +28,7 @@ from gateway.host.permissions import loose, modes, swaps
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.incus import member_of
 from gateway.incus.monitor import first_process
-from gateway.rootfs import guarded_port
+from gateway.rootfs import bridge_port
 from gateway.rootfs.instance_record import MANAGED, folder_of, is_tenant
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
@@ -258,7 +258,7 @@ def _domains(settings: Settings) -> str:
 
 
 def _guard(settings: Settings) -> str:
-    if not guarded_port.hook(settings.incus_socket.parent, settings.network).exists():
+    if not bridge_port.guard_hook(settings.incus_socket.parent, settings.network).exists():
         raise Hint(
             "Incus's own filter keeps each tenant to its address, and takes longer for each packet the more "
             f"tenants there are; {SETUP}, unless this kernel or a network of this size supports no other"

@@ -11,7 +11,7 @@ Facts about incusd that shape this module (measured on 6.0.4):
  is silent, a ping fails, and what the command prints later is lost; a ping does no harm while incusd is
  blocked writing output. So output held back for long is drained (`take`) every `RELIEF` seconds.
 - If a command prints and ends just when incusd, which looks for output every second, was about to do so, its
- last output stays in the pipe (see `gateway.rootfs.command_pipes`). It is read from there (`open_pipes`).
+ last output stays in the pipe (see `gateway.rootfs.process_tree`). It is read from there (`open_pipes`).
 - With a terminal, the operation lasts until the client closes socket 0.
 - Return codes 126 and 127 are reported as a failed operation, even if they are the program's own.
 """

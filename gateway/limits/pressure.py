@@ -21,9 +21,10 @@ from typing import Any, Final, Literal, Protocol
 from gateway.bounds import aside
 from gateway.errors import GatewayError
 from gateway.events import Bus
-from gateway.rootfs import memory, reserve
-from gateway.rootfs.memory import SITE, KernelFile, Place, Process, Sample
+from gateway.rootfs import memory, site_cgroup
+from gateway.rootfs.memory import KernelFile, Place, Sample
 from gateway.rootfs.paths import show
+from gateway.rootfs.site_cgroup import SITE, Process
 from gateway.runtime import TenantEvent, scripts
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
@@ -280,7 +281,7 @@ class Pressure:
             else:
                 course = Course(self._settings.pressure_patience)
                 self._watched[name] = _Watched(
-                    place, course, memory.stalls(place), reserve.processes(place.unified)
+                    place, course, memory.stalls(place), memory.site_processes(place)
                 )
 
     def _act(self, found: Mapping[str, _Found]) -> None:
@@ -368,8 +369,8 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
     for name, one in watched.items():
         alone: tuple[Step, ...] = ()
         # a restarted site has a different first process
-        if not one.unreserved and (first := reserve.first(one.processes)) != one.first:
-            if first and reserve.lacks(one.place.unified, first):
+        if not one.unreserved and (first := memory.first_process(one.processes)) != one.first:
+            if first and site_cgroup.lacks(one.place.unified, first):
                 alone = ("reserve",)
             else:
                 one.first = first
@@ -388,7 +389,7 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
         rests = quiet and one.course.since is None and not one.course.telling
         one.tenant, one.site = (None, None) if rests else (now, site)
         if steps or alone:
-            who = memory.biggest(one.place) if "tell" in steps else None
+            who = site_cgroup.biggest(one.place.unified) if "tell" in steps else None
             found[name] = _Found((*steps, *alone), now, went, who)
     return found
 

@@ -133,7 +133,7 @@ class BrokerClient:
         return (str(answer["process"]), int(answer["bytes"])) if answer else None
 
     async def reserve(self, tenant: str) -> None:
-        """Reserve part of a tenant's CPU for commands, see `gateway.rootfs.reserve`. Raises as `relieve`."""
+        """Reserve part of a tenant's CPU for commands, see `site_cgroup.reserve`. Raises as `relieve`."""
         await self.request({"do": "reserve", "tenant": tenant})
 
     async def bind_ports(self, tenant: str) -> None:

@@ -1,4 +1,4 @@
-"""Subvolumes of a btrfs, and their quota groups, by ioctls.
+"""Subvolumes of a btrfs, their quota groups, and what changed in them, by ioctls.
 
 Numbers and structures are those of linux/btrfs.h and linux/btrfs_tree.h. `volume` is the descriptor of any
 folder of the file system. Except for `subvolume`, the calls need root. All raise `OSError`.
@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import struct
 import uuid
 from collections.abc import Iterator
@@ -227,3 +228,62 @@ def _items(volume: int, tree: int, of: int, kind: int) -> Iterator[tuple[int, by
         if offset == _MOST:
             return
         first = offset + 1
+
+
+_SNAPSHOT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9.-]{0,62}")  # of a snapshot of ours
+
+
+def changed_since(rootfs: str, since: str) -> bool:
+    """Return whether an instance's root disk has changed since its snapshot of a name, or may have.
+
+    `rootfs` is its path in a pool of Incus. Raises `ValueError` for what cannot be a snapshot's name.
+    """
+    if not _SNAPSHOT.fullmatch(since):
+        raise ValueError("not the name of a snapshot")
+    volume = Path(rootfs).parent
+    # POOL/containers/INSTANCE/rootfs
+    snapshot = volume.parent.parent / "containers-snapshots" / volume.name / since
+    try:
+        then = generation(snapshot)
+        if generation(volume) <= then:
+            return False
+        ours = written_by_incus(volume)
+        return any(inode not in ours for inode in written_since(volume, then))
+    except OSError:  # another file system, no such snapshot, or the workspace is not on the root disk
+        return True
+
+
+def generation(path: Path) -> int:
+    """Return the generation of the subvolume at a path. Raises `OSError`."""
+    return subvolume(path).generation
+
+
+def written_since(path: Path, since: int) -> Iterator[int]:
+    """Yield the inodes of the subvolume at a path that have changed after a generation. Raises `OSError`."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        yield from written(folder, since)
+    finally:
+        os.close(folder)
+
+
+def written_by_incus(volume: Path) -> set[int]:
+    """Return the inodes of what Incus alone writes in a volume: folder and the instance's description."""
+    return {FIRST, os.lstat(volume / "backup.yaml").st_ino}
+
+
+def bound_read_ahead(pool: Path, most: int, sysfs: Path = SYSFS) -> str:
+    """Have the kernel read at most so many bytes ahead in a btrfs pool; return what was changed, if anything.
+
+    Less than that is left as it is, and so is all by 0, or where the kernel does not let us. Needs root.
+    """
+    with contextlib.suppress(OSError):
+        folder = in_sysfs(pool, sysfs) if most > 0 else None
+        if folder is None:
+            return ""
+        setting = folder / "bdi" / "read_ahead_kb"
+        before, wanted = int(setting.read_text()), max(4, most >> 10)
+        if before > wanted:
+            setting.write_text(str(wanted))
+            return f"the kernel reads {wanted} KiB ahead in the tenants' pool, not {before}"
+    return ""

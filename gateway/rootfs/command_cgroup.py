@@ -24,7 +24,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from gateway.bounds import aside
 from gateway.errors import Timeout
-from gateway.rootfs import command_pipes, process_tree
+from gateway.rootfs import process_tree
 from gateway.rootfs.process_tree import PARENT
 
 P = ParamSpec("P")
@@ -42,7 +42,7 @@ Pipes = Callable[[], Awaitable[list[int]]]
 
 
 async def _opened(path: Path) -> list[int]:
-    return command_pipes.opened(path)
+    return process_tree.output_pipes(path)
 
 
 async def here(step: str, path: Path) -> None:
@@ -94,7 +94,7 @@ class CommandCgroup:
         self._pipes = pipes or partial(_opened, path)
 
     async def pipes(self) -> list[int]:
-        """Open the outputs of the command in it, see `command_pipes.opened`. Raises `GatewayError`."""
+        """Open the outputs of the command in it, see `process_tree.output_pipes`. Raises `GatewayError`."""
         return await self._pipes()
 
     async def reachable(self) -> bool:

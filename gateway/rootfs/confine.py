@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from gateway.rootfs import IdMap, kernel
 from gateway.rootfs.kernel import AT_EMPTY_PATH, AT_FDCWD, checked, syscall
-from gateway.rootfs.system_calls import COMPUTING, WORKER
 
 # Same numbers on every architecture (from 424 on).
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
@@ -316,3 +315,83 @@ def _seccomp(allowed: Mapping[str, tuple[int | None, int | None]]) -> bool:
     filter_ = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
     checked(syscall(_SECCOMP[_MACHINE], 1, 0, filter_), "seccomp")  # SECCOMP_SET_MODE_FILTER
     return True
+
+
+# System calls of a worker by architecture: x86_64, aarch64 (None if it uses another one instead).
+# From arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+WORKER: dict[str, tuple[int | None, int | None]] = {
+    "read": (0, 63),
+    "write": (1, 64),
+    "close": (3, 57),
+    "stat": (4, None),
+    "fstat": (5, 80),
+    "lstat": (6, None),
+    "poll": (7, None),
+    "lseek": (8, 62),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "sched_yield": (24, 124),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "dup": (32, 23),
+    "getpid": (39, 172),
+    "sendto": (44, 206),
+    "recvfrom": (45, 207),
+    "sendmsg": (46, 211),
+    "recvmsg": (47, 212),
+    "shutdown": (48, 210),
+    "exit": (60, 93),
+    "fcntl": (72, 25),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "ftruncate": (77, 46),
+    "fchdir": (81, 50),
+    "fchmod": (91, 52),
+    "gettimeofday": (96, 169),
+    "sysinfo": (99, 179),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+    "sigaltstack": (131, 132),
+    "gettid": (186, 178),
+    "futex": (202, 98),
+    "getdents64": (217, 61),
+    "restart_syscall": (219, 128),
+    "clock_gettime": (228, 113),
+    "clock_nanosleep": (230, 115),
+    "exit_group": (231, 94),
+    "inotify_add_watch": (254, 27),
+    "inotify_rm_watch": (255, 28),
+    "openat": (257, 56),
+    "mkdirat": (258, 34),
+    "newfstatat": (262, 79),
+    "unlinkat": (263, 35),
+    "renameat": (264, 38),
+    "linkat": (265, 37),
+    "readlinkat": (267, 78),
+    "fchmodat": (268, 53),
+    "ppoll": (271, 73),
+    "utimensat": (280, 88),
+    "inotify_init1": (294, 26),
+    "syncfs": (306, 267),
+    "renameat2": (316, 276),
+    "getrandom": (318, 278),
+    "preadv2": (327, 286),
+    "statx": (332, 291),
+    "rseq": (334, 293),
+    "openat2": (437, 437),
+}
+_COMPUTES = """
+brk clock_gettime close exit exit_group fstat futex getrandom lseek madvise mmap mprotect mremap munmap
+newfstatat read rt_sigaction rt_sigprocmask rt_sigreturn write
+"""
+# for a process that only computes and answers on an open stream
+COMPUTING = {name: WORKER[name] for name in _COMPUTES.split()}

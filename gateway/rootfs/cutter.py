@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gateway.errors import Unavailable
-from gateway.rootfs import dead_members
+from gateway.rootfs import connections
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.settings import Settings
 
@@ -30,7 +30,7 @@ class Cutter:
         """
 
         def cut() -> dict[str, Any]:
-            return {"ended": dead_members.cut_off(member, dead_members.members(self._incus))}
+            return {"ended": connections.cut_off(member, connections.members(self._incus))}
 
         return int((await self._do({"do": "cut_off", "member": member}, cut))["ended"])
 

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from gateway.rootfs import IdMap
-from gateway.rootfs.disk import relative
+from gateway.rootfs.locations import relative
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
 IDENTITY = "volatile.uuid"  # the key of an instance's unique id

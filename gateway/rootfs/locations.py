@@ -8,28 +8,22 @@ tenants. Errors are meant for clients and contain no host paths.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
+import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import quote
 
+import orjson
+
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs import (
-    IdMap,
-    asking,
-    bridge_port,
-    dead_members,
-    process_tree,
-    read_ahead,
-    shown_folders,
-)
+from gateway.rootfs import IdMap, bridge_port, btrfs, connections, process_tree, shown_folders
 from gateway.rootfs.bridge_port import Port
-from gateway.rootfs.disk import Disk, relative
-from gateway.rootfs.folders import Folders as Folders
 from gateway.rootfs.instance_record import (
     COPY,
     folder_of,
@@ -41,7 +35,155 @@ from gateway.rootfs.instance_record import (
 )
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
-from gateway.rootfs.size import size_of
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The disk of a workspace. `path` is trusted; `inside` is the tenant's path below it, "" for none.
+
+    `uid` and `gid` are the workspace's user inside the tenant, `idmap` is the tenant's user namespace, empty
+    if it has none. On disk, files have inside ids, or outside ids if `shifted`. `covered` are folders
+    relative to the workspace over which the tenant has mounted other disks, which are not served. With
+    `real`, no part of `path` may be a link.
+    """
+
+    path: str
+    inside: str
+    uid: int
+    gid: int
+    idmap: tuple[IdMap, ...] = ()
+    shifted: bool = False
+    read_only: bool = False
+    covered: tuple[str, ...] = ()
+    real: bool = False
+
+    def outside(self, uid: int, gid: int) -> tuple[int, int]:
+        """Return the host ids of `uid`:`gid` inside the tenant. Raises `ValueError` if unmapped."""
+        if not self.idmap:
+            return uid, gid
+        return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)
+
+    def _outside(self, inside: int, *, uid_map: bool) -> int:
+        for line in self.idmap:
+            if (line.is_uid if uid_map else line.is_gid) and line.inside <= inside < line.inside + line.size:
+                return line.outside + inside - line.inside
+        raise ValueError(f"id {inside} is not mapped")
+
+
+def relative(path: str) -> str:
+    """Return an absolute path as one below `/`."""
+    return path.strip("/")
+
+
+# https://linuxcontainers.org/incus/docs/main/reference/instance_units/
+_UNITS: Final = {
+    **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB", "PB", "EB"))},
+    **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))},
+}
+
+
+def size_of(text: str) -> int:
+    """Parse a size in Incus's notation, such as 4GiB, into bytes; 0 if it is not one."""
+    found = re.fullmatch(r"([0-9]+) ?([a-zA-Z]*)", text.strip())
+    return 0 if found is None else int(found[1]) * _UNITS.get(found[2], 0)
+
+
+_TIMEOUT = 5.0  # seconds, less than a gateway waits for an answer; usually milliseconds
+_ANSWER_MAX = 4 << 20  # bytes of an instance
+
+
+def ask_incus(at: str, path: str, most: int = _ANSWER_MAX, seconds: float = _TIMEOUT) -> Any:
+    """Return what the incusd at a socket answers; None if the object does not exist. Raises `Unavailable`.
+
+    An answer of over `most` bytes, or after so many `seconds`, is an error.
+    """
+    connection = _UnixConnection(at, seconds)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        said = orjson.loads(response.read(most))
+        if response.status == 404:
+            return None
+        if response.status != 200:
+            raise Unavailable("Incus refused to locate the tenant's files")
+        return said["metadata"]
+    except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
+        raise Unavailable("cannot ask Incus where the tenant's files are; is it running?") from error
+    finally:
+        connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection to a unix socket."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        super().__init__("incus", timeout=seconds)
+        self._path, self._seconds = path, seconds
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self._seconds)
+        self.sock.connect(self._path)
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Tenants as folders: `home`/TENANT/`below` is a tenant's `/`; its owner owns the files.
+
+    With `idmap`, the workspace's user is `uid` inside, and files have inside ids.
+    """
+
+    home: str
+    below: str = ""
+    uid: int | None = None
+    idmap: tuple[IdMap, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a description from which `found_by` makes an equal object in another process."""
+        lines = [[m.is_uid, m.is_gid, m.inside, m.outside, m.size] for m in self.idmap]
+        return {"kind": "folders", "home": self.home, "below": self.below, "uid": self.uid, "idmap": lines}
+
+    def disk(self, tenant: str, workspace: str) -> Disk:
+        if tenant in ("", ".", "..") or "/" in tenant or "\0" in tenant:
+            raise NotFound("no such tenant")
+        path = f"{self.home}/{tenant}/{self.below}".rstrip("/")
+        try:
+            owner = os.stat(path, follow_symlinks=False)
+        except OSError:
+            raise NotFound("no such tenant") from None
+        uid, gid = (owner.st_uid, owner.st_gid) if self.uid is None else (self.uid, self.uid)
+        return Disk(path, relative(workspace), uid, gid, self.idmap)
+
+    def group(self, tenant: str) -> Path:
+        raise NotFound("a tenant without a container has no cgroup")
+
+    def network(self, tenant: str) -> tuple[int, str]:
+        raise NotFound("a tenant without a container has no network")
+
+    def ports(self, tenant: str) -> Sequence[Port]:
+        raise NotFound("a tenant without a container has no ports")
+
+    def quotas(self) -> Quotas | None:
+        return None
+
+    def read_ahead(self, most: int) -> str:
+        return ""
+
+    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
+        return None
+
+    def limit_disks(self) -> int:
+        return 0
+
+    def free_disks(self) -> None:
+        pass
+
+    def release_folders(self) -> None:
+        pass
+
+    def members(self) -> Collection[str]:
+        return ()
+
 
 _GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
 _GROUPS_MAX = 1000
@@ -74,7 +216,7 @@ class Tenants(Protocol):
         ...
 
     def read_ahead(self, most: int) -> str:
-        """Bound how far the kernel reads ahead in the tenants' pool, see `read_ahead.bound`."""
+        """Bound how far the kernel reads ahead in the tenants' pool, see `btrfs.bound_read_ahead`."""
         ...
 
     def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
@@ -222,7 +364,7 @@ class Instances:
         return Quotas(Path(self._pools, self._pool))
 
     def read_ahead(self, most: int) -> str:
-        return read_ahead.bound(Path(self._pools, self._pool), most)
+        return btrfs.bound_read_ahead(Path(self._pools, self._pool), most)
 
     def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
         if (groups := self.quotas().groups()) is None:
@@ -267,14 +409,14 @@ class Instances:
         """Return the ids of all instances; None while Incus lists one without its configuration."""
         found = set()
         asks = f"/1.0/instances?recursion=1&project={quote(self._project, safe='')}"
-        for instance in asking.get(self._socket, asks, _INSTANCES_MAX) or ():
+        for instance in ask_incus(self._socket, asks, _INSTANCES_MAX) or ():
             if instance.get("config") is None:  # it is stopping (Incus 6.0.4)
                 return None
             found.add(identity_of(instance))
         return found
 
     def members(self) -> Collection[str]:
-        return dead_members.members(Path(self._socket).parent)
+        return connections.members(Path(self._socket).parent)
 
     def _instance(self, tenant: str, query: str = "", *, ours: bool = False) -> dict[str, Any]:
         """Return an instance that is a tenant. Raises `NotFound` for all others, existing or not.
@@ -313,7 +455,7 @@ class Instances:
     def _get(self, path: str, query: str = "", project: str = "") -> dict[str, Any] | None:
         """Query incusd; None if the object does not exist. Raises `Unavailable`."""
         of = quote(project or self._project, safe="")
-        found: dict[str, Any] | None = asking.get(self._socket, f"{path}?project={of}&{query}")
+        found: dict[str, Any] | None = ask_incus(self._socket, f"{path}?project={of}&{query}")
         return found
 
 

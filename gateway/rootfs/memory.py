@@ -1,39 +1,38 @@
-"""Measure how short of memory a container is from its cgroups, and kill its site's biggest process.
+"""Measure how short of memory a container is from its cgroups, by its stalls and refaults.
 
 A container that keeps reading its own pages back from the disk ("thrashes") is never out of memory for the
 kernel, so no process is killed. It shows in the stall times of `memory.pressure` (PSI), which the v2 tree of
 a hybrid host has too, and in the refaults of `memory.stat`; without PSI only the refaults show it.
 
-Measuring needs no root; `relieve` does.
+Also read the limits in force, which may differ from those that are configured: Incus applies a limit when its
+configuration changes, and not always as configured. A PATCH of a running instance's `limits.memory` to ""
+leaves it without one until its next start (measured with Incus 6.0.4). So they are read from the control
+groups and the pool's quota, of version 1, 2 or both. Nothing here needs root, except for a disk's limit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
-import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from gateway.rootfs import process_tree
-from gateway.rootfs.kernel import read_part, started
+from gateway.rootfs.kernel import read_part
+from gateway.rootfs.process_tree import mount_point
+from gateway.rootfs.quotas import Quotas
+from gateway.rootfs.site_cgroup import SITE, cpu_mount
 from gateway.rootfs.worker_cgroup import controller_mount
-
-SITE: Final = "system.slice/site.service"  # the cgroup of the site's unit
 
 _TEXT: Final = 16 << 10  # most bytes of a kernel file
 _LINES: Final = 256  # enough bytes for the stall times, or some pids
-_LOOKED_AT: Final = 2000  # most processes to examine; a container may have a few hundred
 _MEMORY: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?memory(?:,[a-z_,]*)?:(/.*)$", re.MULTILINE)
 _TOTAL: Final = re.compile(rb"^some .*\btotal=(\d{1,20})$", re.MULTILINE)
-_NAME: Final = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
-# pids as seen by the host, by the container, and by any nested namespaces
-_INNER: Final = re.compile(rb"^NSpid:\t\d+\t(\d{1,10})", re.MULTILINE)
-_RESIDENT: Final = re.compile(rb"^VmRSS:\s*(\d{1,15}) kB", re.MULTILINE)
-_STATUS: Final = 1 << 20  # bytes of a process's status, which lists its supplementary groups
 UNLIMITED: Final = 1 << 60  # bytes; a limit from here on means no limit
 
 
@@ -62,14 +61,6 @@ class Sample:
     usage: int = 0
     limit: int | None = None
     ended: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """A process by its own name, and its resident memory in bytes."""
-
-    name: str
-    bytes: int
 
 
 def place(init: int) -> Place | None:
@@ -131,6 +122,19 @@ class KernelFile:
             self._descriptor = -1
 
 
+def site_processes(of: Place) -> KernelFile:
+    """Return the file with the processes of a container's site; see `first_process`."""
+    return KernelFile(f"{of.unified}/{SITE}/cgroup.procs")
+
+
+def first_process(site: KernelFile) -> int:
+    """Return the first process of a container's site; 0 if it has none, or its CPU needs no reserve."""
+    if cpu_mount() is None:
+        return 0
+    number = site.read().partition(b"\n")[0]
+    return int(number) if number.isdigit() else 0
+
+
 def stalls(of: Place) -> KernelFile:
     """Return the file with the time that processes of a cgroup waited for memory; see `waited`."""
     return KernelFile(f"{of.unified}/memory.pressure")
@@ -187,56 +191,6 @@ def private(of: Place) -> int | None:
     return facts["total_rss"] + facts.get("total_shmem", 0) + kernel_v1
 
 
-def biggest(of: Place) -> Process | None:
-    """Return a container's process with the most memory, None if it has no processes."""
-    found = _biggest(process_tree.pids(of.unified))
-    return None if found is None else found[1]
-
-
-def relieve(container: Path) -> Process | None:
-    """Kill the biggest process of a container's site and return it, None if there is none. Needs root.
-
-    Only processes in the cgroup of the site's unit are considered, so never a command, and never the
-    container's init, wherever its root has moved it. A reused pid is safe: the process is held by a pidfd and
-    then checked again.
-    """
-    group = container / SITE
-    found = _biggest(process_tree.pids(group))
-    if found is None:
-        return None
-    pid, process, began = found
-    try:
-        held = os.pidfd_open(pid)
-    except OSError:
-        return None  # it has already ended
-    try:
-        if started(pid) != began or pid not in process_tree.pids(group):
-            return None
-        signal.pidfd_send_signal(held, signal.SIGKILL)
-    except ProcessLookupError:
-        return None
-    finally:
-        os.close(held)
-    return process
-
-
-def _biggest(pids: list[int]) -> tuple[int, Process, str] | None:
-    best: tuple[int, Process, str] | None = None
-    for pid in pids[:_LOOKED_AT]:
-        began = started(pid)
-        try:
-            status = read_part(f"/proc/{pid}/status", _STATUS)
-        except OSError:
-            continue  # it has already ended
-        resident, name, inner = _RESIDENT.search(status), _NAME.search(status), _INNER.search(status)
-        if resident is None or name is None or inner is None or int(inner[1]) == 1 or not began:
-            continue
-        size = int(resident[1]) << 10
-        if best is None or size > best[1].bytes:
-            best = pid, Process(name[1].decode("utf-8", "replace"), size), began
-    return best
-
-
 def _facts(said: bytes) -> dict[str, int]:
     """Parse lines of a name and a number; other lines are ignored."""
     facts = {}
@@ -255,3 +209,60 @@ def _sum(facts: dict[str, int], name: str) -> int:
 def _number(path: str) -> int | None:
     said = text(path).strip()
     return int(said) if said.isdigit() and len(said) <= 20 else None
+
+
+# each limit's controller, and its file in version 1 and in version 2
+_FILES: Final = {
+    "memory": ("memory", "memory.limit_in_bytes", "memory.max"),
+    "swap": ("memory", "memory.memsw.limit_in_bytes", "memory.swap.max"),  # version 1 counts memory, too
+    "processes": ("pids", "pids.max", "pids.max"),
+    "cpu": ("cpuset", "cpuset.cpus", "cpuset.cpus.effective"),
+}
+
+
+def limits_in_force(init: int, pool: Path, folder: str, identity: str) -> Mapping[str, int | None]:
+    """Return the limits of the container with the init process `init`; None for one that does not exist.
+
+    `memory`, `swap` and `disk` are in bytes, `processes` and `cpu` are numbers. What this kernel or pool
+    cannot limit is missing, and so is the disk where this process may not see it: that takes root. `folder`
+    is the instance's in the pool mounted at `pool`, `identity` its id.
+    """
+    said = text(f"/proc/{init}/cgroup")
+    found: dict[str, int | None] = {}
+    for name, (controller, first, second) in _FILES.items():
+        mount = _mount(controller)
+        if (group := _group(said, "" if mount is None else controller)) is None:
+            continue
+        file = f"{mount or mount_point()}{group}/{second if mount is None else first}"
+        if value := text(file).decode().strip():
+            found[name] = _cpus(value) if name == "cpu" else _limit(value)
+            if name == "swap" and mount is not None and (memory := found.get("memory")) is not None:
+                found[name] = None if found[name] is None else (found[name] or 0) - memory
+    # no quotas, not root's process, or just being removed
+    with contextlib.suppress(LookupError, OSError, ValueError):
+        found["disk"] = Quotas(pool).limit_of(folder, identity)
+    return found
+
+
+@functools.cache
+def _mount(controller: str) -> str | None:
+    return controller_mount(controller)
+
+
+def _group(said: bytes, controller: str) -> str | None:
+    """Return a container's cgroup in the hierarchy of a controller of version 1, or of version 2 with ""."""
+    for line in said.splitlines():
+        names, _, path = line.partition(b":")[2].partition(b":")
+        if controller.encode() in names.split(b","):
+            return os.fsdecode(path).removesuffix("/init.scope")
+    return None
+
+
+def _limit(value: str) -> int | None:
+    return int(value) if value.isdecimal() and len(value) < 20 and int(value) < UNLIMITED else None
+
+
+def _cpus(value: str) -> int:
+    """Return how many CPUs a list such as 0-2,5 names."""
+    spans = (one.partition("-")[::2] for one in value.split(","))
+    return sum(int(last or first) - int(first) + 1 for first, last in spans)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from gateway.rootfs.kernel import read_part
+from gateway.rootfs.kernel import O_PATH, read_part
 
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
 MARKER = "GATEWAY_EXEC"  # variable that names a command's cgroup, so that processes that left it can be found
@@ -314,3 +314,61 @@ def stat(pid: int) -> Stat | None:
             return Stat(*map(int, file.read().rpartition(b")")[2].split()[1:4]))
     except (OSError, ValueError, TypeError):
         return None
+
+
+_LOOKS = 16  # processes of a command to look at: the kernel lists the one that incusd started first
+_FIRST_PIDS = 256  # bytes of these processes' list
+_OUTPUTS = ("fd/4", "fd/5")  # of `incusd forkexec`: standard output and error, as incusd made them
+_HELPER = b"forkexec"
+_WORDS = 4096  # bytes of its command line, of which the second word counts
+
+
+def output_pipes(path: Path) -> list[int]:
+    """Return descriptors for the outputs of the command in a cgroup, standard output first; [] if unknown.
+
+    They are those of incusd's helper, the parent of the command's first process: what the command has as its
+    own may be anything by now. Needs root. Quick enough for the event loop: bounded, and without any disk.
+    """
+    for pid in _first(path):
+        found = stat(pid)
+        try:
+            # a folder of /proc is of one process, even if its pid is used again
+            helper = os.open(f"/proc/{found.parent if found else 0}", os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if read_part(f"/proc/self/fd/{helper}/cmdline", _WORDS).split(b"\0")[1:2] == [_HELPER]:
+                return _open_pipes(helper)
+        except OSError:  # it has ended
+            pass
+        finally:
+            os.close(helper)
+    return []
+
+
+def _first(path: Path) -> list[int]:
+    """Return the first processes in a cgroup; not of those below it, which only a tenant makes."""
+    try:
+        text = read_part(path / "cgroup.procs", _FIRST_PIDS)
+    except OSError:  # it is gone
+        return []
+    return [int(word) for word in text[: text.rfind(b"\n") + 1].split()][:_LOOKS]
+
+
+def _open_pipes(helper: int) -> list[int]:
+    """Open the outputs of a process. Raises `OSError` if one is no pipe: a tenant may imitate the helper."""
+    found: list[int] = []
+    try:
+        for name in _OUTPUTS:
+            named = os.open(name, O_PATH | os.O_CLOEXEC, dir_fd=helper)  # which opens nothing yet
+            try:
+                if not os.readlink(f"/proc/self/fd/{named}").startswith("pipe:["):
+                    raise OSError("not a pipe")
+                found.append(os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            finally:
+                os.close(named)
+    except OSError:
+        for descriptor in found:
+            os.close(descriptor)
+        raise
+    return found

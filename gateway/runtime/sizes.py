@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gateway.errors import InvalidParams
-from gateway.rootfs.size import size_of as size_of
+from gateway.rootfs.locations import size_of as size_of
 
 MiB: Final = 1 << 20
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from gateway.rootfs import tcp
+from gateway.rootfs import connections
 from gateway.runtime import probe
 
 _LISTEN: Final = 0x0A
@@ -82,7 +82,7 @@ async def drained(address: str, port: int) -> bool:
     quiet_since = time.monotonic()
     while (now := time.monotonic()) < until:
         try:
-            found = await asyncio.to_thread(tcp.waiting, f"{address}/32", 0.0)
+            found = await asyncio.to_thread(connections.waiting, f"{address}/32", 0.0)
         except OSError:  # the kernel cannot be asked
             found = []
         own = probe.own_ports()

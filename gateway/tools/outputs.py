@@ -21,8 +21,7 @@ import re2
 
 from gateway.errors import Conflict, GatewayError
 from gateway.rootfs.paths import HOME
-from gateway.rootfs.refusals import refusal
-from gateway.rootfs.root import Root
+from gateway.rootfs.root import Root, refusal
 from gateway.rootfs.worker import Operation, Workspace
 
 FOLDER: Final = f"{HOME}/output"

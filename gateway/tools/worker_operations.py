@@ -9,7 +9,7 @@ from gateway.errors import GatewayError
 from gateway.files import handlers, opening, sweeping, watch_loop
 from gateway.rootfs import walk
 from gateway.rootfs.messages import Limits
-from gateway.rootfs.refusals import refusal
+from gateway.rootfs.root import refusal
 from gateway.rootfs.worker import SCAN, Operation, Service, Workspace
 from gateway.tools import mirroring, outputs
 from gateway.tools.call import Call, ToolAnswer, ToolFailure, failure

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from gateway.host import HostError
 from gateway.host.setup import setup
-from gateway.rootfs import memory
+from gateway.rootfs import memory, site_cgroup
 from gateway.runtime.incus.resizing import APPLY
 from gateway.settings import Settings
 from tests.archives import archive
@@ -54,9 +54,9 @@ async def thrash(host: Hosting) -> asyncio.Task[Any]:
     visiting = asyncio.create_task(host.visit(DOMAIN, "/thrash"))  # it may never be answered
     async with asyncio.timeout(_BEGINS):
         while True:
-            before = memory.sample(place().below(memory.SITE))
+            before = memory.sample(place().below(site_cgroup.SITE))
             await asyncio.sleep(1)
-            now = memory.sample(place().below(memory.SITE))
+            now = memory.sample(place().below(site_cgroup.SITE))
             if before is not None and now is not None and now.refaults - before.refaults >= _THRASHES:
                 return visiting
 

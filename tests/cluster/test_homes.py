@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.rootfs.disk_groups import number_of
+from gateway.rootfs.quotas import number_of
 from tests.cluster.conftest import MakeTenant, Served
 from tests.cluster.rig import Member
 from tests.cluster.test_dying import booted

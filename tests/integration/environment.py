@@ -100,7 +100,7 @@ def incus(
 def _lingering(words: tuple[str, ...]) -> tuple[str, ...]:
     """Have a command end a second after its last output, which incusd may otherwise not read any more.
 
-    See `gateway.rootfs.command_pipes`.
+    See `gateway.rootfs.process_tree`.
     """
     at = words.index("--") + 1
     linger = '"$@"; code=$?; sleep 1.1; exit "$code"'

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.host import address_guard
 from gateway.host.setup import pin
-from gateway.rootfs import guarded_port
+from gateway.rootfs import bridge_port
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.integration import environment
@@ -135,7 +135,7 @@ def test_no_chain_of_its_own(pair: tuple[Container, Container]) -> None:
     shown = (
         environment.incus("config", "get", pair[0].name, "volatile.eth0.host_name").stdout.decode().strip()
     )
-    assert guarded_port.hardware_address_of(shown) == hardware(pair[0])
+    assert bridge_port.hardware_address_of(shown) == hardware(pair[0])
     rules = subprocess.run(("nft", "list", "tables", "bridge"), capture_output=True, check=True).stdout
     if b"table bridge incus\n" in rules:
         rules = subprocess.run(("nft", "list", "table", "bridge", "incus"), capture_output=True).stdout

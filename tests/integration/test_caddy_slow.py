@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from gateway.caddy import Caddy
-from gateway.rootfs import tcp
+from gateway.rootfs import connections
 from tests.integration import environment
 from tests.integration.sites import RealCaddy, settings_for
 from tests.live import LiveGateway, free_ports, local_gateway
@@ -153,7 +153,7 @@ async def test_whom_the_gateway_cuts_off_from_a_site_that_hangs_is_told_to_come_
         ):
             routes.set(domain, f"127.0.0.1:{there}")
             visiting = asyncio.ensure_future(visit(client))
-            await until(lambda: tcp.break_off(os.getpid(), "127.0.0.1", there, ()) == 1)
+            await until(lambda: connections.break_off(os.getpid(), "127.0.0.1", there, ()) == 1)
             assert await visiting == (503, "5")
 
             loop = asyncio.get_running_loop()

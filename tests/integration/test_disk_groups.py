@@ -13,9 +13,8 @@ from uuid import uuid4
 
 import pytest
 
-from gateway.rootfs import btrfs, disk_groups
-from gateway.rootfs.disk_groups import DiskGroups
-from gateway.rootfs.quotas import Quotas
+from gateway.rootfs import btrfs, quotas
+from gateway.rootfs.quotas import DiskGroups, Quotas
 
 MiB = 1 << 20
 SIZE = 24 * MiB
@@ -228,7 +227,7 @@ def test_a_clone_counts_what_it_writes(pool: Path) -> None:
     source.destroy()
     used(pool)
     clone.groups.reap()
-    assert groups_of(pool) >= {disk_groups.number_of(one.identity) for one in (source, clone)}
+    assert groups_of(pool) >= {quotas.number_of(one.identity) for one in (source, clone)}
     clone.destroy()
     used(pool)
     clone.groups.reap()
@@ -281,7 +280,7 @@ def test_nothing_that_lives_is_removed(pool: Path) -> None:
     run("btrfs", "subvolume", "create", pool / "containers" / "new")
     own = btrfs.group(0, btrfs.subvolume(pool / "containers" / "new").number)
     disk.groups.reap()
-    assert groups_of(pool) == {77, disk_groups.number_of(disk.identity)}
+    assert groups_of(pool) == {77, quotas.number_of(disk.identity)}
     volume = os.open(pool, os.O_RDONLY)
     try:
         assert own in {group for group, _ in btrfs.groups(volume)}
@@ -310,7 +309,7 @@ def test_a_full_disk_has_slack_for_incus(pool: Path) -> None:
         run("btrfs", "filesystem", "sync", pool)
         disk.groups.limit(disk.name, disk.identity, SIZE, slack=True)
         disk.fill(f"more{number}")
-    assert SIZE + disk_groups.SLACK - SLACK < disk.limit() <= SIZE + disk_groups.SLACK
+    assert SIZE + quotas.SLACK - SLACK < disk.limit() <= SIZE + quotas.SLACK
     assert disk.fill("any") == 0
 
 
@@ -340,7 +339,7 @@ def test_a_group_that_another_process_removes_is_made_again(
 
 
 def test_a_tenant_with_too_many_subvolumes_is_refused(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_groups, "_SUBVOLUMES_MAX", 3)
+    monkeypatch.setattr(quotas, "_SUBVOLUMES_MAX", 3)
     disk = made(pool, "shop")
     for number in range(2):
         run("btrfs", "subvolume", "create", disk.rootfs / str(number))

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.rootfs import memory, process_tree
+from gateway.rootfs import process_tree, site_cgroup
 from gateway.settings import Settings
 from tests.archives import archive
 from tests.contracts.processes import alive, mark
@@ -70,7 +70,7 @@ async def visit(
 
 
 def processes() -> list[int]:
-    return process_tree.pids(environment.cgroup(TENANT) / memory.SITE)
+    return process_tree.pids(environment.cgroup(TENANT) / site_cgroup.SITE)
 
 
 async def taken(host: Hosting, browser: aiohttp.ClientSession, path: str) -> asyncio.Future[Any]:

@@ -9,7 +9,8 @@ from typing import Any, Final
 import pytest
 
 from gateway.host.doctor import doctor
-from gateway.rootfs import btrfs, disk_groups, kernel_limits, memory
+from gateway.rootfs import btrfs, memory, quotas
+from gateway.rootfs.site_cgroup import SITE
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SITE_SHARE, size_of
 from gateway.settings import Settings
@@ -50,7 +51,7 @@ def _identity(tenant: str) -> str:
 
 def _in_force(settings: Settings, tenant: str) -> Mapping[str, int | None]:
     pool = settings.incus_socket.parent / "storage-pools" / settings.pool
-    return kernel_limits.in_force(environment.init_pid(tenant), pool, tenant, _identity(tenant))
+    return memory.limits_in_force(environment.init_pid(tenant), pool, tenant, _identity(tenant))
 
 
 async def _as_said(host: Hosting, what: str, tenant: str = TENANT) -> None:
@@ -66,7 +67,7 @@ async def _as_said(host: Hosting, what: str, tenant: str = TENANT) -> None:
 
 def _site(tenant: str) -> int | None:
     place = memory.place(environment.init_pid(tenant))
-    found = None if place is None else memory.sample(place.below(memory.SITE))
+    found = None if place is None else memory.sample(place.below(SITE))
     return None if found is None else found.limit
 
 
@@ -132,7 +133,7 @@ async def test_limits_that_were_lifted_are_put_in_force_again(host: Hosting) -> 
     for key in ("memory", "processes", "cpu"):
         environment.incus("config", "set", TENANT, f"limits.{key}=")
     pool = settings.incus_socket.parent / "storage-pools" / settings.pool
-    group = btrfs.group(1, disk_groups.number_of(_identity(TENANT)))
+    group = btrfs.group(1, quotas.number_of(_identity(TENANT)))
     level, number = btrfs.level_of(group)
     subprocess.run(["btrfs", "qgroup", "limit", "none", f"{level}/{number}", pool], check=True)
     lifted = _in_force(settings, TENANT)

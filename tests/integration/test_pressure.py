@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import memory, process_tree, reserve
+from gateway.rootfs import memory, process_tree, site_cgroup
 from gateway.rootfs.memory import Place
 from gateway.runtime.incus.resizing import APPLY
 from gateway.runtime.sizes import SITE_SHARE
@@ -83,7 +83,7 @@ def stalled() -> float:
 
 def allowed() -> int:
     """Return the bytes of memory that the kernel lets the site have."""
-    found = memory.sample(place().below(memory.SITE))
+    found = memory.sample(place().below(site_cgroup.SITE))
     assert found is not None and found.limit is not None
     return found.limit
 
@@ -135,10 +135,10 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
         await until(lambda: asyncio.to_thread(applied), every=0.5)
         first = (await host.visit(DOMAIN))[1]
         await written(host)
-        if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
-            container = environment.cgroup(TENANT)
+        if site_cgroup.cpu_mount() is not None:  # its systemd has no use for it, so it is kept from outside
+            container, watched = environment.cgroup(TENANT), memory.site_processes(place())
             # until the next look
-            await until(lambda: not reserve.lacks(container, reserve.first(reserve.processes(container))))
+            await until(lambda: not site_cgroup.lacks(container, memory.first_process(watched)))
         async with reading(host.gateway, NEXT_DOOR, "index.html") as before:
             await pause(2)  # as many reads as tell a p99
 

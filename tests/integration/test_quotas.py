@@ -19,8 +19,9 @@ from gateway.host.daemon import Daemon
 from gateway.host.doctor import doctor
 from gateway.host.findings import Finding
 from gateway.host.setup import setup
-from gateway.rootfs import btrfs, disk_groups
+from gateway.rootfs import btrfs
 from gateway.rootfs.broker_client import instances
+from gateway.rootfs.quotas import SLACK as QUOTA_SLACK
 from gateway.rootfs.quotas import Quotas
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.disks import OURS, Disks
@@ -33,7 +34,7 @@ from tests.waits import until
 
 MiB = 1 << 20
 SIZE = 1024 * MiB  # of a tenant's disk, of which the image takes 570 with full quotas
-SLACK = disk_groups.SLACK + 8 * MiB  # and metadata
+SLACK = QUOTA_SLACK + 8 * MiB  # and metadata
 
 _numbers = itertools.count()
 

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.host import quotas
 from gateway.rootfs import memory
+from gateway.rootfs.site_cgroup import SITE
 from gateway.runtime.sizes import SITE_SHARE
 from gateway.settings import MiB, Settings
 from tests.integration import environment
@@ -74,7 +75,7 @@ def kernels() -> dict[str, int]:
 def site() -> int | None:
     """Return the memory that the kernel lets the site have."""
     place = memory.place(environment.init_pid(TENANT))
-    found = None if place is None else memory.sample(place.below(memory.SITE))
+    found = None if place is None else memory.sample(place.below(SITE))
     return None if found is None else found.limit
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.host import HostError, address_guard
-from gateway.rootfs import guarded_port
+from gateway.rootfs import bridge_port
 from gateway.runtime.incus.creation import Creation
 from gateway.settings import Settings
 
@@ -63,14 +63,14 @@ def test_each_address_is_one_ports_own(tmp_path: Path) -> None:
 
 
 def test_names_are_found_again() -> None:
-    assert guarded_port.hardware_address_of(guarded_port.port_name(ADDRESS)) == "0a:67:77:52:03:fe"
+    assert bridge_port.hardware_address_of(bridge_port.port_name(ADDRESS)) == "0a:67:77:52:03:fe"
     for other in ("veth5203fe00", "gw0a5203f", "gw0a5203fe0", "gatewaybr0"):
-        assert guarded_port.hardware_address_of(other) is None
+        assert bridge_port.hardware_address_of(other) is None
 
 
 def test_it_is_put_in_force_once_and_again_where_it_is_lost(tmp_path: Path, nft: Nft) -> None:
     of = settings(tmp_path)
-    hook = guarded_port.hook(tmp_path, of.network)
+    hook = bridge_port.guard_hook(tmp_path, of.network)
     assert address_guard.guard(of) is not None and address_guard.in_force(of)
     assert hook.stat().st_mode & 0o777 == 0o755
     assert f"/usr/sbin/nft -f {hook}.nft" in hook.read_text()
@@ -103,7 +103,7 @@ def test_without_it_new_tenants_have_the_filter_of_incus(tmp_path: Path, nft: Nf
     address_guard.guard(of)
     own, static = making._placed(nic, address)
     assert own["host_name"] == "gw0a5203fe" and own["security.mac_filtering"] == "false"
-    assert static.endswith(f"\nlxc.hook.pre-start = {guarded_port.hook(tmp_path, of.network)}\n")
+    assert static.endswith(f"\nlxc.hook.pre-start = {bridge_port.guard_hook(tmp_path, of.network)}\n")
     nft.refuses = "check"  # the kernel took it before, and tenants need it
     assert address_guard.guard(of) is None
     assert making._placed(own, address) == (own, static)

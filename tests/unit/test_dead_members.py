@@ -20,8 +20,8 @@ from gateway.cluster.identity import Identity
 from gateway.cluster.member import Member
 from gateway.cluster.peers import Peers
 from gateway.errors import NotFound, Unavailable
+from gateway.rootfs.connections import cut_off, members
 from gateway.rootfs.cutter import Cutter
-from gateway.rootfs.dead_members import cut_off, members
 from gateway.settings import Settings
 from gateway.tasks import begin
 from tests.waits import turn, until

@@ -17,7 +17,7 @@ import pytest
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Elsewhere, Incus, IncusError
 from gateway.incus.operation import Operation
-from gateway.rootfs import guarded_port
+from gateway.rootfs import bridge_port
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks
@@ -172,7 +172,7 @@ async def test_a_copy_becomes_the_tenant_with_an_address_of_its_new_member(
 ) -> None:
     there, here = steps(old), steps(new, tmp_path)
     if guarded:  # the new member has one table for all tenants' addresses
-        hook = guarded_port.hook(tmp_path, "gatewaybr0")
+        hook = bridge_port.guard_hook(tmp_path, "gatewaybr0")
         hook.parent.mkdir()
         hook.touch()
     old.all["theirs"] = copy.deepcopy(SHOP) | {"location": "m2"}  # who has that address on the other member
@@ -207,7 +207,7 @@ async def test_a_copy_becomes_the_tenant_with_an_address_of_its_new_member(
     assert not {"user.gateway.managed", "user.gateway.moving"} & shop["config"].keys()
     nic = {"type": "nic", "network": "br", "ipv4.address": address}
     assert shop["devices"] == {
-        "eth0": guarded_port.device(nic, IPv4Address(address)) if guarded else nic,
+        "eth0": bridge_port.guarded(nic, IPv4Address(address)) if guarded else nic,
         "root": {"type": "disk", "size": "2GiB"},
     }
     await there.put_aside("shop", "i-1", "7")  # of the old home, which does not know yet how far it came

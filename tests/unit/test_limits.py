@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.incus import Incus, IncusError
-from gateway.rootfs import kernel_limits, memory
+from gateway.rootfs import memory
 from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.resizing import UPDATING, Resizing, not_in_force, words
@@ -38,9 +38,9 @@ def trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder / "lxc.payload.shop").mkdir(parents=True)
     cgroup = (said + "3:cpu,cpuset:/lxc.payload.shop/init.scope\n").encode()
     monkeypatch.setattr(
-        kernel_limits, "text", lambda path: cgroup if path == "/proc/7/cgroup" else memory.text(path)
+        memory, "text", lambda path: cgroup if path == "/proc/7/cgroup" else memory.text(path)
     )
-    monkeypatch.setattr(kernel_limits, "mount_point", lambda: tmp_path / "v2")
+    monkeypatch.setattr(memory, "mount_point", lambda: tmp_path / "v2")
     return tmp_path
 
 
@@ -50,13 +50,13 @@ def _filled(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def test_limits_of_version_1(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_limits, "_mount", lambda controller: str(trees / "v1" / controller))
+    monkeypatch.setattr(memory, "_mount", lambda controller: str(trees / "v1" / controller))
     group = "lxc.payload.shop"
     limits = {"memory.limit_in_bytes": str(512 * MiB), "memory.memsw.limit_in_bytes": str(600 * MiB)}
     _filled(trees / "v1/memory" / group, limits)
     _filled(trees / "v1/pids" / group, {"pids.max": "400"})
     _filled(trees / "v1/cpuset" / group, {"cpuset.cpus": "0-2,5"})
-    found = kernel_limits.in_force(7, NOWHERE, "shop", "")
+    found = memory.limits_in_force(7, NOWHERE, "shop", "")
     assert found == {"memory": 512 * MiB, "swap": 88 * MiB, "processes": 400, "cpu": 4}
     lifted = {
         "memory.limit_in_bytes": "9223372036854771712",
@@ -64,16 +64,16 @@ def test_limits_of_version_1(trees: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }
     _filled(trees / "v1/memory" / group, lifted)
     _filled(trees / "v1/pids" / group, {"pids.max": "max"})
-    found = kernel_limits.in_force(7, NOWHERE, "shop", "")
+    found = memory.limits_in_force(7, NOWHERE, "shop", "")
     assert found == {"memory": None, "swap": None, "processes": None, "cpu": 4}
 
 
 def test_limits_of_version_2(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel without a count of swap has no file for it."""
-    monkeypatch.setattr(kernel_limits, "_mount", lambda controller: None)
+    monkeypatch.setattr(memory, "_mount", lambda controller: None)
     files = {"memory.max": "max", "pids.max": "400", "cpuset.cpus.effective": "3"}
     _filled(trees / "v2/lxc.payload.shop", files)
-    assert kernel_limits.in_force(7, NOWHERE, "shop", "") == {"memory": None, "processes": 400, "cpu": 1}
+    assert memory.limits_in_force(7, NOWHERE, "shop", "") == {"memory": None, "processes": 400, "cpu": 1}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_limits_of_version_2(trees: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_limits_are_compared(
     has: dict[str, int | None], wrong: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.runtime.incus.resizing.kernel_limits.in_force", lambda *_: has)
+    monkeypatch.setattr("gateway.runtime.incus.resizing.memory.in_force", lambda *_: has)
     found = not_in_force(INSTANCE, 7, NOWHERE)
     assert found.keys() == wrong
     assert all(key in words(found) for key in wrong)
@@ -108,7 +108,7 @@ def test_limits_are_compared(
 def test_a_limit_that_cannot_be_in_force_does_not_differ(
     config: dict[str, str], has: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.runtime.incus.resizing.kernel_limits.in_force", lambda *_: has)
+    monkeypatch.setattr("gateway.runtime.incus.resizing.memory.in_force", lambda *_: has)
     instance = {**INSTANCE, "expanded_config": {**INSTANCE["expanded_config"], **config}}
     assert not_in_force(instance, 7, NOWHERE) == {}
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.rootfs import memory, process_tree
+from gateway.rootfs import memory, process_tree, site_cgroup
 from gateway.rootfs.memory import KernelFile, Place
+from gateway.rootfs.site_cgroup import SITE
 
 # as read on Linux 6.18 with v1 controllers, of a tenant that thrashed
 PRESSURE = (
@@ -115,7 +116,7 @@ def test_without_stall_times_the_rest_is_there(tmp_path: Path) -> None:
 def test_a_group_that_is_gone_has_none(tmp_path: Path) -> None:
     assert memory.sample(Place(tmp_path / "gone", None)) is None
     assert memory.stalled(Place(tmp_path / "gone", tmp_path / "gone")) is None
-    assert memory.biggest(Place(tmp_path / "gone", None)) is None
+    assert site_cgroup.biggest(tmp_path / "gone") is None
     assert memory.private(Place(tmp_path / "gone", None)) is None
     assert memory.private(Place(tmp_path / "gone", tmp_path / "gone")) is None
 
@@ -184,7 +185,7 @@ def container() -> Iterator[Path]:
     if mount is None or os.getuid() != 0:
         pytest.skip("control groups are made by root")
     path = mount / f"lxc.payload.test-memory-{os.getpid()}"
-    below = ("", "system.slice", memory.SITE, "gateway", "gateway/exec")
+    below = ("", "system.slice", SITE, "gateway", "gateway/exec")
     for group in below:
         (path / group).mkdir()
     yield path
@@ -205,17 +206,17 @@ def held(group: Path, size: int) -> subprocess.Popen[bytes]:
 
 def test_only_the_sites_biggest_process_is_ended(container: Path) -> None:
     """Not a larger command's, nor the init of its namespace, even if nothing else is left."""
-    site, command = container / memory.SITE, container / "gateway/exec"
+    site, command = container / SITE, container / "gateway/exec"
     with held(site, SMALL) as small, held(site, LARGE) as large, held(command, 2 * LARGE) as other:
-        whole = memory.biggest(Place(container, None))
+        whole = site_cgroup.biggest(container)
         assert whole is not None and 2 * LARGE << 20 <= whole.bytes < 3 * LARGE << 20
-        ended = memory.relieve(container)
+        ended = site_cgroup.relieve(container)
         assert ended is not None and LARGE << 20 <= ended.bytes < 2 * LARGE << 20
         assert large.wait(10) is not None and small.poll() is None
-        ended = memory.relieve(container)
+        ended = site_cgroup.relieve(container)
         assert ended is not None and ended.bytes < LARGE << 20
         assert small.wait(10) is not None
-        assert memory.relieve(container) is None
+        assert site_cgroup.relieve(container) is None
         assert other.poll() is None
         other.kill()
         (container / "cgroup.kill").write_text("1")
@@ -223,10 +224,10 @@ def test_only_the_sites_biggest_process_is_ended(container: Path) -> None:
 
 def test_a_namespaces_first_process_is_left_alone(container: Path) -> None:
     words = ("sh", "-c", 'echo $$ >"$1/cgroup.procs"; exec unshare --pid --fork sleep 60', "sh")
-    with subprocess.Popen((*words, str(container / memory.SITE))) as process:
-        while len(process_tree.pids(container / memory.SITE)) < 2:
+    with subprocess.Popen((*words, str(container / SITE))) as process:
+        while len(process_tree.pids(container / SITE)) < 2:
             assert process.poll() is None
-        sleeper = max(process_tree.pids(container / memory.SITE))
+        sleeper = max(process_tree.pids(container / SITE))
         assert Path(f"/proc/{sleeper}/status").read_text().count("\nNSpid:") == 1
-        assert memory.relieve(container) is None
+        assert site_cgroup.relieve(container) is None
         (container / "cgroup.kill").write_text("1")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.rootfs import command_pipes
+from gateway.rootfs import process_tree
 
 # it has the descriptors that it is given as 4 and 5, and a child that is the command
 HELPER = """
@@ -70,7 +70,7 @@ def test_the_reading_ends_are_those_of_the_helper(starts: Starts, cgroup: Path) 
     out, err = os.pipe(), os.pipe()
     try:
         lists(cgroup, 1 << 22, os.getpid(), starts(out[1], err[1]))
-        opened = command_pipes.opened(cgroup)
+        opened = process_tree.output_pipes(cgroup)
         try:
             os.write(out[1], b"out")
             os.write(err[1], b"err")
@@ -104,7 +104,7 @@ def test_nothing_else_is_opened(starts: Starts, cgroup: Path, tmp_path: Path, ki
     try:
         lists(cgroup, starts(own[1], other, "other" if kind == "other program" else "forkexec"))
         before = os.listdir("/proc/self/fd")
-        assert command_pipes.opened(cgroup) == []
+        assert process_tree.output_pipes(cgroup) == []
         assert os.listdir("/proc/self/fd") == before
     finally:
         for descriptor in (*own, other):
@@ -115,14 +115,14 @@ def test_nothing_else_is_opened(starts: Starts, cgroup: Path, tmp_path: Path, ki
 def test_a_command_that_has_ended_has_none(cgroup: Path, there: bool) -> None:
     if there:
         lists(cgroup)
-    assert command_pipes.opened(cgroup) == []
+    assert process_tree.output_pipes(cgroup) == []
 
 
 def test_only_the_first_of_many_processes_are_looked_at(starts: Starts, cgroup: Path) -> None:
     out, into = os.pipe()
     try:
         lists(cgroup, *[1 << 22] * 100_000, starts(into, into))
-        assert command_pipes.opened(cgroup) == []
+        assert process_tree.output_pipes(cgroup) == []
     finally:
         os.close(out)
         os.close(into)

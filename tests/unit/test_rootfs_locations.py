@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs.disk import Disk
-from gateway.rootfs.disk_groups import DiskGroups, number_of
 from gateway.rootfs.instance_record import COPY
-from gateway.rootfs.locations import Instances, found_by
-from gateway.rootfs.quotas import Quotas
+from gateway.rootfs.locations import Disk, Instances, found_by
+from gateway.rootfs.quotas import DiskGroups, Quotas, number_of
 from tests.unit.incusd import IDMAP, answering, instance
 
 WORKSPACE = "/srv/site"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import subvolume
+from gateway.rootfs import btrfs
 
 
 def rootfs(pool: Path) -> str:
@@ -34,20 +34,20 @@ def test_what_was_written_in_a_later_generation_is_a_change(
     where, volume = rootfs(tmp_path), tmp_path / "containers/shop"
     of = {volume: now, tmp_path / "containers-snapshots/shop/taken": then}
     own = {"Incus's": (volume / "backup.yaml").stat().st_ino}
-    monkeypatch.setattr(subvolume, "generation", of.__getitem__)
+    monkeypatch.setattr(btrfs, "generation", of.__getitem__)
     monkeypatch.setattr(
-        subvolume, "written", lambda path, since: [own.get(inode, inode) for inode in written if since == 7]
+        btrfs, "written_since", lambda path, since: [own.get(inode, inode) for inode in written if since == 7]
     )
-    assert subvolume.changed(where, "taken") == changed
+    assert btrfs.changed_since(where, "taken") == changed
 
 
 def test_what_cannot_be_known_counts_as_changed(tmp_path: Path) -> None:
     """On another file system, or without that snapshot."""
     where = rootfs(tmp_path)
-    assert subvolume.changed(where, "taken") and subvolume.changed(where, "none")
+    assert btrfs.changed_since(where, "taken") and btrfs.changed_since(where, "none")
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "../taken", "x" * 100, ".hidden"])
 def test_what_is_no_name_of_a_snapshot_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="name of a snapshot"):
-        subvolume.changed(rootfs(tmp_path), name)
+        btrfs.changed_since(rootfs(tmp_path), name)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.rootfs import tcp
-from gateway.rootfs.sock_diag import End
+from gateway.rootfs import connections
+from gateway.rootfs.connections import End
 from tests.waits import until_true
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tables are Linux's")
@@ -27,14 +27,14 @@ def server(family: socket.AddressFamily = socket.AF_INET) -> Iterator[tuple[sock
         yield listening, (socket.inet_aton("127.0.0.1"), listening.getsockname()[1])
 
 
-def at(end: End) -> list[tcp.Connection]:
-    return [one for one in tcp.waiting(NETWORK, 0.0) if one.remote == end]
+def at(end: End) -> list[connections.Connection]:
+    return [one for one in connections.waiting(NETWORK, 0.0) if one.remote == end]
 
 
 def unread(there: int, end: End, pid: int) -> set[End]:
     """Wait for a number of unread requests, as the kernel takes a moment, and return them."""
-    until_true(lambda: len(tcp.unread(pid, end)) == there, every=0.001)
-    return tcp.unread(pid, end)
+    until_true(lambda: len(connections.unread(pid, end)) == there, every=0.001)
+    return connections.unread(pid, end)
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -42,7 +42,7 @@ def test_a_request_is_unread_until_its_server_reads_it(family: socket.AddressFam
     """Also before the server has accepted the connection, and if it listens on IPv6."""
     with server(family) as (listening, end), socket.create_connection(("127.0.0.1", end[1])) as client:
         local = (socket.inet_aton("127.0.0.1"), client.getsockname()[1])
-        assert tcp.unread(os.getpid(), end) == set(), "it has sent nothing"
+        assert connections.unread(os.getpid(), end) == set(), "it has sent nothing"
         client.send(b"GET /")
         assert unread(1, end, os.getpid()) == {local}
         taken, _ = listening.accept()
@@ -61,14 +61,14 @@ def test_who_has_an_answer_waits_no_longer() -> None:
             until_true(lambda: [one for one in at(end) if one.seconds >= 0.01] != [], every=0.001)
             waits = at(end)
             assert len(waits) == 1 and 0.01 <= waits[0].seconds < 5
-            assert [one for one in tcp.waiting(NETWORK, 4.0) if one.remote == end] == []
-            assert [one for one in tcp.waiting("10.0.0.0/8", 0.0) if one.remote == end] == []
+            assert [one for one in connections.waiting(NETWORK, 4.0) if one.remote == end] == []
+            assert [one for one in connections.waiting("10.0.0.0/8", 0.0) if one.remote == end] == []
             assert taken.recv(100) and taken.send(b"HTTP/1.1 200 OK") and client.recv(100)
             assert at(end) == []
 
 
 def test_a_table_that_is_not_there_is_empty() -> None:
-    assert tcp.unread(0, (b"\x7f\0\0\1", 80)) == set()
+    assert connections.unread(0, (b"\x7f\0\0\1", 80)) == set()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root breaks off connections")
@@ -83,7 +83,7 @@ def test_only_what_is_unread_is_broken_off() -> None:
         taken = stack.enter_context(listening.accept()[0])
         assert taken.recv(100) == b"GET /"
         unread(2, end, os.getpid())
-        assert tcp.break_off(os.getpid(), "127.0.0.1", end[1], {left.getsockname()[1]}) == 1
+        assert connections.break_off(os.getpid(), "127.0.0.1", end[1], {left.getsockname()[1]}) == 1
         with pytest.raises(ConnectionAbortedError):
             lost.recv(1)
         taken.send(b"late")

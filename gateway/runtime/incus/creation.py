@@ -20,7 +20,7 @@ from uuid import uuid4
 from gateway.errors import Conflict, GatewayError, NotFound, Timeout, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs import guarded_port
+from gateway.rootfs import bridge_port
 from gateway.rootfs.instance_record import IDENTITY, MANAGED, identity_of
 from gateway.runtime import Removal, Removed, unheard
 from gateway.runtime.incus.addresses import Instance, fixed, leased
@@ -259,20 +259,20 @@ class Creation:
                 address = IPv4Interface(f"{has}/{bridge.network.prefixlen}")
             change = {
                 "config": {STATIC: self._static(address)},
-                "devices": {_NIC: {**guarded_port.unguarded(nic), "ipv4.address": str(address.ip)}},
+                "devices": {_NIC: {**bridge_port.unguarded(nic), "ipv4.address": str(address.ip)}},
             }
             with translated(name):
                 await self.operate("PATCH", instance_path(name), change)
 
     def _placed(self, nic: Mapping[str, str], address: IPv4Interface) -> tuple[Mapping[str, str], str]:
         """Return the NIC and the `raw.lxc` of a new instance with an address."""
-        nic = guarded_port.at_bridge(guarded_port.unguarded(nic), self._settings.network)
+        nic = bridge_port.at_bridge(bridge_port.unguarded(nic), self._settings.network)
         own = {**nic, "ipv4.address": str(address.ip)}
         static = self._static(address)
-        hook = guarded_port.hook(self._settings.incus_socket.parent, self._settings.network)
+        hook = bridge_port.guard_hook(self._settings.incus_socket.parent, self._settings.network)
         if not hook.exists():  # this host cannot have the table for all
             return own, static
-        return guarded_port.device(own, address.ip), f"{static}lxc.hook.pre-start = {hook}\n"
+        return bridge_port.guarded(own, address.ip), f"{static}lxc.hook.pre-start = {hook}\n"
 
     def _static(self, address: IPv4Interface) -> str:
         # it has its address from the start, not only after DHCP

@@ -7,7 +7,7 @@ before anything is changed, and the refusal names the number. Page cache does no
 can reclaim it.
 
 Incus applies a limit when it changes. So `Resizing.enforce` compares all with the kernel's
-(`rootfs.kernel_limits`) and mends one that differs by a change to an equivalent spelling, and back.
+(`rootfs.memory`) and mends one that differs by a change to an equivalent spelling, and back.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, Final
 from gateway.errors import Conflict, GatewayError, TenantNotRunning, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs import kernel_limits, memory
-from gateway.rootfs.disk_groups import SLACK
 from gateway.rootfs.instance_record import folder_of, identity_of, is_tenant
+from gateway.rootfs.memory import limits_in_force, place, private
+from gateway.rootfs.quotas import SLACK
 from gateway.runtime import scripts
 from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.commands import IncusCommands
@@ -303,7 +303,7 @@ def not_in_force(instance: Mapping[str, Any], init: int, pool: Path) -> Differin
     `init` is its init process, `pool` where its pool is mounted, and `project` is added to Incus's record.
     """
     config, root = instance["expanded_config"], instance["expanded_devices"].get("root", {})
-    found = kernel_limits.in_force(init, pool, folder_of(instance), identity_of(instance))
+    found = limits_in_force(init, pool, folder_of(instance), identity_of(instance))
     memory, cpus = config.get("limits.memory", ""), config.get("limits.cpu", "")
     wanted = {"disk": size_of(root.get("size", "")), "processes": int(config.get("limits.processes") or 0)}
     if cpus.isdecimal():
@@ -331,8 +331,8 @@ def words(found: Differing) -> str:
 
 def _private(pid: int) -> int | None:
     """Return a container's memory that cannot be reclaimed, in bytes, by its init pid; None if unknown."""
-    place = memory.place(pid)
-    return None if place is None else memory.private(place)
+    found = place(pid)
+    return None if found is None else private(found)
 
 
 def _sized(found: Mapping[str, Any], profile: Mapping[str, Any], size: Mapping[str, str]) -> dict[str, Any]:
