@@ -236,8 +236,7 @@ class Background:
         while True:
             self._connected.clear()
             try:
-                ahead = services.settings.pool_read_ahead
-                for words in await services.workers.broker.enforce_quotas(ahead):
+                for words in await services.workers.broker.enforce_quotas():
                     log.warning("disk quotas: %s", words)
                 failed = ""
             except GatewayError as error:

@@ -24,7 +24,7 @@ from gateway.errors import Conflict, InvalidParams, NotFound, Timeout, TooLarge
 from gateway.files import removing
 from gateway.files.conditions import check, present, stale
 from gateway.files.entries import entry, locate
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls, kernel
 from gateway.rootfs.paths import unfinished
 from gateway.rootfs.root import Made, Root, etag, refusal
 from gateway.rootfs.worker import Operation, Workspace
@@ -201,7 +201,7 @@ def _move(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 def _move_new(source_folder: int, source: str, target_folder: int, target: str) -> None:
     try:
-        kernel.rename_new(source_folder, os.fsencode(source), target_folder, os.fsencode(target))
+        file_calls.rename_new(source_folder, os.fsencode(source), target_folder, os.fsencode(target))
     except FileExistsError:
         now = os.stat(target, dir_fd=target_folder, follow_symlinks=False)
         raise Conflict("the target exists", reason="exists", etag=etag(now)) from None
@@ -312,7 +312,7 @@ def _operation(method: Callable[[Workspace, dict[str, Any]], dict[str, Any]]) ->
 
 def _settle(workspace: Workspace, given: dict[str, Any]) -> bytes:
     """Flush writes to the disk, so that the quota counts them."""
-    kernel.settle(workspace.root.descriptor)
+    file_calls.settle(workspace.root.descriptor)
     return b"{}"
 
 

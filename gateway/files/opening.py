@@ -18,7 +18,7 @@ import orjson
 from gateway.errors import IsADirectory, NotFound, RateLimited
 from gateway.files.conditions import check, present, stale
 from gateway.files.entries import locate
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls, kernel
 from gateway.rootfs.paths import TEMPORARY
 from gateway.rootfs.root import etag, refusal
 from gateway.rootfs.worker import Operation, Passing, Workspace
@@ -84,7 +84,7 @@ def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
     nameless: int | None = None
     try:
         try:
-            descriptor = kernel.open_nameless(directory, os.O_WRONLY, temporary)
+            descriptor = file_calls.open_nameless(directory, os.O_WRONLY, temporary)
             nameless = os.dup(descriptor)
         except OSError:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -118,7 +118,7 @@ def _finish(workspace: Workspace, given: dict[str, Any]) -> bytes:
     if found is None:
         raise NotFound("no such upload")
     if found.nameless is not None:
-        kernel.name_file(found.nameless, found.directory, found.temporary)
+        file_calls.name_file(found.nameless, found.directory, found.temporary)
     return b"{}"
 
 

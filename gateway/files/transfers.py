@@ -20,7 +20,7 @@ import orjson
 
 from gateway.admission import Admission, descriptors
 from gateway.errors import GatewayError, TooLarge, Unavailable
-from gateway.rootfs import FilesystemRoot, kernel
+from gateway.rootfs import FilesystemRoot, file_calls
 from gateway.rootfs.links import Link, Links
 from gateway.rootfs.root import refusal
 from gateway.rootfs.workers import Workers
@@ -113,7 +113,7 @@ class Target:
     async def commit(self) -> dict[str, Any]:
         """Move the file into place; return `{etag, size, created}`. Raises `Conflict` by the conditions."""
         await self._flush()
-        await self._held.run(kernel.start_writing)  # in a thread, or the commit would wait
+        await self._held.run(file_calls.start_writing)  # in a thread, or the commit would wait
         self._held.close()
         result: dict[str, Any] = await self._commit()
         return result

@@ -14,23 +14,23 @@ from itertools import islice
 from typing import Final, Protocol
 
 from gateway.errors import RateLimited, Unavailable
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls
 from gateway.rootfs.messages import Limits
 from gateway.rootfs.paths import unfinished
 from gateway.rootfs.root import Root
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
 _MASK: Final = (
-    kernel.IN_MODIFY
-    | kernel.IN_ATTRIB
-    | kernel.IN_MOVED_FROM
-    | kernel.IN_MOVED_TO
-    | kernel.IN_CREATE
-    | kernel.IN_DELETE
-    | kernel.IN_ONLYDIR
-    | kernel.IN_EXCL_UNLINK
+    file_calls.IN_MODIFY
+    | file_calls.IN_ATTRIB
+    | file_calls.IN_MOVED_FROM
+    | file_calls.IN_MOVED_TO
+    | file_calls.IN_CREATE
+    | file_calls.IN_DELETE
+    | file_calls.IN_ONLYDIR
+    | file_calls.IN_EXCL_UNLINK
 )
-_ROOT_MASK: Final = _MASK | kernel.IN_DELETE_SELF | kernel.IN_MOVE_SELF
+_ROOT_MASK: Final = _MASK | file_calls.IN_DELETE_SELF | file_calls.IN_MOVE_SELF
 _NAMES: Final = 200_000  # most remembered names, which tell a replaced file from a new one
 
 
@@ -228,7 +228,7 @@ class WatchedFolders:
             return None
         os.fchdir(descriptor)
         try:
-            wd = kernel.inotify_add(self.descriptor, _ROOT_MASK if parent is None else _MASK)
+            wd = file_calls.inotify_add(self.descriptor, _ROOT_MASK if parent is None else _MASK)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -274,13 +274,13 @@ class WatchedFolders:
             self._forget_names(one)
             if self._by_wd.get(one.wd) is one:
                 del self._by_wd[one.wd]
-                kernel.inotify_remove(self.descriptor, one.wd)
+                file_calls.inotify_remove(self.descriptor, one.wd)
 
 
 def _instance() -> int:
     """Return the descriptor of a new inotify instance. Raises `RateLimited`, `Unavailable`."""
     try:
-        return kernel.inotify()
+        return file_calls.inotify()
     except OSError as error:
         if error.errno == errno.EMFILE:
             words = "the host's inotify instances are used up; raise fs.inotify.max_user_instances"

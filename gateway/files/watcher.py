@@ -18,7 +18,7 @@ from gateway.errors import RateLimited
 from gateway.files.changes import Change, Changes, Wish
 from gateway.files.entries import sendable
 from gateway.files.watched_folders import Folder, WatchedFolders
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls
 from gateway.rootfs.messages import TOLD, frame
 from gateway.rootfs.paths import show, unfinished
 from gateway.rootfs.worker import Workspace
@@ -108,22 +108,22 @@ class Watcher:
             data = os.read(self.descriptor, _BATCH)
         except BlockingIOError:
             return
-        for wd, mask, cookie, name in kernel.inotify_events(data):
+        for wd, mask, cookie, name in file_calls.inotify_events(data):
             self._event(wd, mask, cookie, os.fsdecode(name))
         self._folders.drop_moved()
 
     def _event(self, wd: int, mask: int, cookie: int, name: str) -> None:
-        if mask & kernel.IN_Q_OVERFLOW:
+        if mask & file_calls.IN_Q_OVERFLOW:
             self.lost()
             return
         folder = self._folders.find(wd)
         if folder is None:
             return
-        top_gone = mask & (kernel.IN_DELETE_SELF | kernel.IN_MOVE_SELF | kernel.IN_UNMOUNT)
+        top_gone = mask & (file_calls.IN_DELETE_SELF | file_calls.IN_MOVE_SELF | file_calls.IN_UNMOUNT)
         if folder is self._folders.top and top_gone:
             self.gone = True
             return
-        if mask & kernel.IN_IGNORED:
+        if mask & file_calls.IN_IGNORED:
             self._folders.forget(wd)  # the folder is gone; its parent's event removes the name
             return
         path = folder.path()
@@ -132,11 +132,11 @@ class Watcher:
         if not name or unfinished(name) or path is None:
             return
         below = f"{path}/{name}" if path else name
-        is_folder = bool(mask & kernel.IN_ISDIR)
-        if mask & (kernel.IN_DELETE | kernel.IN_MOVED_FROM):
-            self._removed(folder, name, below, is_folder, cookie if mask & kernel.IN_MOVED_FROM else None)
-        elif mask & (kernel.IN_CREATE | kernel.IN_MOVED_TO):
-            self._appeared(folder, name, below, is_folder, cookie, moved=bool(mask & kernel.IN_MOVED_TO))
+        is_folder = bool(mask & file_calls.IN_ISDIR)
+        if mask & (file_calls.IN_DELETE | file_calls.IN_MOVED_FROM):
+            self._removed(folder, name, below, is_folder, cookie if mask & file_calls.IN_MOVED_FROM else None)
+        elif mask & (file_calls.IN_CREATE | file_calls.IN_MOVED_TO):
+            self._appeared(folder, name, below, is_folder, cookie, moved=bool(mask & file_calls.IN_MOVED_TO))
         elif folder.names is None or name in folder.names:
             # an unnamed file being written appears under its inode number, "#1234"
             self._note(below, "changed", folder=is_folder)

@@ -9,15 +9,15 @@ a few typed requests on a unix socket and answers each with one JSON object and 
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the same folder? |
 | `{"do": "kill", "worker": n}` | `{}` once the process has ended |
 | `{"do": "tree", "tenant", "group", "step"}` | `{}` after `process_tree.STEPS[step]` on a command's cgroup |
-| `{"do": "pipes", "tenant", "group"}` | `{}` and the outputs of a command, see `command_pipes` |
+| `{"do": "pipes", "tenant", "group"}` | `{}` and the outputs of a command, see `process_tree` |
 | `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest process, now killed; or `{}` |
-| `{"do": "reserve", "tenant"}` | `{}`: its CPU is divided between site and commands, see `reserve` |
+| `{"do": "reserve", "tenant"}` | `{}`: its CPU is divided between site and commands, see `site_cgroup` |
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections that it does not read |
 | `{"do": "bind_ports", "tenant"}` | `{}`: its MAC address is bound to its port, see `bridge_port` |
-| `{"do": "cut_off", "member": "HOST:PORT"}` | `{"ended": n}` connections with it, see `dead_members` |
-| `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `subvolume` |
-| `{"do": "quotas", "read_ahead": N}` | `{"changed": [words], "read_ahead": words}`: the disk quotas are
-  enforced, see `quotas`, N bytes are read ahead at most, see `read_ahead`, and folders of the host that were
+| `{"do": "cut_off", "member": "HOST:PORT"}` | `{"ended": n}` connections with it, see `connections` |
+| `{"do": "changed", "tenant", "workspace", "since"}` | `{"changed": bool}` since a snapshot: `btrfs` |
+| `{"do": "quotas"}` | `{"changed": [words], "read_ahead": words}`: the disk quotas are
+  enforced, see `quotas`, reading ahead is bounded, see `btrfs.READ_AHEAD`, and folders of the host that were
   shown to tenants that are gone are unmounted, see `shown_folders` |
 | `{"do": "free_disks"}` | `{}` once what was deleted counts no more for these limits |
 | `{"do": "limit_disk", "instance", "ending", "standby"}` | `{"counted": bytes or null}`: its disk is so |
@@ -27,7 +27,7 @@ request is answered by `{"error": words}` for the log, or by `{"refused": code, 
 client. If the broker does not run as root (the `local` runtime on a laptop), a worker is a plain child
 process, confined only by the safe paths of `root`.
 
-Workers are forked from this process, see `zygote`. With `broker_listener` it runs as a separate service.
+Workers are forked from this process, see `zygote`. With `listening` it runs as a separate service.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.rootfs import connections, kernel, process_tree, site_cgroup
-from gateway.rootfs.btrfs import changed_since
+from gateway.rootfs.btrfs import bound_read_ahead, changed_since
 from gateway.rootfs.confine import Namespaces, Plan, end_with_parent
 from gateway.rootfs.connections import cut_off
 from gateway.rootfs.locations import Disk, Tenants, found_by
 from gateway.rootfs.messages import MESSAGE_MAX, Spawn
+from gateway.rootfs.quotas import Quotas
 from gateway.rootfs.worker_cgroup import WorkerCgroup
 from gateway.rootfs.zygote import Zygote, preload
 
@@ -154,10 +155,10 @@ class Broker:
                         port.bind()
                     answer = {}
                 case "quotas":
-                    quotas = self._tenants.quotas()
+                    pool = self._tenants.pool()
                     answer = {
-                        "changed": [] if quotas is None else quotas.enforce(),
-                        "read_ahead": self._tenants.read_ahead(int(request.get("read_ahead") or 0)),
+                        "changed": [] if pool is None else Quotas(pool).enforce(),
+                        "read_ahead": "" if pool is None else bound_read_ahead(pool),
                     }
                     self._tenants.limit_disks()
                     self._tenants.release_folders()

@@ -140,13 +140,13 @@ class BrokerClient:
         """Bind a tenant's MAC address to its port, see `rootfs.bridge_port`. Raises as `relieve`."""
         await self.request({"do": "bind_ports", "tenant": tenant})
 
-    async def enforce_quotas(self, read_ahead: int) -> list[str]:
-        """Enforce the disk quotas, and have at most so many bytes read ahead in the tenants' pool.
+    async def enforce_quotas(self) -> list[str]:
+        """Enforce the disk quotas, and bound how far the kernel reads ahead in the tenants' pool.
 
         Returns what was changed of the quotas. Raises `Unavailable`.
         """
-        answer, _ = await self.request({"do": "quotas", "read_ahead": read_ahead})
-        if ahead := answer.get("read_ahead"):  # a broker of an earlier version leaves it as it is
+        answer, _ = await self.request({"do": "quotas"})
+        if ahead := answer["read_ahead"]:
             _log.info("%s", ahead)
         return [str(words) for words in answer["changed"]]
 

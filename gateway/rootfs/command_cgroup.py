@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Final, ParamSpec, TypeVar
 from gateway.bounds import aside
 from gateway.errors import Timeout
 from gateway.rootfs import process_tree
+from gateway.rootfs.kernel import read_part
 from gateway.rootfs.process_tree import PARENT
 
 P = ParamSpec("P")
@@ -33,6 +35,12 @@ T = TypeVar("T")
 # most seconds to wait for a tree to freeze; a process in a slow system call takes longer
 _FREEZING: Final = 1.0
 _STEP: Final = 10.0  # seconds per step; usually instant, and no other tenant waits for it
+
+_LIVES = 32  # processes of one gateway; each of them ends what its predecessor left
+_LISTED = 100  # processes reported by name
+_NAME = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
+_INNER = re.compile(rb"^NSpid:.*?(\d{1,10})$", re.MULTILINE)
+_STATUS = 1 << 20  # bytes of a process's status, which may list 65 536 supplementary groups
 
 # Runs one of `process_tree.STEPS` on a path: here, or through the broker if this process lacks the rights.
 Hands = Callable[[str, Path], Awaitable[None]]
@@ -57,12 +65,18 @@ async def of_init(pid: int) -> Path | None:
 
 async def lives(container: Path, own: str) -> list[str]:
     """Return the cgroups in a container named like processes of one gateway; the tenant may imitate them."""
-    return await _look(container / PARENT / own, process_tree.lives, container, own)
+    names = await _inner(container / PARENT)
+    return [name for name in names if name.startswith(f"{own}-")][:_LIVES]
 
 
 async def commands(container: Path, life: str) -> list[str]:
     """Return the cgroups of the commands of one gateway process, `LIFE/COMMAND`."""
-    return await _look(container / PARENT / life, process_tree.commands, container, life)
+    return [f"{life}/{name}" for name in await _inner(container / PARENT / life)]
+
+
+async def _inner(path: Path) -> list[str]:
+    found = await _look(path, lambda: list(process_tree.children(path)))
+    return [folder.name for folder in found if process_tree.PART.fullmatch(folder.name)]
 
 
 async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
@@ -74,6 +88,14 @@ async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwar
         raise Timeout(
             "searching the tenant's processes took too long; restart the tenant to end them"
         ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process of a command's tree: its pid as the tenant sees it, and its own name."""
+
+    pid: int
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +132,9 @@ class CommandCgroup:
         """Return the processes in the cgroup and below it."""
         return await _look(self.path, process_tree.pids, self.path)
 
-    async def members(self) -> list[process_tree.Member]:
+    async def members(self) -> list[Member]:
         """Return up to a hundred of these processes, as the tenant sees them."""
-        return await _look(self.path, process_tree.members, self.path)
+        return await _look(self.path, _members, self.path)
 
     async def kill(self, grace: float, limit: float) -> Ended:
         """Send TERM, after `grace` seconds KILL; return once no process is left or `limit` seconds passed."""
@@ -146,7 +168,7 @@ class CommandCgroup:
         try:
             deadline = monotonic() + _FREEZING
             while monotonic() < deadline:
-                if await _look(self.path, process_tree.frozen, self.path):
+                if await _look(self.path, _frozen, self.path):
                     break
                 await asyncio.sleep(0.001)  # an event loop cannot wait on cgroup.events
             seen.update(await self.pids())
@@ -170,4 +192,27 @@ class CommandCgroup:
             pause = min(pause * 1.5, 0.02)
 
 
-__all__ = ["CommandCgroup", "Ended", "Hands", "commands", "here", "lives", "of_init"]
+def _members(path: Path) -> list[Member]:
+    """Return up to a hundred processes in a cgroup and below it. Needs no root."""
+    found: list[Member] = []
+    for pid in process_tree.pids(path)[:_LISTED]:
+        try:
+            status = read_part(f"/proc/{pid}/status", _STATUS)
+        except OSError:
+            continue  # it has ended
+        inner, name = _INNER.search(status), _NAME.search(status)
+        found.append(
+            Member(
+                0 if inner is None else int(inner[1]),
+                "" if name is None else name[1].decode("utf-8", "replace"),
+            )
+        )
+    return found
+
+
+def _frozen(path: Path) -> bool:
+    """Return whether all processes are frozen, or freezing is not supported. Needs no root."""
+    try:
+        return "frozen 0" not in (path / "cgroup.events").read_text()
+    except OSError:
+        return True

@@ -16,13 +16,13 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from urllib.parse import quote
 
 import orjson
 
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs import IdMap, bridge_port, btrfs, connections, process_tree, shown_folders
+from gateway.rootfs import IdMap, bridge_port, connections, process_tree, shown_folders
 from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.instance_record import (
     COPY,
@@ -126,8 +126,68 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+_GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
+_GROUPS_MAX = 1000
+_DISKS_AT_ONCE = 50
+_INSTANCES_MAX = 64 << 20  # bytes of all instances
+_FREEING = 5.0  # seconds, less than a gateway waits for an answer
+_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # an instance's, see Incus's shared/validate
+_PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
+
+
+class Tenants:
+    """Locates a broker's tenants. Methods raise `NotFound` for other names, and `Unavailable`.
+
+    Here they are without containers: they have files, and nothing else that needs root.
+    """
+
+    __slots__ = ()
+
+    def disk(self, tenant: str, workspace: str) -> Disk:
+        raise NotFound("no such tenant")
+
+    def group(self, tenant: str) -> Path:
+        """Return the cgroup (v2) of a running tenant's container."""
+        raise NotFound("a tenant without a container has no cgroup")
+
+    def network(self, tenant: str) -> tuple[int, str]:
+        """Return a process in the network namespace of a running tenant, and the tenant's IPv4 address."""
+        raise NotFound("a tenant without a container has no network")
+
+    def ports(self, tenant: str) -> Sequence[Port]:
+        """Return a tenant's current ports of the tenants' bridge."""
+        raise NotFound("a tenant without a container has no ports")
+
+    def pool(self) -> Path | None:
+        """Return the mount point of the tenants' pool; None without one."""
+        return None
+
+    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
+        """Count and limit the disk of an instance of ours; return the bytes that count.
+
+        One that does not run, or is `ending`, has slack for Incus. `standby` means the standby copy of that
+        name, which is only counted. Does nothing and returns None in a pool without simple quotas, see
+        `quotas`.
+        """
+        return None
+
+    def limit_disks(self) -> int:
+        """Limit disks that are not limited yet, at most some dozens; return how many."""
+        return 0
+
+    def free_disks(self) -> None:
+        """Stop counting what was deleted, where disks are limited this way. Takes up to some seconds."""
+
+    def release_folders(self) -> None:
+        """Unmount the folders of the host that were shown to instances that are gone, see `shown_folders`."""
+
+    def members(self) -> Collection[str]:
+        """Return HOST:PORT of each member's Incus, none without a cluster. Raises `OSError`."""
+        return ()
+
+
 @dataclass(frozen=True, slots=True)
-class Folders:
+class Folders(Tenants):
     """Tenants as folders: `home`/TENANT/`below` is a tenant's `/`; its owner owns the files.
 
     With `idmap`, the workspace's user is `uid` inside, and files have inside ids.
@@ -154,98 +214,8 @@ class Folders:
         uid, gid = (owner.st_uid, owner.st_gid) if self.uid is None else (self.uid, self.uid)
         return Disk(path, relative(workspace), uid, gid, self.idmap)
 
-    def group(self, tenant: str) -> Path:
-        raise NotFound("a tenant without a container has no cgroup")
 
-    def network(self, tenant: str) -> tuple[int, str]:
-        raise NotFound("a tenant without a container has no network")
-
-    def ports(self, tenant: str) -> Sequence[Port]:
-        raise NotFound("a tenant without a container has no ports")
-
-    def quotas(self) -> Quotas | None:
-        return None
-
-    def read_ahead(self, most: int) -> str:
-        return ""
-
-    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
-        return None
-
-    def limit_disks(self) -> int:
-        return 0
-
-    def free_disks(self) -> None:
-        pass
-
-    def release_folders(self) -> None:
-        pass
-
-    def members(self) -> Collection[str]:
-        return ()
-
-
-_GROUP_AGE = 60.0  # seconds until incusd is asked again whether a running instance is still ours
-_GROUPS_MAX = 1000
-_DISKS_AT_ONCE = 50
-_INSTANCES_MAX = 64 << 20  # bytes of all instances
-_FREEING = 5.0  # seconds, less than a gateway waits for an answer
-_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # an instance's, see Incus's shared/validate
-_PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
-
-
-class Tenants(Protocol):
-    """Locates a broker's tenants. Methods raise `NotFound` for other names, and `Unavailable`."""
-
-    def disk(self, tenant: str, workspace: str) -> Disk: ...
-
-    def group(self, tenant: str) -> Path:
-        """Return the cgroup (v2) of a running tenant's container."""
-        ...
-
-    def network(self, tenant: str) -> tuple[int, str]:
-        """Return a process in the network namespace of a running tenant, and the tenant's IPv4 address."""
-        ...
-
-    def ports(self, tenant: str) -> Sequence[Port]:
-        """Return a tenant's current ports of the tenants' bridge."""
-        ...
-
-    def quotas(self) -> Quotas | None:
-        """Return the quotas of the tenants' disks; None for folders, which have none."""
-        ...
-
-    def read_ahead(self, most: int) -> str:
-        """Bound how far the kernel reads ahead in the tenants' pool, see `btrfs.bound_read_ahead`."""
-        ...
-
-    def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
-        """Count and limit the disk of an instance of ours; return the bytes that count.
-
-        One that does not run, or is `ending`, has slack for Incus. `standby` means the standby copy of that
-        name, which is only counted. Does nothing and returns None in a pool without simple quotas, see
-        `disk_groups`.
-        """
-        ...
-
-    def limit_disks(self) -> int:
-        """Do so for disks that are not limited yet, at most some dozens; return how many."""
-        ...
-
-    def free_disks(self) -> None:
-        """Stop counting what was deleted, where disks are limited this way. Takes up to some seconds."""
-        ...
-
-    def release_folders(self) -> None:
-        """Unmount the folders of the host that were shown to instances that are gone, see `shown_folders`."""
-        ...
-
-    def members(self) -> Collection[str]:
-        """Return HOST:PORT of each member's Incus, none without a cluster. Raises `OSError`."""
-        ...
-
-
-class Instances:
+class Instances(Tenants):
     """Tenants as containers of one Incus project; incusd is queried each time, only by GET.
 
     Only `workspace` is served, as its owner `uid`. `socket_path` is incusd's; its folder also contains the
@@ -360,14 +330,11 @@ class Instances:
     def ports(self, tenant: str) -> Sequence[Port]:
         return [*bridge_port.ports(self._instance(tenant)["config"], self._bridge)]
 
-    def quotas(self) -> Quotas:
-        return Quotas(Path(self._pools, self._pool))
-
-    def read_ahead(self, most: int) -> str:
-        return btrfs.bound_read_ahead(Path(self._pools, self._pool), most)
+    def pool(self) -> Path:
+        return Path(self._pools, self._pool)
 
     def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
-        if (groups := self.quotas().groups()) is None:
+        if (groups := Quotas(self.pool()).groups()) is None:
             return None
         found = self._copy(instance) if standby else self._instance(instance, ours=True)
         disks = (one for one in found["expanded_devices"].values() if one.get("path") == "/")
@@ -385,7 +352,7 @@ class Instances:
             raise Unavailable(f"the disk of {instance} cannot be limited: {words}") from error
 
     def limit_disks(self) -> int:
-        if (groups := self.quotas().groups()) is None:
+        if (groups := Quotas(self.pool()).groups()) is None:
             return 0
         done = 0
         for folder in groups.lacking():
@@ -399,7 +366,7 @@ class Instances:
         return done
 
     def free_disks(self) -> None:
-        if (groups := self.quotas().groups()) is not None:
+        if (groups := Quotas(self.pool()).groups()) is not None:
             groups.free(_FREEING)
 
     def release_folders(self) -> None:

@@ -26,19 +26,14 @@ from gateway.rootfs.kernel import O_PATH, read_part
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
 MARKER = "GATEWAY_EXEC"  # variable that names a command's cgroup, so that processes that left it can be found
 _FOLDERS = 1000  # cgroups; a tenant may create more below its exec, which are killed but not counted
-_LIVES = 32  # processes of one gateway; each of them ends what its predecessor left
 _HELD = 64  # pidfds held at a time
-_LISTED = 100  # processes reported by name
 _ROUNDS = 20  # attempts to kill forking processes outside of their cgroup, before they count as survivors
 _ENDING = 1.0  # seconds for these attempts
 _PIDS = 256 << 10  # bytes of a cgroup's list of processes
-_STATUS = 1 << 20  # bytes of a process's status, which may list 65 536 supplementary groups
 _ENVIRONMENT = 2 << 20  # bytes of an environment to search; our commands have at most half of that
 _PIECE = 64 << 10
 _LOOKING = 0.25  # seconds to search all environments of a container; 400 ordinary processes take 10 ms
-_PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_INNER = re.compile(rb"^NSpid:.*?(\d{1,10})$", re.MULTILINE)
-_NAME = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
+PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 def mount_point() -> Path | None:
@@ -80,24 +75,12 @@ def of_command(container: Path, group: str) -> Path:
     Raises `ValueError` for other names. cgroupfs has no links.
     """
     parts = group.split("/")
-    if len(parts) > 2 or not all(_PART.fullmatch(part) and part not in (".", "..") for part in parts):
+    if len(parts) > 2 or not all(PART.fullmatch(part) and part not in (".", "..") for part in parts):
         raise ValueError("not a command's cgroup")
     return container.joinpath(PARENT, *parts)
 
 
-def lives(container: Path, own: str) -> list[str]:
-    """Return the cgroups in a container named like processes of one gateway, `OWN-LIFE`."""
-    names = (folder.name for folder in _inner(container / PARENT))
-    return [name for name in names if name.startswith(f"{own}-") and _PART.fullmatch(name)][:_LIVES]
-
-
-def commands(container: Path, life: str) -> list[str]:
-    """Return the cgroups of the commands of one gateway process, `LIFE/COMMAND`."""
-    names = (folder.name for folder in _inner(container / PARENT / life))
-    return [f"{life}/{name}" for name in names if _PART.fullmatch(name)]
-
-
-def _inner(path: Path) -> Iterator[Path]:
+def children(path: Path) -> Iterator[Path]:
     """Yield the cgroups in a cgroup, up to a limit."""
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         folders = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
@@ -109,7 +92,7 @@ def folders(path: Path) -> list[Path]:
     """Return a cgroup and all below it, which a tenant's root may create; parents come first."""
     found = [path]
     for folder in found:
-        for inner in _inner(folder):
+        for inner in children(folder):
             if len(found) >= _FOLDERS:
                 return found
             found.append(inner)
@@ -127,32 +110,6 @@ def pids(path: Path) -> list[int]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A process of a command's tree: its pid as the tenant sees it, and its own name."""
-
-    pid: int
-    name: str
-
-
-def members(path: Path) -> list[Member]:
-    """Return up to a hundred processes in a cgroup and below it. Needs no root."""
-    found: list[Member] = []
-    for pid in pids(path)[:_LISTED]:
-        try:
-            status = read_part(f"/proc/{pid}/status", _STATUS)
-        except OSError:
-            continue  # it has ended
-        inner, name = _INNER.search(status), _NAME.search(status)
-        found.append(
-            Member(
-                0 if inner is None else int(inner[1]),
-                "" if name is None else name[1].decode("utf-8", "replace"),
-            )
-        )
-    return found
-
-
 def catch(path: Path) -> None:
     """Move processes back that have left the cgroup, for which they need the tenant's root, such as `su -`.
 
@@ -164,16 +121,8 @@ def catch(path: Path) -> None:
 
 
 def freeze(path: Path) -> None:
-    """Start freezing all processes; `frozen` tells when it is done."""
+    """Start freezing all processes; `command_cgroup` waits until it is done."""
     _write(path / "cgroup.freeze", "1")
-
-
-def frozen(path: Path) -> bool:
-    """Return whether all processes are frozen, or freezing is not supported. Needs no root."""
-    try:
-        return "frozen 0" not in (path / "cgroup.events").read_text()
-    except OSError:
-        return True
 
 
 def thaw(path: Path) -> None:

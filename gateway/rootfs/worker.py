@@ -17,7 +17,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls
 from gateway.rootfs.messages import BROKEN, DONE, LENGTH, PASSED, REFUSED, Limits, Spawn, frame
 from gateway.rootfs.root import Root
 
@@ -92,7 +92,7 @@ def serve(
         if not begun:
             if not ready.poll(IDLE * 1000):
                 idle()
-                kernel.trim_memory()
+                file_calls.trim_memory()
                 ready.poll()
             count = connection.recv_into(usual)
             if not count:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-from gateway.rootfs.process_tree import Member
+from gateway.rootfs.command_cgroup import Member
 from gateway.runtime.holding import Holding, StreamName
 
 REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096

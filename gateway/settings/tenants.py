@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from gateway.settings.units import KiB
-
 
 class TenantSettings(BaseModel):
     workspace: str = Field("/srv/site", description="project folder of a tenant inside its container")
@@ -40,12 +38,6 @@ class TenantSettings(BaseModel):
         "250MB",
         description="limit of reads from a tenant's root disk in bytes a second, as Incus's limits.read "
         "takes it; empty: none",
-    )
-    pool_read_ahead: int = Field(
-        128 * KiB,
-        ge=0,
-        description="bytes that the kernel reads ahead at most in the tenants' pool, if it is btrfs; 0: as "
-        "it likes, which is 4 MiB",
     )
     overcommit: float = Field(
         8.0,

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from gateway.errors import Conflict, InvalidParams
 from gateway.files.changes import Change, Changes, Wish
 from gateway.files.http import StalePrecondition, UnsatisfiableRange, failed_condition, span, tags
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ def test_a_watch_sees_what_it_asked_for(
 
 def test_events_of_the_kernel_are_told_apart() -> None:
     """One with a padded name, one without, in the layout of inotify(7)."""
-    first = struct.pack("iIII8s", 1, kernel.IN_CREATE, 0, 8, b"a\xff")
-    second = struct.pack("iIII", -1, kernel.IN_Q_OVERFLOW, 0, 0)
-    assert list(kernel.inotify_events(first + second)) == [
-        (1, kernel.IN_CREATE, 0, b"a\xff"),
-        (-1, kernel.IN_Q_OVERFLOW, 0, b""),
+    first = struct.pack("iIII8s", 1, file_calls.IN_CREATE, 0, 8, b"a\xff")
+    second = struct.pack("iIII", -1, file_calls.IN_Q_OVERFLOW, 0, 0)
+    assert list(file_calls.inotify_events(first + second)) == [
+        (1, file_calls.IN_CREATE, 0, b"a\xff"),
+        (-1, file_calls.IN_Q_OVERFLOW, 0, b""),
     ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.errors import Conflict, NotFound
 from gateway.files import handlers, opening, sweeping
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls
 from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Passing, Workspace
@@ -54,13 +54,13 @@ def test_upload(
     site: Site, nameless: bool | None, old: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both forms end with the file in its place and nothing else."""
-    monkeypatch.setattr(kernel, "_names_files", nameless)
+    monkeypatch.setattr(file_calls, "_names_files", nameless)
     if old is not None:
         (site.folder / "a.txt").write_bytes(old)
         (site.folder / "a.txt").chmod(0o640)
     before = site.names()
     told, descriptor = site.create("a.txt")
-    assert (site.names() == before) is (kernel._names_files is True)
+    assert (site.names() == before) is (file_calls._names_files is True)
     os.write(descriptor, b"new")
     os.close(descriptor)
     site.call("files/finish", token=told["token"])
@@ -90,7 +90,7 @@ def test_folder_replaced(site: Site, folder: str) -> None:
 @pytest.mark.parametrize("nameless", [None, False])
 def test_given_up(site: Site, nameless: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A released upload leaves nothing behind, whether or not it was complete."""
-    monkeypatch.setattr(kernel, "_names_files", nameless)
+    monkeypatch.setattr(file_calls, "_names_files", nameless)
     for finish in (False, True):
         told, descriptor = site.create("new/deep/file")
         os.close(descriptor)

@@ -18,7 +18,7 @@ import pytest
 from gateway.errors import NotFound, RateLimited, Unavailable
 from gateway.files.watcher import Watcher
 from gateway.files.watches import Watch
-from gateway.rootfs import kernel
+from gateway.rootfs import file_calls
 from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Workspace
@@ -230,7 +230,7 @@ def test_a_host_without_instances_says_so(
     def refuse() -> int:
         raise OSError(number, "refused")
 
-    monkeypatch.setattr(kernel, "inotify", refuse)
+    monkeypatch.setattr(file_calls, "inotify", refuse)
     with pytest.raises(error, match=words):
         Watcher(workspace)
 
@@ -241,6 +241,6 @@ def test_a_host_without_watches_says_so(
     def refuse(descriptor: int, mask: int) -> int:
         raise OSError(errno.ENOSPC, "refused")
 
-    monkeypatch.setattr(kernel, "inotify_add", refuse)
+    monkeypatch.setattr(file_calls, "inotify_add", refuse)
     with pytest.raises(RateLimited, match="max_user_watches"):
         watcher.watch(workspace, wish(1))

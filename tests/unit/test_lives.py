@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.rootfs import kernel, memory
+from gateway.rootfs import file_calls, memory
 from gateway.rootfs.memory import Place
 from gateway.runtime.incus.lives import Ends
 
@@ -21,7 +21,7 @@ DEADLINE = 30
 def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the file in which the kernel tells whether the unit has processes."""
     try:
-        os.close(kernel.inotify())
+        os.close(file_calls.inotify())
     except OSError:
         pytest.skip("this system has no inotify")
     monkeypatch.setattr(memory, "place", lambda pid: Place(tmp_path, None) if pid == 1 else None)

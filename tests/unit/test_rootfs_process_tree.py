@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.rootfs import process_tree
+from gateway.rootfs import command_cgroup, process_tree
 
 
 @contextlib.contextmanager
@@ -82,19 +82,19 @@ def test_groups_below_are_looked_through_up_to_a_limit(tmp_path: Path) -> None:
     assert set(numbers) <= {1, 2, 3} and 100_000 < len(numbers) < 200_000
 
 
-def test_a_gateways_lives_are_those_whose_names_can_be(tmp_path: Path) -> None:
+async def test_a_gateways_lives_are_those_whose_names_can_be(tmp_path: Path) -> None:
     for name in ("own-1", "own-2/below", "other-1", "own-x y", "own-é", "own-\x1b[2J", "own-" + "x" * 200):
         (tmp_path / "gateway" / name).mkdir(parents=True)
-    assert sorted(process_tree.lives(tmp_path, "own")) == ["own-1", "own-2"]
+    assert sorted(await command_cgroup.lives(tmp_path, "own")) == ["own-1", "own-2"]
     for number in range(100):
         (tmp_path / "gateway" / f"own-n{number}").mkdir()
-    assert len(process_tree.lives(tmp_path, "own")) == 32
-    assert process_tree.lives(tmp_path / "nowhere", "own") == []
+    assert len(await command_cgroup.lives(tmp_path, "own")) == 32
+    assert await command_cgroup.lives(tmp_path / "nowhere", "own") == []
 
 
 def test_what_a_process_calls_itself() -> None:
     with process({}) as pid:
         path = Path(f"/proc/{pid}")
-        assert process_tree._INNER.search((path / "status").read_bytes()) is not None
-        name = process_tree._NAME.search((path / "status").read_bytes())
+        assert command_cgroup._INNER.search((path / "status").read_bytes()) is not None
+        name = command_cgroup._NAME.search((path / "status").read_bytes())
         assert name is not None and name[1] == b"sleep"

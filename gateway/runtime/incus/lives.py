@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from gateway.rootfs import kernel, memory
+from gateway.rootfs import file_calls, memory
 from gateway.rootfs.kernel import started
 from gateway.runtime.sites import Life
 
@@ -75,13 +75,13 @@ class Ends:
         path = f"{place.below(f'system.slice/{unit}').unified}/cgroup.events"
         try:
             if self._descriptor < 0:
-                self._descriptor = kernel.inotify()
+                self._descriptor = file_calls.inotify()
                 asyncio.get_running_loop().add_reader(self._descriptor, self._read)
-            number = kernel.inotify_add(self._descriptor, kernel.IN_MODIFY, os.fsencode(path))
+            number = file_calls.inotify_add(self._descriptor, file_calls.IN_MODIFY, os.fsencode(path))
         except OSError:
             return False
         if b"populated 1" not in memory.text(path, _BYTES):
-            kernel.inotify_remove(self._descriptor, number)
+            file_calls.inotify_remove(self._descriptor, number)
             return False
         self._reports[number] = ended
         return True
@@ -91,13 +91,13 @@ class Ends:
             told = os.read(self._descriptor, _READ)
         except BlockingIOError:
             return
-        for number, mask, _, _ in kernel.inotify_events(told):
-            if mask & kernel.IN_Q_OVERFLOW:
+        for number, mask, _, _ in file_calls.inotify_events(told):
+            if mask & file_calls.IN_Q_OVERFLOW:
                 for one in list(self._reports):
                     self._over(one)
             self._over(number)
 
     def _over(self, number: int) -> None:
         if (ended := self._reports.pop(number, None)) is not None:
-            kernel.inotify_remove(self._descriptor, number)
+            file_calls.inotify_remove(self._descriptor, number)
             ended()
