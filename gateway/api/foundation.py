@@ -26,7 +26,7 @@ from gateway.events import Bus, StoredJournal
 from gateway.holder.holder import HolderClient
 from gateway.idempotency import Idempotency
 from gateway.ownership.names import Names
-from gateway.rootfs.cutter import Cutter
+from gateway.rootfs.broker_client import DeadMemberCutter
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Removal
 from gateway.runtime.incus import IncusRuntime
@@ -73,7 +73,7 @@ class Base:
     cluster: Cluster | None
     keys: Keys | None
     shared: Sharing | None
-    cutter: Cutter | None
+    cutter: DeadMemberCutter | None
     dead_peers: DeadPeers | None
 
     @property
@@ -92,7 +92,7 @@ async def opened_base(settings: Settings, store: Store, ready: Prepared) -> Asyn
         if cluster is not None and isinstance(runtime, IncusRuntime):
             shared = await stack.enter_async_context(sharing(cluster.own, cluster.alive, settings))
             keys, cluster.placements = shared.keys, shared.placements
-            cutter = Cutter(settings)
+            cutter = DeadMemberCutter(settings)
             stack.push_async_callback(cutter.aclose)
             dead_peers = DeadPeers(cluster.peers, cutter.cut_off)
         elif cluster is not None and settings.local_member is not None:

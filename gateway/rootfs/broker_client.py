@@ -1,4 +1,4 @@
-"""The gateway's client of the broker."""
+"""The gateway's client of the broker, and what the gateway does as root without a broker at a socket."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import orjson
 
 from gateway import errors
 from gateway.errors import GatewayError, NotFound, Unavailable
-from gateway.rootfs.locations import Instances
+from gateway.rootfs import connections
+from gateway.rootfs.locations import Instances, Tenants
 from gateway.rootfs.messages import MESSAGE_MAX
 from gateway.settings import Settings
 
@@ -270,3 +272,78 @@ class BrokerClient:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+class DiskLimits:
+    """Limits disks through the broker at a socket or, without one, in this process as root.
+
+    Not by the connection of the file tools: their requests would wait meanwhile.
+    """
+
+    def __init__(self, broker: Path | None, tenants: Tenants) -> None:
+        self._tenants = tenants
+        self._broker = None if broker is None else BrokerClient(at=broker)
+        self._freeing = None if broker is None else BrokerClient(at=broker)
+
+    async def limit(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
+        """Limit an instance's disk as its size says; return the bytes that count.
+
+        Call it before and after each start, before each stop as `ending`, and when the size has changed:
+        while it does not run, a full disk has some slack for Incus. Of a `standby` copy each time that it has
+        got something: it is only counted. Returns None for other quotas, which are Incus's affair. Raises
+        `NotFound` and `Unavailable`.
+        """
+        if self._broker is not None:
+            return await self._broker.limit_disk(instance, ending=ending, standby=standby)
+        if os.geteuid() != 0:
+            return None
+        limit = partial(self._tenants.limit_disk, instance, ending=ending, standby=standby)
+        return await asyncio.to_thread(limit)
+
+    async def free(self) -> None:
+        """Stop counting what was deleted; after some seconds or a failure, leave it to the kernel."""
+        try:
+            if self._freeing is not None:
+                await self._freeing.free_disks()
+            elif os.geteuid() == 0:
+                await asyncio.to_thread(self._tenants.free_disks)
+        except (GatewayError, OSError) as error:
+            _log.warning("deleted data counts for up to half a minute more: %s", error)
+
+    async def aclose(self) -> None:
+        for broker in (self._broker, self._freeing):
+            if broker is not None:
+                await broker.aclose()
+
+
+class DeadMemberCutter:
+    """Closes connections to dead members without incusd, by the broker or, without one, as root.
+
+    Not by the connection of the file tools: their requests wait for incusd meanwhile.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        at = settings.broker_socket
+        self._broker = None if at is None else BrokerClient(at=at)
+        self._incus = settings.incus_socket.parent
+
+    async def cut_off(self, member: str) -> int:
+        """Close the connections with a member's Incus at HOST:PORT; return how many.
+
+        Raises `NotFound` and `Unavailable`.
+        """
+        if self._broker is not None:
+            answer, _ = await self._broker.request({"do": "cut_off", "member": member})
+            return int(answer["ended"])
+
+        def cut() -> int:
+            return connections.cut_off(member, connections.members(self._incus))
+
+        try:
+            return await asyncio.to_thread(cut)
+        except OSError as error:
+            raise Unavailable(f"this process may not close connections: {error}") from error
+
+    async def aclose(self) -> None:
+        if self._broker is not None:
+            await self._broker.aclose()

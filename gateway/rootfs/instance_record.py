@@ -9,7 +9,6 @@ from typing import Any
 import orjson
 
 from gateway.rootfs import IdMap
-from gateway.rootfs.locations import relative
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
 IDENTITY = "volatile.uuid"  # the key of an instance's unique id
@@ -54,3 +53,8 @@ def mounts_of(devices: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, 
         for name, device in devices.items()
         if device.get("type") == "disk" and device.get("path")
     }
+
+
+def relative(path: str) -> str:
+    """Return an absolute path as one below `/`."""
+    return path.strip("/")

@@ -32,6 +32,7 @@ from gateway.rootfs.instance_record import (
     is_marked,
     is_tenant,
     mounts_of,
+    relative,
 )
 from gateway.rootfs.kernel import started
 from gateway.rootfs.quotas import Quotas
@@ -68,11 +69,6 @@ class Disk:
             if (line.is_uid if uid_map else line.is_gid) and line.inside <= inside < line.inside + line.size:
                 return line.outside + inside - line.inside
         raise ValueError(f"id {inside} is not mapped")
-
-
-def relative(path: str) -> str:
-    """Return an absolute path as one below `/`."""
-    return path.strip("/")
 
 
 # https://linuxcontainers.org/incus/docs/main/reference/instance_units/

@@ -20,8 +20,8 @@ from gateway.cluster.identity import Identity
 from gateway.cluster.member import Member
 from gateway.cluster.peers import Peers
 from gateway.errors import NotFound, Unavailable
+from gateway.rootfs.broker_client import DeadMemberCutter
 from gateway.rootfs.connections import cut_off, members
-from gateway.rootfs.cutter import Cutter
 from gateway.settings import Settings
 from gateway.tasks import begin
 from tests.waits import turn, until
@@ -122,11 +122,11 @@ def test_a_member_is_cut_off_by_either_protocol(listening: socket.socket) -> Non
 
 @needs_root
 async def test_without_a_broker_root_cuts_by_itself(tmp_path: Path, listening: socket.socket) -> None:
-    cutter = Cutter(within(incus(tmp_path, address(listening))))
+    cutter = DeadMemberCutter(within(incus(tmp_path, address(listening))))
     with socket.create_connection(listening.getsockname()[:2]):
         assert await cutter.cut_off(address(listening)) >= 1
     with pytest.raises(Unavailable):
-        await Cutter(within(tmp_path / "none")).cut_off(address(listening))
+        await DeadMemberCutter(within(tmp_path / "none")).cut_off(address(listening))
     await cutter.aclose()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.errors import NotFound, TooLarge, Unavailable
 from gateway.limits.capacity import DiskSpace
-from gateway.rootfs.disk_limits import DiskLimits
+from gateway.rootfs.broker_client import DiskLimits
 from gateway.rootfs.locations import Folders
 from gateway.runtime import Snapshot
 from gateway.settings import Settings

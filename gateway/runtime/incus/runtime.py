@@ -11,8 +11,7 @@ from gateway.errors import NotFound, Unavailable
 from gateway.holder.holder import HolderClient
 from gateway.incus import Incus
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.broker_client import instances
-from gateway.rootfs.disk_limits import DiskLimits
+from gateway.rootfs.broker_client import DiskLimits, instances
 from gateway.runtime import Removed, unheard
 from gateway.runtime.incus.clusters import serving
 from gateway.runtime.incus.commands import IncusCommands

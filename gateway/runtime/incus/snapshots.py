@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gateway.rootfs.disk_limits import DiskLimits
+from gateway.rootfs.broker_client import DiskLimits
 from gateway.runtime import Snapshot
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks

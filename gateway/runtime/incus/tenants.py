@@ -14,7 +14,7 @@ from typing import Any
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
-from gateway.rootfs.disk_limits import DiskLimits
+from gateway.rootfs.broker_client import DiskLimits
 from gateway.rootfs.instance_record import MANAGED, identity_of, is_tenant
 from gateway.runtime import Status, Tenant
 from gateway.runtime.incus.creation import Creation
