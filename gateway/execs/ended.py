@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gateway.errors import Unavailable
-from gateway.rootfs.process_tree import Member
+from gateway.rootfs.command_cgroup import Member
 from gateway.runtime import Exit, Holding, KillResult, StreamName
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]

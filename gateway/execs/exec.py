@@ -18,7 +18,7 @@ from gateway.execs.input import PtyControl, Spools, StdinQueue
 from gateway.execs.readers import Attachment, Readers
 from gateway.execs.streams import Pace, Reading, Stream, Streams
 from gateway.limits.budget import Share
-from gateway.rootfs.process_tree import Member
+from gateway.rootfs.command_cgroup import Member
 from gateway.runtime import Adopted, ExecSpec, Holding, KillResult, Process
 
 LISTED: Final = 4096  # characters of a command where it is listed beside all others

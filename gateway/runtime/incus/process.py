@@ -10,8 +10,7 @@ from typing import Any, Final
 
 from gateway.errors import GatewayError, Timeout, Unavailable
 from gateway.incus import RELIEF, ExecSockets, IncusError, Lost, Operation
-from gateway.rootfs.command_cgroup import CommandCgroup
-from gateway.rootfs.process_tree import Member
+from gateway.rootfs.command_cgroup import CommandCgroup, Member
 from gateway.runtime import REPORT_MAX, Exit, Holding, KillResult, StreamName
 from gateway.runtime.incus.held import HeldCommand, cut, reported, socket_of, streams_of
 from gateway.runtime.incus.inside import ContainerScripts

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.rootfs.command_cgroup import CommandCgroup
-from gateway.rootfs.process_tree import PARENT, Member, mount_point
+from gateway.rootfs.command_cgroup import CommandCgroup, Member
+from gateway.rootfs.process_tree import PARENT, mount_point
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Holding, KillResult, Pty, StreamName
 from gateway.runtime.launcher import KILL_SCRIPT, Preamble, killed, start_command
 
