@@ -16,8 +16,7 @@ from typing import Any
 import orjson
 
 from gateway.errors import IsADirectory, NotFound, RateLimited
-from gateway.files.conditions import check, present, stale
-from gateway.files.entries import locate
+from gateway.files.operations import check_conditions, locate, present, stale
 from gateway.rootfs import file_calls, kernel
 from gateway.rootfs.paths import TEMPORARY
 from gateway.rootfs.root import etag, refusal
@@ -71,7 +70,7 @@ def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
         folder = path.rpartition("/")[0]
         try:
             now = present(directory, name)
-            check(now, given)
+            check_conditions(now, given)
             if now is not None:
                 mode = now.st_mode & 0o777
                 with suppress(OSError):  # removed meanwhile

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from gateway.errors import GatewayError
-from gateway.files import handlers, opening, sweeping, watch_loop
+from gateway.files import opening, operations, watcher
 from gateway.rootfs import walk
 from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import refusal
@@ -99,14 +99,13 @@ def idle() -> None:
 # One table, because one worker does all writes of a tenant, the tools' and the editor's, in turn.
 OPERATIONS: dict[str, Operation] = {
     **{name: _operation(name, tool) for name, tool in _TOOLS.items()},
-    **handlers.OPERATIONS,
+    **operations.OPERATIONS,
     **opening.OPERATIONS,
-    **sweeping.OPERATIONS,
     **outputs.OPERATIONS,
     **mirroring.OPERATIONS,
     SCAN: scan,
 }
 
-SERVICE: Final = Service(OPERATIONS, idle, watch_loop.LOOPS)
+SERVICE: Final = Service(OPERATIONS, idle, watcher.LOOPS)
 
 __all__ = ["OPERATIONS", "SERVICE"]

@@ -11,13 +11,13 @@ import orjson
 import pytest
 
 from gateway.errors import Conflict, NotFound
-from gateway.files import handlers, opening, sweeping
+from gateway.files import opening, operations
 from gateway.rootfs import file_calls
 from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Passing, Workspace
 
-OPERATIONS = handlers.OPERATIONS | opening.OPERATIONS | sweeping.OPERATIONS
+OPERATIONS = operations.OPERATIONS | opening.OPERATIONS | operations.OPERATIONS
 
 
 class Site:

@@ -16,8 +16,8 @@ import orjson
 import pytest
 
 from gateway.errors import NotFound, RateLimited, Unavailable
+from gateway.files.files import Watch
 from gateway.files.watcher import Watcher
-from gateway.files.watches import Watch
 from gateway.rootfs import file_calls
 from gateway.rootfs.messages import Limits
 from gateway.rootfs.root import Root

@@ -37,9 +37,8 @@ def trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("v1/memory", "v1/pids", "v1/cpuset", "v2"):
         (tmp_path / folder / "lxc.payload.shop").mkdir(parents=True)
     cgroup = (said + "3:cpu,cpuset:/lxc.payload.shop/init.scope\n").encode()
-    monkeypatch.setattr(
-        memory, "text", lambda path: cgroup if path == "/proc/7/cgroup" else memory.text(path)
-    )
+    text = memory.text
+    monkeypatch.setattr(memory, "text", lambda path: cgroup if path == "/proc/7/cgroup" else text(path))
     monkeypatch.setattr(memory, "mount_point", lambda: tmp_path / "v2")
     return tmp_path
 
@@ -92,7 +91,7 @@ def test_limits_of_version_2(trees: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_limits_are_compared(
     has: dict[str, int | None], wrong: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.runtime.incus.resizing.memory.in_force", lambda *_: has)
+    monkeypatch.setattr("gateway.runtime.incus.resizing.limits_in_force", lambda *_: has)
     found = not_in_force(INSTANCE, 7, NOWHERE)
     assert found.keys() == wrong
     assert all(key in words(found) for key in wrong)
@@ -108,7 +107,7 @@ def test_limits_are_compared(
 def test_a_limit_that_cannot_be_in_force_does_not_differ(
     config: dict[str, str], has: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.runtime.incus.resizing.memory.in_force", lambda *_: has)
+    monkeypatch.setattr("gateway.runtime.incus.resizing.limits_in_force", lambda *_: has)
     instance = {**INSTANCE, "expanded_config": {**INSTANCE["expanded_config"], **config}}
     assert not_in_force(instance, 7, NOWHERE) == {}
 

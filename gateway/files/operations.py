@@ -14,24 +14,240 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import orjson
 
-from gateway.errors import Conflict, InvalidParams, NotFound, Timeout, TooLarge
-from gateway.files import removing
-from gateway.files.conditions import check, present, stale
-from gateway.files.entries import entry, locate
+from gateway.errors import Conflict, InvalidParams, IsADirectory, NotAFile, NotFound, Timeout, TooLarge
 from gateway.rootfs import file_calls, kernel
-from gateway.rootfs.paths import unfinished
+from gateway.rootfs.paths import TEMPORARY, show, unfinished
 from gateway.rootfs.root import Made, Root, etag, refusal
+from gateway.rootfs.walk import Walk
 from gateway.rootfs.worker import Operation, Workspace
 
+_REAL_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
+_BATCH = 4096  # names per pass over a folder, which may have millions
+_DEEP = 2000  # bytes of a path; deeper folders are moved up first, as their paths would get too long
+_PARENT = kernel.O_PATH | os.O_DIRECTORY
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 _NUL_WINDOW = 8192  # a NUL within this many bytes makes a file binary, as for the tools
 _ATTEMPTS = 5  # attempts to replace a file while the tenant keeps changing its folder
+
+
+def locate(workspace: Workspace, path: str) -> str:
+    """Return a client's `path` relative to the workspace."""
+    return workspace.root.locate(path, workspace.root.workspace)
+
+
+def entry(tree: Root, path: str, status: os.stat_result) -> dict[str, Any]:
+    """Describe a file: `mode` has its permission bits, `mtime` is in seconds since the epoch.
+
+    A link has a `target`, which is None if it is outside of the workspace. A path that is not UTF-8 is
+    escaped and marked `escaped`; clients cannot refer to such a file.
+    """
+    found: dict[str, Any] = {
+        "path": path or ".",
+        "type": _kind(status.st_mode),
+        "size": status.st_size,
+        "mode": stat.S_IMODE(status.st_mode),
+        "mtime": status.st_mtime_ns / 1e9,
+        "etag": etag(status),
+    }
+    if not sendable(path):
+        found |= {"path": show(path), "escaped": True}
+    if found["type"] == "symlink":
+        target = tree.link_target(path)
+        found["target"] = None if target is None else (show(target) if target else ".")
+    return found
+
+
+def sendable(path: str) -> bool:
+    """Return whether a path is valid UTF-8 and can be sent."""
+    if path.isprintable():
+        return True
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "symlink" if stat.S_ISLNK(mode) else "other"
+
+
+def check_conditions(now: os.stat_result | None, given: Mapping[str, Any]) -> None:
+    """Check the conditions against the current file, if any. Raises `Conflict`.
+
+    `ifMatch` and `ifNoneMatch` are each an etag, a list of etags, or "*" for any file.
+    """
+    if_match, if_none_match = given.get("ifMatch"), given.get("ifNoneMatch")
+    if if_match is not None and (now is None or not _among(etag(now), if_match)):
+        raise stale(now)
+    if if_none_match is not None and now is not None and _among(etag(now), if_none_match):
+        raise Conflict("the file exists", reason="exists", etag=etag(now))
+
+
+def _among(tag: str, wanted: str | list[str]) -> bool:
+    return tag in wanted or "*" in wanted if isinstance(wanted, list) else wanted in ("*", tag)
+
+
+def stale(now: os.stat_result | None) -> Conflict:
+    """Return the error for a file that has changed, with its current etag."""
+    if now is None:
+        return Conflict("the file no longer exists", reason="stale", etag=None)
+    return Conflict("the file has changed since you read it; read it again", reason="stale", etag=etag(now))
+
+
+def present(directory: int, name: str) -> os.stat_result | None:
+    """Return the status of the regular file `name`, None if it does not exist.
+
+    Raises `IsADirectory` and `NotAFile`, also for a link, because nothing is written through links.
+    """
+    try:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectory("is a directory", reason="directory")
+    if stat.S_ISLNK(status.st_mode):
+        raise NotAFile("is a symbolic link; name its target instead", reason="link")
+    if not stat.S_ISREG(status.st_mode):
+        raise NotAFile("not a regular file", reason="special")
+    return status
+
+
+def empty(directory: int, workspace: str, deadline: float) -> int:
+    """Remove everything in the folder `directory`, never following links; return the number of entries.
+
+    Uses three descriptors at any depth. Raises `OSError`, and after `deadline` (by `time.monotonic`)
+    `Timeout` with `removed` as a fact; removed entries stay removed.
+    """
+    tree = Root(directory, workspace)
+    removed = 0
+    stack = [""]
+    while stack:
+        path = stack[-1]
+        try:
+            folder = tree.open_real(path, _REAL_FOLDER)
+        except FileNotFoundError:
+            stack.pop()
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP) or not path:
+                raise
+            stack.pop()  # it is no longer a folder
+            with suppress(FileNotFoundError):
+                _remove_entry(tree, path, folder=False)
+            continue
+        try:
+            seen, gone, below = _empty_batch(tree, folder, path)
+        finally:
+            os.close(folder)
+        removed += gone
+        if time.monotonic() > deadline:
+            raise Timeout(
+                "removing took too long; repeat the request to continue", reason="timeout", removed=removed
+            )
+        if seen:
+            stack.extend(below)  # this folder gets another pass afterwards
+        elif not path:
+            stack.pop()
+        else:
+            try:
+                _remove_entry(tree, path, folder=True)
+                removed += 1
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno == errno.ENOTEMPTY:
+                    continue  # the tenant keeps adding entries: the deadline ends the race
+                raise
+            stack.pop()
+    return removed
+
+
+def _empty_batch(tree: Root, folder: int, path: str) -> tuple[bool, int, list[str]]:
+    """Remove a batch of a folder's files; return whether it had entries, how many went, and its folders."""
+    prefix = path + "/" if path else ""
+    deep = len(os.fsencode(prefix)) > _DEEP
+    seen, gone, below = False, 0, []
+    with os.scandir(folder) as entries:
+        for entry in islice(entries, _BATCH):
+            seen = True
+            with suppress(FileNotFoundError):
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=folder)
+                    gone += 1
+                elif deep:
+                    name = f"{TEMPORARY}{os.getpid():x}-{os.urandom(6).hex()}"
+                    os.rename(entry.name, name, src_dir_fd=folder, dst_dir_fd=tree.descriptor)
+                    below.append(name)
+                else:
+                    below.append(prefix + entry.name)
+    return seen, gone, below
+
+
+def _remove_entry(tree: Root, path: str, *, folder: bool) -> None:
+    above, _, name = path.rpartition("/")
+    directory = tree.open_real(above, kernel.O_PATH | os.O_DIRECTORY)
+    try:
+        if folder:
+            os.rmdir(name, dir_fd=directory)
+        else:
+            os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+class _Unfinished:
+    """Selects files with the gateway's temporary names, in all folders."""
+
+    def question(self, state: Any) -> Hashable:
+        return "unfinished"
+
+    def enter(self, path: str, hidden: Collection[str], state: Any) -> None:
+        return None
+
+    def folder(self, path: str, state: Any) -> bool:
+        return True
+
+    def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]:
+        return [name for name in names if unfinished(name)]
+
+
+def _sweep(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Remove unfinished files left by killed processes, last changed before the epoch time `before`.
+
+    Writes and edits are renamed into place within a millisecond of their creation, and so are uploads if the
+    kernel supports unnamed files. A file caught in between by SIGKILL stays under a name that only the
+    gateway uses.
+
+    A tenant may create anything under such a name: it loses that, and nothing else is affected.
+    """
+    tree, limits = workspace.root, workspace.limits
+    deadline = time.monotonic() + limits.tool_timeout
+    walk = Walk(tree, "", _Unfinished(), maximum=limits.visit_max, deadline=deadline, ordered=False)
+    removed = 0
+    for path, status in walk:
+        if max(status.st_mtime, status.st_ctime) >= given["before"]:
+            continue
+        folder, _, name = path.rpartition("/")
+        with suppress(OSError):
+            directory = tree.open_real(folder, _PARENT)
+            try:
+                os.unlink(name, dir_fd=directory)
+                removed += 1
+            finally:
+                os.close(directory)
+    return orjson.dumps({"removed": removed, "visited": walk.visited, "truncated": walk.truncated})
 
 
 def _stat(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +363,7 @@ def _put(tree: Root, path: str, data: bytes, given: dict[str, Any], made: list[M
     try:
         for attempt in range(_ATTEMPTS):
             old = present(directory, name)
-            check(old, given)
+            check_conditions(old, given)
             mode = 0o644 if old is None else old.st_mode
             try:
                 status = tree.replace(directory, name, data, mode, expected=old if if_match else None)
@@ -215,7 +431,7 @@ def _remove(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     directory, name = tree.parent(path)
     try:
         now = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        check(now, given)
+        check_conditions(now, given)
         if not stat.S_ISDIR(now.st_mode):
             os.unlink(name, dir_fd=directory)
             return {"removed": 1}
@@ -224,7 +440,7 @@ def _remove(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
             folder = Root(directory, tree.workspace).open_real(name, _FOLDER)
             try:
                 deadline = time.monotonic() + workspace.limits.tool_timeout
-                removed = removing.empty(folder, tree.workspace, deadline)
+                removed = empty(folder, tree.workspace, deadline)
             finally:
                 os.close(folder)
         os.rmdir(name, dir_fd=directory)
@@ -279,7 +495,7 @@ def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
             directory, name = parent(tree, path, given, made)
             try:
                 old = present(directory, name)
-                check(old, given)
+                check_conditions(old, given)
                 os.rename(given["temporary"], name, src_dir_fd=source, dst_dir_fd=directory)
             finally:
                 os.close(directory)
@@ -319,6 +535,5 @@ def _settle(workspace: Workspace, given: dict[str, Any]) -> bytes:
 OPERATIONS: dict[str, Operation] = {
     **{name: _operation(method) for name, method in _METHODS.items()},
     "files/settle": _settle,
+    "files/sweep": _sweep,
 }
-
-__all__ = ["OPERATIONS"]
