@@ -19,8 +19,7 @@ import orjson
 
 from gateway.errors import GatewayError, InvalidParams, TooLarge
 from gateway.rootfs.paths import show
-from gateway.rootfs.refusals import NO_SPACE
-from gateway.rootfs.root import etag, read_all
+from gateway.rootfs.root import NO_SPACE, etag, read_all
 from gateway.rootfs.worker import Workspace
 
 _LENGTH = struct.Struct(">I")

@@ -28,7 +28,7 @@ from gateway.files.files import file_written
 from gateway.idempotency import Idempotency, Key
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.paths import locate
-from gateway.rootfs.refusals import NO_SPACE, Spare, nothing_to_spare
+from gateway.rootfs.root import NO_SPACE, Spare, nothing_to_spare
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings

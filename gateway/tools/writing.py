@@ -9,8 +9,7 @@ from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
 from gateway.rootfs.paths import show
-from gateway.rootfs.refusals import refusal
-from gateway.rootfs.root import FOLDER, Made, etag
+from gateway.rootfs.root import FOLDER, Made, etag, refusal
 from gateway.tools.call import Call, Seen, ToolAnswer, ToolFailure, failure, meant, missing, outside, text
 from gateway.tools.texts import STALE, Text, decode, replaced, trimmed
 

@@ -16,8 +16,7 @@ from gateway.api.connection.client_session import ClientSession
 from gateway.auth.tokens import Token
 from gateway.errors import Forbidden, NotFound
 from gateway.events import Filter, Subscription, positions
-from gateway.files.files import Files
-from gateway.files.watches import Watch
+from gateway.files.files import Files, Watch
 from gateway.tools.toolbox import Left
 
 
