@@ -54,7 +54,7 @@ def text_editor(tenant: Tenant, *, max_characters: int | None = None) -> TextEdi
 
 
 def bash(tenant: Tenant, *, timeout: float = TIMEOUT) -> Bash:
-    """Return the API's `bash_20250124`: one shell whose state lasts over all calls. `async with` ends it.
+    """Return the API's `bash_20250124`: one shell that keeps its state between calls. `async with` ends it.
 
     A command that takes longer than `timeout` seconds is ended with its shell and all that it started.
     """

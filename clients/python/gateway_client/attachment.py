@@ -18,7 +18,7 @@ from gateway_client.output import Buffer
 # bytes of output between two acknowledgements; a gateway sends 1 MiB ahead at the least
 ACK: Final = 256 << 10
 # bytes of each stream that the gateway may send ahead of our acknowledgements: no more than it can send again
-# after a break (fewer if its GATEWAY_EXEC_UNACKED is less), and enough that nobody waits for one
+# after a break (fewer if its GATEWAY_EXEC_UNACKED is less), and enough that no sender waits for one
 WINDOW: Final = 8 << 20
 # seconds for an answer to `exec/start` or `exec/attach`
 START_TIMEOUT: Final = 60.0
@@ -137,7 +137,7 @@ class Attachment:
         """End both streams, and the exit if it has not come, with `error`."""
         if error is not None and not self.exit.done():
             self.exit.set_exception(error)
-            self.exit.exception()  # mark as retrieved, since nobody may wait for the exit
+            self.exit.exception()  # mark as retrieved: perhaps nothing waits for the exit
         for buffer in (self.stdout, self.stderr):
             if not buffer.ended:
                 buffer.end(error)

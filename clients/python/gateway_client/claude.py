@@ -117,7 +117,7 @@ _UNSHOWN: Final = (
 _OF_KEPT: Final = ("resume", "continue_conversation", "fork_session", "session_store")
 
 _TOOLS: Final = frozenset({"Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"})
-# what the CLI by itself does without asking anybody, in the folder that it works in
+# what the CLI does without asking, in its working directory
 _UNASKED: Final = READ_ONLY | {"BashOutput", "KillShell"}
 # tenants, each one tool session, that an agent of this process has worked in
 _BEGUN: Final = weakref.WeakSet[Tenant]()
@@ -230,7 +230,7 @@ def options(
         "strict_mcp_config": True,
         "setting_sources": [],
         "skills": [],
-        # otherwise the CLI may choose `auto`, which asks nobody
+        # otherwise the CLI may choose `auto`, which never asks
         "permission_mode": mode or "default",
         "allowed_tools": [_full(rule) for rule in whole],
         "disallowed_tools": permissions.removed,
@@ -323,7 +323,7 @@ class _Permissions:
         return found
 
     def refusal(self, name: str, given: Mapping[str, Any]) -> str | None:
-        """Return why a call must not run, whoever allowed it."""
+        """Return why a call must not run, even if it is allowed elsewhere."""
         command = given.get("command")
         if name == "Bash" and isinstance(command, str):
             for rule in self.denied:
@@ -332,7 +332,7 @@ class _Permissions:
         return None
 
     def allows(self, name: str, given: Mapping[str, Any], mode: str) -> bool:
-        """Return whether nobody need be asked."""
+        """Return whether a call may run without asking."""
         if name in _UNASKED or self._is_plan(name, given):
             return True
         if name in ("Edit", "Write"):
@@ -508,7 +508,7 @@ def _server(
     ) -> types.ListToolsResult:
         try:
             return types.ListToolsResult(tools=[_described(tool) for tool in await tenant.tools()])
-        except GatewayError as error:  # the CLI goes on without them, and tells nobody
+        except GatewayError as error:  # the CLI goes on without them and reports nothing
             log.error("the agent has none of the tenant's tools: %s", error.message)
             raise MCPError(types.INTERNAL_ERROR, error.message) from None
 

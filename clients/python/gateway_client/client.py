@@ -63,10 +63,10 @@ class Client:
     refuses one; open connections take the new token without a break. If it fails, it is called again until
     the present token ends, and the failure is reported as `TokenUnavailable`, in the log and to `on_change`.
 
-    Connections are replaced by themselves as `retry` says, None for not at all: tool calls are repeated but
-    run once, commands go on where they were, in output and input, watches report that changes were missed,
-    events are replayed. `on_change` is called with each new state; `Tenant.state` and `EventStream.state`
-    have it too.
+    The client replaces broken connections as `retry` says (None: not at all): it repeats tool calls, which
+    run once, continues the output and input of commands, reports that watches missed changes, and replays
+    events.
+    `on_change` is called with each new state; `Tenant.state` and `EventStream.state` have it too.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ class Client:
 
         `template` is the name of a template of the gateway, the path of a folder, or a tar of one. What the
         .gitignore files of a folder exclude is not sent: give variables of an `.env` as `env`. The gateway
-        detects how a folder is started, unless its `site.toml`, or `start`, `install` and `port`, say so. By
-        default the tenant's name is derived from the domain. An update keeps what the site has written into
+        detects how a folder is started, unless its `site.toml`, or `start`, `install` and `port`, set that.
+        By default the tenant's name is derived from the domain. An update keeps what the site has written into
         its folder, such as a database, unless `clean`. A second call with the same `key` returns the
         same deployment. `Deployment.wait` and `.events` show its progress.
         """
@@ -219,7 +219,7 @@ class Client:
     async def revoke(self, token_id: str, expires: float | None = None) -> None:
         """Revoke the token with this `jti`; needs the scope `admin` for every tenant.
 
-        `expires` is its `exp`: until then the gateway remembers that it was revoked, without one for good.
+        The gateway keeps the revocation until `expires`, the token's `exp`; without it, forever.
         """
         body: dict[str, Any] = {"id": token_id}
         await self.http("POST", "/v1/revocations", body if expires is None else {**body, "expires": expires})

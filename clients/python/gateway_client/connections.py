@@ -157,7 +157,7 @@ class Connections:
             except Unavailable as error:
                 await self.pause(patience, error)
             else:
-                if self.http.closed:  # closed meanwhile: nobody would close this connection
+                if self.http.closed:  # closed in the meantime: nothing else would close this connection
                     await connection.close()
                     raise Disconnected("this client was closed")
                 self._met = True

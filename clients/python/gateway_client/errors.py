@@ -67,7 +67,7 @@ WIRE_CODES = (
 class GatewayError(Exception):
     """Base of everything that the gateway raises on purpose.
 
-    `message` is for a person and says what to do next; `facts` are JSON values that travel beside the
+    `message` is for a person and says what to do next; `facts` are JSON values that go with the
     code. Never put a host path, a token or file content into either.
     """
 

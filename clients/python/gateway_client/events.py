@@ -133,9 +133,9 @@ class EventStream:
 
     Everything after the block is entered is in the stream: enter it first, then read the state. If the
     connection breaks, falls silent or the gateway ends, the stream is opened again, as the client's `Retry`
-    says, and goes on after the last event; `Disconnected` if that fails. Without a `Retry` it ends
+    says, and continues after the last event; `Disconnected` if that fails. Without a `Retry` it ends
     when the gateway ends it. `last_event_id` resumes after the last event that was handed out; it is opaque
-    text, None before the first one. `state` says whether the stream stands.
+    text, None before the first one. `state` says whether the stream is connected.
     """
 
     def __init__(self, http: HttpClient, query: Mapping[str, str], last_event_id: str | int | None) -> None:

@@ -35,8 +35,8 @@ class Exec:
     streams share a connection: a reader that leaves one of them with a full buffer stops the other too, as
     pipes do. Read both, or use `output()`, or ask for a `pty`, or read neither and `wait()`.
 
-    A connection that breaks is replaced as the client's `Retry` says. The output then goes on where it
-    stood, `lost` counts what the gateway could not keep, and input that had not arrived is sent again.
+    A connection that breaks is replaced as the client's `Retry` says. The output then continues at its
+    offset, `lost` counts what the gateway could not keep, and input that had not arrived is sent again.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Exec:
         await self._connections.request("exec/signal", params)
 
     async def cancel(self, grace: float | None = None) -> Killed:
-        """End the whole tree: TERM, `grace` seconds, KILL. Returns when nothing of it is left."""
+        """End the whole tree: TERM, `grace` seconds, KILL. Returns when all of it has ended."""
         params: dict[str, Any] = {"exec": self.id}
         if grace is not None:
             params["graceMs"] = round(grace * 1000)
@@ -166,9 +166,9 @@ class Exec:
     async def wait(self, *, discard: bool = False) -> Exit:
         """Wait for the command's end and its last output, and return how it ended.
 
-        Of a stream that nobody has begun to read, the last buffer is kept and the rest counted in `lost`. One
-        that somebody has begun to read must be read to its end, unless `discard` is set. Raises
-        `Disconnected` if the connection breaks and is not replaced.
+        An unread stream keeps its last buffer, and `lost` counts the rest. Read a stream to its end once you
+        have begun to read it, or set `discard`. Raises `Disconnected` if the connection breaks and is not
+        replaced.
         """
         for buffer in (self._attachment.stdout, self._attachment.stderr):
             buffer.wait(discard=discard)

@@ -1,4 +1,4 @@
-"""Tell what the .gitignore files of a folder leave out, by git's rules (gitignore(5))."""
+"""Decide what the .gitignore files of a folder leave out, by git's rules (gitignore(5))."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Rule = tuple[bool, bool, "re.Pattern[str]"]
 
 
 class Ignored:
-    """Says of a path below `folder` whether it is left out; ask for a folder before what is in it."""
+    """Decides whether a path below `folder` is left out; ask about a folder before its contents."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

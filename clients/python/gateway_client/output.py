@@ -64,7 +64,7 @@ class Buffer:
         self._drop()
 
     def wait(self, *, discard: bool) -> None:
-        """Mark the command as waited for: output that nobody reads is dropped beyond the buffer.
+        """Mark the command as waited for: unread output is dropped beyond the buffer.
 
         `discard` says that a stream that was being read is no longer read.
         """
@@ -89,7 +89,7 @@ class Buffer:
             await self._drained.wait()
 
     def _drop(self) -> None:
-        # nobody reads, and a caller waits for the end: keep the last `limit` bytes
+        # unread, and a caller waits for the end: keep the last `limit` bytes
         if self._abandoned or (self._waited and not self._begun):
             while self._size > self._limit:
                 dropped = len(self._chunks.popleft())
@@ -103,7 +103,7 @@ class Output:
 
     At most one buffer and one frame wait here. Then the connection is not read until half of that is taken,
     which in time slows down the command itself. `offset` counts the bytes received since the command began.
-    `lost` counts dropped ones: by the gateway while nobody was attached, or by `Exec.wait` here.
+    `lost` counts dropped ones: by the gateway while no client was attached, or by `Exec.wait` here.
     """
 
     def __init__(self, buffer: Buffer) -> None:
@@ -129,8 +129,8 @@ class Output:
     async def read(self) -> bytes:
         """Return the rest of the stream, whole. Raises `TooLarge` if some was dropped.
 
-        Unbounded, so only for output known to be small. Read first and `wait` then: of a stream that nobody
-        reads, `wait` keeps the last buffer alone.
+        Unbounded, so only for output known to be small. Read first, then `wait`, which keeps only the
+        last buffer of an unread stream.
         """
         read = b"".join([chunk async for chunk in self])
         if self.lost:

@@ -72,8 +72,8 @@ class Tenant(TenantSite, ToolSession):
 
         `pty` is (columns, rows) and includes stdin; `timeout` and `linger` are in seconds, and a linger of -1
         has no end; `buffer` limits the bytes of each output stream that wait here. With the `encoding`
-        "utf-8" no chunk of output ends inside a character, so that each can be decoded by itself. What a
-        `helper` changes, such as a language server, is ascribed to nobody in the history.
+        "utf-8" no chunk of output ends inside a character, so that each can be decoded by itself. The
+        history names no author for changes of a `helper`, such as a language server.
         """
         params: dict[str, Any] = {
             **_command(command, cwd, env),

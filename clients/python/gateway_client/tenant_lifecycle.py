@@ -61,7 +61,7 @@ class TenantLifecycle:
         """Move the tenant to another server of the cluster and return once it runs there.
 
         `member` names the server, by default the one with most room; `drained` remembers the one that it
-        leaves. Meanwhile calls wait for some seconds, and running commands end. For operators. Raises
+        leaves. Calls wait for some seconds, and running commands end. For operators. Raises
         `Unavailable` with the reason if the tenant stays where it is.
         """
         body: dict[str, Any] = {} if member is None else {"member": member}

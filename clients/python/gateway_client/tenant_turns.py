@@ -45,7 +45,7 @@ class TenantTurns(ABC):
     ) -> Mapping[str, Any] | None:
         """Restore the files as they were right after a turn, or before it; return that as a new turn.
 
-        Later changes are taken back with it; `undo` keeps them. None if nothing changes. Raises `Conflict` if
+        This reverts later changes too; `undo` keeps them. None if nothing changes. Raises `Conflict` if
         something unrecorded is in the way.
         """
         asked = {"turn": turn, "to": to}
@@ -53,7 +53,7 @@ class TenantTurns(ABC):
         return found
 
     async def undo(self, turn: str | None = None, *, force: Sequence[str] = ()) -> Mapping[str, Any]:
-        """Take back exactly what a turn changed, by default the last one; what was changed later stays.
+        """Revert exactly what a turn changed, by default the last one; later changes stay.
 
         Returns `turn`, the undo as a new turn, None if nothing changes, and `conflicts`, the paths where
         later changes are of the same lines. If there are any, nothing was changed; those named in `force`

@@ -13,7 +13,7 @@ import type {
 
 export const SERVER = "tenant";
 export const TOOLS = ["Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"];
-/** What the CLI by itself does without asking anybody, in the folder that it works in. */
+/** What the CLI does without asking, in its working directory. */
 export const UNASKED = ["Read", "Glob", "Grep", "BashOutput", "KillShell"];
 
 type Given = Record<string, unknown>;
@@ -85,7 +85,7 @@ export class Permissions {
     this.removed = disallowed.filter(({ part }) => part === undefined).map(({ name }) => full(name));
   }
 
-  /** Why a call must not run, whoever allowed it. */
+  /** Why a call must not run, even if it is allowed elsewhere. */
   refusal(name: string, { command }: Given): string | null {
     if (name !== "Bash" || typeof command !== "string") return null;
     const parts = [...anyParts(command)];
@@ -93,7 +93,7 @@ export class Permissions {
     return rule === undefined ? null : `Permission to use Bash with ${rule} has been denied.`;
   }
 
-  /** Whether nobody need be asked. */
+  /** Whether a call may run without asking. */
   allows(name: string, given: Given, mode: string): boolean {
     if (UNASKED.includes(name) || this.#isPlan(name, given)) return true;
     if (name === "Edit" || name === "Write") return mode === "acceptEdits";

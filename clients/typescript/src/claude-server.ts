@@ -102,7 +102,7 @@ class Conversation {
       answer = { result: await this.#answer(id, method, params) };
     } catch (error) {
       const message = error instanceof Error ? error.message : String(error);
-      // the CLI goes on without them, and tells nobody
+      // the CLI goes on without them and reports nothing
       if (method === "tools/list") warn("the agent has none of the tenant's tools", error);
       answer = { error: { code: error instanceof UnknownMethod ? -32601 : -32603, message } };
     }

@@ -184,7 +184,7 @@ export function claudeOptions(tenant: Tenant, options: ClaudeOptions = {}): Opti
     strictMcpConfig: true,
     settingSources: [],
     skills: [],
-    // otherwise the CLI may choose `auto`, which asks nobody
+    // otherwise the CLI may choose `auto`, which never asks
     permissionMode: mode ?? "default",
     allowedTools: whole.map(full),
     disallowedTools: permissions.removed,

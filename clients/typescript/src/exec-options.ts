@@ -10,9 +10,9 @@ export interface ExecOptions {
   readonly pty?: Size | undefined;
   readonly stdin?: boolean | undefined;
   readonly timeoutMs?: number | undefined;
-  /** How long it continues with nobody attached: default 60 000, −1 without end. */
+  /** How long it continues without a client attached: default 60 000, −1 without end. */
   readonly lingerMs?: number | undefined;
-  /** What it changes is ascribed to nobody in the history, as of a language server. */
+  /** The history names no author for its changes, as for those of a language server. */
   readonly helper?: boolean | undefined;
   readonly execId?: string | undefined;
   /** How many unread bytes may wait here; see `Exec`. */

@@ -41,7 +41,7 @@ interface Attached {
  *
  * A broken connection is replaced, and the output continues at the same byte. Unread output is limited to `buffer`,
  * half of it for each stream; at the limit the gateway sends no more, and in time the command itself waits, as for a
- * pipe. Nothing else waits. Of a stream that nobody reads, or no longer, the last bytes are kept, at least a quarter
+ * pipe. Nothing else waits. Of a stream that is not read, or no longer, the last bytes are kept, at least a quarter
  * of `buffer`, and the command does not wait.
  */
 export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
@@ -98,7 +98,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     this.exit = new Promise((resolve, reject) => {
       this.#settle = { resolve, reject };
     });
-    this.exit.catch(() => {}); // nobody has to wait for it
+    this.exit.catch(() => {}); // a caller need not wait for it
   }
 
   get running(): boolean {
@@ -282,7 +282,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     this.#taken(output);
   }
 
-  /** Lets the gateway send more of a stream once a part of its window was read, or if nobody reads it. */
+  /** Lets the gateway send more of a stream once a part of its window was read, or if it is not read. */
   #taken(output: Output): void {
     if (this.#state !== "attached" || this.#connection === null) return;
     if (output.taken - output.acked < Math.min(this.#window / 4, ACK)) return;

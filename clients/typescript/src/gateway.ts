@@ -154,7 +154,7 @@ export class Gateway extends HttpClient {
   async revoke(
     tokenId: string,
     options: {
-      /** The token's `exp`: until then the gateway remembers that it was revoked. Default: for good. */
+      /** The token's `exp`, until which the gateway keeps the revocation. Default: forever. */
       readonly expires?: number | undefined;
       readonly signal?: AbortSignal | undefined;
     } = {},

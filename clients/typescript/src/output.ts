@@ -7,7 +7,7 @@ export type StreamName = "stdout" | "stderr";
 /** One output stream, as an async iterable of bytes. `offset` counts the bytes since the command began. */
 export class Output implements AsyncIterable<Uint8Array> {
   offset = 0;
-  /** Bytes that the gateway's buffer or this one dropped before anybody read them. */
+  /** Bytes that the gateway's buffer or this one dropped unread. */
   lost = 0;
   /** @internal */ size = 0;
   /** @internal */ begun = false;
@@ -57,7 +57,7 @@ export class Output implements AsyncIterable<Uint8Array> {
 
   /**
    * Returns the rest of it as text, whole: throws `too_large` if some was dropped. Unbounded, so only for output that is
-   * known to be small. Read first and `wait` then: of what nobody reads only the last bytes are kept.
+   * known to be small. Read first and `wait` then: of unread output only the last bytes are kept.
    */
   async text(): Promise<string> {
     const decoder = new TextDecoder();

@@ -17,7 +17,7 @@ export type {
 
 export type EntryType = Entry["type"];
 export type ExitReason = ExecExited["reason"];
-/** One CloudEvent. A `gap` says that events before `data.oldest` are gone: read the state anew. */
+/** One CloudEvent. A `gap` says that events before `data.oldest` are gone: read the state again. */
 export type GatewayEvent = CloudEvent;
 /** Bytes of each stream since the command began. */
 export type Offsets = Counts;
