@@ -185,8 +185,8 @@ class Client:
         `template` is the name of a template of the gateway, the path of a folder, or a tar of one. What the
         .gitignore files of a folder exclude is not sent: give variables of an `.env` as `env`. The gateway
         detects how a folder is started, unless its `site.toml`, or `start`, `install` and `port`, set that.
-        By default the tenant's name is derived from the domain. An update keeps what the site has written into
-        its folder, such as a database, unless `clean`. A second call with the same `key` returns the
+        By default the tenant's name is derived from the domain. An update keeps what the site has written
+        into its folder, such as a database, unless `clean`. A second call with the same `key` returns the
         same deployment. `Deployment.wait` and `.events` show its progress.
         """
         from gateway_client.deployments import Deployment, template_body
