@@ -39,7 +39,7 @@ _turns = itertools.count()
 def filled(length: int) -> Iterator[str]:
     """Yield texts of a length, each of a kind that something finds hard.
 
-    Each field gets a few kinds of them, the next field the next few; `tests/run thorough` gives each field all.
+    Each field gets a few kinds of them, the next field the next few; `tests/run thorough` gives all to each.
     """
     first = next(_turns) * 3
     for number in range(len(_KINDS) if thorough.ALL else 3):
