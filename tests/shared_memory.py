@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 
-from gateway.cluster.shared_keys import NO_QUORUM, check
+from gateway.cluster.keys import check
 from gateway.errors import Unavailable
+from gateway.incus.members import NO_QUORUM
 
 
 class MemoryKeys:

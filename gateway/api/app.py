@@ -11,14 +11,16 @@ from typing import Final
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
 
 from gateway import __version__
-from gateway.api import background, clustered
+from gateway.api import background
 from gateway.api.assembly import opened
 from gateway.api.foundation import Prepared, prepared
 from gateway.api.http import RETRY_AFTER_MS, at_the_edge, for_listed_origins, problem_handler, with_request_id
 from gateway.api.routes import ROUTES
-from gateway.api.services import Services
+from gateway.api.services import Services, extensions
 from gateway.errors import GatewayError, Unavailable
 from gateway.protocol import CloseCode
 from gateway.settings import Settings
@@ -29,6 +31,11 @@ log = logging.getLogger(__name__)
 _NEXT_MS: Final = 50  # milliseconds until clients may reconnect, if the next process is ready
 _BRIEF: Final = 0.05  # seconds to end things in a handover, while clients wait
 _SEEN: Final = 0.25  # seconds for a successor to see its tenants
+
+
+def routes() -> list[BaseRoute]:
+    """Return the application's routes, including those of extensions."""
+    return [*ROUTES, *(route for extension in extensions() for route in extension.routes)]
 
 
 class Gateway:
@@ -47,7 +54,7 @@ class Gateway:
         self._drained: asyncio.Task[None] | None = None
         self._leaving = False
         app = Starlette(
-            routes=ROUTES,
+            routes=routes(),
             lifespan=self._lifespan,
             exception_handlers={
                 GatewayError: problem_handler,
@@ -56,10 +63,16 @@ class Gateway:
                 Exception: problem_handler,
             },
         )
-        relaying = clustered.relaying(app, lambda: self._services)
-        public = at_the_edge(for_listed_origins(relaying, settings.origins), settings)
+
+        async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._services is None:
+                await app(scope, receive, send)
+            else:
+                await self._services.topology.answer(app, scope, receive, send)
+
+        public = at_the_edge(for_listed_origins(routed, settings.origins), settings)
         self.app = with_request_id(public, settings.body_timeout)
-        self._relayed = with_request_id(relaying, settings.body_timeout)  # by peers, who asked for the host
+        self._relayed = with_request_id(routed, settings.body_timeout)  # by peers, who asked for the host
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -68,7 +81,7 @@ class Gateway:
         async with (
             opened(self._settings, self.store, self._ready) as services,
             background.running(services) as self._background,
-            clustered.opened(services, self.store, self._relayed),
+            services.topology.serving(self.store, self._relayed),
         ):
             app.state.services = self._services = services
             facts = {"version": __version__, "runtime": self._settings.runtime}
@@ -90,8 +103,7 @@ class Gateway:
         async with prepared(self._settings) as ready:
             await ready.runtime.prepare(tenants)
             await ready.workers.broker.prepare()
-            if ready.cluster is not None:
-                await ready.cluster.settle()
+            await ready.topology.settle()
             self._ready = ready
             yield
 
@@ -113,16 +125,14 @@ class Gateway:
         No deployment begins from then on. Raises `Unavailable` if some take longer than `seconds`.
         """
         await self._up.history.close_turns()
-        if self._up.departures is not None:
-            await self._up.departures.rest(seconds)
+        await self._up.topology.rest(seconds)
         await self._up.deployments.rest(seconds, waiting)
         await self._up.toolbox.rest()
 
     def go_on(self) -> None:
         """Let deployments and moves begin again, since no process takes over."""
         self._up.deployments.go_on()
-        if self._up.departures is not None:
-            self._up.departures.go_on()
+        self._up.topology.go_on()
 
     async def hand_over(self) -> Sequence[str]:
         """Release clients, commands and records; return the marks of the runtime's published events.
@@ -188,8 +198,7 @@ async def _hand_over(services: Services, background: background.Background, stor
         async with asyncio.timeout(_BRIEF):
             await services.execs.end_all()
     await services.runtime.leave()
-    if services.departures is not None:
-        await services.departures.close()
+    await services.topology.hand_over()
     await services.deployments.end()
     _end_clients(services, _NEXT_MS, "another process takes over")
     background.cancel()
@@ -206,7 +215,7 @@ def _end_clients(services: Services, retry_after_ms: int, why: str) -> None:
     services.site_logs.end()
     for connection in list(services.connections):
         connection.close(CloseCode.DRAINING, why)
-    clustered.leave(services, retry_after_ms, why)
+    services.topology.end_clients(retry_after_ms, why)
 
 
 def _announce(services: Services, retry_after_ms: int) -> None:

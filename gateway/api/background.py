@@ -11,8 +11,6 @@ from typing import Any, Final
 
 from gateway.api.http import end
 from gateway.api.services import Services
-from gateway.api.standing_by import leave_cluster
-from gateway.cluster.quorum import Quorum
 from gateway.errors import GatewayError, NotFound
 from gateway.protocol import CloseCode
 from gateway.runtime import TenantEvent
@@ -90,32 +88,7 @@ class Background:
             "the watch of tokens": services.grants.watch,
             "the history of deployments": services.history.follow,
         }
-        if services.cluster is not None and services.shared is not None:
-            services.cluster.peers.moved = services.deployments.look_soon
-            if isinstance(services.runtime, IncusRuntime):
-                quorum = Quorum(
-                    services.cluster.peers, services.shared.members, services.runtime.incus.has_quorum
-                )
-                jobs["the check for a quorum"] = quorum.follow
-        if services.dead_peers is not None:
-            jobs["the check of silent servers"] = services.dead_peers.follow
-        if services.cluster is not None:
-            jobs["the removal of this server from the cluster"] = partial(
-                leave_cluster,
-                *(services.cluster, services.runtime, services.connections, services.doors),
-                services.lifecycle.caddy,
-            )
-        if services.standby is not None:
-            jobs["the copies of tenants"] = services.standby.copy
-            jobs["the tenants of removed servers"] = services.standby.follow
-        if services.revoking is not None:
-            jobs["the revocations of the cluster"] = services.revoking.follow
-        if services.shared is not None and services.revoking is not None:
-            jobs["the keys of the cluster"] = partial(
-                services.shared.follow, services.revoking.look_soon, services.deployments.look_soon
-            )
-        if services.departures is not None:
-            jobs["the moves of an earlier process"] = services.departures.resume
+        jobs |= services.topology.jobs()
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._bind_ports
             jobs["the watch of disk quotas"] = self._enforce_quotas
@@ -134,7 +107,6 @@ class Background:
         ]
         if services.pressure is not None:
             notices.append(services.pressure.noticed)
-        cluster = services.cluster
         swept = False
         async for event in services.names.watch(services.runtime):
             self._seen.set()
@@ -148,8 +120,7 @@ class Background:
                 self._unbound.add(event.tenant)
                 self._started.set()
             facts = services.idle.explained(services.lifecycle.explained(event))
-            if cluster is not None:
-                cluster.changed()
+            services.topology.changed()
             for notice in notices:
                 with apart(f"the handling of {event.type} of {event.tenant}"):
                     notice(event)

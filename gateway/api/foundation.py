@@ -8,25 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.api.connection import ClientSession
+from gateway.api.services import Topology, topology
 from gateway.audit import Audit
 from gateway.auth import tokens
 from gateway.auth.grants import Grants, Revocations
-from gateway.cluster.cluster import Cluster, joined
-from gateway.cluster.common_secret import common_secret
-from gateway.cluster.dead_peers import DeadPeers
-from gateway.cluster.folder import FolderKeys, FolderMembers
-from gateway.cluster.member import Membership
-from gateway.cluster.peers import Members
-from gateway.cluster.placements import Placements
-from gateway.cluster.revoking import Revoking
-from gateway.cluster.shared_keys import Keys
-from gateway.cluster.sharing import Sharing, own_member, sharing
-from gateway.errors import GatewayError
 from gateway.events import Bus, StoredJournal
 from gateway.holder.holder import HolderClient
 from gateway.idempotency import Idempotency
 from gateway.ownership.names import Names
-from gateway.rootfs.broker_client import DeadMemberCutter
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Removal
 from gateway.runtime.incus import IncusRuntime
@@ -42,7 +31,7 @@ class Prepared:
     runtime: IncusRuntime | LocalRuntime
     workers: Workers
     removals: _Removals
-    cluster: Cluster | None
+    topology: Topology
 
 
 @contextlib.asynccontextmanager
@@ -57,68 +46,27 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
             else LocalRuntime(settings, removals.note)
         )
         workers = await enter(Workers(settings, tenants=runtime.locations))
-        own, members = await _membership(settings, runtime)
-        cluster = await enter(joined(own, members, settings)) if own else None
-        yield Prepared(runtime=runtime, workers=workers, removals=removals, cluster=cluster)
+        servers = await enter(topology(settings, runtime))
+        yield Prepared(runtime=runtime, workers=workers, removals=removals, topology=servers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """What all groups build on; `shared`, `cutter` and `dead_peers` are None without a cluster of Incus."""
+    """What all groups build on."""
 
     settings: Settings
     store: Store
     runtime: IncusRuntime | LocalRuntime
     workers: Workers
-    cluster: Cluster | None
-    keys: Keys | None
-    shared: Sharing | None
-    cutter: DeadMemberCutter | None
-    dead_peers: DeadPeers | None
-
-    @property
-    def own(self) -> str:
-        """The name of this gateway's member, empty without a cluster."""
-        return "" if self.cluster is None else self.cluster.own
-
-
-@contextlib.asynccontextmanager
-async def opened_base(settings: Settings, store: Store, ready: Prepared) -> AsyncIterator[Base]:
-    """Open what this gateway shares with others of its cluster, if it is in one."""
-    runtime, cluster = ready.runtime, ready.cluster
-    keys: Keys | None = None
-    shared = cutter = dead_peers = None
-    async with contextlib.AsyncExitStack() as stack:
-        if cluster is not None and isinstance(runtime, IncusRuntime):
-            shared = await stack.enter_async_context(sharing(cluster.own, cluster.alive, settings))
-            keys, cluster.placements = shared.keys, shared.placements
-            cutter = DeadMemberCutter(settings)
-            stack.push_async_callback(cutter.aclose)
-            dead_peers = DeadPeers(cluster.peers, cutter.cut_off)
-        elif cluster is not None and settings.local_member is not None:
-            keys = FolderKeys(settings.local_member.with_name("shared.keys"))
-            members = FolderMembers(settings.local_member)
-            cluster.placements = Placements(keys, members.names, settings.cluster_home_kept)
-        yield Base(
-            settings=settings,
-            store=store,
-            runtime=runtime,
-            workers=ready.workers,
-            cluster=cluster,
-            keys=keys,
-            shared=shared,
-            cutter=cutter,
-            dead_peers=dead_peers,
-        )
+    topology: Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
-    """Tokens, and what is open under them. `revoking` is None without a cluster."""
+    """Tokens, and what is open under them."""
 
     secret: str = field(repr=False)
     revocations: Revocations
-    revoking: Revoking | None
     grants: Grants
     connections: set[ClientSession]
     end_token: Callable[[str], int]
@@ -128,7 +76,7 @@ class Trust:
 
 
 async def opened_trust(base: Base) -> Trust:
-    secret = await _secret(base.settings, base.shared, base.cluster)
+    secret = await base.topology.secret(base.settings)
     revocations = await Revocations.opened(base.store)
     grants = Grants(revocations.__contains__)
     connections: set[ClientSession] = set()
@@ -138,15 +86,10 @@ async def opened_trust(base: Base) -> Trust:
         grants.revoke(token)
         return closed
 
-    revoking = None
-    if base.keys is not None and base.cluster is not None:
-        revoking = Revoking(revocations, base.keys, end_token, base.cluster.tell_revoked)
-        with contextlib.suppress(GatewayError):  # else it follows when the cluster can be asked
-            await revoking.agree()  # before anybody is answered
+    await base.topology.share_revocations(revocations, end_token)  # before any client is answered
     return Trust(
         secret=secret,
         revocations=revocations,
-        revoking=revoking,
         grants=grants,
         connections=connections,
         end_token=end_token,
@@ -174,28 +117,11 @@ async def opened_stored(base: Base) -> AsyncIterator[Stored]:
         age=settings.events_age,
         waiting=settings.events_waiting,
     ) as journal:
-        bus = Bus(journal, base.own)
+        bus = Bus(journal, base.topology.member)
         idempotency = await Idempotency.opened(store, settings)
         names = await Names.opened(store, bus, settings)
         async with Audit(store, bus, settings) as audit:
             yield Stored(journal=journal, bus=bus, idempotency=idempotency, names=names, audit=audit)
-
-
-async def _secret(settings: Settings, shared: Sharing | None, cluster: Cluster | None) -> str:
-    """Return the secret that signs tokens, in a cluster the one of all its gateways."""
-    if shared is None or cluster is None:
-        return tokens.load_secret(settings)
-    configured = None if settings.secret is None else settings.secret.get_secret_value()
-    return await common_secret(shared.keys, configured, settings.state_dir, cluster.fetch_secret)
-
-
-async def _membership(settings: Settings, runtime: IncusRuntime | LocalRuntime) -> tuple[str, Members]:
-    """Return the name of this gateway's member, empty without a cluster, and what tells the members."""
-    if isinstance(runtime, LocalRuntime):
-        file = settings.local_member
-        return ("" if file is None else file.name), FolderMembers(file or settings.state_dir)
-    own = await own_member(runtime.incus, settings.state_dir)
-    return own, Membership(runtime.incus)
 
 
 class _Removals:

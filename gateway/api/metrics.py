@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter as Tally
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from functools import cache
 from typing import Final
 
@@ -18,7 +18,6 @@ from prometheus_client import (
 )
 from prometheus_client.process_collector import ProcessCollector
 
-from gateway.cluster.peers import Peers
 from gateway.events import Bus, Filter
 from gateway.limits.budget import Limits
 from gateway.limits.pressure import Counts
@@ -44,8 +43,7 @@ class Metrics:
         shared: Callable[[], int],
         limits: Limits,
     ) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._peers: Peers | None = None
+        self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         Gauge("gateway_connections", "Open websockets.", registry=registry).set_function(connections)
         Gauge("gateway_execs", "Running commands.", registry=registry).set_function(execs)
@@ -88,26 +86,10 @@ class Metrics:
             registry=registry,
         )
 
-    def show_peers(self, peers: Peers, tunnels: Sized) -> None:
-        """Show which gateways of other members are there, and the websockets that are joined to them."""
-        registry = self._registry
-        up = "1 for a member whose gateway answers, 0 for one whose does not."
-        self._up = Gauge("gateway_peer_up", up, ["member"], registry=registry)
-        self._peers = peers
-        joined = Gauge(
-            "gateway_connections_relayed", "Open websockets of other members' tenants.", registry=registry
-        )
-        joined.set_function(lambda: len(tunnels))
-
-    def show_standby(self, late: Callable[[], Sized]) -> None:
-        """Show how many copies on other members are late."""
-        told = "Tenants without a copy on another member that was up to date within three intervals."
-        Gauge("gateway_standby_late", told, registry=self._registry).set_function(lambda: len(late()))
-
     def show_pressure(self, counts: Counts) -> None:
         """Show the counts of the watch over the tenants' memory."""
         pressed = Gauge(
-            "gateway_tenants_pressed", "Tenants that are short of memory now.", registry=self._registry
+            "gateway_tenants_pressed", "Tenants that are short of memory now.", registry=self.registry
         )
         pressed.set_function(lambda: counts.pressed)
 
@@ -137,8 +119,4 @@ class Metrics:
             self._lag.observe(max(0.0, loop.time() - due))
 
     def render(self) -> bytes:
-        if self._peers is not None:
-            self._up.clear()
-            for peer in self._peers.all.values():
-                self._up.labels(peer.name).set(int(peer.alive))
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

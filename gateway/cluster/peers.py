@@ -1,10 +1,14 @@
-"""The gateways of the other members: their addresses, whether they are reachable, and their tenants.
+"""What gateways report to one another about their tenants.
+
+The gateways of the other members: their addresses, whether they are reachable, and their tenants.
 
 ```
 membership ──► Peers ──► Peer: one standing request to each, `/peer/watch`, of which a line comes each second
                           ├ alive, until nothing has arrived for `AWAY` seconds
                           └ tenants, as its gateway reports them
 ```
+
+Orders a peer to do something. The peer answers once it is done, or says why not.
 """
 
 from __future__ import annotations
@@ -14,21 +18,88 @@ import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 import aiohttp
 import orjson
 
+from gateway.bounds import Flood, first
 from gateway.cluster.identity import Identity, fingerprint, trust
-from gateway.cluster.known import Known, apply
-from gateway.cluster.member import PREFIX, Member
 from gateway.errors import GatewayError, Unavailable
 from gateway.incus import IncusError
+from gateway.incus.members import PREFIX, Member
 from gateway.tasks import begin, lasting
 
 log = logging.getLogger(__name__)
+
+MOST: Final = 10_000
+"""Tenants of one member that are kept; more are not told."""
+_TOGETHER: Final = 100  # tenants in one line
+_TEXT: Final = 300  # characters of one member; a domain has at most 253
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One tenant as its home reports it. `instance` is the id that no later tenant of its name has."""
+
+    name: str
+    domain: str | None = None
+    status: str = "stopped"
+    asleep: bool = False
+    instance: str | None = None
+    created: str | None = None
+
+    @classmethod
+    def parse(cls, told: object) -> Known:
+        """Return a tenant from a peer's line. Raises `ValueError` if it is malformed."""
+        match told:
+            case {"name": str(name), "status": str(status), "asleep": bool(asleep), **more}:
+                domain, instance, created = (
+                    _text(more.get(key)) for key in ("domain", "instance", "created")
+                )
+                return cls(str(_text(name)), domain, str(_text(status)), asleep, instance, created)
+        raise ValueError("not a tenant")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _text(told: object) -> str | None:
+    if told is None or (isinstance(told, str) and len(told) <= _TEXT):
+        return told
+    raise ValueError("not a property of a tenant")
+
+
+def lines(before: Mapping[str, Known], now: Mapping[str, Known]) -> Iterator[dict[str, Any]]:
+    """Yield the difference between two states, in lines of bounded size."""
+    gone = [name for name in before if name not in now]
+    told = [known for name, known in now.items() if before.get(name) != known]
+    for start in range(0, max(len(gone), len(told)), _TOGETHER):
+        part = slice(start, start + _TOGETHER)
+        yield {"tenants": [known.to_dict() for known in told[part]], "gone": gone[part]}
+
+
+def apply(line: Mapping[str, Any], tenants: dict[str, Known]) -> bool:
+    """Apply one of these lines; return whether it changed anything. Raises `ValueError`."""
+    gone, told = line.get("gone", ()), line.get("tenants", ())
+    if not isinstance(gone, list | tuple) or not isinstance(told, list | tuple):
+        raise ValueError("not a line of tenants")
+    for name in gone:
+        tenants.pop(name, None)
+    for known in map(Known.parse, told):
+        if known.name in tenants or len(tenants) < MOST:
+            tenants[known.name] = known
+    return bool(gone or told)
+
+
+def first_tenants(tenants: Iterable[Known]) -> dict[str, Known]:
+    """Return the tenants by name, at most `MOST`."""
+    return {known.name: known for known, _ in zip(tenants, range(MOST), strict=False)}
+
 
 KEY: Final = f"{PREFIX}peer"
 """Under which a member publishes where its gateway is, and its certificate."""
@@ -478,3 +549,64 @@ def _published(text: str) -> tuple[str, str]:
             if host and port.isdecimal():
                 return address, certificate
     raise ValueError("not the address of a gateway")
+
+
+_ORDER_ANSWER: Final = 1 << 20  # bytes
+_ORDER_CONNECTING: Final = 10.0  # seconds
+_ORDER_PAUSE: Final = 0.1
+
+
+class OrderRefused(Unavailable):
+    """A peer refuses an order, for its own reason."""
+
+
+async def order(peers: Peers, peer: Peer, path: str, body: bytes, patience: float) -> Any:
+    """Have a peer do something; return what it answers as JSON.
+
+    Raises `OrderRefused` with the peer's reason, and `MemberAway` where no answer comes within `patience`
+    seconds: then it may be done all the same, so order only what can be repeated.
+    """
+    if not peer.alive or peer.tls is None:
+        raise MemberAway(peer.name)
+    limit = asyncio.timeout(patience)
+    cut = partial(_expire, limit)
+    peer.cut.add(cut)
+    try:
+        async with limit, await _posted(peers, peer, path, body) as answer:
+            text = await first(answer.content.readany, _ORDER_ANSWER, most=_ORDER_ANSWER)
+            if answer.status == 404:
+                raise OrderRefused(f"the gateway of {peer.name} is too old; upgrade it first", reason="older")
+            if answer.status == 409:
+                told = orjson.loads(text)
+                raise OrderRefused(str(told["message"]), **_facts(told["facts"]))
+            if answer.status != 200:
+                raise ValueError(f"{peer.name} answered {answer.status}")
+            return orjson.loads(text) if text else None
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, Flood) as error:
+        log.info("%s did not answer %s: %r", peer.name, path, error)
+        raise MemberAway(peer.name) from error
+    finally:
+        peer.cut.discard(cut)
+
+
+async def _posted(peers: Peers, peer: Peer, path: str, body: bytes) -> aiohttp.ClientResponse:
+    """Return a peer's answer; one that is busy or just restarted may take a while to accept a connection."""
+    assert peer.tls is not None
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _ORDER_CONNECTING
+    while True:
+        try:
+            return await peers.session.post(peer.url + path, ssl=peer.tls, data=body)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            if loop.time() > until or not peer.alive:  # nothing was sent
+                raise
+        await asyncio.sleep(_ORDER_PAUSE)
+
+
+def _expire(limit: asyncio.Timeout) -> None:
+    with contextlib.suppress(RuntimeError):  # it is just over
+        limit.reschedule(asyncio.get_running_loop().time())
+
+
+def _facts(told: object) -> dict[str, Any]:
+    return {str(key): value for key, value in told.items()} if isinstance(told, dict) else {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from gateway.caddy import Caddy
 from gateway.deployments.health import Health
 from gateway.deployments.record import Record
 from gateway.deployments.register import Register
-from gateway.deployments.remote_routes import RemoteRoutes
 from gateway.deployments.verify import Verifier
 from gateway.errors import NotFound
 from gateway.limits.pressure import Pressure
@@ -22,6 +22,14 @@ from gateway.settings import Settings
 
 Promise = Callable[[str, str | None], contextlib.AbstractAsyncContextManager[None]]
 """Reserves memory for a tenant, by name and limit, while the context is open, or refuses."""
+
+
+class RemoteRoutes(Protocol):
+    """Knows where the domains of other servers' sites lead."""
+
+    async def wanted(self) -> Mapping[str, str]:
+        """Return the target of each such domain."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ from typing import Final
 
 from gateway.auth.tokens import Token
 from gateway.caddy import Caddy
-from gateway.cluster.remote_sites import RemoteSites
 from gateway.deployments.admission import Admission
-from gateway.deployments.context import Context, Promise
+from gateway.deployments.context import Context, Promise, RemoteRoutes
 from gateway.deployments.health import Health
 from gateway.deployments.progress import Progress
 from gateway.deployments.queue import DeploymentQueue, Owner
@@ -23,7 +22,6 @@ from gateway.deployments.reconciler import Reconciler
 from gateway.deployments.record import Record
 from gateway.deployments.recovery import Recovery
 from gateway.deployments.register import Register, Running
-from gateway.deployments.remote_routes import RemoteRoutes
 from gateway.deployments.request import Change, Request, Variables
 from gateway.deployments.runner import Runner
 from gateway.deployments.template import named, names
@@ -66,7 +64,7 @@ class Deployments:
         workers: Workers | None = None,
         health: Health | None = None,
         pressure: Pressure | None = None,
-        remote: RemoteSites | None = None,
+        remote: RemoteRoutes | None = None,
         moving: Callable[[str], bool] | None = None,
     ) -> None:
         """`use` keeps a tenant awake while its context is open; `ended` returns when a name was last freed.
@@ -103,7 +101,7 @@ class Deployments:
             promise=promise or (lambda tenant, memory: contextlib.nullcontext()),
             health=health,
             pressure=pressure,
-            remote=None if remote is None else RemoteRoutes(caddy, domains, remote),
+            remote=remote,
         )
         self._runner = Runner(context, self._turns, self._warming, self._recovered, bus)
         self._recovery = Recovery(context, bus)

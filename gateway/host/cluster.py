@@ -8,11 +8,11 @@ from ipaddress import AddressValueError, IPv4Address
 from typing import Any, Final
 
 from gateway import incus as api
-from gateway.cluster import DRAINED, PREFIX, Membership
 from gateway.errors import Unavailable
 from gateway.host import HostError
 from gateway.host.incus import Incus
 from gateway.incus import member_of
+from gateway.incus.members import DRAINED, PREFIX, Membership
 from gateway.rootfs import connections, locations
 from gateway.settings import Settings
 

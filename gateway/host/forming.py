@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway.cluster import DRAINED
 from gateway.host import HostError, Report, cluster, run
 from gateway.host.caddy_service import in_use
 from gateway.host.daemon import INCUSD, Daemon
 from gateway.host.incus import Incus
 from gateway.host.setup import host_addresses, new_pool
 from gateway.incus import member_of
+from gateway.incus.members import DRAINED
 from gateway.settings import Settings
 
 PORT: Final = 8443

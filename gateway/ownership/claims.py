@@ -15,8 +15,8 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from gateway.admission import Admission
-from gateway.cluster.reservations import Holder, Reservations
 from gateway.errors import Unavailable
+from gateway.ownership.reservations import Holder, Reservations
 from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)

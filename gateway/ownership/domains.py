@@ -9,7 +9,7 @@ A domain that two tenants carry is contested: the one that has it keeps it until
 events. No other module compares domains.
 
 In a cluster each gateway decides for its own member's tenants, and a domain that none of them has yet is
-first reserved among all members (`cluster/reservations`).
+first reserved among all members (`ownership/reservations`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dataclasses import replace
 from typing import Any
 
 from gateway.auth.tokens import Token
-from gateway.cluster.reservations import Reservations
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
 from gateway.hostnames import DomainReserved, matches, own_names, plain, reserved
 from gateway.ownership.claims import Claim, Claims
 from gateway.ownership.contests import Contests, carriers_of
 from gateway.ownership.decisions import Decisions
+from gateway.ownership.reservations import Reservations
 from gateway.runtime import Tenant, Tenants
 from gateway.runtime.sites import Site
 from gateway.settings import Settings

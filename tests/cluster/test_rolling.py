@@ -16,7 +16,7 @@ from typing import Final
 
 import pytest
 
-from gateway.cluster.own import PROTOCOL
+from gateway.cluster.listener import PROTOCOL
 from tests.cluster.conftest import MakeTenant, Served, heal, slack
 from tests.cluster.rig import CHECKOUT, Member, Rig
 from tests.cluster.test_moving import usable, where
@@ -40,7 +40,7 @@ def git(*words: str) -> bytes:
 def earlier(cluster: Rig) -> Path:
     """A checkout of the earlier commit, where members can see it."""
     spoken = f"PROTOCOL: Final = {PROTOCOL}\n"
-    found = git("log", "--reverse", "--format=%H", f"-S{spoken}", "--", "gateway/cluster/own.py").split()
+    found = git("log", "--reverse", "--format=%H", f"-S{spoken}", "--", "gateway/cluster/listener.py").split()
     commit = os.environ.get("GATEWAY_TEST_EARLIER") or found[0].decode()
     folder = cluster.folder / "earlier"
     folder.mkdir(exist_ok=True)

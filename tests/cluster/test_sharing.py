@@ -228,7 +228,7 @@ async def _known(gateway: Served, tenant: str) -> bool:
 _COUNT = """
 import asyncio
 from pathlib import Path
-from gateway.cluster.shared_keys import IncusKeys
+from gateway.cluster.keys import IncusKeys
 from gateway.incus import Incus
 
 async def count():

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from gateway.cluster.shared_keys import VALUE_MAX, Keys, SharedKeys
+from gateway.cluster.keys import VALUE_MAX
+from gateway.ownership.reservations import Keys, SharedKeys
 
 
 class KeysContract:

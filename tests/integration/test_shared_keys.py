@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from gateway.cluster.shared_keys import NO_QUORUM, IncusKeys, SharedKeys
+from gateway.cluster.keys import IncusKeys
 from gateway.errors import Unavailable
 from gateway.incus import Incus
+from gateway.incus.members import NO_QUORUM
+from gateway.ownership.reservations import SharedKeys
 from gateway.settings import Settings
 from tests.contracts.shared_keys import SharedKeysContract
 from tests.integration import environment

@@ -14,12 +14,11 @@ import pytest
 
 from gateway.cluster import cluster as clusters
 from gateway.cluster.cluster import ASK_SECRET, TELL_REVOKED, Cluster, joined
-from gateway.cluster.folder import FolderMembers
 from gateway.cluster.identity import Identity
+from gateway.cluster.keys import FolderMembers, Placements
 from gateway.cluster.listener import Question
-from gateway.cluster.member import Member
 from gateway.cluster.peers import KEY, MemberAway, Peer
-from gateway.cluster.placements import Placements
+from gateway.incus.members import Member
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.live import free_ports

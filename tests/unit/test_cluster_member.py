@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gateway.cluster import Member, Membership
 from gateway.incus import Incus, IncusError
+from gateway.incus.members import Member, Membership
 
 
 class Scripted(Incus):

@@ -7,15 +7,15 @@ import contextlib
 
 import pytest
 
-from gateway.cluster import own
-from gateway.cluster.known import Known
-from gateway.cluster.own import Own
+from gateway.cluster import listener
+from gateway.cluster.listener import Own
+from gateway.cluster.peers import Known
 from gateway.errors import Unavailable
 
 
 async def test_nobody_is_told_that_these_are_all_before_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers keep what they knew of a server that is just starting, whose Incus does not answer yet."""
-    monkeypatch.setattr(own, "BEAT", 0.01)
+    monkeypatch.setattr(listener, "BEAT", 0.01)
     answers: list[Unavailable | list[Known]] = [
         Unavailable("incusd is starting"),
         [Known("shop", status="running")],

@@ -14,9 +14,9 @@ import pytest
 
 from gateway.cluster import peers as looks
 from gateway.cluster.identity import Identity
-from gateway.cluster.member import Member
 from gateway.cluster.peers import KEY, Peers
 from gateway.incus import IncusError
+from gateway.incus.members import Member
 from tests.live import free_ports
 from tests.waits import settled, until
 

@@ -15,8 +15,7 @@ from websockets.frames import Opcode
 from websockets.protocol import Protocol, Side, State
 
 from gateway.api.http import at_the_edge
-from gateway.cluster.known import MOST, Known, apply, lines
-from gateway.cluster.peers import MemberAway, Peer
+from gateway.cluster.peers import MOST, Known, MemberAway, Peer, apply, lines
 from gateway.cluster.relay import NOT_HOME, PART, RELAYED, Body, as_client, client_of, passed_on, relay
 from gateway.settings import Settings
 from gateway.transport.http1 import ABORT

@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from gateway.cluster.events import BROKEN, Standing, reading
 from gateway.cluster.identity import Identity, trust
 from gateway.cluster.peers import Peer, Peers
-from gateway.cluster.standing import BROKEN, Standing, reading
 
 AHEAD = 64 << 10
 

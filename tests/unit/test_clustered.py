@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from gateway.api.asked import Asked
-from gateway.api.clustered import _Relayed, relaying
+from gateway.api.services import Subject
 from gateway.auth.tokens import Token
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.listener import FROM
+from gateway.cluster.topology import ClusterTopology, _Relayed
 from gateway.errors import NotFound, Unavailable
 from gateway.lifecycle.doors import Doors
 from gateway.settings import Settings
+from tests.shared_memory import MemoryKeys
 from tests.waits import turn, until
 
 TOKEN = Token("who", frozenset({"shop"}), frozenset({"exec"}), int(time.time()) + 86_400, "id")
@@ -43,20 +44,24 @@ class Nothing:
         raise NotFound("no such tenant")
 
 
-def services() -> Any:
-    """Return those of a gateway that has the tenant `shop`, as a peer says of itself, too."""
+def topology() -> ClusterTopology:
+    """Return that of a gateway that has the tenant `shop`, as a peer reports of itself, too."""
     peer = SimpleNamespace(name="m2", alive=True)
-    return SimpleNamespace(
-        cluster=SimpleNamespace(
-            homes=SimpleNamespace(home=lambda name: peer), peers=SimpleNamespace(out=asyncio.Event())
+    homes, peers = SimpleNamespace(home=lambda name: peer), SimpleNamespace(out=asyncio.Event())
+    there: Any = SimpleNamespace(own="m1", homes=homes, peers=peers)
+    found, services = (
+        ClusterTopology(there, MemoryKeys(), Settings()),
+        SimpleNamespace(
+            names=SimpleNamespace(holder=lambda name: "an instance"),
+            runtime=SimpleNamespace(tenants=Silent()),
+            settings=SimpleNamespace(origins=(), domain=None),
+            verify=lambda raw: TOKEN,
+            draining=False,
+            doors=Doors(Settings()),
         ),
-        names=SimpleNamespace(holder=lambda name: "an instance"),
-        runtime=SimpleNamespace(tenants=Silent()),
-        settings=SimpleNamespace(origins=(), domain=None),
-        verify=lambda raw: TOKEN,
-        draining=False,
-        doors=Doors(Settings()),
     )
+    found.services = services  # type: ignore[assignment]
+    return found
 
 
 def cluster(said: dict[str, Any], silent: list[str]) -> Cluster:
@@ -87,12 +92,13 @@ async def test_the_route_tells_that_incus_does_not_answer(kind: str, peers: bool
         "headers": [(b"authorization", b"Bearer t"), (b"host", b"gateway.test")],
         "client": ("192.0.2.1", 1),
         "server": ("192.0.2.2", 80),
-        "app": SimpleNamespace(state=SimpleNamespace(services=services())),
         "extensions": {},
         **({FROM: "m2"} if peers else {}),
     }
-    app.state = scope["app"].state  # type: ignore[attr-defined] # as Starlette's
-    await relaying(app, services)(scope, None, None)  # type: ignore[arg-type] # nothing is read or sent
+    there = topology()
+    app.state = SimpleNamespace(services=there.services)  # type: ignore[attr-defined] # as Starlette's
+    scope["app"] = app
+    await there.answer(app, scope, None, None)  # type: ignore[arg-type] # nothing is read or sent
     assert answered == ["/v1/tenants/shop"]
 
 
@@ -146,11 +152,11 @@ async def test_what_has_moved_here_meanwhile_is_to_be_asked_for_again() -> None:
     async def app(*asgi: Any) -> None:
         raise AssertionError("it may have no body any more")
 
-    found = services()
+    found: Any = topology()
     found.cluster.find_moved = nobody
     scope = {"type": "http", "scheme": "http", "headers": [], "client": ("192.0.2.1", 1)}
     relayed = _Relayed(app, found, scope, None, None)  # type: ignore[arg-type] # nothing is read or sent
     for tenants, refused in ((Running(), Unavailable), (Nothing(), NotFound)):
-        found.runtime.tenants = tenants
+        found.services.runtime.tenants = tenants
         with pytest.raises(refused):
-            await relayed._moved(Asked("tenant", "shop"), 1)
+            await relayed._moved(Subject("tenant", "shop"), 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.auth.issuing import known_secret, load_secret
-from gateway.cluster.common_secret import KEY, common_secret, digest
+from gateway.cluster.identity import KEY, common_secret, digest
 from gateway.errors import Unavailable
 from tests.shared_memory import MemoryKeys
 
@@ -71,7 +71,7 @@ async def test_a_gateway_that_was_killed_before_it_kept_the_secret_has_it(
     gateways: Gateways, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("gateway.cluster.common_secret.keep_secret", lambda *_: 1 / 0)
+        patched.setattr("gateway.cluster.identity.keep_secret", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await gateways.start("m1")
     assert KEY in gateways.keys.values

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from gateway.cluster import dead_peers
-from gateway.cluster.dead_peers import DeadPeers
+from gateway.cluster import cluster as clusters
+from gateway.cluster.cluster import DeadPeers
 from gateway.cluster.identity import Identity
-from gateway.cluster.member import Member
 from gateway.cluster.peers import Peers
 from gateway.errors import NotFound, Unavailable
+from gateway.incus.members import Member
 from gateway.rootfs.broker_client import DeadMemberCutter
 from gateway.rootfs.connections import cut_off, members
 from gateway.settings import Settings
@@ -179,14 +179,14 @@ async def test_a_silent_peer_whose_server_answers_nothing_is_cut_off_as_long_as_
 
 async def test_a_process_without_cpu_takes_nobody_for_dead(listening: socket.socket) -> None:
     """Its own timer is due as soon as it runs again, when the answer has long come."""
-    asked = asyncio.ensure_future(dead_peers.answers(address(listening)))
+    asked = asyncio.ensure_future(clusters.answers(address(listening)))
     await turn()
-    time.sleep(dead_peers._ANSWERING + 0.3)
+    time.sleep(clusters._PROBE_ANSWERING + 0.3)
     assert await asked
 
 
 async def test_a_server_that_is_known_by_a_name_is_not_looked_at() -> None:
-    assert await dead_peers.answers("one.example:8443")
+    assert await clusters.answers("one.example:8443")
     with pytest.raises(NotFound):
         cut_off("one.example:8443", {"one.example:8443"})
 

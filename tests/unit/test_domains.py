@@ -12,10 +12,10 @@ from typing import Any, cast
 import pytest
 
 from gateway.auth.tokens import Token
-from gateway.cluster.reservations import Holder, Reservations
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
 from gateway.ownership.domains import Domains
+from gateway.ownership.reservations import Holder, Reservations
 from gateway.runtime import Tenant
 from gateway.runtime.sites import Site
 from gateway.settings import Settings

@@ -13,7 +13,7 @@ import pytest
 
 from gateway import protocol
 from gateway.api import openapi, preview
-from gateway.api.routes import ROUTES
+from gateway.api.app import routes
 from gateway.errors import GatewayError, InvalidParams, TooLarge
 from gateway.hostnames import host_allowed, normalized
 from gateway.protocol import maxima
@@ -23,6 +23,7 @@ from gateway.tools.call import ToolFailure
 from gateway.tools.schemas import TOOLS, check_size
 from gateway.transport import http1
 
+ROUTES: Final = routes()
 DOCUMENT: Final = openapi.document(ROUTES)
 WIRE: Final = protocol.wire_schema()
 # what another schema describes: a tool's input `tools.schemas`, a message of MCP `protocol.McpMessage`

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import aiohttp
 import pytest
 
-from gateway.cluster.large_body import LARGE, is_large, pass_on
+from gateway.cluster.relay import LARGE, is_large, pass_on
 
 PIECE = 1 << 20
 

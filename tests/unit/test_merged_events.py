@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.api.merged_events import MergedEvents
+from gateway.cluster.events import MergedEvents, Standing
 from gateway.cluster.peers import Peer, Peers
-from gateway.cluster.standing import Standing
 from gateway.events import Bus, Filter, MemoryJournal, positions
 from gateway.events.event import Draft, numbered, source
 from gateway.events.sse import sent

@@ -11,20 +11,16 @@ from typing import Any, cast
 import pytest
 
 from gateway.cluster import cluster as clusters
-from gateway.cluster import peers
+from gateway.cluster import moves, peers
 from gateway.cluster.cluster import PUT_RECORDS, Cluster
-from gateway.cluster.known import Known
-from gateway.cluster.placements import Placements
+from gateway.cluster.keys import Placements
+from gateway.cluster.moves import Arrivals, Departures, Move, MoveLog, Mover, Uses
+from gateway.cluster.peers import Known
 from gateway.cluster.records import Records
 from gateway.errors import Conflict, InvalidParams, NotFound, Unavailable
 from gateway.events import Bus, Filter, StoredJournal
 from gateway.idempotency import Idempotency
-from gateway.lifecycle import mover
-from gateway.lifecycle.arrivals import Arrivals
-from gateway.lifecycle.departures import Departures
 from gateway.lifecycle.doors import Doors
-from gateway.lifecycle.move import Move, MoveLog
-from gateway.lifecycle.mover import Mover, Uses
 from gateway.ownership.names import Names
 from gateway.runtime import OnAnotherServer, Tenant
 from gateway.settings import Settings
@@ -284,7 +280,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two find each other without the pauses that many members need."""
     monkeypatch.setattr(clusters, "SETTLING", 0.05)
     monkeypatch.setattr(peers, "_SOON", 0.02)
-    monkeypatch.setattr(mover, "_PAUSES", (0.02, 0.2))
+    monkeypatch.setattr(moves, "_PAUSES", (0.02, 0.2))
 
 
 @pytest.fixture

@@ -18,14 +18,15 @@ from starlette.routing import WebSocketRoute
 from gateway import protocol
 from gateway.api import editor, openapi
 from gateway.api.answers import TenantsQuery
+from gateway.api.app import routes
 from gateway.api.operation import Operation
-from gateway.api.routes import ROUTES
 from gateway.deployments.http import PublishBody, RollbackBody
 from gateway.protocol.results import NOTIFICATIONS, RESULTS
 from tests import shapes
 from tests.live import local_gateway
 
 ROOT = Path(__file__).parents[2]
+ROUTES = routes()
 DOCUMENT = openapi.document(ROUTES)
 
 

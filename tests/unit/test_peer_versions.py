@@ -11,12 +11,9 @@ import pytest
 
 from gateway.cluster import cluster as clusters
 from gateway.cluster import peers
-from gateway.cluster.cluster import Cluster
-from gateway.cluster.known import Known
-from gateway.cluster.orders import OrderRefused, order
-from gateway.cluster.own import PROTOCOL
-from gateway.cluster.peers import MemberAway, Peer
-from gateway.cluster.room import Room
+from gateway.cluster.cluster import Cluster, Room
+from gateway.cluster.listener import PROTOCOL
+from gateway.cluster.peers import Known, MemberAway, OrderRefused, Peer, order
 from gateway.errors import Conflict
 from gateway.storage.store import Store
 from tests.unit.test_cluster_common import members

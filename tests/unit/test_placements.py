@@ -7,8 +7,7 @@ from collections.abc import Collection
 
 import pytest
 
-from gateway.cluster import placements
-from gateway.cluster.placements import Placements
+from gateway.cluster.keys import Placements
 from gateway.errors import RateLimited, Unavailable
 from tests.shared_memory import MemoryKeys
 
@@ -63,7 +62,7 @@ async def test_expired_choices_leave_no_keys(cluster: Cluster) -> None:
 
 
 async def test_there_are_not_more_than_so_many(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placements, "_MOST", 3)
+    monkeypatch.setattr("gateway.cluster.keys._PLACED_MOST", 3)
     for number in range(3):
         await cluster.placements.choose(f"t{number}", "m1")
     with pytest.raises(RateLimited):

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import pytest
 
+from gateway.cluster.cluster import Quorum
 from gateway.cluster.peers import Peers
-from gateway.cluster.quorum import Quorum
 from gateway.errors import Unavailable
 from gateway.incus import Incus, NoQuorum
 from gateway.incus.inventory import Inventory

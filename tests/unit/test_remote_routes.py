@@ -11,12 +11,10 @@ from typing import cast
 import pytest
 
 from gateway.caddy import Caddy, elsewhere
-from gateway.cluster import remote_sites
-from gateway.cluster.member import Member
-from gateway.cluster.remote_sites import RemoteSites
-from gateway.cluster.shared_keys import NO_QUORUM
-from gateway.deployments.remote_routes import RemoteRoutes
+from gateway.cluster import sites
+from gateway.cluster.sites import RemoteRoutes, RemoteSites
 from gateway.errors import Unavailable
+from gateway.incus.members import NO_QUORUM, Member
 from gateway.ownership.domains import Domains
 from gateway.settings import Settings
 from tests.live import free_ports
@@ -56,8 +54,8 @@ class Cluster:
 
 @pytest.fixture
 async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
-    monkeypatch.setattr(remote_sites, "_KEPT", 0.0)
-    monkeypatch.setattr(remote_sites, "_CONNECT", 30.0)  # what does not listen refuses at once
+    monkeypatch.setattr(sites, "_KEPT", 0.0)
+    monkeypatch.setattr(sites, "_CONNECT", 30.0)  # what does not listen refuses at once
     async with Caddy(Settings(state_dir=tmp_path)) as caddy:
         yield Cluster(caddy)
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from gateway.cluster.reservations import Holder, Reservations
 from gateway.errors import Unavailable
+from gateway.ownership.reservations import Holder, Reservations
 from tests.shared_memory import MemoryKeys
 
 SHOP = "shop.example.com"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.auth.grants import KEPT, Revocations
-from gateway.cluster.revoking import Revoking, Spread
+from gateway.cluster.keys import Revoking, Spread
 from gateway.errors import RateLimited, Unavailable
 from gateway.storage.store import Store
 from tests.shared_memory import MemoryKeys

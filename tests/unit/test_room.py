@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.cluster.known import Known
-from gateway.cluster.room import Room
+from gateway.cluster.cluster import Room
+from gateway.cluster.peers import Known
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from gateway.cluster import shared_keys
-from gateway.cluster.folder import FolderKeys
-from gateway.cluster.shared_keys import NO_QUORUM, IncusKeys, Keys, SharedKeys
+from gateway.cluster.keys import FolderKeys, IncusKeys
 from gateway.errors import RateLimited, Unavailable
 from gateway.incus import Incus, IncusError
+from gateway.incus.members import NO_QUORUM
+from gateway.ownership.reservations import Keys, SharedKeys
 from tests.contracts.shared_keys import KeysContract, SharedKeysContract
 from tests.shared_memory import MemoryKeys
 from tests.waits import until
@@ -128,11 +128,11 @@ async def test_a_value_that_was_followed_is_kept_a_while_and_then_deleted(
     assert await keys.get("a") is None and await keys.listed("") == {}
     assert await keys.swap("b", None, "x")
     assert incus.versions() == {"a@1", "a@2", "b@1"}
-    monkeypatch.setattr(shared_keys, "_FOLLOWED", -10.0)
+    monkeypatch.setattr("gateway.cluster.keys._FOLLOWED", -10.0)
     assert await keys.swap("b", "x", "y")
     await until(lambda: "a@1" not in incus.versions())
     assert "a@2" in incus.versions()
-    monkeypatch.setattr(shared_keys, "_REMOVED", -10.0)
+    monkeypatch.setattr("gateway.cluster.keys._REMOVED_KEPT", -10.0)
     assert await keys.swap("b", "y", "z")
     await until(lambda: "a@2" not in incus.versions())
     assert await keys.get("b") == "z"
@@ -156,7 +156,7 @@ async def test_who_stalls_does_not_win_what_others_have_followed_meanwhile(
         monkeypatch.setattr(slow, "_read", stalls)
         swap = asyncio.create_task(slow.swap("a", "1", "slow"))
         await stalled.wait()
-        monkeypatch.setattr(shared_keys, "_FOLLOWED", -120.0)
+        monkeypatch.setattr("gateway.cluster.keys._FOLLOWED", -120.0)
         for before, after in (("1", "2"), ("2", "3"), ("3", "4"), ("4", "5")):
             assert await other.swap("a", before, after)
             await asyncio.gather(*other._sweeps)
@@ -217,7 +217,7 @@ async def test_without_a_quorum_the_refusal_comes_in_time(
 async def test_the_number_of_keys_has_an_end(
     incus: Scripted, keys: IncusKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_keys, "KEYS_MAX", 1)
+    monkeypatch.setattr("gateway.cluster.keys.KEYS_MAX", 1)
     assert await keys.swap("a", None, "1")
     with pytest.raises(RateLimited):
         await keys.swap("b", None, "1")

@@ -15,10 +15,10 @@ import orjson
 import pytest
 
 from gateway.cluster.records import Records, unsure
+from gateway.cluster.standby import Standby
 from gateway.errors import Conflict, Gone, NotFound, Unavailable
 from gateway.idempotency import Idempotency
 from gateway.incus import IncusError
-from gateway.lifecycle.standby import Standby
 from gateway.runtime import Tenant
 from gateway.runtime.incus.standby_copies import StandbyCopy, late_copies
 from gateway.settings import Settings
@@ -219,7 +219,7 @@ async def following(standby: Standby) -> AsyncIterator[None]:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_LOOK", "_AGAIN"):
-        monkeypatch.setattr(f"gateway.lifecycle.standby.{name}", 0.01)
+        monkeypatch.setattr(f"gateway.cluster.standby.{name}", 0.01)
 
 
 async def test_copies_are_spread_and_stay_where_they_are(world: World) -> None:

@@ -31,9 +31,7 @@ from gateway.api.answers import (
     TenantDeployments,
 )
 from gateway.api.http import as_json, unless_gone
-from gateway.api.merging import elsewhere
 from gateway.api.operation import Operation
-from gateway.api.placing import Passed, placed
 from gateway.api.services import services
 from gateway.auth.tokens import Token
 from gateway.deployments import Record
@@ -63,8 +61,9 @@ async def deploy(request: Request) -> Response:
     body = as_declared(request, deploying.DeployBody, parsed(text))
     key = idempotency_key(request)
     tenant = body.tenant or tenant_name(normalized(body.domain))
-    if token.covers(tenant) and (peer := await placed(request, tenant)) is not None:
-        return Passed(request, peer, text)
+    servers = services(request).topology
+    if token.covers(tenant) and (home := await servers.place(request, tenant)) is not None:
+        return home.answer(request, text)
     wanted = await asyncio.to_thread(body.request)
     record, new = await services(request).deployments.begin(wanted, token, key=key)
     return _begun(record, new=new)
@@ -94,9 +93,10 @@ async def publish(request: Request) -> Response:
         )
     archive = await unless_gone(request, gateway.sources.of(name, Owner.of(token)))
     target = body.tenant or tenant_name(domain)
-    if token.covers(target) and (peer := await placed(request, target, here=True)) is not None:
+    servers = gateway.topology
+    if token.covers(target) and (home := await servers.place(request, target, here=True)) is not None:
         deploy_body = await asyncio.to_thread(body.deployment, archive)
-        return Passed(request, peer, deploy_body, "/v1/deployments")
+        return home.answer(request, deploy_body, "/v1/deployments")
     wanted = await asyncio.to_thread(body.request, archive)
     record, new = await gateway.deployments.begin(wanted, token, key=key)
     return _begun(record, new=new)
@@ -158,12 +158,14 @@ async def history(request: Request) -> Response:
 async def index(request: Request) -> Response:
     """Return the newest deployments of the tenants that the token covers."""
     gateway, token = services(request), with_token(request, "deploy")
-    found, others = await asyncio.gather(gateway.deployments.recent(token.coverage), elsewhere(request))
+    found, others = await asyncio.gather(
+        gateway.deployments.recent(token.coverage), gateway.topology.ask_others(request)
+    )
     if token.coverage is not None:
         found = [one for one in found if gateway.names.is_present(one.tenant, one.created)]
     merged = [*(record.to_dict() for record in found), *others.entries("deployments")]
     merged.sort(key=itemgetter("created"), reverse=True)
-    return as_json({"deployments": merged[:LISTED], **others.told})
+    return as_json({"deployments": merged[:LISTED], **others.unanswered})
 
 
 async def show(request: Request) -> Response:

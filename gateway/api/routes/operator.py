@@ -15,7 +15,6 @@ from gateway import protocol
 from gateway.api.access import as_operator, queried, validated
 from gateway.api.answers import Audit, AuditQuery, Revoked
 from gateway.api.http import as_json
-from gateway.api.merging import elsewhere
 from gateway.api.operation import Operation
 from gateway.api.services import services
 from gateway.errors import InvalidParams
@@ -37,11 +36,8 @@ async def revoke(request: Request) -> Response:
     await gateway.revocations.add(body.id, token.subject, expires)
     answer: dict[str, Any] = {"id": body.id, "closed": gateway.end_token(body.id)}
     await gateway.audit.note(token.subject, "token.revoked", None, operator=True, token=body.id)
-    if gateway.revoking is not None:
-        spread = await gateway.revoking.spread(body.id)
-        answer["closed"] += spread.closed
-        answer |= {"recorded": spread.recorded, "unheard": sorted(spread.unheard)}
-    return as_json(answer)
+    others = await gateway.topology.revoke(body.id)
+    return as_json({**answer, **others, "closed": answer["closed"] + others.get("closed", 0)})
 
 
 async def audit(request: Request) -> Response:
@@ -49,18 +45,18 @@ async def audit(request: Request) -> Response:
     as_operator(request)
     query, gateway = queried(request, AuditQuery), services(request)
     last = None if query.before is None else min(query.before, 1 << 62)
-    if gateway.cluster is None:
+    own = gateway.topology.member
+    if not own:
         return as_json({"entries": await gateway.audit.entries(query.limit, query.tenant, last)})
-    own = gateway.cluster.own
     if last is not None and query.member is None:
         raise InvalidParams("each member has its own ids; give the entry's member too", field="member")
-    others = await elsewhere(request)
+    others = await gateway.topology.ask_others(request)
     found = others.entries("entries")
     if query.member in (None, own):
         mine = await gateway.audit.entries(query.limit, query.tenant, last)
         found = chain(({**entry, "member": own} for entry in mine), found)
     newest = sorted(found, key=itemgetter("time"), reverse=True)
-    return as_json({"entries": newest[: query.limit], **others.told})
+    return as_json({"entries": newest[: query.limit], **others.unanswered})
 
 
 ROUTES: Final = (

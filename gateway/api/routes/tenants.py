@@ -13,7 +13,6 @@ from gateway.api import preview
 from gateway.api.access import for_tenant, queried, with_token
 from gateway.api.answers import Ports, PreviewKey, Site, Tenants, TenantShown, TenantsQuery, Usage, WakeQuery
 from gateway.api.http import RETRY_AFTER_MS, as_json, unless_gone
-from gateway.api.merging import elsewhere, unheard
 from gateway.api.operation import ANY, OPEN, Media, Operation
 from gateway.api.services import services
 from gateway.errors import GatewayError
@@ -26,18 +25,16 @@ async def index(request: Request) -> Response:
     """Return the tenants that the token covers, sorted by name."""
     gateway, token = services(request), with_token(request, None)
     query = queried(request, TenantsQuery)
-    here, others = await asyncio.gather(gateway.runtime.tenants.list(), elsewhere(request))
+    here, others = await asyncio.gather(gateway.runtime.tenants.list(), gateway.topology.ask_others(request))
     own = (described(tenant, gateway.settings) for tenant in here if token.covers(tenant.name))
-    left = () if gateway.departures is None else gateway.departures.listed()
-    leaving = (described(tenant, gateway.settings) for tenant in left if token.covers(tenant.name))
-    silent = unheard(request, token, others)
+    absent = gateway.topology.absent(token, others)
     # where two have one name it is about to move: the last word has whoever serves it, the first who is away
-    found = {entry["name"]: entry for entry in chain(silent, leaving, others.entries("tenants"), own)}
+    found = {entry["name"]: entry for entry in chain(absent, others.entries("tenants"), own)}
     tenants = [found[name] for name in sorted(found) if name > query.after]
     shown = tenants if query.limit is None else tenants[: query.limit]
     partly = any("next" in answer for answer in others.answers)
     more = {"next": shown[-1]["name"]} if shown and (partly or len(shown) < len(tenants)) else {}
-    return as_json({"tenants": shown, **more, **others.told})
+    return as_json({"tenants": shown, **more, **others.unanswered})
 
 
 async def show(request: Request) -> Response:
@@ -46,8 +43,8 @@ async def show(request: Request) -> Response:
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.tenants.get(name)
     usage = await gateway.runtime.usage.metrics(name) if tenant.status == "running" else None
-    standby = {} if gateway.standby is None else {"standby": gateway.standby.of(name)}
-    return as_json(described(tenant, gateway.settings) | {"usage": usage} | standby)
+    more = gateway.topology.described(name)
+    return as_json(described(tenant, gateway.settings) | {"usage": usage, **more})
 
 
 async def metrics(request: Request) -> Response:

@@ -6,9 +6,9 @@ import asyncio
 from typing import Final
 from urllib.parse import quote
 
-from gateway.cluster.shared_keys import NO_QUORUM
 from gateway.errors import Unavailable
 from gateway.incus import Incus, IncusError, member_of
+from gateway.incus.members import NO_QUORUM
 from gateway.runtime.incus.errors import translated
 from gateway.settings import Settings
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from gateway.cluster.shared_keys import NO_QUORUM
 from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import Elsewhere, IncusError, NoQuorum
+from gateway.incus.members import NO_QUORUM
 from gateway.runtime import OnAnotherServer
 
 DISK_FULL: Final = "the tenant's disk is full; make room on it, or give the tenant a larger size"

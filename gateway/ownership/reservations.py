@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import orjson
 
-from gateway.cluster.shared_keys import SharedKeys
 from gateway.errors import Unavailable
 
 _TRIES: Final = 10  # of a name that other members keep taking and releasing at the same time
+
+
+class Keys(Protocol):
+    """Short texts by key, the same for all gateways of a cluster.
+
+    Each method raises `Unavailable`, with a `reason`, within a bounded time if the cluster cannot decide.
+    Then it is not known whether a swap was made: make one that can be repeated.
+    """
+
+    async def get(self, key: str) -> str | None:
+        """Return the value of a key, None if there is none."""
+        ...
+
+    async def listed(self, prefix: str) -> Mapping[str, str]:
+        """Return all keys that begin with `prefix`, with their values."""
+        ...
+
+    async def swap(self, key: str, before: str | None, after: str | None) -> bool:
+        """Set a key if its value is `before`; return whether it was. None stands for no key.
+
+        Raises `RateLimited` if there are too many keys.
+        """
+        ...
+
+
+class SharedKeys(Keys, Protocol):
+    """Keys that report their changes."""
+
+    def changes(self) -> AsyncIterator[None]:
+        """Yield when the keys can be read, and after each change by anyone, until the connection breaks.
+
+        Then it raises `Unavailable`.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ from urllib.parse import quote, urlsplit
 
 from gateway.incus import Incus, IncusError
 
+NO_QUORUM: Final = "no_quorum"
+"""The `reason` of what cannot be decided, since Incus's database has no majority or does not answer."""
+
 PREFIX: Final = "user.gateway."
 """What the keys begin with that a gateway publishes as its member's configuration."""
 

@@ -23,9 +23,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import orjson
+
 from gateway.admission import Admission
 from gateway.cluster.cluster import Cluster
-from gateway.cluster.peers import MemberAway
+from gateway.cluster.listener import Order, Question
+from gateway.cluster.peers import MemberAway, Peer
 from gateway.cluster.records import Records, unsure
 from gateway.errors import Conflict, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
@@ -39,6 +42,10 @@ from gateway.tasks import begin
 
 log = logging.getLogger(__name__)
 
+COPIES: Final = "standby-copies"
+"""What a peer is asked by for the copies that it has."""
+RECOVER: Final = "standby-recover"
+"""What a peer is ordered by to bring tenants back."""
 _LOOK: Final = 10.0  # seconds between two looks for tenants that are due, at most
 _AGAIN: Final = 2.0  # seconds until lost tenants are looked for again, where that failed
 _AT_ONCE: Final = 4  # tenants that are brought back at a time: incusd and the disk are shared with all others
@@ -375,6 +382,23 @@ class Standby:
         """Return a copy as of its records, which come before its home confirms it."""
         known = await self._records.kept(copy.tenant)
         return copy.of(known.id) if known is not None and known.instance == copy.instance else copy
+
+    def questions(self) -> Mapping[str, Question]:
+        """Return what peers ask about copies."""
+
+        async def listed(_: Peer, what: Any) -> Any:
+            return await self.listed()
+
+        return {COPIES: listed}
+
+    def orders(self) -> Mapping[str, Order]:
+        """Return what peers order about copies."""
+
+        async def recover(_: Peer, text: bytes) -> Any:
+            recovered, failed = await self.recover([str(tenant) for tenant in orjson.loads(text)["tenants"]])
+            return {"recovered": recovered, "failed": failed}
+
+        return {RECOVER: recover}
 
     async def listed(self) -> Sequence[Mapping[str, Any]]:
         """Return the copies of others' tenants on this member as clients see them. Raises `Unavailable`."""
