@@ -6,6 +6,7 @@ import os
 import signal
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
 from typing import Any, Final
 
 import hypothesis
@@ -15,6 +16,7 @@ from xdist.scheduler import LoadFileScheduling
 from gateway.storage import database, memory_log
 from tests import forks, thorough
 
+EXTENSIONS: Final = "incus_gateway.extensions"
 E2E: Final = "tests/e2e/"
 THOROUGH: Final = "thorough"
 LONGEST: Final = (
@@ -97,6 +99,9 @@ class Progress:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not entry_points(group=EXTENSIONS):
+        again = ".venv/bin/python -m pip install --no-deps --no-build-isolation -e ."
+        raise pytest.UsageError(f"the environment does not have the gateway's entry points yet: {again}")
     # a shell has its background jobs ignore interrupts, and they pass that on to what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("CI") and not hasattr(config, "workerinput"):
