@@ -12,8 +12,7 @@ from mkdocs.structure.files import File, Files
 
 from gateway.api import openapi
 from gateway.api.routes import ROUTES
-from gateway.cli.main import app
-from gateway.cli.manual import Entry, entries
+from gateway.cli.main import CommandHelp, app, command_helps
 
 ROOT = Path(__file__).parents[1]
 # the pages outside docs/, with their places on the site
@@ -54,10 +53,10 @@ def cli() -> str:
     command: Any = typer.main.get_command(app)
     context = typer.Context(command, info_name="incus-gateway")
     told = "[Operations](operations.md#the-command-line) says what it is for. Made from the code."
-    return "\n".join(("# Command line\n", f"{told}\n", *map(_entry, entries(command, context))))
+    return "\n".join(("# Command line\n", f"{told}\n", *map(_entry, command_helps(command, context))))
 
 
-def _entry(entry: Entry) -> str:
+def _entry(entry: CommandHelp) -> str:
     options = "".join(f"- `{words}`: {what}\n" if what else f"- `{words}`\n" for words, what in entry.options)
     usage = f"```\nincus-gateway {entry.name} {entry.usage}\n```"
     return f"## {entry.name}\n\n{usage}\n\n{entry.help}\n\n{options}"

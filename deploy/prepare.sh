@@ -212,7 +212,7 @@ ensure_venv() { # VENV STAMP LOCKFILE PIP-ARGUMENTS…
 }
 
 # Each version has an environment of its own, and the link `venv` says which one is in use: what runs keeps its files
-# while the next one is installed, and the one before stays, to go back to (gateway/host/environments.py).
+# while the next one is installed, and the one before stays, to go back to (gateway/host/gateway_process.py).
 environment_in_use() { # STATE: prints its path, nothing where there is none
   # without -P it would be the link's own
   [ -x "$1/venv/bin/python" ] && (cd -P "$1/venv" && pwd -P)

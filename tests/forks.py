@@ -285,15 +285,14 @@ def _show(words: list[str], environment: Mapping[str, str]) -> None:
 
 def _modules() -> Iterator[str]:
     """Yield the modules of all commands, and those of a gateway, which `serve` imports when it runs."""
-    from gateway.cli.loading import Command, Group, Table
-    from gateway.cli.main import COMMANDS
+    from gateway.cli.main import COMMANDS, CommandGroup, CommandTable, LazyCommand
 
-    def of(table: Table) -> Iterator[str]:
+    def of(table: CommandTable) -> Iterator[str]:
         for entry in table.values():
             match entry:
-                case Group(_, commands):
+                case CommandGroup(_, commands):
                     yield from of(commands)
-                case Command(function) | str(function):
+                case LazyCommand(function) | str(function):
                     yield function.partition(":")[0]
 
     yield from of(COMMANDS)

@@ -1,19 +1,30 @@
-"""Commands for the members of a cluster."""
+"""Commands for the members of a cluster, and for moving tenants between them."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Final
 
 import typer
 
-from gateway.cli.asking import client_of, run_to_end
-from gateway.cli.confirming import Failed, confirm
-from gateway.cli.options import Json, TokenOption, Url, Yes
+from gateway.cli.invocation import (
+    Failed,
+    Json,
+    TenantName,
+    TokenOption,
+    Url,
+    Yes,
+    client_of,
+    confirm,
+    run_to_end,
+    tenant_of,
+)
+from gateway.errors import GatewayError, NotFound
 from gateway.settings import load
 from gateway.terminal import err, out
-from gateway_client.client import TenantInfo
+from gateway_client.client import Client, TenantInfo
 
 Name = Annotated[str, typer.Argument(help="The member's name")]
 
@@ -23,7 +34,7 @@ def enable(
     address: Annotated[str, typer.Option(help="This host's address for the other members")] = "",
 ) -> None:
     """Make this server the first member of a cluster. Its tenants keep running."""
-    from gateway.host.forming import enable as run
+    from gateway.host.cluster import enable_cluster as run
 
     run(load(), name or socket.gethostname().partition(".")[0], address, out.say)
     err.say("restart the gateway: incus-gateway upgrade")
@@ -31,16 +42,16 @@ def enable(
 
 def add(name: Name) -> None:
     """Print a token with which one empty server can join: deploy/quickstart --join TOKEN."""
-    from gateway.host.forming import add as run
+    from gateway.host.cluster import add_member as run
 
     out.say(run(load(), name))
 
 
 def list_members(as_json: Json = False) -> None:
     """List the members."""
-    from gateway.host.forming import rows
+    from gateway.host.cluster import member_rows
 
-    found = rows(load())
+    found = member_rows(load())
     if as_json:
         out.json(found, indent=True)
         return
@@ -66,18 +77,18 @@ def remove(
     token: TokenOption = None,
 ) -> None:
     """Remove another member that has no instances left, or with --force one that is dead."""
-    from gateway.host.forming import check_removable
-    from gateway.host.forming import remove as run
+    from gateway.host.cluster import check_removable
+    from gateway.host.cluster import remove_member as run
 
     settings = load()
     check_removable(settings, name, force=force)
     if not force:
         run(settings, name, force=False)
         return
-    copies = [copy for copy in run_to_end(_copies(url, token)) if copy["home"] == name]
+    copies = [copy for copy in run_to_end(_standby_copies(url, token)) if copy["home"] == name]
     tenants = {info.name for info in run_to_end(_tenants(url, token)) if info.all["location"] == name}
     without = sorted(tenants - {copy["tenant"] for copy in copies})
-    _show(copies)
+    _print_copies(copies)
     for tenant in without:
         err.say(f"{tenant}: has no standby copy, and is lost for good")
     if not yes:
@@ -100,7 +111,7 @@ def recover(
     token: TokenOption = None,
 ) -> None:
     """Bring back tenants of removed members from their standby copies."""
-    found = {copy["tenant"]: copy for copy in run_to_end(_copies(url, token))}
+    found = {copy["tenant"]: copy for copy in run_to_end(_standby_copies(url, token))}
     lost = {name: copy for name, copy in found.items() if copy["lost"] and (not tenants or name in tenants)}
     for name in tenants or ():
         if name not in found:
@@ -114,7 +125,7 @@ def recover(
     if not lost:
         out.say("no tenant is lost")
         return
-    _show(lost.values())
+    _print_copies(lost.values())
     if not yes:
         confirm(f"Bring {len(lost)} tenants back from their copies?", "nothing was changed")
     _recover(sorted(lost), url, token)
@@ -122,7 +133,7 @@ def recover(
 
 def recover_from_quorum_loss(yes: Yes = False) -> None:
     """Make this server work alone after most members were lost for good. Its tenants keep running."""
-    from gateway.host.forming import recover_from_quorum_loss as run
+    from gateway.host.cluster import recover_from_quorum_loss as run
 
     if not yes:
         confirm(
@@ -133,7 +144,7 @@ def recover_from_quorum_loss(yes: Yes = False) -> None:
     run(load(), out.say)
 
 
-async def _copies(url: str | None, token: str | None) -> list[dict[str, Any]]:
+async def _standby_copies(url: str | None, token: str | None) -> list[dict[str, Any]]:
     """Return the standby copies on all members that answer."""
     async with client_of(url, token) as client:
         answer = await client.http("GET", "/v1/standby-copies")
@@ -147,7 +158,7 @@ async def _tenants(url: str | None, token: str | None) -> list[TenantInfo]:
         return await client.tenants()
 
 
-def _show(copies: Iterable[Mapping[str, Any]]) -> None:
+def _print_copies(copies: Iterable[Mapping[str, Any]]) -> None:
     """Print what is lost of each tenant."""
     for copy in copies:
         out.say(
@@ -178,3 +189,118 @@ def _recover(tenants: list[str], url: str | None, token: str | None) -> None:
         err.say(f"{tenant} is not back: {why}")
     if done["failed"]:
         raise Failed("some tenants are not back; run again: incus-gateway cluster recover")
+
+
+# --- moves --------------------------------------------------------------------------------------------------
+
+
+_AT_ONCE: Final = 2
+_ROUNDS: Final = 3  # looks for tenants that came while others were moved
+_SETTLE: Final = 12.0  # seconds until every gateway knows that a member is drained
+_LIFETIME: Final = 24 * 3600  # seconds of the token for a drain
+
+Member = Annotated[str, typer.Argument(metavar="MEMBER", help="A member's name: incus-gateway cluster list")]
+
+
+def move(
+    tenant: TenantName,
+    member: Annotated[
+        str | None, typer.Argument(metavar="[MEMBER]", help="Where to; default: the one with most room")
+    ] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Move a tenant to another member of the cluster. Its calls wait a few seconds; its commands end."""
+
+    async def run() -> Mapping[str, Any]:
+        async with client_of(url, token) as client:
+            return await (await tenant_of(client, tenant)).move(member)
+
+    done = run_to_end(run())
+    if as_json:
+        out.json(done, indent=True)
+    else:
+        out.say(_moved(done))
+
+
+def drain(member: Member, url: Url = None, token: TokenOption = None) -> None:
+    """Move all tenants of a member to others that have room for them. New tenants go elsewhere."""
+    from gateway.host.cluster import set_drained
+
+    set_drained(load(), member, True)
+
+    async def run() -> Mapping[str, str]:
+        async with client_of(url, token, _LIFETIME) as client:
+            failed: dict[str, str] = {}
+            for number in range(_ROUNDS):
+                found = [info.name for info in await client.tenants() if info.all["location"] == member]
+                if not (left := [name for name in found if name not in failed]):
+                    if number:
+                        break
+                    await asyncio.sleep(_SETTLE)  # one may just have been placed there
+                    continue
+                failed |= await _move_all(client, dict.fromkeys(left), drained=True)
+            return failed
+
+    _report_failed(run_to_end(run()), f"{member} is drained: it has no tenants, and gets none")
+
+
+def restore(member: Member, url: Url = None, token: TokenOption = None) -> None:
+    """Let a member take tenants again, and move back those that a drain moved away."""
+    from gateway.host.cluster import set_drained
+
+    set_drained(load(), member, False)
+
+    async def run() -> Mapping[str, str]:
+        async with client_of(url, token, _LIFETIME) as client:
+            back: dict[str, str | None] = {}
+            for info in await client.tenants():
+                if info.all["location"] == member:
+                    continue
+                try:
+                    last = await client.tenant(info.name).last_move()
+                except NotFound:  # it was never moved
+                    continue
+                except GatewayError as error:
+                    err.say(f"{info.name}: {error.message}")
+                    continue
+                if last["drained"] and last["from"] == member and last["state"] == "moved":
+                    back[info.name] = member
+            return await _move_all(client, back, drained=False)
+
+    _report_failed(run_to_end(run()), f"{member} has its tenants again")
+
+
+async def _move_all(client: Client, wanted: Mapping[str, str | None], *, drained: bool) -> Mapping[str, str]:
+    """Move these tenants, a few at a time; return the errors by tenant."""
+    failed: dict[str, str] = {}
+    few = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(name: str, member: str | None) -> None:
+        async with few:
+            try:
+                out.say(_moved(await client.tenant(name).move(member, drained=drained)))
+            except GatewayError as error:
+                failed[name] = error.message
+                err.say(f"{name} is not moved: {error.message}")
+
+    await asyncio.gather(*(one(name, member) for name, member in wanted.items()))
+    return failed
+
+
+def _moved(done: Mapping[str, Any]) -> str:
+    waited = "" if done["gap_ms"] is None else f", after {done['gap_ms'] / 1000:.1f} s"
+    return f"{done['tenant']} is on {done['to']}{waited}"
+
+
+def _report_failed(failed: Mapping[str, str], well: str) -> None:
+    if failed:
+        raise Failed(
+            f"not moved: {_listed(sorted(failed))}; see the reasons above, then run the command again"
+        )
+    out.say(well)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

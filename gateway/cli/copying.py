@@ -21,11 +21,9 @@ from typing import IO, Annotated, Final
 
 import typer
 
-from gateway.cli.asking import client_of, run_to_end, tenant_of
-from gateway.cli.confirming import Failed
 from gateway.cli.exec import feed
-from gateway.cli.options import TokenOption, Url
-from gateway.cli.showing import size
+from gateway.cli.invocation import Failed, TokenOption, Url, client_of, run_to_end, tenant_of
+from gateway.cli.tenants import size
 from gateway.terminal import copy, err, line, out
 from gateway_client.execution import Exec
 from gateway_client.tenant import Tenant

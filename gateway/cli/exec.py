@@ -15,8 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gateway.cli.asking import client_of, run_to_end, tenant_of
-from gateway.cli.options import TenantName, TokenOption, Url, assignment
+from gateway.cli.invocation import TenantName, TokenOption, Url, assignment, client_of, run_to_end, tenant_of
 from gateway.errors import NotFound
 from gateway.terminal import copy
 from gateway_client.execution import Exec

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from gateway.errors import GatewayError
 
@@ -35,7 +36,7 @@ class HostError(GatewayError):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class SetupChange:
     """The outcome of one step of preparing the host."""
 
     step: str
@@ -52,7 +53,7 @@ class Steps:
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.changes: list[Change] = []
+        self.changes: list[SetupChange] = []
 
     def run(self, step: str, work: Callable[[], str | None], unchanged: str = "as it should be") -> None:
         """Run `work`, which returns what it changed, or None. A `HostError` gets the step's name in front."""
@@ -61,7 +62,7 @@ class Steps:
             done = work()
         except HostError as error:
             raise HostError(f"{step}: {error.message}", step=step) from error
-        change = Change(step, done is not None, done or unchanged, time.monotonic() - begun)
+        change = SetupChange(step, done is not None, done or unchanged, time.monotonic() - begun)
         self.changes.append(change)
         self.report(str(change))
 
@@ -106,3 +107,33 @@ def run(
         said = " | ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-4:])
         raise HostError(f"{words[0]} ended with {done.returncode}: {said or 'no message'}; {fix}")
     return done.stdout
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+PROC: Final = Path("/proc")
+
+
+def find_process(is_ours: Callable[[int], bool]) -> int | None:
+    """Return the pid of a process outside of containers that `is_ours` accepts, or None."""
+    pids = (int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit())
+    return next((pid for pid in pids if is_ours(pid)), None)
+
+
+def outside_containers(pid: int) -> bool:
+    """Return whether a process runs in our own PID namespace; False if it has ended.
+
+    Unlike the links in /proc/PID/ns, everyone may read this of any process.
+    """
+    try:
+        return _pid_namespace_depth(str(pid)) == _pid_namespace_depth("self")
+    except OSError:
+        return False
+
+
+def _pid_namespace_depth(process: str) -> int:
+    """Return in how many nested PID namespaces a process has a number (proc_pid_status(5))."""
+    lines = (PROC / process / "status").read_text(errors="replace").splitlines()
+    # a kernel without PID namespaces says nothing of them, and has no containers
+    return next((len(line.split()) for line in lines if line.startswith("NSpid:")), 0)

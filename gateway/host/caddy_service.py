@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.caddy import Caddy, CaddyFailed, socket_of
-from gateway.host import HostError, processes, run
+from gateway.host import PROC, HostError, find_process, outside_containers, run
 from gateway.host.daemon import systemd_runs
 from gateway.settings import Settings
 from gateway.storage.state_dir import exchange, private
@@ -165,12 +165,12 @@ class CaddyService:
             configs = tuple(f"run --config {config}" for config in self._configs)
             found = [line for line in said.stdout.splitlines() if any(config in line for config in configs)]
             return int(found[0].split()[0]) if found else None
-        return processes.find(self._is_ours)
+        return find_process(self._is_ours)
 
     def _is_ours(self, pid: int) -> bool:
-        if not processes.outside_containers(pid):
+        if not outside_containers(pid):
             return False
-        process = processes.PROC / str(pid)
+        process = PROC / str(pid)
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             state = (process / "stat").read_text().rpartition(")")[2].split()[0]

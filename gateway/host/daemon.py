@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gateway.host import HostError, Report, processes, run
+from gateway.host import PROC, HostError, Report, find_process, outside_containers, run
 
 DEFAULT_DIR = Path("/var/lib/incus")
 INCUSD = Path("/usr/libexec/incus/incusd")
@@ -105,16 +105,16 @@ class Daemon:
             recorded = int(self.pidfile.read_text())
             if self._is_ours(recorded):
                 return recorded
-        return processes.find(self._is_ours)
+        return find_process(self._is_ours)
 
     def _is_ours(self, pid: int) -> bool:
         if pid in _CHILDREN:
             # Checking also reaps it. And during exec the command line can read as empty.
             return _CHILDREN[pid] == self.root and _child_runs(pid)
-        if not processes.outside_containers(pid):
+        if not outside_containers(pid):
             return False
         try:
-            process = processes.PROC / str(pid)
+            process = PROC / str(pid)
             command = (process / "cmdline").read_bytes().split(b"\0")
             # Not helpers (`incusd forkexec …`), which outlive the daemon: the daemon itself has only options.
             if Path(os.fsdecode(command[0])).name != INCUSD.name or not _only_options(command[1:]):
@@ -310,7 +310,7 @@ class Daemon:
             pid = None
             with contextlib.suppress(OSError, ValueError, IndexError):
                 number = int(file.read_text().split("pid:")[-1].split()[0])
-                if os.fsencode(self.root) in (processes.PROC / str(number) / "cmdline").read_bytes():
+                if os.fsencode(self.root) in (PROC / str(number) / "cmdline").read_bytes():
                     pid = number
             found.append((file, pid))
         return found

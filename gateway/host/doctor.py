@@ -10,21 +10,39 @@ import os
 import shutil
 import socket
 import sqlite3
+import stat
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
 from gateway.holder.holder import held_at
-from gateway.host import HostError, address_guard, cluster, quotas
-from gateway.host import setup as steps
+from gateway.host import HostError, run
 from gateway.host.caddy_service import CaddyService, in_use
-from gateway.host.daemon import Daemon
-from gateway.host.findings import SETUP, Finding, Hint, Looking
-from gateway.host.limits import KERNEL, WANTED
-from gateway.host.local_gateway import ask
-from gateway.host.permissions import loose, modes, swaps
+from gateway.host.cluster import cluster_problems, quorum_problem
+from gateway.host.daemon import Daemon, systemd_runs
+from gateway.host.gateway_process import ask
+from gateway.host.incus import IncusAdmin
+from gateway.host.setup import (
+    INOTIFY_LIMITS,
+    KERNEL,
+    _acl,
+    _network,
+    _profile,
+    _project,
+    acl_name,
+    addresses_published,
+    guard_in_force,
+    host_addresses,
+    members,
+    quota_kind,
+    quotas_in_force,
+    unlimited_tenants,
+    wants_simple_quotas,
+)
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.incus import member_of
 from gateway.incus.monitor import first_process
@@ -34,7 +52,167 @@ from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, pr
 from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
 from gateway.runtime.incus.resizing import not_in_force, words
 from gateway.runtime.incus.standby_copies import late_copies
-from gateway.settings import Settings
+from gateway.settings import DEFAULT_CONFIG, Settings
+
+SETUP: Final = "run `incus-gateway setup`"
+"""What to do about most of what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check; `detail` says what was found, or what is wrong and what to do.
+
+    A hint is no problem, but something that could be better.
+    """
+
+    what: str
+    ok: bool
+    detail: str
+    hint: bool = False
+
+    def __str__(self) -> str:
+        word = "problem" if not self.ok else "hint" if self.hint else "ok"
+        return f"{word:<8} {self.what}: {self.detail}"
+
+
+class Hint(Exception):
+    """Raised by a check that found no problem but has a suggestion."""
+
+
+class Looking(IncusAdmin):
+    """A read-only Incus client: an attempted change is reported as a need for setup."""
+
+    def _refuse(self, *path: str, **request: Any) -> NoReturn:
+        raise HostError(f"missing or not as it should be; {SETUP}")
+
+    post = put = patch = delete = _refuse
+
+
+# --- limits and file modes ----------------------------------------------------------------------------------
+
+
+MiB: Final = 1 << 20
+_UNIT: Final = "incus-gateway.service"
+
+# the share of one tenant or client, and the total
+SHARES: Final = (
+    ("max_tenant_connections", "max_connections"),
+    ("max_anonymous_per_address", "max_anonymous"),
+    ("socket_bytes", "tenant_bytes"),
+    ("tenant_bytes", "bytes_in_flight"),
+    ("max_tenant_sessions", "max_sessions"),
+    ("exec_tenant_bytes", "exec_bytes"),
+    ("max_subscriptions", "max_tenant_subscriptions"),
+    ("max_execs", "tenant_processes"),
+    ("owner_upload_copies", "upload_copies"),
+    ("owner_upload_copies_bytes", "upload_copies_bytes"),
+)
+# what may be in the gateway's memory at once
+BUDGETS: Final = (
+    "bytes_in_flight",
+    "waiting_bytes",
+    "upload_copies_waiting",
+    "exec_bytes",
+    "exec_keep_bytes",
+    "receipts_memory",
+)
+
+
+def loose_settings(settings: Settings) -> Iterator[str]:
+    """Yield each setting that could be tighter, with what to do."""
+    for share, whole in SHARES:
+        if getattr(settings, share) >= getattr(settings, whole):
+            yield (
+                f"{_variable(share)} is not below {_variable(whole)}, so that one can take everything; "
+                "lower it"
+            )
+    held = sum(getattr(settings, name) for name in BUDGETS)
+    allowed = f"{', '.join(_variable(name) for name in BUDGETS)} allow {held // MiB} MiB"
+    if held > (has := _host_memory()) // 2:
+        yield f"{allowed}, more than half of this host's {has // MiB} MiB; lower them"
+    end = _memory_max()
+    if end is None:
+        yield (
+            "nothing limits the gateway's memory: it does not run in a systemd unit with MemoryMax; "
+            "start it like deploy/incus-gateway.service"
+        )
+    elif held > end:
+        yield f"{allowed}, more than the unit's MemoryMax of {end // MiB} MiB; lower them"
+    for suffix in settings.domain_suffixes:
+        if "." not in suffix and suffix not in ("localhost", "test", "internal"):
+            yield f"GATEWAY_DOMAIN_SUFFIXES has {suffix}: any token may take names in it; use your own domain"
+    if settings.pool_reserve < 0.02:
+        yield (
+            "GATEWAY_POOL_RESERVE is close to 0: snapshots and new tenants can fill the pool, and then "
+            "no site can write; set it to 0.1"
+        )
+    if settings.secret is not None:
+        yield (
+            "the secret comes from GATEWAY_SECRET or the configuration, where others may see it; "
+            "put it into the file `secret` in the state dir, with mode 0600"
+        )
+    if "/" not in settings.caddy_admin.removeprefix("http://"):
+        yield (
+            f"Caddy's admin API is at {settings.caddy_admin}, where every user of this host can change what "
+            "is served; make it listen on a unix socket and set GATEWAY_CADDY_ADMIN"
+        )
+    if settings.runtime == "local":
+        yield "GATEWAY_RUNTIME is local: tenants are folders on this machine; nothing isolates them"
+
+
+def exposed_files(settings: Settings) -> Iterator[str]:
+    """Yield each file and folder that other users of this host can access but must not."""
+    folder = settings.state_dir
+    found = folder.stat()
+    # a gateway with a user of its own enters through its group
+    if found.st_mode & 0o067 or (found.st_mode & 0o010 and found.st_gid == os.getegid()):
+        yield f"{folder} is open to other users ({stat.S_IMODE(found.st_mode):03o}); run: chmod 700 {folder}"
+    named = [folder / name for name in ("secret", "gateway.db", "quickstart.token", "quickstart.env")]
+    for path in (*named, *sorted(folder.glob("gateway.db-*")), *sorted(folder.glob("*.log"))):
+        if path.exists() and path.stat().st_mode & 0o077:
+            yield f"{path} is readable by other users; run: chmod 600 {path}"
+    config = Path(os.environ.get("GATEWAY_CONFIG", DEFAULT_CONFIG))
+    try:
+        told = config.stat().st_mode & 0o044 and any(
+            line.partition("=")[0].strip() == "secret" for line in config.read_text().splitlines()
+        )
+    except OSError:
+        return
+    if told:
+        yield f"{config} contains the secret and is readable by other users; run: chmod 600 {config}"
+
+
+def host_swaps() -> bool:
+    """Return whether this host has swap."""
+    try:
+        return len(Path("/proc/swaps").read_text().splitlines()) > 1
+    except OSError:
+        return False
+
+
+def _variable(setting: str) -> str:
+    return f"GATEWAY_{setting.upper()}"
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory_max() -> int | None:
+    """Return the memory limit of the gateway's unit in bytes, or None if there is none."""
+    if not systemd_runs():
+        return None
+    try:
+        said = run(
+            ["systemctl", "show", "--property=MemoryMax", "--value", _UNIT], fix="see: journalctl -xe"
+        ).strip()
+    except HostError:
+        return None
+    return int(said) if said.isdigit() else None
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
 
 GiB: Final = 1 << 30
 
@@ -42,11 +220,11 @@ GiB: Final = 1 << 30
 def doctor(settings: Settings) -> list[Finding]:
     """Run all checks; one that cannot be run counts as a problem."""
     checks: list[tuple[str, Callable[[], str | None]]] = [("state dir", lambda: _state(settings))]
-    silent = cluster.undecided(settings) if settings.runtime == "incus" else None
+    silent = quorum_problem(settings) if settings.runtime == "incus" else None
     if silent is not None:  # each of the other checks would wait for it
         checks += [
-            ("cluster", lambda: _refused(silent)),
-            ("inotify limits", _limits),
+            ("cluster", lambda: _fail(silent)),
+            ("inotify limits", _inotify),
             ("broker", lambda: _broker(settings)),
             ("holder", lambda: _holder(settings)),
         ]
@@ -57,21 +235,21 @@ def doctor(settings: Settings) -> list[Finding]:
             ("Incus", lambda: _daemon(settings)),
             ("cluster", lambda: _cluster(settings)),
             ("standby copies", lambda: _copies(settings)),
-            (f"project {project}", lambda: steps._project(Looking(root), settings)),
+            (f"project {project}", lambda: _project(Looking(root), settings)),
             (
-                f"firewall {steps.acl_name(settings)}",
-                lambda: steps._acl(Looking(root, project), settings, steps.host_addresses()),
+                f"firewall {acl_name(settings)}",
+                lambda: _acl(Looking(root, project), settings, host_addresses()),
             ),
-            (f"bridge {settings.network}", lambda: steps._network(Looking(root, project), settings)),
+            (f"bridge {settings.network}", lambda: _network(Looking(root, project), settings)),
             (f"addresses of {settings.network}", lambda: _guard(settings)),
             (f"storage pool {settings.pool}", lambda: _pool(settings)),
-            (f"profile {settings.profile}", lambda: steps._profile(Looking(root, project), settings)),
+            (f"profile {settings.profile}", lambda: _profile(Looking(root, project), settings)),
             (f"image {settings.image}", lambda: _image(settings)),
             ("templates", lambda: _templates(settings)),
             ("limits in force", lambda: _in_force(settings)),
             ("domains", lambda: _domains(settings)),
             ("addresses", lambda: _addresses(settings)),
-            ("inotify limits", _limits),
+            ("inotify limits", _inotify),
             ("broker", lambda: _broker(settings)),
             ("holder", lambda: _holder(settings)),
         ]
@@ -81,7 +259,7 @@ def doctor(settings: Settings) -> list[Finding]:
         ("Caddy", lambda: _caddy(settings)),
     ]
     if silent is None:
-        checks += [("routes", lambda: _routes(settings)), ("limits", lambda: _loose(settings))]
+        checks += [("routes", lambda: _routes(settings)), ("limits", lambda: _limits_and_shares(settings))]
     found = []
     for what, check in checks:
         try:
@@ -103,7 +281,7 @@ def _state(settings: Settings) -> str:
         raise HostError(f"{folder} is not writable; run this as the gateway's user")
     if (free := shutil.disk_usage(folder).free) < GiB // 4:
         raise HostError(f"only {free >> 20} MiB are free at {folder}; make room")
-    if open_to_others := list(modes(settings)):
+    if open_to_others := list(exposed_files(settings)):
         raise HostError("; ".join(open_to_others))
     database = folder / "gateway.db"
     if database.exists():
@@ -128,18 +306,18 @@ def _daemon(settings: Settings) -> str:
 
 def _cluster(settings: Settings) -> str:
     incus = Looking(settings.incus_socket, settings.incus_project)
-    wrong, better = cluster.problems(incus, settings)
-    if not cluster.are_published(incus, steps.host_addresses()):
+    wrong, better = cluster_problems(incus, settings)
+    if not addresses_published(incus, host_addresses()):
         wrong.append(f"the other members do not know this host's addresses; {SETUP}")
     if wrong:
         raise HostError("; ".join(wrong))
     if better:
         raise Hint("; ".join(better))
-    there = cluster.members(incus)
+    there = members(incus)
     return f"{len(there)} members, all online" if there else "a single server"
 
 
-def _refused(why: str) -> NoReturn:
+def _fail(why: str) -> NoReturn:
     raise HostError(why)
 
 
@@ -163,9 +341,9 @@ def _pool(settings: Settings) -> str:
         raise HostError(f"only {free >> 20} MiB are free; enlarge the pool or delete unneeded snapshots")
     if found["driver"] == "dir":
         raise Hint("plain folders, without quotas: one tenant can fill the disk; see GATEWAY_POOL_SOURCE")
-    if not quotas.in_force(settings):
+    if not quotas_in_force(settings):
         raise HostError(f"the kernel has stopped counting, so no tenant's disk is limited; {SETUP}")
-    if os.geteuid() == 0 and (bare := quotas.unlimited(settings, _tenants(settings))):
+    if os.geteuid() == 0 and (bare := unlimited_tenants(settings, _tenants(settings))):
         raise HostError(
             f"the disks of {', '.join(bare[:5])} are not limited; a running gateway limits them within "
             f"{settings.reconcile_interval:.0f} s: see its log"
@@ -177,7 +355,7 @@ def _pool(settings: Settings) -> str:
         )
     if free < space["total"] * 1.5 * settings.pool_reserve:
         raise Hint(f"{free / GiB:.1f} GiB are free, close to what GATEWAY_POOL_RESERVE keeps")
-    if quotas.kind(settings) == "full" and quotas.wanted(settings):
+    if quota_kind(settings) == "full" and wants_simple_quotas(settings):
         raise Hint(
             "it has full quotas, with which a deployment takes longer the more tenants there are; "
             "docs/operations.md says how to change to simple ones, GATEWAY_SIMPLE_QUOTAS=false keeps them"
@@ -263,7 +441,7 @@ def _guard(settings: Settings) -> str:
             "Incus's own filter keeps each tenant to its address, and takes longer for each packet the more "
             f"tenants there are; {SETUP}, unless this kernel or a network of this size supports no other"
         )
-    if os.geteuid() == 0 and not address_guard.in_force(settings):
+    if os.geteuid() == 0 and not guard_in_force(settings):
         raise HostError(f"the table that keeps tenants to their addresses is missing; {SETUP}")
     return "each tenant's own"
 
@@ -309,8 +487,12 @@ def _owners(settings: Settings) -> dict[str, str]:
         return {}
 
 
-def _limits() -> None:
-    low = [name for name in WANTED if int((KERNEL / name.replace(".", "/")).read_text()) < WANTED[name]]
+def _inotify() -> None:
+    low = [
+        name
+        for name in INOTIFY_LIMITS
+        if int((KERNEL / name.replace(".", "/")).read_text()) < INOTIFY_LIMITS[name]
+    ]
     if low:
         raise HostError(f"{', '.join(low)} too low; {SETUP}")
 
@@ -349,9 +531,9 @@ def _holder(settings: Settings) -> str:
         raise HostError(f"{path} is not a holder of this version; restart it: {error}") from error
 
 
-def _loose(settings: Settings) -> str:
-    said = list(loose(settings))
-    if settings.runtime == "incus" and swaps():
+def _limits_and_shares(settings: Settings) -> str:
+    said = list(loose_settings(settings))
+    if settings.runtime == "incus" and host_swaps():
         profile = Looking(settings.incus_socket, settings.incus_project).find("profiles", settings.profile)
         if profile is not None and profile["config"].get("limits.memory.swap", "true") == "true":
             said.append(

@@ -41,7 +41,7 @@ def _mapped(what: str) -> Iterator[None]:
         raise HostError(f"{what}: incusd does not answer ({error}); is it running?") from error
 
 
-class Incus:
+class IncusAdmin:
     """A connection to one incusd, within one project. Values are the API's own JSON objects."""
 
     def __init__(self, sock: Path, project: str = "default", timeout: float = 120.0) -> None:

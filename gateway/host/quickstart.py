@@ -1,4 +1,4 @@
-"""Start a gateway on this machine from its checkout, report its status, and stop it.
+"""Start a gateway on this machine from its checkout, with a demo site, report its status, and stop it.
 
 `deploy/quickstart` installs packages and a Python environment, then runs this module. It stores nothing that
 can be found out from the machine, so a run killed at any point is simply repeated. The state dir has the
@@ -13,29 +13,151 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from gateway import settings as settings_module
-from gateway.host import HostError, caddy_service, image
+from gateway.auth.issuing import caller
+from gateway.caddy import shipped, site_url
+from gateway.host import HostError, caddy_service, run
 from gateway.host.caddy_service import CaddyService
+from gateway.host.cluster import join_cluster
 from gateway.host.daemon import Daemon
-from gateway.host.demo import DOMAIN, TENANT, Demo
-from gateway.host.forming import join
-from gateway.host.gateway_process import GatewayProcess
-from gateway.host.incus import Incus
-from gateway.host.local_gateway import ask, base_url
-from gateway.host.place import CLIENTS, Place, environment_of, format_environment, write_private
-from gateway.host.setup import setup
+from gateway.host.gateway_process import (
+    CLIENTS,
+    POLL,
+    GatewayProcess,
+    QuickstartFiles,
+    ask,
+    base_url,
+    environment_of,
+    expires,
+    format_environment,
+    write_private,
+)
+from gateway.host.image import build_image
+from gateway.host.incus import IncusAdmin
+from gateway.host.setup import pin, setup
 from gateway.incus import member_of
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from gateway.terminal import clean, out
+
+TENANT = "demo"
+DOMAIN = "demo.localhost"  # browsers resolve it to this machine
+TEMPLATE = "static"
+SCOPES = "files:read files:write exec deploy manage events"
+TOKEN_DAYS = 30
+SITE_TIMEOUT = 30.0  # seconds for an already deployed site to answer
+
+
+class Demo:
+    """The demo of a running gateway. What is there already stays as it is."""
+
+    def __init__(self, settings: Settings, place: QuickstartFiles, gateway: GatewayProcess) -> None:
+        self.settings, self.place, self.gateway = settings, place, gateway
+
+    def is_there(self) -> bool:
+        """Return whether Incus has its instance, on whichever member of a cluster."""
+        found = IncusAdmin(self.settings.incus_socket, self.settings.incus_project).instances()
+        return any(one["name"] == TENANT for one in found)
+
+    def start(self) -> str:
+        """Make sure that the tenant exists and runs; say what was done."""
+        listed = json.loads(self._cli("list", "--json") or "[]")
+        rows = listed.get("tenants", []) if isinstance(listed, dict) else listed
+        found = next((row for row in rows if row["name"] == TENANT), None)
+        if found is not None and found["status"] == "running":
+            return "already running"
+        self._cli("create" if found is None else "start", TENANT)
+        self._pin()
+        return "created" if found is None else "started"
+
+    def serve(self) -> str:
+        """Make sure that the demo is deployed and answers; an existing site stays as it is."""
+        listed = json.loads(self._cli("list", "--json") or "[]")
+        found = next((row for row in listed if row["name"] == TENANT), None)
+        if found is not None and found["domain"] not in (None, DOMAIN):
+            return f"{TENANT} keeps its domain {found['domain']}"
+        began = "already running"
+        if found is not None and found["status"] != "running":
+            self._cli("start", TENANT)
+            self._pin()
+            began = "started"
+        if found is not None and found["domain"] == DOMAIN:
+            if self._site_answers():
+                return f"{began} at {self.site_url}"
+            say(f"    {DOMAIN} does not answer; deploying it again")
+        with self._template() as template:
+            self._cli("deploy", DOMAIN, "--template", template, "--tenant", TENANT, timeout=600.0)
+        self._pin()
+        return f"deployed, see {self.site_url}"
+
+    def token(self) -> str:
+        """Return the stored token if it is valid for another day, else create and store a new one."""
+        with contextlib.suppress(OSError):
+            token = self.place.token.read_text().strip()
+            if expires(token) > time.time() + 86400 and self._accepts(token):
+                return token
+        # the person at this machine, whom the editor shows beside what agents do by tokens of their own
+        words = ("--tenant", TENANT, "--scope", SCOPES, "--ttl", f"{TOKEN_DAYS}d", "--subject", caller())
+        token = self._cli("token", *words).strip()
+        write_private(self.place.token, token + "\n")
+        return token
+
+    @property
+    def site_url(self) -> str:
+        return site_url(DOMAIN, self.settings)
+
+    def _accepts(self, token: str) -> bool:
+        try:
+            return ask(self.settings.listen, "GET", f"/v1/tenants/{TENANT}", token)[0] == 200
+        except OSError:
+            return False
+
+    def _site_answers(self) -> bool:
+        deadline = time.monotonic() + SITE_TIMEOUT
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if ask(f"127.0.0.1:{self.settings.caddy_ask}", "GET", "/", host=DOMAIN, timeout=5.0)[0] < 400:
+                    return True
+            time.sleep(POLL)
+        return False
+
+    @contextlib.contextmanager
+    def _template(self) -> Iterator[str]:
+        """Yield the template to deploy: its name, or a folder if tenants have no Bun."""
+        if self.settings.runtime == "incus":
+            yield TEMPLATE
+            return
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / TEMPLATE
+            shutil.copytree(shipped("deploy") / "templates" / TEMPLATE / "public", folder / "public")
+            serve = f'exec "{sys.executable}" -m http.server --bind 127.0.0.1 --directory public "$PORT"'
+            (folder / "site.toml").write_text(f"start = {json.dumps(['sh', '-c', serve])}\n")
+            yield str(folder)
+
+    def _pin(self) -> None:
+        if self.settings.runtime == "incus":
+            pin(self.settings)
+
+    def _cli(self, *words: str, timeout: float = 120.0) -> str:
+        return run(
+            [self.gateway.command, *words],
+            env=self.gateway.variables() | self.gateway.folders(),
+            fix=f"try it by hand: {self.gateway.command.name} {' '.join(words)}",
+            timeout=timeout,
+        )
+
+
+# --- quickstart ---------------------------------------------------------------------------------------------
+
 
 say = out.say
 
@@ -50,7 +172,7 @@ class Quickstart:
         self.settings = settings
         self._joining = joining
         self.checkout = checkout
-        self.place = Place(settings.state_dir)
+        self.place = QuickstartFiles(settings.state_dir)
         self.environment = environment
         self._code = stamp
         command = Path(sys.executable).with_name("incus-gateway")
@@ -77,7 +199,7 @@ class Quickstart:
             if self._joining:
                 self._step("cluster", self._join)
             self._step("host", lambda: self._report(setup(self.settings, _indented)))
-            self._step("base image", lambda: self._report(image.build(self.settings, _indented)))
+            self._step("base image", lambda: self._report(build_image(self.settings, _indented)))
         self._settle_ports()
         caddy_service.move_out(self.settings)
         before = self.place.environment.read_text() if self.place.environment.exists() else None
@@ -138,14 +260,14 @@ class Quickstart:
 
     def _join(self) -> str:
         said: list[str] = []
-        join(self.settings, self._joining, said.append)
+        join_cluster(self.settings, self._joining, said.append)
         return "; ".join(said)
 
     @property
     def member(self) -> str:
         """The name of this server in its cluster, empty if it is in none."""
         incus = self.settings.runtime == "incus"
-        return member_of(Incus(self.settings.incus_socket).get()) if incus else ""
+        return member_of(IncusAdmin(self.settings.incus_socket).get()) if incus else ""
 
     # --- status and stopping ------------------------------------------------------------------------
 
@@ -192,7 +314,7 @@ def _indented(line: str) -> None:
     say(f"    {line}")
 
 
-def command_word(place: Place) -> str:
+def command_word(place: QuickstartFiles) -> str:
     """Return how to call `incus-gateway`: by name if PATH has this gateway's, else by its full path."""
     found = shutil.which("incus-gateway")
     ours = found is not None and Path(found).resolve() == place.command.resolve()

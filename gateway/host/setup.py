@@ -1,4 +1,4 @@
-"""Prepare Incus for tenants, idempotently: project, bridge, firewall, pool, profile.
+"""Prepare this host for tenants, idempotently: kernel limits, project, bridge, firewall, pool, profile.
 
 Each step compares the actual state with the wanted one and changes only the difference: a second run changes
 nothing, and manual alterations are reverted. Keys that are not ours stay.
@@ -6,26 +6,311 @@ nothing, and manual alterations are reverted. Keys that are not ours stay.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from gateway.host import Change, HostError, Report, Steps, cluster, quotas
-from gateway.host.address_guard import guard
+from gateway import incus as api
+from gateway.incus.members import PREFIX, Membership
+from gateway.host import HostError, Report, SetupChange, Steps
 from gateway.host.caddy_service import hand_over
-from gateway.host.definition import BRIDGE, CA_BUNDLE, TRUST
-from gateway.host.incus import Incus
-from gateway.host.limits import raise_limits
+from gateway.host.image import BRIDGE, CA_BUNDLE, TRUST
+from gateway.host.incus import IncusAdmin
+from gateway.incus import member_of
 from gateway.rootfs import bridge_port
 from gateway.rootfs.instance_record import MANAGED
+from gateway.rootfs.quotas import SIMPLE, Kind, Quotas
 from gateway.runtime.incus.creation import FIRST_TO_GO
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
+
+# As recommended for servers by Incus's documentation (reference/server_settings). Their use counts towards
+# the memory of the container or worker.
+INOTIFY_LIMITS = {
+    "fs.inotify.max_queued_events": 1_048_576,
+    "fs.inotify.max_user_instances": 1_048_576,
+    "fs.inotify.max_user_watches": 1_048_576,
+}
+DROP_IN = Path("/etc/sysctl.d/60-incus-gateway.conf")
+KERNEL = Path("/proc/sys")
+_HEAD = "# Made by `incus-gateway setup`: many containers watch files.\n"
+
+
+def raise_limits(drop_in: Path = DROP_IN, kernel: Path = KERNEL) -> str | None:
+    """Raise limits that are too low, now and for later boots; return what was changed, or None.
+
+    Never lowers a limit, and skips limits that cannot be set here (as in a container): a watch beyond the
+    limit then fails with an error that names it. Raises `HostError` if the drop-in cannot be written.
+    """
+    raised: dict[str, str] = {}
+    for name, wanted in INOTIFY_LIMITS.items():
+        value = kernel / name.replace(".", "/")
+        try:
+            now = int(value.read_text())
+            if now >= wanted:
+                continue
+            value.write_text(str(wanted))
+        except (OSError, ValueError):
+            continue
+        raised[name] = f"{name.rpartition('.')[2]} {now} -> {wanted}"
+    said = [*raised.values()]
+    try:
+        old = drop_in.read_text() if drop_in.exists() else ""
+        # Limits that were high enough without us are left out: they may be set higher elsewhere.
+        ours = [name for name in INOTIFY_LIMITS if name in raised or f"{name} =" in old]
+        text = _HEAD + "".join(f"{name} = {INOTIFY_LIMITS[name]}\n" for name in ours)
+        if ours and text != old:
+            drop_in.parent.mkdir(parents=True, exist_ok=True)
+            drop_in.write_text(text)
+            said.append(f"saved in {drop_in}")
+    except OSError as error:
+        raise HostError(f"cannot write {drop_in}: {error.strerror}") from None
+    return ", ".join(said) or None
+
+
+# --- disk quotas --------------------------------------------------------------------------------------------
+
+
+_BTRFS_PROGS: Final = (6, 7)  # the btrfs-progs that know simple quotas; Incus runs them
+
+
+def quotas_in_force(settings: Settings) -> bool:
+    """Return whether the kernel enforces the pool's quotas; a pool of folders has none."""
+    return _quotas(settings).in_force()
+
+
+def quota_kind(settings: Settings) -> Kind | None:
+    """Return which quotas the pool has, None for a pool of folders."""
+    return _quotas(settings).kind()
+
+
+def unlimited_tenants(settings: Settings, tenants: Collection[str]) -> list[str]:
+    """Return which of these tenants no limit counts for, in a pool with simple quotas. Needs root."""
+    if (groups := _quotas(settings).groups()) is None:
+        return []
+    own = settings.incus_project
+    folders = {tenant if own == "default" else f"{own}_{tenant}": tenant for tenant in tenants}
+    return [folders[folder] for folder in groups.lacking() if folder in folders]
+
+
+def enforce_quotas(settings: Settings) -> str | None:
+    """Enforce the quotas, wait until they are in force, and return what was changed. Raises `HostError`.
+
+    A pool that has no quotas yet gets simple ones, if this host can have them.
+    """
+    found, changed = _quotas(settings), list[str]()
+    try:
+        if found.kind() == "off" and wants_simple_quotas(settings):
+            found.begin_simple()
+            changed.append("simple ones: what a tenant writes counts for it")
+        changed += found.enforce(wait=True)
+    except OSError as error:
+        raise HostError(
+            f"cannot enforce the disk quotas: {error.strerror}; see `btrfs quota rescan -s` and the "
+            "kernel log"
+        ) from None
+    return "; ".join(changed) or None
+
+
+def wants_simple_quotas(settings: Settings) -> bool:
+    """Return whether a new pool gets simple quotas on this host."""
+    if not settings.simple_quotas or (btrfs := shutil.which("btrfs")) is None:
+        return False
+    said = subprocess.run([btrfs, "--version"], check=False, capture_output=True, text=True).stdout
+    return supports_simple_quotas(os.uname().release, said)
+
+
+def supports_simple_quotas(linux: str, programs: str) -> bool:
+    """Return whether the Linux of a release, and btrfs-progs by the version they tell, have simple quotas."""
+    return _version_in(linux) >= SIMPLE and _version_in(programs) >= _BTRFS_PROGS
+
+
+def _version_in(text: str) -> tuple[int, int]:
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return (0, 0) if found is None else (int(found[1]), int(found[2]))
+
+
+def _quotas(settings: Settings) -> Quotas:
+    return Quotas(settings.incus_socket.parent / "storage-pools" / settings.pool)
+
+
+# --- addresses of tenants -----------------------------------------------------------------------------------
+
+
+_GUARD: Final = Path(__file__).with_name("address_guard")
+_MAX_GUARDED: Final = 1 << 14  # addresses; more would take seconds to put in force
+
+
+def guard_addresses(settings: Settings) -> str | None:
+    """Put the table in force; return what was changed, or None. Needs root.
+
+    Where the kernel cannot have such a table, tenants get Incus's filter. Raises `HostError`.
+    """
+    hook = bridge_port.guard_hook(settings.incus_socket.parent, settings.network)
+    nft, wanted = shutil.which("nft"), guard_table(settings)
+    if wanted is None:
+        hook.unlink(missing_ok=True)
+        return None
+    # once there are tenants that need it, a failure is one
+    if not hook.exists() and (nft is None or not _accepts(nft, wanted)):
+        return None
+    if nft is None:
+        raise HostError("nft is missing, and no tenant starts without it; install the package nftables")
+    table = hook.with_suffix(".nft")
+    words = {"NFT": nft, "TABLE": guard_table_name(settings), "FILE": str(table)}
+    script = _filled(_GUARD.with_suffix(".sh").read_text(), words)
+    same = _read(table) == wanted and _read(hook) == script
+    if same and guard_in_force(settings):
+        return None
+    hook.parent.mkdir(mode=0o755, exist_ok=True)
+    _replace(table, wanted, 0o644)
+    said = subprocess.run([nft, "-f", str(table)], check=False, capture_output=True, text=True)
+    if said.returncode != 0:
+        raise HostError(f"cannot restrict tenants to their addresses: {said.stderr.strip()[:500]}")
+    _replace(hook, script, 0o755)
+    return "each tenant is restricted to its own"
+
+
+def guard_in_force(settings: Settings) -> bool:
+    """Return whether the table is there. Needs root."""
+    nft = shutil.which("nft") or "nft"
+    words = (nft, "list", "chain", "bridge", guard_table_name(settings), "ports")
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
+def guard_table_name(settings: Settings) -> str:
+    """Return the name of the network's table."""
+    return "gateway_" + re.sub("[^A-Za-z0-9]", "_", settings.network)
+
+
+def guard_table(settings: Settings) -> str | None:
+    """Return the table as nft(8) takes it, None if the network has too many addresses."""
+    bridge = IPv4Interface(settings.network_ipv4)
+    if bridge.network.num_addresses > _MAX_GUARDED:
+        return None
+    names, addresses = [], []
+    for address in bridge.network.hosts():
+        if address != bridge.ip:
+            names.append(f'"{bridge_port.port_name(address)}"')
+            addresses.append(f"{names[-1]} . {bridge_port.hardware_address(address)} . {address}")
+    words = {
+        "TABLE": guard_table_name(settings),
+        "NAMES": ", ".join(names),
+        "ADDRESSES": ", ".join(addresses),
+    }
+    return _filled(_GUARD.with_suffix(".nft").read_text(), words)
+
+
+def _filled(text: str, words: dict[str, str]) -> str:
+    return re.sub("|".join(rf"\b{name}\b" for name in words), lambda found: words[found[0]], text)
+
+
+def _accepts(nft: str, text: str) -> bool:
+    """Return whether nft and the kernel take the table."""
+    words = (nft, "--check", "-f", "-")
+    return subprocess.run(words, check=False, input=text, text=True, capture_output=True).returncode == 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.chmod(mode)
+    new.replace(path)
+
+
+# --- what each member of a cluster has for itself ------------------------------------------------------
+
+ADDRESSES: Final = f"{PREFIX}addresses"
+"""A member's key with its host's addresses, comma-separated: tenants of no member are to reach them."""
+
+
+def members(incus: IncusAdmin) -> Sequence[Mapping[str, Any]]:
+    """Return the members of the cluster as Incus describes them, none without one."""
+    return incus.list("cluster", "members") if member_of(incus.get()) else []
+
+
+def create_on_all(incus: IncusAdmin, kind: str, body: Mapping[str, Any], own: Iterable[str] = ()) -> None:
+    """Create a network or a storage pool; `own` are the keys of its configuration that are each member's own.
+
+    In a cluster it is announced for each member first, which an interrupted run may have done in part.
+    """
+    there = members(incus)
+    if not there:
+        incus.post(kind, json=body)
+        return
+    config = body["config"]
+    each = {key: config[key] for key in own if key in config}
+    announced = (incus.find(kind, body["name"]) or {}).get("locations") or ()
+    for member in there:
+        if (name := member["server_name"]) not in announced:
+            incus.post(kind, params={"target": name}, json={**body, "config": each})
+    common = {key: value for key, value in config.items() if key not in each}
+    incus.post(kind, json={**body, "config": common})
+
+
+def is_pending(found: Mapping[str, Any] | None) -> bool:
+    """Return whether a network or pool does not exist, or was only announced."""
+    return found is None or found.get("status") == "Pending"
+
+
+def all_addresses(incus: IncusAdmin, own: Iterable[IPv4Address]) -> list[IPv4Address]:
+    """Return this host's addresses and those that the other members have published."""
+    name, found = member_of(incus.get()), set(own)
+    for member in members(incus):
+        if member["server_name"] != name:
+            found |= set(_parsed(member))
+    return sorted(found)
+
+
+def addresses_published(incus: IncusAdmin, own: Sequence[IPv4Address]) -> bool:
+    """Return whether the other members can know this host's addresses; without a cluster nobody need to."""
+    name = member_of(incus.get())
+    mine = next((member for member in members(incus) if member["server_name"] == name), None)
+    return mine is None or _parsed(mine) == [*own]
+
+
+def publish_addresses(settings: Settings, incus: IncusAdmin, own: Sequence[IPv4Address]) -> str | None:
+    """Publish this host's addresses for the firewall of all members; return what was done, or None."""
+    if addresses_published(incus, own):
+        return None
+
+    async def change() -> None:
+        async with api.Incus(settings.incus_socket, timeout=settings.incus_timeout) as client:
+            await Membership(client).publish({ADDRESSES: ",".join(map(str, own))})
+
+    try:
+        asyncio.run(change())
+    except api.IncusError as error:
+        raise HostError(f"Incus reports: {error.message}") from error
+    return "published"
+
+
+def _parsed(member: Mapping[str, Any]) -> list[IPv4Address]:
+    text = (member.get("config") or {}).get(ADDRESSES) or ""
+    try:
+        return [IPv4Address(part) for part in text.split(",") if part]
+    except AddressValueError:
+        raise HostError(
+            f"{ADDRESSES} of {member['server_name']} is not a list of addresses; unset it"
+        ) from None
+
+
+# --- steps --------------------------------------------------------------------------------------------------
+
 
 GiB = 1 << 30
 
@@ -53,7 +338,7 @@ def acl_name(settings: Settings) -> str:
     return settings.profile
 
 
-def setup(settings: Settings, report: Report) -> list[Change]:
+def setup(settings: Settings, report: Report) -> list[SetupChange]:
     """Set up everything a tenant needs except its image; return the outcome of each step.
 
     The daemon must be running. For the local runtime nothing is needed or done. Raises `HostError`, which
@@ -67,24 +352,28 @@ def setup(settings: Settings, report: Report) -> list[Change]:
         steps.run("host", lambda: None, unchanged="the local runtime needs no setup")
         return steps.changes
     steps.run("inotify limits", raise_limits, unchanged="high enough, or cannot be raised here")
-    root = Incus(settings.incus_socket)
+    root = IncusAdmin(settings.incus_socket)
     steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
-    incus = Incus(settings.incus_socket, settings.incus_project)
-    if cluster.members(root):
-        steps.run("addresses of this member", lambda: cluster.publish(settings, root, host_addresses()))
+    incus = IncusAdmin(settings.incus_socket, settings.incus_project)
+    if members(root):
+        steps.run("addresses of this member", lambda: publish_addresses(settings, root, host_addresses()))
     steps.run(f"firewall {acl_name(settings)}", lambda: _acl(incus, settings, host_addresses()))
     steps.run(f"bridge {settings.network}", lambda: _network(incus, settings))
     steps.run(f"forwarding of {settings.network}", lambda: forwarding(settings))
     steps.run(f"storage pool {settings.pool}", lambda: _pool(incus, settings))
     if os.geteuid() == 0:
-        steps.run("disk quotas", lambda: quotas.enforce(settings), unchanged="in force")
-        steps.run(f"addresses of {settings.network}", lambda: guard(settings), unchanged="each tenant's own")
+        steps.run("disk quotas", lambda: enforce_quotas(settings), unchanged="in force")
+        steps.run(
+            f"addresses of {settings.network}",
+            lambda: guard_addresses(settings),
+            unchanged="each tenant's own",
+        )
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     steps.run(f"ports of {settings.network}", lambda: pin(settings))
     return steps.changes
 
 
-def _project(incus: Incus, settings: Settings) -> str | None:
+def _project(incus: IncusAdmin, settings: Settings) -> str | None:
     if incus.find("projects", settings.incus_project) is not None:
         return None
     features = {f"features.{name}": "true" for name in ("images", "profiles", "storage.volumes")}
@@ -129,8 +418,8 @@ def acl(settings: Settings, addresses: list[IPv4Address]) -> dict[str, Any]:
     }
 
 
-def _acl(incus: Incus, settings: Settings, addresses: list[IPv4Address]) -> str | None:
-    wanted = acl(settings, cluster.all_addresses(incus, addresses))
+def _acl(incus: IncusAdmin, settings: Settings, addresses: list[IPv4Address]) -> str | None:
+    wanted = acl(settings, all_addresses(incus, addresses))
     found = incus.find("network-acls", wanted["name"])
     if found is None:
         incus.post("network-acls", json=wanted)
@@ -169,10 +458,10 @@ def network(settings: Settings) -> dict[str, str]:
     }
 
 
-def _network(incus: Incus, settings: Settings) -> str | None:
+def _network(incus: IncusAdmin, settings: Settings) -> str | None:
     wanted = network(settings)
     found = incus.find("networks", settings.network)
-    if found is not None and found.get("managed") and cluster.is_pending(found):
+    if found is not None and found.get("managed") and is_pending(found):
         found = None
     if found is None or not found.get("managed"):
         if found is not None:
@@ -186,7 +475,7 @@ def _network(incus: Incus, settings: Settings) -> str | None:
                 f"{settings.network_ipv4} overlaps {taken}, which this host already uses; "
                 "set GATEWAY_NETWORK_IPV4 to a free private network"
             )
-        cluster.create(incus, "networks", {"name": settings.network, "type": "bridge", "config": wanted})
+        create_on_all(incus, "networks", {"name": settings.network, "type": "bridge", "config": wanted})
         return f"created, {settings.network_ipv4}"
     return _amend(incus, ("networks", settings.network), found, wanted)
 
@@ -202,7 +491,7 @@ def _overlapping(wanted: IPv4Network) -> str | None:
 
 
 def _amend(
-    incus: Incus, path: tuple[str, ...], found: Mapping[str, Any], wanted: Mapping[str, str]
+    incus: IncusAdmin, path: tuple[str, ...], found: Mapping[str, Any], wanted: Mapping[str, str]
 ) -> str | None:
     wrong = {key: value for key, value in wanted.items() if found["config"].get(key) != value}
     if not wrong:
@@ -249,15 +538,15 @@ def pool_size(free: int) -> int:
     return max(5 * GiB, min(free // 2, 200 * GiB)) // GiB * GiB
 
 
-def _pool(incus: Incus, settings: Settings) -> str | None:
+def _pool(incus: IncusAdmin, settings: Settings) -> str | None:
     found = incus.find("storage-pools", settings.pool)
-    if not cluster.is_pending(found):
+    if not is_pending(found):
         return None
     config, said = new_pool(settings)
     # Left by a run that was interrupted before Incus recorded the pool.
     (settings.incus_socket.parent / "disks" / f"{settings.pool}.img").unlink(missing_ok=True)
     body = {"name": settings.pool, "driver": "btrfs" if config else "dir", "config": config}
-    cluster.create(incus, "storage-pools", body, own=config)
+    create_on_all(incus, "storage-pools", body, own=config)
     return said
 
 
@@ -289,7 +578,7 @@ def pin(settings: Settings) -> str | None:
     The gateway itself does this for each tenant that starts.
     """
     done = 0
-    for instance in Incus(settings.incus_socket, settings.incus_project).instances():
+    for instance in IncusAdmin(settings.incus_socket, settings.incus_project).instances():
         for port in bridge_port.ports(instance["config"], settings.network):
             try:
                 done += port.bind()
@@ -341,7 +630,7 @@ def profile(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _profile(incus: Incus, settings: Settings) -> str | None:
+def _profile(incus: IncusAdmin, settings: Settings) -> str | None:
     wanted = profile(settings)
     found = incus.find("profiles", settings.profile)
     if found is None:

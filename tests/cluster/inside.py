@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from gateway.host import HostError, caddy_service, forming, image
+from gateway.host import HostError, caddy_service
 from gateway.host.caddy_service import CaddyService
+from gateway.host.cluster import add_member, enable_cluster, join_cluster, recover_from_quorum_loss
 from gateway.host.daemon import Daemon
 from gateway.host.doctor import doctor
-from gateway.host.gateway_process import GatewayProcess
-from gateway.host.place import Place
+from gateway.host.gateway_process import GatewayProcess, QuickstartFiles
+from gateway.host.image import build_image
 from gateway.host.setup import setup
 from gateway.settings import Settings
 from tests.integration import environment
@@ -48,7 +49,7 @@ def gateway(of: Settings) -> GatewayProcess:
         "GATEWAY_SECRET": SECRET,
         "GATEWAY_DOMAIN_SUFFIXES": ",".join(of.domain_suffixes),
     }
-    return GatewayProcess(of, Place(of.state_dir), None, PROGRAM, variables)
+    return GatewayProcess(of, QuickstartFiles(of.state_dir), None, PROGRAM, variables)
 
 
 def start_gateway() -> None:
@@ -90,16 +91,16 @@ def main(words: list[str]) -> int:
                 Daemon().ensure(print)
             case ["found"]:
                 setup(settings(), print)
-                image.build(settings(), print)
+                build_image(settings(), print)
             case ["enable"]:
-                forming.enable(settings(), os.environ["TEST_NAME"], "", print)
+                enable_cluster(settings(), os.environ["TEST_NAME"], "", print)
             case ["add"]:
-                print(forming.add(settings(), os.environ["TEST_NAME"]))
+                print(add_member(settings(), os.environ["TEST_NAME"]))
             case ["join"]:
-                forming.join(settings(), os.environ["TEST_TOKEN"], print)
+                join_cluster(settings(), os.environ["TEST_TOKEN"], print)
                 setup(settings(), print)
             case ["recover"]:
-                forming.recover_from_quorum_loss(settings(), print)
+                recover_from_quorum_loss(settings(), print)
             case [("drain" | "restore") as action]:
                 return command("cluster", action, os.environ["TEST_NAME"])
             case ["members"]:

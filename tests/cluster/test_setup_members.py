@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.host import HostError
-from gateway.host.cluster import ADDRESSES
+from gateway.host.setup import ADDRESSES
 from tests.cluster.rig import Member, Rig
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.thorough]

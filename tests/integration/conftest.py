@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, quotas
+from gateway.host import HostError
 from gateway.host.daemon import Daemon
+from gateway.host.setup import enforce_quotas
 from gateway.rootfs import process_tree
 from gateway.settings import Settings
 from tests.integration import environment
@@ -114,7 +115,7 @@ class Incusd:
         await asyncio.to_thread(self.daemon.ensure, lambda line: None)
         # it may have mounted the pool anew, which is counted by the kernel's own rules until then: where a
         # large disk goes in the meantime, the kernel stops counting
-        await asyncio.to_thread(quotas.enforce, environment.settings())
+        await asyncio.to_thread(enforce_quotas, environment.settings())
         # where an interface went away just then, incusd has no network, and tries again only after a minute
         network = f"/1.0/networks/{environment.settings().network}"
 
@@ -124,7 +125,7 @@ class Incusd:
 
         await until(up, 90, every=0.5)
         # it may have mounted the pool anew, which is counted by the kernel's own rules then
-        await asyncio.to_thread(quotas.enforce, environment.settings())
+        await asyncio.to_thread(enforce_quotas, environment.settings())
 
 
 @pytest.fixture(scope="session")

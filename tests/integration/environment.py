@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gateway.host import HostError, Report, image, quotas
+from gateway.host import HostError, Report
 from gateway.host.daemon import Daemon, cannot_run
-from gateway.host.setup import setup
+from gateway.host.image import build_image
+from gateway.host.setup import enforce_quotas, quota_kind, setup, wants_simple_quotas
 from gateway.rootfs import process_tree
 from gateway.settings import Settings
 
@@ -256,7 +257,7 @@ def up(report: Report) -> bool:
         _remove_leftovers(report)
     simplify(report)
     setup(settings(), report)
-    image.build(settings(), report)
+    build_image(settings(), report)
     return ours
 
 
@@ -286,7 +287,7 @@ def _remove_leftovers(report: Report) -> None:
 
 def simplify(report: Report) -> None:
     """Have a pool of an earlier checkout, which no container uses, get simple quotas by the next setup."""
-    if quotas.kind(settings()) == "full" and quotas.wanted(settings()) and not instances():
+    if quota_kind(settings()) == "full" and wants_simple_quotas(settings()) and not instances():
         report("taking the full quotas off the pool")
         _quota("disable")
 
@@ -296,7 +297,7 @@ def with_full_quotas() -> None:
     assert not instances()
     _quota("disable")
     _quota("enable")
-    quotas.enforce(settings())
+    enforce_quotas(settings())
 
 
 def _quota(word: str) -> None:

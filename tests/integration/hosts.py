@@ -20,7 +20,7 @@ import pytest
 
 from gateway.holder import holding
 from gateway.holder.holder import held_at
-from gateway.host.holder_process import command
+from gateway.host.services import holder_command
 from gateway.incus import ExecMemory
 from gateway.settings import Settings
 from tests.live import LiveGateway
@@ -50,7 +50,7 @@ class Host:
 
     async def hold(self) -> None:
         """Start a holder, and return once it listens."""
-        self.holder = await asyncio.create_subprocess_exec(*command(self.settings))
+        self.holder = await asyncio.create_subprocess_exec(*holder_command(self.settings))
         await until(self._holds)
 
     def _holds(self) -> bool:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host import address_guard
-from gateway.host.setup import pin
+from gateway.host.setup import guard_in_force, guard_table_name, pin
 from gateway.rootfs import bridge_port
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
@@ -111,13 +110,13 @@ def heard(one: Container, other: Container, bridge: str) -> list[str]:
 
 def dropped(settings: Settings) -> int:
     """Return how many packets were dropped that came to the host past the bridge."""
-    words = ("nft", "list", "chain", "inet", address_guard.table_name(settings), "ports")
+    words = ("nft", "list", "chain", "inet", guard_table_name(settings), "ports")
     shown = subprocess.run(words, capture_output=True, check=True, text=True).stdout
     return int(shown.partition("counter packets ")[2].split()[0])
 
 
 def test_only_the_own_address_passes(pair: tuple[Container, Container], incus_settings: Settings) -> None:
-    assert address_guard.in_force(incus_settings), "this kernel cannot have the table"
+    assert guard_in_force(incus_settings), "this kernel cannot have the table"
     assert heard(*pair, incus_settings.network) == ["honestarp", "honest"]
 
 
@@ -157,13 +156,13 @@ async def test_a_tenant_that_incus_starts_has_it_put_in_force(
 ) -> None:
     """As after a reboot, before there is a gateway."""
     one, other = pair
-    table = address_guard.table_name(incus_settings)
+    table = guard_table_name(incus_settings)
     await asyncio.to_thread(subprocess.run, ("nft", "delete", "table", "bridge", table), check=True)
-    assert not address_guard.in_force(incus_settings)
+    assert not guard_in_force(incus_settings)
     # what is sent does come here without the table
     assert {"address", "arp", "honest"} <= set(heard(one, other, incus_settings.network))
     await asyncio.to_thread(environment.incus, "stop", "--force", one.name)
     await asyncio.to_thread(environment.incus, "start", one.name)
-    assert address_guard.in_force(incus_settings)
+    assert guard_in_force(incus_settings)
     await settle(one)
     assert heard(one, other, incus_settings.network) == ["honestarp", "honest"]

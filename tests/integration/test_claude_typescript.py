@@ -21,8 +21,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gateway.host import bun
-from gateway.host.cache import CACHE
+from gateway.host.toolchain import CACHE, bun_variant, ensure_bun
 from gateway.settings import Settings
 from gateway_client import Client, Tenant
 from tests.contracts.processes import Tree
@@ -104,7 +103,7 @@ async def agent(
         "session": session,
         "options": {"model": MODEL, **CLI, **options},
     }
-    found = "node" if runtime == "node" else str(await asyncio.to_thread(bun.ensure, bun.variant(), CACHE))
+    found = "node" if runtime == "node" else str(await asyncio.to_thread(ensure_bun, bun_variant(), CACHE))
     process = await asyncio.create_subprocess_exec(
         found,
         str(program),

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError, Unavailable
-from gateway.host import daemon, quotas
+from gateway.host import daemon
+from gateway.host.setup import enforce_quotas
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
@@ -362,7 +363,7 @@ async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tm
     environment.incus("config", "device", "override", tenant.name, "root", "size=730MiB")
     site = environment.rootfs(tenant.name) / "srv" / "site"
     # the kernel may have stopped counting when another test's tenant was deleted
-    await asyncio.to_thread(quotas.enforce, incus_settings)
+    await asyncio.to_thread(enforce_quotas, incus_settings)
     async with live(incus_settings, tmp_path / "gateway.log") as gateway:
         async with gateway.wire(tenant.name) as wire, gateway.http(tenant.name) as http:
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from gateway.host import quotas
+from gateway.host.setup import enforce_quotas
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import AGENT, QUICK, GatewayContract, no_traceback
@@ -84,7 +84,7 @@ async def full(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGate
 @pytest.fixture
 async def tight(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
     # the kernel may have given up counting what each tenant uses since `setup` looked
-    await asyncio.to_thread(quotas.enforce, incus_settings)
+    await asyncio.to_thread(enforce_quotas, incus_settings)
     async with live(incus_settings, folder / "tight.log", **TIGHT) as gateway:
         yield gateway
 

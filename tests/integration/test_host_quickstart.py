@@ -19,11 +19,9 @@ import pytest
 from gateway.auth import issuing
 from gateway.caddy import Caddy
 from gateway.host import caddy_service
-from gateway.host.demo import TENANT
 from gateway.host.doctor import doctor
-from gateway.host.local_gateway import ask
-from gateway.host.place import parse_environment
-from gateway.host.quickstart import Quickstart
+from gateway.host.gateway_process import ask, parse_environment
+from gateway.host.quickstart import TENANT, Quickstart
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from tests.integration import environment

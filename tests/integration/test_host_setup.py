@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host import Change, HostError, image
+from gateway.host import HostError, SetupChange
 from gateway.host.daemon import Daemon
-from gateway.host.incus import Incus, Missing
+from gateway.host.image import build_image
+from gateway.host.incus import IncusAdmin, Missing
 from gateway.host.setup import acl_name, setup
 from gateway.rootfs.instance_record import MANAGED
 from gateway.settings import Settings
@@ -16,7 +17,7 @@ from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
 
 
-def altered(changes: list[Change]) -> set[str]:
+def altered(changes: list[SetupChange]) -> set[str]:
     """Return the kinds of what changed, but for ports: each tenant that another test starts has a new one."""
     return {change.step.split()[0] for change in changes if change.changed} - {"ports"}
 
@@ -24,7 +25,7 @@ def altered(changes: list[Change]) -> set[str]:
 def test_second_setup_changes_nothing_and_says_so(incus_settings: Settings) -> None:
     """On a prepared host every step of setup and image reports that nothing changed."""
     lines: list[str] = []
-    changes = setup(incus_settings, lines.append) + image.build(incus_settings, lines.append)
+    changes = setup(incus_settings, lines.append) + build_image(incus_settings, lines.append)
     assert altered(changes) == set()
     assert len(lines) == len(changes) == 11
     assert all(line.endswith(" s)") for line in lines)
@@ -40,7 +41,7 @@ def test_drift_is_repaired_and_foreign_keys_stay(incus_settings: Settings) -> No
         if environment.incus("network", "set", bridge, "security.acls=", check=False).returncode == 0:
             break
     assert altered(setup(incus_settings, lambda line: None)) == {"firewall", "bridge", "profile"}
-    incus = Incus(incus_settings.incus_socket)
+    incus = IncusAdmin(incus_settings.incus_socket)
     found = incus.get("profiles", profile)
     assert found["config"]["limits.memory.enforce"] == "hard"
     assert found["config"]["environment.OURS"] == "kept"
@@ -61,19 +62,19 @@ def test_a_tenants_processes_go_first(tenant: Container) -> None:
 async def test_profile_marks_a_tenant(incus_settings: Settings, make_tenant: MakeTenant) -> None:
     """The runtime's mark reaches an instance's expanded configuration."""
     tenant = await make_tenant(start=False)
-    found = Incus(incus_settings.incus_socket).get("instances", tenant.name)
+    found = IncusAdmin(incus_settings.incus_socket).get("instances", tenant.name)
     assert found["expanded_config"][MANAGED] == "true"
 
 
 def test_other_project_gets_its_own_profile_and_image(incus_settings: Settings) -> None:
     """Everything of the tenants lives in the configured project; a second setup finds it there."""
     elsewhere = incus_settings.model_copy(update={"incus_project": "t-host-project"})
-    incus = Incus(elsewhere.incus_socket, "t-host-project")
+    incus = IncusAdmin(elsewhere.incus_socket, "t-host-project")
     try:
         setup(elsewhere, lambda line: None)
-        image.build(elsewhere, lambda line: None)
+        build_image(elsewhere, lambda line: None)
         assert incus.get("profiles", elsewhere.profile)["config"][MANAGED] == "true"
-        again = setup(elsewhere, lambda line: None) + image.build(elsewhere, lambda line: None)
+        again = setup(elsewhere, lambda line: None) + build_image(elsewhere, lambda line: None)
         assert altered(again) == set()
     finally:
         for name in incus.names("images"):
@@ -81,7 +82,7 @@ def test_other_project_gets_its_own_profile_and_image(incus_settings: Settings) 
         for name in incus.names("profiles"):
             if name != "default":
                 incus.delete("profiles", name)
-        Incus(elsewhere.incus_socket).delete("projects", "t-host-project")
+        IncusAdmin(elsewhere.incus_socket).delete("projects", "t-host-project")
 
 
 def test_missing_daemon_is_an_error_that_says_what_to_do(tmp_path: Path, incus_settings: Settings) -> None:
@@ -94,7 +95,7 @@ def test_missing_daemon_is_an_error_that_says_what_to_do(tmp_path: Path, incus_s
 def test_unknown_object_is_missing(incus_settings: Settings) -> None:
     """Incus's 404 is told apart from every other refusal."""
     with pytest.raises(Missing):
-        Incus(incus_settings.incus_socket).get("profiles", "no-such-profile")
+        IncusAdmin(incus_settings.incus_socket).get("profiles", "no-such-profile")
 
 
 def test_bridge_that_overlaps_the_host_names_the_setting(incus_settings: Settings) -> None:

@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Conflict, NotFound, TooLarge, Unavailable
-from gateway.host import quotas
 from gateway.host.daemon import Daemon
-from gateway.host.doctor import doctor
-from gateway.host.findings import Finding
-from gateway.host.setup import setup
+from gateway.host.doctor import Finding, doctor
+from gateway.host.setup import (
+    enforce_quotas,
+    quota_kind,
+    quotas_in_force,
+    setup,
+    unlimited_tenants,
+    wants_simple_quotas,
+)
 from gateway.rootfs import btrfs
 from gateway.rootfs.broker_client import instances
 from gateway.rootfs.quotas import SLACK as QUOTA_SLACK
@@ -59,11 +64,11 @@ def pool_of(incus_settings: Settings, kind: str) -> Iterator[Settings]:
         settings = incus_settings.model_copy(
             update={"pool": name, "profile": name, "simple_quotas": kind == "simple"}
         )
-        quotas.enforce(settings)
+        enforce_quotas(settings)
         if kind == "full":  # Incus does so for the first limit
             _btrfs("quota", "enable", _pool(settings))
-            quotas.enforce(settings)
-        assert quotas.kind(settings) == kind
+            enforce_quotas(settings)
+        assert quota_kind(settings) == kind
         yield settings
     finally:
         for instance in environment.instances():
@@ -81,7 +86,7 @@ def full(incus_settings: Settings) -> Iterator[Settings]:
 
 @pytest.fixture(scope="module")
 def simple(incus_settings: Settings) -> Iterator[Settings]:
-    if not quotas.wanted(incus_settings):
+    if not wants_simple_quotas(incus_settings):
         pytest.fail("this host has no simple quotas: it needs Linux 6.8 and btrfs-progs 6.7")
     with pool_of(incus_settings, "simple") as settings:
         yield settings
@@ -127,13 +132,13 @@ def given_up(settings: Settings) -> Iterator[Path]:
     _btrfs("qgroup", "create", "1/77", pool)
     try:
         _btrfs("qgroup", "assign", "--no-rescan", below, "1/77", pool)
-        assert not quotas.in_force(settings)
+        assert not quotas_in_force(settings)
         yield threshold
     finally:
         _btrfs("qgroup", "remove", below, "1/77", pool)
         _btrfs("qgroup", "destroy", "1/77", pool)
         _btrfs("subvolume", "delete", own, shared)
-        quotas.enforce(settings)
+        enforce_quotas(settings)
 
 
 def _look(settings: Settings) -> Finding:
@@ -146,13 +151,13 @@ def _look(settings: Settings) -> Finding:
 def test_setup_enforces_quotas_that_the_kernel_gave_up(full: Settings, incus_settings: Settings) -> None:
     """A tenant that is deleted cannot end the others' disk limits for good; doctor says so meanwhile."""
     assert "disk quotas" in {one.step for one in setup(incus_settings, lambda line: None)}
-    assert quotas.enforce(full) is None and quotas.in_force(full)
+    assert enforce_quotas(full) is None and quotas_in_force(full)
     with given_up(full) as threshold:
         assert not _look(full).ok and "incus-gateway setup" in _look(full).detail
-        assert "counted again" in str(quotas.enforce(full))
-        assert quotas.in_force(full) and _look(full).ok
+        assert "counted again" in str(enforce_quotas(full))
+        assert quotas_in_force(full) and _look(full).ok
         assert threshold.read_text().strip() == "8"
-        assert quotas.enforce(full) is None
+        assert enforce_quotas(full) is None
 
 
 def test_the_doctor_tells_of_simple_ones(full: Settings) -> None:
@@ -171,7 +176,7 @@ async def test_a_gateway_enforces_them_once_incusd_is_back(
             ahead = threshold.parent.parent / "bdi" / "read_ahead_kb"
             ahead.write_text("4096")
             await asyncio.to_thread(Daemon.at(full.incus_socket).ensure, lambda line: None)
-            await until(lambda: quotas.in_force(full))
+            await until(lambda: quotas_in_force(full))
             assert threshold.read_text().strip() == "8"
             await until(lambda: ahead.read_text().strip() == "128")
         assert "disk quotas: what each tenant uses was counted again" in gateway.log.read_text()
@@ -330,7 +335,7 @@ async def test_a_size_that_changes(simple: Settings, runtime: IncusRuntime, tena
     await runtime.snapshots.delete(tenant, "s")
     await runtime.tenants.resize(tenant, "small")
     assert await _fill(tenant, "file") <= SIZE
-    assert quotas.unlimited(simple, [tenant]) == []
+    assert unlimited_tenants(simple, [tenant]) == []
 
 
 async def test_what_an_operator_restores_is_limited_too(
@@ -342,7 +347,7 @@ async def test_what_an_operator_restores_is_limited_too(
         await asyncio.to_thread(environment.incus, *words)
     assert not _look(simple).ok and tenant in _look(simple).detail
     assert instances(simple).limit_disks() == 1
-    assert _look(simple).ok and quotas.unlimited(simple, [tenant]) == []
+    assert _look(simple).ok and unlimited_tenants(simple, [tenant]) == []
 
 
 async def test_destroyed_tenants_leave_nothing(simple: Settings, runtime: IncusRuntime) -> None:
@@ -350,7 +355,7 @@ async def test_destroyed_tenants_leave_nothing(simple: Settings, runtime: IncusR
         listed = json.loads(_btrfs("--format", "json", "qgroup", "show", _pool(simple)))
         return {one["qgroupid"] for one in listed["qgroup-show"]}
 
-    quotas.enforce(simple)
+    enforce_quotas(simple)
     before = groups()
     await runtime.tenants.create("quotas-gone")
     await _fill("quotas-gone", "file", MiB)
@@ -359,5 +364,5 @@ async def test_destroyed_tenants_leave_nothing(simple: Settings, runtime: IncusR
     assert len(groups() - before) >= 3
     await runtime.tenants.destroy("quotas-gone")
     _used(simple)
-    quotas.enforce(simple)
+    enforce_quotas(simple)
     assert groups() - before == set()

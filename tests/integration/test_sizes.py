@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gateway.host import quotas
+from gateway.host.setup import quota_kind
 from gateway.rootfs import memory
 from gateway.rootfs.site_cgroup import SITE
 from gateway.runtime.sizes import SITE_SHARE
@@ -152,7 +152,7 @@ async def test_what_is_in_use_is_not_taken_away(host: Hosting) -> None:
     await limited(1024, 2, 8192)
     await host.call("POST", f"{URL}/snapshots", {"name": "large"})
     await sh(host, "rm /home/site/large; sync")
-    if simple := quotas.kind(host.settings) == "simple":  # what a snapshot holds counts, until it is gone
+    if simple := quota_kind(host.settings) == "simple":  # what a snapshot holds counts, until it is gone
         status, answer = await resize(host, "small")
         assert (status, answer["reason"], answer["what"]) == (409, "in_use", "disk"), answer
         assert (await host.call("DELETE", f"{URL}/snapshots/large"))[0] == 204
@@ -185,7 +185,7 @@ async def test_a_stopped_tenant_gets_a_smaller_size_where_its_disk_is_known(host
     await host.call("POST", f"{URL}/stop")
     assert (await resize(host, "large"))[0] == 200
     status, answer = await resize(host, "small")
-    if known := quotas.kind(host.settings) == "simple":
+    if known := quota_kind(host.settings) == "simple":
         assert status == 200, answer
     else:
         assert (status, answer["code"]) == (409, "tenant_not_running"), answer

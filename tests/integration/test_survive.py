@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 
 from gateway.holder.holder import held_at
-from gateway.host import holder_process
-from gateway.host.gateway_process import GatewayProcess
-from gateway.host.place import Place
+from gateway.host.gateway_process import GatewayProcess, QuickstartFiles
+from gateway.host.services import running_holder
 from gateway.settings import Settings
 from tests.integration.actors import GUESTS, RESIDENTS, tree_of
 from tests.integration.conftest import Container
@@ -150,7 +149,7 @@ async def test_quickstarts_restart_leaves_commands_and_its_stop_ends_them(
     del environment["PATH"]
     folder.mkdir(mode=0o700)
     installed = Path(sys.executable).with_name("incus-gateway")
-    process = GatewayProcess(settings, Place(folder), ROOT, installed, environment)
+    process = GatewayProcess(settings, QuickstartFiles(folder), ROOT, installed, environment)
     assert (await asyncio.to_thread(process.ensure, "one")).startswith("started")
     try:
         other = Host(settings, folder)
@@ -158,16 +157,16 @@ async def test_quickstarts_restart_leaves_commands_and_its_stop_ends_them(
         client = Resuming(other, shared_tenant.name)
         await client.start(command="setsid sleep 1000 & echo up; cat", stdin=True)
         await until(lambda: client.offsets[1] > 0)
-        holder = holder_process.running(settings)
+        holder = running_holder(settings)
         assert holder is not None
         assert (await asyncio.to_thread(process.ensure, "two")).startswith("replaced")
-        assert holder_process.running(settings) == holder
+        assert running_holder(settings) == holder
         await client.write(b"still\n")
         await until(lambda: client.offsets[1] == len(b"up\nstill\n"))
         following = asyncio.ensure_future(client.ended())
         assert await asyncio.to_thread(process.stop)
         assert shared_tenant.sh("pgrep -c 'sleep|cat'", check=False).strip() == "0"
-        assert holder_process.running(settings) is None and process.pid() is None
+        assert running_holder(settings) is None and process.pid() is None
         assert client.exits and (await following)["reason"] == "cancelled"
     finally:
         await asyncio.to_thread(process.stop)

@@ -24,8 +24,7 @@ from typing import Any
 
 import pytest
 
-from gateway.host.environments import Environments
-from gateway.host.place import Place
+from gateway.host.gateway_process import Environments, QuickstartFiles
 from gateway.server.handover import VERSION, path_in
 from gateway.settings import Settings
 from gateway_client import Change, Client
@@ -603,7 +602,7 @@ _ENSURE = """
 import sys
 from pathlib import Path
 from gateway.host.gateway_process import GatewayProcess
-from gateway.host.place import Place
+from gateway.host.gateway_process import Place
 from gateway.settings import load
 settings = load()
 command = Path(sys.executable).with_name("incus-gateway")
@@ -627,7 +626,7 @@ async def test_versions_lie_side_by_side_and_the_last_one_is_kept_to_go_back(
         tmp_path / "log",
     )
     gateway.at(int(gateway.environment["GATEWAY_LISTEN"].rpartition(":")[2]))
-    environments, place = Environments(state), Place(state)
+    environments, place = Environments(state), QuickstartFiles(state)
 
     async def run(*words: str | Path, code: int = 0) -> str:
         done = await asyncio.to_thread(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 from playwright.async_api import Browser, async_playwright
 
-from gateway.host.cache import CACHE
+from gateway.host.toolchain import CACHE
 from gateway.settings import Settings
 from tests.e2e.conftest import CHROMIUM, FLAGS
 from tests.integration.conftest import incus_settings

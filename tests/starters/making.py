@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from gateway.host.cache import CACHE, fetching
+from gateway.host.toolchain import CACHE, locked_file
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import BOOTED, Container
@@ -86,7 +86,7 @@ async def made(name: str, starter: Starter, settings: Settings, *, newest: bool 
 def _made(file: Path, starter: Starter, settings: Settings, newest: bool) -> Made:
     if not starter.make:
         return Made(packed(OURS / starter.ours))
-    with fetching(file):
+    with locked_file(file):
         if not file.exists():
             with _container(settings) as container:
                 if starter.ours:

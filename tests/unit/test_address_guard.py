@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, address_guard
+from gateway.host import HostError
+from gateway.host.setup import guard_addresses, guard_in_force, guard_table, guard_table_name
 from gateway.rootfs import bridge_port
 from gateway.runtime.incus.creation import Creation
 from gateway.settings import Settings
@@ -54,12 +55,12 @@ def nft(monkeypatch: pytest.MonkeyPatch) -> Nft:
 
 def test_each_address_is_one_ports_own(tmp_path: Path) -> None:
     """And the bridge's own is nobody's."""
-    text = address_guard.rendered(settings(tmp_path)) or ""
+    text = guard_table(settings(tmp_path)) or ""
     assert text.count(" . 0a:67:77:") == 253
     assert f'"gw0a5203fe" . 0a:67:77:52:03:fe . {ADDRESS}' in text
     assert " 10.82.3.1," not in text and "0a520301" not in text
     assert not {word for word in ("TABLE", "NAMES", "ADDRESSES") if word in text}
-    assert address_guard.table_name(settings(tmp_path)) == "gateway_br_test"
+    assert guard_table_name(settings(tmp_path)) == "gateway_br_test"
 
 
 def test_names_are_found_again() -> None:
@@ -71,13 +72,13 @@ def test_names_are_found_again() -> None:
 def test_it_is_put_in_force_once_and_again_where_it_is_lost(tmp_path: Path, nft: Nft) -> None:
     of = settings(tmp_path)
     hook = bridge_port.guard_hook(tmp_path, of.network)
-    assert address_guard.guard(of) is not None and address_guard.in_force(of)
+    assert guard_addresses(of) is not None and guard_in_force(of)
     assert hook.stat().st_mode & 0o777 == 0o755
     assert f"/usr/sbin/nft -f {hook}.nft" in hook.read_text()
     assert "NFT" not in hook.read_text() and "TABLE" not in hook.read_text()
-    assert address_guard.guard(of) is None
+    assert guard_addresses(of) is None
     nft.there.clear()
-    assert address_guard.guard(of) is not None and address_guard.in_force(of)
+    assert guard_addresses(of) is not None and guard_in_force(of)
 
 
 def test_without_it_new_tenants_have_the_filter_of_incus(tmp_path: Path, nft: Nft) -> None:
@@ -91,23 +92,20 @@ def test_without_it_new_tenants_have_the_filter_of_incus(tmp_path: Path, nft: Nf
     nic, named = {**filtered, "network": "br-test"}, {"nictype": "bridged", "parent": "br-test"}
     assert making._placed(nic, address)[0] == {**filtered, **named, "ipv4.address": "10.82.3.254"}
     nft.refuses = "check"
-    assert (
-        address_guard.guard(of) is None
-        and making._placed(nic, address)[0]["security.mac_filtering"] == "true"
-    )
+    assert guard_addresses(of) is None and making._placed(nic, address)[0]["security.mac_filtering"] == "true"
     nft.refuses = "load"
     with pytest.raises(HostError, match="cannot restrict"):
-        address_guard.guard(of)
+        guard_addresses(of)
     assert "host_name" not in making._placed(nic, address)[0]
     nft.refuses = ""
-    address_guard.guard(of)
+    guard_addresses(of)
     own, static = making._placed(nic, address)
     assert own["host_name"] == "gw0a5203fe" and own["security.mac_filtering"] == "false"
     assert static.endswith(f"\nlxc.hook.pre-start = {bridge_port.guard_hook(tmp_path, of.network)}\n")
     nft.refuses = "check"  # the kernel took it before, and tenants need it
-    assert address_guard.guard(of) is None
+    assert guard_addresses(of) is None
     assert making._placed(own, address) == (own, static)
-    assert address_guard.guard(settings(tmp_path, "10.64.0.1/10")) is None
+    assert guard_addresses(settings(tmp_path, "10.64.0.1/10")) is None
     copy, static = making._placed(own, address)
     assert "host_name" not in copy and "hook" not in static
     assert {value for key, value in copy.items() if key.endswith("_filtering")} == {"true"}

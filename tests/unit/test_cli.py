@@ -15,8 +15,8 @@ import orjson
 import pytest
 
 from gateway.auth import tokens
-from gateway.cli.confirming import Failed
-from gateway.cli.history import _latest
+from gateway.cli.invocation import Failed
+from gateway.cli.tenants import _latest_turn
 from tests.contracts.processes import alive, mark
 from tests.live import SECRET, LiveGateway
 from tests.unit.command_line import run, served, start
@@ -385,7 +385,7 @@ async def test_what_agents_changed_is_listed_shown_and_taken_back(gateway: LiveG
 )
 def test_undo_takes_back_the_latest_since_the_deployment(kinds: tuple[str, ...], undone: int) -> None:
     turns = [{"turn": str(number), "kind": kind} for number, kind in enumerate(kinds)]
-    assert _latest("demo", turns) == str(undone)
+    assert _latest_turn("demo", turns) == str(undone)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_undo_takes_back_the_latest_since_the_deployment(kinds: tuple[str, ...],
 )
 def test_undo_does_not_take_back_a_deployment(kind: str, since: str) -> None:
     with pytest.raises(Failed, match=rf"{since}; .*incus-gateway history demo"):
-        _latest("demo", [{"turn": "1", "kind": kind}, {"turn": "0", "kind": "turn"}])
+        _latest_turn("demo", [{"turn": "1", "kind": kind}, {"turn": "0", "kind": "turn"}])
 
 
 async def test_the_sites_log_is_printed_and_followed(gateway: LiveGateway) -> None:

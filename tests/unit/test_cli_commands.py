@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from gateway.cli import loading
-from gateway.cli.main import COMMANDS, app
+from gateway.cli.main import COMMANDS, CommandGroup, CommandTable, app, summary
 
 
-def functions(table: loading.Table, *before: str) -> Iterator[tuple[tuple[str, ...], str]]:
+def functions(table: CommandTable, *before: str) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, entry in table.items():
-        if isinstance(entry, loading.Group):
+        if isinstance(entry, CommandGroup):
             yield from functions(entry.commands, *before, name)
         else:
             yield (*before, name), entry if isinstance(entry, str) else entry.function
@@ -38,9 +37,9 @@ def test_every_command_has_its_help(words: tuple[str, ...]) -> None:
     """The list shows the first sentence of what the command's own help says."""
     module, _, name = ALL[words].partition(":")
     function: Any = getattr(import_module(module), name)
-    summary = loading.summary(ALL[words])
-    assert summary and (inspect.getdoc(function) or "").startswith(summary)
-    assert summary in said(*words, "--help")
+    said_first = summary(ALL[words])
+    assert said_first and (inspect.getdoc(function) or "").startswith(said_first)
+    assert said_first in said(*words, "--help")
     listed = [line.split(maxsplit=1) for line in said(*words[:-1], "--help").splitlines()]
     assert [words[-1], summary] in listed
 
@@ -83,7 +82,7 @@ def test_a_command_in_a_tenant_needs_little() -> None:
     script = """
 import sys
 import gateway.cli.exec, gateway.cli.main
-from gateway.cli.asking import client_of
+from gateway.cli.invocation import client_of
 print(*(name for name in sys.modules))
 """
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.cli import folders
+from gateway.cli.sites import read_site, write_manifest
 from gateway.deployments.manifest import Overrides
 from gateway.errors import GatewayError
 from gateway.settings import Settings
@@ -23,7 +23,7 @@ def laid(folder: Path, *names: str) -> Path:
 
 def refused(folder: Path) -> str:
     with pytest.raises(GatewayError) as error:
-        folders.read(folder, Settings(), NOTHING)
+        read_site(folder, Settings(), NOTHING)
     return error.value.message
 
 
@@ -40,7 +40,7 @@ def test_a_folder_of_three_gigabytes_is_refused_before_it_is_read(tmp_path: Path
         "(1 bytes): list what the site does not need in .gitignore, and keep large files elsewhere"
     )
     (tmp_path / ".gitignore").write_text("videos\n*.bin\n")
-    template, left = folders.read(tmp_path, Settings(), NOTHING)
+    template, left = read_site(tmp_path, Settings(), NOTHING)
     assert set(template.entries) == {"index.html", ".gitignore"}
     assert set(left) == {"data.bin", "videos/"}
 
@@ -51,7 +51,7 @@ def test_what_ignore_files_name_is_not_sent_and_is_told(tmp_path: Path) -> None:
     laid(tmp_path, ".venv/bin/python", "lib/__pycache__/x.pyc")
     (tmp_path / ".gitignore").write_text(".env\n/dist/\n*.log\n")
     (tmp_path / "sub/.gitignore").write_text("!keep.log\n")
-    template, left = folders.read(tmp_path, Settings(), NOTHING)
+    template, left = read_site(tmp_path, Settings(), NOTHING)
     sent = {path for path, entry in template.entries.items() if entry.content is not None}
     assert sent == {"index.html", ".env.example", ".gitignore", "sub/.gitignore", "sub/keep.log"}
     assert set(left) == {".env", "dist/", "a.log", "sub/other.log"}
@@ -87,10 +87,10 @@ def test_an_empty_folder_one_without_what_is_served_and_none(tmp_path: Path) -> 
 
 def test_what_was_found_is_kept_once(tmp_path: Path) -> None:
     laid(tmp_path, "index.html")
-    template, _ = folders.read(tmp_path, Settings(), NOTHING)
-    assert folders.write_manifest(tmp_path, template).read_text() == (
+    template, _ = read_site(tmp_path, Settings(), NOTHING)
+    assert write_manifest(tmp_path, template).read_text() == (
         "# static files: there is index.html\n# install nothing: files need none\n"
         '# serve the files of the folder: the gateway\'s own file server\nstatic = "."\nport = 3000\n'
     )
     with pytest.raises(GatewayError, match="exists already"):
-        folders.write_manifest(tmp_path, template)
+        write_manifest(tmp_path, template)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from gateway.__main__ import main
-from gateway.cli.loading import Command, _Unloaded
+from gateway.cli.main import LazyCommand, _Unloaded
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def collecting() -> Iterator[None]:
 @pytest.mark.usefixtures("collecting")
 def test_garbage_is_collected_once_a_command_is_there() -> None:
     gc.disable()
-    _Unloaded("list", Command("gateway.cli.tenants:list_tenants")).loaded()
+    _Unloaded("list", LazyCommand("gateway.cli.tenants:list_tenants")).loaded()
     assert gc.isenabled()
     assert gc.get_freeze_count() > 0
 

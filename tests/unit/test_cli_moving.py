@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from gateway.cli import moving
-from gateway.cli.confirming import Failed
+from gateway.cli import cluster as commands
+from gateway.cli.invocation import Failed
 from gateway.errors import NotFound, Unavailable
-from gateway.host import forming
+from gateway.host import cluster as members
 
 
 class Cluster:
@@ -67,21 +67,21 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     def set_drained(_: Any, name: str, drained: bool) -> None:
         found.drained.append((name, drained))
 
-    monkeypatch.setattr(moving, "client_of", client_of)
-    monkeypatch.setattr(moving, "_SETTLE", 0.0)
-    monkeypatch.setattr(forming, "set_drained", set_drained)
+    monkeypatch.setattr(commands, "client_of", client_of)
+    monkeypatch.setattr(commands, "_SETTLE", 0.0)
+    monkeypatch.setattr(members, "set_drained", set_drained)
     return found
 
 
 def test_a_tenant_is_moved(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    moving.move("a", "m3")
+    commands.move("a", "m3")
     assert cluster.locations["a"] == "m3"
     assert capsys.readouterr().out == "a is on m3, after 2.5 s\n"
 
 
 def test_a_drained_member_is_left_by_all_also_by_one_that_came_late(cluster: Cluster) -> None:
     cluster.late = [("late", "m1")]
-    moving.drain("m1")
+    commands.drain("m1")
     assert "m1" not in cluster.locations.values() and cluster.locations["d"] == "m2"
     assert cluster.drained == [("m1", True)]
     assert cluster.most == 2
@@ -92,20 +92,20 @@ def test_a_drain_goes_on_where_one_fails_and_says_which(
 ) -> None:
     cluster.stuck = {"a"}
     with pytest.raises(Failed, match="not moved: a;"):
-        moving.drain("m1")
+        commands.drain("m1")
     assert {name for name, at in cluster.locations.items() if at == "m1"} == {"a"}
     assert "a is not moved: there is no room" in capsys.readouterr().err
     cluster.stuck = set()
-    moving.drain("m1")
+    commands.drain("m1")
     assert "m1" not in cluster.locations.values()
 
 
 def test_a_restored_member_gets_back_those_that_were_drained_and_no_others(cluster: Cluster) -> None:
-    moving.move("c", "m3")  # by hand, so that it stays there
-    moving.drain("m1")
-    moving.restore("m1")
+    commands.move("c", "m3")  # by hand, so that it stays there
+    commands.drain("m1")
+    commands.restore("m1")
     assert cluster.locations == {"a": "m1", "b": "m1", "c": "m3", "d": "m2"}
     assert cluster.drained == [("m1", True), ("m1", False)]
     cluster.moves["d"] = {"from": "m3", "to": "m2", "state": "moved", "drained": True}
-    moving.restore("m1")
+    commands.restore("m1")
     assert cluster.locations["d"] == "m2"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from gateway.cli import cluster as commands
-from gateway.cli.confirming import Failed
-from gateway.host import HostError, forming
+from gateway.cli.invocation import Failed
+from gateway.host import HostError
+from gateway.host import cluster as members
 
 
 class Cluster:
@@ -64,8 +65,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
         ]
 
     monkeypatch.setattr(commands, "client_of", client_of)
-    monkeypatch.setattr(forming, "rows", rows)
-    monkeypatch.setattr(forming, "remove", found.remove)
+    monkeypatch.setattr(members, "member_rows", rows)
+    monkeypatch.setattr(members, "remove_member", found.remove)
     return found
 
 

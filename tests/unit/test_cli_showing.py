@@ -21,8 +21,10 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.auth import tokens
-from gateway.cli import copying, following, main
-from gateway.cli.loading import Group
+from gateway.cli import copying
+from gateway.cli import main as cli
+from gateway.cli.deployments import followed
+from gateway.cli.main import CommandGroup
 from gateway.errors import ExecFailed
 from tests.live import SECRET, LiveGateway
 from tests.unit.command_line import run, served, start
@@ -198,7 +200,7 @@ async def test_an_error_repeats_no_output_that_was_printed(capsys: pytest.Captur
         async def record(self) -> Any:
             return SimpleNamespace(error=error)
 
-    await following.followed(cast("Any", Begun()), "shop.example.com", as_json=False)
+    await followed(cast("Any", Begun()), "shop.example.com", as_json=False)
     assert error.message == "`npm ci` ended with code 1: npm error"
     assert capsys.readouterr().out.splitlines() == [f"    {line}" for line in lines]
 
@@ -270,14 +272,14 @@ async def test_the_manual_is_made_of_the_helps(gateway: LiveGateway) -> None:
 
 COMMANDS = [
     (name, *inner)
-    for name, entry in main.COMMANDS.items()
-    for inner in ([(one,) for one in entry.commands] if isinstance(entry, Group) else [()])
+    for name, entry in cli.COMMANDS.items()
+    for inner in ([(one,) for one in entry.commands] if isinstance(entry, CommandGroup) else [()])
 ]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_each_command_helps(words: tuple[str, ...]) -> None:
     """By -h as by --help, and no wider than a terminal."""
-    short, long = (CliRunner().invoke(main.app, [*words, option]) for option in ("-h", "--help"))
+    short, long = (CliRunner().invoke(cli.app, [*words, option]) for option in ("-h", "--help"))
     assert (short.exit_code, short.output) == (0, long.output) and "Usage: " in short.output
     assert not [one for one in short.output.splitlines() if len(one) > 84]

@@ -20,7 +20,7 @@ from gateway.errors import Conflict
 from gateway.events import Bus, MemoryJournal
 from gateway.execs import Execs, Reading
 from gateway.holder.holder import HolderClient, held_at
-from gateway.host import holder_process
+from gateway.host.services import ensure_holder, stop_holder
 from gateway.idempotency import Idempotency, Key
 from gateway.incus import ExecMemory, Incus
 from gateway.incus.frames import BINARY, Frames
@@ -144,9 +144,9 @@ async def successor(settings: Settings) -> AsyncIterator[tuple[LocalRuntime, Ide
 async def settings(tmp_path: Path) -> AsyncIterator[Settings]:
     """Settings with a state dir in which a holder listens."""
     settings = Settings(runtime="local", state_dir=tmp_path)
-    holder_process.ensure(settings, tmp_path / "log")
+    ensure_holder(settings, tmp_path / "log")
     yield settings
-    holder_process.stop(settings)
+    stop_holder(settings)
 
 
 def ended(facts: Any, purpose: Any = None) -> ExecMemory:
@@ -286,8 +286,8 @@ async def test_a_command_that_goes_on_is_sent_to_the_next_holder_alone(
                 exec_ = execs.get("demo", "mine")
                 assert exec_.state == "running"
                 assert not sent
-                holder_process.stop(settings)
-                holder_process.ensure(settings, settings.state_dir / "log")
+                stop_holder(settings)
+                ensure_holder(settings, settings.state_dir / "log")
                 await until(lambda: held_at(settings.holder_socket) == 1)
                 await execs.leave()
                 await exec_.process.aclose()

@@ -22,9 +22,9 @@ from gateway.holder import holder as holder_client
 from gateway.holder import holding
 from gateway.holder.holder import HolderClient, held_at
 from gateway.holder.holding import close, receive, send
-from gateway.host import HostError, doctor, holder_process
-from gateway.host.findings import Hint
-from gateway.host.holder_process import command
+from gateway.host import HostError
+from gateway.host.doctor import Hint, _holder
+from gateway.host.services import ensure_holder, holder_command, running_holder, stop_holder
 from gateway.settings import Settings
 from tests.waits import settled, until
 
@@ -42,7 +42,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 
     async def start(seconds: float = 60, before: Sequence[str] = ()) -> asyncio.subprocess.Process:
         settings = Settings(runtime="local", state_dir=tmp_path, hold=seconds)
-        process = await asyncio.create_subprocess_exec(*before, *command(settings))
+        process = await asyncio.create_subprocess_exec(*before, *holder_command(settings))
         started.append(process)
         await until(lambda: answers(tmp_path / "holder.sock"))
         return process
@@ -441,7 +441,7 @@ async def test_another_user_gets_nothing_even_if_the_socket_is_open_to_it(
 async def test_another_holder_at_the_same_place_is_refused(start: Start, tmp_path: Path) -> None:
     await start()
     settings = Settings(runtime="local", state_dir=tmp_path)
-    second = await asyncio.create_subprocess_exec(*command(settings), stderr=asyncio.subprocess.PIPE)
+    second = await asyncio.create_subprocess_exec(*holder_command(settings), stderr=asyncio.subprocess.PIPE)
     said = (await asyncio.wait_for(second.communicate(), 30))[1]
     assert second.returncode == 1 and b"another holder is listening" in said
     assert held_at(tmp_path / "holder.sock") == 0
@@ -461,16 +461,16 @@ def test_a_packet_with_too_many_descriptors_is_refused_and_closed() -> None:
 def test_a_holder_is_started_once_found_by_its_socket_and_stopped(tmp_path: Path) -> None:
     """As quickstart does without systemd."""
     settings = Settings(runtime="local", state_dir=tmp_path)
-    assert holder_process.running(settings) is None
-    assert not holder_process.stop(settings)
+    assert running_holder(settings) is None
+    assert not stop_holder(settings)
     lock = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
     os.set_inheritable(lock, True)  # as quickstart's shell hands it on
-    said = holder_process.ensure(settings, tmp_path / "log")
+    said = ensure_holder(settings, tmp_path / "log")
     os.close(lock)
     try:
-        pid = holder_process.running(settings)
+        pid = running_holder(settings)
         assert pid is not None and said == f"started, pid {pid}"
-        assert holder_process.ensure(settings, tmp_path / "log") == f"already running, pid {pid}"
+        assert ensure_holder(settings, tmp_path / "log") == f"already running, pid {pid}"
         of = (tmp_path / "lock").stat()
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # of a client that has just gone
@@ -478,8 +478,8 @@ def test_a_holder_is_started_once_found_by_its_socket_and_stopped(tmp_path: Path
         status = Path(f"/proc/{pid}/status").read_text()
         assert int(status.partition("VmRSS:")[2].split()[0]) < 32 << 10
     finally:
-        assert holder_process.stop(settings)
-    assert holder_process.running(settings) is None
+        assert stop_holder(settings)
+    assert running_holder(settings) is None
     assert not (tmp_path / "holder.sock").exists()
 
 
@@ -487,18 +487,18 @@ def test_a_holder_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
     settings = Settings(runtime="local", state_dir=tmp_path / ("x" * 100) / ("y" * 50))
     settings.state_dir.mkdir(parents=True)
     with pytest.raises(HostError, match="see the end of"):
-        holder_process.ensure(settings, tmp_path / "log")
+        ensure_holder(settings, tmp_path / "log")
 
 
 def test_doctor_says_what_is_held_or_what_a_restart_would_end(tmp_path: Path) -> None:
     settings = Settings(runtime="local", state_dir=tmp_path)
     with pytest.raises(Hint, match="a restart of the gateway ends all commands"):
-        doctor._holder(settings)
-    holder_process.ensure(settings, tmp_path / "log")
+        _holder(settings)
+    ensure_holder(settings, tmp_path / "log")
     try:
-        assert doctor._holder(settings).startswith("holds 0 commands")
+        assert _holder(settings).startswith("holds 0 commands")
     finally:
-        holder_process.stop(settings)
+        stop_holder(settings)
 
     def hang_up() -> None:
         with listener.accept()[0] as client:
@@ -510,5 +510,5 @@ def test_doctor_says_what_is_held_or_what_a_restart_would_end(tmp_path: Path) ->
         other = threading.Thread(target=hang_up)
         other.start()
         with pytest.raises(HostError, match="not a holder of this version"):
-            doctor._holder(settings)
+            _holder(settings)
         other.join()

@@ -12,17 +12,34 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host import Change, HostError, Steps, bun, doctor, quotas, run
-from gateway.host.artefacts import Artefact, image_metadata, keep
+from gateway.host import HostError, SetupChange, Steps, run
+from gateway.host import setup as steps
 from gateway.host.caddy_service import CaddyService, hand_over
 from gateway.host.daemon import Daemon, _only_options
-from gateway.host.definition import CA_BUNDLE, FILES, PROPERTY, TRUST, Definition, define
-from gateway.host.findings import Hint
-from gateway.host.gateway_process import GatewayProcess
-from gateway.host.npm import check_integrity
-from gateway.host.place import Place
-from gateway.host.quotas import can_be_simple
-from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
+from gateway.host.doctor import Hint, _hosts
+from gateway.host.gateway_process import GatewayProcess, QuickstartFiles
+from gateway.host.image import (
+    CA_BUNDLE,
+    FILES,
+    PROPERTY,
+    TRUST,
+    Artefact,
+    Definition,
+    define,
+    image_metadata,
+    keep_artefact,
+)
+from gateway.host.setup import (
+    PRIVATE,
+    acl,
+    forwarding,
+    network,
+    pool_size,
+    profile,
+    setup,
+    supports_simple_quotas,
+)
+from gateway.host.toolchain import BUN_INTEGRITY, check_integrity
 from gateway.rootfs.instance_record import MANAGED
 from gateway.rootfs.quotas import Quotas
 from gateway.settings import Settings
@@ -31,9 +48,9 @@ GiB = 1 << 30
 
 
 def test_the_doctor_hints_at_a_gateway_that_answers_to_any_name() -> None:
-    assert doctor._hosts(Settings(domain="gw.example", hosts="Gw.lan")) == "127.0.0.1, gw.example, gw.lan"
+    assert _hosts(Settings(domain="gw.example", hosts="Gw.lan")) == "127.0.0.1, gw.example, gw.lan"
     with pytest.raises(Hint, match="DNS rebinding"):
-        doctor._hosts(Settings(hosts="gw.lan,*"))
+        _hosts(Settings(hosts="gw.lan,*"))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +80,7 @@ def test_pool_without_room_names_the_way_out() -> None:
 )
 def test_which_hosts_have_simple_quotas(linux: str, programs: str, simple: bool) -> None:
     """Linux 6.7 forgets what a deleted disk has written; older programs make Incus fail to read them."""
-    assert can_be_simple(linux, programs) == simple
+    assert supports_simple_quotas(linux, programs) == simple
 
 
 @pytest.mark.parametrize(
@@ -73,11 +90,11 @@ def test_only_a_pool_without_quotas_gets_simple_ones(
     monkeypatch: pytest.MonkeyPatch, kind: str, simple: bool, begun: bool
 ) -> None:
     begins = list[bool]()
-    monkeypatch.setattr(quotas, "wanted", lambda settings: settings.simple_quotas)
+    monkeypatch.setattr(steps, "wants_simple_quotas", lambda settings: settings.simple_quotas)
     monkeypatch.setattr(Quotas, "kind", lambda self: kind)
     monkeypatch.setattr(Quotas, "begin_simple", lambda self: begins.append(True))
     monkeypatch.setattr(Quotas, "enforce", lambda self, wait: [])
-    said = quotas.enforce(Settings(simple_quotas=simple))
+    said = steps.enforce_quotas(Settings(simple_quotas=simple))
     assert (bool(begins), said is not None) == (begun, begun)
 
 
@@ -185,7 +202,7 @@ def test_bun_fits_the_processor(machine: str, flags: str, variant: str, architec
     """A processor without AVX2 gets the build without it; ARM has its own build."""
     made = define(Settings(), machine, flags)
     assert (made.bun, made.architecture) == (variant, architecture)
-    assert variant in bun.INTEGRITY
+    assert variant in BUN_INTEGRITY
 
 
 @pytest.mark.parametrize(
@@ -241,7 +258,7 @@ def test_built_images_of_other_definitions_stay_for_who_uses_them(tmp_path: Path
         for file in (artefact.metadata, artefact.rootfs):
             file.touch()
             os.utime(file, (1000 - age, 1000 - age))
-    keep(tmp_path, made[0])  # the oldest, used once more
+    keep_artefact(tmp_path, made[0])  # the oldest, used once more
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [f"{name}.{kind}" for name in "ade" for kind in ("squashfs", "tar")]
 
@@ -272,7 +289,7 @@ def test_helpers_of_incusd_are_not_the_daemon(words: list[bytes], daemon: bool) 
 def test_a_tenants_process_passes_for_no_daemon_of_the_host(tmp_path: Path, which: str) -> None:
     """It may have the same command line, variables and user; on the host it is recognised by them."""
     settings = Settings(state_dir=tmp_path, caddy_dir=tmp_path / "caddy")
-    gateway = GatewayProcess(settings, Place(tmp_path), None, Path("/usr/bin/incus-gateway"), {})
+    gateway = GatewayProcess(settings, QuickstartFiles(tmp_path), None, Path("/usr/bin/incus-gateway"), {})
     (tmp_path / "run").write_text("read line; echo ready; read line\n")
     pid, command = {
         "incusd": (Daemon(tmp_path).pid, "exec -a incusd sh"),
@@ -334,7 +351,7 @@ def test_steps_say_what_changed_and_how_long_it_took() -> None:
     steps.run("two", lambda: None)
     assert [(change.step, change.changed) for change in steps.changes] == [("one", True), ("two", False)]
     assert lines[0].startswith("changed  one: made") and lines[1].startswith("ok       two: as it should be")
-    assert str(Change("s", True, "d", 1.25)).endswith("(1.2 s)")
+    assert str(SetupChange("s", True, "d", 1.25)).endswith("(1.2 s)")
 
 
 def test_a_failing_step_names_itself() -> None:

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, cluster
+from gateway.host import HostError
+from gateway.host.cluster import cluster_problems, member_rows
 from gateway.host.doctor import _copies, doctor
-from gateway.host.forming import rows
-from gateway.host.incus import Incus
+from gateway.host.incus import IncusAdmin
+from gateway.host.setup import ADDRESSES, addresses_published, all_addresses, create_on_all, is_pending
 from gateway.runtime.incus.standby_copies import tell_late
 from gateway.settings import Settings
 
 
-class Servers(Incus):
+class Servers(IncusAdmin):
     """The incusd of m1, in a cluster of `names` unless that is empty."""
 
     def __init__(self, *names: str) -> None:
@@ -52,7 +53,7 @@ class Servers(Incus):
                 "server_name": name,
                 "status": "Offline" if name in self.away else "Online",
                 "message": "No heartbeat for 30s" if name in self.away else "Fully operational",
-                "config": {cluster.ADDRESSES: self.published[name]} if name in self.published else {},
+                "config": {ADDRESSES: self.published[name]} if name in self.published else {},
             }
             for name in self.names_
         ]
@@ -69,15 +70,15 @@ BRIDGE = {"name": "gatewaybr0", "type": "bridge", "config": {"ipv4.address": "10
 
 def test_without_a_cluster_a_pool_is_created_as_it_is() -> None:
     incus = Servers()
-    cluster.create(incus, "storage-pools", POOL, own=("size",))
+    create_on_all(incus, "storage-pools", POOL, own=("size",))
     assert incus.posted == [("storage-pools", "", {"size": "8GiB"})]
 
 
 def test_in_a_cluster_each_member_is_told_first_and_only_what_is_its_own() -> None:
     """Else Incus says "not pending on any node", or "config key may not be used in this request"."""
     incus = Servers("m1", "m2")
-    cluster.create(incus, "storage-pools", POOL, own=("size",))
-    cluster.create(incus, "networks", BRIDGE)
+    create_on_all(incus, "storage-pools", POOL, own=("size",))
+    create_on_all(incus, "networks", BRIDGE)
     assert incus.posted == [
         ("storage-pools", "m1", {"size": "8GiB"}),
         ("storage-pools", "m2", {"size": "8GiB"}),
@@ -91,36 +92,36 @@ def test_in_a_cluster_each_member_is_told_first_and_only_what_is_its_own() -> No
 def test_what_an_interrupted_run_announced_is_not_announced_again() -> None:
     incus = Servers("m1", "m2", "m3")
     incus.objects["networks", "gatewaybr0"] = {"status": "Pending", "locations": ["m1", "m2"]}
-    assert cluster.is_pending(incus.find("networks", "gatewaybr0"))
-    cluster.create(incus, "networks", BRIDGE)
+    assert is_pending(incus.find("networks", "gatewaybr0"))
+    create_on_all(incus, "networks", BRIDGE)
     assert [target for _, target, _ in incus.posted] == ["m3", ""]
 
 
 def test_tenants_are_kept_from_the_addresses_of_all_members() -> None:
     own = [IPv4Address("192.0.2.1")]
-    assert cluster.all_addresses(Servers(), own) == own
+    assert all_addresses(Servers(), own) == own
     incus = Servers("m1", "m2", "m3")
     # m1's is of an earlier time
     incus.published = {"m1": "192.0.2.9", "m2": "192.0.2.2,192.0.2.3"}
-    assert list(map(str, cluster.all_addresses(incus, own))) == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+    assert list(map(str, all_addresses(incus, own))) == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
     incus.published["m2"] = "anything"
     with pytest.raises(HostError, match="of m2 is not a list of addresses"):
-        cluster.all_addresses(incus, own)
+        all_addresses(incus, own)
 
 
 def test_addresses_are_published_only_where_others_do_not_know_them() -> None:
     own = [IPv4Address("192.0.2.1")]
-    assert cluster.are_published(Servers(), own)
+    assert addresses_published(Servers(), own)
     incus = Servers("m1", "m2")
-    assert not cluster.are_published(incus, own)
-    assert cluster.are_published(incus, [])
+    assert not addresses_published(incus, own)
+    assert addresses_published(incus, [])
     incus.published["m1"] = "192.0.2.1"
-    assert cluster.are_published(incus, own)
+    assert addresses_published(incus, own)
 
 
 def test_a_whole_cluster_of_three_has_no_problem() -> None:
-    assert cluster.problems(Servers("m1", "m2", "m3"), Settings()) == ([], [])
-    assert cluster.problems(Servers(), Settings()) == ([], [])
+    assert cluster_problems(Servers("m1", "m2", "m3"), Settings()) == ([], [])
+    assert cluster_problems(Servers(), Settings()) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_a_whole_cluster_of_three_has_no_problem() -> None:
 def test_the_doctor_says_what_is_wrong_with_a_cluster(change: Any, said: str) -> None:
     incus = Servers("m1", "m2", "m3")
     change(incus)
-    wrong, better = cluster.problems(incus, Settings())
+    wrong, better = cluster_problems(incus, Settings())
     assert (len(wrong), better) == (1, [])
     assert said in wrong[0]
 
@@ -159,14 +160,14 @@ def test_healing_is_fine_where_it_leaves_the_bridges_up() -> None:
     incus = Servers("m1", "m2", "m3")
     incus.config["cluster.healing_threshold"] = "30"
     incus.versions = dict.fromkeys(("m1", "m2", "m3"), "6.0.10")
-    assert cluster.problems(incus, Settings()) == ([], [])
+    assert cluster_problems(incus, Settings()) == ([], [])
 
 
 def test_the_doctor_hints_at_two_members_and_at_images_that_are_not_everywhere() -> None:
-    _, better = cluster.problems(Servers("m1", "m2"), Settings())
+    _, better = cluster_problems(Servers("m1", "m2"), Settings())
     assert len(better) == 1
     assert "2 of 3 members" in better[0]
-    _, better = cluster.problems(Servers("m1", "m2", "m3", "m4"), Settings())
+    _, better = cluster_problems(Servers("m1", "m2", "m3", "m4"), Settings())
     assert len(better) == 1
     assert "images are kept on 3 of 4 members" in better[0]
 
@@ -184,7 +185,7 @@ def test_without_a_quorum_doctor_and_list_answer_soon_and_name_the_way_out(tmp_p
         assert time.monotonic() - began < 5
         assert not found.ok and "incus-gateway cluster recover" in found.detail
         with pytest.raises(HostError, match="cluster recover"):
-            rows(settings)
+            member_rows(settings)
 
 
 def test_doctor_names_late_copies(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host.environments import Environments
+from gateway.host.gateway_process import Environments
 
 PREPARE = Path(__file__).parents[2] / "deploy" / "prepare.sh"
 

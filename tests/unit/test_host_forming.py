@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, cluster, forming
-from gateway.host.forming import Token
+from gateway.host import HostError, cluster
+from gateway.host.cluster import JoinToken
 from gateway.settings import Settings
 
 FACTS = {"server_name": "m2", "fingerprint": "ab", "addresses": ["127.0.0.1:8443"], "secret": "s"}
@@ -52,7 +52,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that has `forming` speak to a server."""
 
     def use(server: Server) -> Server:
-        monkeypatch.setattr(forming, "Incus", lambda *_, **__: server)
+        monkeypatch.setattr(cluster, "IncusAdmin", lambda *_, **__: server)
         return server
 
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -64,7 +64,7 @@ def silent(line: str) -> None:
 
 
 def test_a_token_names_its_server_and_where_the_others_are() -> None:
-    found = Token.parse(token())
+    found = JoinToken.parse(token())
     assert (found.name, found.addresses) == ("m2", ["127.0.0.1:8443"])
 
 
@@ -74,7 +74,7 @@ def test_a_token_names_its_server_and_where_the_others_are() -> None:
 )
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(HostError, match="not a token"):
-        Token.parse(text)
+        JoinToken.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_a_server_that_would_lose_anything_does_not_join(on: Any, there: Any, what: str) -> None:
     server = on(Server(**there))
     with pytest.raises(HostError, match=what):
-        forming.join(Settings(), token(), silent)
+        cluster.join_cluster(Settings(), token(), silent)
     assert server.changed == []
 
 
@@ -98,14 +98,14 @@ def test_an_empty_server_joins_by_its_own_address_and_with_a_pool_of_its_own(
     """Interfaces of the host that Incus lists do not count as its networks."""
     on(Server(networks=[{"name": "eth0", "managed": False}]))
     ran: list[Any] = []
-    monkeypatch.setattr(forming, "new_pool", lambda settings: ({"size": "9GiB"}, ""))
+    monkeypatch.setattr(cluster, "new_pool", lambda settings: ({"size": "9GiB"}, ""))
 
     def run(command: Any, *, given: str, **_: Any) -> str:
         ran.append((command, given))
         return ""
 
-    monkeypatch.setattr(forming, "run", run)
-    forming.join(Settings(), token(), silent)
+    monkeypatch.setattr(cluster, "run", run)
+    cluster.join_cluster(Settings(), token(), silent)
     ((command, given),) = ran
     assert command == ["incus", "admin", "init", "--preseed"]
     assert json.loads(given)["cluster"] == {
@@ -119,24 +119,24 @@ def test_an_empty_server_joins_by_its_own_address_and_with_a_pool_of_its_own(
 def test_joining_again_is_done_and_joining_as_another_is_refused(on: Any) -> None:
     on(Server("m2"))
     said: list[str] = []
-    forming.join(Settings(), token(), said.append)
+    cluster.join_cluster(Settings(), token(), said.append)
     assert "already" in said[0]
     with pytest.raises(HostError, match="already the member m2, not m3"):
-        forming.join(Settings(), token(server_name="m3"), said.append)
+        cluster.join_cluster(Settings(), token(server_name="m3"), said.append)
 
 
 def test_a_cluster_begins_with_an_address_of_its_own(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server = on(Server())
-    monkeypatch.setattr(forming, "in_use", lambda port, host: None)
-    monkeypatch.setattr(cluster, "publish", lambda settings, incus, own: None)
-    monkeypatch.setattr(forming, "host_addresses", list)
-    forming.enable(Settings(), "m1", "fd00::1", silent)
+    monkeypatch.setattr(cluster, "in_use", lambda port, host: None)
+    monkeypatch.setattr(cluster, "publish_addresses", lambda settings, incus, own: None)
+    monkeypatch.setattr(cluster, "host_addresses", list)
+    cluster.enable_cluster(Settings(), "m1", "fd00::1", silent)
     assert server.changed == [
         ("", {"config": {"core.https_address": "[fd00::1]:8443"}}),
         ("cluster", {"server_name": "m1", "enabled": True}),
     ]
     again = on(Server("m1"))
-    forming.enable(Settings(), "m1", "", silent)
+    cluster.enable_cluster(Settings(), "m1", "", silent)
     assert again.changed == []
 
 
@@ -157,11 +157,11 @@ def test_where_incusd_listens_already_is_fine_if_others_reach_it_there(
     """Its own port is in use by itself."""
     server = on(Server())
     server.config["core.https_address"] = listens
-    monkeypatch.setattr(forming, "in_use", lambda port, host: "in use" if listens else None)
-    monkeypatch.setattr(forming, "own_address", lambda: "10.0.0.9")
-    monkeypatch.setattr(cluster, "publish", lambda settings, incus, own: None)
-    monkeypatch.setattr(forming, "host_addresses", list)
-    forming.enable(Settings(), "m1", address, silent)
+    monkeypatch.setattr(cluster, "in_use", lambda port, host: "in use" if listens else None)
+    monkeypatch.setattr(cluster, "local_address", lambda: "10.0.0.9")
+    monkeypatch.setattr(cluster, "publish_addresses", lambda settings, incus, own: None)
+    monkeypatch.setattr(cluster, "host_addresses", list)
+    cluster.enable_cluster(Settings(), "m1", address, silent)
     patched = [change for path, change in server.changed if not path]
     assert patched == ([{"config": {"core.https_address": changed}}] if changed else [])
     assert server.changed[-1] == ("cluster", {"server_name": "m1", "enabled": True})
@@ -171,9 +171,9 @@ def test_without_the_command_incus_none_is_formed(on: Any, monkeypatch: pytest.M
     server = on(Server())
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(HostError, match="incus is not installed"):
-        forming.enable(Settings(), "m1", "127.0.0.1", silent)
+        cluster.enable_cluster(Settings(), "m1", "127.0.0.1", silent)
     with pytest.raises(HostError, match="incus is not installed"):
-        forming.join(Settings(), token(), silent)
+        cluster.join_cluster(Settings(), token(), silent)
     assert server.changed == []
 
 
@@ -183,15 +183,15 @@ def test_a_member_is_removed_by_another_one_and_by_force_only_if_it_is_dead(
     server = on(Server("m1"))
     states = {"m1": "Online", "m2": "Online", "m3": "Offline"}
     rows = [{"name": name, "status": status, "own": name == "m1"} for name, status in states.items()]
-    monkeypatch.setattr(forming, "rows", lambda settings: rows)
+    monkeypatch.setattr(cluster, "member_rows", lambda settings: rows)
     for name, reason in (("m1", "itself"), ("m2", "online"), ("m4", "not a member")):
         with pytest.raises(HostError, match=reason):
-            forming.check_removable(Settings(), name, force=True)
-    forming.check_removable(Settings(), "m2", force=False)
-    forming.check_removable(Settings(), "m3", force=True)
+            cluster.check_removable(Settings(), name, force=True)
+    cluster.check_removable(Settings(), "m2", force=False)
+    cluster.check_removable(Settings(), "m3", force=True)
     assert server.changed == []
-    forming.remove(Settings(), "m2", force=False)
-    forming.remove(Settings(), "m3", force=True)
+    cluster.remove_member(Settings(), "m2", force=False)
+    cluster.remove_member(Settings(), "m3", force=True)
     assert server.changed == [
         ("cluster/members/m2", {}),
         ("cluster/members/m3", {"params": {"force": "1"}}),
@@ -201,4 +201,4 @@ def test_a_member_is_removed_by_another_one_and_by_force_only_if_it_is_dead(
 def test_without_a_cluster_nobody_is_added(on: Any, tmp_path: Path) -> None:
     on(Server())
     with pytest.raises(HostError, match="cluster enable"):
-        forming.add(Settings(incus_socket=tmp_path / "unix.socket"), "m2")
+        cluster.add_member(Settings(incus_socket=tmp_path / "unix.socket"), "m2")

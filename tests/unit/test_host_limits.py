@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from gateway.host import HostError
-from gateway.host.limits import WANTED, raise_limits
+from gateway.host.setup import INOTIFY_LIMITS, raise_limits
 
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
     """A `/proc/sys` with the kernel's defaults, one of which is already higher than ours."""
-    for name, value in zip(WANTED, (16384, 128, 1 << 30), strict=True):
+    for name, value in zip(INOTIFY_LIMITS, (16384, 128, 1 << 30), strict=True):
         path = tmp_path / "sys" / name.replace(".", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{value}\n")
@@ -21,7 +21,7 @@ def kernel(tmp_path: Path) -> Path:
 
 
 def values(kernel: Path) -> list[int]:
-    return [int((kernel / name.replace(".", "/")).read_text()) for name in WANTED]
+    return [int((kernel / name.replace(".", "/")).read_text()) for name in INOTIFY_LIMITS]
 
 
 def test_raised_once(kernel: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_raised_once(kernel: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_raise(kernel: Path, tmp_path: Path) -> None:
     """If the operator has set more elsewhere, no file is written that would lower it at the next boot."""
-    for name in WANTED:
+    for name in INOTIFY_LIMITS:
         (kernel / name.replace(".", "/")).write_text(str(1 << 30))
     assert raise_limits(tmp_path / "60.conf", kernel) is None
     assert not (tmp_path / "60.conf").exists()

@@ -8,21 +8,20 @@ from typing import Any
 
 import pytest
 
-from gateway.host import permissions
-from gateway.host.doctor import doctor
+from gateway.host import doctor as checks
 from gateway.settings import Settings
 
 
 def told(tmp_path: Path, **given: Any) -> str:
     settings = Settings(state_dir=tmp_path, caddy_admin=str(tmp_path / "caddy.sock"), **given)
-    return "\n".join(permissions.loose(settings))
+    return "\n".join(checks.loose_settings(settings))
 
 
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with enough of everything."""
-    monkeypatch.setattr(permissions, "_memory", lambda: 64 << 30)
-    monkeypatch.setattr(permissions, "_end_of_memory", lambda: 3 << 30)
+    monkeypatch.setattr(checks, "_host_memory", lambda: 64 << 30)
+    monkeypatch.setattr(checks, "_memory_max", lambda: 3 << 30)
     monkeypatch.delenv("GATEWAY_SECRET", raising=False)
     monkeypatch.setenv("GATEWAY_CONFIG", "/nonexistent")
 
@@ -31,7 +30,7 @@ def test_nothing_is_said_of_the_defaults(tmp_path: Path) -> None:
     assert told(tmp_path) == ""
 
 
-@pytest.mark.parametrize(("share", "whole"), permissions.SHARES)
+@pytest.mark.parametrize(("share", "whole"), checks.SHARES)
 def test_a_share_that_is_the_whole_is_told(tmp_path: Path, share: str, whole: str) -> None:
     settings = Settings()
     said = told(tmp_path, **{share: getattr(settings, whole)})
@@ -49,7 +48,7 @@ def test_every_share_of_one_tenant_is_looked_at() -> None:
             field.description or "",
         )
     }
-    assert worded - {"receipts_bytes"} <= {share for share, _ in permissions.SHARES}
+    assert worded - {"receipts_bytes"} <= {share for share, _ in checks.SHARES}
 
 
 @pytest.mark.parametrize(
@@ -68,11 +67,11 @@ def test_what_else_is_off_is_told(tmp_path: Path, given: dict[str, Any], word: s
 
 
 def test_an_admin_api_for_everybody_is_told(tmp_path: Path) -> None:
-    assert "http://127.0.0.1:2019" in "\n".join(permissions.loose(Settings(state_dir=tmp_path)))
+    assert "http://127.0.0.1:2019" in "\n".join(checks.loose_settings(Settings(state_dir=tmp_path)))
 
 
 def test_memory_without_an_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(permissions, "_end_of_memory", lambda: None)
+    monkeypatch.setattr(checks, "_memory_max", lambda: None)
     assert "MemoryMax" in told(tmp_path)
 
 
@@ -82,20 +81,20 @@ def test_memory_without_an_end_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_that_others_can_read_is_a_problem(tmp_path: Path, name: str) -> None:
     settings = Settings(state_dir=tmp_path, runtime="local")
     tmp_path.chmod(0o700)
-    assert list(permissions.modes(settings)) == []
+    assert list(checks.exposed_files(settings)) == []
     path = tmp_path / name
     path.touch()
     path.chmod(0o640)
-    (found,) = permissions.modes(settings)
+    (found,) = checks.exposed_files(settings)
     assert f"chmod 600 {path}" in found
-    problem = next(finding for finding in doctor(settings) if finding.what == "state dir")
+    problem = next(finding for finding in checks.doctor(settings) if finding.what == "state dir")
     assert not problem.ok and found in problem.detail
 
 
 @pytest.mark.parametrize(("mode", "open_"), [(0o755, True), (0o711, True), (0o701, True), (0o700, False)])
 def test_an_open_state_dir_is_a_problem(tmp_path: Path, mode: int, open_: bool) -> None:
     tmp_path.chmod(mode)
-    assert bool(list(permissions.modes(Settings(state_dir=tmp_path)))) is open_
+    assert bool(list(checks.exposed_files(Settings(state_dir=tmp_path)))) is open_
 
 
 def test_a_secret_in_an_open_configuration_is_a_problem(
@@ -109,9 +108,10 @@ def test_a_secret_in_an_open_configuration_is_a_problem(
     ):  # fmt: skip
         config.write_text(text)
         config.chmod(mode)
-        assert len(list(permissions.modes(Settings(state_dir=tmp_path, secret="x" * 40)))) == problems
+        assert len(list(checks.exposed_files(Settings(state_dir=tmp_path, secret="x" * 40)))) == problems
 
 
 def test_doctor_hints_and_does_not_fail(tmp_path: Path) -> None:
-    found = next(one for one in doctor(Settings(state_dir=tmp_path, runtime="local")) if one.what == "limits")
+    findings = checks.doctor(Settings(state_dir=tmp_path, runtime="local"))
+    found = next(one for one in findings if one.what == "limits")
     assert found.ok and found.hint and "nothing isolates" in found.detail

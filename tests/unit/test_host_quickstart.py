@@ -19,10 +19,17 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, caddy_service, gateway_process, quickstart
-from gateway.host.local_gateway import ask, base_url, expires
-from gateway.host.place import environment_of, format_environment, parse_environment, write_private
-from gateway.host.quickstart import Quickstart, farewell
+from gateway.host import HostError, caddy_service, gateway_process
+from gateway.host.gateway_process import (
+    ask,
+    base_url,
+    environment_of,
+    expires,
+    format_environment,
+    parse_environment,
+    write_private,
+)
+from gateway.host.quickstart import Quickstart, farewell, main
 from gateway.settings import Settings
 from tests.live import free_ports
 
@@ -74,7 +81,7 @@ def test_a_clients_token_and_address_become_no_settings(
     kept = environment_of(tmp_path)
     assert not {"GATEWAY_TOKEN", "GATEWAY_URL"} & kept.keys()
     assert (kept["GATEWAY_RUNTIME"], kept["GATEWAY_MAX_TENANTS"]) == ("local", "7")
-    quickstart.main(["status", str(CHECKOUT), "stamp"])
+    main(["status", str(CHECKOUT), "stamp"])
     assert not {"GATEWAY_TOKEN", "GATEWAY_URL"} & os.environ.keys()  # nor what the demo is deployed with
 
 
@@ -218,7 +225,7 @@ def test_the_end_of_the_log_steers_no_terminal(
     (tmp_path / "gateway.log").write_text("a command said \x1b]0;owned\x07\u202e\x9b2J\n")
     monkeypatch.setattr(os, "environ", {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)})
     os.environ |= {"GATEWAY_RUNTIME": "local", "GATEWAY_LISTEN": f"127.0.0.1:{free_ports(1)[0]}"}
-    assert quickstart.main(["status", str(CHECKOUT), "stamp"]) == 1
+    assert main(["status", str(CHECKOUT), "stamp"]) == 1
     said = capsys.readouterr().out
     assert "a command said \\x1b]0;owned\\x07\\u202e\\x9b2J" in said
     assert not set("\x1b\x07\u202e\x9b") & set(said)
@@ -230,7 +237,7 @@ def test_wrong_settings_are_named(
     """An invalid setting is reported in one line with its name."""
     monkeypatch.setattr(os, "environ", {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)})
     os.environ["GATEWAY_TENANT_PROCESSES"] = "many"
-    assert quickstart.main(["status", str(CHECKOUT), "stamp"]) == 1
+    assert main(["status", str(CHECKOUT), "stamp"]) == 1
     assert "GATEWAY_TENANT_PROCESSES" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gateway.host import quotas
+from gateway.host import setup
 from gateway.settings import Settings
 
 
@@ -22,5 +22,5 @@ def test_tenants_without_a_limit_are_found_by_their_folders(
     project: str, folders: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = SimpleNamespace(lacking=lambda: folders)
-    monkeypatch.setattr(quotas, "_of", lambda settings: SimpleNamespace(groups=lambda: groups))
-    assert quotas.unlimited(Settings(incus_project=project), ["shop", "blog"]) == found
+    monkeypatch.setattr(setup, "_quotas", lambda settings: SimpleNamespace(groups=lambda: groups))
+    assert setup.unlimited_tenants(Settings(incus_project=project), ["shop", "blog"]) == found

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway.cli import folders
+from gateway.cli.sites import packed_site, read_site
 from gateway.deployments.manifest import Overrides
 from gateway.settings import Settings
 from gateway_client.deployments import template_body
@@ -43,8 +43,8 @@ def test_the_client_sends_what_no_ignore_file_names(one: tuple[Path, list[str]])
 
 def test_the_command_line_sends_the_same(one: tuple[Path, list[str]]) -> None:
     folder, sent = one
-    template, _ = folders.read(folder, Settings(), Overrides(start=("true",), install=()))
-    assert files_of(folders.archive(template)) == sent
+    template, _ = read_site(folder, Settings(), Overrides(start=("true",), install=()))
+    assert files_of(packed_site(template)) == sent
 
 
 def test_git_would_commit_the_same(

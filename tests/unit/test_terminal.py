@@ -19,8 +19,8 @@ import orjson
 import pytest
 from aiohttp import WSMsgType, web
 
-from gateway import terminal
 from gateway.cli import main as cli
+from gateway.terminal import LogCleaner, LogFormatter, clean, encoded, line
 from tests.live import SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -39,20 +39,18 @@ IN_JSON = "\\u001b]0;owned"
 
 
 def test_what_steers_a_terminal_is_seen_instead() -> None:
-    assert terminal.clean(EVIL) == (
-        "\\x1b]0;owned\\x07\\x1b[6n\\x9b2J\\u202egnp.exe\\rforged\\u2028\\U000e0041\\x7f"
-    )
-    assert terminal.clean("a\tb\r\nc\n") == "a\tb\nc\n"
-    assert terminal.line("a\tb\r\nc\n") == "a\\tb\\nc\\n"
-    assert terminal.clean("\x1b[1;31mred\x1b[0m") == "red"
-    assert terminal.clean("a\udcff") == "a\\udcff"
+    assert clean(EVIL) == ("\\x1b]0;owned\\x07\\x1b[6n\\x9b2J\\u202egnp.exe\\rforged\\u2028\\U000e0041\\x7f")
+    assert clean("a\tb\r\nc\n") == "a\tb\nc\n"
+    assert line("a\tb\r\nc\n") == "a\\tb\\nc\\n"
+    assert clean("\x1b[1;31mred\x1b[0m") == "red"
+    assert clean("a\udcff") == "a\\udcff"
 
 
 @pytest.mark.parametrize(
     "text", ["Grüße, 日本語\u3000とス", "👩\u200d👩\u200d👧", "می\u200cخواهم", "❤\ufe0f", "a\\x1b"]
 )
 def test_what_people_write_stays(text: str) -> None:
-    assert terminal.clean(text) == text
+    assert clean(text) == text
 
 
 def test_no_control_and_no_order_of_direction_is_forgotten() -> None:
@@ -70,13 +68,13 @@ def test_no_control_and_no_order_of_direction_is_forgotten() -> None:
             "FSI",
             "PDI",
         ):
-            assert (terminal.clean(char) == char) is (char in "\t\n"), hex(code)
+            assert (clean(char) == char) is (char in "\t\n"), hex(code)
 
 
 def test_json_means_the_same_and_steers_nothing() -> None:
     value = {"name": EVIL, EVIL: [1, "plain"]}
     for indent in (False, True):
-        text = terminal.encoded(value, indent=indent)
+        text = encoded(value, indent=indent)
         assert orjson.loads(text) == value
         assert not HARMFUL.search(text)
 
@@ -84,10 +82,10 @@ def test_json_means_the_same_and_steers_nothing() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_a_log_in_pieces_is_cleaned_as_a_whole(size: int) -> None:
     text = f"one\r\n{EVIL}\x1b[32mgreen\x1b[0m ü日 end\r"
-    data, lines = text.encode() + b"\xff", terminal.Lines()
+    data, lines = text.encode() + b"\xff", LogCleaner()
     pieces = [lines.cleaned(data[at : at + size]) for at in range(0, len(data), size)]
     whole = b"".join([*pieces, lines.cleaned(b"", last=True)]).decode()
-    assert whole == terminal.clean(text) + "\\xff"
+    assert whole == clean(text) + "\\xff"
     assert not HARMFUL.search(whole)
 
 
@@ -100,7 +98,7 @@ def test_no_text_passes_for_a_record() -> None:
         raise ValueError(forged)
     except ValueError:
         record = logging.LogRecord("gateway.x", logging.ERROR, "f", 1, "of %s", (forged,), sys.exc_info())
-    said = terminal.Records().format(record)
+    said = LogFormatter().format(record)
     assert not HARMFUL.search(said)
     first, *rest = said.split("\n")
     assert "all is well" in first and SEEN in first
@@ -467,9 +465,9 @@ def test_nobody_prints_around_it() -> None:
     )
     may = {
         "gateway/terminal/__init__.py",
-        "gateway/terminal/drawing.py",
-        "gateway/host/artefacts.py",
-        "gateway/host/bun.py",
+        "gateway/cli/deployments.py",
+        "gateway/host/image.py",
+        "gateway/host/toolchain.py",
         "gateway/detection/__main__.py",
     }
     found = []

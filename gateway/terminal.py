@@ -71,7 +71,7 @@ class OutputClosed(Exception):
     """Nobody reads our output any more, as when piped to `head`."""
 
 
-class Output:
+class TerminalOutput:
     """Standard output or error. Texts are cleaned, but never cut or wrapped, wherever they go."""
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -114,7 +114,7 @@ def _closing() -> Iterator[None]:
         raise OutputClosed from None
 
 
-class Lines:
+class LogCleaner:
     """A log that arrives in pieces, cleaned for a terminal."""
 
     def __init__(self) -> None:
@@ -129,8 +129,8 @@ class Lines:
         return clean(text[: len(text) - len(self._held)]).encode()
 
 
-out: Final = Output()
-err: Final = Output(stderr=True)
+out: Final = TerminalOutput()
+err: Final = TerminalOutput(stderr=True)
 
 
 def copy(piece: bytes, *, to_stderr: bool = False) -> None:
@@ -156,7 +156,7 @@ def leave(code: int) -> NoReturn:
 # --- the log ------------------------------------------------------------------------------------------
 
 
-class Records(logging.Formatter):
+class LogFormatter(logging.Formatter):
     """Formats a record as one line with its traceback indented, so that no text looks like another record."""
 
     def __init__(self) -> None:
@@ -178,6 +178,6 @@ class Records(logging.Formatter):
 def log_to_stderr(level: str) -> None:
     """Log every record of `level` and above, including Python's warnings, to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Records())
+    handler.setFormatter(LogFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
