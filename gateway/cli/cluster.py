@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from gateway.admission import Admission
 from gateway.cli.invocation import (
     Failed,
     Json,
@@ -19,7 +20,7 @@ from gateway.cli.invocation import (
     client_of,
     confirm,
     run_to_end,
-    tenant_of,
+    with_tenant,
 )
 from gateway.errors import GatewayError, NotFound
 from gateway.settings import load
@@ -194,7 +195,7 @@ def _recover(tenants: list[str], url: str | None, token: str | None) -> None:
 # --- moves --------------------------------------------------------------------------------------------------
 
 
-_AT_ONCE: Final = 2
+_AT_ONCE: Final = 2  # more would choose the same member as the one with most room
 _ROUNDS: Final = 3  # looks for tenants that came while others were moved
 _SETTLE: Final = 12.0  # seconds until every gateway knows that a member is drained
 _LIFETIME: Final = 24 * 3600  # seconds of the token for a drain
@@ -213,11 +214,7 @@ def move(
 ) -> None:
     """Move a tenant to another member of the cluster. Its calls wait a few seconds; its commands end."""
 
-    async def run() -> Mapping[str, Any]:
-        async with client_of(url, token) as client:
-            return await (await tenant_of(client, tenant)).move(member)
-
-    done = run_to_end(run())
+    done = with_tenant(tenant, url, token, lambda site: site.move(member))
     if as_json:
         out.json(done, indent=True)
     else:
@@ -275,10 +272,10 @@ def restore(member: Member, url: Url = None, token: TokenOption = None) -> None:
 async def _move_all(client: Client, wanted: Mapping[str, str | None], *, drained: bool) -> Mapping[str, str]:
     """Move these tenants, a few at a time; return the errors by tenant."""
     failed: dict[str, str] = {}
-    few = asyncio.Semaphore(_AT_ONCE)
+    moves = Admission[str]("moves", each=1, total=_AT_ONCE)
 
     async def one(name: str, member: str | None) -> None:
-        async with few:
+        async with moves.slot(name):
             try:
                 out.say(_moved(await client.tenant(name).move(member, drained=drained)))
             except GatewayError as error:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
@@ -20,6 +20,8 @@ from gateway.terminal import err
 from gateway_client.client import Client
 from gateway_client.credentials import Token
 from gateway_client.tenant import Tenant
+
+Result = TypeVar("Result")
 
 
 class Failed(Exception):
@@ -84,6 +86,18 @@ def local_url(listen: str) -> str:
 def run_to_end(work: Coroutine[Any, Any, Any]) -> Any:
     """Run the asynchronous part of a command and return its result."""
     return asyncio.run(work)
+
+
+def with_tenant(
+    named: str, url: str | None, token: str | None, work: Callable[[Tenant], Awaitable[Result]]
+) -> Result:
+    """Return what `work` returns for the tenant with a name or a domain. Raises what `tenant_of` raises."""
+
+    async def run() -> Result:
+        async with client_of(url, token) as client:
+            return await work(await tenant_of(client, named))
+
+    return asyncio.run(run())
 
 
 PROGRAM: Final = "incus-gateway"

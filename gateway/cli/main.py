@@ -22,7 +22,6 @@ from types import CodeType
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
-from typer import completion as typers
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
@@ -240,6 +239,8 @@ def completion(
 
     fish: incus-gateway completion fish >~/.config/fish/completions/incus-gateway.fish
     """
+    from typer import completion as typers
+
     # typer does not declare this one and the next as exported
     script = typers.get_completion_script  # type: ignore[attr-defined]
     said = script(prog_name=PROGRAM, complete_var=VARIABLE, shell=shell.value)
@@ -251,6 +252,8 @@ def completion(
 
 def answer_shells() -> None:
     """Register the answers to the completion scripts, which set `VARIABLE` when they ask."""
+    from typer import completion as typers
+
     typers.completion_init()  # type: ignore[attr-defined]
 
 

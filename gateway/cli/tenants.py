@@ -28,6 +28,7 @@ from gateway.cli.invocation import (
     confirm,
     run_to_end,
     tenant_of,
+    with_tenant,
 )
 from gateway.errors import InvalidParams, NotFound
 from gateway.settings import load
@@ -90,11 +91,7 @@ def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = No
 def start(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
     """Start a tenant."""
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).start()
-
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.start())
     out.say(f"{tenant} is running")
 
 
@@ -103,33 +100,21 @@ def stop(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOpti
     if not yes and at_terminal():
         confirm(f"Stop {tenant}? Its site is down until it is started again.", "nothing was stopped")
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).stop()
-
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.stop())
     out.say(f"{tenant} is stopped")
 
 
 def sleep(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
     """Put a tenant to sleep until the next visitor or command, as if it were idle. Refused while in use."""
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).sleep()
-
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.sleep())
     out.say(f"{tenant} sleeps; the next visitor or command wakes it")
 
 
 def restart(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
     """Restart a tenant."""
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).restart()
-
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.restart())
     out.say(f"{tenant} was restarted")
 
 
@@ -148,16 +133,12 @@ def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenO
             target = await tenant_of(client, tenant)
             return (await target.info())["domain"], len(await target.snapshots())
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).delete()
-
     if not yes:
         domain, kept = run_to_end(look())
         what = [*([domain] if domain else []), f"{kept} snapshot{'' if kept == 1 else 's'}"]
         question = f"Destroy {tenant} ({', '.join(what)})? Its files are gone for good."
         confirm(question, "nothing was destroyed")
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.delete())
     out.say(f"{tenant} is destroyed")
 
 
@@ -209,14 +190,10 @@ def restore(
     Asks first at a terminal.
     """
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).restore(snapshot)
-
     if not yes and at_terminal():
         question = f"Restore the disk of {tenant} to {snapshot}? All later changes are lost."
         confirm(question, "nothing was changed")
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.restore(snapshot))
     out.say(f"{tenant} is restored to {snapshot}")
 
 
@@ -229,11 +206,7 @@ def clone(
 ) -> None:
     """Create a tenant from a copy of another's disk. It has no domain until you give it one."""
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).clone(new, snapshot)
-
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.clone(new, snapshot))
     out.say(f"{new} is a copy of {tenant}{f' at {snapshot}' if snapshot else ''}; it has no domain")
 
 
@@ -245,11 +218,7 @@ def rename(
 ) -> None:
     """Change a tenant's domain; its name stays."""
 
-    async def run() -> None:
-        async with client_of(url, token) as client:
-            await (await tenant_of(client, tenant)).rename(None if domain == "-" else domain)
-
-    run_to_end(run())
+    with_tenant(tenant, url, token, lambda site: site.rename(None if domain == "-" else domain))
     out.say(f"{tenant} has {'no domain' if domain == '-' else f'the domain {domain}'}")
 
 
