@@ -41,7 +41,7 @@ def test_every_command_has_its_help(words: tuple[str, ...]) -> None:
     assert said_first and (inspect.getdoc(function) or "").startswith(said_first)
     assert said_first in said(*words, "--help")
     listed = [line.split(maxsplit=1) for line in said(*words[:-1], "--help").splitlines()]
-    assert [words[-1], summary] in listed
+    assert [words[-1], said_first] in listed
 
 
 def test_the_list_needs_no_command_and_a_command_no_other() -> None:
@@ -58,7 +58,7 @@ print(*(name for name in sys.modules if name.startswith("gateway.cli.")))
         return set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
 
     listing = loaded("--help")
-    commands = {function.partition(":")[0] for function in ALL.values()}
+    commands = {function.partition(":")[0] for function in ALL.values()} - {"gateway.cli.main"}
     assert not listing & commands
     assert loaded("exec", "--help") & commands == {"gateway.cli.exec"}
 

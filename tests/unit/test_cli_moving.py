@@ -68,6 +68,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
         found.drained.append((name, drained))
 
     monkeypatch.setattr(commands, "client_of", client_of)
+    monkeypatch.setattr("gateway.cli.invocation.client_of", client_of)
     monkeypatch.setattr(commands, "_SETTLE", 0.0)
     monkeypatch.setattr(members, "set_drained", set_drained)
     return found

@@ -464,8 +464,7 @@ def test_nobody_prints_around_it() -> None:
         r"|StreamHandler|basicConfig|os\.write\([12],|rich\.console import .*\bConsole\b"
     )
     may = {
-        "gateway/terminal/__init__.py",
-        "gateway/cli/deployments.py",
+        "gateway/terminal.py",
         "gateway/host/image.py",
         "gateway/host/toolchain.py",
         "gateway/detection/__main__.py",
