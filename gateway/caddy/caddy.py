@@ -43,10 +43,9 @@ _STREAMS_STAY: Final = f"{_STREAMS} 24h"
 class Caddy(Routes):
     """The Caddy of one gateway, with its routes. Use as an async context manager."""
 
-    def __init__(self, settings: Settings, admin: str | None = None) -> None:
-        """`admin` is the running Caddy's API address, if the settings already name a later one."""
+    def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._admin = Admin(admin or settings.caddy_admin)
+        self._admin = Admin(settings.caddy_admin)
         self._loading = asyncio.Lock()
         self._streams_can_stay: bool | None = None  # None: not known yet
 

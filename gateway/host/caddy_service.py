@@ -25,18 +25,16 @@ from gateway.caddy import Caddy, CaddyFailed, socket_of
 from gateway.host import PROC, HostError, find_process, outside_containers, run
 from gateway.host.daemon import systemd_runs
 from gateway.settings import Settings
-from gateway.storage.state_dir import exchange, private
+from gateway.storage.state_dir import private
 
 UNIT: Final = "incus-gateway-caddy.service"
 _UNITS: Final = Path("/etc/systemd/system")
 USER: Final = "caddy"
 START_TIMEOUT: Final = 60.0  # seconds
 POLL: Final = 0.05
-UNDER_WAY: Final = 1.0  # seconds in which an accepted request has looked up its route
 _UNIX_PATH: Final = 100  # bytes; a unix socket's path of this length works on every system
 _ROOT: Final = 1024  # ports below need root
 _BIND: Final = "+net_bind_service"
-# not its former name: a Caddy that moved unlinks that by its old path, which now leads here
 _ADMIN: Final = "caddy.sock"
 # the usual port, and the first one to try if that is taken
 _PORTS: Final = {"caddy_http": (80, 8081), "caddy_https": (443, 8443), "caddy_ask": (2020, 2021)}
@@ -56,48 +54,13 @@ def chosen(settings: Settings) -> dict[str, Any]:
                     found[name] = port
                     break
     if "caddy_dir" not in settings.model_fields_set and _user() is not None:
-        found["caddy_dir"] = _beside(settings)  # that user cannot enter the state dir
-    moved = "caddy_dir" in found and settings.caddy_admin == _old_admin(settings)
-    if moved or "caddy_admin" not in settings.model_fields_set:
+        state = settings.state_dir.absolute()
+        found["caddy_dir"] = state.with_name(f"{state.name}-caddy")  # that user cannot enter the state dir
+    if "caddy_admin" not in settings.model_fields_set:
         path = found.get("caddy_dir", settings.caddy_folder.absolute()) / "admin" / _ADMIN
         if len(os.fsencode(path)) < _UNIX_PATH:
             found["caddy_admin"] = str(path)
     return found
-
-
-def _beside(settings: Settings) -> Path:
-    state = settings.state_dir.absolute()
-    return state.with_name(f"{state.name}-caddy")
-
-
-def _inside(settings: Settings) -> Path:
-    return settings.state_dir.absolute() / "caddy"
-
-
-def _old_admin(settings: Settings) -> str:
-    return str(_inside(settings) / "admin" / "admin.sock")
-
-
-def move_out(settings: Settings) -> None:
-    """Move Caddy's folder out of the state dir, if configured so, and leave a link in the old place.
-
-    A running Caddy is not disturbed: its files can be found by their old paths throughout.
-    """
-    before, folder = _inside(settings), settings.caddy_folder.absolute()
-    if folder != _beside(settings):
-        return
-    if folder.is_symlink() and not folder.exists():  # left by a run killed below
-        folder.unlink()
-    if before.is_dir() and not before.is_symlink() and not folder.exists():
-        folder.symlink_to(folder)  # a valid link once both have been exchanged
-        try:
-            exchange(before, folder)
-        except OSError:
-            folder.unlink()
-            before.rename(folder)
-    folder.mkdir(mode=0o755, exist_ok=True)
-    if not before.exists():
-        before.symlink_to(folder)
 
 
 def hand_over(settings: Settings) -> str | None:
@@ -148,13 +111,7 @@ class CaddyService:
         self.caddy = Caddy(settings)
         self.folder = self.caddy.folder.absolute()
         self.config = self.folder / "Caddyfile"
-        # a running Caddy may have been started with the folder's former path
-        self._configs = (self.config, _inside(settings) / "Caddyfile")
         self.log = self.folder / "caddy.log"
-
-    @property
-    def admin(self) -> str:
-        return self.settings.caddy_admin
 
     def pid(self) -> int | None:
         """Return the pid of the Caddy that runs this configuration, found in the process table."""
@@ -162,8 +119,7 @@ class CaddyService:
             said = subprocess.run(
                 ["ps", "-axo", "pid=,command="], check=False, capture_output=True, text=True
             )
-            configs = tuple(f"run --config {config}" for config in self._configs)
-            found = [line for line in said.stdout.splitlines() if any(config in line for config in configs)]
+            found = [line for line in said.stdout.splitlines() if f"run --config {self.config}" in line]
             return int(found[0].split()[0]) if found else None
         return find_process(self._is_ours)
 
@@ -177,7 +133,7 @@ class CaddyService:
         except OSError:
             return False
         named = words[0].rpartition(b"/")[2] == b"caddy"  # not a process that is about to exec it
-        ours = any(words[1:4] == [b"run", b"--config", os.fsencode(config)] for config in self._configs)
+        ours = words[1:4] == [b"run", b"--config", os.fsencode(self.config)]
         return named and ours and state not in "ZX"
 
     def others(self) -> bool:
@@ -188,11 +144,10 @@ class CaddyService:
         """Return whether the admin API answers."""
         return self.running() is not None
 
-    def running(self, admin: str | None = None) -> dict[str, Any] | None:
+    def running(self) -> dict[str, Any] | None:
         """Return the configuration that the admin API reports, or None if it does not answer."""
-        admin = admin or self.admin
-        path = socket_of(admin)
-        host, _, port = admin.split("://")[-1].rstrip("/").rpartition(":")
+        path = socket_of(self.settings.caddy_admin)
+        host, _, port = self.settings.caddy_admin.split("://")[-1].rstrip("/").rpartition(":")
         try:
             connection = http.client.HTTPConnection(host or "127.0.0.1", int(port) if path is None else 80, 5)
             with contextlib.closing(connection):
@@ -225,12 +180,9 @@ class CaddyService:
             raise HostError("caddy is not installed; install it: apt-get install caddy")
         by_unit = systemd_runs() and os.geteuid() == 0
         unit_is_new = by_unit and _text(_UNITS / UNIT) != self._unit(program, units)
-        if running is not None and not unit_is_new and (admin := self._answering()) is not None:
+        if running is not None and not unit_is_new and self.answers():
             # loaded, not restarted, so that no request fails
-            loaded = asyncio.run(self._load(admin))
-            if admin != self.admin:
-                # earlier requests still look up their route by the old path, which is closed next
-                time.sleep(UNDER_WAY)
+            loaded = asyncio.run(self._load())
             return f"{'loaded the new configuration' if loaded else 'already running'}, pid {running}"
         if running is not None:
             self.stop()
@@ -254,14 +206,9 @@ class CaddyService:
             if (user := _user()) is not None:
                 shutil.chown(place, user, user)
 
-    def _answering(self) -> str | None:
-        """Return the running Caddy's admin address: the configured one, or that before its folder moved."""
-        places = (self.admin, _old_admin(self.settings))
-        return next((admin for admin in places if self.running(admin) is not None), None)
-
-    async def _load(self, admin: str) -> bool:
+    async def _load(self) -> bool:
         try:
-            async with Caddy(self.settings, admin) as caddy:
+            async with self.caddy as caddy:
                 return await caddy.ensure()
         except CaddyFailed as error:
             raise HostError(f"{error.message}; the old configuration stays in force") from error

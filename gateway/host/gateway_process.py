@@ -29,7 +29,7 @@ from gateway.host.daemon import systemd_runs
 from gateway.host.services import ensure_holder, stop_holder
 from gateway.notify import VARIABLE, notify, settled
 from gateway.settings import Settings
-from gateway.storage.state_dir import exchange, private
+from gateway.storage.state_dir import private
 
 
 class _LocalConnection(http.client.HTTPConnection):
@@ -196,7 +196,7 @@ class Environments:
 
     @property
     def current(self) -> Path | None:
-        """The environment in use; None if there is none yet, or it is a folder instead of a link."""
+        """The environment in use; None if there is none yet."""
         return self._target(self.link)
 
     @property
@@ -208,14 +208,6 @@ class Environments:
         """Switch to another environment. If killed, either that one or the previous one is in use."""
         to, before = to.resolve(), self.current
         if to == before:
-            return
-        if self.link.is_dir() and not self.link.is_symlink():  # of a version with one environment only
-            new = self._root / "venv.new"
-            new.unlink(missing_ok=True)
-            new.symlink_to(to)
-            exchange(new, self.link)
-            shutil.rmtree(self._all / "0", ignore_errors=True)
-            new.rename(self._all / "0")  # kept until `tidy`: the old gateway still runs from it
             return
         if before is not None:
             self._point(self._before, before)

@@ -201,7 +201,6 @@ class Quickstart:
             self._step("host", lambda: self._report(setup(self.settings, _indented)))
             self._step("base image", lambda: self._report(build_image(self.settings, _indented)))
         self._settle_ports()
-        caddy_service.move_out(self.settings)
         before = self.place.environment.read_text() if self.place.environment.exists() else None
         write_private(self.place.environment, format_environment(self.environment))
         served = self._served()

@@ -5,8 +5,6 @@ It has the secret, the records and the logs. If Caddy runs as another user, its 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import pwd
 import stat
@@ -16,8 +14,6 @@ from typing import Final
 from gateway.settings import Settings
 
 _PRIVATE: Final = 0o700
-_HERE: Final = -100  # AT_FDCWD
-_EXCHANGE: Final = 2  # RENAME_EXCHANGE of renameat2(2)
 _MAIN: Final = (Path("/"), Path("/var"))  # folders that belong to more than a gateway
 
 
@@ -69,12 +65,3 @@ def private(path: str, flags: int) -> int:
     if stat.S_ISREG((found := os.fstat(descriptor)).st_mode) and found.st_uid == os.geteuid():
         os.fchmod(descriptor, 0o600)
     return descriptor
-
-
-def exchange(one: Path, other: Path) -> None:
-    """Exchange two names in one file system atomically. Raises `OSError` if the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -54,7 +54,6 @@ def gateway(of: Settings) -> GatewayProcess:
 
 def start_gateway() -> None:
     """Have the gateway and its Caddy run; those that do go on, but for a gateway of another checkout."""
-    caddy_service.move_out(settings())
     print(CaddyService(settings()).start(CHECKOUT / "deploy"))
     print(gateway(settings()).ensure(f"tests of {CHECKOUT}", print))
 

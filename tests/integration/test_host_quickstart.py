@@ -6,10 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +14,13 @@ from pathlib import Path
 import pytest
 
 from gateway.auth import issuing
-from gateway.caddy import Caddy
 from gateway.host import caddy_service
 from gateway.host.doctor import doctor
 from gateway.host.gateway_process import ask, parse_environment
 from gateway.host.quickstart import TENANT, Quickstart
 from gateway.settings import Settings
-from gateway.storage.state_dir import close
 from tests.integration import environment
 from tests.live import free_ports
-from tests.waits import until_true
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -126,79 +120,6 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert quickstart.status()["running"] is False
     assert quickstart.status()["site_url"] is None
     assert environment.daemon().answers()
-
-
-def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an upgrade does it: then the state dir is closed, and Caddy comes up again from where it is."""
-    monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
-    http, https, ask_port, site = free_ports(4)
-    serve = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(site)]
-    with tempfile.TemporaryDirectory(prefix="gw-move-") as place, tempfile.TemporaryDirectory() as pages:
-        upstream = subprocess.Popen(serve, cwd=pages, stderr=subprocess.DEVNULL)
-        state = Path(place)
-        state.chmod(0o711)
-        old = Settings(
-            state_dir=state,
-            caddy_admin=str(state / "caddy" / "admin" / "admin.sock"),
-            caddy_http=http,
-            caddy_https=https,
-            caddy_ask=ask_port,
-        )
-        before = caddy_service.CaddyService(old)
-        new = old.model_copy(update=caddy_service.chosen(old))
-        after = caddy_service.CaddyService(new)
-        answers: list[int | str] = []
-        ended = threading.Event()
-
-        def visit() -> int:
-            return ask(f"127.0.0.1:{http}", "GET", "/", "a visitor's own", host=f"site.localhost:{http}")[0]
-
-        def keep_visiting() -> None:
-            while not ended.is_set():
-                try:
-                    try:
-                        answers.append(visit())
-                    except ConnectionError:  # Caddy took it and had not read it when its server was replaced:
-                        answers.append(visit())  # where no byte came browsers ask again
-                except OSError as error:
-                    answers.append(repr(error))
-
-        visitor = threading.Thread(target=keep_visiting)
-        try:
-            assert before.start(CHECKOUT / "deploy").startswith("started")
-            caddy = Caddy(old)
-            caddy.create_folders()
-            caddy.set("site.localhost", f"127.0.0.1:{site}")
-            pid = before.pid()
-            assert pid is not None and Path(f"/proc/{pid}").owner() == "caddy"
-            until_true(lambda: visit() == 200)
-            visitor.start()
-            assert new.caddy_dir == Path(f"{place}-caddy")
-            caddy_service.move_out(new)
-            assert after.start(CHECKOUT / "deploy") == f"loaded the new configuration, pid {pid}"
-            assert close(new) == "mode 700"
-            caddy_service.move_out(new)  # again, as the next start does
-            assert after.start(CHECKOUT / "deploy") == f"already running, pid {pid}"
-            seen_by_then = len(answers)
-            until_true(lambda: len(answers) >= seen_by_then + 20 or not visitor.is_alive())
-            ended.set()
-            visitor.join()
-            assert set(answers) == {200}, (len(answers), set(answers))
-            assert (state / "caddy").readlink() == new.caddy_dir
-            assert caddy_service.chosen(new) == {} and before.running() is None
-            Caddy(new).set("site.localhost", f"127.0.0.1:{http + 1 if http + 1 != site else http + 2}")
-            assert visit() == 502  # what is written there now is what is served
-            assert "a visitor's own" not in after.log.read_text()
-            Caddy(new).set("site.localhost", f"127.0.0.1:{site}")
-            os.kill(pid, signal.SIGKILL)
-            assert after.start(CHECKOUT / "deploy").startswith(("started", "restarted"))
-            assert visit() == 200
-        finally:
-            ended.set()
-            after.stop()
-            upstream.kill()
-            upstream.wait()
-            shutil.rmtree(f"{place}-caddy", ignore_errors=True)
 
 
 def test_without_incus_the_same_site_is_served(

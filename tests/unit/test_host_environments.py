@@ -54,18 +54,6 @@ def test_a_switch_is_undone_as_if_it_had_not_been(root: Path) -> None:
     assert (environments.current, environments.previous) == (two, one)
 
 
-def test_a_folder_of_an_older_version_becomes_a_link_at_once(root: Path) -> None:
-    """It is not gone back to: its scripts name the link's path, and would run what that leads to."""
-    (root / "venv" / "bin").mkdir(parents=True)
-    (root / "venv" / "old").touch()
-    environments = Environments(root)
-    environments.switch(root / "venvs" / "1")
-    assert (environments.current, environments.previous) == (root / "venvs" / "1", None)
-    assert (root / "venvs" / "0" / "old").exists()  # what still runs from there has its files
-    environments.tidy()
-    assert not (root / "venvs" / "0").exists()
-
-
 def test_only_environments_of_this_state_dir_are_switched_to(root: Path) -> None:
     environments = Environments(root)
     assert environments.holds(root / "venvs" / "1")

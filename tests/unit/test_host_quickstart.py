@@ -271,15 +271,13 @@ def test_caddy_leaves_the_gateways_of_other_members_their_port(
 def test_caddy_is_reached_by_a_socket_in_its_folder_if_the_path_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str | None, folder: str
 ) -> None:
-    """It is beside the state dir if Caddy's user cannot enter that; an earlier choice is moved."""
+    """It is next to the state dir if Caddy's user cannot enter that; an earlier choice stays."""
     monkeypatch.setattr("gateway.host.caddy_service._user", lambda: user)
     short, long = Path("/run/gw"), tmp_path / ("x" * 100)
     chosen = caddy_service.chosen(Settings(state_dir=short))
     assert chosen["caddy_admin"] == f"{folder}/admin/caddy.sock"
     assert chosen.get("caddy_dir") == (Path(folder) if user else None)
     assert "caddy_admin" not in caddy_service.chosen(Settings(state_dir=long))
-    before = Settings(state_dir=short, caddy_admin="/run/gw/caddy/admin/admin.sock")
-    assert caddy_service.chosen(before).get("caddy_admin") == (chosen["caddy_admin"] if user else None)
     elsewhere = Settings(state_dir=short, caddy_dir=tmp_path, caddy_admin="/run/gw/caddy/admin/admin.sock")
     assert not caddy_service.chosen(elsewhere).keys() & {"caddy_dir", "caddy_admin"}
 
@@ -399,31 +397,6 @@ def test_script_knows_its_usage(tmp_path: Path) -> None:
     assert json.loads(status.stdout)["running"] is False
     assert call("stop").returncode == 0
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("left", [None, "link", "moved", "done"])
-def test_caddys_folder_moves_whatever_a_killed_run_left(tmp_path: Path, left: str | None) -> None:
-    state, beside = tmp_path / "state", tmp_path / "state-caddy"
-    (state / "caddy" / "routes").mkdir(parents=True)
-    match left:
-        case "link":  # made, and not yet exchanged
-            beside.symlink_to(beside)
-        case "moved":  # where the system cannot exchange
-            (state / "caddy").rename(beside)
-        case "done":
-            caddy_service.move_out(Settings(state_dir=state, caddy_dir=beside))
-    caddy_service.move_out(Settings(state_dir=state, caddy_dir=beside))
-    assert (beside / "routes").is_dir() and not beside.is_symlink()
-    assert (state / "caddy").readlink() == beside
-
-
-def test_caddys_folder_stays_where_it_was_said_to_be(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    (state / "caddy").mkdir(parents=True)
-    for settings in (Settings(state_dir=state), Settings(state_dir=state, caddy_dir=tmp_path / "other")):
-        caddy_service.move_out(settings)
-    assert (state / "caddy").is_dir() and not (state / "caddy").is_symlink()
-    assert not (tmp_path / "state-caddy").exists() and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,3 @@ def test_a_log_is_private_whatever_it_was(tmp_path: Path) -> None:
     assert (mode(log), log.read_text()) == (0o600, "old\nnew\n")
     with open(tmp_path / "other.log", "ab", opener=state_dir.private):
         assert mode(tmp_path / "other.log") == 0o600
-
-
-def test_two_names_change_places_at_once(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir()
-    other.symlink_to(other)
-    state_dir.exchange(one, other)
-    assert other.is_dir() and not other.is_symlink() and one.readlink() == other and one.is_dir()
-    with pytest.raises(OSError):
-        state_dir.exchange(one, tmp_path / "none")
