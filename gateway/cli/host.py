@@ -79,7 +79,7 @@ def setup(
     as_json: Json = False,
 ) -> None:
     """Prepare this host: network, firewall, storage, tenant profile. Idempotent."""
-    from gateway.host.setup import setup as run
+    from gateway.host.requirements import setup as run
 
     changes = run(load(), _silent if as_json else out.say)
     if as_json:
@@ -88,7 +88,7 @@ def setup(
 
 def doctor(as_json: Json = False) -> None:
     """Check that the gateway runs and has all it needs; change nothing. Exit code 1 if not."""
-    from gateway.host.doctor import doctor as run
+    from gateway.host.requirements import doctor as run
 
     found = run(load())
     if as_json:

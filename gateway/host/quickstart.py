@@ -43,7 +43,8 @@ from gateway.host.gateway_process import (
 )
 from gateway.host.image import build_image
 from gateway.host.incus import IncusAdmin
-from gateway.host.setup import pin, setup
+from gateway.host.requirements import setup
+from gateway.host.setup import pin
 from gateway.incus import member_of
 from gateway.settings import Settings
 from gateway.storage.state_dir import close

@@ -13,14 +13,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any, Final
 
 from gateway import incus as api
+from gateway.host import HostError
 from gateway.incus.members import PREFIX, Membership
-from gateway.host import HostError, Report, SetupChange, Steps
-from gateway.host.caddy_service import hand_over
 from gateway.host.image import BRIDGE, CA_BUNDLE, TRUST
 from gateway.host.incus import IncusAdmin
 from gateway.incus import member_of
@@ -29,7 +29,6 @@ from gateway.rootfs.instance_record import MANAGED
 from gateway.rootfs.quotas import SIMPLE, Kind, Quotas
 from gateway.runtime.incus.creation import FIRST_TO_GO
 from gateway.settings import Settings
-from gateway.storage.state_dir import close
 
 # As recommended for servers by Incus's documentation (reference/server_settings). Their use counts towards
 # the memory of the container or worker.
@@ -338,42 +337,27 @@ def acl_name(settings: Settings) -> str:
     return settings.profile
 
 
-def setup(settings: Settings, report: Report) -> list[SetupChange]:
-    """Set up everything a tenant needs except its image; return the outcome of each step.
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host to set up. With a client that refuses changes, each step only compares."""
 
-    The daemon must be running. For the local runtime nothing is needed or done. Raises `HostError`, which
-    names the failed step; earlier steps stay done, and the next run continues from there.
-    """
-    steps = Steps(report)
-    if settings.broker_socket is not None and os.geteuid() == 0:
-        steps.run("state dir", lambda: close(settings), unchanged="closed to other users")
-        steps.run("folders of Caddy's routes", lambda: hand_over(settings))
-    if settings.runtime == "local":
-        steps.run("host", lambda: None, unchanged="the local runtime needs no setup")
-        return steps.changes
-    steps.run("inotify limits", raise_limits, unchanged="high enough, or cannot be raised here")
-    root = IncusAdmin(settings.incus_socket)
-    steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
-    incus = IncusAdmin(settings.incus_socket, settings.incus_project)
-    if members(root):
-        steps.run("addresses of this member", lambda: publish_addresses(settings, root, host_addresses()))
-    steps.run(f"firewall {acl_name(settings)}", lambda: _acl(incus, settings, host_addresses()))
-    steps.run(f"bridge {settings.network}", lambda: _network(incus, settings))
-    steps.run(f"forwarding of {settings.network}", lambda: forwarding(settings))
-    steps.run(f"storage pool {settings.pool}", lambda: _pool(incus, settings))
-    if os.geteuid() == 0:
-        steps.run("disk quotas", lambda: enforce_quotas(settings), unchanged="in force")
-        steps.run(
-            f"addresses of {settings.network}",
-            lambda: guard_addresses(settings),
-            unchanged="each tenant's own",
-        )
-    steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
-    steps.run(f"ports of {settings.network}", lambda: pin(settings))
-    return steps.changes
+    settings: Settings
+    client: type[IncusAdmin] = IncusAdmin
+
+    @property
+    def root(self) -> IncusAdmin:
+        """A new client of Incus's default project."""
+        return self.client(self.settings.incus_socket)
+
+    @property
+    def incus(self) -> IncusAdmin:
+        """A new client of the tenants' project."""
+        return self.client(self.settings.incus_socket, self.settings.incus_project)
 
 
-def _project(incus: IncusAdmin, settings: Settings) -> str | None:
+def project(host: Host) -> str | None:
+    """Create the tenants' project; return what was done, or None, as all these steps do."""
+    incus, settings = host.root, host.settings
     if incus.find("projects", settings.incus_project) is not None:
         return None
     features = {f"features.{name}": "true" for name in ("images", "profiles", "storage.volumes")}
@@ -418,8 +402,15 @@ def acl(settings: Settings, addresses: list[IPv4Address]) -> dict[str, Any]:
     }
 
 
-def _acl(incus: IncusAdmin, settings: Settings, addresses: list[IPv4Address]) -> str | None:
-    wanted = acl(settings, all_addresses(incus, addresses))
+def member_addresses(host: Host) -> str | None:
+    """Publish this host's addresses if it is in a cluster."""
+    return publish_addresses(host.settings, host.root, host_addresses())
+
+
+def firewall(host: Host) -> str | None:
+    """Create the tenants' network ACL, or correct its rules."""
+    incus = host.incus
+    wanted = acl(host.settings, all_addresses(incus, host_addresses()))
     found = incus.find("network-acls", wanted["name"])
     if found is None:
         incus.post("network-acls", json=wanted)
@@ -458,7 +449,9 @@ def network(settings: Settings) -> dict[str, str]:
     }
 
 
-def _network(incus: IncusAdmin, settings: Settings) -> str | None:
+def bridge(host: Host) -> str | None:
+    """Create the tenants' bridge, or correct its configuration."""
+    incus, settings = host.incus, host.settings
     wanted = network(settings)
     found = incus.find("networks", settings.network)
     if found is not None and found.get("managed") and is_pending(found):
@@ -538,7 +531,9 @@ def pool_size(free: int) -> int:
     return max(5 * GiB, min(free // 2, 200 * GiB)) // GiB * GiB
 
 
-def _pool(incus: IncusAdmin, settings: Settings) -> str | None:
+def pool(host: Host) -> str | None:
+    """Create the tenants' storage pool. One that exists stays as it is."""
+    incus, settings = host.incus, host.settings
     found = incus.find("storage-pools", settings.pool)
     if not is_pending(found):
         return None
@@ -630,7 +625,9 @@ def profile(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _profile(incus: IncusAdmin, settings: Settings) -> str | None:
+def tenant_profile(host: Host) -> str | None:
+    """Create the tenants' profile, or correct it."""
+    incus, settings = host.incus, host.settings
     wanted = profile(settings)
     found = incus.find("profiles", settings.profile)
     if found is None:

@@ -24,7 +24,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.host import HostError
-from gateway.host.setup import setup
+from gateway.host.requirements import setup
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting

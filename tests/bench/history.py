@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from gateway.host.setup import setup
+from gateway.host.requirements import setup
 from tests.bench.bench import percentile
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.host import HostError
-from gateway.host.setup import setup
+from gateway.host.requirements import setup
 from gateway.rootfs import memory, site_cgroup
 from gateway.runtime.incus.resizing import APPLY
 from gateway.settings import Settings

@@ -30,7 +30,7 @@ import aiohttp
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 
 from gateway.host import HostError
-from gateway.host.setup import setup
+from gateway.host.requirements import setup
 from gateway.settings import Settings
 from tests.bench.bench import percentile
 from tests.bench.deploy import Wrong, ready

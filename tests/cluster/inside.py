@@ -13,10 +13,9 @@ from gateway.host import HostError, caddy_service
 from gateway.host.caddy_service import CaddyService
 from gateway.host.cluster import add_member, enable_cluster, join_cluster, recover_from_quorum_loss
 from gateway.host.daemon import Daemon
-from gateway.host.doctor import doctor
 from gateway.host.gateway_process import GatewayProcess, QuickstartFiles
 from gateway.host.image import build_image
-from gateway.host.setup import setup
+from gateway.host.requirements import doctor, setup
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import SECRET

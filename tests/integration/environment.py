@@ -22,7 +22,8 @@ from typing import Any
 from gateway.host import HostError, Report
 from gateway.host.daemon import Daemon, cannot_run
 from gateway.host.image import build_image
-from gateway.host.setup import enforce_quotas, quota_kind, setup, wants_simple_quotas
+from gateway.host.requirements import setup
+from gateway.host.setup import enforce_quotas, quota_kind, wants_simple_quotas
 from gateway.rootfs import process_tree
 from gateway.settings import Settings
 

@@ -20,7 +20,7 @@ import pytest
 
 from gateway.errors import NotFound, Unavailable
 from gateway.host.caddy_service import CaddyService
-from gateway.host.setup import setup
+from gateway.host.requirements import setup
 from gateway.rootfs import FilesystemRoot, process_tree
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.workers import Workers

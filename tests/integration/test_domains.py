@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.host.doctor import doctor
+from gateway.host.requirements import doctor
 from gateway.settings import Settings
 from tests import thorough
 from tests.contracts.gateway import no_traceback, sse

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.host import HostError
 from gateway.host.daemon import Daemon
-from gateway.host.doctor import Finding, doctor
+from gateway.host.requirements import Finding, doctor
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container

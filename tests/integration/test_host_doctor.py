@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from gateway.deployments.template import named
-from gateway.host.doctor import doctor
+from gateway.host.requirements import doctor
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.settings import Settings
 from tests.integration import environment

@@ -15,9 +15,9 @@ import pytest
 
 from gateway.auth import issuing
 from gateway.host import caddy_service
-from gateway.host.doctor import doctor
 from gateway.host.gateway_process import ask, parse_environment
 from gateway.host.quickstart import TENANT, Quickstart
+from gateway.host.requirements import doctor
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import free_ports

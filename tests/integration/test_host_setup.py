@@ -10,7 +10,8 @@ from gateway.host import HostError, SetupChange
 from gateway.host.daemon import Daemon
 from gateway.host.image import build_image
 from gateway.host.incus import IncusAdmin, Missing
-from gateway.host.setup import acl_name, setup
+from gateway.host.requirements import setup
+from gateway.host.setup import acl_name
 from gateway.rootfs.instance_record import MANAGED
 from gateway.settings import Settings
 from tests.integration import environment

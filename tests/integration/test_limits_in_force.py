@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 
-from gateway.host.doctor import doctor
+from gateway.host.requirements import doctor
 from gateway.rootfs import btrfs, memory, quotas
 from gateway.rootfs.site_cgroup import SITE
 from gateway.runtime.incus import IncusRuntime

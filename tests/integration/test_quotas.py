@@ -15,12 +15,11 @@ import pytest
 
 from gateway.errors import Conflict, NotFound, TooLarge, Unavailable
 from gateway.host.daemon import Daemon
-from gateway.host.doctor import Finding, doctor
+from gateway.host.requirements import Finding, doctor, setup
 from gateway.host.setup import (
     enforce_quotas,
     quota_kind,
     quotas_in_force,
-    setup,
     unlimited_tenants,
     wants_simple_quotas,
 )

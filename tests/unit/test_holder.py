@@ -22,8 +22,8 @@ from gateway.holder import holder as holder_client
 from gateway.holder import holding
 from gateway.holder.holder import HolderClient, held_at
 from gateway.holder.holding import close, receive, send
-from gateway.host import HostError
-from gateway.host.doctor import Hint, _holder
+from gateway.host import HostError, checks
+from gateway.host.checks import Hint
 from gateway.host.services import ensure_holder, holder_command, running_holder, stop_holder
 from gateway.settings import Settings
 from tests.waits import settled, until
@@ -493,10 +493,10 @@ def test_a_holder_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
 def test_doctor_says_what_is_held_or_what_a_restart_would_end(tmp_path: Path) -> None:
     settings = Settings(runtime="local", state_dir=tmp_path)
     with pytest.raises(Hint, match="a restart of the gateway ends all commands"):
-        _holder(settings)
+        checks.holder(settings)
     ensure_holder(settings, tmp_path / "log")
     try:
-        assert _holder(settings).startswith("holds 0 commands")
+        assert checks.holder(settings).startswith("holds 0 commands")
     finally:
         stop_holder(settings)
 
@@ -510,5 +510,5 @@ def test_doctor_says_what_is_held_or_what_a_restart_would_end(tmp_path: Path) ->
         other = threading.Thread(target=hang_up)
         other.start()
         with pytest.raises(HostError, match="not a holder of this version"):
-            _holder(settings)
+            checks.holder(settings)
         other.join()

@@ -15,8 +15,8 @@ import pytest
 from gateway.host import HostError, SetupChange, Steps, run
 from gateway.host import setup as steps
 from gateway.host.caddy_service import CaddyService, hand_over
+from gateway.host.checks import Hint, hosts
 from gateway.host.daemon import Daemon, _only_options
-from gateway.host.doctor import Hint, _hosts
 from gateway.host.gateway_process import GatewayProcess, QuickstartFiles
 from gateway.host.image import (
     CA_BUNDLE,
@@ -29,16 +29,8 @@ from gateway.host.image import (
     image_metadata,
     keep_artefact,
 )
-from gateway.host.setup import (
-    PRIVATE,
-    acl,
-    forwarding,
-    network,
-    pool_size,
-    profile,
-    setup,
-    supports_simple_quotas,
-)
+from gateway.host.requirements import setup
+from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, supports_simple_quotas
 from gateway.host.toolchain import BUN_INTEGRITY, check_integrity
 from gateway.rootfs.instance_record import MANAGED
 from gateway.rootfs.quotas import Quotas
@@ -48,9 +40,9 @@ GiB = 1 << 30
 
 
 def test_the_doctor_hints_at_a_gateway_that_answers_to_any_name() -> None:
-    assert _hosts(Settings(domain="gw.example", hosts="Gw.lan")) == "127.0.0.1, gw.example, gw.lan"
+    assert hosts(Settings(domain="gw.example", hosts="Gw.lan")) == "127.0.0.1, gw.example, gw.lan"
     with pytest.raises(Hint, match="DNS rebinding"):
-        _hosts(Settings(hosts="gw.lan,*"))
+        hosts(Settings(hosts="gw.lan,*"))
 
 
 @pytest.mark.parametrize(

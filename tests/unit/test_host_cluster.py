@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError
+from gateway.host import HostError, checks
 from gateway.host.cluster import cluster_problems, member_rows
-from gateway.host.doctor import _copies, doctor
 from gateway.host.incus import IncusAdmin
+from gateway.host.requirements import doctor
 from gateway.host.setup import ADDRESSES, addresses_published, all_addresses, create_on_all, is_pending
 from gateway.runtime.incus.standby_copies import tell_late
 from gateway.settings import Settings
@@ -192,6 +192,6 @@ def test_doctor_names_late_copies(tmp_path: Path) -> None:
     settings = Settings(state_dir=tmp_path)
     tell_late(tmp_path, ["shop"])
     with pytest.raises(HostError, match="shop"):
-        _copies(settings)
+        checks.standby_copies(settings)
     tell_late(tmp_path, ())
-    assert _copies(settings) == "none is late"
+    assert checks.standby_copies(settings) == "none is late"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from gateway.host import doctor as checks
+from gateway.host import checks
+from gateway.host.requirements import doctor
 from gateway.settings import Settings
 
 
@@ -87,7 +88,7 @@ def test_a_file_that_others_can_read_is_a_problem(tmp_path: Path, name: str) -> 
     path.chmod(0o640)
     (found,) = checks.exposed_files(settings)
     assert f"chmod 600 {path}" in found
-    problem = next(finding for finding in checks.doctor(settings) if finding.what == "state dir")
+    problem = next(finding for finding in doctor(settings) if finding.what == "state dir")
     assert not problem.ok and found in problem.detail
 
 
@@ -112,6 +113,6 @@ def test_a_secret_in_an_open_configuration_is_a_problem(
 
 
 def test_doctor_hints_and_does_not_fail(tmp_path: Path) -> None:
-    findings = checks.doctor(Settings(state_dir=tmp_path, runtime="local"))
+    findings = doctor(Settings(state_dir=tmp_path, runtime="local"))
     found = next(one for one in findings if one.what == "limits")
     assert found.ok and found.hint and "nothing isolates" in found.detail

@@ -1,6 +1,6 @@
-"""Check whether this host has what a gateway needs and whether everything runs, without changing anything.
+"""Checks of what this host has and of what runs on it. None of them changes anything.
 
-The state that `setup` manages is checked by `setup`'s own steps, with an Incus client that refuses changes.
+Each returns what it found, and raises `HostError` with what is wrong and what to do, or `Hint`.
 """
 
 from __future__ import annotations
@@ -12,28 +12,21 @@ import socket
 import sqlite3
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from gateway.deployments.template import named, names
-from gateway.errors import GatewayError
 from gateway.holder.holder import held_at
 from gateway.host import HostError, run
 from gateway.host.caddy_service import CaddyService, in_use
-from gateway.host.cluster import cluster_problems, quorum_problem
+from gateway.host.cluster import cluster_problems
 from gateway.host.daemon import Daemon, systemd_runs
 from gateway.host.gateway_process import ask
 from gateway.host.incus import IncusAdmin
 from gateway.host.setup import (
     INOTIFY_LIMITS,
     KERNEL,
-    _acl,
-    _network,
-    _profile,
-    _project,
-    acl_name,
     addresses_published,
     guard_in_force,
     host_addresses,
@@ -58,29 +51,12 @@ SETUP: Final = "run `incus-gateway setup`"
 """What to do about most of what is missing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of one check; `detail` says what was found, or what is wrong and what to do.
-
-    A hint is no problem, but something that could be better.
-    """
-
-    what: str
-    ok: bool
-    detail: str
-    hint: bool = False
-
-    def __str__(self) -> str:
-        word = "problem" if not self.ok else "hint" if self.hint else "ok"
-        return f"{word:<8} {self.what}: {self.detail}"
-
-
 class Hint(Exception):
     """Raised by a check that found no problem but has a suggestion."""
 
 
-class Looking(IncusAdmin):
-    """A read-only Incus client: an attempted change is reported as a need for setup."""
+class ReadOnlyIncus(IncusAdmin):
+    """An Incus client that refuses changes, and reports each as a need for setup."""
 
     def _refuse(self, *path: str, **request: Any) -> NoReturn:
         raise HostError(f"missing or not as it should be; {SETUP}")
@@ -217,63 +193,7 @@ def _memory_max() -> int | None:
 GiB: Final = 1 << 30
 
 
-def doctor(settings: Settings) -> list[Finding]:
-    """Run all checks; one that cannot be run counts as a problem."""
-    checks: list[tuple[str, Callable[[], str | None]]] = [("state dir", lambda: _state(settings))]
-    silent = quorum_problem(settings) if settings.runtime == "incus" else None
-    if silent is not None:  # each of the other checks would wait for it
-        checks += [
-            ("cluster", lambda: _fail(silent)),
-            ("inotify limits", _inotify),
-            ("broker", lambda: _broker(settings)),
-            ("holder", lambda: _holder(settings)),
-        ]
-    elif settings.runtime == "incus":
-        root = settings.incus_socket
-        project = settings.incus_project
-        checks += [
-            ("Incus", lambda: _daemon(settings)),
-            ("cluster", lambda: _cluster(settings)),
-            ("standby copies", lambda: _copies(settings)),
-            (f"project {project}", lambda: _project(Looking(root), settings)),
-            (
-                f"firewall {acl_name(settings)}",
-                lambda: _acl(Looking(root, project), settings, host_addresses()),
-            ),
-            (f"bridge {settings.network}", lambda: _network(Looking(root, project), settings)),
-            (f"addresses of {settings.network}", lambda: _guard(settings)),
-            (f"storage pool {settings.pool}", lambda: _pool(settings)),
-            (f"profile {settings.profile}", lambda: _profile(Looking(root, project), settings)),
-            (f"image {settings.image}", lambda: _image(settings)),
-            ("templates", lambda: _templates(settings)),
-            ("limits in force", lambda: _in_force(settings)),
-            ("domains", lambda: _domains(settings)),
-            ("addresses", lambda: _addresses(settings)),
-            ("inotify limits", _inotify),
-            ("broker", lambda: _broker(settings)),
-            ("holder", lambda: _holder(settings)),
-        ]
-    checks += [
-        ("gateway", lambda: _gateway(settings)),
-        ("hosts", lambda: _hosts(settings)),
-        ("Caddy", lambda: _caddy(settings)),
-    ]
-    if silent is None:
-        checks += [("routes", lambda: _routes(settings)), ("limits", lambda: _limits_and_shares(settings))]
-    found = []
-    for what, check in checks:
-        try:
-            found.append(Finding(what, True, check() or "as it should be"))
-        except Hint as hint:
-            found.append(Finding(what, True, str(hint), hint=True))
-        except (HostError, GatewayError) as error:
-            found.append(Finding(what, False, error.message))
-        except OSError as error:
-            found.append(Finding(what, False, f"{error.strerror}: {error.filename}; run this as root"))
-    return found
-
-
-def _state(settings: Settings) -> str:
+def state_dir(settings: Settings) -> str:
     folder = settings.state_dir
     if not folder.is_dir():
         raise HostError(f"{folder} does not exist; start the gateway once, or set GATEWAY_STATE_DIR")
@@ -298,14 +218,14 @@ def _state(settings: Settings) -> str:
     return f"{folder}, {free / GiB:.1f} GiB free"
 
 
-def _daemon(settings: Settings) -> str:
+def daemon(settings: Settings) -> str:
     if not Daemon.at(settings.incus_socket).answers():
         raise HostError(f"nothing answers at {settings.incus_socket}; start Incus: systemctl start incus")
     return "answers"
 
 
-def _cluster(settings: Settings) -> str:
-    incus = Looking(settings.incus_socket, settings.incus_project)
+def cluster(settings: Settings) -> str:
+    incus = ReadOnlyIncus(settings.incus_socket, settings.incus_project)
     wrong, better = cluster_problems(incus, settings)
     if not addresses_published(incus, host_addresses()):
         wrong.append(f"the other members do not know this host's addresses; {SETUP}")
@@ -317,11 +237,7 @@ def _cluster(settings: Settings) -> str:
     return f"{len(there)} members, all online" if there else "a single server"
 
 
-def _fail(why: str) -> NoReturn:
-    raise HostError(why)
-
-
-def _copies(settings: Settings) -> str:
+def standby_copies(settings: Settings) -> str:
     if late := late_copies(settings.state_dir):
         raise HostError(
             f"no new copy on another member for three intervals: {', '.join(late[:5])}; more of their work "
@@ -330,8 +246,8 @@ def _copies(settings: Settings) -> str:
     return "none is late"
 
 
-def _pool(settings: Settings) -> str:
-    incus = Looking(settings.incus_socket, settings.incus_project)
+def pool(settings: Settings) -> str:
+    incus = ReadOnlyIncus(settings.incus_socket, settings.incus_project)
     found = incus.find("storage-pools", settings.pool)
     if found is None:
         raise HostError(f"it does not exist; {SETUP}")
@@ -363,11 +279,11 @@ def _pool(settings: Settings) -> str:
     return f"{found['driver']}, {free / GiB:.1f} GiB free"
 
 
-def _in_force(settings: Settings) -> str:
+def limits_in_force(settings: Settings) -> str:
     """Compare the limits of running tenants with those that the kernel has."""
     project, folder = settings.incus_project, settings.incus_socket.parent
     looked, wrong = 0, []
-    for instance in Looking(settings.incus_socket, project).instances():
+    for instance in ReadOnlyIncus(settings.incus_socket, project).instances():
         instance["project"] = project
         if not is_tenant(instance) or instance["status"] != "Running":
             continue
@@ -383,16 +299,16 @@ def _in_force(settings: Settings) -> str:
     return f"of {looked} running tenants, as configured"
 
 
-def _image(settings: Settings) -> None:
-    incus = Looking(settings.incus_socket, settings.incus_project)
+def image(settings: Settings) -> None:
+    incus = ReadOnlyIncus(settings.incus_socket, settings.incus_project)
     if incus.find("images", "aliases", settings.image) is None:
         raise HostError("it does not exist; run `incus-gateway image build`")
 
 
-def _templates(settings: Settings) -> str:
+def templates(settings: Settings) -> str:
     if not settings.golden:
         return "none is prepared in advance, as set by GATEWAY_GOLDEN"
-    incus = Looking(settings.incus_socket, settings.incus_project)
+    incus = ReadOnlyIncus(settings.incus_socket, settings.incus_project)
     image = incus.find("images", "aliases", settings.image)
     ready: list[str] = []
     missing: list[str] = []
@@ -411,7 +327,7 @@ def _templates(settings: Settings) -> str:
     return f"copies of {', '.join(ready)} are ready"
 
 
-def _domains(settings: Settings) -> str:
+def domains(settings: Settings) -> str:
     """Check for domains set on several tenants, and for the gateway's own names set on any."""
     own = own_names(settings)
     carried: dict[str, list[str]] = defaultdict(list)
@@ -435,7 +351,7 @@ def _domains(settings: Settings) -> str:
     return f"{len(carried)}, each of one tenant"
 
 
-def _guard(settings: Settings) -> str:
+def address_guard(settings: Settings) -> str:
     if not bridge_port.guard_hook(settings.incus_socket.parent, settings.network).exists():
         raise Hint(
             "Incus's own filter keeps each tenant to its address, and takes longer for each packet the more "
@@ -446,7 +362,7 @@ def _guard(settings: Settings) -> str:
     return "each tenant's own"
 
 
-def _addresses(settings: Settings) -> str:
+def addresses(settings: Settings) -> str:
     """Check for addresses shared by several instances, which Incus then refuses to start."""
     homes: dict[str, list[str]] = defaultdict(list)
     for instance in _eldest_first(settings):
@@ -467,13 +383,13 @@ def _addresses(settings: Settings) -> str:
 def _tenants(settings: Settings) -> list[str]:
     return [
         instance["name"]
-        for instance in Looking(settings.incus_socket, settings.incus_project).instances()
+        for instance in ReadOnlyIncus(settings.incus_socket, settings.incus_project).instances()
         if is_tenant(instance)
     ]
 
 
 def _eldest_first(settings: Settings) -> list[dict[str, Any]]:
-    found = Looking(settings.incus_socket, settings.incus_project).instances()
+    found = ReadOnlyIncus(settings.incus_socket, settings.incus_project).instances()
     return sorted(found, key=lambda instance: str(instance["created_at"]))
 
 
@@ -487,7 +403,7 @@ def _owners(settings: Settings) -> dict[str, str]:
         return {}
 
 
-def _inotify() -> None:
+def inotify_limits(_: Settings) -> None:
     low = [
         name
         for name in INOTIFY_LIMITS
@@ -497,7 +413,7 @@ def _inotify() -> None:
         raise HostError(f"{', '.join(low)} too low; {SETUP}")
 
 
-def _broker(settings: Settings) -> str:
+def broker(settings: Settings) -> str:
     path = settings.broker_socket
     if path is None:
         if os.geteuid() != 0:
@@ -518,7 +434,7 @@ def _broker(settings: Settings) -> str:
     return f"serves {path}"
 
 
-def _holder(settings: Settings) -> str:
+def holder(settings: Settings) -> str:
     path = settings.holder_socket
     try:
         return f"holds {held_at(path)} commands and waiting shells at {path}"
@@ -531,10 +447,12 @@ def _holder(settings: Settings) -> str:
         raise HostError(f"{path} is not a holder of this version; restart it: {error}") from error
 
 
-def _limits_and_shares(settings: Settings) -> str:
+def shares(settings: Settings) -> str:
     said = list(loose_settings(settings))
     if settings.runtime == "incus" and host_swaps():
-        profile = Looking(settings.incus_socket, settings.incus_project).find("profiles", settings.profile)
+        profile = ReadOnlyIncus(settings.incus_socket, settings.incus_project).find(
+            "profiles", settings.profile
+        )
         if profile is not None and profile["config"].get("limits.memory.swap", "true") == "true":
             said.append(
                 "this host has swap that tenants may use: one that thrashes slows down all others; run: "
@@ -545,7 +463,7 @@ def _limits_and_shares(settings: Settings) -> str:
     return "everything is limited, and no share is as large as the whole"
 
 
-def _hosts(settings: Settings) -> str:
+def hosts(settings: Settings) -> str:
     if "*" in settings.hosts:
         raise Hint(
             "GATEWAY_HOSTS is *: requests are accepted under any name that resolves to this host (DNS "
@@ -554,7 +472,7 @@ def _hosts(settings: Settings) -> str:
     return ", ".join(sorted(own_hosts(settings) - {"*"})) or "only addresses"
 
 
-def _gateway(settings: Settings) -> str:
+def gateway(settings: Settings) -> str:
     listen = settings.listen
     try:
         status, said = ask(listen, "GET", "/readyz", timeout=5.0)
@@ -576,7 +494,7 @@ def _gateway(settings: Settings) -> str:
     return f"ready at {listen}"
 
 
-def _caddy(settings: Settings) -> str:
+def caddy(settings: Settings) -> str:
     front = CaddyService(settings)
     running = front.running()
     if running is None:
@@ -595,7 +513,7 @@ def _caddy(settings: Settings) -> str:
     return f"answers at {settings.caddy_admin} and serves the gateway's sites"
 
 
-def _routes(settings: Settings) -> str:
+def routes(settings: Settings) -> str:
     routes = CaddyService(settings).caddy
     there = routes.listed() if routes.routes.is_dir() else {}
     own = own_names(settings)
@@ -603,7 +521,7 @@ def _routes(settings: Settings) -> str:
     if settings.runtime != "incus":
         return f"{len(there)} routes"
     domains: dict[str, bool] = {}
-    for instance in Looking(settings.incus_socket, settings.incus_project).instances():
+    for instance in ReadOnlyIncus(settings.incus_socket, settings.incus_project).instances():
         config = instance["expanded_config"]
         if config.get(DOMAIN) and config.get(MANAGED) == "true" and not config.get(DEPLOYMENT):
             domain = plain(config[DOMAIN]) or config[DOMAIN]
