@@ -20,7 +20,7 @@ from gateway.host.daemon import INCUSD, Daemon
 from gateway.host.incus import IncusAdmin
 from gateway.host.setup import host_addresses, members, new_pool, publish_addresses
 from gateway.incus import member_of
-from gateway.incus.members import DRAINED, PREFIX, Membership
+from gateway.incus.members import DRAINED
 from gateway.rootfs import connections, locations
 from gateway.settings import Settings
 

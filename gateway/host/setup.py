@@ -20,10 +20,10 @@ from typing import Any, Final
 
 from gateway import incus as api
 from gateway.host import HostError
-from gateway.incus.members import PREFIX, Membership
 from gateway.host.image import BRIDGE, CA_BUNDLE, TRUST
 from gateway.host.incus import IncusAdmin
 from gateway.incus import member_of
+from gateway.incus.members import PREFIX, Membership
 from gateway.rootfs import bridge_port
 from gateway.rootfs.instance_record import MANAGED
 from gateway.rootfs.quotas import SIMPLE, Kind, Quotas
