@@ -13,12 +13,9 @@ from typing import Any, Final
 from gateway.errors import InvalidParams, NotFound
 from gateway.events import Bus, Filter
 from gateway.execs import Execs
-from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.outside import PATIENCE, Outside
-from gateway.history.reading import ID, TITLE_MAX, Turn, deployed, name, said
-from gateway.history.recorder import Recorder, Side
-from gateway.history.repository import Repository
-from gateway.history.rests import Rests
+from gateway.history.outside import PATIENCE, OutsideChanges
+from gateway.history.recorder import OpenTurn, OpenTurns, Recorder, Side
+from gateway.history.repository import ID, TITLE_MAX, Commit, Repository, deployed, name, said
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import TenantEvent, TenantRuntime
 from gateway.settings import Settings
@@ -50,8 +47,8 @@ class History:
         self._recorder = Recorder(self._repository, self._open, bus, settings)
         self.afterwards = self._recorder.afterwards
         """What waits until few deployments are under way."""
-        self._rests = Rests(settings.turn_rest, self._rested)
-        self._outside = Outside(execs.list, self._open, self._recorder, settings.turn_rest)
+        self._rests: dict[OpenTurn, asyncio.TimerHandle] = {}
+        self._outside = OutsideChanges(execs.list, self._open, self._recorder, settings.turn_rest)
 
     async def __aenter__(self) -> History:
         return self
@@ -59,7 +56,8 @@ class History:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._rests.close()
+        for timer in self._rests.values():
+            timer.cancel()
         self._outside.close()
         await self._recorder.aclose()
 
@@ -78,12 +76,12 @@ class History:
         path = None
         if tool in _WRITING:
             path = named_file(arguments, session.cwd or root.workspace, root.workspace)
-        return _Call(
+        return _TurnCall(
             self, root.tenant, key, turn, tool, path, by, lasting=arguments.get("run_in_background") is True
         )
 
     async def changing(self, tenant: str, key: Hashable, tool: str, path: str | None, by: str) -> OpenTurn:
-        """Return the session's turn, which has noted what a call is about to change; for `_Call`."""
+        """Return the session's turn, which has noted what a call is about to change; for `_TurnCall`."""
         await self._recorder.still(tenant, PATIENCE)
         turn = self._open.get(tenant, key)
         if path is not None and (hidden := self._parts(tenant, path, turn, by)):
@@ -142,13 +140,13 @@ class History:
         return found
 
     def called(self, tenant: str, turn: OpenTurn) -> None:
-        """Have a turn rest from now on, unless it has ended; for `_Call`."""
+        """Have a turn rest from now on, unless it has ended; for `_TurnCall`."""
         if not turn.calls and self._open.get(tenant, turn.key) is turn:
-            self._rests.begin(tenant, turn)
+            self._rest(tenant, turn)
 
     async def begin(
         self, tenant: str, session: ToolSession, title: str, agent: str | None, by: str
-    ) -> Turn | None:
+    ) -> Commit | None:
         """Begin a turn of a session with a title; return the previous one, now ended, if it changed anything.
 
         Raises what `end` raises.
@@ -160,10 +158,10 @@ class History:
             await asyncio.wait(others)  # they go on if this call is cancelled, as below
         key = _key(session, by)
         turn = OpenTurn(key, name(agent or by), name(by), said(title, TITLE_MAX))
-        self._rests.begin(tenant, self._open.open(tenant, turn))
+        self._rest(tenant, self._open.open(tenant, turn))
         return before
 
-    async def end(self, tenant: str, session: ToolSession, by: str) -> Turn | None:
+    async def end(self, tenant: str, session: ToolSession, by: str) -> Commit | None:
         """End a session's turn and return it once it is recorded; None if nothing changed."""
         self._check()
         turn = self._open.get(tenant, _key(session, by))
@@ -192,7 +190,7 @@ class History:
         _check_id(turn)
         return await self._repository.changes(tenant, turn)
 
-    async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Turn | None:
+    async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Commit | None:
         """Restore the files to before a turn, or to right after it, as a new turn; None if nothing changes.
 
         Open turns end first, so that their changes can be restored. Raises `NotFound`, and `Conflict` if
@@ -265,7 +263,7 @@ class History:
         self._recorder.forget(tenant)
         self._outside.forget(tenant)
         for turn in self._open.forget(tenant):
-            self._rests.end(turn)
+            self._end_rest(turn)
 
     async def close_turns(self) -> None:
         """Record every open turn: the gateway is ending."""
@@ -280,11 +278,32 @@ class History:
 
     # --- how a turn ends --------------------------------------------------------------------------------
 
-    def _rested(self, tenant: str, turn: OpenTurn) -> None:
-        self._recorder.spawn(tenant, self._finish(tenant, turn))
+    def _rest(self, tenant: str, turn: OpenTurn) -> None:
+        """End a turn once its session has called nothing for `turn_rest` seconds from now on.
 
-    async def _finish(self, tenant: str, turn: OpenTurn) -> Turn | None:
-        self._rests.end(turn)
+        Calls are many: a timer that already runs finds out when it fires whether there was one.
+        """
+        loop = asyncio.get_running_loop()
+        turn.rested = loop.time() + self._settings.turn_rest
+        if turn not in self._rests:
+            self._rests[turn] = loop.call_at(turn.rested, self._rested, tenant, turn)
+
+    def _end_rest(self, turn: OpenTurn) -> None:
+        if (timer := self._rests.pop(turn, None)) is not None:
+            timer.cancel()
+
+    def _rested(self, tenant: str, turn: OpenTurn) -> None:
+        del self._rests[turn]
+        loop = asyncio.get_running_loop()
+        if turn.calls:
+            return  # `called` counts from the end of the last of them
+        if loop.time() < turn.rested:
+            self._rests[turn] = loop.call_at(turn.rested, self._rested, tenant, turn)
+        else:
+            self._recorder.spawn(tenant, self._finish(tenant, turn))
+
+    async def _finish(self, tenant: str, turn: OpenTurn) -> Commit | None:
+        self._end_rest(turn)
         turn.ending = asyncio.current_task()
         if self._open.get(tenant, turn.key) is turn:
             self._open.take(tenant, turn.key)
@@ -300,7 +319,7 @@ class History:
             raise NotFound("this gateway keeps no history: GATEWAY_HISTORY is off", reason="off")
 
 
-class _Call:
+class _TurnCall:
     """A tool call inside a turn. Written by hand, since a generator's context costs four times as much."""
 
     __slots__ = ("_by", "_history", "_key", "_lasting", "_path", "_tenant", "_tool", "_turn")

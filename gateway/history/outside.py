@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.execs.exec import Exec
-from gateway.history.open_turns import COARSE, OpenTurn, OpenTurns, without
-from gateway.history.reading import TITLE_MAX, name, said
-from gateway.history.recorder import Recorder
+from gateway.history.recorder import COARSE, OpenTurn, OpenTurns, Recorder, without
+from gateway.history.repository import TITLE_MAX, name, said
 from gateway.runtime import ExecSpec
 
 _SAVED: Final = 2.0  # seconds after a person's last save in which it is recorded
@@ -22,7 +21,7 @@ _COMMAND: Final = 80  # characters of a command in a title
 
 
 @dataclass(eq=False, slots=True)
-class _Change:
+class _OutsideChange:
     """What is to be recorded as one commit: of the paths of `turn`, or, where that is wide, of any."""
 
     turn: OpenTurn
@@ -32,11 +31,11 @@ class _Change:
 
 
 @dataclass(eq=False, slots=True)
-class _Place:
+class _WorkspaceChanges:
     """The changes under way in one workspace outside of turns."""
 
-    saves: dict[str, _Change] = field(default_factory=dict)  # by subject
-    commands: _Change | None = None
+    saves: dict[str, _OutsideChange] = field(default_factory=dict)  # by subject
+    commands: _OutsideChange | None = None
     printed: dict[str, int] = field(default_factory=dict)  # bytes, by command, at the last look
     ran: dict[str, tuple[Exec, str]] = field(default_factory=dict)  # commands, each with whose it is
     looked: float = 0.0  # seconds since the epoch of the last look
@@ -45,7 +44,7 @@ class _Place:
     under_way: dict[asyncio.Task[None], OpenTurn] = field(default_factory=dict)
 
 
-class Outside:
+class OutsideChanges:
     """Changes of all tenants outside of turns, each recorded once it rests. Used from the event loop only.
 
     Commands are those of clients: what a tool runs is its turn's, and what helpers change, as language
@@ -61,7 +60,7 @@ class Outside:
         self._open = open_
         self._recorder = recorder
         self._rest = rest
-        self._of: dict[str, _Place] = {}
+        self._of: dict[str, _WorkspaceChanges] = {}
 
     def close(self) -> None:
         for tenant in list(self._of):
@@ -78,8 +77,8 @@ class Outside:
 
     def saved(self, tenant: str, path: str, by: str, verb: str = "Saved") -> None:
         """Note a file that somebody saved, so that it is on record before a turn changes it."""
-        place = self._of.setdefault(tenant, _Place())
-        save = place.saves.setdefault(by, _Change(OpenTurn(by, name(by), name(by))))
+        place = self._of.setdefault(tenant, _WorkspaceChanges())
+        save = place.saves.setdefault(by, _OutsideChange(OpenTurn(by, name(by), name(by))))
         save.turn.wrote(path)
         save.verbs.add(verb)
         self._open.wait(tenant, save.turn)
@@ -92,14 +91,14 @@ class Outside:
         exec_ = next((one for one in self._execs(tenant) if one.id == exec_id), None)
         if exec_ is None or exec_.spec.work != "client":  # a tool's, whose turn it is, or nobody's
             return
-        place = self._of.setdefault(tenant, _Place())
+        place = self._of.setdefault(tenant, _WorkspaceChanges())
         place.ran[exec_id] = (exec_, by)
         self._look_later(tenant, place)
 
-    def _worked(self, place: _Place, exec_: Exec, by: str, since: float, until: float) -> None:
+    def _worked(self, place: _WorkspaceChanges, exec_: Exec, by: str, since: float, until: float) -> None:
         """Note that somebody's command may have changed something in a span of time."""
         if (change := place.commands) is None:
-            change = _Change(OpenTurn(place, "", "", wide=True), asyncio.get_running_loop().time())
+            change = _OutsideChange(OpenTurn(place, "", "", wide=True), asyncio.get_running_loop().time())
             place.commands = change
         change.turn.worked(max(since, exec_.process.started_at) - COARSE, until)
         if len(change.labels) < _LABELS:
@@ -107,11 +106,11 @@ class Outside:
 
     # --- when it is recorded ----------------------------------------------------------------------------
 
-    def _look_later(self, tenant: str, place: _Place) -> None:
+    def _look_later(self, tenant: str, place: _WorkspaceChanges) -> None:
         if place.looking is None:
             place.looking = asyncio.get_running_loop().call_later(_LOOK, self._look, tenant, place)
 
-    def _look(self, tenant: str, place: _Place) -> None:
+    def _look(self, tenant: str, place: _WorkspaceChanges) -> None:
         """See what commands have done since the last look; record it once they rest."""
         place.looking = None
         busy = self._notice(tenant, place)
@@ -124,7 +123,7 @@ class Outside:
         else:
             self._tidy(tenant, place)
 
-    def _notice(self, tenant: str, place: _Place) -> bool:
+    def _notice(self, tenant: str, place: _WorkspaceChanges) -> bool:
         """Note which commands have printed anything, or ended, since the last look; say whether one has."""
         last, place.looked = place.looked, time.time()
         busy = False
@@ -180,7 +179,7 @@ class Outside:
         if waited:
             await asyncio.wait(waited, timeout=PATIENCE)
 
-    def _record_saves(self, tenant: str, place: _Place) -> None:
+    def _record_saves(self, tenant: str, place: _WorkspaceChanges) -> None:
         """Record what people have saved."""
         if place.saving is not None:
             place.saving.cancel()
@@ -193,7 +192,7 @@ class Outside:
             self._record(tenant, place, save.turn, f"{verb} {what}")
         self._tidy(tenant, place)
 
-    def _record_commands(self, tenant: str, place: _Place) -> None:
+    def _record_commands(self, tenant: str, place: _WorkspaceChanges) -> None:
         """Record what commands have changed; while a turn runs a command too, what changes is that turn's."""
         change = place.commands
         if change is None or tenant in self._recorder.deploying:
@@ -209,17 +208,17 @@ class Outside:
         words = next(iter(labels)) if len(labels) == 1 else f"by {len(labels)} commands"
         self._record(tenant, place, change.turn, f"Changed {words}")
 
-    def _record(self, tenant: str, place: _Place, turn: OpenTurn, title: str) -> None:
+    def _record(self, tenant: str, place: _WorkspaceChanges, turn: OpenTurn, title: str) -> None:
         turn.title = said(title, TITLE_MAX)
         task = self._recorder.spawn(tenant, self._recorder.outside(tenant, turn))
         place.under_way[task] = turn
         task.add_done_callback(lambda done: self._recorded(tenant, place, done))
 
-    def _recorded(self, tenant: str, place: _Place, done: asyncio.Task[None]) -> None:
+    def _recorded(self, tenant: str, place: _WorkspaceChanges, done: asyncio.Task[None]) -> None:
         place.under_way.pop(done, None)
         self._tidy(tenant, place)
 
-    def _tidy(self, tenant: str, place: _Place) -> None:
+    def _tidy(self, tenant: str, place: _WorkspaceChanges) -> None:
         """Forget a workspace in which nothing happens."""
         busy = place.saves or place.commands or place.ran or place.looking or place.under_way
         if not busy and self._of.get(tenant) is place:

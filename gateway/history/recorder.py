@@ -1,4 +1,8 @@
-"""Makes commits of turns, one at a time in each tenant. Turns of a stopped tenant wait."""
+"""Records turns: which turn a change belongs to, and the commits of turns, one at a time in each tenant.
+
+`OpenTurns` has the open turns of each tenant and the paths that each has written, without IO. `QuietQueue`
+delays work until the host is quiet. The turns of a stopped tenant wait until it runs again.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine, Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from gateway.errors import Conflict, ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.events import Bus
-from gateway.history.afterwards import Afterwards
-from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.reading import TITLE_MAX, Turn, name, nobody, said
-from gateway.history.repository import Repository
+from gateway.history.repository import TITLE_MAX, Commit, Mode, Repository, Times, name, nobody, said
+from gateway.runtime.sites import Quiet, at_once
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -23,11 +26,240 @@ log = logging.getLogger(__name__)
 Side = Literal["before", "after"]
 T = TypeVar("T")
 
+_PATHS: Final = 500  # paths that a turn remembers; one with more records every change
+_BYTES: Final = 64 << 10  # bytes of these paths
+_PATHS_OF_TENANT: Final = 8000  # of all open turns; to sort them takes some 5 ms of the loop
+_TIMES: Final = 32  # spans of time that a turn remembers; the two eldest of more become one
+COARSE: Final = 0.02  # seconds by which the kernel's time of a change may be too early
+QUIET_WAIT: Final = 120.0  # seconds after which the eldest no longer waits for a quiet moment
 _OURS: Final = "incus-gateway"  # author of commits without a turn
 _TRIES: Final = 3  # tries to record a turn of a running tenant
 _WRITES: Final = 3  # tries to undo a turn while others write its files
 _LATE: Final = 64  # turns of one stopped tenant that wait
 _TIDY: Final = 32  # commits after which a history is compacted
+
+
+@dataclass(eq=False, slots=True)
+class OpenTurn:
+    """A session's work until it ends its turn or rests.
+
+    `paths` were written by its file tools; if `wide`, a command of it may have changed any other.
+    `made` are the paths that it created. `calls` counts its running calls, `changing` those that may change
+    something, and `times` says when there were any; a command in the background lasts until the turn ends.
+    `parted` are paths at which all that it has done is on record. `tries` counts failed recordings, of which
+    `ending` is the first. It ends at `rested`, of the loop's clock, if no call comes before.
+    """
+
+    key: Hashable
+    agent: str
+    by: str
+    title: str = ""
+    wide: bool = False
+    calls: int = 0
+    changing: int = 0
+    times: list[tuple[float, float]] = field(default_factory=list)
+    rested: float = 0.0
+    paths: set[str] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
+    parted: set[str] = field(default_factory=set)
+    tries: int = 0
+    ending: asyncio.Task[Any] | None = None
+    _bytes: int = 0
+    _since: float | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything may have changed."""
+        return self.wide or bool(self.paths)
+
+    def wrote(self, path: str | None) -> None:
+        """Note a path below the workspace; None stands for any."""
+        if path is None:
+            self.wide = True
+        elif path not in self.paths:
+            self._bytes += len(path) + 1
+            if len(self.paths) >= _PATHS or self._bytes > _BYTES:
+                self.wide = True
+            else:
+                self.paths.add(path)
+
+    def touches(self, path: str) -> bool:
+        """Whether it is known to have changed a path, or something below it or around it."""
+        return path in self.paths or any(
+            one.startswith(f"{path}/") or path.startswith(f"{one}/") for one in self.paths
+        )
+
+    def begin(self, *, lasting: bool = False) -> None:
+        """Note that a call begins that may change something."""
+        self.changing += 1 + lasting  # one in the background does not end
+        self.parted.clear()
+        if self._since is None:
+            self._since = time.time() - COARSE
+
+    def end(self) -> None:
+        """Note that such a call has ended."""
+        self.changing -= 1
+        if not self.changing and self._since is not None:
+            self.worked(self._since, time.time())
+            self._since = None
+
+    def worked(self, since: float, until: float) -> None:
+        """Note when something of it was at work."""
+        self.times.append((since, until))
+        if len(self.times) > _TIMES:
+            self.times[:2] = [(self.times[0][0], self.times[1][1])]
+
+    def at_work(self) -> Times:
+        """Return when something of it was at work, until now."""
+        return self.times if self._since is None else [*self.times, (self._since, time.time())]
+
+
+def without(times: Times, others: Times) -> list[tuple[float, float]]:
+    """Return what is left of spans of time without others."""
+    left = sorted(times)
+    for since, until in others:
+        pieces = (piece for a, b in left for piece in ((a, min(b, since)), (max(a, until), b)))
+        left = [(a, b) for a, b in pieces if a < b]
+    return left
+
+
+class OpenTurns:
+    """The open turns of all tenants, and other changes that are known and not on record yet."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[Hashable, OpenTurn]] = {}
+        self._waiting: dict[str, set[OpenTurn]] = {}
+
+    def get(self, tenant: str, key: Hashable) -> OpenTurn | None:
+        return self._of.get(tenant, {}).get(key)
+
+    def open(self, tenant: str, turn: OpenTurn) -> OpenTurn:
+        """Return the session's open turn, or open `turn` if there is none."""
+        return self._of.setdefault(tenant, {}).setdefault(turn.key, turn)
+
+    def wrote(self, tenant: str, turn: OpenTurn, path: str | None) -> None:
+        """Note a path that a turn wrote; one too many for the tenant stands for any."""
+        full = sum(len(one.paths) for one in self._of.get(tenant, {}).values()) >= _PATHS_OF_TENANT
+        turn.wrote(None if full and path not in turn.paths else path)
+
+    def take(self, tenant: str, key: Hashable) -> OpenTurn | None:
+        """Remove and return the session's open turn."""
+        of = self._of.get(tenant, {})
+        turn = of.pop(key, None)
+        if turn is not None and not of:
+            del self._of[tenant]
+        return turn
+
+    def wait(self, tenant: str, turn: OpenTurn) -> None:
+        """Note a change that is known and not on record yet: a turn that has ended, or what was saved."""
+        self._waiting.setdefault(tenant, set()).add(turn)
+
+    def recorded(self, tenant: str, turn: OpenTurn) -> None:
+        """Forget such a change."""
+        if (waiting := self._waiting.get(tenant)) is not None:
+            waiting.discard(turn)
+            if not waiting:
+                del self._waiting[tenant]
+
+    def waiting(self, tenant: str) -> list[OpenTurn]:
+        """Return these changes."""
+        return list(self._waiting.get(tenant, ()))
+
+    def known(self, tenant: str) -> list[OpenTurn]:
+        """Return the tenant's open turns, and the other changes that are known and not on record yet."""
+        return [*self._of.get(tenant, {}).values(), *self._waiting.get(tenant, ())]
+
+    def others_at_work(self, tenant: str, turn: OpenTurn) -> Times:
+        """Return when commands of other turns were at work that are not on record yet."""
+        others = (one for one in self.known(tenant) if one is not turn and one.wide)
+        return [span for one in others for span in one.at_work()]
+
+    def forget(self, tenant: str) -> list[OpenTurn]:
+        """Remove and return the tenant's open turns."""
+        self._waiting.pop(tenant, None)
+        return list(self._of.pop(tenant, {}).values())
+
+    def of(self, tenant: str) -> list[OpenTurn]:
+        """Return the tenant's open turns."""
+        return list(self._of.get(tenant, {}).values())
+
+    def all(self) -> Iterator[tuple[str, OpenTurn]]:
+        """Yield each open turn with its tenant."""
+        for tenant, of in list(self._of.items()):
+            for turn in list(of.values()):
+                yield tenant, turn
+
+    def made(self, tenant: str) -> list[str]:
+        """Return the paths that open turns are known to have created."""
+        return sorted({path for turn in self._of.get(tenant, {}).values() for path in turn.made})
+
+    def share(self, tenant: str, turn: OpenTurn) -> tuple[Mode, list[str]]:
+        """Return which changes belong to `turn`: `only` these paths, all `but` these, or `all`.
+
+        A path that another is known to have written belongs to that one, unless both wrote it.
+        """
+        if not turn.wide:
+            return "only", sorted(turn.paths)
+        others = {path for other in self.known(tenant) if other is not turn for path in other.paths}
+        if not (leave := others - turn.paths):
+            return "all", []
+        return "but", sorted(leave)
+
+
+class _QuietTask:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.until = loop.time() + QUIET_WAIT
+        self.may_begin, self.over = asyncio.Event(), asyncio.Event()
+
+
+class QuietQueue:
+    """Lets pieces of work begin one after another, while it is `quiet`. Used from the event loop only."""
+
+    def __init__(self) -> None:
+        self.quiet: Quiet = at_once
+        self._waiting: dict[str, _QuietTask] = {}  # by tenant, the eldest first
+        self._task: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Let nothing begin by itself any more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncIterator[None]:
+        """Wait for the turn of a tenant's piece of work, and do it inside. Each has one at a time."""
+        piece = self._waiting[tenant] = _QuietTask(asyncio.get_running_loop())
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._one_by_one(), name="work that can wait")
+        try:
+            await piece.may_begin.wait()
+            yield
+        finally:
+            self._waiting.pop(tenant)
+            piece.over.set()
+
+    def hurry(self, tenant: str) -> None:
+        """Let a tenant's piece of work begin now: its result is needed."""
+        if (piece := self._waiting.get(tenant)) is not None:
+            piece.may_begin.set()
+
+    async def finish(self) -> None:
+        """Do all that waits, still one after another."""
+        self.close()
+        while self._waiting:
+            await self._begin(next(iter(self._waiting.values())))
+
+    async def _one_by_one(self) -> None:
+        while self._waiting:
+            eldest = next(iter(self._waiting.values()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(eldest.until):
+                    await self.quiet()
+            await self._begin(eldest)
+
+    async def _begin(self, piece: _QuietTask) -> None:
+        piece.may_begin.set()
+        await piece.over.wait()
 
 
 class Recorder:
@@ -46,8 +278,8 @@ class Recorder:
         self._told: dict[str, int] = {}  # commits of each tenant
         self.deploying: set[str] = set()  # tenants whose files a deployment may be changing
         self._going: dict[str, asyncio.Future[None]] = {}  # tenants that are going back
-        self._asleep: dict[str, Turn] = {}  # sites deployed to tenants that stopped before it was recorded
-        self.afterwards = Afterwards()
+        self._asleep: dict[str, Commit] = {}  # sites deployed to tenants that stopped before it was recorded
+        self.afterwards = QuietQueue()
 
     async def aclose(self) -> None:
         """Cancel all tasks and wait for them."""
@@ -86,7 +318,7 @@ class Recorder:
         if (begun := self._begun.get(tenant)) is not None:
             await asyncio.wait([begun])
 
-    async def record(self, tenant: str, turn: OpenTurn) -> Turn | None:
+    async def record(self, tenant: str, turn: OpenTurn) -> Commit | None:
         """Commit a turn that has ended; None if nothing changed."""
         await self.ready(tenant, turn.made)
         try:
@@ -120,7 +352,7 @@ class Recorder:
 
     async def _commit(
         self, tenant: str, turn: OpenTurn, *, by_time: bool = False, whole: bool = False
-    ) -> Turn | None:
+    ) -> Commit | None:
         made = _made("turn", turn.agent, turn.by, turn.title or "Untitled")
         async with self._lock(tenant):
             mode, paths = self._open.share(tenant, turn)
@@ -155,7 +387,7 @@ class Recorder:
         """
         await self._deployed(tenant, _made("deployed", name(by), name(by), said(title, TITLE_MAX)))
 
-    async def _deployed(self, tenant: str, made: Turn) -> None:
+    async def _deployed(self, tenant: str, made: Commit) -> None:
         # everything but what open turns are known to have written
         turn = OpenTurn(object(), made.agent, made.by, wide=True)
         lock = self._lock(tenant)
@@ -189,7 +421,7 @@ class Recorder:
                 del self._going[tenant]
                 going.set_result(None)
 
-    async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Turn | None:
+    async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Commit | None:
         """Restore the files to `before` a turn or `after` it, as a new turn; None if nothing changes."""
         async with self._alone(tenant):
             changed = await self._repository.changes(tenant, turn)
@@ -205,7 +437,7 @@ class Recorder:
 
     async def undo(
         self, tenant: str, turn: str, force: Collection[str], by: str
-    ) -> tuple[Turn | None, list[str]]:
+    ) -> tuple[Commit | None, list[str]]:
         """Take back what one turn changed, as a new turn; None if nothing changes or paths conflict."""
         async with self._alone(tenant):
             changed = await self._repository.changes(tenant, turn)
@@ -265,7 +497,7 @@ class Recorder:
             raise
         self._tell(tenant, found)
 
-    def _tell(self, tenant: str, turn: Turn | None) -> None:
+    def _tell(self, tenant: str, turn: Commit | None) -> None:
         if turn is None:
             return
         self._bus.publish("turn.committed", tenant, turn.on_wire())
@@ -292,5 +524,5 @@ async def _quiet(tenant: str, work: Coroutine[Any, Any, Any]) -> None:
         log.warning("cannot write the history of %s: %s", tenant, error.message)
 
 
-def _made(kind: str, agent: str, by: str, title: str) -> Turn:
-    return Turn("", kind, agent, by, title, int(time.time()))
+def _made(kind: str, agent: str, by: str, title: str) -> Commit:
+    return Commit("", kind, agent, by, title, int(time.time()))

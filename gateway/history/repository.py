@@ -1,28 +1,208 @@
-"""Run git in a tenant: as the site's user, on a repository separate from the site's own, within bounds.
+"""The repositories of tenants' histories: git is run in the tenant, and what it prints is parsed.
 
-The tenant controls that repository and all that git reads, and may break it or make git hang. So the host's
-git never touches it, every run has a deadline, and its output is read up to a limit.
+Git runs as the site's user, on a repository separate from the site's own. The tenant controls that repository
+and all that git reads: it may break it, make git hang and forge what git prints. So the host's git never
+touches it, every run has a deadline, and its output is read up to a limit and parsed as untrusted text.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import re
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
 from gateway.bounds import Flood, aside, first
 from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
 from gateway.execs import Execs
-from gateway.history.open_turns import Mode, Times
-from gateway.history.reading import Turn, both, committed, conflicting, listed, shown
-from gateway.history.reading import changes as changes_of
 from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, Process, TenantRuntime
 from gateway.settings import Settings
 from gateway.settings.units import KiB
+
+Mode = Literal["all", "only", "but"]
+Times = Sequence[tuple[float, float]]
+"""Spans of time, each from and until seconds since the epoch, in order."""
+
+TITLE_MAX: Final = 4000  # characters
+_NAME_MAX: Final = 200
+CONFLICTS_MAX: Final = 1000  # paths of one undo that are listed; one that has more cannot be forced
+_LEFT_MAX: Final = 20  # paths listed of those that were left out
+_FILES_MAX: Final = 10_000  # files listed of one turn
+
+KINDS: Final = frozenset({"turn", "outside", "restored", "deployed", "first"})
+ID: Final = re.compile(r"[0-9a-f]{40}")
+_COUNTS: Final = re.compile(
+    rb"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One commit of the history. `added` and `removed` count lines, `at` is in seconds since the epoch.
+
+    `kind` is `turn`; `restored` for going back; `outside` for changes found before that; `deployed` for a
+    site as it was deployed; or `first` for the workspace as it was found. `left_out` are paths that are too
+    large, or not regular files.
+    """
+
+    id: str
+    kind: str
+    agent: str
+    by: str
+    title: str
+    at: int
+    files: int = 0
+    added: int = 0
+    removed: int = 0
+    left_out: tuple[str, ...] = ()
+
+    def on_wire(self) -> dict[str, Any]:
+        return {
+            "turn": self.id,
+            "kind": self.kind,
+            "agent": self.agent,
+            "by": self.by,
+            "title": self.title,
+            "at": self.at,
+            "files": self.files,
+            "added": self.added,
+            "removed": self.removed,
+            "leftOut": list(self.left_out),
+        }
+
+
+def said(text: str, most: int) -> str:
+    """Return text for a commit message: without control characters, and as git stores it unchanged."""
+    lines = (
+        line if line.isprintable() else "".join(char if char.isprintable() else " " for char in line)
+        for line in text[:most].split("\n")
+    )
+    return "\n".join(line.rstrip() for line in lines).strip()
+
+
+def name(text: str) -> str:
+    """Return a name for a commit: without the characters that git strips, and never empty."""
+    kept = " ".join("".join(" " if char in "<>" else char for char in said(text, _NAME_MAX)).split())
+    return kept.strip(".,:;\"'\\ ") or "unknown"
+
+
+def deployed(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a deployment's last event says of it, as a title, and by whom it was."""
+    if facts.get("rollback"):
+        what = f"Went back to the site of {facts['rollback']}"
+    elif facts.get("env"):
+        what = f"Changed {', '.join(facts['env'])} of the environment"
+    elif facts.get("template") == "upload":
+        what = "Deployed an uploaded folder"
+    else:
+        what = f"Deployed the template {facts.get('template')}"
+    return f"{what} ({facts['deployment']})", str(facts.get("by", ""))
+
+
+def nobody(at: int) -> Commit:
+    """Return the turn of changes that cannot be ascribed to anybody."""
+    return Commit("", "outside", "nobody", "nobody", "Changed outside of turns", at)
+
+
+def both(printed: bytes, turn: Commit) -> tuple[Commit | None, Commit | None]:
+    """Return what commit.sh found: of nobody, and `turn`; each None if nothing changed."""
+    word, _, rest = printed.partition(b" ")
+    if word != b"outside":
+        return None, committed(printed, turn)
+    commit, _, rest = rest.partition(b"\n")
+    counts, _, rest = rest.partition(b"\n")
+    return committed(commit + b"\n" + counts + b"\n", nobody(turn.at)), committed(rest, turn)
+
+
+def committed(printed: bytes, turn: Commit) -> Commit | None:
+    """Return `turn` with the output of commit.sh or restore.sh; None if nothing changed."""
+    first, _, rest = printed.partition(b"\n")
+    found = first.decode("ascii", "replace")
+    if not ID.fullmatch(found):
+        return None
+    counts, _, left = rest.partition(b"\n")
+    names = [shown(path) for path in left.split(b"\0")[:-1][:_LEFT_MAX]]
+    return replace(_counted(turn, counts), id=found, left_out=tuple(names))
+
+
+def conflicting(printed: bytes) -> list[bytes]:
+    """Return the paths that restore.sh printed as conflicts of an undo."""
+    word, _, names = printed.partition(b"\n")
+    return names.split(b"\0", CONFLICTS_MAX)[:-1][:CONFLICTS_MAX] if word == b"conflicts" else []
+
+
+def shown(path: bytes) -> str:
+    """Return a path as it is listed: escapes stand for what is not printable."""
+    return show(os.fsdecode(path))
+
+
+def listed(printed: bytes, most: int) -> list[Commit]:
+    """Parse the output of list.sh, at most `most` records."""
+    found = []
+    for record in printed.split(b"\x1e", most + 1)[1 : most + 1]:
+        fields = record.split(b"\0", 7)
+        if len(fields) != 7:
+            continue
+        commit, kind, agent, by, at, message = (
+            field[: 4 * TITLE_MAX].decode("utf-8", "replace") for field in fields[:6]
+        )
+        if not ID.fullmatch(commit) or not at.isdecimal() or len(at) > 12:
+            continue
+        turn = Commit(
+            commit,
+            kind if kind in KINDS else "turn",
+            said(agent, _NAME_MAX),
+            said(by, _NAME_MAX),
+            said(message, TITLE_MAX),
+            int(at),
+        )
+        found.append(_counted(turn, fields[6]))
+    return found
+
+
+def changes(printed: bytes, most: int) -> dict[str, Any] | None:
+    """Parse the output of diff.sh: a turn with its files and at most `most` bytes of its patch."""
+    names, _, rest = printed.partition(b"\0\0")
+    head, _, patch = rest.partition(b"\x1d")
+    turns = listed(head, 1)
+    if not turns:
+        return None
+    files = []
+    for entry in names.split(b"\0", _FILES_MAX)[:_FILES_MAX]:
+        added, _, more = entry.partition(b"\t")
+        removed, tab, path = more.partition(b"\t")
+        if not tab:
+            continue  # cut off
+        binary = not (added.isdigit() and removed.isdigit() and len(added) < 10 and len(removed) < 10)
+        files.append(
+            {
+                "path": shown(path),
+                "added": 0 if binary else int(added),
+                "removed": 0 if binary else int(removed),
+                "binary": binary,
+            }
+        )
+    return {
+        **turns[0].on_wire(),
+        "changed": files,
+        "diff": patch[:most].decode("utf-8", "replace"),
+        "truncated": len(patch) > most,
+    }
+
+
+def _counted(turn: Commit, counts: bytes) -> Commit:
+    if (told := _COUNTS.search(counts)) is None:
+        return turn
+    files, added, removed = (int(number or 0) for number in told.groups())
+    return replace(turn, files=files, added=added, removed=removed)
+
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +263,7 @@ class Repository:
         self._runtime, self._execs = runtime, execs
         self._settings = settings
 
-    async def begin(self, tenant: str, made: Sequence[str], turn: Turn) -> Turn | None:
+    async def begin(self, tenant: str, made: Sequence[str], turn: Commit) -> Commit | None:
         """Record the workspace as it is, without the files in `made`, if there is no history yet."""
         return committed(await self._commit(tenant, "begin", made, turn), turn)
 
@@ -92,16 +272,16 @@ class Repository:
         tenant: str,
         mode: Mode,
         paths: Sequence[str],
-        turn: Turn,
+        turn: Commit,
         times: Times = (),
         others: Times = (),
-    ) -> tuple[Turn | None, Turn | None]:
+    ) -> tuple[Commit | None, Commit | None]:
         """Commit the changes, and before them those outside of `times` and of `others`, as nobody's."""
         return both(await self._commit(tenant, mode, paths, turn, times=times, others=others), turn)
 
     async def restore(
-        self, tenant: str, to: str, side: str, outside: Turn, turn: Turn
-    ) -> tuple[Turn | None, Turn | None]:
+        self, tenant: str, to: str, side: str, outside: Commit, turn: Commit
+    ) -> tuple[Commit | None, Commit | None]:
         """Restore the files to `before` a turn or `after` it, as `turn`; None if nothing changes.
 
         Unrecorded changes in them are committed first, as `outside`, and returned too.
@@ -113,8 +293,8 @@ class Repository:
         return found, committed(printed, turn)
 
     async def undo(
-        self, tenant: str, undone: str, force: Collection[str], outside: Turn, turn: Turn
-    ) -> tuple[Turn | None, Turn | None, list[str]]:
+        self, tenant: str, undone: str, force: Collection[str], outside: Commit, turn: Commit
+    ) -> tuple[Commit | None, Commit | None, list[str]]:
         """Take back what one turn changed, as `turn`: a three-way merge of each file, all files or none.
 
         Returns what was unrecorded in these files and was committed first, as `outside`; the new turn, None
@@ -135,7 +315,7 @@ class Repository:
             conflicts = conflicting(printed)
         return found, committed(printed, turn), [shown(path) for path in conflicts]
 
-    async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
+    async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Commit) -> Commit | None:
         """Make the workspace a git repository, if it is not one, and `commit`."""
         times = ((0.0, time.time()),)  # what is saved while git looks is not the deployment's
         printed = await self._commit(tenant, mode, paths, turn, script="deployed", times=times)
@@ -147,7 +327,7 @@ class Repository:
         words = (str(settings.turns_kept), str(settings.history_bytes), self._wait)
         await self._run(tenant, "tidy", words, {}, _SAID)
 
-    async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
+    async def turns(self, tenant: str, most: int, before: str | None) -> list[Commit]:
         """Return the turns before a given one, latest first."""
         words = [str(most), *([before] if before else [])]
         printed = await self._run(tenant, "list", words, {}, most * _RECORD)
@@ -164,7 +344,7 @@ class Repository:
             _NAMES + _RECORD + most + 1,
             missing=turn,
         )
-        found = await aside(tenant, _PARSING, changes_of, printed, most)
+        found = await aside(tenant, _PARSING, changes, printed, most)
         if found is None:
             raise NotFound(f"no turn {turn}")
         return found
@@ -178,7 +358,7 @@ class Repository:
         tenant: str,
         mode: str,
         given: Sequence[str],
-        turn: Turn,
+        turn: Commit,
         of: str | None = None,
         *,
         script: str = "commit",
@@ -276,7 +456,7 @@ async def _talk(process: Process, given: bytes, most: int) -> tuple[bytes, str]:
     return printed, complaint.decode("utf-8", "replace")
 
 
-def _identity(turn: Turn) -> dict[str, str]:
+def _identity(turn: Commit) -> dict[str, str]:
     """Return git's variables for author and committer; the committer's name is the commit's kind."""
     return {
         "GIT_AUTHOR_NAME": turn.agent,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mcp import MCPError
 
-from gateway.history.open_turns import COARSE
+from gateway.history.recorder import COARSE
 from tests.contracts.claude import call
 from tests.contracts.gateway import sse
 from tests.contracts.mcp import BOTH, mcp

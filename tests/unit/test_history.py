@@ -14,9 +14,9 @@ from types import MappingProxyType
 import pytest
 
 from gateway.history import repository
-from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.reading import (
-    Turn,
+from gateway.history.recorder import OpenTurn, OpenTurns
+from gateway.history.repository import (
+    Commit,
     both,
     changes,
     committed,
@@ -29,7 +29,7 @@ from gateway.history.reading import (
 )
 
 SHELLS = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
-BLANK = Turn("", "turn", "agent", "by", "title", 7)
+BLANK = Commit("", "turn", "agent", "by", "title", 7)
 ID = "0123456789" * 4
 
 
@@ -172,7 +172,7 @@ class Folder:
         ended = subprocess.run(argv, input=given, stdout=subprocess.PIPE, env=env, cwd="/", timeout=30)
         return ended.returncode, ended.stdout
 
-    def commit(self, mode: str = "all", given: bytes = b"", most: int = 1000) -> Turn | None:
+    def commit(self, mode: str = "all", given: bytes = b"", most: int = 1000) -> Commit | None:
         code, printed = self.run("commit", mode, str(most), "1", "title", given=given)
         assert code == 0, printed
         return committed(printed, BLANK)
@@ -212,7 +212,7 @@ def test_turns_are_recorded_listed_and_gone_back_to(folder: Folder) -> None:
     assert folder.held() == {"a": "2"}
 
 
-def undo(folder: Folder, turn: Turn | None, *force: str) -> tuple[Turn | None, list[str]]:
+def undo(folder: Folder, turn: Commit | None, *force: str) -> tuple[Commit | None, list[str]]:
     """Take back a turn as the gateway does."""
     assert turn is not None
     code, _ = folder.run("commit", "undo", "1000", "1", "outside", turn.id)

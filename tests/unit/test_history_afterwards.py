@@ -13,13 +13,9 @@ import pytest
 from gateway.errors import TenantNotRunning
 from gateway.events import Bus, MemoryJournal
 from gateway.execs import Execs
-from gateway.history import afterwards
-from gateway.history.afterwards import Afterwards
 from gateway.history.history import History
-from gateway.history.open_turns import Mode, OpenTurn, OpenTurns, Times
-from gateway.history.reading import Turn
-from gateway.history.recorder import Recorder
-from gateway.history.repository import Repository
+from gateway.history.recorder import OpenTurn, OpenTurns, QuietQueue, Recorder
+from gateway.history.repository import Commit, Mode, Repository, Times
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from gateway.tools.session import ToolSession
@@ -30,7 +26,7 @@ class Works:
     """Pieces of work, of which `begun` tells the order; each ends when it is told to."""
 
     def __init__(self) -> None:
-        self.afterwards, self.calm = Afterwards(), asyncio.Event()
+        self.afterwards, self.calm = QuietQueue(), asyncio.Event()
         self.afterwards.quiet = self._quiet
         self.begun: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
@@ -111,7 +107,7 @@ async def test_later_ones_wait_anew(works: Works) -> None:
 async def test_on_a_host_that_is_never_quiet_each_begins_in_the_end(
     works: Works, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(afterwards, "LONGEST", 0.0)
+    monkeypatch.setattr("gateway.history.recorder.QUIET_WAIT", 0.0)
     await works.begin("a", "b")
     async with asyncio.timeout(5):
         await works.end("a")
@@ -142,19 +138,19 @@ class Written(Repository):
         self.free = asyncio.Event()
         self.free.set()
 
-    async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
+    async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Commit) -> Commit | None:
         self.done.append(f"deployed {mode} {','.join(paths)}")
         if self.asleep:
             raise TenantNotRunning("it is stopped")
         return turn
 
-    async def begin(self, tenant: str, made: Sequence[str], turn: Turn) -> Turn | None:
+    async def begin(self, tenant: str, made: Sequence[str], turn: Commit) -> Commit | None:
         self.done.append("begin")
         return None
 
     async def commit(
-        self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn, *_: Times, **__: Times
-    ) -> tuple[Turn | None, Turn | None]:
+        self, tenant: str, mode: Mode, paths: Sequence[str], turn: Commit, *_: Times, **__: Times
+    ) -> tuple[Commit | None, Commit | None]:
         await self.free.wait()
         self.done.append(f"commit {mode} of {turn.by}")
         return None, None
@@ -163,12 +159,12 @@ class Written(Repository):
         return {"title": "a turn", "kind": "turn"}
 
     async def undo(
-        self, tenant: str, undone: str, force: Collection[str], outside: Turn, turn: Turn
-    ) -> tuple[Turn | None, Turn | None, list[str]]:
+        self, tenant: str, undone: str, force: Collection[str], outside: Commit, turn: Commit
+    ) -> tuple[Commit | None, Commit | None, list[str]]:
         self.done.append(turn.title)
         return None, None, []
 
-    async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
+    async def turns(self, tenant: str, most: int, before: str | None) -> list[Commit]:
         return []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.history import repository
-from gateway.history.reading import Turn, committed, listed
+from gateway.history.repository import Commit, committed, listed
 from tests.unit.test_history import BLANK, Folder
 
 PWNED = '"touch $PWD/pwned"'
@@ -80,7 +80,7 @@ class Hostile(Folder):
         subprocess.run(["bash", "-c", script], cwd=self.work, env=env, check=True)
         self.put(a="2")
 
-    def attempt(self, seconds: float) -> Turn | None:
+    def attempt(self, seconds: float) -> Commit | None:
         """Record what changed, within a time as the gateway bounds it; None where that ran out or failed."""
         env = {
             **repository._ENVIRONMENT,

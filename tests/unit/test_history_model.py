@@ -23,7 +23,7 @@ from gateway.events.memory_journal import MemoryJournal
 from gateway.execs import Execs
 from gateway.history import History, outside
 from gateway.history import history as history_module
-from gateway.history.reading import nobody
+from gateway.history.repository import nobody
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.local import LocalRuntime

@@ -12,9 +12,8 @@ import pytest
 
 from gateway.execs.exec import Exec
 from gateway.history import outside
-from gateway.history.open_turns import OpenTurn, OpenTurns, without
-from gateway.history.outside import Outside
-from gateway.history.recorder import Recorder
+from gateway.history.outside import OutsideChanges
+from gateway.history.recorder import OpenTurn, OpenTurns, Recorder, without
 from gateway.runtime import ExecSpec, Pty
 from gateway.runtime.command import Work
 from tests.waits import settled, turn
@@ -50,7 +49,7 @@ class World:
         self.open = OpenTurns()
         self.recorded = Recorded()
         listed = cast(list[Exec], self.execs)
-        self.outside = Outside(lambda tenant: listed, self.open, cast(Recorder, self.recorded), rest)
+        self.outside = OutsideChanges(lambda tenant: listed, self.open, cast(Recorder, self.recorded), rest)
 
     def start(self, *argv: str, by: str = "eve", pty: Pty | None = None, work: Work = "client") -> Any:
         spec = ExecSpec(argv, pty=pty, work=work)

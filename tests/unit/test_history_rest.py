@@ -10,8 +10,8 @@ from gateway.events import Bus
 from gateway.events.memory_journal import MemoryJournal
 from gateway.execs import Execs
 from gateway.history.history import History
-from gateway.history.open_turns import OpenTurn
-from gateway.history.reading import Turn
+from gateway.history.recorder import OpenTurn
+from gateway.history.repository import Commit
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -32,19 +32,19 @@ class Noted(History):
     async def __aenter__(self) -> Noted:
         return self
 
-    async def _finish(self, tenant: str, turn: OpenTurn) -> Turn | None:
+    async def _finish(self, tenant: str, turn: OpenTurn) -> Commit | None:
         self.ended.append(turn)
         return None
 
     def timer(self) -> asyncio.TimerHandle:
-        (timer,) = self._rests._timers.values()
+        (timer,) = self._rests.values()
         return timer
 
     def elapse(self, tenant: str) -> OpenTurn:
         """Do what the timer does when its time has come."""
-        ((turn, timer),) = self._rests._timers.items()
+        ((turn, timer),) = self._rests.items()
         timer.cancel()
-        self._rests._look(tenant, turn)
+        self._rested(tenant, turn)
         return turn
 
 

@@ -14,7 +14,7 @@ from gateway.api.answers import HistoryQuery
 from gateway.api.http import as_json, hold, unless_gone
 from gateway.api.operation import Operation
 from gateway.api.services import services
-from gateway.history import Turn
+from gateway.history import Commit
 from gateway.limits.budget import SMALL
 from gateway.protocol.results import TurnBegun, TurnChanges, TurnEnded, Turns, Undone
 from gateway.tools.session import ToolSession
@@ -87,7 +87,7 @@ def _session(request: Request, tenant: str) -> ToolSession:
     return sessions.open(tenant, named, protocol.switch(request.headers, "x-read-before-write"))
 
 
-def _turn(turn: Turn | None) -> Response:
+def _turn(turn: Commit | None) -> Response:
     return as_json({"turn": None if turn is None else turn.on_wire()})
 
 
