@@ -13,6 +13,7 @@ from typing import Any, Final
 from gateway.errors import InvalidParams, NotFound
 from gateway.events import Bus, Filter
 from gateway.execs import Execs
+from gateway.history import recorder
 from gateway.history.outside import PATIENCE, OutsideChanges
 from gateway.history.recorder import OpenTurn, OpenTurns, Recorder, Side
 from gateway.history.repository import ID, TITLE_MAX, Commit, Repository, deployed, name, said
@@ -36,7 +37,7 @@ class History:
     """Turns of all tenants. Used from the event loop only; an async context manager.
 
     A tool call only notes what it may change. Commits are made later, one at a time in each tenant, when a
-    session ends its turn or has been idle for `turn_rest`.
+    session ends its turn or has been idle for `TURN_REST`.
     """
 
     def __init__(self, runtime: TenantRuntime, execs: Execs, bus: Bus, settings: Settings) -> None:
@@ -48,7 +49,7 @@ class History:
         self.afterwards = self._recorder.afterwards
         """What waits until few deployments are under way."""
         self._rests: dict[OpenTurn, asyncio.TimerHandle] = {}
-        self._outside = OutsideChanges(execs.list, self._open, self._recorder, settings.turn_rest)
+        self._outside = OutsideChanges(execs.list, self._open, self._recorder)
 
     async def __aenter__(self) -> History:
         return self
@@ -279,12 +280,12 @@ class History:
     # --- how a turn ends --------------------------------------------------------------------------------
 
     def _rest(self, tenant: str, turn: OpenTurn) -> None:
-        """End a turn once its session has called nothing for `turn_rest` seconds from now on.
+        """End a turn once its session has called nothing for `TURN_REST` seconds from now on.
 
         Calls are many: a timer that already runs finds out when it fires whether there was one.
         """
         loop = asyncio.get_running_loop()
-        turn.rested = loop.time() + self._settings.turn_rest
+        turn.rested = loop.time() + recorder.TURN_REST
         if turn not in self._rests:
             self._rests[turn] = loop.call_at(turn.rested, self._rested, tenant, turn)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.execs.exec import Exec
+from gateway.history import recorder
 from gateway.history.recorder import COARSE, OpenTurn, OpenTurns, Recorder, without
 from gateway.history.repository import TITLE_MAX, name, said
 from gateway.runtime import ExecSpec
@@ -49,17 +50,15 @@ class OutsideChanges:
 
     Commands are those of clients: what a tool runs is its turn's, and what helpers change, as language
     servers, is nobody's. They may change anything at any time, so the workspace is looked at once they have
-    printed nothing for some seconds and, if they go on, every `rest` seconds. What changed while one ran, or
-    printed something, is ascribed to it; the rest is nobody's, and what a deployment changes is its own.
+    printed nothing for some seconds and, if they go on, every `TURN_REST` seconds. What changed while one
+    ran, or printed something, is ascribed to it; the rest is nobody's, and what a deployment changes is its
+    own.
     """
 
-    def __init__(
-        self, execs: Callable[[str], Sequence[Exec]], open_: OpenTurns, recorder: Recorder, rest: float
-    ) -> None:
+    def __init__(self, execs: Callable[[str], Sequence[Exec]], open_: OpenTurns, recorder: Recorder) -> None:
         self._execs = execs
         self._open = open_
         self._recorder = recorder
-        self._rest = rest
         self._of: dict[str, _WorkspaceChanges] = {}
 
     def close(self) -> None:
@@ -115,7 +114,7 @@ class OutsideChanges:
         place.looking = None
         busy = self._notice(tenant, place)
         if (change := place.commands) is not None:
-            long = asyncio.get_running_loop().time() - change.since >= self._rest
+            long = asyncio.get_running_loop().time() - change.since >= recorder.TURN_REST
             if long or not busy:
                 self._record_commands(tenant, place)
         if place.ran or place.commands is not None:

@@ -31,6 +31,7 @@ _BYTES: Final = 64 << 10  # bytes of these paths
 _PATHS_OF_TENANT: Final = 8000  # of all open turns; to sort them takes some 5 ms of the loop
 _TIMES: Final = 32  # spans of time that a turn remembers; the two eldest of more become one
 COARSE: Final = 0.02  # seconds by which the kernel's time of a change may be too early
+TURN_REST: Final = 60.0  # seconds without a tool call after which a session's turn ends
 QUIET_WAIT: Final = 120.0  # seconds after which the eldest no longer waits for a quiet moment
 _OURS: Final = "incus-gateway"  # author of commits without a turn
 _TRIES: Final = 3  # tries to record a turn of a running tenant
@@ -485,7 +486,7 @@ class Recorder:
             self._open.recorded(tenant, lost)
         del waiting[:-_LATE]
         if not isinstance(error, TenantNotRunning):
-            asyncio.get_running_loop().call_later(self._settings.turn_rest, self.again, tenant)
+            asyncio.get_running_loop().call_later(TURN_REST, self.again, tenant)
 
     async def _begin(self, tenant: str, made: Collection[str]) -> None:
         first = _made("first", _OURS, _OURS, "The workspace as it was found")

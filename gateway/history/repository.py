@@ -253,6 +253,8 @@ _PRINTED: Final = 64 << 20  # bytes that git may print before it is ended
 _RECORD: Final = 16 * KiB  # bytes of one turn in a list, at most
 _NAMES: Final = 256 * KiB  # bytes of the names of a diff
 _PARSING: Final = 30.0  # seconds to parse what git printed; the most takes a moment
+TURN_TIMEOUT: Final = 60.0  # seconds that git may take for one request
+TURN_FILE_MAX: Final = 8 << 20  # bytes from which a file is not recorded
 _NICE: Final = ("nice", "-n", "10", "/bin/sh", "-c")
 
 
@@ -351,7 +353,7 @@ class Repository:
 
     @property
     def _wait(self) -> str:
-        return str(max(1, int(self._settings.turn_timeout / 2)))
+        return str(max(1, int(TURN_TIMEOUT / 2)))
 
     async def _commit(
         self,
@@ -365,7 +367,7 @@ class Repository:
         times: Times = (),
         others: Times = (),
     ) -> bytes:
-        words = [mode, str(self._settings.turn_file_max), self._wait, turn.title, *([of] if of else [])]
+        words = [mode, str(TURN_FILE_MAX), self._wait, turn.title, *([of] if of else [])]
         input_ = b"".join(path.encode("utf-8", "surrogateescape") + b"\0" for path in given)
         env = _identity(turn)
         if times:
@@ -397,7 +399,7 @@ class Repository:
             stdin=True,
             shown=("git", script),
         )
-        seconds = self._settings.turn_timeout
+        seconds = TURN_TIMEOUT
         always = script not in ("list", "diff")
         try:
             async with self._execs.script(tenant, spec, always=always) as process, asyncio.timeout(seconds):

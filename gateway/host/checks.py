@@ -76,7 +76,6 @@ SHARES: Final = (
     ("max_anonymous_per_address", "max_anonymous"),
     ("socket_bytes", "tenant_bytes"),
     ("tenant_bytes", "bytes_in_flight"),
-    ("max_tenant_sessions", "max_sessions"),
     ("exec_tenant_bytes", "exec_bytes"),
     ("max_subscriptions", "max_tenant_subscriptions"),
     ("max_execs", "tenant_processes"),

@@ -14,12 +14,6 @@ class RecordSettings(BaseModel):
     store_waiting: int = Field(
         10_000, gt=0, description="maximum number of reads and writes of records that wait at once"
     )
-    call_linger: float = Field(
-        30.0,
-        ge=0,
-        description="seconds that a call with a callId keeps running after its connection broke, so that it "
-        "can be repeated",
-    )
     receipts_kept: int = Field(
         1000, gt=0, description="number of calls and commands kept under their callers' ids, for one tenant"
     )

@@ -36,24 +36,9 @@ class ToolSettings(BaseModel):
         512 * MiB, gt=0, description="memory limit of a file worker in bytes, including page cache"
     )
     max_workers: int = Field(256, gt=0, description="maximum number of file workers")
-    session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
-    max_sessions: int = Field(4096, gt=0, description="maximum number of named tool sessions")
-    max_tenant_sessions: int = Field(
-        256, gt=0, description="maximum number of named tool sessions of one tenant"
-    )
-    session_bytes: int = Field(
-        256 * KiB, gt=0, description="bytes that a tool session may use to remember the files that it read"
-    )
     # history
     history: bool = Field(
         True, description="whether git in the tenant records what each tool session changes"
-    )
-    turn_rest: float = Field(
-        60.0, gt=0, description="seconds without a tool call after which a session's turn ends"
-    )
-    turn_timeout: float = Field(60.0, gt=0, description="seconds that git may take for one request")
-    turn_file_max: int = Field(
-        8 * MiB, gt=0, description="size in bytes from which a file is not recorded in the history"
     )
     turns_kept: int = Field(1000, gt=0, description="maximum number of turns in the history of a tenant")
     history_bytes: int = Field(

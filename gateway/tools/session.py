@@ -11,13 +11,16 @@ from typing import Final, Literal, Protocol
 
 from gateway.admission import Admission, Reservation
 from gateway.errors import GatewayError, InvalidParams
-from gateway.settings import Settings
 from gateway.storage.store import Statement, Store, StoreFailed
 from gateway.tools.call import Seen
 
 # ======== gateway/tools/session.py ========
 # bytes kept for a file besides its path
 _SEEN: Final = 200
+SESSIONS: Final = 4096  # named sessions of all tenants: they use at most 1 GiB
+TENANT_SESSIONS: Final = 256  # of them for one tenant
+SESSION_IDLE: Final = 3600.0  # seconds after which an unused session ends: an agent's longest pause
+SESSION_BYTES: Final = 256 << 10  # that a session may use to remember the files that it read
 _RETRY_AFTER: Final = 30  # seconds in which a session that is in use may have become idle
 
 
@@ -84,22 +87,21 @@ class Background(Protocol):
 class Sessions:
     """The named tool sessions of all tenants. Used from the event loop only.
 
-    A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. At the limit, the least
+    A tenant has at most `TENANT_SESSIONS` and the gateway `SESSIONS`. At the limit, the least
     recently used session ends: the tenant's own or, for the gateway's limit, one of the tenant with most. One
     in use never does. Use as an async context manager: unused sessions end while it is open. Sessions whose
     folder is in `folders` continue from an earlier process.
     """
 
-    def __init__(self, background: Background, settings: Settings, folders: Folders | None = None) -> None:
+    def __init__(self, background: Background, folders: Folders | None = None) -> None:
         self._background = background
         self._folders = folders
-        self._settings = settings
         # by tenant, least recently used first
         self._of: defaultdict[str, OrderedDict[str, ToolSession]] = defaultdict(OrderedDict)
         self._slots = Admission[str](
             "tool sessions in use",
-            each=settings.max_tenant_sessions,
-            total=settings.max_sessions,
+            each=TENANT_SESSIONS,
+            total=SESSIONS,
             hint="end one with session/end",
             retry_after=_RETRY_AFTER,
         )
@@ -197,8 +199,9 @@ class Sessions:
         read_before_write: bool,
         name: str | None = None,
     ) -> ToolSession:
-        kept = self._settings.session_bytes
-        return ToolSession(lifetime=lifetime, read_before_write=read_before_write, name=name, kept_bytes=kept)
+        return ToolSession(
+            lifetime=lifetime, read_before_write=read_before_write, name=name, kept_bytes=SESSION_BYTES
+        )
 
     def _make_room(self, tenant: str) -> None:
         """End idle sessions until there is room for one more. Raises `RateLimited` if all are in use."""
@@ -218,7 +221,7 @@ class Sessions:
 
     def _sweep(self) -> None:
         self._expire(time.monotonic())
-        pause = min(self._settings.session_idle / 4, 30.0)
+        pause = min(SESSION_IDLE / 4, 30.0)
         self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
 
     def _expire(self, now: float) -> None:
@@ -228,7 +231,7 @@ class Sessions:
                 self._end(tenant, name)
 
     def _unused(self, session: ToolSession, now: float) -> bool:
-        return not session.holders and session.last_used < now - self._settings.session_idle
+        return not session.holders and session.last_used < now - SESSION_IDLE
 
     def _take(self, tenant: str, name: str) -> ToolSession:
         session = self._of[tenant].pop(name)

@@ -62,6 +62,7 @@ _LASTING: Final = _WRITES | {"Bash"}
 _SEARCHES: Final = frozenset({"Glob", "Grep"})
 _CORES: Final = os.cpu_count() or 1
 _PROCESSES_MAX: Final = 4  # of one search
+CALL_LINGER: Final = 30.0  # seconds that a call with an id goes on without its caller, who may come back
 _BRIEFLY: Final = 0.1  # seconds a call may have been running when the gateway is handed over
 
 
@@ -381,7 +382,7 @@ class Toolbox:
         self._idempotency = idempotency
         self._running: dict[Key, Running] = {}
         self._leaving = False
-        self.sessions = Sessions(shells, settings, folders)
+        self.sessions = Sessions(shells, folders)
 
     async def __aenter__(self) -> Toolbox:
         """Continue the calls and background commands of earlier processes."""
@@ -427,7 +428,7 @@ class Toolbox:
         """Run one tool; with a `call_id` that was used before, return the result of that call.
 
         A call with an id continues for `linger` seconds after its caller has left (at most and by default
-        `call_linger`), so that a client whose connection broke can repeat it. `give_up` ends it. Raises
+        `CALL_LINGER`), so that a client whose connection broke can repeat it. `give_up` ends it. Raises
         `Conflict` if the id was used with another input, `Cancelled` if it was cancelled, `Gone` if the
         gateway was restarted during the call, `StoreFailed` if it cannot be recorded, and what
         `FileTools.call` raises.
@@ -453,7 +454,7 @@ class Toolbox:
                 return ToolResult.unpacked(known)
             running = self._running.get(key)  # another call may have come first meanwhile
         if running is None:
-            longest = self._settings.call_linger
+            longest = CALL_LINGER
             stays = longest if linger is None else min(linger, longest)
             if self._leaving:
                 raise Left
@@ -461,7 +462,7 @@ class Toolbox:
             running = self._begin(key, name, digest, work)
         elif running.digest != digest:
             raise Conflict(f"callId {call_id} was used with a different input", callId=call_id)
-        longest = self._settings.call_linger
+        longest = CALL_LINGER
         return await running.result(longest if linger is None else min(linger, longest))
 
     def _begin(
@@ -571,7 +572,7 @@ class Toolbox:
             return
         if call is not None and running:
             work = partial(self._finish, key, digest, root, session, left, call)
-            self._begin(key, "Bash", digest, work).expect(min(call.linger, self._settings.call_linger))
+            self._begin(key, "Bash", digest, work).expect(min(call.linger, CALL_LINGER))
 
     async def _finish(
         self,

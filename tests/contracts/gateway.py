@@ -24,6 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from gateway import protocol
 from gateway.api.editor import STATIC
 from gateway.auth import issuing, tokens
+from tests.constants import constants
 from tests.contracts.processes import Tree, alive, mark
 from tests.live import SECRET, LiveGateway, RpcFailure, Wire
 from tests.waits import pause, standstill, until
@@ -760,7 +761,7 @@ asyncio.run(main())
 
     async def test_a_tenant_takes_its_share_of_tool_sessions(self, quick: LiveGateway, tenant: str) -> None:
         """Its own idle ones make place; those of open websockets do not, and are told so."""
-        url, share = f"/v1/tenants/{tenant}/tools/Glob", int(QUICK["GATEWAY_MAX_TENANT_SESSIONS"])
+        url, share = f"/v1/tenants/{tenant}/tools/Glob", _TENANT_SESSIONS
         async with contextlib.AsyncExitStack() as stack:
             http = await stack.enter_async_context(quick.http(tenant))
             for number in range(3 * share):
@@ -1091,6 +1092,7 @@ class GatewayContract(
 
 
 AGENT: Mapping[str, str] = {"GATEWAY_AGENT_URL": "https://agents.example.com/run"}
+_TENANT_SESSIONS = 8
 QUICK: Mapping[str, str] = {
     "GATEWAY_INITIALIZE_TIMEOUT": "2",  # a busy machine takes one to connect
     "GATEWAY_MAX_FRAME": str(1 << 20),
@@ -1104,8 +1106,9 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_MAX_TENANT_WATCHES": "4",
     "GATEWAY_WATCH_FOLDERS": "50",
     "GATEWAY_MCP_PROGRESS": "0.2",
-    "GATEWAY_CALL_LINGER": "0.5",
-    "GATEWAY_MAX_TENANT_SESSIONS": "8",
+    **constants(
+        {"gateway.tools.toolbox.CALL_LINGER": 0.5, "gateway.tools.session.TENANT_SESSIONS": _TENANT_SESSIONS}
+    ),
     "GATEWAY_MAX_TENANT_SUBSCRIPTIONS": "20",
     "GATEWAY_EXEC_LEFT": "kill",
 }

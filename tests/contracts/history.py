@@ -15,13 +15,16 @@ import pytest
 from mcp import MCPError
 
 from gateway.history.recorder import COARSE
+from tests.constants import constants
 from tests.contracts.claude import call
 from tests.contracts.gateway import sse
 from tests.contracts.mcp import BOTH, mcp
 from tests.live import LiveGateway, RpcFailure, Wire
 from tests.waits import until_time
 
-QUICK: Mapping[str, str] = {"GATEWAY_TURN_REST": "2", "GATEWAY_TURN_FILE_MAX": "100000"}
+QUICK: Mapping[str, str] = constants(
+    {"gateway.history.recorder.TURN_REST": 2.0, "gateway.history.repository.TURN_FILE_MAX": 100_000}
+)
 
 
 HOSTILE = r"""set -e

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.constants import constants
 from tests.contracts.claude import call, shell
 from tests.contracts.processes import Tree, alive, mark
 from tests.live import DEADLINE, LiveGateway, RpcFailure, Wire
@@ -21,7 +22,7 @@ from tests.waits import until
 QUICK: Mapping[str, str] = {
     "GATEWAY_MAX_SHELLS": "2",
     "GATEWAY_SHELLS_KEPT": "3",
-    "GATEWAY_SESSION_IDLE": "2",
+    **constants({"gateway.tools.session.SESSION_IDLE": 2.0}),
     "GATEWAY_BASH_TIMEOUT": "0.5",
     "GATEWAY_BASH_BACKGROUND_TIMEOUT": "3",
     "GATEWAY_BASH_PRINTED_MAX": str(4 << 20),

@@ -269,7 +269,7 @@ def owner_of(turn: Mapping[str, Any]) -> str:
 @contextlib.asynccontextmanager
 async def made() -> AsyncIterator[World]:
     with tempfile.TemporaryDirectory() as folder:
-        asked = Settings(runtime="local", state_dir=Path(folder), history=True, turn_rest=3600)
+        asked = Settings(runtime="local", state_dir=Path(folder), history=True)
         async with LocalRuntime(asked) as runtime:
             await runtime.tenants.create("t")
             bus, execs = Bus(MemoryJournal(1000), "t"), list[Any]()

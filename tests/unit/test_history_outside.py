@@ -44,12 +44,12 @@ class Recorded:
 
 
 class World:
-    def __init__(self, rest: float = 60.0) -> None:
+    def __init__(self) -> None:
         self.execs: list[Any] = []
         self.open = OpenTurns()
         self.recorded = Recorded()
         listed = cast(list[Exec], self.execs)
-        self.outside = OutsideChanges(lambda tenant: listed, self.open, cast(Recorder, self.recorded), rest)
+        self.outside = OutsideChanges(lambda tenant: listed, self.open, cast(Recorder, self.recorded))
 
     def start(self, *argv: str, by: str = "eve", pty: Pty | None = None, work: Work = "client") -> Any:
         spec = ExecSpec(argv, pty=pty, work=work)
@@ -91,8 +91,9 @@ async def test_a_terminal_is_looked_at_once_it_rests_and_again_once_it_goes_on()
     assert world.outside._of == {}
 
 
-async def test_what_never_rests_is_recorded_all_the_same() -> None:
-    world = World(rest=0.05)
+async def test_what_never_rests_is_recorded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.history.recorder.TURN_REST", 0.05)
+    world = World()
     server = world.start("npm", "run", "dev")
 
     async def print_on() -> None:

@@ -24,9 +24,7 @@ class Noted(History):
 
     def __init__(self) -> None:
         execs = cast(Execs, SimpleNamespace(list=lambda tenant: []))
-        super().__init__(
-            cast(TenantRuntime, None), execs, Bus(MemoryJournal(10)), Settings(history=True, turn_rest=3600)
-        )
+        super().__init__(cast(TenantRuntime, None), execs, Bus(MemoryJournal(10)), Settings(history=True))
         self.ended: list[OpenTurn] = []
 
     async def __aenter__(self) -> Noted:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
 from gateway.errors import RateLimited
-from gateway.settings import Settings
 from gateway.tools.call import Seen
 from gateway.tools.session import Sessions, ToolSession
 from tests.waits import turn
@@ -29,9 +27,14 @@ class Commands:
         self.ended.append(session)
 
 
-def sessions(**limits: Any) -> tuple[Sessions, Commands]:
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.tools.session.TENANT_SESSIONS", 2)
+
+
+def sessions() -> tuple[Sessions, Commands]:
     commands = Commands()
-    return Sessions(commands, Settings(**limits)), commands
+    return Sessions(commands), commands
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def refused(limit: int) -> Iterator[None]:
 
 async def test_a_tenants_own_idle_session_makes_place() -> None:
     """The one that was used longest ago, with what it left running; another tenant's never."""
-    opened, commands = sessions(max_tenant_sessions=2)
+    opened, commands = sessions()
     other = opened.open("other", "a", False)
     first, second = opened.open("greedy", "1", False), opened.open("greedy", "2", False)
     assert opened.open("greedy", "1", False) is first
@@ -58,7 +61,7 @@ async def test_a_tenants_own_idle_session_makes_place() -> None:
 
 async def test_a_session_in_use_makes_no_place() -> None:
     """Neither an open connection's nor one with a command in the background, until those are over."""
-    opened, commands = sessions(max_tenant_sessions=2)
+    opened, commands = sessions()
     held = opened.open("greedy", "held", False, lasting=True)
     busy = opened.open("greedy", "busy", False)
     commands.running.add(busy)
@@ -74,8 +77,10 @@ async def test_a_session_in_use_makes_no_place() -> None:
     opened.open("greedy", "and more", False)
 
 
-async def test_whoever_has_most_makes_place_for_another() -> None:
-    opened, commands = sessions(max_tenant_sessions=3, max_sessions=4)
+async def test_whoever_has_most_makes_place_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.tools.session.TENANT_SESSIONS", 3)
+    monkeypatch.setattr("gateway.tools.session.SESSIONS", 4)
+    opened, commands = sessions()
     greedy = [opened.open("greedy", str(number), False) for number in range(3)]
     modest = opened.open("modest", "a", False)
     newcomer = opened.open("newcomer", "a", False)
