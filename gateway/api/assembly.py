@@ -46,8 +46,8 @@ from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.storage.store import Store
-from gateway.tools.session import Folders
-from gateway.tools.toolbox import Toolbox
+from gateway.tools.session import SessionFolders
+from gateway.tools.toolbox import FileTools, Toolbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +76,10 @@ async def _work(base: Base, stored: Stored) -> AsyncIterator[_Work]:
         execs = await enter(Execs(runtime.commands, bus, idempotency, settings))
         shells = await enter(Shells(execs, workers, settings))
         history = await enter(History(runtime, execs, bus, settings))
-        folders = await Folders.opened(store)
+        folders = await SessionFolders.opened(store)
+        file_tools = FileTools(workers, settings, spare)
         toolbox = await enter(
-            Toolbox(runtime, workers, shells, history, bus, idempotency, folders, settings, spare)
+            Toolbox(runtime, file_tools, shells, history, bus, idempotency, folders, settings)
         )
         files = await enter(Files(runtime, workers, bus, settings, spare))
         files.changing = history.saving

@@ -40,7 +40,7 @@ from gateway.limits.budget import SMALL
 from gateway.protocol import HistoryUndo, McpMessage, switch, validate
 from gateway.protocol.maxima import MCP_MAX
 from gateway.settings import Settings
-from gateway.tools.toolbox import Toolbox, ToolResult
+from gateway.tools.toolbox import EncodedResult, Toolbox
 
 # --- history -------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class Mcp:
         )
         self._running = self._manager.run()
         # calls that a notification may cancel, by tenant, session id and request id
-        self._calls: dict[tuple[str, str, types.RequestId], asyncio.Task[ToolResult]] = {}
+        self._calls: dict[tuple[str, str, types.RequestId], asyncio.Task[EncodedResult]] = {}
 
     async def __aenter__(self) -> Mcp:
         await self._running.__aenter__()
@@ -323,7 +323,7 @@ class Mcp:
                     await self._toolbox.give_up(caller.tenant, call_id)
 
     async def _wait(
-        self, context: ServerRequestContext[Any, Any], name: str, work: asyncio.Task[ToolResult]
+        self, context: ServerRequestContext[Any, Any], name: str, work: asyncio.Task[EncodedResult]
     ) -> None:
         """Wait until `work` is done, reporting progress, without which the client would give up."""
         began = time.monotonic()
@@ -352,7 +352,7 @@ def _call_id(meta: Mapping[str, Any] | None) -> str | None:
     return given if isinstance(given, str) and 0 < len(given) <= 200 else None
 
 
-def _answer(result: ToolResult, structured: bool) -> types.CallToolResult:
+def _answer(result: EncodedResult, structured: bool) -> types.CallToolResult:
     """Return a result in MCP's form.
 
     A success has its facts under `_meta` unless the caller asked for structuredContent: clients take that to

@@ -16,12 +16,12 @@ from gateway.execs import Execs
 from gateway.history import recorder
 from gateway.history.outside import PATIENCE, OutsideChanges
 from gateway.history.recorder import OpenTurn, OpenTurns, Recorder, Side
-from gateway.history.repository import ID, TITLE_MAX, Commit, Repository, deployed, name, said
+from gateway.history.repository import ID, TITLE_MAX, Commit, Repository, clean_text, deployed, name
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import TenantEvent, TenantRuntime
 from gateway.settings import Settings
 from gateway.tools.session import ToolSession
-from gateway.tools.toolbox import ToolResult, named_file
+from gateway.tools.toolbox import EncodedResult, named_file
 
 _WRITING: Final = frozenset({"Write", "Edit"})
 _CHANGING: Final = _WRITING | {"Bash"}
@@ -68,7 +68,7 @@ class History:
 
     def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
-    ) -> AbstractAsyncContextManager[Callable[[ToolResult], None]]:
+    ) -> AbstractAsyncContextManager[Callable[[EncodedResult], None]]:
         """Note what a tool call may change; it is recorded later. Yields a function for the call's result."""
         key = _key(session, by)
         turn = self._open.get(root.tenant, key)
@@ -129,7 +129,7 @@ class History:
     def _parts(self, tenant: str, path: str, turn: OpenTurn | None, by: str) -> Sequence[asyncio.Task[None]]:
         """Record what others have changed at a path that `turn`, or a person, is about to change."""
         waiting = self._open.waiting(tenant)
-        known = any(one.touches(path) for one in self._open.known(tenant))
+        known = any(one.touches(path) for one in self._open.unrecorded(tenant))
         others = [one for one in self._open.of(tenant) if one is not turn and path not in one.parted]
         found = [
             self._recorder.spawn(tenant, self._recorder.part(tenant, one, path))
@@ -158,7 +158,7 @@ class History:
         if others := self._outside.record(tenant):
             await asyncio.wait(others)  # they go on if this call is cancelled, as below
         key = _key(session, by)
-        turn = OpenTurn(key, name(agent or by), name(by), said(title, TITLE_MAX))
+        turn = OpenTurn(key, name(agent or by), name(by), clean_text(title, TITLE_MAX))
         self._rest(tenant, self._open.open(tenant, turn))
         return before
 
@@ -347,7 +347,7 @@ class _TurnCall:
         self._by = by
         self._lasting = lasting
 
-    async def __aenter__(self) -> Callable[[ToolResult], None]:
+    async def __aenter__(self) -> Callable[[EncodedResult], None]:
         if self._tool in _CHANGING:
             self._turn = await self._history.changing(
                 self._tenant, self._key, self._tool, self._path, self._by
@@ -358,7 +358,7 @@ class _TurnCall:
             self._turn.begin(lasting=self._lasting)
         if self._tool == "Write" and self._path is not None:
             return partial(_note, self._turn, self._path)
-        return _unheard
+        return _ignore_result
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -370,18 +370,18 @@ class _TurnCall:
         self._history.called(self._tenant, self._turn)
 
 
-def _note(turn: OpenTurn, path: str, result: ToolResult) -> None:
+def _note(turn: OpenTurn, path: str, result: EncodedResult) -> None:
     """Note that a Write created its file, so that the first commit of a workspace leaves it to its turn."""
     if not result.is_error and path in turn.paths and result.data()["structuredContent"]["type"] == "create":
         turn.made.add(path)
 
 
-def _unheard(result: ToolResult) -> None:
+def _ignore_result(result: EncodedResult) -> None:
     """Ignore a result that does not matter to the turn."""
 
 
 # of a call that changes nothing outside a turn: a Read is served often
-_NOTHING: Final = contextlib.nullcontext(_unheard)
+_NOTHING: Final = contextlib.nullcontext(_ignore_result)
 
 
 def _key(session: ToolSession, by: str) -> Hashable:

@@ -11,7 +11,7 @@ from typing import Final
 from gateway.execs.exec import Exec
 from gateway.history import recorder
 from gateway.history.recorder import COARSE, OpenTurn, OpenTurns, Recorder, without
-from gateway.history.repository import TITLE_MAX, name, said
+from gateway.history.repository import TITLE_MAX, clean_text, name
 from gateway.runtime import ExecSpec
 
 _SAVED: Final = 2.0  # seconds after a person's last save in which it is recorded
@@ -208,7 +208,7 @@ class OutsideChanges:
         self._record(tenant, place, change.turn, f"Changed {words}")
 
     def _record(self, tenant: str, place: _WorkspaceChanges, turn: OpenTurn, title: str) -> None:
-        turn.title = said(title, TITLE_MAX)
+        turn.title = clean_text(title, TITLE_MAX)
         task = self._recorder.spawn(tenant, self._recorder.outside(tenant, turn))
         place.under_way[task] = turn
         task.add_done_callback(lambda done: self._recorded(tenant, place, done))

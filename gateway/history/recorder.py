@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 from gateway.errors import Conflict, ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.events import Bus
-from gateway.history.repository import TITLE_MAX, Commit, Mode, Repository, Times, name, nobody, said
+from gateway.history.repository import TITLE_MAX, Commit, Mode, Repository, Times, clean_text, name, nobody
 from gateway.runtime.sites import Quiet, at_once
 from gateway.settings import Settings
 
@@ -166,13 +166,13 @@ class OpenTurns:
         """Return these changes."""
         return list(self._waiting.get(tenant, ()))
 
-    def known(self, tenant: str) -> list[OpenTurn]:
+    def unrecorded(self, tenant: str) -> list[OpenTurn]:
         """Return the tenant's open turns, and the other changes that are known and not on record yet."""
         return [*self._of.get(tenant, {}).values(), *self._waiting.get(tenant, ())]
 
     def others_at_work(self, tenant: str, turn: OpenTurn) -> Times:
         """Return when commands of other turns were at work that are not on record yet."""
-        others = (one for one in self.known(tenant) if one is not turn and one.wide)
+        others = (one for one in self.unrecorded(tenant) if one is not turn and one.wide)
         return [span for one in others for span in one.at_work()]
 
     def forget(self, tenant: str) -> list[OpenTurn]:
@@ -201,7 +201,7 @@ class OpenTurns:
         """
         if not turn.wide:
             return "only", sorted(turn.paths)
-        others = {path for other in self.known(tenant) if other is not turn for path in other.paths}
+        others = {path for other in self.unrecorded(tenant) if other is not turn for path in other.paths}
         if not (leave := others - turn.paths):
             return "all", []
         return "but", sorted(leave)
@@ -386,7 +386,7 @@ class Recorder:
 
         It costs a fifth of a deployment, so it waits for those that are under way, unless something needs it.
         """
-        await self._deployed(tenant, _made("deployed", name(by), name(by), said(title, TITLE_MAX)))
+        await self._deployed(tenant, _made("deployed", name(by), name(by), clean_text(title, TITLE_MAX)))
 
     async def _deployed(self, tenant: str, made: Commit) -> None:
         # everything but what open turns are known to have written
@@ -426,7 +426,7 @@ class Recorder:
         """Restore the files to `before` a turn or `after` it, as a new turn; None if nothing changes."""
         async with self._alone(tenant):
             changed = await self._repository.changes(tenant, turn)
-            title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
+            title = clean_text(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
             words = f"Undo: {title}" if side == "before" else f"Restore: {title}"
             new = _made("restored", name(by), name(by), words)
             found, restored = await self._repository.restore(
@@ -442,7 +442,7 @@ class Recorder:
         """Take back what one turn changed, as a new turn; None if nothing changes or paths conflict."""
         async with self._alone(tenant):
             changed = await self._repository.changes(tenant, turn)
-            title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
+            title = clean_text(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
             of, _, what = title.partition(": ")
             again = {"Undo": "Redo", "Redo": "Undo"}.get(of) if changed["kind"] == "restored" else None
             words = f"Undo: {title}" if again is None else f"{again}: {what}"

@@ -21,6 +21,7 @@ from gateway.bounds import Flood, aside, first
 from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
 from gateway.execs import Execs
 from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.messages import RESULT_MAX
 from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, Process, TenantRuntime
 from gateway.settings import Settings
@@ -78,7 +79,7 @@ class Commit:
         }
 
 
-def said(text: str, most: int) -> str:
+def clean_text(text: str, most: int) -> str:
     """Return text for a commit message: without control characters, and as git stores it unchanged."""
     lines = (
         line if line.isprintable() else "".join(char if char.isprintable() else " " for char in line)
@@ -89,7 +90,7 @@ def said(text: str, most: int) -> str:
 
 def name(text: str) -> str:
     """Return a name for a commit: without the characters that git strips, and never empty."""
-    kept = " ".join("".join(" " if char in "<>" else char for char in said(text, _NAME_MAX)).split())
+    kept = " ".join("".join(" " if char in "<>" else char for char in clean_text(text, _NAME_MAX)).split())
     return kept.strip(".,:;\"'\\ ") or "unknown"
 
 
@@ -128,7 +129,7 @@ def committed(printed: bytes, turn: Commit) -> Commit | None:
     if not ID.fullmatch(found):
         return None
     counts, _, left = rest.partition(b"\n")
-    names = [shown(path) for path in left.split(b"\0")[:-1][:_LEFT_MAX]]
+    names = [display(path) for path in left.split(b"\0")[:-1][:_LEFT_MAX]]
     return replace(_counted(turn, counts), id=found, left_out=tuple(names))
 
 
@@ -138,7 +139,7 @@ def conflicting(printed: bytes) -> list[bytes]:
     return names.split(b"\0", CONFLICTS_MAX)[:-1][:CONFLICTS_MAX] if word == b"conflicts" else []
 
 
-def shown(path: bytes) -> str:
+def display(path: bytes) -> str:
     """Return a path as it is listed: escapes stand for what is not printable."""
     return show(os.fsdecode(path))
 
@@ -158,9 +159,9 @@ def listed(printed: bytes, most: int) -> list[Commit]:
         turn = Commit(
             commit,
             kind if kind in KINDS else "turn",
-            said(agent, _NAME_MAX),
-            said(by, _NAME_MAX),
-            said(message, TITLE_MAX),
+            clean_text(agent, _NAME_MAX),
+            clean_text(by, _NAME_MAX),
+            clean_text(message, TITLE_MAX),
             int(at),
         )
         found.append(_counted(turn, fields[6]))
@@ -183,7 +184,7 @@ def changes(printed: bytes, most: int) -> dict[str, Any] | None:
         binary = not (added.isdigit() and removed.isdigit() and len(added) < 10 and len(removed) < 10)
         files.append(
             {
-                "path": shown(path),
+                "path": display(path),
                 "added": 0 if binary else int(added),
                 "removed": 0 if binary else int(removed),
                 "binary": binary,
@@ -312,10 +313,10 @@ class Repository:
 
         printed = await merge(())
         conflicts = conflicting(printed)
-        if forced := [path for path in conflicts if shown(path) in force]:
+        if forced := [path for path in conflicts if display(path) in force]:
             printed = await merge(forced)
             conflicts = conflicting(printed)
-        return found, committed(printed, turn), [shown(path) for path in conflicts]
+        return found, committed(printed, turn), [display(path) for path in conflicts]
 
     async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Commit) -> Commit | None:
         """Make the workspace a git repository, if it is not one, and `commit`."""
@@ -337,7 +338,7 @@ class Repository:
 
     async def changes(self, tenant: str, turn: str) -> dict[str, object]:
         """Return a turn with its changes. Raises `NotFound`."""
-        most = self._settings.result_max
+        most = RESULT_MAX
         printed = await self._run(
             tenant,
             "diff",
@@ -395,7 +396,7 @@ class Repository:
         root = await self._runtime.filesystem(tenant)
         spec = ExecSpec(
             (*_NICE, _SCRIPTS[script], "sh", *words),
-            env={**_ENVIRONMENT, **self._places(root), **env},
+            env={**_ENVIRONMENT, **self._git_paths(root), **env},
             stdin=True,
             shown=("git", script),
         )
@@ -416,7 +417,7 @@ class Repository:
             self._refuse(tenant, code, complaint, missing)
         return printed
 
-    def _places(self, root: FilesystemRoot) -> dict[str, str]:
+    def _git_paths(self, root: FilesystemRoot) -> dict[str, str]:
         place = _PLACE.format(user=self._settings.workspace_user)
         return {"GIT_DIR": root.prefix + place, "GIT_WORK_TREE": root.prefix + root.workspace}
 

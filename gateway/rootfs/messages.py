@@ -21,7 +21,8 @@ HEAD: Final = struct.Struct(">IB")  # length of status byte and payload, status
 LENGTH: Final = struct.Struct(">I")
 REPLY_MAX: Final = 64 << 20  # bytes the gateway accepts from a worker, which may be compromised
 
-DEPTH_MAX: Final = 256  # default limit of folders in a path
+DEPTH_MAX: Final = 256  # folders in a path or a search
+RESULT_MAX: Final = 1 << 20  # bytes of a search's result, of a range of a file, and of a diff
 
 
 def frame(status: int, payload: bytes) -> bytes:
@@ -30,21 +31,21 @@ def frame(status: int, payload: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of one call, as in the settings with the same names: bytes, entries, seconds."""
+    """Limits of one call. Those that have a setting of the same name are set by it."""
 
-    read_max: int = 256 << 10
-    write_max: int = 8 << 20
-    result_max: int = 1 << 20
-    visit_max: int = 300_000
-    tool_timeout: float = 10.0
-    list_max: int = 10_000
+    read_max: int = 256 << 10  # bytes of a file that Read returns whole, as in Claude Code
+    write_max: int = 8 << 20  # bytes of a file that Write and Edit accept
+    result_max: int = RESULT_MAX
+    visit_max: int = 300_000  # files and folders that a Glob or Grep visits: five times a large node_modules
+    tool_timeout: float = 10.0  # seconds
+    list_max: int = 10_000  # entries of a files/list
     watch_folders: int = 8192
-    watch_changes: int = 1000
-    pdf_max: int = 32 << 20
-    pdf_pages: int = 20
-    matches_max: int = 10_000
+    watch_changes: int = 1000  # paths of one message
+    pdf_max: int = 32 << 20  # bytes of a PDF that Read shows
+    pdf_pages: int = 20  # that one Read shows, as in Claude Code
+    matches_max: int = 10_000  # lines or files that a Grep returns
     depth_max: int = DEPTH_MAX
-    pattern_max: int = 4000
+    pattern_max: int = 4000  # characters of a pattern or glob, so that compiling it stays fast
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from gateway.rootfs.worker_processes import SPAWN_TIMEOUT, Exchanges, WorkerProc
 if TYPE_CHECKING:
     from gateway.settings import Settings
 
+# limits that have a setting
+_SET = ("write_max", "tool_timeout", "list_max", "watch_folders", "watch_changes")
 _GRACE = 1.0  # seconds after its own deadline before a worker without an answer is killed
 _ALONE = 2.0  # seconds without calls after which another tenant counts as inactive
 _CHANGES = -1  # the lane of long calls that change something
@@ -66,8 +69,9 @@ class Workers:
         settings: Settings,
         tenants: Mapping[str, Any] | None = None,
         operations: str = "gateway.tools.worker_operations",
+        limits: Limits = Limits(),  # noqa: B008  # it is frozen
     ) -> None:
-        self._limits = Limits(**{name: getattr(settings, name) for name in Limits.__slots__})
+        self._limits = replace(limits, **{name: getattr(settings, name) for name in _SET})
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers

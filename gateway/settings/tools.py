@@ -6,26 +6,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from gateway.settings.units import KiB, MiB
+from gateway.settings.units import MiB
 
 
 class ToolSettings(BaseModel):
     tool_timeout: float = Field(10.0, gt=0, description="seconds that a file tool call may take")
-    read_max: int = Field(
-        256 * KiB, gt=0, description="maximum size of a file that Read returns whole in bytes"
-    )
     write_max: int = Field(
         8 * MiB, gt=0, description="maximum size of a file that Write and Edit accept in bytes"
     )
-    result_max: int = Field(1 * MiB, gt=0, description="maximum size of a tool result in bytes")
-    visit_max: int = Field(300_000, gt=0, description="maximum number of files that a Glob or Grep visits")
-    matches_max: int = Field(10_000, gt=0, description="maximum number of lines or files that a Grep returns")
-    depth_max: int = Field(256, gt=0, description="maximum depth of a path or a search in folders")
-    pattern_max: int = Field(
-        4000, gt=0, le=4000, description="maximum length of a pattern or glob in characters"
-    )
-    pdf_max: int = Field(32 * MiB, gt=0, description="maximum size of a PDF that Read shows in bytes")
-    pdf_pages: int = Field(20, gt=0, description="maximum number of a PDF's pages that one Read shows")
     broker_socket: Path | None = Field(
         None,
         description="unix socket of `incus-gateway broker`; unset: the gateway starts its own broker",

@@ -40,7 +40,7 @@ from gateway.tools import shell
 from gateway.tools.call import ToolAnswer, ToolFailure, failure
 from gateway.tools.schemas import checked
 from gateway.tools.session import ToolSession
-from gateway.tools.toolbox import LastingCall, ToolResult
+from gateway.tools.toolbox import EncodedResult, LastingCall
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class BashCommands:
 
     # --- across a restart of the gateway ----------------------------------------------------------------
 
-    def left_behind(self) -> Iterator[AdoptedBash]:
+    def adopted(self) -> Iterator[AdoptedBash]:
         """Yield the commands of an earlier process. Each must be passed to `take_over` or `discard`."""
         for exec_ in self._execs.left_behind():
             try:
@@ -378,7 +378,7 @@ class Bash:
             await asyncio.shield(self._abandon(session, one))
             raise
 
-    def told(self, exec_id: str) -> None:
+    def answered(self, exec_id: str) -> None:
         """Note that a Bash call's result is recorded or not needed: the next process need not produce it."""
         one = self._telling.pop(exec_id, None)
         if one is None or one.left:
@@ -506,17 +506,17 @@ class Shells:
         call_id: str | None = None,
         call: LastingCall | None = None,
         begin: Callable[[], Awaitable[None]] | None = None,
-    ) -> ToolResult:
+    ) -> EncodedResult:
         """Run one of the three tools. A refusal by the tool itself is a result.
 
         A Bash command runs under `exec_id`, after `begin`. With `call`, whose result will be recorded, it
-        outlives this process; call `told` afterwards. Raises what `Execs.start` raises if the tenant cannot
-        run commands, and `Unavailable` if a command's exit was lost.
+        outlives this process; call `answered` afterwards. Raises what `Execs.start` raises if the tenant
+        cannot run commands, and `Unavailable` if a command's exit was lost.
         """
         try:
             given = checked(name, arguments)
         except ToolFailure as error:
-            return ToolResult.of(error.answer())
+            return EncodedResult.of(error.answer())
         match name:
             case "Bash":
                 work = self._bash.run(root, session, given, exec_id, by, call, begin)
@@ -526,9 +526,9 @@ class Shells:
                 work = self._kill(session, given, call_id)
         return await _result(session, work)
 
-    def told(self, exec_id: str) -> None:
+    def answered(self, exec_id: str) -> None:
         """Note that a Bash call's result is recorded or not needed: the next process need not produce it."""
-        self._bash.told(exec_id)
+        self._bash.answered(exec_id)
 
     def busy(self, session: ToolSession) -> bool:
         """Return whether a command of a session is running."""
@@ -544,9 +544,9 @@ class Shells:
         """Leave the held commands to the next process; return the tenants and ids of their calls."""
         return await self._commands.leave()
 
-    def left_behind(self) -> Iterator[AdoptedBash]:
+    def adopted(self) -> Iterator[AdoptedBash]:
         """Yield the commands of an earlier process, for `take_over` or `discard`."""
-        return self._commands.left_behind()
+        return self._commands.adopted()
 
     def discard(self, left: AdoptedBash) -> None:
         """End a command that nobody needs."""
@@ -556,7 +556,7 @@ class Shells:
         """Continue a command: in the foreground for the call that `resume` finishes, or in the background."""
         self._commands.take_over(root, session, left)
 
-    async def resume(self, root: FilesystemRoot, session: ToolSession, left: AdoptedBash) -> ToolResult:
+    async def resume(self, root: FilesystemRoot, session: ToolSession, left: AdoptedBash) -> EncodedResult:
         """Finish the Bash call of a command that was taken over. Raises what `call` raises."""
         one = left.shell
         assert one is not None
@@ -609,11 +609,11 @@ class Shells:
         return shell.killed(one.id, one.command, {**facts, "survivors": killed.survivors})
 
 
-async def _result(session: ToolSession, work: Coroutine[Any, Any, ToolAnswer]) -> ToolResult:
+async def _result(session: ToolSession, work: Coroutine[Any, Any, ToolAnswer]) -> EncodedResult:
     session.last_used = time.monotonic()
     try:
         answer = await work
     except ToolFailure as error:
         answer = error.answer()
     session.last_used = time.monotonic()
-    return ToolResult.of(answer)
+    return EncodedResult.of(answer)

@@ -146,7 +146,7 @@ class Call:
         """Return a relative path as text, absolute."""
         return show(self.root.absolute(path))
 
-    def shown(self, path: str) -> str:
+    def display(self, path: str) -> str:
         """Return a relative path as results list it: relative to the working directory if it is below it."""
         if self.cwd == self.root.workspace:
             return show(path or self.cwd)
@@ -154,11 +154,11 @@ class Call:
         cwd = self.cwd.rstrip("/") + "/"
         return show(absolute[len(cwd) :] if absolute.startswith(cwd) else absolute)
 
-    def all_shown(self, paths: list[str]) -> list[str]:
-        """Return each as `shown` does."""
+    def display_all(self, paths: list[str]) -> list[str]:
+        """Return each as `display` does."""
         if self.cwd == self.root.workspace and "".join(paths).isprintable():  # the usual case
             return paths
-        return [self.shown(path) for path in paths]
+        return [self.display(path) for path in paths]
 
     @property
     def where(self) -> str:

@@ -51,7 +51,7 @@ def glob(call: Call) -> ToolAnswer:
         raise bad_folder(call, path, start, error) from None
     found.sort()
     total = len(found)
-    names = call.all_shown([name for _, name in found[:GLOB_LIMIT]])
+    names = call.display_all([name for _, name in found[:GLOB_LIMIT]])
     facts = {"files": names, "total": total, "truncated": total > len(names) or walk.truncated}
     if not names:
         return text("No files found" + note, facts)

@@ -245,9 +245,9 @@ class GrepSearch:
                 self.output.files.append((count, path))
                 self.output.matches += count
             return
-        found, binary = self._lines(data, "" if explicit else self._call.shown(path), nul >= 0)
+        found, binary = self._lines(data, "" if explicit else self._call.display(path), nul >= 0)
         if found and (cut or binary or 0 <= nul < BLOCK):
-            where = "" if explicit else f"{self._call.shown(path)}:"
+            where = "" if explicit else f"{self._call.display(path)}:"
             self.output.row(f'{where}binary file matches (found "\\0" byte around offset {nul})')
 
     def _spans(self, data: bytes, *, every: bool = False) -> Iterator[tuple[int, int]]:
@@ -529,7 +529,7 @@ class GrepOutput:
         head = f"{name}{mark}" if name else ""
         if self._numbers:
             head += f"{number}{mark}"
-        row = head + _shown_line(line, mark)
+        row = head + _display_line(line, mark)
         self._room -= len(row) + 1
         if self._room < 0:
             self._cut = True
@@ -550,7 +550,7 @@ class GrepOutput:
             facts["skippedLargeFiles"] = self.skipped
         if self._mode == "files_with_matches":
             page, words = self._page(_in_order(self.files)[self._offset :])
-            page = self._call.all_shown(page)
+            page = self._call.display_all(page)
             facts |= {"files": page, "total": len(self.files)}
             if not page:
                 none = "No files found"
@@ -562,7 +562,7 @@ class GrepOutput:
             return text("\n".join((head, *page)) + self.note, facts)
         if self._mode == "count":
             files_here = self.files[self._offset :]
-            page, words = self._page([f"{self._call.shown(path)}:{count}" for count, path in files_here])
+            page, words = self._page([f"{self._call.display(path)}:{count}" for count, path in files_here])
             total, files = self.matches, len(self.files)
             facts |= {"total": total, "files": files}
             summary = (
@@ -616,7 +616,7 @@ def _in_order(files: list[tuple[int, str]]) -> list[str]:
     return [name for *_, name in sorted(zip(ages, places, cases, names, strict=True))]
 
 
-def _shown_line(line: bytes, mark: str) -> str:
+def _display_line(line: bytes, mark: str) -> str:
     """Return a line for the output, without a carriage return at its end."""
     if len(line) <= 3 * COLUMNS_MAX:  # the most bytes of a UTF-16 unit
         shown = line.decode("utf-8", "replace").removesuffix("\r")

@@ -25,7 +25,7 @@ from gateway.tools.call import (
     text,
 )
 from gateway.tools.media import image, page_range, pdf
-from gateway.tools.texts import Text, decode
+from gateway.tools.texts import FileText, decode
 
 TOKENS_MAX = 25_000  # tokens of one answer, as in Claude Code
 PAGE_SHARE = 0.85  # share of those tokens for the first page of a larger file, to stay clear of the limit
@@ -196,7 +196,7 @@ def _reminder(words: str) -> str:
     return f"<system-reminder>{words}</system-reminder>"
 
 
-def _refused_forms(form: Text) -> str:
+def _refused_forms(form: FileText) -> str:
     """Return the note for a file that Edit and Write refuse; empty for others."""
     flaw = form.flaw
     if not flaw:

@@ -63,47 +63,47 @@ def _object(required: tuple[str, ...], **properties: dict[str, Any]) -> dict[str
     }
 
 
-def _said(schema: dict[str, Any], description: str) -> dict[str, Any]:
+def _field(schema: dict[str, Any], description: str) -> dict[str, Any]:
     return {**schema, "description": description}
 
 
 FILE_TOOLS: dict[str, dict[str, Any]] = {
     "Read": _object(
         ("file_path",),
-        file_path=_said(_PATH, "The path of the file, absolute or relative to the working directory"),
-        offset=_said(
+        file_path=_field(_PATH, "The path of the file, absolute or relative to the working directory"),
+        offset=_field(
             {"type": "integer", "minimum": 0, "maximum": _SAFE_INTEGER},
             "The line to start at; lines count from 1",
         ),
-        limit=_said(
+        limit=_field(
             {"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER},
             "The number of lines to read",
         ),
-        pages=_said(_SHORT, 'Pages of a PDF, such as "1-5" or "3"; at most 20'),
-        allow_large=_said(_FLAG, "Return a large file at once instead of its first page"),
+        pages=_field(_SHORT, 'Pages of a PDF, such as "1-5" or "3"; at most 20'),
+        allow_large=_field(_FLAG, "Return a large file at once instead of its first page"),
     ),
     "Write": _object(
         ("file_path", "content"),
-        file_path=_said(_PATH, "The path of the file, absolute or relative to the working directory"),
-        content=_said(_CONTENT, "The complete new content"),
+        file_path=_field(_PATH, "The path of the file, absolute or relative to the working directory"),
+        content=_field(_CONTENT, "The complete new content"),
     ),
     "Edit": _object(
         ("file_path", "old_string", "new_string"),
-        file_path=_said(_PATH, "The path of the file, absolute or relative to the working directory"),
-        old_string=_said(_CONTENT, "The text to replace, exactly as in the file"),
-        new_string=_said(_CONTENT, "The text to replace it with"),
-        replace_all=_said({"default": False, **_FLAG}, "Replace every occurrence"),
+        file_path=_field(_PATH, "The path of the file, absolute or relative to the working directory"),
+        old_string=_field(_CONTENT, "The text to replace, exactly as in the file"),
+        new_string=_field(_CONTENT, "The text to replace it with"),
+        replace_all=_field({"default": False, **_FLAG}, "Replace every occurrence"),
     ),
     "Glob": _object(
         ("pattern",),
-        pattern=_said(_PATTERN, 'The glob, such as "**/*.ts" or "src/*.{css,html}"'),
-        path=_said(_PATH, "The folder to search; default: the working directory"),
+        pattern=_field(_PATTERN, 'The glob, such as "**/*.ts" or "src/*.{css,html}"'),
+        path=_field(_PATH, "The folder to search; default: the working directory"),
     ),
     "Grep": _object(
         ("pattern",),
-        pattern=_said(_PATTERN, "The regular expression (RE2 syntax)"),
-        path=_said(_PATH, "The file or folder to search; default: the working directory"),
-        glob=_said(_PATTERN, 'Globs of the files to search, such as "*.js" or "!*.min.js"'),
+        pattern=_field(_PATTERN, "The regular expression (RE2 syntax)"),
+        path=_field(_PATH, "The file or folder to search; default: the working directory"),
+        glob=_field(_PATTERN, 'Globs of the files to search, such as "*.js" or "!*.min.js"'),
         output_mode={
             "type": "string",
             "enum": ["content", "files_with_matches", "count"],
@@ -111,40 +111,42 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
             "description": "Matching lines, only the files, or the number of matching lines in each",
         },
         **{
-            "-B": _said(_NUMBER, "Lines before each match"),
-            "-A": _said(_NUMBER, "Lines after each match"),
-            "-C": _said(_NUMBER, "Lines around each match"),
-            "context": _said(_NUMBER, "Lines around each match"),
-            "-n": _said({"default": True, **_FLAG}, "Show line numbers"),
-            "-i": _said(_FLAG, "Ignore case"),
-            "-o": _said({"default": False, **_FLAG}, "Show only the match, not its line"),
+            "-B": _field(_NUMBER, "Lines before each match"),
+            "-A": _field(_NUMBER, "Lines after each match"),
+            "-C": _field(_NUMBER, "Lines around each match"),
+            "context": _field(_NUMBER, "Lines around each match"),
+            "-n": _field({"default": True, **_FLAG}, "Show line numbers"),
+            "-i": _field(_FLAG, "Ignore case"),
+            "-o": _field({"default": False, **_FLAG}, "Show only the match, not its line"),
         },
-        type=_said(_SHORT, 'The type of the files to search, such as "js", "py" or "rust"'),
-        head_limit=_said({"default": 250, **_NUMBER}, "The maximum number of lines or entries; 0 for all"),
-        offset=_said({"default": 0, **_NUMBER}, "The number of lines or entries to skip"),
-        multiline=_said({"default": False, **_FLAG}, "Let . match newlines, and matches span lines"),
+        type=_field(_SHORT, 'The type of the files to search, such as "js", "py" or "rust"'),
+        head_limit=_field({"default": 250, **_NUMBER}, "The maximum number of lines or entries; 0 for all"),
+        offset=_field({"default": 0, **_NUMBER}, "The number of lines or entries to skip"),
+        multiline=_field({"default": False, **_FLAG}, "Let . match newlines, and matches span lines"),
     ),
 }
 
 SHELL_TOOLS: dict[str, dict[str, Any]] = {
     "Bash": _object(
         ("command",),
-        command=_said(_COMMAND, "The command line, for bash"),
-        timeout=_said(
+        command=_field(_COMMAND, "The command line, for bash"),
+        timeout=_field(
             {"default": 120_000, **_NUMBER},
             "Milliseconds, at most 600000; then the command goes on in the background",
         ),
-        description=_said(_WORDS, "What the command does, in a few words"),
-        run_in_background=_said(_FLAG, "Return at once while the command runs; see BashOutput and KillShell"),
-        dangerouslyDisableSandbox=_said(_FLAG, "Accepted but ignored: every command runs in the container"),
+        description=_field(_WORDS, "What the command does, in a few words"),
+        run_in_background=_field(
+            _FLAG, "Return at once while the command runs; see BashOutput and KillShell"
+        ),
+        dangerouslyDisableSandbox=_field(_FLAG, "Accepted but ignored: every command runs in the container"),
     ),
     "BashOutput": _object(
         ("bash_id",),
-        bash_id=_said(_SHORT, "The ID that Bash gave to the background command"),
-        filter=_said(_PATTERN, "A regular expression (RE2 syntax, case ignored): only lines that match"),
+        bash_id=_field(_SHORT, "The ID that Bash gave to the background command"),
+        filter=_field(_PATTERN, "A regular expression (RE2 syntax, case ignored): only lines that match"),
     ),
     "KillShell": _object(
-        ("shell_id",), shell_id=_said(_SHORT, "The ID that Bash gave to the background command")
+        ("shell_id",), shell_id=_field(_SHORT, "The ID that Bash gave to the background command")
     ),
 }
 

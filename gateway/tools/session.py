@@ -93,7 +93,7 @@ class Sessions:
     folder is in `folders` continue from an earlier process.
     """
 
-    def __init__(self, background: Background, folders: Folders | None = None) -> None:
+    def __init__(self, background: Background, folders: SessionFolders | None = None) -> None:
         self._background = background
         self._folders = folders
         # by tenant, least recently used first
@@ -259,7 +259,7 @@ class Sessions:
 log = logging.getLogger(__name__)
 
 
-class Folders:
+class SessionFolders:
     """The sessions' folders by tenant and name, except the workspace itself. Created by `opened`."""
 
     def __init__(self, store: Store, kept: dict[tuple[str, str], str]) -> None:
@@ -267,7 +267,7 @@ class Folders:
         self._kept = kept
 
     @classmethod
-    async def opened(cls, store: Store) -> Folders:
+    async def opened(cls, store: Store) -> SessionFolders:
         """Open what earlier processes have stored."""
         await store.settled()
         rows = await store.read(

@@ -14,7 +14,7 @@ _NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class FileText:
     """A file's text with LF line ends, and what it takes to write it back in the same form."""
 
     text: str
@@ -48,7 +48,7 @@ class Text:
         return self.mark + text.encode(self.encoding)
 
 
-def decode(data: bytes) -> Text:
+def decode(data: bytes) -> FileText:
     """Decode a file. Invalid bytes become U+FFFD, and `valid` is False.
 
     CRLF becomes LF; a file with both takes the form of its more frequent line end.
@@ -74,7 +74,7 @@ def decode(data: bytes) -> Text:
         pairs = text.count("\r\n")
         crlf = pairs > text.count("\n") - pairs
         text = text.replace("\r\n", "\n")
-    return Text(text, mark, encoding, crlf, valid, has_nul)
+    return FileText(text, mark, encoding, crlf, valid, has_nul)
 
 
 # JavaScript's white space without line ends
@@ -109,7 +109,7 @@ _SWAPPED = (
 )
 
 
-def replaced(call: Call, form: Text, old: str, new: str, *, modified: bool) -> tuple[str, int]:
+def replaced(call: Call, form: FileText, old: str, new: str, *, modified: bool) -> tuple[str, int]:
     """Return the new text and the number of replacements."""
     text = form.text
     if not old:

@@ -36,7 +36,7 @@ from gateway.storage.store import StoreFailed
 from gateway.tasks import begin
 from gateway.tools.call import Seen, ToolAnswer, ToolFailure, decode, meant, timed_out
 from gateway.tools.schemas import FILE_TOOLS, SHELL_TOOLS, check_size, descriptions
-from gateway.tools.session import Background, Folders, Sessions, ToolSession
+from gateway.tools.session import Background, SessionFolders, Sessions, ToolSession
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ _SCOPES: Final[Mapping[str, str]] = {
     "KillShell": "exec",
 }
 # the parts of a call's input that its events contain; never contents of files
-_TOLD: Final = frozenset(
+_BRIEF: Final = frozenset(
     {"file_path", "path", "pattern", "glob", "type", "output_mode"}
     | {"command", "description", "bash_id", "shell_id", "filter"}
 )
@@ -119,26 +119,26 @@ class ShellTools(Background, Protocol):
         call_id: str | None = None,
         call: LastingCall | None = None,
         begin: Callable[[], Awaitable[None]] | None = None,
-    ) -> ToolResult: ...
+    ) -> EncodedResult: ...
 
-    def told(self, exec_id: str) -> None: ...
+    def answered(self, exec_id: str) -> None: ...
 
     async def leave(self) -> set[tuple[str, str]]:
         """Leave the held commands to the next process; return the tenants and ids of their calls."""
         ...
 
-    def left_behind(self) -> Iterator[Any]:  # of `AdoptedCall`
+    def adopted(self) -> Iterator[Any]:  # of `AdoptedCall`
         ...
 
     def discard(self, left: Any) -> None: ...
 
     def take_over(self, root: FilesystemRoot, session: ToolSession, left: Any) -> None: ...
 
-    async def resume(self, root: FilesystemRoot, session: ToolSession, left: Any) -> ToolResult: ...
+    async def resume(self, root: FilesystemRoot, session: ToolSession, left: Any) -> EncodedResult: ...
 
 
 @dataclass(frozen=True, slots=True)
-class ToolResult:
+class EncodedResult:
     """One finished tool call.
 
     `encoded` is the JSON of `{content, isError, structuredContent}`, which is spliced into a reply unchanged.
@@ -150,7 +150,7 @@ class ToolResult:
     code: str | None = None
 
     @classmethod
-    def of(cls, answer: ToolAnswer) -> ToolResult:
+    def of(cls, answer: ToolAnswer) -> EncodedResult:
         head, body = decode(answer.encode())
         return cls(body, head["is_error"], head["code"])
 
@@ -159,7 +159,7 @@ class ToolResult:
         return orjson.dumps([self.is_error, self.code]) + b"\n" + self.encoded
 
     @classmethod
-    def unpacked(cls, packed: bytes) -> ToolResult:
+    def unpacked(cls, packed: bytes) -> EncodedResult:
         head, _, encoded = packed.partition(b"\n")
         is_error, code = orjson.loads(head)
         return cls(encoded, is_error, code)
@@ -180,7 +180,7 @@ class FileTools:
 
     async def call(
         self, root: FilesystemRoot, session: ToolSession, name: str, arguments: object
-    ) -> ToolResult:
+    ) -> EncodedResult:
         """Run one tool. A refusal by the tool itself is a result.
 
         Raises `NotFound` for an unknown tool, `InvalidParams` for input that is not JSON, and `Unavailable`,
@@ -209,9 +209,9 @@ class FileTools:
             head, body = decode(await self._workers.call(root, name, given))
         if path is not None and head["seen"] is not None:
             session.remember(path, Seen(*head["seen"]))
-        return ToolResult(body, head["is_error"], head["code"])
+        return EncodedResult(body, head["is_error"], head["code"])
 
-    async def _search(self, root: FilesystemRoot, name: str, given: dict[str, Any]) -> ToolResult:
+    async def _search(self, root: FilesystemRoot, name: str, given: dict[str, Any]) -> EncodedResult:
         # Most searches end quickly, so the worker for single files tries first: it is awake and warm.
         # A longer one goes to a worker where it blocks no other call.
         apart = not self._workers.rests(root.tenant)
@@ -222,10 +222,10 @@ class FileTools:
                 try:
                     named = await self._named(root, {"input": given["input"], "cwd": given["cwd"]})
                 except Timeout:
-                    return ToolResult.of(timed_out(self._settings.tool_timeout).answer())
+                    return EncodedResult.of(timed_out(self._settings.tool_timeout).answer())
                 given["named"] = None if named is None else named.decode("latin-1")
             head, body = decode(await self._workers.call(root, name, given, search=True))
-        return ToolResult(body, head["is_error"], head["code"])
+        return EncodedResult(body, head["is_error"], head["code"])
 
     async def _named(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
         """Return the names of the matching files in a large tree; None if one worker must walk it instead."""
@@ -251,7 +251,7 @@ def named_file(arguments: object, cwd: str, workspace: str) -> str | None:
         return None
 
 
-class Left(Unavailable):
+class HandedOver(Unavailable):
     """The gateway is ending; the next one continues the call and answers it under its id."""
 
     def __init__(self) -> None:
@@ -263,23 +263,23 @@ class Running:
 
     __slots__ = ("_asked", "_lingering", "_since", "_waiting", "digest", "tool", "work")
 
-    def __init__(self, tool: str, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
+    def __init__(self, tool: str, digest: bytes, work: Callable[[], Awaitable[EncodedResult]]) -> None:
         self.tool = tool
         self.digest = digest
         self._lingering: asyncio.TimerHandle | None = None
-        self._waiting: set[asyncio.Future[ToolResult]] = set()
+        self._waiting: set[asyncio.Future[EncodedResult]] = set()
         self._asked = 0.0  # until when a caller that left may return
         self._since = asyncio.get_running_loop().time()
         self.work = begin(self._do(work))
         self.work.add_done_callback(self._over)
 
-    async def _do(self, work: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
+    async def _do(self, work: Callable[[], Awaitable[EncodedResult]]) -> EncodedResult:
         result = await work()
         # not at this task's end, which others notice one turn of the loop later
         self._tell(lambda one: one.set_result(result))
         return result
 
-    def _over(self, work: asyncio.Task[ToolResult]) -> None:
+    def _over(self, work: asyncio.Task[EncodedResult]) -> None:
         if self._lingering is not None:
             self._lingering.cancel()
         if work.cancelled():
@@ -287,12 +287,12 @@ class Running:
         elif (error := work.exception()) is not None:
             self._tell(lambda one: one.set_exception(error))
 
-    def _tell(self, how: Callable[[asyncio.Future[ToolResult]], None]) -> None:
+    def _tell(self, how: Callable[[asyncio.Future[EncodedResult]], None]) -> None:
         for one in self._waiting:
             if not one.done():
                 how(one)
 
-    async def result(self, linger: float) -> ToolResult:
+    async def result(self, linger: float) -> EncodedResult:
         """Wait for the result. The work is ended `linger` seconds after its last caller has left.
 
         Of several callers that left, the longest `linger` counts. Raises what the work raises, and
@@ -306,7 +306,7 @@ class Running:
             self._lingering.cancel()
             self._lingering = None
         loop = asyncio.get_running_loop()
-        one: asyncio.Future[ToolResult] = loop.create_future()
+        one: asyncio.Future[EncodedResult] = loop.create_future()
         if not self._waiting:
             self._asked = 0.0  # the caller came back
         self._waiting.add(one)
@@ -325,7 +325,7 @@ class Running:
 
     def leave(self) -> None:
         """Tell all callers that the next process will have the result."""
-        self._tell(lambda one: one.set_exception(Left()))
+        self._tell(lambda one: one.set_exception(HandedOver()))
 
 
 async def only_brief(calls: Callable[[], Iterable[Running]], seconds: float) -> None:
@@ -342,12 +342,12 @@ def given_up() -> Cancelled:
     return Cancelled("the caller cancelled the call")
 
 
-class Turns(Protocol):
+class TurnRecorder(Protocol):
     """Records what calls may have changed; `gateway.history` implements it."""
 
     def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
-    ) -> AbstractAsyncContextManager[Callable[[ToolResult], None]]:
+    ) -> AbstractAsyncContextManager[Callable[[EncodedResult], None]]:
         """Note a call while it runs, and its result. Never refuses a call.
 
         Waits, briefly, only if the call would hide what somebody else has just changed.
@@ -364,19 +364,18 @@ class Toolbox:
     def __init__(
         self,
         runtime: TenantRuntime,
-        workers: Workers,
+        files: FileTools,
         shells: ShellTools,
-        turns: Turns,
+        turns: TurnRecorder,
         bus: Bus,
         idempotency: Idempotency,
-        folders: Folders,
+        folders: SessionFolders,
         settings: Settings,
-        spare: Spare = nothing_to_spare,
     ) -> None:
         self._runtime = runtime
         self._turns = turns
         self._shells = shells
-        self._files = FileTools(workers, settings, spare)
+        self._files = files
         self._bus = bus
         self._settings = settings
         self._idempotency = idempotency
@@ -387,7 +386,7 @@ class Toolbox:
     async def __aenter__(self) -> Toolbox:
         """Continue the calls and background commands of earlier processes."""
         await self.sessions.__aenter__()
-        for left in self._shells.left_behind():
+        for left in self._shells.adopted():
             await self._take_over(left)
         return self
 
@@ -424,7 +423,7 @@ class Toolbox:
         by: str = "",
         call_id: str | None = None,
         linger: float | None = None,
-    ) -> ToolResult:
+    ) -> EncodedResult:
         """Run one tool; with a `call_id` that was used before, return the result of that call.
 
         A call with an id continues for `linger` seconds after its caller has left (at most and by default
@@ -437,27 +436,27 @@ class Toolbox:
         try:
             check_size(name, arguments)
         except ToolFailure as error:
-            return ToolResult.of(error.answer())
+            return EncodedResult.of(error.answer())
         if call_id is None:
             exec_id = _exec_id(name)
             try:
                 return await self._call(tenant, session, name, arguments, by, None, exec_id=exec_id)
             finally:
                 if exec_id:
-                    self._shells.told(exec_id)
+                    self._shells.answered(exec_id)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
         key: Key = (tenant, "call", call_id)
         running = self._running.get(key)
         if running is None:
             known = await self._idempotency.result(key, digest)
             if known is not None:
-                return ToolResult.unpacked(known)
+                return EncodedResult.unpacked(known)
             running = self._running.get(key)  # another call may have come first meanwhile
         if running is None:
             longest = CALL_LINGER
             stays = longest if linger is None else min(linger, longest)
             if self._leaving:
-                raise Left
+                raise HandedOver
             work = partial(self._first, key, digest, session, name, arguments, by, stays)
             running = self._begin(key, name, digest, work)
         elif running.digest != digest:
@@ -466,7 +465,7 @@ class Toolbox:
         return await running.result(longest if linger is None else min(linger, longest))
 
     def _begin(
-        self, key: Key, tool: str, digest: bytes, work: Callable[[], Awaitable[ToolResult]]
+        self, key: Key, tool: str, digest: bytes, work: Callable[[], Awaitable[EncodedResult]]
     ) -> Running:
         running = self._running[key] = Running(tool, digest, work)
         running.work.add_done_callback(lambda _: self._running.pop(key))
@@ -481,7 +480,7 @@ class Toolbox:
         arguments: Mapping[str, Any],
         by: str,
         linger: float,
-    ) -> ToolResult:
+    ) -> EncodedResult:
         """Make a call and store its result under its id."""
         tenant, _, call_id = key
         if name not in _LASTING:
@@ -499,8 +498,8 @@ class Toolbox:
         return await self._recorded(key, digest, work, exec_id)
 
     async def _recorded(
-        self, key: Key, digest: bytes, work: Awaitable[ToolResult], exec_id: str
-    ) -> ToolResult:
+        self, key: Key, digest: bytes, work: Awaitable[EncodedResult], exec_id: str
+    ) -> EncodedResult:
         """Wait for a call that is recorded as begun, and store its result."""
         try:
             result = await work
@@ -522,7 +521,7 @@ class Toolbox:
             raise
         finally:
             if not self._leaving:
-                self._shells.told(exec_id)
+                self._shells.answered(exec_id)
 
     # --- across a restart of the gateway ---------------------------------------------------------------
 
@@ -582,16 +581,16 @@ class Toolbox:
         session: ToolSession,
         left: AdoptedCall,
         call: LastingCall,
-    ) -> ToolResult:
+    ) -> EncodedResult:
         """Finish a call of an earlier process."""
         work = self._finished(root, session, left, call)
         return await self._recorded(key, digest, work, left.exec_id)
 
     async def _finished(
         self, root: FilesystemRoot, session: ToolSession, left: AdoptedCall, call: LastingCall
-    ) -> ToolResult:
+    ) -> EncodedResult:
         who = {"call": call.event, "by": call.by, "callId": call.id}
-        with self._told(left.tenant, session, "Bash", who, call.began) as outcome:
+        with self._published(left.tenant, session, "Bash", who, call.began) as outcome:
             async with self._turns.during(root, session, "Bash", {}, call.by) as note:
                 result = await self._shells.resume(root, session, left)
                 note(result)
@@ -623,18 +622,18 @@ class Toolbox:
         exec_id: str = "",
         call: LastingCall | None = None,
         begin: Callable[[], Awaitable[None]] | None = None,
-    ) -> ToolResult:
-        told = {
-            key: value[:200] for key, value in arguments.items() if key in _TOLD and isinstance(value, str)
+    ) -> EncodedResult:
+        brief = {
+            key: value[:200] for key, value in arguments.items() if key in _BRIEF and isinstance(value, str)
         }
         who = {"call": _event_id() if call is None else call.event, "by": by}  # in both events of the call
         if call_id is not None:
             who["callId"] = call_id
-        started: dict[str, Any] = {"name": name, "input": told, **who}
+        started: dict[str, Any] = {"name": name, "input": brief, **who}
         if exec_id:
             started["exec"] = exec_id
         self._bus.publish("tool.started", tenant, started)
-        with self._told(tenant, session, name, who, time.time()) as outcome:
+        with self._published(tenant, session, name, who, time.time()) as outcome:
             root = await self._runtime.filesystem(tenant)
             async with self._turns.during(root, session, name, arguments, by) as note:
                 if name in SHELL_TOOLS:
@@ -653,13 +652,13 @@ class Toolbox:
         if name == "Bash":
             await self.sessions.keep(tenant, session)
         if name in _WRITES and not result.is_error:
-            file_written(self._bus, tenant, told.get("file_path", ""), by, name)
+            file_written(self._bus, tenant, brief.get("file_path", ""), by, name)
         return result
 
     @contextlib.contextmanager
-    def _told(
+    def _published(
         self, tenant: str, session: ToolSession, name: str, who: Mapping[str, Any], began: float
-    ) -> Iterator[Callable[[ToolResult], None]]:
+    ) -> Iterator[Callable[[EncodedResult], None]]:
         """Publish how a call ends; the block passes its result to the yielded function."""
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
         session.holders += 1  # so that it is not dropped to make room meanwhile

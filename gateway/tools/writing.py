@@ -11,7 +11,7 @@ from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
 from gateway.rootfs.paths import show
 from gateway.rootfs.root import FOLDER, Made, etag, refusal
 from gateway.tools.call import Call, Seen, ToolAnswer, ToolFailure, failure, meant, missing, outside, text
-from gateway.tools.texts import STALE, Text, decode, replaced, trimmed
+from gateway.tools.texts import STALE, FileText, decode, replaced, trimmed
 
 _CURRENT = " (file state is current in your context — no need to Read it back)"
 _CHANGED = (
@@ -28,10 +28,10 @@ _KEPT_FORM = (
 )
 _UNREAD = "File has not been read yet. Read it first before writing to it."
 _ATTEMPTS = 5  # tries of an edit while the tenant keeps changing the file
-_PLAIN = Text("", b"", "utf-8", False, True, False)
+_PLAIN = FileText("", b"", "utf-8", False, True, False)
 
 
-class _Target:
+class _EditTarget:
     """The location of a file: its open folder, its name, and the existing regular file, if any."""
 
     def __init__(self, call: Call, path: str, *, create: bool, made: list[Made]) -> None:
@@ -124,12 +124,12 @@ def _modified(call: Call, now: os.stat_result, data: bytes | None) -> bool:
     return data is None or not seen.whole or crc32(data) != seen.checksum
 
 
-def _refuse_binary(form: Text, *, tagged: bool) -> None:
+def _refuse_binary(form: FileText, *, tagged: bool) -> None:
     if form.flaw:
         raise ToolFailure("binary_file", form.flaw + _KEPT_FORM, tagged=tagged)
 
 
-def _place(call: Call, given: str) -> str:
+def _located(call: Call, given: str) -> str:
     try:
         if meant(given).startswith("~/"):  # a home folder; do not create a folder named ~
             raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
@@ -141,7 +141,7 @@ def _place(call: Call, given: str) -> str:
 def write(call: Call) -> ToolAnswer:
     given: str = call.given["file_path"]
     content: str = call.given["content"]
-    path = _place(call, given)
+    path = _located(call, given)
     if not path:
         raise _is_directory(call, given)
     if len(content) > call.limits.write_max:
@@ -179,7 +179,7 @@ def _is_directory(call: Call, given: str) -> ToolFailure:
 
 
 def _write(call: Call, given: str, path: str, content: str, made: list[Made]) -> ToolAnswer:
-    target = _Target(call, path, create=True, made=made)
+    target = _EditTarget(call, path, create=True, made=made)
     try:
         form = _PLAIN
         old = target.old
@@ -220,7 +220,7 @@ def edit(call: Call) -> ToolAnswer:
         raise ToolFailure(
             "invalid_params", "No changes to make: old_string and new_string are exactly the same."
         )
-    path = _place(call, given)
+    path = _located(call, given)
     if not path:
         raise _is_directory(call, given)
     if len(old) > call.limits.write_max or len(new) > call.limits.write_max:
@@ -232,7 +232,7 @@ def edit(call: Call) -> ToolAnswer:
 def _edit(
     call: Call, given: str, path: str, old: str, new: str, shorter: str, made: list[Made]
 ) -> ToolAnswer:
-    target = _Target(call, path, create=not old, made=made)
+    target = _EditTarget(call, path, create=not old, made=made)
     try:
         before = target.old
         if before is None:

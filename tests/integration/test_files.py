@@ -24,7 +24,7 @@ from gateway.rootfs.workers import Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from gateway.tools.session import ToolSession
-from gateway.tools.toolbox import FileTools, ToolResult
+from gateway.tools.toolbox import EncodedResult, FileTools
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.integration.sites import filled
@@ -43,7 +43,7 @@ class Files:
         self.root = root
         self.session = ToolSession()
 
-    async def call(self, tool: str, **given: object) -> ToolResult:
+    async def call(self, tool: str, **given: object) -> EncodedResult:
         return await self.tools.call(self.root, self.session, tool, given)
 
     async def text(self, tool: str, **given: object) -> str:

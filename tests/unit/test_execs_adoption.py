@@ -337,7 +337,7 @@ async def taken_over(settings: Settings) -> AsyncIterator[dict[str, BashCommand]
                 Shells(execs, workers, settings) as shells,
             ):
                 session, found = ToolSession(lifetime="named", name="agent"), dict[str, BashCommand]()
-                for left in shells.left_behind():
+                for left in shells.adopted():
                     if left.in_front:  # of a call that nobody knows
                         shells.discard(left)
                         continue

@@ -19,13 +19,13 @@ from gateway.history.repository import (
     Commit,
     both,
     changes,
+    clean_text,
     committed,
     conflicting,
     deployed,
+    display,
     listed,
     name,
-    said,
-    shown,
 )
 
 SHELLS = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
@@ -130,7 +130,7 @@ def test_a_diff_that_is_cut_says_so() -> None:
 def test_names_and_titles_are_what_git_takes() -> None:
     assert name("<Claude> \n;") == "Claude"
     assert name("<>\n.") == name("") == "unknown"
-    assert said(" a\x00b \r\n\x1b[2J\tc\n\n", 100) == "a b\n [2J c"
+    assert clean_text(" a\x00b \r\n\x1b[2J\tc\n\n", 100) == "a b\n [2J c"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def undo(folder: Folder, turn: Commit | None, *force: str) -> tuple[Commit | Non
     given = b"".join(os.fsencode(path) + b"\0" for path in force)
     code, printed = folder.run("restore", "undo", turn.id, "1", "undo", given=given)
     assert code == 0, printed
-    return committed(printed, BLANK), [shown(path) for path in conflicting(printed)]
+    return committed(printed, BLANK), [display(path) for path in conflicting(printed)]
 
 
 LINES = "1\n2\n3\n4\n5\n6\n7\n8\n9\n"

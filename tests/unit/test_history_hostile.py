@@ -100,7 +100,7 @@ class Hostile(Folder):
                 return None
         return committed(printed, BLANK)
 
-    def known(self) -> set[str]:
+    def unrecorded(self) -> set[str]:
         return {turn.id for turn in listed(self.run("list", "10")[1], 200)}
 
 
@@ -110,7 +110,7 @@ def test_whatever_a_workspace_is_its_turn_is_recorded(tmp_path: Path, script: st
     folder = Hostile(tmp_path)
     folder.does(script)
     turn = folder.attempt(30)
-    assert turn is not None and folder.known() == {folder.first.id, turn.id}
+    assert turn is not None and folder.unrecorded() == {folder.first.id, turn.id}
     assert not list(tmp_path.rglob("pwned"))
 
 
@@ -124,7 +124,7 @@ def test_whatever_a_history_is_made_the_next_attempt_has_the_turn(tmp_path: Path
         turn = folder.attempt(1)  # on a busy machine the first one had not even begun
     # one that was ended may have recorded it just before, so that nothing is left for the next
     turn = turn or folder.attempt(30)
-    known = folder.known()
+    known = folder.unrecorded()
     assert len(known) == 2 and known >= {folder.first.id, *(() if turn is None else (turn.id,))}
     assert not list(tmp_path.rglob("pwned"))
 
@@ -134,7 +134,7 @@ def test_a_history_that_is_none_begins_anew(tmp_path: Path, script: str) -> None
     folder = Hostile(tmp_path)
     folder.does(script)
     turn = folder.attempt(30)
-    assert turn is not None and folder.known() == {turn.id}
+    assert turn is not None and folder.unrecorded() == {turn.id}
 
 
 def test_a_killed_one_stands_in_nobodys_way(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools import grep
 from gateway.tools.session import ToolSession
-from gateway.tools.toolbox import FileTools, ToolResult
+from gateway.tools.toolbox import EncodedResult, FileTools
 from tests.unit.test_rootfs_workers import USER, LaidRoot, folders, make_root, needs_root
 from tests.unit.test_tools_conformance import HereWorkers
 
@@ -72,7 +72,7 @@ class Target:
                 for path in (folder, *(os.path.join(folder, name) for name in names + files)):
                     os.chown(path, USER, USER, follow_symlinks=False)
 
-    async def call(self, tool: str, within: float = PATIENCE + 1, **given: Any) -> ToolResult:
+    async def call(self, tool: str, within: float = PATIENCE + 1, **given: Any) -> EncodedResult:
         async with asyncio.timeout(within):
             result = await self.tools.call(self.root, ToolSession(), tool, given)
         json.loads(result.encoded.decode("utf-8"))

@@ -16,7 +16,7 @@ from gateway.errors import Cancelled, Gone, TooLarge
 from gateway.idempotency import Idempotency, Key
 from gateway.settings import Settings
 from gateway.storage.store import Store
-from gateway.tools.session import Folders
+from gateway.tools.session import SessionFolders
 
 MOST = 1 << 20
 CALL: Key = ("shop", "call", "c1")
@@ -25,7 +25,7 @@ CALL: Key = ("shop", "call", "c1")
 class Home:
     """The records of one member's gateway."""
 
-    def __init__(self, member: str, store: Store, idempotency: Idempotency, folders: Folders) -> None:
+    def __init__(self, member: str, store: Store, idempotency: Idempotency, folders: SessionFolders) -> None:
         self.store, self.idempotency, self.folders = store, idempotency, folders
         self.recalled: list[str] = []
         self.records = Records(store, member, MOST, (idempotency.recall, folders.recall, self._recall))
@@ -44,7 +44,7 @@ class Home:
 async def home(folder: Path, member: str) -> AsyncIterator[Home]:
     async with Store(folder / member) as store:
         idempotency = await Idempotency.opened(store, Settings())
-        yield Home(member, store, idempotency, await Folders.opened(store))
+        yield Home(member, store, idempotency, await SessionFolders.opened(store))
 
 
 @pytest.fixture

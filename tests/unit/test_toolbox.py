@@ -8,10 +8,10 @@ import pytest
 
 from gateway.errors import Cancelled, NotFound
 from gateway.tools.call import ToolAnswer
-from gateway.tools.toolbox import Running, ToolResult, only_brief
+from gateway.tools.toolbox import EncodedResult, Running, only_brief
 from tests.waits import pause, settled, turn
 
-DONE = ToolResult.of(ToolAnswer([{"type": "text", "text": "done"}], {}))
+DONE = EncodedResult.of(ToolAnswer([{"type": "text", "text": "done"}], {}))
 
 
 @pytest.mark.parametrize("ending", ["result", "error", "given up"])
@@ -19,7 +19,7 @@ async def test_all_are_told(ending: str) -> None:
     """Also those who come when it is over; one who leaves costs the others nothing."""
     gate = asyncio.Event()
 
-    async def work() -> ToolResult:
+    async def work() -> EncodedResult:
         await gate.wait()
         if ending == "error":
             raise NotFound("no such thing")
@@ -37,7 +37,7 @@ async def test_all_are_told(ending: str) -> None:
         told = await asyncio.gather(*waiting[1:], return_exceptions=True)
         late = await asyncio.gather(running.result(60), return_exceptions=True)
     assert waiting[0].cancelled()
-    kinds = {"result": ToolResult, "error": NotFound, "given up": Cancelled}
+    kinds = {"result": EncodedResult, "error": NotFound, "given up": Cancelled}
     assert [type(one) for one in (*told, *late)] == [kinds[ending]] * 3
 
 
@@ -74,7 +74,7 @@ async def test_calls_that_take_long_are_waited_for_before_a_hand_over() -> None:
     loop = asyncio.get_running_loop()
     gate, running = asyncio.Event(), list[Running]()
 
-    async def work() -> ToolResult:
+    async def work() -> EncodedResult:
         await gate.wait()
         return DONE
 

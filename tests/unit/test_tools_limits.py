@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.errors import Timeout
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.session import ToolSession
 from gateway.tools.toolbox import FileTools
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root
 
-SETTINGS = Settings(
-    read_max=1000,
-    write_max=2000,
-    result_max=3000,
-    visit_max=300,
-    matches_max=40,
-    depth_max=8,
-    pattern_max=50,
-    list_max=100,
-    tool_timeout=5.0,
-)
+SETTINGS = Settings(write_max=2000, list_max=100, tool_timeout=5.0)
+LIMITS = Limits(read_max=1000, result_max=3000, visit_max=300, matches_max=40, depth_max=8, pattern_max=50)
 
 
 class Site:
@@ -53,7 +45,7 @@ class Site:
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with Workers(SETTINGS, folders(tmp_path)) as workers:
+    async with Workers(SETTINGS, folders(tmp_path), limits=LIMITS) as workers:
         yield Site(make_root(tmp_path), workers)
 
 
@@ -187,8 +179,6 @@ async def test_what_does_not_look_at_the_clock_is_killed(tmp_path: Path) -> None
 
 
 def test_defaults() -> None:
-    """Every limit is finite without a setting; a call has ten seconds."""
-    settings = Settings()
-    assert settings.tool_timeout == 10.0
-    bounded: Callable[[str], bool] = lambda name: 0 < getattr(settings, name) < 1 << 40  # noqa: E731
-    assert all(bounded(name) for name in SETTINGS.model_fields_set)
+    """Every limit is finite; a call has ten seconds."""
+    assert Settings().tool_timeout == 10.0
+    assert all(0 < getattr(Limits(), name) < 1 << 40 for name in Limits.__slots__)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
+from gateway.rootfs.messages import Limits
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.call import ToolFailure
@@ -28,7 +29,8 @@ from tests.waits import turn
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pypdfium2")
 
-SETTINGS = Settings(tool_timeout=3.0, worker_memory=256 << 20, pdf_max=4 << 20)
+SETTINGS = Settings(tool_timeout=3.0, worker_memory=256 << 20)
+LIMITS = Limits(pdf_max=4 << 20)
 
 
 def pdf(
@@ -74,7 +76,7 @@ def images(result: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 async def workers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Workers]:
-    async with Workers(SETTINGS, folders(tmp_path_factory.getbasetemp(), "tenant")) as running:
+    async with Workers(SETTINGS, folders(tmp_path_factory.getbasetemp(), "tenant"), limits=LIMITS) as running:
         yield running
 
 

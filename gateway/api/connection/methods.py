@@ -17,7 +17,8 @@ from gateway.auth.tokens import Token
 from gateway.errors import Forbidden, NotFound
 from gateway.events import Filter, Subscription, positions
 from gateway.files.files import Files, Watch
-from gateway.tools.toolbox import Left
+from gateway.rootfs.messages import RESULT_MAX
+from gateway.tools.toolbox import HandedOver
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +205,13 @@ class ToolMethods(Family):
                 call_id=params.call_id,
                 linger=None if params.linger_ms is None else params.linger_ms / 1000,
             )
-        except Left:  # send no answer: the socket is about to close, and clients then ask again
+        except HandedOver:  # send no answer: the socket is about to close, and clients then ask again
             await asyncio.get_running_loop().create_future()
             raise
         return Answer(result.encoded)
 
     def _most(self, params: protocol.ToolsCall) -> int:
-        return self._hub.settings.result_max if params.name in ("Read", "Grep", "Glob") else 0
+        return RESULT_MAX if params.name in ("Read", "Grep", "Glob") else 0
 
     async def _fence(self, params: protocol.ToolsCall) -> None:
         if params.call_id is not None:
@@ -289,7 +290,7 @@ class HistoryMethods(Family):
         return Answer(await self._hub.history.changes(self._tenant, params.turn))
 
     def _most(self, params: protocol.HistoryTurn) -> int:
-        return self._hub.settings.result_max
+        return RESULT_MAX
 
     async def _restore(self, params: protocol.HistoryRestore) -> Answer:
         token = self._client.require("files:write")
