@@ -116,7 +116,7 @@ class History:
         hidden += [task for path in known for task in self._outside.others(tenant, path, by)]
         if hidden:
             await asyncio.wait(hidden, timeout=PATIENCE)
-        # from before it changes on, or whoever records meanwhile would take it for nobody's
+        # noted before the change, or a commit made during it would leave it unattributed
         change = OpenTurn(by, by, by, paths=set(known))
         self._open.wait(tenant, change)
         try:
@@ -227,7 +227,7 @@ class History:
     # --- with tenants and the gateway -------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Record sites as they are deployed, and what people change, until the bus closes."""
+        """Record each deployed site, and what people change, until the bus closes."""
         async for event in self._bus.subscribe(Filter(types=_FOLLOWED), patient=True):
             if not self.on or event.tenant is None:
                 continue
@@ -312,7 +312,7 @@ class History:
             return None
         self._open.wait(tenant, turn)
         if turn.wide and (others := self._outside.record(tenant)):
-            await asyncio.wait(others)  # or what others have changed meanwhile would be nobody's
+            await asyncio.wait(others)  # or what others have changed would be unattributed
         return await self._recorder.record(tenant, turn)
 
     def _check(self) -> None:

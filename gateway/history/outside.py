@@ -23,7 +23,7 @@ _COMMAND: Final = 80  # characters of a command in a title
 
 @dataclass(eq=False, slots=True)
 class _OutsideChange:
-    """What is to be recorded as one commit: of the paths of `turn`, or, where that is wide, of any."""
+    """Changes to record as one commit: of the paths of `turn` or, if that is wide, of any path."""
 
     turn: OpenTurn
     since: float = 0.0  # of the loop's clock
@@ -48,11 +48,11 @@ class _WorkspaceChanges:
 class OutsideChanges:
     """Changes of all tenants outside of turns, each recorded once it rests. Used from the event loop only.
 
-    Commands are those of clients: what a tool runs is its turn's, and what helpers change, as language
-    servers, is nobody's. They may change anything at any time, so the workspace is looked at once they have
-    printed nothing for some seconds and, if they go on, every `TURN_REST` seconds. What changed while one
-    ran, or printed something, is ascribed to it; the rest is nobody's, and what a deployment changes is its
-    own.
+    Only the commands of clients count: a tool's command belongs to its turn, and changes by helpers such as
+    language servers stay unattributed. A command may change anything at any time. So the workspace is
+    examined once commands have printed nothing for some seconds and, if they go on printing, every
+    `TURN_REST` seconds. A change made while one of them ran, or printed something, is ascribed to it. Other
+    changes stay unattributed, and those of a deployment are the deployment's.
     """
 
     def __init__(self, execs: Callable[[str], Sequence[Exec]], open_: OpenTurns, recorder: Recorder) -> None:
@@ -88,7 +88,7 @@ class OutsideChanges:
     def ran(self, tenant: str, exec_id: str, by: str) -> None:
         """Note that a command has started."""
         exec_ = next((one for one in self._execs(tenant) if one.id == exec_id), None)
-        if exec_ is None or exec_.spec.work != "client":  # a tool's, whose turn it is, or nobody's
+        if exec_ is None or exec_.spec.work != "client":  # a tool's, which its turn records, or a helper's
             return
         place = self._of.setdefault(tenant, _WorkspaceChanges())
         place.ran[exec_id] = (exec_, by)

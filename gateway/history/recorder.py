@@ -17,7 +17,16 @@ from weakref import WeakValueDictionary
 
 from gateway.errors import Conflict, ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.events import Bus
-from gateway.history.repository import TITLE_MAX, Commit, Mode, Repository, Times, clean_text, name, nobody
+from gateway.history.repository import (
+    TITLE_MAX,
+    Commit,
+    Mode,
+    Repository,
+    Times,
+    clean_text,
+    name,
+    unattributed,
+)
 from gateway.runtime.sites import Quiet, at_once
 from gateway.settings import Settings
 
@@ -28,11 +37,11 @@ T = TypeVar("T")
 
 _PATHS: Final = 500  # paths that a turn remembers; one with more records every change
 _BYTES: Final = 64 << 10  # bytes of these paths
-_PATHS_OF_TENANT: Final = 8000  # of all open turns; to sort them takes some 5 ms of the loop
-_TIMES: Final = 32  # spans of time that a turn remembers; the two eldest of more become one
+_PATHS_OF_TENANT: Final = 8000  # of all open turns; sorting them takes about 5 ms of the loop
+_TIMES: Final = 32  # spans of time that a turn remembers; the two oldest of more become one
 COARSE: Final = 0.02  # seconds by which the kernel's time of a change may be too early
 TURN_REST: Final = 60.0  # seconds without a tool call after which a session's turn ends
-QUIET_WAIT: Final = 120.0  # seconds after which the eldest no longer waits for a quiet moment
+QUIET_WAIT: Final = 120.0  # seconds after which the oldest task no longer waits for a quiet moment
 _OURS: Final = "incus-gateway"  # author of commits without a turn
 _TRIES: Final = 3  # tries to record a turn of a running tenant
 _WRITES: Final = 3  # tries to undo a turn while others write its files
@@ -116,7 +125,7 @@ class OpenTurn:
 
 
 def without(times: Times, others: Times) -> list[tuple[float, float]]:
-    """Return what is left of spans of time without others."""
+    """Return spans of time with the others cut out of them."""
     left = sorted(times)
     for since, until in others:
         pieces = (piece for a, b in left for piece in ((a, min(b, since)), (max(a, until), b)))
@@ -197,7 +206,7 @@ class OpenTurns:
     def share(self, tenant: str, turn: OpenTurn) -> tuple[Mode, list[str]]:
         """Return which changes belong to `turn`: `only` these paths, all `but` these, or `all`.
 
-        A path that another is known to have written belongs to that one, unless both wrote it.
+        A path that only another turn is known to have written belongs to that other turn.
         """
         if not turn.wide:
             return "only", sorted(turn.paths)
@@ -218,7 +227,7 @@ class QuietQueue:
 
     def __init__(self) -> None:
         self.quiet: Quiet = at_once
-        self._waiting: dict[str, _QuietTask] = {}  # by tenant, the eldest first
+        self._waiting: dict[str, _QuietTask] = {}  # by tenant, oldest first
         self._task: asyncio.Task[None] | None = None
 
     def close(self) -> None:
@@ -228,7 +237,7 @@ class QuietQueue:
 
     @contextlib.asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Wait for the turn of a tenant's piece of work, and do it inside. Each has one at a time."""
+        """Wait until the tenant's work may begin; it is done inside. A tenant has at most one waiting."""
         piece = self._waiting[tenant] = _QuietTask(asyncio.get_running_loop())
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._one_by_one(), name="work that can wait")
@@ -252,11 +261,11 @@ class QuietQueue:
 
     async def _one_by_one(self) -> None:
         while self._waiting:
-            eldest = next(iter(self._waiting.values()))
+            oldest = next(iter(self._waiting.values()))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(eldest.until):
+                async with asyncio.timeout_at(oldest.until):
                     await self.quiet()
-            await self._begin(eldest)
+            await self._begin(oldest)
 
     async def _begin(self, piece: _QuietTask) -> None:
         piece.may_begin.set()
@@ -276,7 +285,7 @@ class Recorder:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._begun: dict[str, asyncio.Task[None]] = {}
-        self._told: dict[str, int] = {}  # commits of each tenant
+        self._commits: dict[str, int] = {}  # commits of each tenant
         self.deploying: set[str] = set()  # tenants whose files a deployment may be changing
         self._going: dict[str, asyncio.Future[None]] = {}  # tenants that are going back
         self._asleep: dict[str, Commit] = {}  # sites deployed to tenants that stopped before it was recorded
@@ -298,11 +307,11 @@ class Recorder:
         return task
 
     async def carried(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what `work` returns; it is carried through even if whoever asked for it is gone."""
+        """Return what `work` returns; it continues if its caller is cancelled."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may be gone
         return await asyncio.shield(task)
 
     def expect(self, tenant: str, made: Collection[str] = ()) -> None:
@@ -363,7 +372,7 @@ class Recorder:
             left = self._open.others_at_work(tenant, turn)
             others, found = await self._repository.commit(tenant, mode, paths, made, times, left)
         for one in (others, found):
-            self._tell(tenant, one)
+            self._publish(tenant, one)
         return found
 
     async def outside(self, tenant: str, change: OpenTurn) -> None:
@@ -379,10 +388,10 @@ class Recorder:
         finally:
             self._open.recorded(tenant, change)
         for one in (others, found):
-            self._tell(tenant, one)
+            self._publish(tenant, one)
 
     async def deployed(self, tenant: str, title: str, by: str) -> None:
-        """Record a site as it was deployed, and make its workspace a repository if it is not one.
+        """Record a deployed site, and make its workspace a git repository if necessary.
 
         It costs a fifth of a deployment, so it waits for those that are under way, unless something needs it.
         """
@@ -404,10 +413,10 @@ class Recorder:
         finally:
             self.deploying.discard(tenant)
         self._begun.setdefault(tenant, self.spawn(tenant, asyncio.sleep(0)))
-        self._tell(tenant, found)
+        self._publish(tenant, found)
 
     async def still(self, tenant: str, seconds: float) -> None:
-        """Wait until nobody goes back in a workspace, for so long at most: before it is changed."""
+        """Wait, for at most some seconds, until no undo or restore runs in a workspace."""
         if (going := self._going.get(tenant)) is not None:
             await asyncio.wait([going], timeout=seconds)
 
@@ -430,10 +439,10 @@ class Recorder:
             words = f"Undo: {title}" if side == "before" else f"Restore: {title}"
             new = _made("restored", name(by), name(by), words)
             found, restored = await self._repository.restore(
-                tenant, turn, side, nobody(int(time.time())), new
+                tenant, turn, side, unattributed(int(time.time())), new
             )
         for one in (found, restored):
-            self._tell(tenant, one)
+            self._publish(tenant, one)
         return restored
 
     async def undo(
@@ -450,14 +459,14 @@ class Recorder:
             for left in reversed(range(_WRITES)):
                 try:
                     found, undone, conflicts = await self._repository.undo(
-                        tenant, turn, force, nobody(int(time.time())), new
+                        tenant, turn, force, unattributed(int(time.time())), new
                     )
                     break
                 except Conflict as error:  # files that somebody writes at this moment
                     if not left or error.facts.get("reason") != "in_the_way":
                         raise
         for one in (found, undone):
-            self._tell(tenant, one)
+            self._publish(tenant, one)
         return undone, conflicts
 
     def again(self, tenant: str) -> None:
@@ -470,7 +479,7 @@ class Recorder:
     def forget(self, tenant: str) -> None:
         """Forget a destroyed tenant; a new one of that name has a new history."""
         self.afterwards.hurry(tenant)
-        for of in (self._begun, self._told, self._late, self._asleep):
+        for of in (self._begun, self._commits, self._late, self._asleep):
             of.pop(tenant, None)
         self.deploying.discard(tenant)
 
@@ -496,14 +505,14 @@ class Recorder:
         except GatewayError:
             self._begun.pop(tenant, None)
             raise
-        self._tell(tenant, found)
+        self._publish(tenant, found)
 
-    def _tell(self, tenant: str, turn: Commit | None) -> None:
+    def _publish(self, tenant: str, turn: Commit | None) -> None:
         if turn is None:
             return
         self._bus.publish("turn.committed", tenant, turn.on_wire())
-        told = self._told[tenant] = self._told.get(tenant, 0) + 1
-        if told % _TIDY == 0:
+        count = self._commits[tenant] = self._commits.get(tenant, 0) + 1
+        if count % _TIDY == 0:
             self.spawn(tenant, self._tidy(tenant))
 
     async def _tidy(self, tenant: str) -> None:
@@ -511,7 +520,7 @@ class Recorder:
             await self._repository.tidy(tenant)
 
     def _lock(self, tenant: str) -> asyncio.Lock:
-        self.afterwards.hurry(tenant)  # whoever holds it has no reason to wait any more
+        self.afterwards.hurry(tenant)  # its holder need not wait for a quiet moment any more
         lock = self._locks.get(tenant)
         if lock is None:
             lock = self._locks[tenant] = asyncio.Lock()

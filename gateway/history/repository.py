@@ -49,7 +49,7 @@ class Commit:
     """One commit of the history. `added` and `removed` count lines, `at` is in seconds since the epoch.
 
     `kind` is `turn`; `restored` for going back; `outside` for changes found before that; `deployed` for a
-    site as it was deployed; or `first` for the workspace as it was found. `left_out` are paths that are too
+    deployed site; or `first` for the workspace before the first turn. `left_out` are paths that are too
     large, or not regular files.
     """
 
@@ -107,19 +107,19 @@ def deployed(facts: Mapping[str, Any]) -> tuple[str, str]:
     return f"{what} ({facts['deployment']})", str(facts.get("by", ""))
 
 
-def nobody(at: int) -> Commit:
-    """Return the turn of changes that cannot be ascribed to anybody."""
+def unattributed(at: int) -> Commit:
+    """Return a commit for changes without a known author."""
     return Commit("", "outside", "nobody", "nobody", "Changed outside of turns", at)
 
 
 def both(printed: bytes, turn: Commit) -> tuple[Commit | None, Commit | None]:
-    """Return what commit.sh found: of nobody, and `turn`; each None if nothing changed."""
+    """Return the two commits of commit.sh, the unattributed one and `turn`; None for one without changes."""
     word, _, rest = printed.partition(b" ")
     if word != b"outside":
         return None, committed(printed, turn)
     commit, _, rest = rest.partition(b"\n")
     counts, _, rest = rest.partition(b"\n")
-    return committed(commit + b"\n" + counts + b"\n", nobody(turn.at)), committed(rest, turn)
+    return committed(commit + b"\n" + counts + b"\n", unattributed(turn.at)), committed(rest, turn)
 
 
 def committed(printed: bytes, turn: Commit) -> Commit | None:
@@ -140,7 +140,7 @@ def conflicting(printed: bytes) -> list[bytes]:
 
 
 def display(path: bytes) -> str:
-    """Return a path as it is listed: escapes stand for what is not printable."""
+    """Return a path for a list, with escapes for unprintable characters."""
     return show(os.fsdecode(path))
 
 
@@ -199,9 +199,9 @@ def changes(printed: bytes, most: int) -> dict[str, Any] | None:
 
 
 def _counted(turn: Commit, counts: bytes) -> Commit:
-    if (told := _COUNTS.search(counts)) is None:
+    if (found := _COUNTS.search(counts)) is None:
         return turn
-    files, added, removed = (int(number or 0) for number in told.groups())
+    files, added, removed = (int(number or 0) for number in found.groups())
     return replace(turn, files=files, added=added, removed=removed)
 
 
@@ -279,7 +279,7 @@ class Repository:
         times: Times = (),
         others: Times = (),
     ) -> tuple[Commit | None, Commit | None]:
-        """Commit the changes, and before them those outside of `times` and of `others`, as nobody's."""
+        """Commit the changes, and before them those outside of `times` and of `others`, without an author."""
         return both(await self._commit(tenant, mode, paths, turn, times=times, others=others), turn)
 
     async def restore(

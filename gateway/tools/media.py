@@ -81,7 +81,7 @@ def _not_an_image(absolute: str, detected: str) -> ToolFailure:
 
 
 def image_type(data: bytes) -> str | None:
-    """Return the MIME type by the first bytes, if it is one of the four that models take."""
+    """Return the MIME type by the first bytes; None for types that models do not take."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):

@@ -36,7 +36,7 @@ _LISTS_MAX: Final = 32  # newest lists; older ones are removed
 _LISTED_MAX: Final = 1000  # names in that folder
 _LIST_BYTES: Final = 8 << 20  # of all lists together, 8 for each path
 _DIGEST: Final = 8  # bytes of a path's digest
-_NOTED_MAX: Final = 1000  # names of what is kept that are reported
+_NOTED_MAX: Final = 1000  # kept paths that are reported
 # what tools make again, and would mix up with what an older version has made
 _GENERATED: Final = frozenset(
     (
@@ -98,7 +98,7 @@ def _deployed(tree: Root) -> _Deployed:
 
 def _content(tree: Root, path: str, most: int) -> bytes:
     try:
-        # without O_NONBLOCK a FIFO in its place would block the worker
+        # without O_NONBLOCK a FIFO under that name would block the worker
         descriptor = tree.open_real(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return b""
@@ -159,7 +159,7 @@ class _Look:
     def kept(
         self, folder: str, depth: int, kept: list[bytes], *, within: bool = False, clean: bool = False
     ) -> None:
-        """Collect what is kept below a folder, except what the new folder has itself.
+        """Collect the paths below a folder that are kept and that the new folder does not have.
 
         That is what the manifest names and, unless `clean`, what no folder had and no ignore file names.
         The latter begin with "./": a former site has its own of these, since no rollback carries them.
@@ -258,7 +258,7 @@ def _lost(workspace: Workspace, given: dict[str, Any]) -> bytes:
     """Return the paths that an update removes, and those that stay because no folder had them.
 
     Each has a "-" or a "+" before it and a NUL behind it; a folder is one path, with "/" at its end if it
-    stays. Of the new folder, `there` has every path with its kind, `ignored` the ignore files by folder, and
+    stays. `there` has every path of the new folder with its kind, `ignored` the ignore files by folder, and
     `keep` the manifest's patterns; `left_out` are names that are never part of a deployed folder. With
     `clean`, which is also the default, nothing stays because no folder had it.
     """

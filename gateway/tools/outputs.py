@@ -30,7 +30,7 @@ _FILTER_MAX = 4000  # characters
 _FILTER_MEMORY = 8 << 20  # bytes of one compiled filter
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# without O_NONBLOCK a FIFO in the file's place would block the worker
+# without O_NONBLOCK a FIFO under the file's name would block the worker
 _MORE = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -94,7 +94,7 @@ def _prune(folder: int, age: int, room: int) -> None:
 
 
 def _append(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Append `data` (base64) to the file `name`, cut off after `at` bytes first where that is given.
+    """Append `data` (base64) to the file `name`, which is first cut off after `at` bytes if that is given.
 
     Raises if it is no longer the same file.
     """

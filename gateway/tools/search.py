@@ -152,7 +152,7 @@ class _State:
 class GrepFilter:
     """Chooses files like ripgrep: by globs, then ignore files (in a repository), then the type.
 
-    With a `share`, a number and a count, only in the folders that belong to this one of so many workers.
+    With a `share`, a number and a count, only in the folders that belong to this worker of that many.
     """
 
     def __init__(

@@ -204,7 +204,7 @@ class Sessions:
         )
 
     def _make_room(self, tenant: str) -> None:
-        """End idle sessions until there is room for one more. Raises `RateLimited` if all are in use."""
+        """End idle sessions until one more fits. Raises `RateLimited` if all are in use."""
         while (full := self._slots.full(tenant)) is not None:
             # from the tenant with most, so that no tenant is left without because of another
             most = sorted(self._of, key=self._slots.of, reverse=True) if full.of == "all" else [tenant]

@@ -54,7 +54,7 @@ _WORD: Final = re.compile(
 )
 _QUOTES: Final = re.compile(r"""'([^']*+)'|"((?:[^"\\]++|\\.)*+)"|\\(.)""", re.DOTALL)
 _ASSIGNED: Final = re.compile(r"[A-Za-z_]\w*=")
-_JUDGED: Final = 16 << 10  # characters of a command line: 4 ms of CPU at the most
+_JUDGED: Final = 16 << 10  # characters of a command line: at most 4 ms of CPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class AdoptedCall(Protocol):
 
     @property
     def session(self) -> str | None:
-        """The name of its session, if it has one."""
+        """The name of its session, or None."""
         ...
 
     @property
@@ -451,7 +451,7 @@ class Toolbox:
             known = await self._idempotency.result(key, digest)
             if known is not None:
                 return EncodedResult.unpacked(known)
-            running = self._running.get(key)  # another call may have come first meanwhile
+            running = self._running.get(key)  # another call may have come first
         if running is None:
             longest = CALL_LINGER
             stays = longest if linger is None else min(linger, longest)
@@ -549,7 +549,7 @@ class Toolbox:
             await asyncio.wait([one.work for one in writing], timeout=_WRITTEN)
 
     async def _take_over(self, left: AdoptedCall) -> None:
-        """Continue what an earlier process left behind, if anybody may still need it."""
+        """Continue what an earlier process left behind, if it may still be needed."""
         call, running = left.call, False
         key: Key = (left.tenant, "call", "" if call is None else call.id)
         try:
@@ -661,7 +661,7 @@ class Toolbox:
     ) -> Iterator[Callable[[EncodedResult], None]]:
         """Publish how a call ends; the block passes its result to the yielded function."""
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
-        session.holders += 1  # so that it is not dropped to make room meanwhile
+        session.holders += 1  # so that it is not dropped to make room during the call
         try:
             yield lambda result: outcome.update(isError=result.is_error, code=result.code)
         except GatewayError as error:

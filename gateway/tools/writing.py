@@ -152,7 +152,7 @@ def write(call: Call) -> ToolAnswer:
 
 
 def _attempted(call: Call, given: str, path: str, change: Callable[[list[Made]], ToolAnswer]) -> ToolAnswer:
-    """Make a change of a file, again if the file changes meanwhile. Raises `ToolFailure`."""
+    """Change a file, and try again if somebody else changes it at the same time. Raises `ToolFailure`."""
     for attempt in range(_ATTEMPTS):
         try:
             with call.root.taking_back() as made:

@@ -23,7 +23,7 @@ from gateway.events.memory_journal import MemoryJournal
 from gateway.execs import Execs
 from gateway.history import History, outside
 from gateway.history import history as history_module
-from gateway.history.repository import nobody
+from gateway.history.repository import unattributed
 from gateway.rootfs import FilesystemRoot
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.local import LocalRuntime
@@ -291,7 +291,7 @@ async def made() -> AsyncIterator[World]:
                 await asyncio.gather(following, return_exceptions=True)
 
 
-NOTHING: Final = nobody(0)
+NOTHING: Final = unattributed(0)
 path, slot = strategies.sampled_from(FILES), strategies.none() | strategies.integers(0, SLOTS - 1)
 who, number = strategies.sampled_from("AB"), strategies.integers(0, 30)
 step = strategies.one_of(
