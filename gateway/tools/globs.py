@@ -129,7 +129,7 @@ _WILD: Final = frozenset("*?[]{}\\/")
 
 
 def _endings(text: str) -> tuple[str, ...] | None:
-    """Return the texts that a glob matches if its only wildcard is one group of alternatives, otherwise None."""
+    """Return the texts that a glob matches whose only wildcard is one group of alternatives; else None."""
     before, brace, rest = text.partition("{")
     inside, closed, after = rest.partition("}")
     if not _WILD.isdisjoint(before + inside + after) or bool(brace) != bool(closed):

@@ -444,6 +444,7 @@ class Toolbox:
             finally:
                 if exec_id:
                     self._shells.answered(exec_id)
+        linger = CALL_LINGER if linger is None else min(linger, CALL_LINGER)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
         key: Key = (tenant, "call", call_id)
         running = self._running.get(key)
@@ -453,16 +454,13 @@ class Toolbox:
                 return EncodedResult.unpacked(known)
             running = self._running.get(key)  # another call may have come first
         if running is None:
-            longest = CALL_LINGER
-            stays = longest if linger is None else min(linger, longest)
             if self._leaving:
                 raise HandedOver
-            work = partial(self._first, key, digest, session, name, arguments, by, stays)
+            work = partial(self._first, key, digest, session, name, arguments, by, linger)
             running = self._begin(key, name, digest, work)
         elif running.digest != digest:
             raise Conflict(f"callId {call_id} was used with a different input", callId=call_id)
-        longest = CALL_LINGER
-        return await running.result(longest if linger is None else min(linger, longest))
+        return await running.result(linger)
 
     def _begin(
         self, key: Key, tool: str, digest: bytes, work: Callable[[], Awaitable[EncodedResult]]
