@@ -8,6 +8,7 @@ from pathlib import Path
 from gateway.cli.main import main
 from gateway.runtime import Tenant
 from gateway.runtime.local.tenants import LocalTenants
+from tests import constants
 from tests.waits import until
 
 
@@ -23,5 +24,6 @@ def hold_up(there: Path) -> None:
 
 
 if __name__ == "__main__":
+    constants.apply()
     hold_up(Path(sys.argv.pop(1)))
     main()

@@ -18,6 +18,7 @@ from gateway.api.services import services
 from gateway.auth import tokens
 from gateway.auth.tokens import Token
 from gateway.errors import Forbidden, InvalidParams, NotFound, Unauthorized
+from gateway.protocol import maxima
 from gateway.runtime import TENANT_NAME
 from gateway.transport.http1 import ABORT
 
@@ -129,16 +130,14 @@ def check_live(request: Request, token: Token) -> None:
 
 async def json_body(request: Request, token: Token) -> Any:
     """Return the JSON body. Raises `Unauthorized` if the token ended while it arrived."""
-    settings = services(request).settings
-    body = await read_json(request, settings.max_body, settings.body_timeout)
+    body = await read_json(request, maxima.BODY_MAX)
     check_live(request, token)
     return body
 
 
 async def raw_body(request: Request, token: Token) -> bytes:
     """Return a body that is safe to parse as JSON. Raises `Unauthorized` if the token ended meanwhile."""
-    settings = services(request).settings
-    body = await read_body(request, settings.max_body, settings.body_timeout)
+    body = await read_body(request, maxima.BODY_MAX)
     await weighed(request, body)
     check_live(request, token)
     return body

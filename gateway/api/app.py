@@ -71,8 +71,8 @@ class Gateway:
                 await self._services.topology.answer(app, scope, receive, send)
 
         public = at_the_edge(for_listed_origins(routed, settings.origins), settings)
-        self.app = with_request_id(public, settings.body_timeout)
-        self._relayed = with_request_id(routed, settings.body_timeout)  # by peers, who asked for the host
+        self.app = with_request_id(public)
+        self._relayed = with_request_id(routed)  # by peers, who asked for the host
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

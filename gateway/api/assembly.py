@@ -123,7 +123,7 @@ async def _serving(base: Base, trust: Trust, stored: Stored, work: _Work) -> Asy
         health = await enter(Health(sites, bus, settings, register, caddy.show_error_page))
         pressure = None
         if isinstance(runtime, IncusRuntime):
-            pressure = await enter(Pressure(runtime, workers.broker, bus, settings))
+            pressure = await enter(Pressure(runtime, workers.broker, bus))
         yield _Serving(
             caddy=caddy,
             domains=domains,
@@ -256,5 +256,5 @@ def _services(
         leave_ready=work.sites.copies.leave,
         site_logs=SiteLogs(work.execs, runtime.commands, settings),
         sources=Sources(runtime, work.execs, settings),
-        previews=Previews(serving.caddy, trust.secret, settings.max_previews),
+        previews=Previews(serving.caddy, trust.secret),
     )

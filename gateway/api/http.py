@@ -53,6 +53,7 @@ USES: Final = "gateway.uses"
 SHARE: Final = "gateway.share"
 # likewise: the request's id
 REQUEST_ID: Final = "gateway.request_id"
+BODY_TIMEOUT: Final = 30.0  # seconds without progress of a body or an answer: a slow network has less
 _SLICE: Final = 256 << 10  # bytes of an answer sent at a time
 _WEIGHING: Final = 30.0  # seconds to check the contents of a large body; the largest takes a moment
 _BY_CADDY: Final = ("/v1/wake", "/v1/preview")
@@ -89,9 +90,9 @@ async def end(task: asyncio.Future[Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def read_json(request: Request, limit: int, patience: float) -> Any:
+async def read_json(request: Request, limit: int) -> Any:
     """Return the JSON body. Raises what `read_body` raises, and `InvalidParams`."""
-    body = await read_body(request, limit, patience)
+    body = await read_body(request, limit)
     await weighed(request, body)
     try:
         return orjson.loads(body)
@@ -105,11 +106,11 @@ async def weighed(request: Request, body: bytes) -> None:
         await aside(request.path_params.get("tenant", ""), _WEIGHING, protocol.weigh, body)
 
 
-async def read_body(request: Request, limit: int, patience: float) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
     """Return the body, which counts as in flight until the request is answered.
 
     Raises `TooLarge` before more than `limit` bytes are read, `RateLimited` before more than the client's
-    share has room for, `Timeout` if nothing or too little arrives for `patience` seconds (see `paced`).
+    share has room for, `Timeout` if nothing or too little arrives for `BODY_TIMEOUT` (see `paced`).
     Without a token the whole body must arrive within that time.
     """
     declared = request.headers.get("content-length", "")
@@ -121,8 +122,8 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
         hold(request.scope, held)
     body = bytearray()
     try:
-        async with asyncio.timeout(None if known else patience):
-            async for piece in paced(request.stream(), patience):
+        async with asyncio.timeout(None if known else BODY_TIMEOUT):
+            async for piece in paced(request.stream(), BODY_TIMEOUT):
                 body += piece
                 if len(body) > limit:
                     raise TooLarge(f"the body exceeds {limit} bytes", limit=limit)
@@ -185,19 +186,18 @@ def as_json(value: Mapping[str, Any]) -> Response:
 class InParts(Response):
     """A JSON answer that is made in parts as its client takes them; a small one is sent whole.
 
-    If the client takes nothing for `patience` seconds, the connection is cut.
+    If the client takes nothing for `BODY_TIMEOUT`, the connection is cut.
     """
 
     media_type = "application/json"
 
-    def __init__(self, parts: Iterator[bytes], patience: float) -> None:
+    def __init__(self, parts: Iterator[bytes]) -> None:
         begun, size = list[bytes](), 0
         for part in parts:
             begun.append(part)
             if (size := size + len(part)) > _SLICE:
                 break
         self._rest: Iterator[bytes] | None = parts if size > _SLICE else None
-        self._patience = patience
         super().__init__(b"".join(begun))
         if self._rest is not None:
             del self.headers["content-length"]
@@ -210,10 +210,10 @@ class InParts(Response):
         await send(start)
         for part in itertools.chain((bytes(self.body),), self._rest):
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(BODY_TIMEOUT):
                     await send({"type": "http.response.body", "body": part, "more_body": True})
             except TimeoutError:
-                log.info("an answer timed out: the client read nothing for %.0f s", self._patience)
+                log.info("an answer timed out: the client read nothing for %.0f s", BODY_TIMEOUT)
                 return  # without the rest of the body the server cuts the connection
             await asyncio.sleep(0)  # others have their turn, even if this never waits
         await send({"type": "http.response.body", "body": b""})
@@ -329,11 +329,11 @@ def at_the_edge(app: ASGIApp, settings: Settings) -> ASGIApp:
     return wrapped
 
 
-def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
+def with_request_id(app: ASGIApp) -> ASGIApp:
     """Add `X-Request-Id` to every HTTP answer: the request's, or a new one.
 
     Large answers are sent in parts: what the client has not taken counts as in flight, and if it takes
-    nothing for `patience` seconds, the connection is cut. A request that takes longer than the server has for
+    nothing for `BODY_TIMEOUT`, the connection is cut. A request that takes longer than the server has for
     its end is answered 503.
     """
 
@@ -345,11 +345,11 @@ def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
             for start in range(0, len(body), _SLICE):
                 part = {**message, "body": body[start : start + _SLICE], "more_body": True}
                 try:
-                    async with asyncio.timeout(patience):
+                    async with asyncio.timeout(BODY_TIMEOUT):
                         await send(part)
                 except TimeoutError:
                     # without the rest of the body the server cuts the connection
-                    log.info("an answer timed out: the client read nothing for %.0f s", patience)
+                    log.info("an answer timed out: the client read nothing for %.0f s", BODY_TIMEOUT)
                     return
         await send({**message, "body": b""})
 

@@ -37,7 +37,7 @@ from gateway.auth.tokens import Token
 from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.history import History
 from gateway.limits.budget import SMALL
-from gateway.protocol import HistoryUndo, McpMessage, switch, validate
+from gateway.protocol import HistoryUndo, McpMessage, maxima, switch, validate
 from gateway.protocol.maxima import MCP_MAX
 from gateway.settings import Settings
 from gateway.tools.toolbox import EncodedResult, Toolbox
@@ -117,6 +117,9 @@ async def _read_resource(history: History, tenant: str, token: Token, uri: str) 
 # --- the endpoint --------------------------------------------------------------------------------------
 
 
+# seconds between progress messages: clients give up calls of which they hear nothing, some after 30 s
+PROGRESS_INTERVAL: Final = 15.0
+
 _CALLER: Final = "gateway.api.mcp.caller"
 _ARGUMENTS: Final = "gateway.api.mcp.arguments"
 _SESSION: Final = "mcp-session-id"
@@ -174,7 +177,6 @@ class Mcp:
     def __init__(self, toolbox: Toolbox, history: History, settings: Settings) -> None:
         self._toolbox = toolbox
         self._history = history
-        self._settings = settings
         self._tools = [_tool(description) for description in toolbox.descriptions()]
         if history.on:
             self._tools.append(_UNDO)
@@ -191,7 +193,7 @@ class Mcp:
             get_tool_input_schema=schemas.get,
         )
         self._manager = StreamableHTTPSessionManager(
-            server, stateless=True, max_request_body_size=settings.max_body
+            server, stateless=True, max_request_body_size=maxima.BODY_MAX
         )
         self._running = self._manager.run()
         # calls that a notification may cancel, by tenant, session id and request id
@@ -327,7 +329,7 @@ class Mcp:
     ) -> None:
         """Wait until `work` is done, reporting progress, without which the client would give up."""
         began = time.monotonic()
-        while not (await asyncio.wait([work], timeout=self._settings.mcp_progress))[0]:
+        while not (await asyncio.wait([work], timeout=PROGRESS_INTERVAL))[0]:
             seconds = round(time.monotonic() - began, 1)
             await context.session.report_progress(seconds, None, f"{name} has run for {seconds:.0f} s")
 

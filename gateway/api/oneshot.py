@@ -17,8 +17,9 @@ from gateway.execs import Attachment, ExecEnd, Execs
 from gateway.limits.budget import Share
 from gateway.protocol import types
 from gateway.runtime import ExecSpec, Pty, StreamName
-from gateway.settings import Settings
 
+TIMEOUT: Final = 600.0  # seconds that a request waits for its command, unless it names a timeout
+OUTPUT_MAX: Final = 8 << 20  # bytes returned of each stream; JSON makes up to 50 MiB of them
 _SLICE: Final = 64 << 10  # bytes of output encoded as JSON at a time
 
 
@@ -54,7 +55,7 @@ def exec_spec(asked: protocol.ExecStart | ExecBody) -> ExecSpec:
 
 
 async def run(
-    execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Reservation[Share]
+    execs: Execs, tenant: str, body: ExecBody, by: str, room: Reservation[Share]
 ) -> Iterator[bytes]:
     """Run a command and return the parts of its answer; if the caller leaves, end its whole process tree.
 
@@ -65,20 +66,20 @@ async def run(
     exec_ = await execs.start(
         tenant,
         exec_spec(body),
-        timeout=settings.exec_timeout if body.timeout_ms is None else body.timeout_ms / 1000,
+        timeout=TIMEOUT if body.timeout_ms is None else body.timeout_ms / 1000,
         by=by,
     )
     attachment = exec_.attach()
     try:
         if body.stdin is not None:
-            # the text is within max_body, but may be more than the buffer holds: it must not wait for
+            # the text is within BODY_MAX, but may be more than the buffer holds: it must not wait for
             # output that is not read yet
             async with asyncio.TaskGroup() as group:
                 group.create_task(_feed(attachment, body.stdin.encode()))
-                collecting = group.create_task(_collect(attachment, settings.exec_output, room))
+                collecting = group.create_task(_collect(attachment, OUTPUT_MAX, room))
             outputs = collecting.result()
         else:
-            outputs = await _collect(attachment, settings.exec_output, room)
+            outputs = await _collect(attachment, OUTPUT_MAX, room)
         ended = await asyncio.shield(exec_.ended)
     except BaseException:
         await asyncio.shield(execs.cancel(exec_))

@@ -31,6 +31,7 @@ from gateway.hostnames import plain
 
 PARAMETER: Final = "__gateway_preview"
 PATH: Final = "/v1/preview"
+_MOST: Final = 32  # pages being served, of one site a quarter: each holds two connections
 TTL: Final = 12 * 3600
 
 _SCRIPT: Final = Path(__file__).with_name("preview.js").read_text("ascii")
@@ -137,12 +138,12 @@ def _head(page: bytes, start: int) -> tuple[int, int]:
 class Previews:
     """The pages being served to previews. Their number is limited, for one site to a quarter of that."""
 
-    def __init__(self, caddy: Caddy, secret: str, most: int) -> None:
+    def __init__(self, caddy: Caddy, secret: str) -> None:
         self._caddy, self._secret = caddy, secret
         self._opening = Admission[str](
             "previews being opened",
-            each=max(1, most // 4),
-            total=most,
+            each=_MOST // 4,
+            total=_MOST,
             name="this site",
             hint="try again soon",
         )

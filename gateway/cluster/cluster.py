@@ -491,7 +491,6 @@ class Cluster:
         listener.uploads |= uploads
         self._server = SecureServer(
             listener,
-            self._settings,
             self.peers.accepting,
             lambda shown: self.peers.of(shown) is not None or self.peers.was_known(shown),
         )

@@ -20,6 +20,12 @@ SMALL: Final = 64 << 10
 # overhead of a request besides its bytes: a task, its parameters, a queue entry
 REQUEST: Final = 4 << 10
 
+ANONYMOUS: Final = 64  # websockets without a token yet: a browser sends it with its first message
+ANONYMOUS_PER_ADDRESS: Final = 16  # of these, so that one address does not take all
+WATCHES: Final = 16  # file watches of one websocket, and of a tenant; a worker serves each
+TENANT_WATCHES: Final = 64
+SUBSCRIPTIONS: Final = 16  # event subscriptions of one websocket, and of a tenant; an event wakes each
+TENANT_SUBSCRIPTIONS: Final = 256
 _SPARE: Final = 8  # an eighth of each share is reserved for small messages
 
 
@@ -142,21 +148,21 @@ class Limits:
         # websockets without a token yet: the oldest of the address with the most makes room for another
         self.strangers = Admission[str](
             "connections without a token",
-            each=settings.max_anonymous_per_address,
-            total=settings.max_anonymous,
+            each=ANONYMOUS_PER_ADDRESS,
+            total=ANONYMOUS,
             name="this address",
             hint="send the token with the handshake, or send initialize sooner",
         )
         self.watches = Admission[str](
             "file watches",
-            each=settings.max_tenant_watches,
-            part=settings.max_watches,
+            each=TENANT_WATCHES,
+            part=WATCHES,
             hint="end some with files/unwatch",
         )
         # every event of any tenant wakes each of them
         self.subscriptions = Admission[str](
             "event subscriptions",
-            each=settings.max_tenant_subscriptions,
-            part=settings.max_subscriptions,
+            each=TENANT_SUBSCRIPTIONS,
+            part=SUBSCRIPTIONS,
             hint="end some with events/unsubscribe",
         )

@@ -28,7 +28,6 @@ from gateway.rootfs.site_cgroup import SITE, Process
 from gateway.runtime import TenantEvent, scripts
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
-from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +40,9 @@ class Root(Protocol):
     async def reserve(self, tenant: str) -> None: ...
 
 
+INTERVAL: Final = 2.0  # seconds between two measurements
+# seconds that a site may thrash before its biggest process is killed, 0 for any: a start thrashes for a while
+PATIENCE: Final = 60.0
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _SHARE: Final = 0.2  # of the time that some process waits for memory, from which on it is pressure
 # bytes read back per second, also required for pressure: a process that reads or writes a lot once waits for
@@ -184,11 +186,11 @@ class Counts:
 class Pressure:
     """Watches all running tenants. An async context manager.
 
-    An idle tenant costs two small reads per `pressure_interval`, and two descriptors.
+    An idle tenant costs two small reads per `INTERVAL`, and two descriptors.
     """
 
-    def __init__(self, runtime: IncusRuntime, root: Root, bus: Bus, settings: Settings) -> None:
-        self._runtime, self._root, self._bus, self._settings = runtime, root, bus, settings
+    def __init__(self, runtime: IncusRuntime, root: Root, bus: Bus) -> None:
+        self._runtime, self._root, self._bus = runtime, root, bus
         self._watched: dict[str, _Watched] = {}
         self._stale = asyncio.Event()
         self._acting: dict[tuple[str, Step], asyncio.Task[None]] = {}
@@ -245,7 +247,7 @@ class Pressure:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.pressure_interval)
+            await asyncio.sleep(INTERVAL)
             try:
                 if self._stale.is_set():
                     self._stale.clear()
@@ -279,7 +281,7 @@ class Pressure:
             if place is None:
                 self._stale.set()  # it is just starting
             else:
-                course = Course(self._settings.pressure_patience)
+                course = Course(PATIENCE)
                 self._watched[name] = _Watched(
                     place, course, memory.stalls(place), memory.site_processes(place)
                 )
@@ -331,17 +333,16 @@ class Pressure:
 
     async def _end(self, name: str) -> None:
         """Kill the biggest process of a site, so that systemd restarts it, and write why into its log."""
-        patience = self._settings.pressure_patience
         try:
             ended = await self._root.relieve(name)
             if ended is None:
                 return
             self._note_kill(name)
             process, size = show(ended[0]), ended[1]
-            facts = {"process": process, "bytes": size, "seconds": patience}
+            facts = {"process": process, "bytes": size, "seconds": PATIENCE}
             self._bus.publish("tenant.pressure.killed", name, facts)
             line = (
-                f"short of memory for {patience:g} s: the gateway killed {process} ({size >> 20} MiB), the "
+                f"short of memory for {PATIENCE:g} s: the gateway killed {process} ({size >> 20} MiB), the "
                 "biggest process of the site, so that it restarts; it needs a larger size, or less memory use"
             )
             log.warning("%s: %s", name, line)

@@ -13,8 +13,11 @@ from typing import Final
 PATH_MAX: Final = 4096  # bytes in the kernel (limits.h), so characters are enough
 ARGUMENT_MAX: Final = (128 << 10) - 1  # what the kernel takes as one argument (MAX_ARG_STRLEN)
 ARGUMENTS_MAX: Final = 65536  # the kernel's own limit is their bytes, see `runtime.launcher.check_size`
-CONTENT_MAX: Final = 16 << 20  # text of a file; GATEWAY_WRITE_MAX and GATEWAY_MAX_BODY are usually less
-ARCHIVE_MAX: Final = 1 << 30  # base64; GATEWAY_TEMPLATE_BYTES and GATEWAY_MAX_BODY are usually less
+CONTENT_MAX: Final = 16 << 20  # text of a file; GATEWAY_WRITE_MAX and `BODY_MAX` are usually less
+ARCHIVE_MAX: Final = 1 << 30  # base64; GATEWAY_TEMPLATE_BYTES and `BODY_MAX` are usually less
+FRAME_MAX: Final = 16 << 20  # bytes of a websocket's message: a file's text with its escapes
+BODY_MAX: Final = 16 << 20  # bytes of a JSON body, for the same reason
+REQUESTS_MAX: Final = 256  # in flight on one websocket; a client with more does not read its answers
 TOKEN_MAX: Final = 16384
 NAME_MAX: Final = 63  # of a tenant, a snapshot, a member: one label of a domain (RFC 1035)
 DOMAIN_MAX: Final = 253  # RFC 1035

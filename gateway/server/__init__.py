@@ -163,7 +163,7 @@ def _serve(settings: Settings, listening: socket.socket, predecessor: Predecesso
     """Serve on a socket; return whether a successor has taken over."""
     gateway = Gateway(settings)
     config = http1.config(
-        *(gateway.app, settings, http1.protocol(settings)),
+        *(gateway.app, http1.protocol()),
         lifespan="on",
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout / 4)),
     )

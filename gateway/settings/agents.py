@@ -36,9 +36,3 @@ class AgentSettings(BaseModel):
         None,
         description="URL of a server that runs an agent for the browser editor; unset: no prompt box",
     )
-    agent_token_ttl: float = Field(
-        3600.0,
-        ge=10,
-        description="seconds that a token for that server is valid, unless the person's own token "
-        "ends sooner",
-    )

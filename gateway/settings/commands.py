@@ -58,9 +58,6 @@ class CommandSettings(BaseModel):
         ge=0,
         description="bytes of input kept on disk for all commands, a quarter of it for one tenant",
     )
-    exec_stall: float = Field(
-        600.0, gt=0, description="seconds without progress after which a reader is detached"
-    )
     exec_linger: float = Field(
         60.0,
         ge=-1,
@@ -93,12 +90,6 @@ class CommandSettings(BaseModel):
         "keep", description="what happens to processes that a command leaves behind when it ends"
     )
     exec_start_timeout: float = Field(20.0, gt=0, description="seconds within which a command must start")
-    exec_timeout: float = Field(
-        600.0, gt=0, description="seconds that an HTTP exec waits for its command, unless it names a timeout"
-    )
-    exec_output: int = Field(
-        8 * MiB, gt=0, description="bytes of each output stream that an HTTP exec returns"
-    )
     standby_pipes: int = Field(
         2,
         ge=0,

@@ -17,8 +17,6 @@ class EditorSettings(BaseModel):
     transfer_stall: float = Field(
         60.0, gt=0, description="seconds without progress after which an upload or download is ended"
     )
-    max_watches: int = Field(16, gt=0, description="maximum number of file watches of one websocket")
-    max_tenant_watches: int = Field(64, gt=0, description="maximum number of file watches of one tenant")
     watch_folders: int = Field(
         8192, gt=0, description="maximum number of folders that the watches of one tenant cover"
     )
@@ -28,8 +26,4 @@ class EditorSettings(BaseModel):
     watch_ignore: Names = Field(
         (".git", "node_modules", ".gateway"),
         description="names that a watch ignores unless it gives its own list, comma-separated",
-    )
-    # clients give up calls of which they hear nothing, some after half a minute
-    mcp_progress: float = Field(
-        15.0, gt=0, le=20, description="seconds between progress messages of an MCP call"
     )

@@ -51,12 +51,6 @@ class RouteSettings(BaseModel):
         description="suffixes under which every token may give its tenants a domain `NAME.SUFFIX`, "
         "comma-separated",
     )
-    max_previews: int = Field(
-        32,
-        gt=0,
-        description="maximum number of pages being served to previews with a console; a quarter of it for "
-        "one site",
-    )
     templates_dir: Path | None = Field(
         None, description="folder with more site templates besides the built-in ones"
     )

@@ -19,15 +19,6 @@ class SiteSettings(BaseModel):
         description="seconds after which visitors of a site that reads no requests get an error page; 0: "
         "never",
     )
-    pressure_interval: float = Field(
-        2.0, gt=0, description="seconds between two checks of how short of memory the tenants are"
-    )
-    pressure_patience: float = Field(
-        60.0,
-        ge=0,
-        description="seconds that a site may thrash for lack of memory before its biggest process is "
-        "ended; 0: forever",
-    )
     # idle tenants
     idle_stop: float = Field(
         0.0,

@@ -30,7 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from gateway.admission import Admission, Reservation, descriptors
-from gateway.settings import Settings
+from gateway.protocol import maxima
 from gateway.transport.websocket import WebSocketProtocol, drop
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ UNBUFFERED: Final = "gateway.unbuffered"
 # in a scope's state: `HttpProtocol.identified`
 IDENTIFIED: Final = "gateway.identified"
 
+HEAD_TIMEOUT: Final = 10.0  # seconds in which a request's head must arrive, as in Caddy
 _STRANGERS: Final = 1024  # connections without a token, unless there are few descriptors
 _RESERVE: Final = 8  # an eighth of the descriptors is for the gateway's own work
 _HEAD_MAX: Final = 64 << 10  # bytes of a head or of trailers: what `maxima` allows, and some short headers
@@ -53,11 +54,10 @@ _TURN: Final = 512
 class Silent:
     """The connections of which a request's head is awaited, or the rest of a body that is refused.
 
-    Those that last for `head_timeout` are cut.
+    Those that last for `HEAD_TIMEOUT` are cut.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._patience = settings.head_timeout
+    def __init__(self) -> None:
         self._since: dict[HttpProtocol, float] = {}  # in the order in which they fell silent
         self._timer: asyncio.TimerHandle | None = None
 
@@ -68,7 +68,7 @@ class Silent:
         now = connection.loop.time()
         self._since[connection] = now
         if self._timer is None:
-            self._timer = connection.loop.call_at(now + self._patience, self._look)
+            self._timer = connection.loop.call_at(now + HEAD_TIMEOUT, self._look)
 
     def discard(self, connection: HttpProtocol) -> None:
         self._since.pop(connection, None)
@@ -77,8 +77,8 @@ class Silent:
         self._timer = None
         for connection, since in list(self._since.items()):
             loop = connection.loop
-            if loop.time() < since + self._patience:
-                self._timer = loop.call_at(since + self._patience, self._look)
+            if loop.time() < since + HEAD_TIMEOUT:
+                self._timer = loop.call_at(since + HEAD_TIMEOUT, self._look)
                 return
             self._cut(connection)
 
@@ -264,11 +264,11 @@ class HttpProtocol(H11Protocol):
                     self._count(told)
 
 
-def protocol(settings: Settings) -> type[HttpProtocol]:
+def protocol() -> type[HttpProtocol]:
     """Return the class of one server's connections."""
     most = min(_STRANGERS, descriptors() // _RESERVE)
     strangers = Admission[str]("connections without a token", each=most + 1, total=most)
-    kind: dict[str, Any] = {"silent": Silent(settings), "strangers": strangers}
+    kind: dict[str, Any] = {"silent": Silent(), "strangers": strangers}
     return type("HttpProtocol", (HttpProtocol,), kind)
 
 
@@ -314,13 +314,13 @@ def block(address: str) -> str:
 # --- servers -------------------------------------------------------------------------------------------
 
 
-def config(app: ASGIApp, settings: Settings, http: type[HttpProtocol], **more: Any) -> uvicorn.Config:
+def config(app: ASGIApp, http: type[HttpProtocol], **more: Any) -> uvicorn.Config:
     """Return the configuration of a server for `app`; `more` are uvicorn's own options."""
     return uvicorn.Config(
         app,
         http=http,
         ws=WebSocketProtocol,
-        ws_max_size=settings.max_frame,
+        ws_max_size=maxima.FRAME_MAX,
         ws_ping_interval=None,
         ws_per_message_deflate=False,
         log_config=None,
@@ -341,12 +341,8 @@ _ENDING: Final = 2.0  # seconds in which requests notice that nobody waits for t
 class SecureServer:
     """A second socket of the same process, with TLS, for clients whose certificate passes `known`."""
 
-    def __init__(
-        self, app: ASGIApp, settings: Settings, context: ssl.SSLContext, known: Callable[[bytes], bool]
-    ) -> None:
-        self._config = config(
-            app, settings, _protocol(settings, known), lifespan="off", timeout_keep_alive=_KEEP
-        )
+    def __init__(self, app: ASGIApp, context: ssl.SSLContext, known: Callable[[bytes], bool]) -> None:
+        self._config = config(app, _protocol(known), lifespan="off", timeout_keep_alive=_KEEP)
         self._context = context
         self._state = ServerState()
         self._server: asyncio.Server | None = None
@@ -398,6 +394,6 @@ class _Connection(HttpProtocol):
         self.app_state = {**self.app_state, PEER: shown}
 
 
-def _protocol(settings: Settings, known: Callable[[bytes], bool]) -> type[_Connection]:
-    kind: dict[str, Any] = {"silent": Silent(settings), "strangers": None, "known": staticmethod(known)}
+def _protocol(known: Callable[[bytes], bool]) -> type[_Connection]:
+    kind: dict[str, Any] = {"silent": Silent(), "strangers": None, "known": staticmethod(known)}
     return type("_Connection", (_Connection,), kind)

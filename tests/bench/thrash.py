@@ -100,7 +100,9 @@ async def run(words: argparse.Namespace) -> dict[str, Any]:
     took: dict[str, list[float]] = {kind: [] for kind in KINDS}
     cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        async with hosting(settings, Path(folder) / "state", pressure_patience=0.0) as host:
+        async with hosting(
+            settings, Path(folder) / "state", constants={"gateway.limits.pressure.PATIENCE": 0.0}
+        ) as host:
             for domain, what in ((DOMAIN, template), (NEXT_DOMAIN, "static")):
                 record = await host.deploy(domain, what)
                 if record["state"] != "succeeded":

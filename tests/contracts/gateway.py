@@ -748,7 +748,7 @@ asyncio.run(main())
 
     async def test_a_tenant_takes_its_share_of_subscriptions(self, quick: LiveGateway, tenant: str) -> None:
         """On however many sockets; one that ends makes place."""
-        share = int(QUICK["GATEWAY_MAX_TENANT_SUBSCRIPTIONS"])
+        share = 20  # of `QUICK`
         async with quick.wire(tenant) as one, quick.wire(tenant) as two:
             numbers = [(await one.call("events/subscribe"))["subscription"] for _ in range(16)]
             for _ in range(share - 16):
@@ -1094,23 +1094,26 @@ class GatewayContract(
 AGENT: Mapping[str, str] = {"GATEWAY_AGENT_URL": "https://agents.example.com/run"}
 _TENANT_SESSIONS = 8
 QUICK: Mapping[str, str] = {
-    "GATEWAY_INITIALIZE_TIMEOUT": "2",  # a busy machine takes one to connect
-    "GATEWAY_MAX_FRAME": str(1 << 20),
-    "GATEWAY_MAX_BODY": str(1 << 20),
     "GATEWAY_MAX_EXECS": "4",
     "GATEWAY_EXEC_TAIL": str(1 << 20),
-    "GATEWAY_EXEC_OUTPUT": str(1 << 20),
     "GATEWAY_UPLOAD_MAX": str(2 << 20),
     "GATEWAY_MAX_TRANSFERS": "4",
-    "GATEWAY_MAX_WATCHES": "3",
-    "GATEWAY_MAX_TENANT_WATCHES": "4",
     "GATEWAY_WATCH_FOLDERS": "50",
-    "GATEWAY_MCP_PROGRESS": "0.2",
-    **constants(
-        {"gateway.tools.toolbox.CALL_LINGER": 0.5, "gateway.tools.session.TENANT_SESSIONS": _TENANT_SESSIONS}
-    ),
-    "GATEWAY_MAX_TENANT_SUBSCRIPTIONS": "20",
     "GATEWAY_EXEC_LEFT": "kill",
+    **constants(
+        {
+            "gateway.api.connection.connection.INITIALIZE_TIMEOUT": 2.0,
+            "gateway.protocol.maxima.FRAME_MAX": 1 << 20,
+            "gateway.protocol.maxima.BODY_MAX": 1 << 20,
+            "gateway.api.oneshot.OUTPUT_MAX": 1 << 20,
+            "gateway.limits.budget.WATCHES": 3,
+            "gateway.limits.budget.TENANT_WATCHES": 4,
+            "gateway.api.mcp.PROGRESS_INTERVAL": 0.2,
+            "gateway.limits.budget.TENANT_SUBSCRIPTIONS": 20,
+            "gateway.tools.toolbox.CALL_LINGER": 0.5,
+            "gateway.tools.session.TENANT_SESSIONS": _TENANT_SESSIONS,
+        }
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from gateway.caddy import Caddy
 from gateway.rootfs import connections
+from tests.constants import constants
 from tests.integration import environment
 from tests.integration.sites import RealCaddy, settings_for
 from tests.live import LiveGateway, free_ports, local_gateway
@@ -232,9 +233,8 @@ async def test_a_site_that_leaves_a_body_unread_is_asked_by_another_connection(c
 
 async def test_strangers_are_told_apart_behind_caddy(caddy: RealCaddy, tmp_path: Path) -> None:
     """A gateway that Caddy leads to knows who asks by Caddy's word, and by nobody else's."""
-    gateway: LiveGateway = await local_gateway(
-        tmp_path, "a", GATEWAY_DOMAIN=GATEWAY, GATEWAY_MAX_ANONYMOUS_PER_ADDRESS="2"
-    )
+    few = constants({"gateway.limits.budget.ANONYMOUS_PER_ADDRESS": 2})
+    gateway: LiveGateway = await local_gateway(tmp_path, "a", GATEWAY_DOMAIN=GATEWAY, **few)
     await gateway.start()
     try:
         async with Caddy(caddy.settings) as routes:

@@ -33,6 +33,7 @@ from PIL import Image
 from gateway.settings import Settings
 from gateway_client import Client, Tenant, ToolResult
 from gateway_client.claude import Printed, options, server
+from tests.constants import constants
 from tests.contracts.processes import Tree
 from tests.contracts.shells import identified
 from tests.integration import environment
@@ -50,9 +51,8 @@ async def gateway(
     incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LiveGateway]:
     folder = tmp_path_factory.mktemp("claude")
-    async with live(
-        incus_settings, folder / "gateway.log", GATEWAY_CANCEL_GRACE="0.5", GATEWAY_MCP_PROGRESS="0.3"
-    ) as gateway:
+    often = constants({"gateway.api.mcp.PROGRESS_INTERVAL": 0.3})
+    async with live(incus_settings, folder / "gateway.log", GATEWAY_CANCEL_GRACE="0.5", **often) as gateway:
         yield gateway
 
 

@@ -121,8 +121,8 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
 ) -> None:
     """It is told with numbers and advice; commands start all the while; its site starts anew and says why."""
     template = {"archive": base64.b64encode(archive(("serve.ts", SITE))).decode()}
-    looks = {"pressure_interval": 1.0, "pressure_patience": 6.0}
-    async with hosting(incus_settings, tmp_path / "state", **looks) as host:  # type: ignore[arg-type]
+    looks = {"gateway.limits.pressure.INTERVAL": 1.0, "gateway.limits.pressure.PATIENCE": 6.0}
+    async with hosting(incus_settings, tmp_path / "state", constants=looks) as host:
         for domain, what in ((DOMAIN, template), (NEXT_DOMAIN, "static")):
             record = await host.deploy(domain, what)
             assert record["state"] == "succeeded", record["error"]

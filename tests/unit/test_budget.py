@@ -58,9 +58,8 @@ def test_an_eighth_is_left_to_what_is_small(budget: Budget) -> None:
 
 async def test_a_request_that_ends_before_it_begins_holds_nothing(budget: Budget) -> None:
     """As before Python 3.12, where a task begins later than it is made."""
-    hub = SimpleNamespace(settings=SimpleNamespace(socket_bytes=MiB))
-    peer = SimpleNamespace(hub=hub, spawn=asyncio.create_task)
-    requests = Requests(cast(Any, peer), cast(Any, None), cast(Any, None), {})
+    client = SimpleNamespace(hub=SimpleNamespace(), spawn=asyncio.create_task)
+    requests = Requests(cast(Any, client), cast(Any, None), cast(Any, None), {})
     asked = Request(1, "tools/list", protocol.NoParams())
     await requests.start(asked, 100, budget.tenant("a").reserve())
     assert budget.held > 100
@@ -167,8 +166,9 @@ def nobody() -> None:
     raise AssertionError("nobody has to make room")
 
 
-def test_strangers_of_one_address_are_few() -> None:
-    found = limits(max_anonymous_per_address=3).strangers
+def test_strangers_of_one_address_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.limits.budget.ANONYMOUS_PER_ADDRESS", 3)
+    found = limits().strangers
     held = [found.reserve("10.0.0.1", displaced=nobody) for _ in range(3)]
     with pytest.raises(RateLimited, match="this address has too many connections without a token"):
         found.reserve("10.0.0.1", displaced=nobody)
@@ -177,8 +177,9 @@ def test_strangers_of_one_address_are_few() -> None:
     found.reserve("10.0.0.1", displaced=nobody)
 
 
-def test_strangers_take_no_place_of_those_with_a_token() -> None:
-    found = limits(max_anonymous=1, max_connections=2)
+def test_strangers_take_no_place_of_those_with_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.limits.budget.ANONYMOUS", 1)
+    found = limits(max_connections=2)
     for _ in range(10):
         found.strangers.reserve("a", displaced=lambda: None)
     for tenant in ("t", "u"):

@@ -298,12 +298,12 @@ async def test_the_script_of_a_shell_is_printed(gateway: LiveGateway, shell: str
 async def test_a_wrong_setting_is_named(gateway: LiveGateway, tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", "serve"),
-        env={**gateway.environment, "GATEWAY_MAX_FRAME": "many"},
+        env={**gateway.environment, "GATEWAY_MAX_TENANTS": "many"},
         stderr=asyncio.subprocess.PIPE,
     )
     _, err = await process.communicate()
     assert process.returncode == 1
-    assert b"GATEWAY_MAX_FRAME" in err and b"Traceback" not in err
+    assert b"GATEWAY_MAX_TENANTS" in err and b"Traceback" not in err
 
 
 async def test_serve_help_lists_every_setting(gateway: LiveGateway) -> None:

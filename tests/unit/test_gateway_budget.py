@@ -16,6 +16,7 @@ import orjson
 import pytest
 
 from gateway import protocol
+from tests.constants import constants
 from tests.live import LiveGateway, RpcFailure, Wire, local_gateway
 from tests.waits import pause, standstill, until
 
@@ -26,13 +27,17 @@ CLIENTS = {"client": {"name": "t", "version": "1"}}
 SMALL = {
     "GATEWAY_BYTES_IN_FLIGHT": str(48 * MiB),
     "GATEWAY_TENANT_BYTES": str(24 * MiB),
-    "GATEWAY_SOCKET_BYTES": str(16 * MiB),
     "GATEWAY_MAX_CONNECTIONS": "24",
     "GATEWAY_MAX_TENANT_CONNECTIONS": "12",
-    "GATEWAY_MAX_ANONYMOUS": "8",
-    "GATEWAY_MAX_ANONYMOUS_PER_ADDRESS": "4",
-    "GATEWAY_HEAD_TIMEOUT": "2",
-    "GATEWAY_BODY_TIMEOUT": "2",
+    **constants(
+        {
+            "gateway.api.connection.connection.SOCKET_BYTES": 16 * MiB,
+            "gateway.limits.budget.ANONYMOUS": 8,
+            "gateway.limits.budget.ANONYMOUS_PER_ADDRESS": 4,
+            "gateway.transport.http1.HEAD_TIMEOUT": 2.0,
+            "gateway.api.http.BODY_TIMEOUT": 2.0,
+        }
+    ),
 }
 
 

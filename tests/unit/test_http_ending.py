@@ -30,7 +30,7 @@ async def ended(*first: Message) -> list[Message]:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    app: Any = with_request_id(endless, 5)
+    app: Any = with_request_id(endless)
     serving = asyncio.create_task(app(dict(_SCOPE), receive, send))
     await waiting.wait()
     serving.cancel()

@@ -55,7 +55,7 @@ ONLY: dict[str, set[str]] = {
     "bounds": {"admission"},
     "holder": set(),
     "notify": set(),
-    "transport": {"admission", "settings"},
+    "transport": {"admission", "protocol"},
     "storage": {"admission", "errors", "settings"},
     "hostnames": {"errors", "protocol", "settings"},
     # browsers and tenants are nothing to these

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.constants import constants
 from tests.live import LiveGateway, local_gateway
 from tests.waits import pause, until
 
@@ -14,7 +15,12 @@ SOON = 2.0  # seconds; a busy machine takes one to connect
 
 async def stuck(folder: Path, there: Path) -> LiveGateway:
     """Return a gateway that finds its tenant only once a file exists."""
-    few = {"GATEWAY_INITIALIZE_TIMEOUT": str(SOON), "GATEWAY_MAX_ANONYMOUS": "1"}
+    few = constants(
+        {
+            "gateway.api.connection.connection.INITIALIZE_TIMEOUT": SOON,
+            "gateway.limits.budget.ANONYMOUS": 1,
+        }
+    )
     gateway = await local_gateway(folder, "one", **few)
     gateway.program = (sys.executable, str(STUCK), str(there))
     return gateway

@@ -25,7 +25,7 @@ from tests.live import LiveGateway, RpcFailure, local_gateway
 from tests.unit.test_edge import DOCUMENT, WIRE, deep
 
 LARGE: Final = 192 << 10  # characters, beyond most maxima; what is quadratic takes seconds for them
-LARGEST: Final = 15 << 20  # bytes of a message, just below GATEWAY_MAX_FRAME and GATEWAY_MAX_BODY
+LARGEST: Final = 15 << 20  # bytes of a message, just below what a message and a body may have
 UNKNOWN: Final = 128 << 10  # characters where a schema names no maximum
 LONG: Final = 0.1  # seconds that the loop may be held up at most on a calm machine
 USUAL: Final = 0.05  # and in 99 of 100 cases

@@ -95,7 +95,7 @@ async def test_a_kill_for_lack_of_memory_is_known_once_the_kernel_has_reported_i
 ) -> None:
     """It comes after the process has ended; one before that, or of another tenant, is none."""
     monkeypatch.setattr(pressure, "_REPORT", 0.05)
-    watch: Any = pressure.Pressure(*(cast(Any, None),) * 4)
+    watch: Any = pressure.Pressure(*(cast(Any, None),) * 3)
     oom = TenantEvent("tenant.oom", "shop", {})
     watch.noticed(oom)
     began = time.monotonic()

@@ -54,5 +54,5 @@ def test_what_is_wrong_is_left_to_all_settings_to_tell(
 
 
 def test_what_is_wrong_with_another_setting_is_no_matter_to_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GATEWAY_MAX_FRAME", "many")
+    monkeypatch.setenv("GATEWAY_MAX_TENANTS", "many")
     assert load_client().listen

@@ -36,9 +36,9 @@ class Client:
         return not self.messages[-1].get("more_body", False)
 
 
-async def answered(client: Client, parts: Iterator[bytes], patience: float = 60) -> dict[bytes, bytes]:
+async def answered(client: Client, parts: Iterator[bytes]) -> dict[bytes, bytes]:
     async with asyncio.timeout(30):
-        await InParts(parts, patience)({"type": "http"}, client.receive, client.send)
+        await InParts(parts)({"type": "http"}, client.receive, client.send)
     return dict(client.messages[0]["headers"])
 
 
@@ -63,7 +63,7 @@ async def test_a_large_one_is_made_as_it_is_taken_and_others_have_their_turn() -
             turns += 1
             await turn()
 
-    answer = InParts(parts(), 60)
+    answer = InParts(parts())
     assert made < 10
     beside = asyncio.create_task(other())
     await answer({"type": "http"}, client.receive, client.send)
@@ -72,7 +72,8 @@ async def test_a_large_one_is_made_as_it_is_taken_and_others_have_their_turn() -
     assert b"content-length" not in dict(client.messages[0]["headers"])
 
 
-async def test_one_that_nobody_takes_is_broken_off() -> None:
+async def test_one_that_nobody_takes_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.api.http.BODY_TIMEOUT", 0.05)
     client = Client()
 
     def parts() -> Iterator[bytes]:
@@ -81,7 +82,7 @@ async def test_one_that_nobody_takes_is_broken_off() -> None:
                 client.takes.clear()
             yield b"x" * 100_000
 
-    await answered(client, parts(), 0.05)
+    await answered(client, parts())
     assert not client.ended and len(client.body) < 6_000_000
 
 

@@ -20,6 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway import protocol
 from gateway.admission import Reservation
+from gateway.api import http
 from gateway.auth.grants import Grant, Grants
 from gateway.auth.tokens import Token
 from gateway.bounds import LEAST_RATE
@@ -47,6 +48,7 @@ from gateway.tools.session import ToolSession
 from gateway.tools.toolbox import Toolbox
 from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE, TEXT
 
+STALL: Final = 600.0  # seconds in which a client must take some output, or it is no longer waited for
 _SLOWEST: Final = 16 << 10  # bytes a second that a client must take of a large answer
 _GONE: Final = frozenset({1005, 1006})  # RFC 6455 §7.1.5: there is no client to send a code to
 _FAREWELL: Final = 2.0  # seconds for a close
@@ -77,11 +79,10 @@ class Closed(Exception):
 class ClientSocket:
     """One client's websocket. `share` counts its bytes in flight."""
 
-    def __init__(self, websocket: WebSocket, share: Share, settings: Settings) -> None:
+    def __init__(self, websocket: WebSocket, share: Share) -> None:
         extensions = websocket.scope.get("extensions", {})
         self.share = share
         self._websocket = websocket
-        self._settings = settings
         self._parts = PARTS in extensions
         self._flow: Mapping[str, Callable[[], Any]] = extensions.get(FLOW, {})
         self._arriving: deque[Reservation[Share]] = deque()  # for large messages that are arriving
@@ -123,7 +124,7 @@ class ClientSocket:
 
     async def _rest(self) -> Message:
         """Return the next message, whose remaining bytes must keep arriving."""
-        patience = self._settings.body_timeout
+        patience = http.BODY_TIMEOUT
         while True:
             received = self._flow["received"]()
             try:
@@ -176,12 +177,12 @@ class ClientSocket:
 
     async def watch_stalls(self) -> None:
         """End the connection if a send that must be taken in time takes too long."""
-        stall, loop = self._settings.exec_stall, asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(stall / 4)
-            if any(loop.time() - since > stall for since in self._waiting.values()):
+            await asyncio.sleep(STALL / 4)
+            if any(loop.time() - since > STALL for since in self._waiting.values()):
                 # a stalled socket cannot be told anything; the client resumes from its offset
-                self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
+                self.close(CloseCode.TOO_MANY, f"no output taken for {STALL:.0f} s")
 
     # --- the end ------------------------------------------------------------------------------------
 

@@ -40,8 +40,12 @@ from gateway.bounds import aside
 from gateway.errors import Cancelled, GatewayError, RateLimited, TooLarge
 from gateway.limits.budget import REQUEST, Share
 from gateway.protocol import CloseCode, RequestId, ServerWire
+from gateway.protocol.maxima import REQUESTS_MAX
 
 log = logging.getLogger(__name__)
+
+INITIALIZE_TIMEOUT: Final = 10.0  # seconds in which `initialize` must come: a stranger's socket holds a place
+SOCKET_BYTES: Final = 32 << 20  # bytes in flight of one websocket: two of the largest messages
 
 
 class _Running:
@@ -65,7 +69,7 @@ class Requests:
         self._wire = wire
         self._methods = methods
         # calls begin in order, while the answers that they may have fit into the limit of one connection
-        self._most = client.hub.settings.socket_bytes
+        self._most = SOCKET_BYTES
         self._answers = Admission[None]("answers", each=self._most)
         self._running: dict[object, _Running] = {}  # by id; a request without an id by itself
 
@@ -193,9 +197,9 @@ class Connection:
     ) -> None:
         """Until there is a `token`, the socket counts towards the client's `address`."""
         self._hub = hub
-        share = hub.limits.bytes.tenant(tenant).within(hub.settings.socket_bytes)
-        self._socket = ClientSocket(websocket, share, hub.settings)
-        self._wire = protocol.ServerWire(hub.settings.max_requests)
+        share = hub.limits.bytes.tenant(tenant).within(SOCKET_BYTES)
+        self._socket = ClientSocket(websocket, share)
+        self._wire = protocol.ServerWire(REQUESTS_MAX)
         self._client = client = ClientSession(hub, tenant, token, address, self._socket)
         self._execs = ExecMethods(client, self._wire)
         opening = (self._execs, EventMethods(client), WatchMethods(client))
@@ -252,7 +256,7 @@ class Connection:
 
     async def _read(self) -> Closed:
         """Handle messages until the end; return how it ended."""
-        until = asyncio.get_running_loop().time() + self._hub.settings.initialize_timeout
+        until = asyncio.get_running_loop().time() + INITIALIZE_TIMEOUT
         try:
             while not self._wire.initialized:
                 async with asyncio.timeout_at(until):

@@ -17,6 +17,7 @@ from gateway.auth.tokens import Token
 from gateway.errors import Forbidden, NotFound
 from gateway.events import Filter, Subscription, positions
 from gateway.files.files import Files, Watch
+from gateway.protocol import maxima
 from gateway.rootfs.messages import RESULT_MAX
 from gateway.tools.toolbox import HandedOver
 
@@ -132,8 +133,8 @@ class SessionMethods(Family):
                 "expires": token.expires,
                 **({} if hub.home is None else {"home": hub.home}),
                 "limits": {
-                    "maxFrame": settings.max_frame,
-                    "maxRequests": settings.max_requests,
+                    "maxFrame": maxima.FRAME_MAX,
+                    "maxRequests": maxima.REQUESTS_MAX,
                     "maxExecs": settings.max_execs,
                     "execTail": settings.exec_tail,
                     "maxArgument": settings.max_argument,

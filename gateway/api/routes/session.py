@@ -19,6 +19,7 @@ from gateway.auth import tokens
 from gateway.errors import InvalidParams, NotFound
 from gateway.protocol import types
 
+AGENT_TOKEN_TTL: Final = 3600  # seconds; the editor asks again for each prompt
 _MAX: Final = 32 << 10  # bytes of a body, which anybody may send
 
 
@@ -38,7 +39,7 @@ async def open(request: Request) -> Response:
     """Store a token in its slot's cookie. If there are too many slots, the oldest are removed."""
     gateway = services(request)
     check_origin(request)
-    body = protocol.validate(SessionBody, await read_json(request, _MAX, gateway.settings.body_timeout))
+    body = protocol.validate(SessionBody, await read_json(request, _MAX))
     token = gateway.verify(body.token)
     response = as_json(_granted(token, body.slot))
     name = tokens.cookie_name(body.slot, secure=secure(request))
@@ -68,7 +69,7 @@ async def agent_token(request: Request) -> Response:
     if gateway.settings.agent_url is None:
         raise NotFound("this gateway offers no agent: GATEWAY_AGENT_URL is not set", reason="off")
     await gateway.runtime.tenants.get(name)  # raises if it does not exist
-    raw, granted = tokens.for_agent(gateway.secret, token, name, gateway.settings.agent_token_ttl)
+    raw, granted = tokens.for_agent(gateway.secret, token, name, AGENT_TOKEN_TTL)
     await gateway.audit.note(token.subject, "tenant.agent.token", name, operator=token.operates)
     said: AgentToken = {
         "token": raw,

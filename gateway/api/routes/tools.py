@@ -85,8 +85,8 @@ async def exec(request: Request) -> Response:
     body = await validated(request, token, ExecBody)
     room = request.scope[USES].enter_context(request.scope[SHARE].reserve())
     with gateway.runtime.commands.expect(name):  # a caller that asks once is likely to ask again
-        work = run(gateway.execs, name, body, gateway.settings, token.subject, room)
-        return InParts(await unless_gone(request, work), gateway.settings.body_timeout)
+        work = run(gateway.execs, name, body, token.subject, room)
+        return InParts(await unless_gone(request, work))
 
 
 _MCP: Final = "/v1/tenants/{tenant}/mcp"
