@@ -1,53 +1,6 @@
 """Every error of the gateway, each with its wire code: those of `gateway_client.errors`."""
 
-from gateway_client.errors import (
-    WIRE_CODES,
-    AmbiguousMatch,
-    BinaryFile,
-    Cancelled,
-    Conflict,
-    ExecFailed,
-    Forbidden,
-    GatewayError,
-    Gone,
-    InvalidParams,
-    IsADirectory,
-    NoMatch,
-    NotAFile,
-    NotFound,
-    OutsideWorkspace,
-    RateLimited,
-    StaleRead,
-    TenantNotRunning,
-    Timeout,
-    TooLarge,
-    Unauthorized,
-    Unavailable,
-    rpc_code,
-)
-
-__all__ = [
-    "WIRE_CODES",
-    "AmbiguousMatch",
-    "BinaryFile",
-    "Cancelled",
-    "Conflict",
-    "ExecFailed",
-    "Forbidden",
-    "GatewayError",
-    "Gone",
-    "InvalidParams",
-    "IsADirectory",
-    "NoMatch",
-    "NotAFile",
-    "NotFound",
-    "OutsideWorkspace",
-    "RateLimited",
-    "StaleRead",
-    "TenantNotRunning",
-    "Timeout",
-    "TooLarge",
-    "Unauthorized",
-    "Unavailable",
-    "rpc_code",
-]
+# ruff: noqa: F403 - the same names, for both ends of the wire
+from gateway_client.errors import *
+from gateway_client.errors import WIRE_CODES as WIRE_CODES
+from gateway_client.errors import rpc_code as rpc_code

@@ -2,181 +2,34 @@
 
 Frames and messages, which clients need too, are in `gateway_client.wire`. The server feeds what it receives
 to a `ServerWire` and gets events with checked parameters (`params`). Nothing here waits, so every case can be
-tested with values. Import from this package, not from its modules, except `results`.
+tested with values. Import from this package, not from its modules, except `maxima`, `types` and `results`.
 """
 
-from typing import TYPE_CHECKING
-
-from gateway_client.wire import (
-    CANCEL_REQUEST,
-    HEADER_SIZE,
-    SUBPROTOCOL,
-    VERSION,
-    CloseCode,
-    Frame,
-    Message,
-    Notification,
-    Reply,
-    RequestId,
-    RpcError,
-    StreamId,
-    cancel_request,
-    decode_server_text,
-    encoded_result,
-    error_reply,
-    failure,
-    frame_header,
-    notification,
-    pack_frame,
-    request,
-    result,
-    size,
-    unpack_frame,
-)
+# ruff: noqa: F403 - this package has the names of its modules, and mypy knows them by these imports
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from gateway.protocol.params import (
-        METHODS,
-        NUMBER,
-        CancelRequest,
-        ClientInfo,
-        Encoding,
-        EventsSubscribe,
-        EventsUnsubscribe,
-        ExecAck,
-        ExecAttach,
-        ExecCancel,
-        ExecRef,
-        ExecResize,
-        ExecSignal,
-        ExecStart,
-        FilesList,
-        FilesMkdir,
-        FilesMove,
-        FilesPath,
-        FilesRemove,
-        FilesUnwatch,
-        FilesWatch,
-        FilesWrite,
-        HistoryList,
-        HistoryRestore,
-        HistoryTurn,
-        HistoryUndo,
-        Initialize,
-        McpMessage,
-        NoParams,
-        Offsets,
-        Params,
-        PtySize,
-        Reader,
-        SessionRenew,
-        ToolsCall,
-        ToolsCancel,
-        TurnBegin,
-        UndoBody,
-        switch,
-        validate,
-    )
-    from gateway.protocol.schema import wire_schema
-    from gateway.protocol.server_wire import (
-        CancelPending,
-        Close,
-        Ignored,
-        Input,
-        Refused,
-        Request,
-        ServerEvent,
-        ServerWire,
-    )
-    from gateway.protocol.weight import LIGHT, VALUES_MAX, weigh
+    from gateway.protocol.maxima import *
+    from gateway.protocol.params import *
+    from gateway.protocol.results import wire_schema as wire_schema
+    from gateway.protocol.server_wire import *
+    from gateway_client.wire import *
 else:
 
     def __getattr__(name: str) -> object:
-        # the server's half imports pydantic, which clients do not need
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from gateway.protocol import params, schema, server_wire, weight
+        # on first use: `maxima` is imported by processes that must not load pydantic, which the others need
+        from importlib import import_module
 
-        for module in (params, schema, server_wire, weight):
-            globals().update({each: vars(module)[each] for each in __all__ if each in vars(module)})
-        return globals()[name]
+        if not name.startswith("_") and name not in _SUBMODULES:
+            for module in _MODULES:
+                if hasattr(found := import_module(module), name):
+                    globals()[name] = getattr(found, name)
+                    return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
-    "CANCEL_REQUEST",
-    "HEADER_SIZE",
-    "LIGHT",
-    "METHODS",
-    "NUMBER",
-    "SUBPROTOCOL",
-    "VALUES_MAX",
-    "VERSION",
-    "CancelPending",
-    "CancelRequest",
-    "ClientInfo",
-    "Close",
-    "CloseCode",
-    "Encoding",
-    "EventsSubscribe",
-    "EventsUnsubscribe",
-    "ExecAck",
-    "ExecAttach",
-    "ExecCancel",
-    "ExecRef",
-    "ExecResize",
-    "ExecSignal",
-    "ExecStart",
-    "FilesList",
-    "FilesMkdir",
-    "FilesMove",
-    "FilesPath",
-    "FilesRemove",
-    "FilesUnwatch",
-    "FilesWatch",
-    "FilesWrite",
-    "Frame",
-    "HistoryList",
-    "HistoryRestore",
-    "HistoryTurn",
-    "HistoryUndo",
-    "Ignored",
-    "Initialize",
-    "Input",
-    "McpMessage",
-    "Message",
-    "NoParams",
-    "Notification",
-    "Offsets",
-    "Params",
-    "PtySize",
-    "Reader",
-    "Refused",
-    "Reply",
-    "Request",
-    "RequestId",
-    "RpcError",
-    "ServerEvent",
-    "ServerWire",
-    "SessionRenew",
-    "StreamId",
-    "ToolsCall",
-    "ToolsCancel",
-    "TurnBegin",
-    "UndoBody",
-    "cancel_request",
-    "decode_server_text",
-    "encoded_result",
-    "error_reply",
-    "failure",
-    "frame_header",
-    "notification",
-    "pack_frame",
-    "request",
-    "result",
-    "size",
-    "switch",
-    "unpack_frame",
-    "validate",
-    "weigh",
-    "wire_schema",
-]
+_MODULES: Final = (
+    "gateway_client.wire",
+    *(f"{__name__}.{module}" for module in ("maxima", "params", "results", "server_wire")),
+)
+_SUBMODULES: Final = ("maxima", "params", "results", "server_wire", "types")

@@ -15,8 +15,8 @@ from typing import Final, TypeAlias
 import orjson
 
 from gateway.errors import GatewayError, InvalidParams, RateLimited
+from gateway.protocol.maxima import LIGHT
 from gateway.protocol.params import METHODS, CancelRequest, Params, validate
-from gateway.protocol.weight import LIGHT
 from gateway_client.wire.frames import StreamId, unpack_frame
 from gateway_client.wire.messages import CANCEL_REQUEST, CloseCode, RequestId, error_reply, failure
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies
 
 from gateway import protocol
 from gateway.errors import TooLarge
-from gateway.protocol import weight
+from gateway.protocol import maxima
 
 VALUES = strategies.recursive(
     strategies.none() | strategies.integers() | strategies.text(',:[]{}"\\ aé\n', max_size=30),
@@ -43,12 +43,12 @@ def test_what_is_counted_is_the_values_and_names_wherever_it_is_cut(
     text = json.dumps(value, ensure_ascii=escaped)
     count = structure(value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight, "_SLICE", cut)
-        patch.setattr(weight, "VALUES_MAX", count)
+        patch.setattr(maxima, "_SLICE", cut)
+        patch.setattr(maxima, "VALUES_MAX", count)
         protocol.weigh(text)
         protocol.weigh(text.encode())
         if count:
-            patch.setattr(weight, "VALUES_MAX", count - 1)
+            patch.setattr(maxima, "VALUES_MAX", count - 1)
             with pytest.raises(TooLarge):
                 protocol.weigh(text)
 
