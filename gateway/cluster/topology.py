@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway import __version__, protocol
+from gateway.api import http
 from gateway.api.access import check_covered, check_origin, raw_token
 from gateway.api.connection import close_code
 from gateway.api.first_message import FirstMessage
@@ -614,7 +615,7 @@ class _Passed(Response):
             *(scope, again, send, self._topology.cluster.peers, self._peer),
             body=Body(scope, again),
             client=client_of(scope, address(self._request)),
-            patience=self._topology.services.settings.body_timeout,
+            patience=http.BODY_TIMEOUT,
         )
 
 
@@ -709,7 +710,7 @@ class _Relayed:
         hold(scope, _WINDOW)
         body = Body(scope, self._receive)
         settings = services.settings
-        patience = max(settings.body_timeout, settings.transfer_stall)
+        patience = max(http.BODY_TIMEOUT, settings.transfer_stall)
         scope = {**scope, "headers": [*_without_id(scope), (b"x-request-id", scope[REQUEST_ID].encode())]}
         for left in (1, 0):
             try:

@@ -20,7 +20,7 @@ SECRET = "a secret of the tests, long enough to sign with"
         ({"GATEWAY_LISTEN": "/run/gateway.sock", "GATEWAY_SECRET": SECRET}, None),
         ({"gateway_listen": "127.0.0.1:1", "LISTEN": "127.0.0.1:2"}, None),
         ({"GATEWAY_LISTEN": "", "GATEWAY_STATE_DIR": "state"}, None),
-        ({}, f'listen = "127.0.0.1:9000"\nstate_dir = "/srv/gw"\nsecret = "{SECRET}"\nmax_frame = 70000'),
+        ({}, f'listen = "127.0.0.1:9000"\nstate_dir = "/srv/gw"\nsecret = "{SECRET}"\nmax_tenants = 70'),
         ({"GATEWAY_LISTEN": "127.0.0.1:1"}, 'listen = "127.0.0.1:9000"\nstate_dir = "/srv/gw"'),
         ({}, 'LISTEN = "127.0.0.1:9000"'),
     ],
