@@ -1,19 +1,16 @@
-"""Checks each HTTP request's origin, token, tenant and scope, and ends it when its token ends."""
+"""Who may make a request: its origin, token, slot and tenant; its body; and its end when its token ends."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import orjson
-from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection, Request
 
-from gateway import protocol
-from gateway.api.http import USES, ask, read_body, read_json, shutting_down, weighed
-from gateway.api.operation import operation
+from gateway.api.http import USES, read_body, read_json, shutting_down, weighed
 from gateway.api.services import services
 from gateway.auth import tokens
 from gateway.auth.tokens import Token
@@ -21,8 +18,6 @@ from gateway.errors import Forbidden, InvalidParams, NotFound, Unauthorized
 from gateway.protocol import maxima
 from gateway.runtime import TENANT_NAME
 from gateway.transport.http1 import ABORT
-
-_M = TypeVar("_M", bound=BaseModel)
 
 _LINGER: Final = 5.0  # seconds for a client to read an answer that must end
 
@@ -65,49 +60,11 @@ def sharer(token: Token) -> str:
     return next(iter(coverage)) if coverage is not None and len(coverage) == 1 else f"sub {token.subject}"
 
 
-def with_token(request: Request, scope: str | None) -> Token:
-    """Return the token of a request that names no tenant. Raises `Forbidden` or `Unauthorized`.
-
-    From now on the request's bytes in flight count towards the share of `sharer`.
-    """
-    operation(request).check_scope(scope)
-    token = _known(request)
-    if scope is not None:
-        token.require(scope)
-    ask(request.scope, services(request).limits, sharer(token))
-    return token
-
-
-def for_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
-    """Return the path's tenant and the token, if the token covers the tenant and has `scope`.
-
-    Raises `Forbidden`, `NotFound` or `Unauthorized`.
-    """
-    operation(request).check_scope(scope)
-    token = _known(request)
-    name: str = request.path_params["tenant"]
-    check_covered(token, name)
-    if scope is not None:
-        token.require(scope)
-    ask(request.scope, services(request).limits, name)
-    return name, token
-
-
-async def using_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
-    """Like `for_tenant`, but also keep the tenant awake until the answer has been sent."""
-    name, token = for_tenant(request, scope)
+async def keep_awake(request: Request, tenant: str) -> None:
+    """Wake a tenant that sleeps, and keep it awake until the answer has been sent."""
     idle = services(request).idle
-    request.scope[USES].enter_context(idle.using(name))
-    await idle.awake(name)
-    return name, token
-
-
-def as_operator(request: Request) -> Token:
-    """Return an operator's token: scope admin for every tenant. Raises `Forbidden` for any other."""
-    token = with_token(request, "admin")
-    if not token.operates:
-        raise Forbidden("this needs a token with the scope admin for every tenant")
-    return token
+    request.scope[USES].enter_context(idle.using(tenant))
+    await idle.awake(tenant)
 
 
 def check_covered(token: Token | None, tenant: str) -> None:
@@ -157,24 +114,6 @@ def parsed(text: bytes) -> Any:
         raise InvalidParams("the body is not JSON") from None
 
 
-async def validated(request: Request, token: Token, model: type[_M]) -> _M:
-    """Return the JSON body as the model that the route declares. Raises `InvalidParams`."""
-    read = optional_json if operation(request).optional else json_body
-    return as_declared(request, model, await read(request, token))
-
-
-def as_declared(request: Request, model: type[_M], body: object) -> _M:
-    """Return a parsed body as one of the models that the route declares. Raises `InvalidParams`."""
-    operation(request).check_body(model)
-    return protocol.validate(model, body)
-
-
-def queried(request: Request, model: type[_M]) -> _M:
-    """Return the query as the model that the route declares. Raises `InvalidParams`."""
-    operation(request).check_query(model)
-    return protocol.validate(model, dict(request.query_params))
-
-
 def idempotency_key(request: Request) -> str | None:
     """Return the caller's id for this call, or None. Raises `InvalidParams`."""
     key = request.headers.get("idempotency-key")
@@ -194,8 +133,3 @@ def end_with(request: Request, token: Token, end: Callable[[], None]) -> None:
         uses.callback(asyncio.get_running_loop().call_later(_LINGER, cut).cancel)
 
     uses.enter_context(services(request).grants.hold(token, over))
-
-
-def _known(request: Request) -> Token:
-    check_origin(request)
-    return services(request).verify(raw_token(request))

@@ -111,7 +111,7 @@ def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for one in operations:
         described = _described(one, models)
-        if sum(other.endpoint is one.endpoint for other in operations) > 1:
+        if sum(other.function is one.function for other in operations) > 1:
             described["operationId"] += f".{one.method.lower()}"
         paths.setdefault(documented(one.path), {})[one.method.lower()] = described
     return {
@@ -152,11 +152,10 @@ def _types(operations: Iterable[Operation]) -> Iterator[tuple[Any, JsonSchemaMod
 
 
 def _described(one: Operation, models: _Models) -> dict[str, Any]:
-    summary, _, more = inspect.cleandoc(one.endpoint.__doc__ or "").partition("\n")
-    module = one.endpoint.__module__.rpartition(".")[2]
+    summary, _, more = inspect.cleandoc(one.function.__doc__ or "").partition("\n")
     described: dict[str, Any] = {
-        "operationId": f"{module}.{one.endpoint.__name__}",
-        "tags": [module],
+        "operationId": f"{one.tag}.{one.function.__name__}",
+        "tags": [one.tag],
         "summary": summary.rstrip("."),
         "description": "\n\n".join(part for part in (" ".join(more.split()), _scope(one)) if part),
         "parameters": list(_parameters(one, models)),

@@ -1,16 +1,36 @@
-"""Routes that declare their inputs and answers by models, which check requests and describe the API."""
+"""Routes that declare everything about them once: who may ask, what they take, and what they answer.
+
+`Routes` has the decorator that makes a function an `Operation`. An operation checks each request before it
+calls the function, and the OpenAPI document describes it. The models that annotate the function's parameters
+`query` and `body` check these.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final, TypeVar, get_type_hints
 
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
+from gateway import protocol
+from gateway.api.access import (
+    check_covered,
+    check_origin,
+    check_serving,
+    json_body,
+    keep_awake,
+    optional_json,
+    raw_token,
+    sharer,
+)
+from gateway.api.http import as_json, ask
+from gateway.api.services import Services, services
+from gateway.auth.tokens import Token
+from gateway.errors import Forbidden
 from gateway.protocol.maxima import ID_MAX
 
 ANY: Final = "any"
@@ -19,7 +39,8 @@ OPEN: Final = ""
 """No token at all."""
 OF_TOOL: Final = "the tool's"
 
-_KEY: Final = "gateway.operation"
+_Answer = Response | Mapping[str, Any] | None
+_Function = TypeVar("_Function", bound=Callable[..., Awaitable[_Answer]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,54 +51,112 @@ class Media:
     text: bool = False
 
 
-class Operation(Route):
-    """A route of one method. Its endpoint's docstring is the description.
+class Call(Request):
+    """A request whose caller was checked; an open route has no `token`, and only a tenant's a `tenant`."""
 
-    `answers` has a type for each success status: one, a tuple of several, or None for no body. `takes` is the
-    model of the JSON body, which may be omitted if `optional`; `query` is the model of the query. `access`
-    checks requests against nothing else.
+    tenant: str
+    token: Token
+
+    @property
+    def gateway(self) -> Services:
+        return services(self)
+
+
+class Operation(Route):
+    """A route of one method, answered by `function`, whose docstring is the description.
+
+    The token must allow `scope`. `answers` has a type for each success status: one, a tuple of several, or
+    None for no body. The first status is that of a function that returns a mapping or None. `takes` is the
+    type of a body that the function reads by itself. With `optional` the body may be left out.
+
+    `awake` keeps the tenant awake until the answer has been sent, `serving` refuses the request while the
+    gateway drains, and `operator` demands a token with the scope `admin` for every tenant.
     """
 
     def __init__(
         self,
+        tag: str,
+        method: str,
         path: str,
-        endpoint: Callable[[Request], Awaitable[Response]],
-        method: str = "GET",
+        function: Callable[..., Awaitable[_Answer]],
         *,
         scope: str,
         answers: Mapping[int, Any],
         takes: Any = None,
         optional: bool = False,
-        query: Any = None,
         headers: tuple[str, ...] = (),
         errors: Media | None = None,
+        awake: bool = False,
+        serving: bool = False,
+        operator: bool = False,
     ) -> None:
-        super().__init__(path, endpoint, methods=[method])
-        self.method, self.required, self.answers = method, scope, answers
-        self.takes, self.optional, self.query, self.headers = takes, optional, query, headers
-        self.errors = errors
+        super().__init__(path, self._answer, methods=[method], name=function.__name__)
+        models = get_type_hints(function)
+        self._body = models.get("body")
+        self.query = models.get("query")
+        self.tag, self.method, self.function = tag, method, function
+        self.required, self.answers, self.headers, self.errors = scope, answers, headers, errors
+        self.takes, self.optional = takes or self._body, optional
+        self._awake, self._serving, self._operator = awake, serving, operator
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child = super().matches(scope)
         names = child.get("path_params", {}).items()
         if any(len(name) > ID_MAX for kind, name in names if kind != "path"):
             return Match.NONE, {}  # no such thing has so long a name
-        return match, {**child, _KEY: self} if match is Match.FULL else child
+        return match, child
 
-    def check_scope(self, scope: str | None) -> None:
-        """Raise `AssertionError` if a scope is checked that is not the declared one."""
-        wanted = self.required
-        assert wanted in (scope or ANY, OF_TOOL), f"{self.path} declares {wanted!r}, and checks {scope!r}"
+    async def _answer(self, request: Request) -> Response:
+        call, given = Call(request.scope, request.receive), dict[str, Any]()
+        if self.required != OPEN:
+            await self._check(call)
+        if self.query is not None:
+            given["query"] = protocol.validate(self.query, dict(call.query_params))
+        if self._body is not None:
+            read = optional_json if self.optional else json_body
+            given["body"] = protocol.validate(self._body, await read(call, call.token))
+        answer = await self.function(call, **given)
+        if isinstance(answer, Response):
+            return answer
+        response = Response() if answer is None else as_json(answer)
+        response.status_code = next(iter(self.answers))
+        return response
 
-    def check_body(self, model: type) -> None:
-        """Raise `AssertionError` if a body is checked by a model that is not the declared one."""
-        assert model is self.takes or model in get_args(self.takes), f"{self.path} does not take {model}"
+    async def _check(self, call: Call) -> None:
+        """Check the caller, and count the request as its tenant's, or else as its caller's."""
+        gateway, scope = call.gateway, self.required
+        if scope == OF_TOOL:
+            scope = gateway.toolbox.scope(call.path_params["tool"])
+        check_origin(call)
+        call.token = token = gateway.verify(raw_token(call))
+        if (tenant := call.path_params.get("tenant")) is not None:
+            check_covered(token, tenant)
+            call.tenant = tenant
+        if scope != ANY:
+            token.require(scope)
+        ask(call.scope, gateway.limits, sharer(token) if tenant is None else tenant)
+        if self._operator and not token.operates:
+            raise Forbidden("this needs a token with the scope admin for every tenant")
+        if self._awake:
+            await keep_awake(call, call.tenant)
+        if self._serving:
+            check_serving(call)
 
-    def check_query(self, model: type) -> None:
-        assert model is self.query, f"{self.path} does not declare the query {model}"
 
+class Routes(list[Operation]):
+    """The operations of one family, which is their tag in the OpenAPI document."""
 
-def operation(request: HTTPConnection) -> Operation:
-    """Return a request's operation."""
-    found: Operation = request.scope[_KEY]
-    return found
+    def __init__(self, tag: str) -> None:
+        super().__init__()
+        self._tag = tag
+
+    def __call__(
+        self, method: str, path: str, *, scope: str, answers: Mapping[int, Any], **more: Any
+    ) -> Callable[[_Function], _Function]:
+        """Declare the function below as an operation; `more` are the other arguments of `Operation`."""
+
+        def declare(function: _Function) -> _Function:
+            self.append(Operation(self._tag, method, path, function, scope=scope, answers=answers, **more))
+            return function
+
+        return declare

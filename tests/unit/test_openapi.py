@@ -11,16 +11,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import WebSocketRoute
 
 from gateway import protocol
 from gateway.api import editor, openapi
 from gateway.api.answers import TenantsQuery
 from gateway.api.app import routes
-from gateway.api.operation import Operation
-from gateway.deployments.http import PublishBody, RollbackBody
+from gateway.api.operation import Call, Operation, Routes
+from gateway.deployments.http import RollbackBody
 from gateway.protocol.results import NOTIFICATIONS, RESULTS
 from tests import shapes
 from tests.live import local_gateway
@@ -86,20 +84,16 @@ def test_every_method_of_the_websocket_has_its_result() -> None:
         assert f"`{name}" in page, name
 
 
-def test_a_check_by_another_model_is_a_fault() -> None:
-    """What is declared is what checks: a route cannot say one thing and do another."""
+def test_what_a_function_takes_is_what_is_checked_and_described() -> None:
+    """A route cannot declare one thing and check another: the function's own parameters declare it."""
+    routes = Routes("tests")
 
-    async def endpoint(request: Request) -> Response:
+    @routes("POST", "/", scope="deploy", answers={200: None})
+    async def endpoint(call: Call, body: RollbackBody, query: TenantsQuery) -> None:
         raise NotImplementedError
 
-    one = Operation("/", endpoint, scope="deploy", takes=RollbackBody, query=TenantsQuery, answers={})
-    one.check_body(RollbackBody)
-    one.check_query(TenantsQuery)
-    one.check_scope("deploy")
-    with pytest.raises(AssertionError):
-        one.check_body(PublishBody)
-    with pytest.raises(AssertionError):
-        one.check_scope("exec")
+    (one,) = routes
+    assert (one.takes, one.query, one.required) == (RollbackBody, TenantsQuery, "deploy")
 
 
 def test_the_page_shows_every_operation_and_escapes() -> None:

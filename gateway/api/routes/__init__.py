@@ -7,33 +7,20 @@ from typing import Final
 from starlette.routing import BaseRoute
 
 from gateway.api import editor
-from gateway.api.routes import (
-    deployments,
-    events,
-    files,
-    history,
-    lifecycle,
-    operator,
-    process,
-    reference,
-    session,
-    tenants,
-    tools,
-    websocket,
-)
+from gateway.api.routes import deployments, events, gateway, session, tenants, websocket, workspace
 
 ROUTES: Final[tuple[BaseRoute, ...]] = (
     *editor.ROUTES,
-    *process.ROUTES,
-    *reference.ROUTES,
-    *session.ROUTES,
-    *tenants.ROUTES,
-    *lifecycle.ROUTES,
-    *tools.ROUTES,
-    *files.ROUTES,
-    *history.ROUTES,
-    *deployments.ROUTES,
-    *events.ROUTES,
-    *operator.ROUTES,
+    *gateway.process,
+    *gateway.reference,
+    *session.routes,
+    *tenants.tenants,
+    *tenants.lifecycle,
+    *workspace.tools,
+    *workspace.files,
+    *workspace.history,
+    *deployments.routes,
+    *events.routes,
+    *gateway.operator,
     *websocket.ROUTES,
 )

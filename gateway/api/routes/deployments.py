@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from operator import itemgetter
-from typing import Final
+from typing import Any, Final
 
-from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.api.access import (
-    as_declared,
-    check_serving,
-    for_tenant,
-    idempotency_key,
-    parsed,
-    queried,
-    raw_body,
-    using_tenant,
-    validated,
-    with_token,
-)
+from gateway import protocol
+from gateway.api.access import idempotency_key, json_body, parsed, raw_body
 from gateway.api.answers import (
     Deployment,
     DeploymentBegun,
@@ -31,9 +21,7 @@ from gateway.api.answers import (
     TenantDeployments,
 )
 from gateway.api.http import as_json, unless_gone
-from gateway.api.operation import Operation
-from gateway.api.services import services
-from gateway.auth.tokens import Token
+from gateway.api.operation import Call, Routes
 from gateway.deployments import Record
 from gateway.deployments import http as deploying
 from gateway.deployments.queue import Owner
@@ -42,30 +30,41 @@ from gateway.deployments.request import Change, Rollback, Variables
 from gateway.errors import InvalidParams, NotFound
 from gateway.hostnames import normalized, tenant_name
 
+_BEGUN: Final = {202: DeploymentBegun, 200: DeploymentBegun}
+_KEY: Final = ("Idempotency-Key",)
 
-async def templates(request: Request) -> Response:
+routes = Routes("deployments")
+
+
+@routes("GET", "/v1/templates", scope="deploy", answers={200: Templates})
+async def templates(call: Call) -> Mapping[str, Any]:
     """Return the templates that can be deployed by name."""
-    with_token(request, "deploy")
-    found = await asyncio.to_thread(deploying.templates, services(request).settings)
-    return as_json({"templates": found})
+    return {"templates": await asyncio.to_thread(deploying.templates, call.gateway.settings)}
 
 
-async def deploy(request: Request) -> Response:
+@routes(
+    "POST",
+    "/v1/deployments",
+    scope="deploy",
+    serving=True,
+    takes=deploying.DeployBody,
+    headers=_KEY,
+    answers=_BEGUN,
+)
+async def deploy(call: Call) -> Response:
     """Begin a deployment: bring a domain to a site that answers, or update it.
 
     A repeated `Idempotency-Key` returns the same deployment.
     """
-    token = with_token(request, "deploy")
-    check_serving(request)
-    text = await raw_body(request, token)
-    body = as_declared(request, deploying.DeployBody, parsed(text))
-    key = idempotency_key(request)
+    gateway, token = call.gateway, call.token
+    text = await raw_body(call, token)
+    body = protocol.validate(deploying.DeployBody, parsed(text))
+    key = idempotency_key(call)
     tenant = body.tenant or tenant_name(normalized(body.domain))
-    servers = services(request).topology
-    if token.covers(tenant) and (home := await servers.place(request, tenant)) is not None:
-        return home.answer(request, text)
+    if token.covers(tenant) and (home := await gateway.topology.place(call, tenant)) is not None:
+        return home.answer(call, text)
     wanted = await asyncio.to_thread(body.request)
-    record, new = await services(request).deployments.begin(wanted, token, key=key)
+    record, new = await gateway.deployments.begin(wanted, token, key=key)
     return _begun(record, new=new)
 
 
@@ -76,14 +75,22 @@ def _begun(record: Record, *, new: bool) -> Response:
     return response
 
 
-async def publish(request: Request) -> Response:
+@routes(
+    "POST",
+    "/v1/tenants/{tenant}/publish",
+    scope="deploy",
+    awake=True,
+    serving=True,
+    takes=deploying.PublishBody,
+    headers=_KEY,
+    answers=_BEGUN,
+)
+async def publish(call: Call) -> Response:
     """Deploy a copy of a tenant's site to another domain, for production. The site itself stays as it is."""
-    name, token = await using_tenant(request, "deploy")
+    gateway, name, token = call.gateway, call.tenant, call.token
     token.require("files:read")
-    check_serving(request)
-    body = await validated(request, token, deploying.PublishBody)
-    key = idempotency_key(request)
-    gateway = services(request)
+    body = protocol.validate(deploying.PublishBody, await json_body(call, token))
+    key = idempotency_key(call)
     domain = normalized(body.domain)
     served = (await gateway.runtime.tenants.get(name)).domain
     if domain == served or name == (body.tenant or tenant_name(domain)):
@@ -91,153 +98,100 @@ async def publish(request: Request) -> Response:
             f"{name} itself is served at {body.domain[:80]}; publish it at another domain",
             field="domain",
         )
-    archive = await unless_gone(request, gateway.sources.of(name, Owner.of(token)))
+    archive = await unless_gone(call, gateway.sources.of(name, Owner.of(token)))
     target = body.tenant or tenant_name(domain)
     servers = gateway.topology
-    if token.covers(target) and (home := await servers.place(request, target, here=True)) is not None:
+    if token.covers(target) and (home := await servers.place(call, target, here=True)) is not None:
         deploy_body = await asyncio.to_thread(body.deployment, archive)
-        return home.answer(request, deploy_body, "/v1/deployments")
+        return home.answer(call, deploy_body, "/v1/deployments")
     wanted = await asyncio.to_thread(body.request, archive)
     record, new = await gateway.deployments.begin(wanted, token, key=key)
     return _begun(record, new=new)
 
 
-async def rollback(request: Request) -> Response:
+@routes(
+    "POST",
+    "/v1/tenants/{tenant}/rollback",
+    scope="deploy",
+    serving=True,
+    optional=True,
+    headers=_KEY,
+    answers=_BEGUN,
+)
+async def rollback(call: Call, body: deploying.RollbackBody) -> Response:
     """Bring back one of the tenant's kept sites, by a new deployment."""
-    name, token = for_tenant(request, "deploy")
-    check_serving(request)
-    body = await validated(request, token, deploying.RollbackBody)
-    return await _change(request, name, token, Rollback(body.to))
+    return await _change(call, Rollback(body.to))
 
 
-async def change_environment(request: Request) -> Response:
+@routes("PATCH", "/v1/tenants/{tenant}/env", scope="deploy", serving=True, headers=_KEY, answers=_BEGUN)
+async def change_environment(call: Call, body: deploying.EnvironmentBody) -> Response:
     """Change a site's environment, by a new deployment. Null removes a variable."""
-    name, token = for_tenant(request, "deploy")
-    check_serving(request)
-    body = await validated(request, token, deploying.EnvironmentBody)
-    return await _change(request, name, token, Variables(body.env))
+    return await _change(call, Variables(body.env))
 
 
-async def _change(request: Request, tenant: str, token: Token, change: Change) -> Response:
-    key = idempotency_key(request)
-    record, new = await services(request).deployments.change(tenant, change, token, key=key)
+async def _change(call: Call, change: Change) -> Response:
+    key, deployments = idempotency_key(call), call.gateway.deployments
+    record, new = await deployments.change(call.tenant, change, call.token, key=key)
     return _begun(record, new=new)
 
 
-async def environment(request: Request) -> Response:
+@routes("GET", "/v1/tenants/{tenant}/env", scope="deploy", answers={200: Environment})
+async def environment(call: Call, query: EnvironmentQuery) -> Mapping[str, Any]:
     """Return the names of the site's variables, and their values to callers who could also run a command."""
-    name, token = for_tenant(request, "deploy")
-    values = queried(request, EnvironmentQuery).values
-    if values:
+    gateway, name, token = call.gateway, call.tenant, call.token
+    if query.values:
         token.require("exec")
-    gateway = services(request)
     env = await gateway.deployments.environment(name)
-    if not values:
-        return as_json({"names": sorted(env)})
+    if not query.values:
+        return {"names": sorted(env)}
     await gateway.audit.note(token.subject, "tenant.env.read", name, operator=token.operates)
-    return as_json({"names": sorted(env), "env": env})
+    return {"names": sorted(env), "env": env}
 
 
-async def history(request: Request) -> Response:
+@routes("GET", "/v1/tenants/{tenant}/deployments", scope="deploy", answers={200: TenantDeployments})
+async def history(call: Call) -> Mapping[str, Any]:
     """Return a tenant's deployments, which of them is live, and which are kept."""
-    name, token = for_tenant(request, "deploy")
-    gateway = services(request)
+    gateway, name, token = call.gateway, call.tenant, call.token
     live, kept = await gateway.deployments.kept(name)
     found = await gateway.deployments.recent(frozenset({name}))
     if token.coverage is not None:
         found = [one for one in found if gateway.names.is_present(one.tenant, one.created)]
-    return as_json(
-        {
-            "deployments": [record.to_dict() for record in found],
-            "live": live,
-            "kept": [{"id": one.id, "replaced": one.replaced} for one in kept],
-        }
-    )
+    return {
+        "deployments": [record.to_dict() for record in found],
+        "live": live,
+        "kept": [{"id": one.id, "replaced": one.replaced} for one in kept],
+    }
 
 
-async def index(request: Request) -> Response:
+@routes("GET", "/v1/deployments", scope="deploy", answers={200: Deployments})
+async def index(call: Call) -> Mapping[str, Any]:
     """Return the newest deployments of the tenants that the token covers."""
-    gateway, token = services(request), with_token(request, "deploy")
+    gateway, token = call.gateway, call.token
     found, others = await asyncio.gather(
-        gateway.deployments.recent(token.coverage), gateway.topology.ask_others(request)
+        gateway.deployments.recent(token.coverage), gateway.topology.ask_others(call)
     )
     if token.coverage is not None:
         found = [one for one in found if gateway.names.is_present(one.tenant, one.created)]
     merged = [*(record.to_dict() for record in found), *others.entries("deployments")]
     merged.sort(key=itemgetter("created"), reverse=True)
-    return as_json({"deployments": merged[:LISTED], **others.unanswered})
+    return {"deployments": merged[:LISTED], **others.unanswered}
 
 
-async def show(request: Request) -> Response:
+@routes("GET", "/v1/deployments/{deployment}", scope="deploy", answers={200: Deployment})
+async def show(call: Call) -> Mapping[str, Any]:
     """Return one deployment."""
-    return as_json((await _covered(request)).to_dict())
+    return (await _covered(call)).to_dict()
 
 
-async def cancel(request: Request) -> Response:
+@routes("DELETE", "/v1/deployments/{deployment}", scope="deploy", answers={200: Deployment})
+async def cancel(call: Call) -> Mapping[str, Any]:
     """Cancel a deployment and return it once it is undone. One that has ended is returned unchanged."""
-    record = await _covered(request)
-    return as_json((await services(request).deployments.cancel(record.id)).to_dict())
+    record = await _covered(call)
+    return (await call.gateway.deployments.cancel(record.id)).to_dict()
 
 
-async def _covered(request: Request) -> Record:
-    token = with_token(request, "deploy")
-    record = await services(request).deployments.get(request.path_params["deployment"])
-    if not token.covers(record.tenant):
+async def _covered(call: Call) -> Record:
+    record = await call.gateway.deployments.get(call.path_params["deployment"])
+    if not call.token.covers(record.tenant):
         raise NotFound("no such deployment")
     return record
-
-
-_BEGUN: Final = {202: DeploymentBegun, 200: DeploymentBegun}
-_KEY: Final = ("Idempotency-Key",)
-
-ROUTES: Final = (
-    Operation("/v1/templates", templates, scope="deploy", answers={200: Templates}),
-    Operation("/v1/deployments", index, scope="deploy", answers={200: Deployments}),
-    Operation(
-        "/v1/deployments",
-        deploy,
-        "POST",
-        scope="deploy",
-        takes=deploying.DeployBody,
-        headers=_KEY,
-        answers=_BEGUN,
-    ),
-    Operation("/v1/deployments/{deployment}", show, scope="deploy", answers={200: Deployment}),
-    Operation("/v1/tenants/{tenant}/deployments", history, scope="deploy", answers={200: TenantDeployments}),
-    Operation(
-        "/v1/tenants/{tenant}/publish",
-        publish,
-        "POST",
-        scope="deploy",
-        takes=deploying.PublishBody,
-        headers=_KEY,
-        answers=_BEGUN,
-    ),
-    Operation(
-        "/v1/tenants/{tenant}/rollback",
-        rollback,
-        "POST",
-        scope="deploy",
-        takes=deploying.RollbackBody,
-        optional=True,
-        headers=_KEY,
-        answers=_BEGUN,
-    ),
-    Operation(
-        "/v1/tenants/{tenant}/env",
-        environment,
-        scope="deploy",
-        query=EnvironmentQuery,
-        answers={200: Environment},
-    ),
-    Operation(
-        "/v1/tenants/{tenant}/env",
-        change_environment,
-        "PATCH",
-        scope="deploy",
-        takes=deploying.EnvironmentBody,
-        headers=_KEY,
-        answers=_BEGUN,
-    ),
-    Operation("/v1/deployments/{deployment}", cancel, "DELETE", scope="deploy", answers={200: Deployment}),
-)

@@ -6,15 +6,13 @@ import re
 import time
 from typing import Final
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import protocol
-from gateway.api.access import check_origin, for_tenant, secure, slot, with_token
+from gateway.api.access import check_origin, secure, slot
 from gateway.api.answers import AgentToken, Session
 from gateway.api.http import as_json, read_json
-from gateway.api.operation import ANY, OPEN, Operation
-from gateway.api.services import services
+from gateway.api.operation import ANY, OPEN, Call, Routes
 from gateway.auth import tokens
 from gateway.errors import InvalidParams, NotFound
 from gateway.protocol import types
@@ -22,62 +20,66 @@ from gateway.protocol import types
 AGENT_TOKEN_TTL: Final = 3600  # seconds; the editor asks again for each prompt
 _MAX: Final = 32 << 10  # bytes of a body, which anybody may send
 
+_SLOT: Final = ("X-Session-Slot",)
+
+routes = Routes("session")
+
 
 class SessionBody(protocol.Params):
     token: types.Token
     slot: types.Slot | None = None
 
 
-async def show(request: Request) -> Response:
+@routes("GET", "/v1/session", scope=ANY, headers=_SLOT, answers={200: Session})
+async def show(call: Call) -> Session:
     """Return what the token or the cookie grants."""
-    token = with_token(request, None)
-    by_header = tokens.bearer_token(request.headers.get("authorization")) is not None
-    return as_json(_granted(token, None if by_header else slot(request)))
+    by_header = tokens.bearer_token(call.headers.get("authorization")) is not None
+    return _granted(call.token, None if by_header else slot(call))
 
 
-async def open(request: Request) -> Response:
+@routes("POST", "/v1/session", scope=OPEN, takes=SessionBody, answers={200: Session})
+async def open(call: Call) -> Response:
     """Store a token in its slot's cookie. If there are too many slots, the oldest are removed."""
-    gateway = services(request)
-    check_origin(request)
-    body = protocol.validate(SessionBody, await read_json(request, _MAX))
-    token = gateway.verify(body.token)
+    check_origin(call)
+    body = protocol.validate(SessionBody, await read_json(call, _MAX))
+    token = call.gateway.verify(body.token)
     response = as_json(_granted(token, body.slot))
-    name = tokens.cookie_name(body.slot, secure=secure(request))
-    _set_cookie(request, response, name, body.token, max(0, int(token.expires - time.time())))
+    name = tokens.cookie_name(body.slot, secure=secure(call))
+    _set_cookie(call, response, name, body.token, max(0, int(token.expires - time.time())))
     if body.slot is not None:
-        others = [one for one in tokens.slots(request.headers.get("cookie")) if one != name]
+        others = [one for one in tokens.slots(call.headers.get("cookie")) if one != name]
         for one in others[: max(0, len(others) + 1 - tokens.MOST_SLOTS)]:
-            _set_cookie(request, response, one, "", 0)
+            _set_cookie(call, response, one, "", 0)
     return response
 
 
-async def close(request: Request) -> Response:
+@routes("DELETE", "/v1/session", scope=OPEN, headers=_SLOT, answers={204: None})
+async def close(call: Call) -> Response:
     """Clear the cookie of the named slot, or the one without a slot."""
-    check_origin(request)
-    named = slot(request)
+    check_origin(call)
+    named = slot(call)
     if named is not None and not re.fullmatch(tokens.SLOT, named):
         raise InvalidParams("a slot must have 1 to 32 characters of a-z and 0-9", field="slot")
     response = Response(status_code=204)
-    _set_cookie(request, response, tokens.cookie_name(named, secure=secure(request)), "", 0)
+    _set_cookie(call, response, tokens.cookie_name(named, secure=secure(call)), "", 0)
     return response
 
 
-async def agent_token(request: Request) -> Response:
+@routes("POST", "/v1/tenants/{tenant}/agent-token", scope=ANY, headers=_SLOT, answers={200: AgentToken})
+async def agent_token(call: Call) -> AgentToken:
     """Return a token for the agents' server: for this tenant only, and no longer than the caller's."""
-    gateway = services(request)
-    name, token = for_tenant(request, None)
+    gateway, name, token = call.gateway, call.tenant, call.token
     if gateway.settings.agent_url is None:
         raise NotFound("this gateway offers no agent: GATEWAY_AGENT_URL is not set", reason="off")
     await gateway.runtime.tenants.get(name)  # raises if it does not exist
     raw, granted = tokens.for_agent(gateway.secret, token, name, AGENT_TOKEN_TTL)
     await gateway.audit.note(token.subject, "tenant.agent.token", name, operator=token.operates)
-    said: AgentToken = {
+    return {
         "token": raw,
         "subject": granted.subject,
         "scopes": sorted(granted.scopes),
         "expires": granted.expires,
     }
-    return as_json(said)
 
 
 def _granted(token: tokens.Token, slot: str | None) -> Session:
@@ -92,24 +94,7 @@ def _granted(token: tokens.Token, slot: str | None) -> Session:
     }
 
 
-def _set_cookie(request: Request, response: Response, name: str, value: str, age: int) -> None:
+def _set_cookie(call: Call, response: Response, name: str, value: str, age: int) -> None:
     response.set_cookie(
-        name, value, max_age=age, httponly=True, samesite="strict", secure=secure(request), path="/"
+        name, value, max_age=age, httponly=True, samesite="strict", secure=secure(call), path="/"
     )
-
-
-_SLOT: Final = ("X-Session-Slot",)
-
-ROUTES: Final = (
-    Operation("/v1/session", show, scope=ANY, headers=_SLOT, answers={200: Session}),
-    Operation("/v1/session", open, "POST", scope=OPEN, takes=SessionBody, answers={200: Session}),
-    Operation("/v1/session", close, "DELETE", scope=OPEN, headers=_SLOT, answers={204: None}),
-    Operation(
-        "/v1/tenants/{tenant}/agent-token",
-        agent_token,
-        "POST",
-        scope=ANY,
-        headers=_SLOT,
-        answers={200: AgentToken},
-    ),
-)
