@@ -16,8 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import __version__
 from gateway.api import background
-from gateway.api.assembly import opened
-from gateway.api.foundation import Prepared, prepared
+from gateway.api.assembly import Prepared, opened, prepared
 from gateway.api.http import RETRY_AFTER_MS, at_the_edge, for_listed_origins, problem_handler, with_request_id
 from gateway.api.routes import ROUTES
 from gateway.api.services import Services, extensions

@@ -1,37 +1,36 @@
 """Builds each service of a gateway once, in order of dependency, and closes them in reverse.
 
-`opened` opens one group after another, each with those before it: `Base`, `Trust` and `Stored` of
-`foundation`, then `_Work` and `_Serving`, then what is one service alone. A group opens its own services in
-order, so that the last group is closed first, and the last service of a group.
+`opened` opens one group after another, each with those before it: `Base`, what all build on; `Trust`, the
+tokens; `Stored`, the records; then `_Work` and `_Serving`, then what is one service alone. A group opens its
+own services in order, so that the last group is closed first, and the last service of a group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from gateway.api.foundation import (
-    Base,
-    Prepared,
-    Stored,
-    Trust,
-    opened_stored,
-    opened_trust,
-    prepared,
-)
+from gateway.api.connection import ClientSession
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
 from gateway.api.preview import Previews
-from gateway.api.services import Services
+from gateway.api.services import Services, Topology, topology
+from gateway.audit import Audit
+from gateway.auth import tokens
+from gateway.auth.grants import Grants, Revocations
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Hangs, Health
 from gateway.deployments.publishing import Sources
 from gateway.deployments.register import Register
+from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
 from gateway.history import History
+from gateway.holder.holder import HolderClient
+from gateway.idempotency import Idempotency
 from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
@@ -40,14 +39,129 @@ from gateway.limits.budget import Limits
 from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.limits.pressure import Pressure
 from gateway.ownership.domains import Domains
+from gateway.ownership.names import Names
+from gateway.rootfs.workers import Workers
+from gateway.runtime import Removal
 from gateway.runtime.incus import IncusRuntime, IncusSites
-from gateway.runtime.local import LocalSites
+from gateway.runtime.local import LocalRuntime, LocalSites
 from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.storage.store import Store
 from gateway.tools.session import SessionFolders
 from gateway.tools.toolbox import FileTools, Toolbox
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """What needs no records, so that it can be opened while another process still has them."""
+
+    runtime: IncusRuntime | LocalRuntime
+    workers: Workers
+    removals: _Removals
+    topology: Topology
+
+
+@contextlib.asynccontextmanager
+async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
+    """Open what needs no records; close it in reverse."""
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        removals = _Removals()
+        runtime: IncusRuntime | LocalRuntime = await enter(
+            IncusRuntime(settings, removals.note, holder=await enter(HolderClient(settings.holder_socket)))
+            if settings.runtime == "incus"
+            else LocalRuntime(settings, removals.note)
+        )
+        workers = await enter(Workers(settings, tenants=runtime.locations))
+        servers = await enter(topology(settings, runtime))
+        yield Prepared(runtime=runtime, workers=workers, removals=removals, topology=servers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What all groups build on."""
+
+    settings: Settings
+    store: Store
+    runtime: IncusRuntime | LocalRuntime
+    workers: Workers
+    topology: Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """Tokens, and what is open under them."""
+
+    secret: str = field(repr=False)
+    revocations: Revocations
+    grants: Grants
+    connections: set[ClientSession]
+    end_token: Callable[[str], int]
+
+    def verify(self, raw: str | None) -> tokens.Token:
+        return tokens.verify(self.secret, raw, self.revocations.__contains__)
+
+
+async def opened_trust(base: Base) -> Trust:
+    secret = await base.topology.secret(base.settings)
+    revocations = await Revocations.opened(base.store)
+    grants = Grants(revocations.__contains__)
+    connections: set[ClientSession] = set()
+
+    def end_token(token: str) -> int:
+        closed = sum(one.token is not None and one.token.id == token for one in connections)
+        grants.revoke(token)
+        return closed
+
+    await base.topology.share_revocations(revocations, end_token)  # before any client is answered
+    return Trust(
+        secret=secret,
+        revocations=revocations,
+        grants=grants,
+        connections=connections,
+        end_token=end_token,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What is recorded: events, results of calls, owners of names, the audit log."""
+
+    journal: StoredJournal
+    bus: Bus
+    idempotency: Idempotency
+    names: Names
+    audit: Audit
+
+
+@contextlib.asynccontextmanager
+async def opened_stored(base: Base) -> AsyncIterator[Stored]:
+    settings, store = base.settings, base.store
+    async with StoredJournal(
+        store,
+        kept=settings.events_kept,
+        kept_bytes=settings.events_bytes,
+        age=settings.events_age,
+        waiting=settings.events_waiting,
+    ) as journal:
+        bus = Bus(journal, base.topology.member)
+        idempotency = await Idempotency.opened(store, settings)
+        names = await Names.opened(store, bus, settings)
+        async with Audit(store, bus, settings) as audit:
+            yield Stored(journal=journal, bus=bus, idempotency=idempotency, names=names, audit=audit)
+
+
+class _Removals:
+    """Records what the gateway removes by itself: undone tenants, and those it had made ready."""
+
+    audit: Audit | None = None
+
+    async def note(self, removal: Removal) -> None:
+        action = "instance.removed" if removal.tenant is None else "tenant.removed"
+        facts: dict[str, Any] = {"reason": removal.reason, "instance": removal.instance, "name": removal.name}
+        if self.audit is not None:
+            await self.audit.note("gateway", action, removal.tenant, **facts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,6 @@ from gateway import __version__, protocol
 from gateway.api import http
 from gateway.api.access import check_covered, check_origin, raw_token
 from gateway.api.connection import close_code
-from gateway.api.first_message import FirstMessage
 from gateway.api.http import REQUEST_ID, USES, address, ask, hold, problem, shutting_down
 from gateway.api.routes.websocket import refuse
 from gateway.api.services import OtherAnswers, Services, Subject, Topology, services
@@ -70,7 +69,7 @@ from gateway.runtime.incus.standby_copies import StandbyCopies
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
-from gateway.transport.tunnel import Far, Near, Refused, close_frame, text_frame
+from gateway.transport.tunnel import Far, FirstMessage, Near, Refused, close_frame, text_frame
 from gateway.transport.websocket import TAKE
 
 log = logging.getLogger(__name__)

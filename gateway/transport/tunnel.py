@@ -8,12 +8,17 @@ kept here beyond what two sockets buffer. Of what comes from the far end only th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
-from gateway.transport.websocket import Lengths, WebSocketProtocol, drop
+import orjson
+from websockets.frames import DATA_OPCODES, Frame
+from websockets.protocol import Protocol, Side, State
+
+from gateway.transport.websocket import LARGE, Lengths, WebSocketProtocol, drop
 
 _HEAD: Final = 64 << 10  # bytes of the far end's answer to the handshake
 _LINGER: Final = 5.0  # seconds in which a client must take something of what is left for it
@@ -241,3 +246,26 @@ def text_frame(text: str) -> bytes:
 def _frame(kind: int, body: bytes) -> bytes:
     head = bytes([kind, len(body)]) if len(body) < 126 else struct.pack("!BBH", kind, 126, len(body))
     return head + body
+
+
+class FirstMessage:
+    """Reads what a client sends up to the end of its first message, and extracts that message's `params`."""
+
+    def __init__(self, told: Callable[[Mapping[str, Any]], None]) -> None:
+        self._told = told
+        self._wire = Protocol(Side.SERVER, state=State.OPEN, max_size=LARGE)
+        self._text = bytearray()
+
+    def __call__(self, data: bytes) -> bool:
+        """Read these bytes; return whether more are needed."""
+        self._wire.receive_data(data)
+        for frame in self._wire.events_received():
+            assert isinstance(frame, Frame)
+            if frame.opcode not in DATA_OPCODES:
+                continue
+            self._text += frame.data
+            if frame.fin:
+                with contextlib.suppress(ValueError, AttributeError, TypeError):
+                    self._told(orjson.loads(self._text).get("params") or {})
+                return False
+        return self._wire.parser_exc is None and len(self._text) <= LARGE
