@@ -1,8 +1,8 @@
 """Bounded reads of what others can make large or slow: a part of it, within a time, off the event loop.
 
-`first` and `Lines` are for streams: they keep a part and drop the rest. `paced` ends one that is too slow.
-`part` is for files of the kernel whose length a tenant controls. `aside` is for work that takes more than a
-moment, or waits for the kernel: it runs in a thread with a deadline, with few threads for each tenant.
+`first` and `LineSplitter` are for streams: they keep a part and drop the rest. `paced` ends one that is too
+slow. `part` is for files of the kernel whose length a tenant controls. `run_in_thread` is for work that takes
+more than a moment, or waits for the kernel: it has a deadline, and each tenant has few threads.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ async def paced(stream: AsyncIterator[bytes], patience: float) -> AsyncIterator[
         yield piece
 
 
-class Lines:
+class LineSplitter:
     """Splits a stream into lines, at most `most`, each cut to `length` bytes; also keeps its end.
 
     The cost of a piece depends on the part that is kept, not on how many lines it has.
@@ -122,7 +122,9 @@ def part(path: str | Path, limit: int) -> bytes:
     return b"".join(pieces)
 
 
-async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
+async def run_in_thread(
+    of: object, seconds: float, work: Callable[P, T], *given: P.args, **more: P.kwargs
+) -> T:
     """Return what `work` returns in a separate thread. Raises `TimeoutError` after `seconds`.
 
     `of` names the tenant that the work is for. Each has a share of the threads, and its work waits in turn;

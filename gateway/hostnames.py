@@ -105,7 +105,7 @@ class Misdirected(Forbidden):
     http_status = 421
 
 
-def own_hosts(settings: Settings) -> frozenset[str]:
+def gateway_hosts(settings: Settings) -> frozenset[str]:
     """Return the gateway's names in requests, besides addresses and `localhost`; `*` is any."""
     by_socket = "/" in settings.listen
     origins = (urlsplit(origin).hostname for origin in settings.origins)
@@ -116,8 +116,8 @@ def own_hosts(settings: Settings) -> frozenset[str]:
 def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
     """Return whether a request with this `Host` is for us; this prevents DNS rebinding.
 
-    `own` is the result of `own_hosts`. A foreign page whose name resolves to the gateway's address sends that
-    name. An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`). A
+    `own` is the result of `gateway_hosts`. A foreign page whose name resolves to the gateway's address sends
+    that name. An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`). A
     client without a `Host` is not a browser. Browsers send names in ASCII, so IDNA is not tried here.
     """
     if not host or "*" in own:
@@ -136,13 +136,13 @@ def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
     return True
 
 
-def own_names(settings: Settings) -> frozenset[str]:
+def gateway_names(settings: Settings) -> frozenset[str]:
     """Return the gateway's own names and its probe's, which no tenant may have."""
-    return (own_hosts(settings) | {PROBE, "localhost"}) - {"*"}
+    return (gateway_hosts(settings) | {PROBE, "localhost"}) - {"*"}
 
 
 def reserved(domain: str, own: Collection[str]) -> bool:
-    """Return whether a name, in any spelling, is one of `own_names`."""
+    """Return whether a name, in any spelling, is one of `gateway_names`."""
     return matches(_lowered(domain), own)
 
 

@@ -46,7 +46,7 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def lasting(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def run_forever(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a job for as long as the process, restarting it after an error."""
     loop, pause = asyncio.get_running_loop(), 0.0
     while True:
@@ -69,7 +69,7 @@ def next_pause(last: float, ran: float) -> float:
 
 
 @contextlib.contextmanager
-def apart(what: str) -> Iterator[None]:
+def log_errors(what: str) -> Iterator[None]:
     """Let one of many fail: its error is logged, and the others continue."""
     try:
         yield

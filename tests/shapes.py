@@ -17,7 +17,7 @@ from starlette.routing import Match
 from gateway import protocol
 from gateway.api import openapi
 from gateway.api.app import routes
-from gateway.api.operation import Operation
+from gateway.api.operation import ApiOperation
 
 MOST: Final = 256 << 10  # bytes of an answer that is checked: a large one would take longer than its test
 
@@ -72,7 +72,7 @@ def operation(method: str, path: str) -> Mapping[str, Any] | None:
     """Return what the document says of a request, None if it is no operation."""
     scope = {"type": "http", "method": method, "path": path, "root_path": ""}
     for route in routes():
-        if isinstance(route, Operation) and route.matches(scope)[0] is Match.FULL:
+        if isinstance(route, ApiOperation) and route.matches(scope)[0] is Match.FULL:
             found: Mapping[str, Any] = document()["paths"][openapi.documented(route.path)]
             return found.get(route.method.lower())
     return None

@@ -47,7 +47,7 @@ class Gateway:
         self.store = Store(settings.state_dir, settings.store_waiting)
         self._settings = settings
         self._services: Services | None = None
-        self._background: background.Background | None = None
+        self._background: background.BackgroundJobs | None = None
         self._ready: Prepared | None = None
         self._skip: Sequence[str] = ()
         self._drained: asyncio.Task[None] | None = None
@@ -185,7 +185,7 @@ async def _drain(services: Services, *, leaving: bool) -> None:
     services.bus.close()
 
 
-async def _hand_over(services: Services, background: background.Background, store: Store) -> None:
+async def _hand_over(services: Services, background: background.BackgroundJobs, store: Store) -> None:
     """Like `_drain`, but quickly: the next process waits for the records, and clients wait for it."""
     _announce(services, _NEXT_MS)
     store.hurry()

@@ -1,7 +1,7 @@
 """Builds each service of a gateway once, in order of dependency, and closes them in reverse.
 
-`opened` opens one group after another, each with those before it: `Base`, what all build on; `Trust`, the
-tokens; `Stored`, the records; then `_Work` and `_Serving`, then what is one service alone. A group opens its
+`opened` opens one group after another, each with those before it: `Foundations`, what all build on; `Trust`,
+the tokens; `Stored`, the records; then `_Work` and `_Serving`, then what is one service alone. A group opens its
 own services in order, so that the last group is closed first, and the last service of a group.
 """
 
@@ -35,7 +35,7 @@ from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.lifecycle.site_logs import SiteLogs
-from gateway.limits.budget import Limits
+from gateway.limits.budget import ClientLimits
 from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.limits.pressure import Pressure
 from gateway.ownership.domains import Domains
@@ -79,7 +79,7 @@ async def prepared(settings: Settings) -> AsyncIterator[Prepared]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
+class Foundations:
     """What all groups build on."""
 
     settings: Settings
@@ -103,7 +103,7 @@ class Trust:
         return tokens.verify(self.secret, raw, self.revocations.__contains__)
 
 
-async def opened_trust(base: Base) -> Trust:
+async def opened_trust(base: Foundations) -> Trust:
     secret = await base.topology.secret(base.settings)
     revocations = await Revocations.opened(base.store)
     grants = Grants(revocations.__contains__)
@@ -136,7 +136,7 @@ class Stored:
 
 
 @contextlib.asynccontextmanager
-async def opened_stored(base: Base) -> AsyncIterator[Stored]:
+async def opened_stored(base: Foundations) -> AsyncIterator[Stored]:
     settings, store = base.settings, base.store
     async with StoredJournal(
         store,
@@ -176,7 +176,7 @@ class _Work:
 
 
 @contextlib.asynccontextmanager
-async def _work(base: Base, stored: Stored) -> AsyncIterator[_Work]:
+async def _work(base: Foundations, stored: Stored) -> AsyncIterator[_Work]:
     settings, store, runtime, workers = base.settings, base.store, base.runtime, base.workers
     bus, idempotency = stored.bus, stored.idempotency
     async with contextlib.AsyncExitStack() as stack:
@@ -217,7 +217,7 @@ class _Serving:
 
 
 @contextlib.asynccontextmanager
-async def _serving(base: Base, trust: Trust, stored: Stored, work: _Work) -> AsyncIterator[_Serving]:
+async def _serving(base: Foundations, trust: Trust, stored: Stored, work: _Work) -> AsyncIterator[_Serving]:
     settings, runtime, workers, sites = base.settings, base.runtime, base.workers, work.sites
     bus = stored.bus
     async with contextlib.AsyncExitStack() as stack:
@@ -254,7 +254,7 @@ async def _serving(base: Base, trust: Trust, stored: Stored, work: _Work) -> Asy
 
 @contextlib.asynccontextmanager
 async def _deploying(
-    base: Base, stored: Stored, work: _Work, serving: _Serving
+    base: Foundations, stored: Stored, work: _Work, serving: _Serving
 ) -> AsyncIterator[Deployments]:
     settings, runtime, workers, sites = base.settings, base.runtime, base.workers, work.sites
     async with contextlib.AsyncExitStack() as stack:
@@ -290,7 +290,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
         ready = await enter(prepared(settings)) if ready is None else ready
-        base = Base(
+        base = Foundations(
             settings=settings,
             store=store,
             runtime=ready.runtime,
@@ -313,7 +313,7 @@ async def opened(settings: Settings, store: Store, ready: Prepared | None = None
 
 
 def _services(
-    base: Base,
+    base: Foundations,
     trust: Trust,
     stored: Stored,
     work: _Work,
@@ -323,7 +323,7 @@ def _services(
 ) -> Services:
     """Return what routes and websockets use of all this, with what needs no opening."""
     settings, runtime = base.settings, base.runtime
-    limits = Limits(settings)
+    limits = ClientLimits(settings)
     metrics = Metrics(
         lambda: len(trust.connections),
         lambda: work.execs.running,

@@ -16,7 +16,7 @@ from gateway.protocol import CloseCode
 from gateway.runtime import TenantEvent
 from gateway.runtime.incus import IncusRuntime
 from gateway.storage.store import StoreFailed
-from gateway.tasks import apart, lasting
+from gateway.tasks import log_errors, run_forever
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +43,18 @@ _FAREWELL: Final = 0.5
 
 
 @contextlib.asynccontextmanager
-async def running(services: Services) -> AsyncIterator[Background]:
+async def running(services: Services) -> AsyncIterator[BackgroundJobs]:
     """Run all background work, restarting what fails, until the block ends."""
     async with contextlib.AsyncExitStack() as stack:
-        background = Background(services)
+        background = BackgroundJobs(services)
         for name, work in background.jobs().items():
-            task = asyncio.create_task(lasting(name, work), name=name)
+            task = asyncio.create_task(run_forever(name, work), name=name)
             background.tasks.append(task)
             stack.push_async_callback(end, task)
         yield background
 
 
-class Background:
+class BackgroundJobs:
     """The background work of one gateway, in `tasks`."""
 
     def __init__(self, services: Services) -> None:
@@ -112,17 +112,17 @@ class Background:
             self._seen.set()
             if event.type == "gateway.resynced" and not swept:
                 swept = True
-                with apart("the search for what an earlier gateway left"):
+                with log_errors("the search for what an earlier gateway left"):
                     await services.runtime.sweep()
-            with apart(f"the clean-up after {event.type} of {event.tenant}"):
-                await self._let_go(event)
+            with log_errors(f"the clean-up after {event.type} of {event.tenant}"):
+                await self._close_files(event)
             if event.type in _STARTED:
                 self._unbound.add(event.tenant)
                 self._started.set()
             facts = services.idle.explained(services.lifecycle.explained(event))
             services.topology.changed()
             for notice in notices:
-                with apart(f"the handling of {event.type} of {event.tenant}"):
+                with log_errors(f"the handling of {event.type} of {event.tenant}"):
                     notice(event)
             if event.type == "gateway.resynced":
                 self._resynced.set()
@@ -136,7 +136,7 @@ class Background:
                     if one.tenant == event.tenant:
                         later(_FAREWELL, one.close, CloseCode.UNKNOWN_TENANT, "the tenant was destroyed")
 
-    async def _let_go(self, event: TenantEvent) -> None:
+    async def _close_files(self, event: TenantEvent) -> None:
         services = self._services
         if event.tenant is not None and event.type in _MOVED:
             await services.workers.forget(event.tenant)
@@ -171,7 +171,7 @@ class Background:
         """Keep the limits of tenants in force; see `Resizing.enforce`."""
         while True:
             await asyncio.sleep(self._services.settings.reconcile_interval)
-            with apart("the look at the limits in force"):
+            with log_errors("the look at the limits in force"):
                 await runtime.resizing.enforce()
 
     async def _bind_ports(self) -> None:

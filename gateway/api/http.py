@@ -25,7 +25,7 @@ from starlette.websockets import WebSocket
 
 from gateway import protocol
 from gateway.auth import tokens
-from gateway.bounds import LEAST_RATE, aside, paced
+from gateway.bounds import LEAST_RATE, paced, run_in_thread
 from gateway.errors import (
     Cancelled,
     GatewayError,
@@ -38,8 +38,8 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.files.http import UnsatisfiableRange
-from gateway.hostnames import Misdirected, host_allowed, own_hosts
-from gateway.limits.budget import REQUEST, SMALL, Limits
+from gateway.hostnames import Misdirected, gateway_hosts, host_allowed
+from gateway.limits.budget import REQUEST, SMALL, ClientLimits
 from gateway.protocol import maxima
 from gateway.settings import Settings
 from gateway.transport import http1
@@ -103,7 +103,7 @@ async def read_json(request: Request, limit: int) -> Any:
 async def weighed(request: Request, body: bytes) -> None:
     """Raise `TooLarge` unless a JSON body is small enough to parse."""
     if len(body) > protocol.LIGHT:
-        await aside(request.path_params.get("tenant", ""), _WEIGHING, protocol.weigh, body)
+        await run_in_thread(request.path_params.get("tenant", ""), _WEIGHING, protocol.weigh, body)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -135,7 +135,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def ask(scope: Scope, limits: Limits, owner: str) -> None:
+def ask(scope: Scope, limits: ClientLimits, owner: str) -> None:
     """Count a request, and its bytes, as its owner's until it is answered. Raises `RateLimited`."""
     if SHARE not in scope:
         scope[USES].enter_context(limits.requests.reserve(owner))
@@ -296,13 +296,13 @@ def at_the_edge(app: ASGIApp, settings: Settings) -> ASGIApp:
     Websockets are refused before their upgrade. Caddy calls some routes with the `Host` of the visited site.
     Headers that only gateways and Caddy may send are dropped: gateways use a listener of their own.
     """
-    own = own_hosts(settings)
+    own = gateway_hosts(settings)
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
             try:
                 check_head(scope)
-                host, near = Headers(scope=scope).get("host"), http1.near(scope)
+                host, near = Headers(scope=scope).get("host"), http1.from_this_machine(scope)
                 by_caddy = near and scope["path"] in _BY_CADDY
                 if by_caddy and scope["type"] == "http":
                     http1.identify(scope)  # visitors that wait for a site have limits of their own
@@ -412,7 +412,7 @@ _READ: Final = ("Content-Range", "ETag", "Location", "Retry-After", "X-Request-I
 _KEPT: Final = 600  # seconds for which a browser does not ask again
 
 
-class _Listed(CORSMiddleware):
+class _ListedOrigins(CORSMiddleware):
     """Allows an origin in any spelling, as the check of requests does."""
 
     def is_allowed_origin(self, origin: str) -> bool:
@@ -424,7 +424,7 @@ def for_listed_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     listed = [origin for origin in origins if origin != "*"]  # that would be every origin, and is none here
     if not listed:
         return app
-    return _Listed(
+    return _ListedOrigins(
         app,
         allow_origins=listed,
         allow_methods=_METHODS,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from starlette.types import Receive, Scope, Send
 
 from gateway.auth.tokens import Token
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.errors import Unavailable
 from gateway.history import History
 from gateway.settings import Settings
@@ -60,7 +60,7 @@ class McpEndpoint:
         """Keep the endpoint open; the task that opened it must close it."""
         async with contextlib.AsyncExitStack() as stack:
             try:
-                module = await aside("mcp", _LOADING, import_module, "gateway.api.mcp")
+                module = await run_in_thread("mcp", _LOADING, import_module, "gateway.api.mcp")
                 # the imported objects stay, so exclude them from collections, as at the gateway's start
                 gc.freeze()
                 endpoint.set_result(

@@ -19,7 +19,7 @@ from prometheus_client import (
 from prometheus_client.process_collector import ProcessCollector
 
 from gateway.events import Bus, Filter
-from gateway.limits.budget import Limits
+from gateway.limits.budget import ClientLimits
 from gateway.limits.pressure import Counts
 
 _LAG_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -41,7 +41,7 @@ class Metrics:
         execs: Callable[[], int],
         contested: Callable[[], int],
         shared: Callable[[], int],
-        limits: Limits,
+        limits: ClientLimits,
     ) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)

@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute
 
 from gateway import __version__
 from gateway.api.answers import Problem
-from gateway.api.operation import ANY, OF_TOOL, OPEN, Media, Operation
+from gateway.api.operation import ANY, OF_TOOL, OPEN, ApiOperation, Media
 from gateway.auth import tokens
 from gateway.protocol import maxima
 
@@ -106,7 +106,7 @@ def _key(kind: Any) -> str:
 
 def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     """Return the OpenAPI document of the operations among `routes`."""
-    operations = [route for route in routes if isinstance(route, Operation)]
+    operations = [route for route in routes if isinstance(route, ApiOperation)]
     models = _Models(list(_types(operations)))
     paths: dict[str, dict[str, Any]] = {}
     for one in operations:
@@ -140,7 +140,7 @@ def documented(path: str) -> str:
     return _PARAMETER.sub(r"{\1}", path)
 
 
-def _types(operations: Iterable[Operation]) -> Iterator[tuple[Any, JsonSchemaMode]]:
+def _types(operations: Iterable[ApiOperation]) -> Iterator[tuple[Any, JsonSchemaMode]]:
     yield Problem, "serialization"
     for one in operations:
         for kind in (one.takes, one.query):
@@ -151,7 +151,7 @@ def _types(operations: Iterable[Operation]) -> Iterator[tuple[Any, JsonSchemaMod
                 yield kind, "serialization"
 
 
-def _described(one: Operation, models: _Models) -> dict[str, Any]:
+def _described(one: ApiOperation, models: _Models) -> dict[str, Any]:
     summary, _, more = inspect.cleandoc(one.function.__doc__ or "").partition("\n")
     described: dict[str, Any] = {
         "operationId": f"{one.tag}.{one.function.__name__}",
@@ -173,7 +173,7 @@ def _described(one: Operation, models: _Models) -> dict[str, Any]:
     return described
 
 
-def _scope(one: Operation) -> str:
+def _scope(one: ApiOperation) -> str:
     match one.required:
         case scope if scope == OPEN:
             return "Needs no token."
@@ -185,7 +185,7 @@ def _scope(one: Operation) -> str:
             return f"Needs the scope `{scope}`."
 
 
-def _parameters(one: Operation, models: _Models) -> Iterator[dict[str, Any]]:
+def _parameters(one: ApiOperation, models: _Models) -> Iterator[dict[str, Any]]:
     for name in _PARAMETER.findall(one.path):
         told, schema = _PATH.get(name, ("", {"type": "string"}))
         yield {"name": name, "in": "path", "required": True, "description": told, "schema": schema}

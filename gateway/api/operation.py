@@ -1,7 +1,7 @@
 """Routes that declare everything about them once: who may ask, what they take, and what they answer.
 
-`Routes` has the decorator that makes a function an `Operation`. An operation checks each request before it
-calls the function, and the OpenAPI document describes it. The models that annotate the function's parameters
+`ApiRoutes` has the decorator that makes a function an `ApiOperation`, which checks each request before it calls
+the function, and the OpenAPI document describes it. The models that annotate the function's parameters
 `query` and `body` check these.
 """
 
@@ -51,7 +51,7 @@ class Media:
     text: bool = False
 
 
-class Call(Request):
+class ApiCall(Request):
     """A request whose caller was checked; an open route has no `token`, and only a tenant's a `tenant`."""
 
     tenant: str
@@ -62,7 +62,7 @@ class Call(Request):
         return services(self)
 
 
-class Operation(Route):
+class ApiOperation(Route):
     """A route of one method, answered by `function`, whose docstring is the description.
 
     The token must allow `scope`. `answers` has a type for each success status: one, a tuple of several, or
@@ -107,7 +107,7 @@ class Operation(Route):
         return match, child
 
     async def _answer(self, request: Request) -> Response:
-        call, given = Call(request.scope, request.receive), dict[str, Any]()
+        call, given = ApiCall(request.scope, request.receive), dict[str, Any]()
         if self.required != OPEN:
             await self._check(call)
         if self.query is not None:
@@ -122,7 +122,7 @@ class Operation(Route):
         response.status_code = next(iter(self.answers))
         return response
 
-    async def _check(self, call: Call) -> None:
+    async def _check(self, call: ApiCall) -> None:
         """Check the caller, and count the request as its tenant's, or else as its caller's."""
         gateway, scope = call.gateway, self.required
         if scope == OF_TOOL:
@@ -143,7 +143,7 @@ class Operation(Route):
             check_serving(call)
 
 
-class Routes(list[Operation]):
+class ApiRoutes(list[ApiOperation]):
     """The operations of one family, which is their tag in the OpenAPI document."""
 
     def __init__(self, tag: str) -> None:
@@ -153,10 +153,10 @@ class Routes(list[Operation]):
     def __call__(
         self, method: str, path: str, *, scope: str, answers: Mapping[int, Any], **more: Any
     ) -> Callable[[_Function], _Function]:
-        """Declare the function below as an operation; `more` are the other arguments of `Operation`."""
+        """Declare the function below as an operation; `more` are the other arguments of `ApiOperation`."""
 
         def declare(function: _Function) -> _Function:
-            self.append(Operation(self._tag, method, path, function, scope=scope, answers=answers, **more))
+            self.append(ApiOperation(self._tag, method, path, function, scope=scope, answers=answers, **more))
             return function
 
         return declare

@@ -169,7 +169,7 @@ class Previews:
         stack = contextlib.AsyncExitStack()
         stack.enter_context(self._opening.reserve(domain))
         try:
-            return await self._asked(request, stack, target, uri, given, origin)
+            return await self._fetched(request, stack, target, uri, given, origin)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             await stack.aclose()
             raise Unavailable(f"the site does not answer: {type(error).__name__}") from None
@@ -177,7 +177,7 @@ class Previews:
             await stack.aclose()
             raise
 
-    async def _asked(
+    async def _fetched(
         self,
         request: Request,
         stack: contextlib.AsyncExitStack,
@@ -200,7 +200,7 @@ class Previews:
         answer = await stack.enter_async_context(
             session.get(URL(f"http://{where}{uri}", encoded=True), headers=headers, allow_redirects=False)
         )
-        response = _Page(answer, origin, stack)
+        response = _PreviewPage(answer, origin, stack)
         response.raw_headers = [
             (name.lower(), value)
             for name, value in answer.raw_headers
@@ -212,7 +212,7 @@ class Previews:
         return response
 
 
-class _Page(StreamingResponse):
+class _PreviewPage(StreamingResponse):
     """A page as it arrives, with the script; anything else unchanged. Closes `stack` at its end."""
 
     def __init__(self, answer: aiohttp.ClientResponse, origin: str, stack: contextlib.AsyncExitStack) -> None:

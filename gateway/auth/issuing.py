@@ -136,7 +136,7 @@ def load_secret(configured: str | None, state_dir: Path) -> str:
         raise Unavailable(f"the secret in the state dir cannot be used: {error.strerror}") from error
 
 
-def known_secret(configured: str | None, state_dir: Path) -> str | None:
+def existing_secret(configured: str | None, state_dir: Path) -> str | None:
     """Return the secret as `load_secret` does, None if none was made yet."""
     if configured is not None:
         return checked(configured)

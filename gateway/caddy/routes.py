@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.errors import GatewayError, Unavailable
-from gateway.hostnames import PROBE, DomainReserved, normalized, own_names, plain, reserved
+from gateway.hostnames import PROBE, DomainReserved, gateway_names, normalized, plain, reserved
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Routes:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._own = own_names(settings)
+        self._own = gateway_names(settings)
         self.folder = settings.caddy_folder
         self.routes = self.folder / "routes"
         self.away = self.folder / "away"  # has a file for each domain whose site hangs

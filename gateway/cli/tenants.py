@@ -41,7 +41,7 @@ def create(
     domain: Annotated[str | None, typer.Option(help="The domain of its site")] = None,
 ) -> None:
     """Create a tenant from the base image and start it."""
-    from gateway.hostnames import DomainReserved, normalized, own_names, reserved
+    from gateway.hostnames import DomainReserved, gateway_names, normalized, reserved
     from gateway.runtime import TENANT_NAME
     from gateway.runtime.incus import IncusRuntime
     from gateway.runtime.local import LocalRuntime
@@ -52,7 +52,7 @@ def create(
         )
     settings = load()
     given = None if domain is None else normalized(domain)
-    if given is not None and reserved(given, own_names(settings)):
+    if given is not None and reserved(given, gateway_names(settings)):
         raise DomainReserved(given)
 
     async def run() -> None:

@@ -58,7 +58,7 @@ from gateway.incus.members import NO_QUORUM, Member, Membership
 from gateway.ownership.reservations import Reservations, SharedKeys
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
-from gateway.tasks import begin, lasting
+from gateway.tasks import begin, run_forever
 from gateway.transport.http1 import SecureServer
 
 log = logging.getLogger(__name__)
@@ -499,7 +499,7 @@ class Cluster:
             "the record of peers' tenants": self.homes.write,
             "the listener for peers": self._listen,
         }
-        tasks = [begin(lasting(name, work)) for name, work in jobs.items()]
+        tasks = [begin(run_forever(name, work)) for name, work in jobs.items()]
         try:
             yield
         finally:

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from gateway.auth.issuing import keep_secret, known_secret, load_secret
+from gateway.auth.issuing import existing_secret, keep_secret, load_secret
 from gateway.errors import Unavailable
 from gateway.ownership.reservations import SharedKeys
 
@@ -189,7 +189,7 @@ async def common_secret(keys: SharedKeys, configured: str | None, state_dir: Pat
     `Unavailable`, saying what to do, if this gateway has another secret than the cluster, or none and cannot
     get it.
     """
-    known = await asyncio.to_thread(known_secret, configured, state_dir)
+    known = await asyncio.to_thread(existing_secret, configured, state_dir)
     # of a gateway without a secret; not the secret before the cluster has its hash
     candidate = state_dir / "secret-candidate"
     for _ in range(_TRIES):
@@ -208,7 +208,7 @@ async def common_secret(keys: SharedKeys, configured: str | None, state_dir: Pat
         raise Unavailable("the cluster's secret keeps being set and removed; restart the gateway")
     if known is not None:
         return _same(known, wanted, configured is not None)
-    fetched = await asyncio.to_thread(known_secret, None, candidate)
+    fetched = await asyncio.to_thread(existing_secret, None, candidate)
     if fetched is None or digest(fetched) != wanted:
         fetched = await fetch()
     if fetched is None or digest(fetched) != wanted:

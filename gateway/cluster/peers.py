@@ -32,7 +32,7 @@ from gateway.cluster.identity import Identity, fingerprint, trust
 from gateway.errors import GatewayError, Unavailable
 from gateway.incus import IncusError
 from gateway.incus.members import PREFIX, Member
-from gateway.tasks import begin, lasting
+from gateway.tasks import begin, run_forever
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ class Peers:
             read_bufsize=_LINE,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )
-        self._looking = begin(lasting("the list of the cluster's members", self._look_on))
+        self._looking = begin(run_forever("the list of the cluster's members", self._look_on))
         return self
 
     async def __aexit__(

@@ -35,7 +35,7 @@ from gateway.bounds import Flood, first
 from gateway.cluster.peers import ASKING, MemberAway, Peer, Peers
 from gateway.tasks import begin
 from gateway.transport.http1 import ABORT, UNBUFFERED
-from gateway.transport.tunnel import CLOSED, Far, Refused, tcp_state
+from gateway.transport.tunnel import CLOSED, HandshakeRefused, ServerEnd, tcp_state
 
 log = logging.getLogger(__name__)
 
@@ -456,14 +456,14 @@ _DIAL_PAUSE: Final = 0.05
 _ANSWERING: Final = 10.0  # seconds that the home may take to accept
 
 
-async def dial(scope: Scope, peer: Peer, client: str) -> tuple[Far, bytes]:
+async def dial(scope: Scope, peer: Peer, client: str) -> tuple[ServerEnd, bytes]:
     """Return the connection, and the head of the answer that accepts the websocket.
 
-    Raises `MemberAway`, `NotHome`, and `Refused` with what the peer answered instead.
+    Raises `MemberAway`, `NotHome`, and `HandshakeRefused` with what the peer answered instead.
     """
     loop = asyncio.get_running_loop()
     until = loop.time() + _DIAL_PATIENCE
-    far = Far()
+    far = ServerEnd()
     while True:
         if not peer.alive or peer.tls is None:
             raise MemberAway(peer.name)
@@ -476,14 +476,14 @@ async def dial(scope: Scope, peer: Peer, client: str) -> tuple[Far, bytes]:
             if loop.time() > until:
                 raise MemberAway(peer.name) from error
             await asyncio.sleep(_DIAL_PAUSE)
-            far = Far()
+            far = ServerEnd()
     far.transport.write(_head(scope, client))
     try:
         async with asyncio.timeout(_ANSWERING):
             return far, await far.accepted
     except (OSError, TimeoutError) as error:
         raise MemberAway(peer.name) from error
-    except Refused as refused:
+    except HandshakeRefused as refused:
         head = refused.answer.partition(b"\r\n\r\n")[0].lower()
         if head.startswith(b"http/1.1 421 ") and f"\r\n{NOT_HOME}:".encode() in head:
             raise NotHome from None

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from gateway import protocol
 from gateway.api.answers import Moved, Recovered, StandbyCopies
-from gateway.api.operation import Call, Routes
+from gateway.api.operation import ApiCall, ApiRoutes
 from gateway.cluster import topology
 from gateway.cluster.cluster import Cluster
 from gateway.cluster.moves import Departures
@@ -25,7 +25,7 @@ from gateway.protocol import types
 _TENANTS: Final = 1000  # tenants of one request
 _PATIENCE: Final = 600.0  # seconds for a member to bring its part back
 
-moves = Routes("moves")
+moves = ApiRoutes("moves")
 
 
 class MoveBody(protocol.Params):
@@ -47,7 +47,7 @@ class MoveBody(protocol.Params):
     optional=True,
     answers={202: Moved},
 )
-async def move(call: Call, body: MoveBody) -> Mapping[str, Any]:
+async def move(call: ApiCall, body: MoveBody) -> Mapping[str, Any]:
     """Move a tenant to another member of the cluster. It answers at once; `GET` shows how far it is."""
     name, token = call.tenant, call.token
     cluster, departures = _departures(call)
@@ -60,7 +60,7 @@ async def move(call: Call, body: MoveBody) -> Mapping[str, Any]:
 
 
 @moves("GET", "/v1/tenants/{tenant}/move", scope="admin", operator=True, answers={200: Moved})
-async def last(call: Call) -> Mapping[str, Any]:
+async def last(call: ApiCall) -> Mapping[str, Any]:
     """Return the move of a tenant that is under way, or its last one."""
     await call.gateway.runtime.tenants.get(call.tenant)  # raises where there is none
     found = await _departures(call)[1].last(call.tenant)
@@ -69,14 +69,14 @@ async def last(call: Call) -> Mapping[str, Any]:
     return found.to_dict()
 
 
-def _departures(call: Call) -> tuple[ClusterTopology, Departures]:
+def _departures(call: ApiCall) -> tuple[ClusterTopology, Departures]:
     cluster = topology.of(call)
     if cluster is None or cluster.departures is None:
         raise Unavailable("this gateway is in no cluster, so tenants cannot move", reason="no_cluster")
     return cluster, cluster.departures
 
 
-recovery = Routes("recovery")
+recovery = ApiRoutes("recovery")
 
 
 class RecoverBody(protocol.Params):
@@ -86,7 +86,7 @@ class RecoverBody(protocol.Params):
 
 
 @recovery("GET", "/v1/standby-copies", scope="admin", operator=True, answers={200: StandbyCopies})
-async def copies(call: Call) -> Mapping[str, Any]:
+async def copies(call: ApiCall) -> Mapping[str, Any]:
     """Return the standby copies on all members. `lost` is set once the tenant's home was removed."""
     cluster, standby = _standby(call)
     own, (others, silent) = await asyncio.gather(
@@ -104,7 +104,7 @@ async def copies(call: Call) -> Mapping[str, Any]:
     serving=True,
     answers={200: Recovered},
 )
-async def recover(call: Call, body: RecoverBody) -> Mapping[str, Any]:
+async def recover(call: ApiCall, body: RecoverBody) -> Mapping[str, Any]:
     """Bring back tenants of removed servers from their copies, and return once they run."""
     cluster, standby = _standby(call)
     peers, wanted = cluster.peers, [*dict.fromkeys(body.tenants)]
@@ -132,7 +132,7 @@ async def recover(call: Call, body: RecoverBody) -> Mapping[str, Any]:
     return {"recovered": sorted(recovered, key=itemgetter("tenant")), "failed": failed}
 
 
-def _standby(call: Call) -> tuple[Cluster, Standby]:
+def _standby(call: ApiCall) -> tuple[Cluster, Standby]:
     found = topology.of(call)
     if found is None or found.standby is None:
         raise Unavailable("this gateway is in no cluster, so it has no copies", reason="no_cluster")

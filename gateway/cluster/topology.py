@@ -69,7 +69,14 @@ from gateway.runtime.incus.standby_copies import StandbyCopies
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
-from gateway.transport.tunnel import Far, FirstMessage, Near, Refused, close_frame, text_frame
+from gateway.transport.tunnel import (
+    ClientEnd,
+    FirstMessage,
+    HandshakeRefused,
+    ServerEnd,
+    close_frame,
+    text_frame,
+)
 from gateway.transport.websocket import TAKE
 
 log = logging.getLogger(__name__)
@@ -127,7 +134,7 @@ class ClusterTopology(Topology):
         self.member = cluster.own
         self.home = {"member": cluster.own, "url": settings.advertise}
         self.domains = None if shared is None else shared.domains
-        self.tunnels: set[Near] = set()
+        self.tunnels: set[ClientEnd] = set()
         """Websockets of other members' tenants."""
         self.standby: Standby | None = None
         self.departures: Departures | None = None
@@ -803,7 +810,7 @@ class _Relayed:
             protocol.hold()
             try:
                 home, far, head = await self._dialed(tenant, peer)
-            except Refused as refused:
+            except HandshakeRefused as refused:
                 protocol.give_up()
                 protocol.transport.write(refused.answer)
                 return
@@ -820,7 +827,7 @@ class _Relayed:
                         stack.close()  # which is the stranger's place
                         stack.enter_context(place)
 
-            near = Near(protocol, far, head, None if token is not None else FirstMessage(sent))
+            near = ClientEnd(protocol, far, head, None if token is not None else FirstMessage(sent))
             home.cut.add(cut := partial(near.end, close_frame(CloseCode.TRY_LATER, "its server is away")))
             self._topology.tunnels.add(near)
             try:
@@ -829,7 +836,7 @@ class _Relayed:
                 self._topology.tunnels.discard(near)
                 home.cut.discard(cut)
 
-    async def _dialed(self, tenant: str, peer: Peer) -> tuple[Peer, Far, bytes]:
+    async def _dialed(self, tenant: str, peer: Peer) -> tuple[Peer, ServerEnd, bytes]:
         """Return the peer that accepts the websocket, the connection to it, and the head of its answer."""
         for left in (1, 0):
             try:

@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Protocol
 
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.deployments.register import Register
 from gateway.errors import GatewayError
 from gateway.rootfs import connections
@@ -74,7 +74,9 @@ class Hangs:
         while True:
             await asyncio.sleep(step)
             try:
-                found = await aside("hangs", _LOOK, connections.waiting, self._settings.network_ipv4, step)
+                found = await run_in_thread(
+                    "hangs", _LOOK, connections.waiting, self._settings.network_ipv4, step
+                )
                 if found:
                     await self._look(found)
             except (GatewayError, OSError) as error:
@@ -97,7 +99,7 @@ class Hangs:
             end = (socket.inet_aton(where.address), where.port)
             if end not in ends or not (pid := await self._containers.init_pid(site.tenant)):
                 continue
-            unread = await aside("hangs", _LOOK, connections.unread, pid, end)
+            unread = await run_in_thread("hangs", _LOOK, connections.unread, pid, end)
             if any((local, end) in visitors for local in unread):
                 task = asyncio.create_task(self._asked(site), name=f"does {site.tenant} hang")
                 self._asking[site.tenant] = task

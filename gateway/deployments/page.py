@@ -19,7 +19,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 import aiohttp
 from yarl import URL
 
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.runtime.probe import DOCUMENT
 
 T = TypeVar("T")
@@ -193,7 +193,7 @@ class Browser:
     async def _aside(self, read: Callable[[bytes], T], body: bytes) -> T | None:
         """Return the beginning of an answer's body, None if that takes too long."""
         try:
-            return await aside(self._domain, _PARSING, read, body)
+            return await run_in_thread(self._domain, _PARSING, read, body)
         except TimeoutError:
             return None
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.caddy import Caddy, asleep
 from gateway.deployments import live_files
 from gateway.deployments.causes import LAST_OUTPUT, in_the_way
@@ -398,7 +398,7 @@ async def template_of(request: Request, tenant: str, settings: Settings) -> Temp
     if isinstance(template, str):
         return await asyncio.to_thread(named, template, settings)
     assert isinstance(template, bytes)  # a change has other phases
-    return await aside(tenant, _ARCHIVE, uploaded, template, settings, request.overrides)
+    return await run_in_thread(tenant, _ARCHIVE, uploaded, template, settings, request.overrides)
 
 
 async def _certify(caddy: Caddy, domain: str, facts: dict[str, Any]) -> None:

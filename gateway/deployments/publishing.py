@@ -9,7 +9,7 @@ from typing import Final
 import orjson
 
 from gateway.admission import Admission
-from gateway.bounds import Flood, aside, first
+from gateway.bounds import Flood, first, run_in_thread
 from gateway.deployments.entries import Entry, packed, read_archive, too_large
 from gateway.deployments.manifest import MANIFEST, read_manifest
 from gateway.deployments.queue import Owner
@@ -52,7 +52,7 @@ class Sources:
         """
         async with self._publishes.slot(owner):
             archive = await _packed(self._runtime, self._execs, tenant, self._settings)
-            return await aside(tenant, _SECONDS, for_production, archive, self._settings)
+            return await run_in_thread(tenant, _SECONDS, for_production, archive, self._settings)
 
 
 def for_production(archive: bytes, settings: Settings) -> bytes:

@@ -14,7 +14,7 @@ from gateway.deployments.context import Context
 from gateway.deployments.recovery import Recovery
 from gateway.errors import GatewayError, NotFound
 from gateway.runtime.sites import Site
-from gateway.tasks import apart
+from gateway.tasks import log_errors
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Reconciler:
         await self._register.write_down()
         await self._recovery.recover_all()
         await self._anchor()
-        with apart("what this member has of the cluster's domains"):
+        with log_errors("what this member has of the cluster's domains"):
             await self._domains.agree()  # not while others wait for us to decide
         wanted = {} if self._remote is None else dict(await self._remote.wanted())
         left = await self._register.unfinished()
@@ -89,7 +89,7 @@ class Reconciler:
             log.info("corrected routes: %s", ", ".join(changed))
         for site in found:
             await self._remove_left(site)
-        with apart("the removal of unneeded copies"):
+        with log_errors("the removal of unneeded copies"):
             await self._sites.copies.tidy()
         if wanted or busy or self._remote is not None:
             await self._caddy.ensure()
@@ -102,7 +102,7 @@ class Reconciler:
         """Remove a site that was still being made when its gateway died."""
         if site.deployment is None or site.deployment in self._register.running:
             return
-        with apart(f"the removal of what deployment {site.deployment} left"):
+        with log_errors(f"the removal of what deployment {site.deployment} left"):
             with contextlib.suppress(NotFound):
                 if (await self._register.get(site.deployment)).over:
                     await self._sites.remove(site.deployment)

@@ -15,7 +15,7 @@ from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import Order, Recipe, site_of
-from gateway.tasks import apart
+from gateway.tasks import log_errors
 
 _RETURNS: Final = 10.0  # seconds for which the others wait for a site that was started again
 
@@ -31,7 +31,7 @@ class Recovery:
     async def recover_all(self) -> None:
         """Recover every deployment that nobody runs any more. What cannot be done yet stays on record."""
         for record in await self._context.register.left():
-            with apart(f"the recovery of deployment {record.id}"):
+            with log_errors(f"the recovery of deployment {record.id}"):
                 await self.recover(record)
 
     async def recover(self, record: Record) -> None:

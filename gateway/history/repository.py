@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from gateway.bounds import Flood, aside, first
+from gateway.bounds import Flood, first, run_in_thread
 from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
 from gateway.execs import Execs
 from gateway.rootfs import FilesystemRoot
@@ -334,7 +334,7 @@ class Repository:
         """Return the turns before a given one, latest first."""
         words = [str(most), *([before] if before else [])]
         printed = await self._run(tenant, "list", words, {}, most * _RECORD)
-        return await aside(tenant, _PARSING, listed, printed, most)
+        return await run_in_thread(tenant, _PARSING, listed, printed, most)
 
     async def changes(self, tenant: str, turn: str) -> dict[str, object]:
         """Return a turn with its changes. Raises `NotFound`."""
@@ -347,7 +347,7 @@ class Repository:
             _NAMES + _RECORD + most + 1,
             missing=turn,
         )
-        found = await aside(tenant, _PARSING, changes, printed, most)
+        found = await run_in_thread(tenant, _PARSING, changes, printed, most)
         if found is None:
             raise NotFound(f"no turn {turn}")
         return found

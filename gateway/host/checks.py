@@ -36,7 +36,7 @@ from gateway.host.setup import (
     unlimited_tenants,
     wants_simple_quotas,
 )
-from gateway.hostnames import own_hosts, own_names, plain, reserved
+from gateway.hostnames import gateway_hosts, gateway_names, plain, reserved
 from gateway.incus import member_of
 from gateway.incus.monitor import first_process
 from gateway.rootfs import bridge_port
@@ -73,11 +73,8 @@ _UNIT: Final = "incus-gateway.service"
 # the share of one tenant or client, and the total
 SHARES: Final = (
     ("max_tenant_connections", "max_connections"),
-    ("max_anonymous_per_address", "max_anonymous"),
-    ("socket_bytes", "tenant_bytes"),
     ("tenant_bytes", "bytes_in_flight"),
     ("exec_tenant_bytes", "exec_bytes"),
-    ("max_subscriptions", "max_tenant_subscriptions"),
     ("max_execs", "tenant_processes"),
     ("owner_upload_copies", "upload_copies"),
     ("owner_upload_copies_bytes", "upload_copies_bytes"),
@@ -328,7 +325,7 @@ def templates(settings: Settings) -> str:
 
 def domains(settings: Settings) -> str:
     """Check for domains set on several tenants, and for the gateway's own names set on any."""
-    own = own_names(settings)
+    own = gateway_names(settings)
     carried: dict[str, list[str]] = defaultdict(list)
     for instance in _eldest_first(settings):
         config = instance["expanded_config"]
@@ -468,7 +465,7 @@ def hosts(settings: Settings) -> str:
             "GATEWAY_HOSTS is *: requests are accepted under any name that resolves to this host (DNS "
             "rebinding); list the gateway's names instead"
         )
-    return ", ".join(sorted(own_hosts(settings) - {"*"})) or "only addresses"
+    return ", ".join(sorted(gateway_hosts(settings) - {"*"})) or "only addresses"
 
 
 def gateway(settings: Settings) -> str:
@@ -515,7 +512,7 @@ def caddy(settings: Settings) -> str:
 def routes(settings: Settings) -> str:
     routes = CaddyService(settings).caddy
     there = routes.listed() if routes.routes.is_dir() else {}
-    own = own_names(settings)
+    own = gateway_names(settings)
     there = {domain: target for domain, target in there.items() if not reserved(domain, own)}
     if settings.runtime != "incus":
         return f"{len(there)} routes"

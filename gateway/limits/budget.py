@@ -130,7 +130,7 @@ class Budget(Admission[Share]):
             self._wake()
 
 
-class Limits:
+class ClientLimits:
     """What clients share of one gateway, by tenant (strangers by address); parts are websockets."""
 
     def __init__(self, settings: Settings) -> None:

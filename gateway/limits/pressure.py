@@ -18,7 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol
 
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.rootfs import memory, site_cgroup
@@ -252,7 +252,7 @@ class Pressure:
                 if self._stale.is_set():
                     self._stale.clear()
                     await self._renew()
-                found = await aside("pressure", _LOOK, _look, dict(self._watched))
+                found = await run_in_thread("pressure", _LOOK, _look, dict(self._watched))
                 self._act(found)
             except GatewayError as error:
                 self._stale.set()
@@ -277,7 +277,7 @@ class Pressure:
             except GatewayError:
                 self._stale.set()  # it has just stopped, or Incus is away
                 continue
-            place = await aside("pressure", _LOOK, memory.place, pid) if pid else None
+            place = await run_in_thread("pressure", _LOOK, memory.place, pid) if pid else None
             if place is None:
                 self._stale.set()  # it is just starting
             else:

@@ -25,7 +25,7 @@ from gateway.deployments.verify import Subject, Verifier
 from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
 from gateway.host import HostError, Report
 from gateway.host.caddy_service import CaddyService
-from gateway.hostnames import DomainReserved, normalized, own_names, plain, reserved, tenant_name
+from gateway.hostnames import DomainReserved, gateway_names, normalized, plain, reserved, tenant_name
 from gateway.migration.destination import Destination
 from gateway.migration.plan import Plan, Wanted, decided
 from gateway.migration.record import ENDED, Moving, keys
@@ -299,7 +299,7 @@ class Migration:
 
     def _names(self, domain: str) -> tuple[str, str]:
         domain = normalized(domain)
-        if reserved(domain, own_names(self._settings)):
+        if reserved(domain, gateway_names(self._settings)):
             raise DomainReserved(domain)
         return domain, tenant_name(domain)
 

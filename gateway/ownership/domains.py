@@ -24,7 +24,7 @@ from typing import Any
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
-from gateway.hostnames import DomainReserved, matches, own_names, plain, reserved
+from gateway.hostnames import DomainReserved, gateway_names, matches, plain, reserved
 from gateway.ownership.claims import Claim, Claims
 from gateway.ownership.contests import Contests, carriers_of
 from gateway.ownership.decisions import Decisions
@@ -42,7 +42,7 @@ class Domains:
 
     def __init__(self, tenants: Tenants, claims: Claims, bus: Bus, settings: Settings) -> None:
         self._tenants, self._settings, self._claims = tenants, settings, claims
-        self._own = own_names(settings)
+        self._own = gateway_names(settings)
         self._decisions = Decisions(tenants, claims, self._own)
         self._contests = Contests(bus)
         self._moving: set[str] = set()  # domains that a tenant is being given

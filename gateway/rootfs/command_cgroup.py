@@ -23,7 +23,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Final, ParamSpec, TypeVar
 
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.errors import Timeout
 from gateway.rootfs import process_tree
 from gateway.rootfs.kernel import read_part
@@ -60,7 +60,7 @@ async def here(step: str, path: Path) -> None:
 
 async def of_init(pid: int) -> Path | None:
     """Return the root cgroup of the container with the init process `pid`, or None."""
-    return await aside(pid, _STEP, process_tree.of_init, pid)
+    return await run_in_thread(pid, _STEP, process_tree.of_init, pid)
 
 
 async def lives(container: Path, own: str) -> list[str]:
@@ -83,7 +83,7 @@ async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwar
     """Run blocking work on a command's cgroup outside of the loop, serialised per container."""
     container = next((up for up in path.parents if up.name == PARENT), path)
     try:
-        return await aside(container, _STEP, work, *given, **more)
+        return await run_in_thread(container, _STEP, work, *given, **more)
     except TimeoutError:
         raise Timeout(
             "searching the tenant's processes took too long; restart the tenant to end them"

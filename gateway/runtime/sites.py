@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Literal, Protocol
 
-from gateway.bounds import Lines
+from gateway.bounds import LineSplitter
 from gateway.errors import ExecFailed, GatewayError
 from gateway.runtime import Process
 from gateway.runtime.listening import ListeningSocket
@@ -389,7 +389,7 @@ async def lines(process: Process, say: Say | None, most: int, limit: int) -> str
 
     Raises `ExecFailed` if it prints more than `limit` bytes.
     """
-    heard, size = Lines(0 if say is None else most, length=_LINE, tail=_TAIL), 0
+    heard, size = LineSplitter(0 if say is None else most, length=_LINE, tail=_TAIL), 0
     tell = say or (lambda line: None)
     while piece := await process.read("stdout"):
         size += len(piece)

@@ -52,7 +52,7 @@ LEAVE: Final = signal.SIGUSR1
 """Signal that stops the gateway so that another can take its place: held commands keep running."""
 
 
-class _Server(uvicorn.Server):
+class _GatewayServer(uvicorn.Server):
     """A uvicorn server that drains the gateway before it closes the sockets."""
 
     def __init__(
@@ -107,7 +107,7 @@ class _Server(uvicorn.Server):
             server.close()
         loop = asyncio.get_running_loop()
         until = loop.time() + _LAST
-        while self._asked() and loop.time() < until:  # noqa: ASYNC110 - uvicorn tells nobody
+        while self._owes_answers() and loop.time() < until:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(_LOOK)
         for connection in self._http():
             connection.shutdown()  # one with a request in progress ends after its answer
@@ -115,8 +115,8 @@ class _Server(uvicorn.Server):
     def _http(self) -> list[http1.HttpProtocol]:
         return [one for one in self.server_state.connections if isinstance(one, http1.HttpProtocol)]
 
-    def _asked(self) -> bool:
-        return any(connection.asked(_FRESH, _LONG) for connection in self._http())
+    def _owes_answers(self) -> bool:
+        return any(connection.owes_answer(_FRESH, _LONG) for connection in self._http())
 
     def _succeeded(self) -> None:
         self.handed_over = self.should_exit = True
@@ -181,7 +181,7 @@ def _serve(settings: Settings, listening: socket.socket, predecessor: Predecesso
             # look like death by signal
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)
-            server = _Server(config, gateway, settings, predecessor)
+            server = _GatewayServer(config, gateway, settings, predecessor)
             await server.serve_on(listening)
             return server.handed_over
 

@@ -79,7 +79,7 @@ def say(connection: socket.socket, said: dict[str, Any], descriptors: Sequence[i
     socket.send_fds(connection, [json.dumps(said).encode()], list(descriptors))
 
 
-async def heard(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+async def received_packet(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Return a non-blocking socket's next packet; None at the end, or if it is not one of this protocol."""
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[None] = loop.create_future()
@@ -167,7 +167,7 @@ class Predecessor:
         """
         with contextlib.suppress(OSError):
             say(self._connection, {"ready": True})
-        while (answer := await heard(self._connection)) is not None:
+        while (answer := await received_packet(self._connection)) is not None:
             said: dict[str, Any] = answer[0]
             if "refused" in said:
                 raise Unavailable(str(said["refused"]))
@@ -272,7 +272,7 @@ class Succession:
     async def _converse(self, connection: socket.socket) -> None:
         """Talk to a successor. Raises `OSError` if it hangs up while nothing has changed."""
         async with asyncio.timeout(_HELLO):
-            asked = await heard(connection)
+            asked = await received_packet(connection)
         if asked is None:
             return
         said = asked[0]
@@ -283,12 +283,12 @@ class Succession:
         told["tenants"] = [*self._gateway.tenants][:_TENANTS]
         say(connection, told, [self._listening.fileno()])
         log.info("a successor is starting")
-        ready = await heard(connection)
+        ready = await received_packet(connection)
         if ready is None or ready[0].get("ready") is not True:
             log.info("the successor ended before it was ready; this gateway keeps running")
             return
         if await self._rested(connection):
-            await self._let_go(connection)
+            await self._hand_over_to(connection)
 
     async def _rested(self, connection: socket.socket) -> bool:
         """Wait until nothing would be cut off any more; return whether the successor is still there."""
@@ -298,7 +298,7 @@ class Succession:
                 say(connection, {"waiting": number})
 
         resting = asyncio.create_task(self._gateway.rest(self._settings.upgrade_patience, waiting))
-        hearing = asyncio.create_task(heard(connection))  # it sends nothing more, but may hang up
+        hearing = asyncio.create_task(received_packet(connection))  # it sends nothing more, but may hang up
         try:
             await asyncio.wait([resting, hearing], return_when=asyncio.FIRST_COMPLETED)
             if hearing.done():
@@ -315,7 +315,7 @@ class Succession:
                 task.cancel()
             await asyncio.gather(resting, hearing, return_exceptions=True)
 
-    async def _let_go(self, connection: socket.socket) -> None:
+    async def _hand_over_to(self, connection: socket.socket) -> None:
         """Give everything to the successor; restart if it does not serve."""
         times = [time.monotonic()]
         try:
@@ -324,17 +324,17 @@ class Succession:
             told = await self._gateway.hand_over()
             times.append(time.monotonic())
             self._gone = True
-            asyncio.get_running_loop().set_exception_handler(log_own_failure)
+            asyncio.get_running_loop().set_exception_handler(log_unless_handed_over)
             say(connection, {"go": True, "told": [*told]})
             async with asyncio.timeout(_STARTS):
-                answer = await heard(connection)
+                answer = await received_packet(connection)
             if answer is not None and answer[0].get("serving") is True:
                 log.info("a successor serves; %s", _waited([*times, time.monotonic()]))
                 if answer[0].get("listen") != self._settings.listen:
                     remove(self._settings.listen)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_KNOWN):
-                        await heard(connection)
+                        await received_packet(connection)
                 self._ended()
                 return
         except (OSError, TimeoutError):
@@ -342,15 +342,15 @@ class Succession:
         except Exception:
             log.exception("cannot hand over to a successor")
         log.error("the successor does not serve: this gateway starts again")
-        self._anew()
+        self._restart()
 
-    def _anew(self) -> NoReturn:
+    def _restart(self) -> NoReturn:
         """Execute this program again, with the same process id and listening socket."""
         words = [sys.executable, *(word for word in sys.orig_argv[1:] if word != TAKE_OVER)]
         os.execve(words[0], words, os.environ | bequeath(self._listening))  # noqa: S606 - as we were started
 
 
-def log_own_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def log_unless_handed_over(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log a failure, unless its cause is that the records now belong to the successor."""
     if not isinstance(context.get("exception"), Unavailable):
         log_failure(loop, context)

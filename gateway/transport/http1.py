@@ -51,7 +51,7 @@ _HEAD_MAX: Final = 64 << 10  # bytes of a head or of trailers: what `maxima` all
 _TURN: Final = 512
 
 
-class Silent:
+class SilentConnections:
     """The connections of which a request's head is awaited, or the rest of a body that is refused.
 
     Those that last for `HEAD_TIMEOUT` are cut.
@@ -136,7 +136,7 @@ class HttpProtocol(H11Protocol):
 
     conn: _Http
     flow: _Flow
-    silent: Silent
+    silent: SilentConnections
     strangers: Admission[str] | None
     _stranger: Reservation[str] | None = None
     _made: float  # when the client connected, in the loop's time
@@ -235,10 +235,10 @@ class HttpProtocol(H11Protocol):
             self.transport.write(piece)
         return not self.transport.get_write_buffer_size()
 
-    def asked(self, fresh: float, long: float) -> bool:
+    def owes_answer(self, fresh: float, long: float) -> bool:
         """Return whether an answer is owed that has not begun, and will soon.
 
-        Who came `fresh` seconds ago will ask; what was asked `long` seconds ago takes its time.
+        Who came `fresh` seconds ago will ask; what was owes_answer `long` seconds ago takes its time.
         """
         if self.transport.get_protocol() is not self:
             return False  # a websocket
@@ -268,7 +268,7 @@ def protocol() -> type[HttpProtocol]:
     """Return the class of one server's connections."""
     most = min(_STRANGERS, descriptors() // _RESERVE)
     strangers = Admission[str]("connections without a token", each=most + 1, total=most)
-    kind: dict[str, Any] = {"silent": Silent(), "strangers": strangers}
+    kind: dict[str, Any] = {"silent": SilentConnections(), "strangers": strangers}
     return type("HttpProtocol", (HttpProtocol,), kind)
 
 
@@ -280,7 +280,7 @@ def identify(scope: Scope) -> None:
 # --- who asks -----------------------------------------------------------------------------------------
 
 
-def near(scope: Scope) -> bool:
+def from_this_machine(scope: Scope) -> bool:
     """Return whether a request came from this machine."""
     client, server = scope.get("client"), scope.get("server")
     if client is None:  # a unix socket
@@ -297,7 +297,7 @@ def near(scope: Scope) -> bool:
 def forwarded(scope: Scope) -> str | None:
     """Return the client's address that our own proxy names; None without one."""
     told = Headers(scope=scope).getlist("x-forwarded-for")
-    return block(told[-1].rpartition(",")[2].strip()[:64]) if told and near(scope) else None
+    return block(told[-1].rpartition(",")[2].strip()[:64]) if told and from_this_machine(scope) else None
 
 
 def block(address: str) -> str:
@@ -369,7 +369,7 @@ class SecureServer:
         if self._server is not None:
             self._server.close()
         for connection in list(self._state.connections):
-            if isinstance(connection, _Connection):
+            if isinstance(connection, _PeerConnection):
                 connection.shutdown()  # one that is being answered ends after its answer
 
     async def close(self) -> None:
@@ -381,7 +381,7 @@ class SecureServer:
             await asyncio.wait(tasks, timeout=_ENDING)
 
 
-class _Connection(HttpProtocol):
+class _PeerConnection(HttpProtocol):
     known: Callable[[bytes], bool]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -394,6 +394,6 @@ class _Connection(HttpProtocol):
         self.app_state = {**self.app_state, PEER: shown}
 
 
-def _protocol(known: Callable[[bytes], bool]) -> type[_Connection]:
-    kind: dict[str, Any] = {"silent": Silent(), "strangers": None, "known": staticmethod(known)}
-    return type("_Connection", (_Connection,), kind)
+def _protocol(known: Callable[[bytes], bool]) -> type[_PeerConnection]:
+    kind: dict[str, Any] = {"silent": SilentConnections(), "strangers": None, "known": staticmethod(known)}
+    return type("_PeerConnection", (_PeerConnection,), kind)

@@ -27,7 +27,7 @@ _ESTABLISHED: Final = 1  # of tcp_states.h, like the next one
 CLOSED: Final = 7
 
 
-class Refused(Exception):
+class HandshakeRefused(Exception):
     """The far end does not accept the websocket; `answer` is what it said, the head of it first."""
 
     def __init__(self, answer: bytes) -> None:
@@ -35,19 +35,19 @@ class Refused(Exception):
         self.answer = answer
 
 
-class Far(asyncio.Protocol):
+class ServerEnd(asyncio.Protocol):
     """The connection to the other gateway. Await `accepted` after the handshake was sent."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
         self.accepted: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._head = b""
-        self._near: Near | None = None
+        self._near: ClientEnd | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is not derived of it
 
-    def join(self, near: Near) -> None:
+    def join(self, near: ClientEnd) -> None:
         """Pass on to this client from now on."""
         self._near = near
         self.transport.resume_reading()
@@ -64,7 +64,7 @@ class Far(asyncio.Protocol):
                 self.transport.pause_reading()
                 self.accepted.set_result(self._head)
         elif len(self._head) > _HEAD or (len(self._head) > 12 and self._refused()):
-            self.accepted.set_exception(Refused(self._head))
+            self.accepted.set_exception(HandshakeRefused(self._head))
             self.transport.abort()
 
     def _refused(self) -> bool:
@@ -81,7 +81,7 @@ class Far(asyncio.Protocol):
             self._near.far_lost(error)
         elif not self.accepted.done():
             if self._head and not self._head.startswith(b"HTTP/1.1 101 "):
-                self.accepted.set_exception(Refused(self._head))
+                self.accepted.set_exception(HandshakeRefused(self._head))
             else:
                 self.accepted.set_exception(error or ConnectionResetError("the other gateway hung up"))
 
@@ -94,14 +94,14 @@ class Far(asyncio.Protocol):
             self._near.transport.resume_reading()
 
 
-class Near(asyncio.Protocol):
+class ClientEnd(asyncio.Protocol):
     """The client's connection, taken over from `before`. `over` is done when it is closed.
 
     `sent` is called with what the client sends, until it returns False.
     """
 
     def __init__(
-        self, before: WebSocketProtocol, far: Far, head: bytes, sent: Callable[[bytes], bool] | None
+        self, before: WebSocketProtocol, far: ServerEnd, head: bytes, sent: Callable[[bytes], bool] | None
     ) -> None:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.transport = before.transport

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies
 
-from gateway.bounds import Flood, Lines, aside, first, part
+from gateway.bounds import Flood, LineSplitter, first, part, run_in_thread
 from tests.waits import turn
 
 
@@ -37,7 +37,7 @@ async def test_the_first_bytes_are_kept_and_the_rest_is_read_and_dropped() -> No
     strategies.integers(0, 8),
 )
 def test_lines_are_those_of_the_whole_however_it_is_cut(pieces: list[bytes], most: int) -> None:
-    lines = Lines(most, length=5, tail=7)
+    lines = LineSplitter(most, length=5, tail=7)
     found = [line for piece in pieces for line in lines.feed(piece)]
     found += lines.end()
     whole = b"".join(pieces)
@@ -52,7 +52,7 @@ def test_lines_are_those_of_the_whole_however_it_is_cut(pieces: list[bytes], mos
 
 
 def test_a_flood_of_line_ends_is_not_taken_apart() -> None:
-    lines, flood = Lines(2000, length=100, tail=100), b"\n" * (256 << 10)
+    lines, flood = LineSplitter(2000, length=100, tail=100), b"\n" * (256 << 10)
     began = time.process_time()
     told = sum(len(lines.feed(flood)) for _ in range(200))
     assert told == 2000
@@ -75,14 +75,14 @@ async def test_what_hangs_holds_up_its_own_tenant_alone() -> None:
     try:
         for _ in range(2):  # all that a tenant may have at once
             with pytest.raises(TimeoutError):
-                await aside("hostile", 0.05, hang)
+                await run_in_thread("hostile", 0.05, hang)
         assert hanging.is_set()
         with pytest.raises(TimeoutError):
-            await aside("hostile", 0.05, lambda: None)
-        assert await aside("other", 30, lambda: 7) == 7
+            await run_in_thread("hostile", 0.05, lambda: None)
+        assert await run_in_thread("other", 30, lambda: 7) == 7
     finally:
         free.set()
-    assert await aside("hostile", 30, lambda: 8) == 8
+    assert await run_in_thread("hostile", 30, lambda: 8) == 8
 
 
 async def test_what_fails_is_told_and_frees_its_place() -> None:
@@ -91,8 +91,8 @@ async def test_what_fails_is_told_and_frees_its_place() -> None:
 
     for _ in range(5):
         with pytest.raises(ValueError, match="no"):
-            await aside("one", 30, fail)
-    waiting = asyncio.create_task(aside("one", 30, time.sleep, 0.05))
+            await run_in_thread("one", 30, fail)
+    waiting = asyncio.create_task(run_in_thread("one", 30, time.sleep, 0.05))
     await turn()
     waiting.cancel()
-    assert await asyncio.gather(*(aside("one", 30, lambda: 1) for _ in range(10))) == [1] * 10
+    assert await asyncio.gather(*(run_in_thread("one", 30, lambda: 1) for _ in range(10))) == [1] * 10

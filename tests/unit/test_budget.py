@@ -12,7 +12,7 @@ from gateway import protocol
 from gateway.admission import Full, Reservation
 from gateway.api.connection.connection import Requests
 from gateway.errors import RateLimited
-from gateway.limits.budget import SMALL, Budget, Limits, Share
+from gateway.limits.budget import SMALL, Budget, ClientLimits, Share
 from gateway.protocol.server_wire import Request
 from gateway.settings import Settings
 from gateway.transport.websocket import LARGE, Lengths
@@ -158,8 +158,8 @@ async def test_cancelled_waiter_leaves_nothing(budget: Budget) -> None:
 # --- sockets ---------------------------------------------------------------------------------------------
 
 
-def limits(**settings: int) -> Limits:
-    return Limits(Settings(**settings))  # type: ignore[arg-type]
+def limits(**settings: int) -> ClientLimits:
+    return ClientLimits(Settings(**settings))  # type: ignore[arg-type]
 
 
 def nobody() -> None:

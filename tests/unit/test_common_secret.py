@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.auth.issuing import known_secret, load_secret
+from gateway.auth.issuing import existing_secret, load_secret
 from gateway.cluster.identity import KEY, common_secret, digest
 from gateway.errors import Unavailable
 from tests.shared_memory import MemoryKeys
@@ -27,7 +27,7 @@ class Gateways:
 
     async def start(self, name: str, configured: str | None = None) -> str:
         async def fetch() -> str | None:
-            known = [known_secret(None, self.state_dir(other)) for other in self.serving]
+            known = [existing_secret(None, self.state_dir(other)) for other in self.serving]
             return next(filter(None, known), None)
 
         secret = await common_secret(self.keys, configured, self.state_dir(name), fetch)
@@ -104,7 +104,7 @@ async def test_a_secret_that_nobody_gives_is_not_made_up(gateways: Gateways) -> 
     with pytest.raises(Unavailable) as refused:
         await gateways.start("m2")
     assert refused.value.facts["reason"] == "secret_missing"
-    assert known_secret(None, gateways.state_dir("m2")) is None
+    assert existing_secret(None, gateways.state_dir("m2")) is None
 
 
 async def test_without_a_quorum_a_gateway_starts_with_the_secret_that_it_has(gateways: Gateways) -> None:
@@ -113,4 +113,4 @@ async def test_without_a_quorum_a_gateway_starts_with_the_secret_that_it_has(gat
     assert await gateways.start("m1") == secret
     with pytest.raises(Unavailable):
         await gateways.start("m2")
-    assert known_secret(None, gateways.state_dir("m2")) is None
+    assert existing_secret(None, gateways.state_dir("m2")) is None

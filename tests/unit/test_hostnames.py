@@ -9,11 +9,11 @@ import pytest
 
 from gateway.errors import InvalidParams
 from gateway.hostnames import (
+    gateway_hosts,
+    gateway_names,
     host_allowed,
     matches,
     normalized,
-    own_hosts,
-    own_names,
     pattern,
     plain,
     reserved,
@@ -89,7 +89,7 @@ def test_the_names_by_which_the_gateway_is_reached_are_its_own(tmp_path: Path) -
         origins=("https://edit.example.com:8443",),
         hosts=("Proxy.example.com.", "*"),
     )
-    own = own_names(settings)
+    own = gateway_names(settings)
     for name in ("inside", "gw", "edit", "proxy"):
         assert reserved(f"{name}.example.com", own)
         assert reserved(f"{name.upper()}.Example.com.", own)
@@ -133,17 +133,17 @@ def test_which_hosts_are_ours(tmp_path: Path, host: str | None, allowed: bool) -
         hosts="Own.example, ",
     )
     for near in (False, True):
-        assert host_allowed(host, own_hosts(given), near=near) is allowed
+        assert host_allowed(host, gateway_hosts(given), near=near) is allowed
 
 
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:8080", "gateway.localhost", "LOCALHOST.", "a.b.localhost:1"]
 )
 def test_localhost_is_this_machine_alone(tmp_path: Path, host: str) -> None:
-    own = own_hosts(Settings(state_dir=tmp_path))
+    own = gateway_hosts(Settings(state_dir=tmp_path))
     assert [host_allowed(host, own, near=near) for near in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize("given", [{"hosts": "a.example,*"}, {"listen": "/run/gateway.sock"}])
 def test_any_host_is_served_where_that_is_meant(tmp_path: Path, given: dict[str, Any]) -> None:
-    assert host_allowed("evil.example", own_hosts(Settings(state_dir=tmp_path, **given)), near=False)
+    assert host_allowed("evil.example", gateway_hosts(Settings(state_dir=tmp_path, **given)), near=False)

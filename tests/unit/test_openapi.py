@@ -17,7 +17,7 @@ from gateway import protocol
 from gateway.api import editor, openapi
 from gateway.api.answers import TenantsQuery
 from gateway.api.app import routes
-from gateway.api.operation import Call, Operation, Routes
+from gateway.api.operation import ApiCall, ApiOperation, ApiRoutes
 from gateway.deployments.http import RollbackBody
 from gateway.protocol.results import NOTIFICATIONS, RESULTS
 from tests import shapes
@@ -30,7 +30,7 @@ DOCUMENT = openapi.document(ROUTES)
 
 def test_every_route_is_described() -> None:
     """All but the editor's files and the websocket, which has a schema of its own; each has its sentence."""
-    others = [route for route in ROUTES if not isinstance(route, Operation)]
+    others = [route for route in ROUTES if not isinstance(route, ApiOperation)]
     assert [route for route in others if not isinstance(route, WebSocketRoute)] == list(editor.ROUTES)
     operations = [one for methods in DOCUMENT["paths"].values() for one in methods.values()]
     assert len(operations) == len({one["operationId"] for one in operations}) > 45
@@ -86,10 +86,10 @@ def test_every_method_of_the_websocket_has_its_result() -> None:
 
 def test_what_a_function_takes_is_what_is_checked_and_described() -> None:
     """A route cannot declare one thing and check another: the function's own parameters declare it."""
-    routes = Routes("tests")
+    routes = ApiRoutes("tests")
 
     @routes("POST", "/", scope="deploy", answers={200: None})
-    async def endpoint(call: Call, body: RollbackBody, query: TenantsQuery) -> None:
+    async def endpoint(call: ApiCall, body: RollbackBody, query: TenantsQuery) -> None:
         raise NotImplementedError
 
     (one,) = routes

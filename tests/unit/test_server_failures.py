@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.server.handover import log_own_failure
+from gateway.server.handover import log_unless_handed_over
 from gateway.tasks import log_failure
 
 CLOSED = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
@@ -38,5 +38,5 @@ async def test_a_lost_connection_is_no_failure_of_ours(
 async def test_a_predecessor_says_nothing_of_records_that_are_its_successors(
     error: Exception, logged: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log_own_failure(asyncio.get_running_loop(), {"message": "a task failed", "exception": error})
+    log_unless_handed_over(asyncio.get_running_loop(), {"message": "a task failed", "exception": error})
     assert ("a task failed" in caplog.text) == logged

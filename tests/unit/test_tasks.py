@@ -24,7 +24,7 @@ async def test_what_breaks_off_begins_again_and_what_ends_has_ended(
             raise IndexError("odd") if begun > 1 else Unavailable("no disk")
 
     async with asyncio.timeout(30):
-        await tasks.lasting("the watch", work)
+        await tasks.run_forever("the watch", work)
     assert begun == 4
     assert caplog.text.count("the watch failed") == 3
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR, logging.ERROR]
@@ -46,7 +46,7 @@ async def test_a_cancel_ends_it() -> None:
         began.set()
         await asyncio.Event().wait()
 
-    task = asyncio.create_task(tasks.lasting("the watch", work))
+    task = asyncio.create_task(tasks.run_forever("the watch", work))
     await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -55,6 +55,6 @@ async def test_a_cancel_ends_it() -> None:
 
 def test_one_thing_that_fails_lets_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     for error in (Unavailable("no disk"), IndexError("odd")):
-        with tasks.apart("a look"):
+        with tasks.log_errors("a look"):
             raise error
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR]

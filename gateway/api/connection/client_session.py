@@ -39,7 +39,7 @@ from gateway.files.files import Files
 from gateway.history import History
 from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
-from gateway.limits.budget import Limits, Share
+from gateway.limits.budget import ClientLimits, Share
 from gateway.protocol import CloseCode
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -55,7 +55,7 @@ _FAREWELL: Final = 2.0  # seconds for a close
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class IncomingMessage:
     """One message from the client: `data` if it is binary, else `text`, a large one not yet decoded.
 
     `lease` counts its bytes.
@@ -97,7 +97,7 @@ class ClientSocket:
 
     # --- receiving ----------------------------------------------------------------------------------
 
-    async def receive(self, *, large: bool) -> Arrived:
+    async def receive(self, *, large: bool) -> IncomingMessage:
         """Return the next message; `large` says whether one over `LARGE` bytes is allowed.
 
         Raises `WebSocketDisconnect`, or `Closed` for a message that is too large or has stalled.
@@ -111,7 +111,7 @@ class ClientSocket:
                 continue
             size = message.get(SIZE, 0)
             lease = self._arriving.popleft() if size > LARGE and self._arriving else self.share.reserve()
-            return Arrived(message.get("text", ""), message.get("bytes"), size, lease)
+            return IncomingMessage(message.get("text", ""), message.get("bytes"), size, lease)
 
     async def _admit(self, size: int, large: bool) -> None:
         """Accept a large message once there is room for it; nothing more is read until then."""
@@ -229,7 +229,7 @@ class Hub:
     bus: Bus
     idle: Idle
     settings: Settings
-    limits: Limits
+    limits: ClientLimits
     verify: Callable[[str | None], Token]
     grants: Grants
     connections: set[ClientSession] = field(default_factory=set)
@@ -269,7 +269,7 @@ class ClientSession:
 
     # --- token and place ----------------------------------------------------------------------------
 
-    def take_place(self) -> None:
+    def reserve_socket(self) -> None:
         """Take a place among all sockets, under the token if there is one. Raises `RateLimited`."""
         if self.token is None:
             self._place = self.hub.limits.strangers.reserve(self._address, displaced=self._displaced)

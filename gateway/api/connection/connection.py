@@ -18,11 +18,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from gateway import protocol
 from gateway.admission import RETRY_AFTER, Admission, Reservation
 from gateway.api.connection.client_session import (
-    Arrived,
     ClientSession,
     ClientSocket,
     Closed,
     Hub,
+    IncomingMessage,
     close_code,
 )
 from gateway.api.connection.exec_methods import ExecMethods
@@ -36,7 +36,7 @@ from gateway.api.connection.methods import (
     WatchMethods,
 )
 from gateway.auth.tokens import Token
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.errors import Cancelled, GatewayError, RateLimited, TooLarge
 from gateway.limits.budget import REQUEST, Share
 from gateway.protocol import CloseCode, RequestId, ServerWire
@@ -48,7 +48,7 @@ INITIALIZE_TIMEOUT: Final = 10.0  # seconds in which `initialize` must come: a s
 SOCKET_BYTES: Final = 32 << 20  # bytes in flight of one websocket: two of the largest messages
 
 
-class _Running:
+class _RunningRequest:
     """One request's task. It must not be cancelled before it has started: it would never answer."""
 
     __slots__ = ("started", "task")
@@ -71,7 +71,7 @@ class Requests:
         # calls begin in order, while the answers that they may have fit into the limit of one connection
         self._most = SOCKET_BYTES
         self._answers = Admission[None]("answers", each=self._most)
-        self._running: dict[object, _Running] = {}  # by id; a request without an id by itself
+        self._running: dict[object, _RunningRequest] = {}  # by id; a request without an id by itself
 
     async def start(self, request: protocol.Request, size: int, lease: Reservation[Share]) -> None:
         """Start serving a request of `size` bytes. `lease` counts these and ends with the answer."""
@@ -84,7 +84,7 @@ class Requests:
                 await self._socket.send(protocol.failure(request.id, full))
             self._wire.sent(request.id)
             return
-        running = _Running()
+        running = _RunningRequest()
         key = running if request.id is None else request.id
         self._running[key] = running
         running.task = self._client.spawn(self._serve(request, key, running, lease))
@@ -102,14 +102,14 @@ class Requests:
         await asyncio.gather(*[one.task for one in self._running.values() if one.task is not None])
 
     async def _serve(
-        self, request: protocol.Request, key: object, running: _Running, lease: Reservation[Share]
+        self, request: protocol.Request, key: object, running: _RunningRequest, lease: Reservation[Share]
     ) -> None:
         """Serve the request and answer it. `lease` counts its bytes, and then those of the answer."""
         with self._client.hub.doors.inside(self._client.tenant):
             await self._serve_inside(request, key, running, lease)
 
     async def _serve_inside(
-        self, request: protocol.Request, key: object, running: _Running, lease: Reservation[Share]
+        self, request: protocol.Request, key: object, running: _RunningRequest, lease: Reservation[Share]
     ) -> None:
         running.started = True
         request_id, method = request.id, self._methods[request.method]
@@ -210,7 +210,7 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the socket until either end closes it. Raises `RateLimited` if there are too many sockets."""
-        self._client.take_place()
+        self._client.reserve_socket()
         try:
             await self._run()
         finally:
@@ -280,7 +280,7 @@ class Connection:
             arrived.lease.release()
             raise
 
-    async def _take(self, arrived: Arrived) -> None:
+    async def _take(self, arrived: IncomingMessage) -> None:
         """Act on a message; its lease ends with the work it began."""
         event = await self._understood(arrived)
         size, lease = arrived.size, arrived.lease
@@ -308,12 +308,12 @@ class Connection:
                 assert_never(event)
         lease.release()
 
-    async def _understood(self, arrived: Arrived) -> protocol.ServerEvent:
+    async def _understood(self, arrived: IncomingMessage) -> protocol.ServerEvent:
         if arrived.data is not None:
             return self._wire.receive_binary(arrived.data)
         if len(arrived.text) > protocol.LIGHT:
             try:
-                await aside(self._client.tenant, _WEIGHING, protocol.weigh, arrived.text)
+                await run_in_thread(self._client.tenant, _WEIGHING, protocol.weigh, arrived.text)
             except TooLarge as error:
                 return self._wire.refuse_heavy(arrived.text, error)
         return self._wire.receive_text(arrived.text)

@@ -8,7 +8,7 @@ from typing import Final
 
 from gateway import protocol
 from gateway.api.connection.client_session import ClientSession
-from gateway.api.connection.methods import Answer, Family, Method
+from gateway.api.connection.methods import Family, Method, MethodAnswer
 from gateway.api.oneshot import exec_spec
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, Forbidden, NotFound
@@ -158,7 +158,7 @@ class ExecMethods(Family):
 
     # --- methods ------------------------------------------------------------------------------------
 
-    async def _start(self, params: protocol.ExecStart) -> Answer:
+    async def _start(self, params: protocol.ExecStart) -> MethodAnswer:
         token = self._client.require("exec")
         exec_ = await self._hub.execs.start(
             self._tenant,
@@ -179,13 +179,13 @@ class ExecMethods(Family):
             "attachment": attachment.id,
             "stdinWindow": exec_.stdin_window,
         }
-        return Answer(answer, lambda: self._follow(channel, attachment))
+        return MethodAnswer(answer, lambda: self._follow(channel, attachment))
 
     async def _fence(self, params: protocol.ExecStart) -> None:
         if params.exec_id is not None:
             await self._hub.execs.fence(self._tenant, params.exec_id)
 
-    async def _attach(self, params: protocol.ExecAttach) -> Answer:
+    async def _attach(self, params: protocol.ExecAttach) -> MethodAnswer:
         exec_ = self._exec(params.exec)
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
         channel, attachment = self._channels.open(exec_, offsets, params, params.resume)
@@ -201,37 +201,37 @@ class ExecMethods(Family):
             "stdin": attachment.taken,
             "stdinWindow": exec_.stdin_window,
         }
-        return Answer(answer, lambda: self._follow(channel, attachment))
+        return MethodAnswer(answer, lambda: self._follow(channel, attachment))
 
-    async def _ack(self, params: protocol.ExecAck) -> Answer:
+    async def _ack(self, params: protocol.ExecAck) -> MethodAnswer:
         attachment = self._channels.attachment(self._exec(params.exec).id)
         if attachment is not None:
             for name, cursor in attachment.cursors.items():
                 cursor.ack(getattr(params, name))
-        return Answer({})
+        return MethodAnswer({})
 
-    async def _detach(self, params: protocol.ExecRef) -> Answer:
+    async def _detach(self, params: protocol.ExecRef) -> MethodAnswer:
         channel = self._channels.of(self._exec(params.exec).id)
         if channel is not None:
             self._channels.close(channel)
-        return Answer({})
+        return MethodAnswer({})
 
-    async def _close_stdin(self, params: protocol.ExecRef) -> Answer:
+    async def _close_stdin(self, params: protocol.ExecRef) -> MethodAnswer:
         self._exec(params.exec).close_stdin()
-        return Answer({})
+        return MethodAnswer({})
 
-    async def _resize(self, params: protocol.ExecResize) -> Answer:
+    async def _resize(self, params: protocol.ExecResize) -> MethodAnswer:
         exec_ = self._exec(params.exec)
         if exec_.spec.pty is None:
             raise Conflict(f"exec {exec_.id} has no terminal", exec=exec_.id)
         await exec_.terminal.resize(params.cols, params.rows)
-        return Answer({})
+        return MethodAnswer({})
 
-    async def _signal(self, params: protocol.ExecSignal) -> Answer:
+    async def _signal(self, params: protocol.ExecSignal) -> MethodAnswer:
         await self._exec(params.exec).process.signal(params.signal, tree=params.tree)
-        return Answer({})
+        return MethodAnswer({})
 
-    async def _cancel(self, params: protocol.ExecCancel) -> Answer:
+    async def _cancel(self, params: protocol.ExecCancel) -> MethodAnswer:
         grace = None if params.grace_ms is None else params.grace_ms / 1000
         try:
             exec_ = self._exec(params.exec)
@@ -242,16 +242,18 @@ class ExecMethods(Family):
             exec_ = starting
         killed = await self._hub.execs.cancel(exec_, grace)
         answer = {"killed": killed.killed, "escalated": killed.escalated, "survivors": killed.survivors}
-        return Answer({**answer, "method": killed.method})
+        return MethodAnswer({**answer, "method": killed.method})
 
-    async def _list(self, params: protocol.NoParams) -> Answer:
+    async def _list(self, params: protocol.NoParams) -> MethodAnswer:
         self._client.require("exec")
-        return Answer({"execs": [await exec_.describe() for exec_ in self._hub.execs.list(self._tenant)]})
+        return MethodAnswer(
+            {"execs": [await exec_.describe() for exec_ in self._hub.execs.list(self._tenant)]}
+        )
 
-    async def _wait(self, params: protocol.ExecRef) -> Answer:
+    async def _wait(self, params: protocol.ExecRef) -> MethodAnswer:
         exec_ = self._exec(params.exec)
         ended = await asyncio.shield(exec_.ended)
-        return Answer(ended.on_wire(exec_.id))
+        return MethodAnswer(ended.on_wire(exec_.id))
 
     def _exec(self, exec_id: str) -> Exec:
         self._client.require("exec")

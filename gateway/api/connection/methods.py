@@ -23,7 +23,7 @@ from gateway.tools.toolbox import HandedOver
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class MethodAnswer:
     """A result, as a value or as JSON, and what to start once it has been sent."""
 
     value: Mapping[str, Any] | bytes
@@ -43,7 +43,7 @@ class Method:
     connection.
     """
 
-    answer: Callable[[Any], Awaitable[Answer]]
+    answer: Callable[[Any], Awaitable[MethodAnswer]]
     most: Callable[[Any], int] = _small
     fence: Callable[[Any], Awaitable[None]] | None = None
     decisive: bool = False
@@ -101,7 +101,7 @@ class SessionMethods(Family):
         self._expecting.close()
         self._using.close()
 
-    async def _initialize(self, params: protocol.Initialize) -> Answer:
+    async def _initialize(self, params: protocol.Initialize) -> MethodAnswer:
         hub, client, before = self._hub, self._client, self._client.token
         token = hub.verify(params.token) if params.token is not None or before is None else before
         client.go_by(token)  # it may end during a wait below
@@ -122,7 +122,7 @@ class SessionMethods(Family):
         self._expect_execs(token)
         self._wire.initialize()
         settings = hub.settings
-        return Answer(
+        return MethodAnswer(
             {
                 "server": {"name": "incus-gateway", "version": __version__},
                 "protocol": protocol.VERSION,
@@ -147,15 +147,15 @@ class SessionMethods(Family):
         if token.allows("exec"):
             self._expecting.enter_context(self._hub.runtime.commands.expect(self._tenant))
 
-    async def _ping(self, params: protocol.NoParams) -> Answer:
-        return Answer({})
+    async def _ping(self, params: protocol.NoParams) -> MethodAnswer:
+        return MethodAnswer({})
 
-    async def _end(self, params: protocol.NoParams) -> Answer:
+    async def _end(self, params: protocol.NoParams) -> MethodAnswer:
         assert self._client.session is not None
         await self._hub.toolbox.sessions.end(self._client.session)
-        return Answer({})
+        return MethodAnswer({})
 
-    async def _renew(self, params: protocol.SessionRenew) -> Answer:
+    async def _renew(self, params: protocol.SessionRenew) -> MethodAnswer:
         """Continue with another token of the same subject; end what that one does not allow."""
         client, before = self._client, self._client.token
         assert before is not None
@@ -172,7 +172,7 @@ class SessionMethods(Family):
             self._expect_execs(token)
         # at once; the answer is sent first all the same
         told = [text for family in self._opening for text in family.end_without(token)]
-        return Answer(
+        return MethodAnswer(
             {"expires": token.expires, "scopes": sorted(token.scopes)}, lambda: client.tell_soon(told)
         )
 
@@ -189,10 +189,10 @@ class ToolMethods(Family):
             "tools/cancel": Method(self._cancel),
         }
 
-    async def _list(self, params: protocol.NoParams) -> Answer:
-        return Answer({"tools": self._hub.toolbox.descriptions()})
+    async def _list(self, params: protocol.NoParams) -> MethodAnswer:
+        return MethodAnswer({"tools": self._hub.toolbox.descriptions()})
 
-    async def _call(self, params: protocol.ToolsCall) -> Answer:
+    async def _call(self, params: protocol.ToolsCall) -> MethodAnswer:
         session = self._client.session
         assert session is not None
         token = self._client.require(self._hub.toolbox.scope(params.name))
@@ -209,7 +209,7 @@ class ToolMethods(Family):
         except HandedOver:  # send no answer: the socket is about to close, and clients then ask again
             await asyncio.get_running_loop().create_future()
             raise
-        return Answer(result.encoded)
+        return MethodAnswer(result.encoded)
 
     def _most(self, params: protocol.ToolsCall) -> int:
         return RESULT_MAX if params.name in ("Read", "Grep", "Glob") else 0
@@ -218,13 +218,13 @@ class ToolMethods(Family):
         if params.call_id is not None:
             await self._hub.toolbox.fence(self._tenant, params.call_id)
 
-    async def _cancel(self, params: protocol.ToolsCancel) -> Answer:
+    async def _cancel(self, params: protocol.ToolsCancel) -> MethodAnswer:
         token = self._client.token
         assert token is not None
         if not any(map(token.allows, self._hub.toolbox.SCOPES)):
             self._client.require("files:read")
         await self._hub.toolbox.fence(self._tenant, params.call_id)
-        return Answer({})
+        return MethodAnswer({})
 
 
 # --- files/… -------------------------------------------------------------------------------------------
@@ -243,10 +243,10 @@ class FileMethods(Family):
             for name in Files.SCOPES
         }
 
-    async def _call(self, method: str, params: protocol.Params) -> Answer:
+    async def _call(self, method: str, params: protocol.Params) -> MethodAnswer:
         token = self._client.require(Files.SCOPES[method])
         given = params.model_dump(by_alias=True)
-        return Answer(await self._hub.files.call(self._tenant, method, given, by=token.subject))
+        return MethodAnswer(await self._hub.files.call(self._tenant, method, given, by=token.subject))
 
 
 def _constant(size: int, params: protocol.Params) -> int:
@@ -268,39 +268,41 @@ class HistoryMethods(Family):
             "history/undo": Method(self._undo),
         }
 
-    async def _begin(self, params: protocol.TurnBegin) -> Answer:
+    async def _begin(self, params: protocol.TurnBegin) -> MethodAnswer:
         token, session = self._client.require("files:write"), self._client.session
         assert session is not None
         before = await self._hub.history.begin(
             self._tenant, session, params.title, params.agent, token.subject
         )
-        return Answer({"before": None if before is None else before.on_wire()})
+        return MethodAnswer({"before": None if before is None else before.on_wire()})
 
-    async def _end(self, params: protocol.NoParams) -> Answer:
+    async def _end(self, params: protocol.NoParams) -> MethodAnswer:
         token, session = self._client.require("files:write"), self._client.session
         assert session is not None
         turn = await self._hub.history.end(self._tenant, session, token.subject)
-        return Answer({"turn": None if turn is None else turn.on_wire()})
+        return MethodAnswer({"turn": None if turn is None else turn.on_wire()})
 
-    async def _list(self, params: protocol.HistoryList) -> Answer:
+    async def _list(self, params: protocol.HistoryList) -> MethodAnswer:
         self._client.require("files:read")
-        return Answer(await self._hub.history.turns(self._tenant, params.limit, params.before))
+        return MethodAnswer(await self._hub.history.turns(self._tenant, params.limit, params.before))
 
-    async def _diff(self, params: protocol.HistoryTurn) -> Answer:
+    async def _diff(self, params: protocol.HistoryTurn) -> MethodAnswer:
         self._client.require("files:read")
-        return Answer(await self._hub.history.changes(self._tenant, params.turn))
+        return MethodAnswer(await self._hub.history.changes(self._tenant, params.turn))
 
     def _most(self, params: protocol.HistoryTurn) -> int:
         return RESULT_MAX
 
-    async def _restore(self, params: protocol.HistoryRestore) -> Answer:
+    async def _restore(self, params: protocol.HistoryRestore) -> MethodAnswer:
         token = self._client.require("files:write")
         turn = await self._hub.history.restore(self._tenant, params.turn, params.to, token.subject)
-        return Answer({"turn": None if turn is None else turn.on_wire()})
+        return MethodAnswer({"turn": None if turn is None else turn.on_wire()})
 
-    async def _undo(self, params: protocol.HistoryUndo) -> Answer:
+    async def _undo(self, params: protocol.HistoryUndo) -> MethodAnswer:
         token = self._client.require("files:write")
-        return Answer(await self._hub.history.undo(self._tenant, params.turn, params.force, token.subject))
+        return MethodAnswer(
+            await self._hub.history.undo(self._tenant, params.turn, params.force, token.subject)
+        )
 
 
 # --- files/watch, files/unwatch ------------------------------------------------------------------------
@@ -336,7 +338,7 @@ class WatchMethods(Family):
         if watch is not None:
             self._hub.files.unwatch(watch)
 
-    async def _watch(self, params: protocol.FilesWatch) -> Answer:
+    async def _watch(self, params: protocol.FilesWatch) -> MethodAnswer:
         self._client.require("files:read")
         slot = self._hub.limits.watches.reserve(self._tenant, part=self)
         self._last += 1
@@ -350,7 +352,7 @@ class WatchMethods(Family):
             raise
         self._watches[number] = slot, watch
         answer = {"watch": number, "unwatched": watch.unwatched}
-        return Answer(answer, lambda: self._follow(number, watch))
+        return MethodAnswer(answer, lambda: self._follow(number, watch))
 
     def _follow(self, number: int, watch: Watch) -> None:
         self._end_late()
@@ -363,11 +365,11 @@ class WatchMethods(Family):
                 self._end(number)
             await self._client.tell("files/changed", {"watch": number, **told})
 
-    async def _unwatch(self, params: protocol.FilesUnwatch) -> Answer:
+    async def _unwatch(self, params: protocol.FilesUnwatch) -> MethodAnswer:
         if self._watches.get(params.watch, (None, None))[1] is None:
             raise NotFound(f"no watch {params.watch}")
         self._end(params.watch)
-        return Answer({})
+        return MethodAnswer({})
 
 
 # --- events/… ------------------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ class EventMethods(Family):
         subscription.close()
         slot.release()
 
-    async def _subscribe(self, params: protocol.EventsSubscribe) -> Answer:
+    async def _subscribe(self, params: protocol.EventsSubscribe) -> MethodAnswer:
         token = self._client.require("events")
         slot = self._hub.limits.subscriptions.reserve(self._tenant, part=self)
         try:
@@ -422,7 +424,7 @@ class EventMethods(Family):
         last = subscription.last_id
         position = positions.of(last, self._hub.bus.member)
         answer = {"subscription": number, "lastEventId": last, "position": position}
-        return Answer(answer, lambda: self._follow(subscription))
+        return MethodAnswer(answer, lambda: self._follow(subscription))
 
     def _follow(self, subscription: Subscription) -> None:
         self._client.spawn(self._forward(subscription))
@@ -431,8 +433,8 @@ class EventMethods(Family):
         async for event in subscription:
             await self._client.tell("event", event.encoded)
 
-    async def _unsubscribe(self, params: protocol.EventsUnsubscribe) -> Answer:
+    async def _unsubscribe(self, params: protocol.EventsUnsubscribe) -> MethodAnswer:
         if params.subscription not in self._subscriptions:
             raise NotFound(f"no subscription {params.subscription}")
         self._end(params.subscription)
-        return Answer({})
+        return MethodAnswer({})

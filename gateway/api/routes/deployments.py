@@ -21,7 +21,7 @@ from gateway.api.answers import (
     TenantDeployments,
 )
 from gateway.api.http import as_json, unless_gone
-from gateway.api.operation import Call, Routes
+from gateway.api.operation import ApiCall, ApiRoutes
 from gateway.deployments import Record
 from gateway.deployments import http as deploying
 from gateway.deployments.queue import Owner
@@ -33,11 +33,11 @@ from gateway.hostnames import normalized, tenant_name
 _BEGUN: Final = {202: DeploymentBegun, 200: DeploymentBegun}
 _KEY: Final = ("Idempotency-Key",)
 
-routes = Routes("deployments")
+routes = ApiRoutes("deployments")
 
 
 @routes("GET", "/v1/templates", scope="deploy", answers={200: Templates})
-async def templates(call: Call) -> Mapping[str, Any]:
+async def templates(call: ApiCall) -> Mapping[str, Any]:
     """Return the templates that can be deployed by name."""
     return {"templates": await asyncio.to_thread(deploying.templates, call.gateway.settings)}
 
@@ -51,7 +51,7 @@ async def templates(call: Call) -> Mapping[str, Any]:
     headers=_KEY,
     answers=_BEGUN,
 )
-async def deploy(call: Call) -> Response:
+async def deploy(call: ApiCall) -> Response:
     """Begin a deployment: bring a domain to a site that answers, or update it.
 
     A repeated `Idempotency-Key` returns the same deployment.
@@ -85,7 +85,7 @@ def _begun(record: Record, *, new: bool) -> Response:
     headers=_KEY,
     answers=_BEGUN,
 )
-async def publish(call: Call) -> Response:
+async def publish(call: ApiCall) -> Response:
     """Deploy a copy of a tenant's site to another domain, for production. The site itself stays as it is."""
     gateway, name, token = call.gateway, call.tenant, call.token
     token.require("files:read")
@@ -118,25 +118,25 @@ async def publish(call: Call) -> Response:
     headers=_KEY,
     answers=_BEGUN,
 )
-async def rollback(call: Call, body: deploying.RollbackBody) -> Response:
+async def rollback(call: ApiCall, body: deploying.RollbackBody) -> Response:
     """Bring back one of the tenant's kept sites, by a new deployment."""
     return await _change(call, Rollback(body.to))
 
 
 @routes("PATCH", "/v1/tenants/{tenant}/env", scope="deploy", serving=True, headers=_KEY, answers=_BEGUN)
-async def change_environment(call: Call, body: deploying.EnvironmentBody) -> Response:
+async def change_environment(call: ApiCall, body: deploying.EnvironmentBody) -> Response:
     """Change a site's environment, by a new deployment. Null removes a variable."""
     return await _change(call, Variables(body.env))
 
 
-async def _change(call: Call, change: Change) -> Response:
+async def _change(call: ApiCall, change: Change) -> Response:
     key, deployments = idempotency_key(call), call.gateway.deployments
     record, new = await deployments.change(call.tenant, change, call.token, key=key)
     return _begun(record, new=new)
 
 
 @routes("GET", "/v1/tenants/{tenant}/env", scope="deploy", answers={200: Environment})
-async def environment(call: Call, query: EnvironmentQuery) -> Mapping[str, Any]:
+async def environment(call: ApiCall, query: EnvironmentQuery) -> Mapping[str, Any]:
     """Return the names of the site's variables, and their values to callers who could also run a command."""
     gateway, name, token = call.gateway, call.tenant, call.token
     if query.values:
@@ -149,7 +149,7 @@ async def environment(call: Call, query: EnvironmentQuery) -> Mapping[str, Any]:
 
 
 @routes("GET", "/v1/tenants/{tenant}/deployments", scope="deploy", answers={200: TenantDeployments})
-async def history(call: Call) -> Mapping[str, Any]:
+async def history(call: ApiCall) -> Mapping[str, Any]:
     """Return a tenant's deployments, which of them is live, and which are kept."""
     gateway, name, token = call.gateway, call.tenant, call.token
     live, kept = await gateway.deployments.kept(name)
@@ -164,7 +164,7 @@ async def history(call: Call) -> Mapping[str, Any]:
 
 
 @routes("GET", "/v1/deployments", scope="deploy", answers={200: Deployments})
-async def index(call: Call) -> Mapping[str, Any]:
+async def index(call: ApiCall) -> Mapping[str, Any]:
     """Return the newest deployments of the tenants that the token covers."""
     gateway, token = call.gateway, call.token
     found, others = await asyncio.gather(
@@ -178,19 +178,19 @@ async def index(call: Call) -> Mapping[str, Any]:
 
 
 @routes("GET", "/v1/deployments/{deployment}", scope="deploy", answers={200: Deployment})
-async def show(call: Call) -> Mapping[str, Any]:
+async def show(call: ApiCall) -> Mapping[str, Any]:
     """Return one deployment."""
     return (await _covered(call)).to_dict()
 
 
 @routes("DELETE", "/v1/deployments/{deployment}", scope="deploy", answers={200: Deployment})
-async def cancel(call: Call) -> Mapping[str, Any]:
+async def cancel(call: ApiCall) -> Mapping[str, Any]:
     """Cancel a deployment and return it once it is undone. One that has ended is returned unchanged."""
     record = await _covered(call)
     return (await call.gateway.deployments.cancel(record.id)).to_dict()
 
 
-async def _covered(call: Call) -> Record:
+async def _covered(call: ApiCall) -> Record:
     record = await call.gateway.deployments.get(call.path_params["deployment"])
     if not call.token.covers(record.tenant):
         raise NotFound("no such deployment")

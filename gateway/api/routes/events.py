@@ -9,10 +9,10 @@ from starlette.responses import Response
 from gateway.api.access import end_with, sharer
 from gateway.api.answers import EventsQuery
 from gateway.api.http import USES
-from gateway.api.operation import Call, Media, Routes
+from gateway.api.operation import ApiCall, ApiRoutes, Media
 from gateway.events import Filter, positions, sse
 
-routes = Routes("events")
+routes = ApiRoutes("events")
 
 
 @routes(
@@ -22,7 +22,7 @@ routes = Routes("events")
     headers=("Last-Event-ID",),
     answers={200: Media("text/event-stream", text=True)},
 )
-async def stream(call: Call, query: EventsQuery) -> Response:
+async def stream(call: ApiCall, query: EventsQuery) -> Response:
     """Stream events as they happen, as Server-Sent Events with one CloudEvent each, until the token ends."""
     gateway, token = call.gateway, call.token
     filter = Filter.parse(token.coverage, query.tenant, query.deployment, query.type)

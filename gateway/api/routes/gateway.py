@@ -17,21 +17,21 @@ from gateway import protocol
 from gateway.api import openapi
 from gateway.api.answers import Alive, Audit, AuditQuery, Ready, Revoked
 from gateway.api.metrics import Metrics
-from gateway.api.operation import OPEN, Call, Media, Routes
+from gateway.api.operation import OPEN, ApiCall, ApiRoutes, Media
 from gateway.errors import InvalidParams, Unavailable
 from gateway.protocol import types
 
-process = Routes("process")
+process = ApiRoutes("process")
 
 
 @process("GET", "/healthz", scope=OPEN, answers={200: Alive})
-async def alive(call: Call) -> Mapping[str, Any]:
+async def alive(call: ApiCall) -> Mapping[str, Any]:
     """Answer while the process is alive."""
     return {"status": "alive"}
 
 
 @process("GET", "/readyz", scope=OPEN, answers={200: Ready})
-async def ready(call: Call) -> Mapping[str, Any]:
+async def ready(call: ApiCall) -> Mapping[str, Any]:
     """Answer if tenants can be served; an error says why not."""
     gateway = call.gateway
     if gateway.draining:
@@ -44,39 +44,39 @@ async def ready(call: Call) -> Mapping[str, Any]:
 
 
 @process("GET", "/metrics", scope=OPEN, answers={200: Media("text/plain", text=True)})
-async def metrics(call: Call) -> Response:
+async def metrics(call: ApiCall) -> Response:
     """Return the gateway's metrics in Prometheus' format."""
     return Response(call.gateway.metrics.render(), media_type=Metrics.CONTENT_TYPE)
 
 
 # --- description --------------------------------------------------------------------------------------
 
-reference = Routes("reference")
+reference = ApiRoutes("reference")
 
 _HEADERS: Final = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
 
 @reference("GET", "/openapi.json", scope=OPEN, answers={200: Media("application/json")})
-async def document(call: Call) -> Response:
+async def document(call: ApiCall) -> Response:
     """Return this document: the HTTP API in OpenAPI 3.1."""
     return Response(orjson.dumps(await _document(call)), headers=_HEADERS, media_type="application/json")
 
 
 @reference("GET", "/wire.json", scope=OPEN, answers={200: Media("application/schema+json")})
-async def wire(call: Call) -> Response:
+async def wire(call: ApiCall) -> Response:
     """Return the JSON Schema of the websocket's methods and notifications."""
     said = await asyncio.to_thread(protocol.wire_schema)
     return Response(orjson.dumps(said), headers=_HEADERS, media_type="application/schema+json")
 
 
 @reference("GET", "/reference", scope=OPEN, answers={200: Media("text/html", text=True)})
-async def page(call: Call) -> Response:
+async def page(call: ApiCall) -> Response:
     """Return the HTTP API as a page to read."""
     text = await asyncio.to_thread(openapi.page, await _document(call))
     return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": openapi.POLICY})
 
 
-async def _document(call: Call) -> dict[str, Any]:
+async def _document(call: ApiCall) -> dict[str, Any]:
     """Return the document of the application's routes, which is made only once, since that takes a while."""
     state = call.app.state
     if not hasattr(state, "openapi"):
@@ -87,7 +87,7 @@ async def _document(call: Call) -> dict[str, Any]:
 
 # --- operators ----------------------------------------------------------------------------------------
 
-operator = Routes("operator")
+operator = ApiRoutes("operator")
 
 
 class RevokeBody(protocol.Params):
@@ -98,7 +98,7 @@ class RevokeBody(protocol.Params):
 
 
 @operator("POST", "/v1/revocations", scope="admin", operator=True, answers={200: Revoked})
-async def revoke(call: Call, body: RevokeBody) -> Mapping[str, Any]:
+async def revoke(call: ApiCall, body: RevokeBody) -> Mapping[str, Any]:
     """Revoke a token and end everything open under it."""
     gateway, token = call.gateway, call.token
     expires = math.inf if body.expires is None else body.expires
@@ -110,7 +110,7 @@ async def revoke(call: Call, body: RevokeBody) -> Mapping[str, Any]:
 
 
 @operator("GET", "/v1/audit", scope="admin", operator=True, answers={200: Audit})
-async def audit(call: Call, query: AuditQuery) -> Mapping[str, Any]:
+async def audit(call: ApiCall, query: AuditQuery) -> Mapping[str, Any]:
     """Return who did what, newest first."""
     gateway = call.gateway
     last = None if query.before is None else min(query.before, 1 << 62)

@@ -12,7 +12,7 @@ from gateway import protocol
 from gateway.api.access import check_origin, secure, slot
 from gateway.api.answers import AgentToken, Session
 from gateway.api.http import as_json, read_json
-from gateway.api.operation import ANY, OPEN, Call, Routes
+from gateway.api.operation import ANY, OPEN, ApiCall, ApiRoutes
 from gateway.auth import tokens
 from gateway.errors import InvalidParams, NotFound
 from gateway.protocol import types
@@ -22,7 +22,7 @@ _MAX: Final = 32 << 10  # bytes of a body, which anybody may send
 
 _SLOT: Final = ("X-Session-Slot",)
 
-routes = Routes("session")
+routes = ApiRoutes("session")
 
 
 class SessionBody(protocol.Params):
@@ -31,14 +31,14 @@ class SessionBody(protocol.Params):
 
 
 @routes("GET", "/v1/session", scope=ANY, headers=_SLOT, answers={200: Session})
-async def show(call: Call) -> Session:
+async def show(call: ApiCall) -> Session:
     """Return what the token or the cookie grants."""
     by_header = tokens.bearer_token(call.headers.get("authorization")) is not None
     return _granted(call.token, None if by_header else slot(call))
 
 
 @routes("POST", "/v1/session", scope=OPEN, takes=SessionBody, answers={200: Session})
-async def open(call: Call) -> Response:
+async def open(call: ApiCall) -> Response:
     """Store a token in its slot's cookie. If there are too many slots, the oldest are removed."""
     check_origin(call)
     body = protocol.validate(SessionBody, await read_json(call, _MAX))
@@ -54,7 +54,7 @@ async def open(call: Call) -> Response:
 
 
 @routes("DELETE", "/v1/session", scope=OPEN, headers=_SLOT, answers={204: None})
-async def close(call: Call) -> Response:
+async def close(call: ApiCall) -> Response:
     """Clear the cookie of the named slot, or the one without a slot."""
     check_origin(call)
     named = slot(call)
@@ -66,7 +66,7 @@ async def close(call: Call) -> Response:
 
 
 @routes("POST", "/v1/tenants/{tenant}/agent-token", scope=ANY, headers=_SLOT, answers={200: AgentToken})
-async def agent_token(call: Call) -> AgentToken:
+async def agent_token(call: ApiCall) -> AgentToken:
     """Return a token for the agents' server: for this tenant only, and no longer than the caller's."""
     gateway, name, token = call.gateway, call.tenant, call.token
     if gateway.settings.agent_url is None:
@@ -94,7 +94,7 @@ def _granted(token: tokens.Token, slot: str | None) -> Session:
     }
 
 
-def _set_cookie(call: Call, response: Response, name: str, value: str, age: int) -> None:
+def _set_cookie(call: ApiCall, response: Response, name: str, value: str, age: int) -> None:
     response.set_cookie(
         name, value, max_age=age, httponly=True, samesite="strict", secure=secure(call), path="/"
     )

@@ -30,7 +30,7 @@ from gateway.api.answers import (
     WakeQuery,
 )
 from gateway.api.http import RETRY_AFTER_MS, unless_gone
-from gateway.api.operation import ANY, OPEN, Call, Media, Routes
+from gateway.api.operation import ANY, OPEN, ApiCall, ApiRoutes, Media
 from gateway.errors import GatewayError, Timeout, Unavailable
 from gateway.lifecycle.lifecycle import (
     Ask,
@@ -45,11 +45,11 @@ from gateway.lifecycle.lifecycle import (
 _LISTENED: Final = 64  # listening ports returned for one tenant, at most
 
 
-tenants = Routes("tenants")
+tenants = ApiRoutes("tenants")
 
 
 @tenants("GET", "/v1/tenants", scope=ANY, answers={200: Tenants})
-async def index(call: Call, query: TenantsQuery) -> Mapping[str, Any]:
+async def index(call: ApiCall, query: TenantsQuery) -> Mapping[str, Any]:
     """Return the tenants that the token covers, sorted by name."""
     gateway, token = call.gateway, call.token
     here, others = await asyncio.gather(gateway.runtime.tenants.list(), gateway.topology.ask_others(call))
@@ -65,7 +65,7 @@ async def index(call: Call, query: TenantsQuery) -> Mapping[str, Any]:
 
 
 @tenants("GET", "/v1/tenants/{tenant}", scope=ANY, answers={200: TenantShown})
-async def show(call: Call) -> Mapping[str, Any]:
+async def show(call: ApiCall) -> Mapping[str, Any]:
     """Return a tenant and what it uses."""
     gateway = call.gateway
     tenant = await gateway.runtime.tenants.get(call.tenant)
@@ -75,13 +75,13 @@ async def show(call: Call) -> Mapping[str, Any]:
 
 
 @tenants("GET", "/v1/tenants/{tenant}/metrics", scope=ANY, answers={200: Usage})
-async def metrics(call: Call) -> Mapping[str, Any]:
+async def metrics(call: ApiCall) -> Mapping[str, Any]:
     """Return what a tenant uses."""
     return await call.gateway.runtime.usage.metrics(call.tenant)
 
 
 @tenants("GET", "/v1/tenants/{tenant}/site", scope=ANY, answers={200: Site})
-async def site(call: Call) -> Mapping[str, Any]:
+async def site(call: ApiCall) -> Mapping[str, Any]:
     """Request the tenant's site under its domain, and return whether it answers."""
     tenant = await call.gateway.runtime.tenants.get(call.tenant)  # raises where there is none
     found: Mapping[str, Any] = await unless_gone(call, call.gateway.health.now(tenant.name))
@@ -89,7 +89,7 @@ async def site(call: Call) -> Mapping[str, Any]:
 
 
 @tenants("GET", "/v1/tenants/{tenant}/ports", scope=ANY, answers={200: Ports})
-async def ports(call: Call) -> Mapping[str, Any]:
+async def ports(call: ApiCall) -> Mapping[str, Any]:
     """Return the ports on which the tenant's processes listen. Runs nothing inside the tenant."""
     gateway = call.gateway
     await gateway.runtime.tenants.get(call.tenant)  # raises where there is none
@@ -100,7 +100,7 @@ async def ports(call: Call) -> Mapping[str, Any]:
 
 
 @tenants("POST", "/v1/tenants/{tenant}/preview", scope=ANY, answers={200: PreviewKey})
-async def preview_key(call: Call) -> Mapping[str, Any]:
+async def preview_key(call: ApiCall) -> Mapping[str, Any]:
     """Return a key with which the site's pages report their errors to the requesting page."""
     tenant = await call.gateway.runtime.tenants.get(call.tenant)
     origin = preview.origin_of(call.headers.get("origin"))
@@ -109,13 +109,13 @@ async def preview_key(call: Call) -> Mapping[str, Any]:
 
 
 @tenants("GET", "/v1/preview", scope=OPEN, answers={200: Media("text/html", text=True), 307: None})
-async def previewed(call: Call) -> Response:
+async def previewed(call: ApiCall) -> Response:
     """Return a site's page with the console's script. Caddy calls this for the editor's preview."""
     return await call.gateway.previews.answer(call)
 
 
 @tenants("GET", "/v1/wake", scope=OPEN, answers={204: None}, errors=Media("text/plain", text=True))
-async def wake(call: Call, query: WakeQuery) -> Response | None:
+async def wake(call: ApiCall, query: WakeQuery) -> Response | None:
     """Wait for the site at a domain, asleep or held. Caddy calls this for visitors; no token is needed."""
     try:
         await call.gateway.idle.visit(query.domain)
@@ -128,25 +128,25 @@ async def wake(call: Call, query: WakeQuery) -> Response | None:
 
 # --- changes ------------------------------------------------------------------------------------------
 
-lifecycle = Routes("lifecycle")
+lifecycle = ApiRoutes("lifecycle")
 
 _Work = Callable[[Lifecycle, Ask], Awaitable[Mapping[str, Any] | None]]
 
 
 @lifecycle("POST", "/v1/tenants/{tenant}/start", scope="deploy", answers={200: Tenant})
-async def start(call: Call) -> Mapping[str, Any] | None:
+async def start(call: ApiCall) -> Mapping[str, Any] | None:
     """Start a tenant."""
     return await _change(call, "start", Lifecycle.start)
 
 
 @lifecycle("POST", "/v1/tenants/{tenant}/stop", scope="deploy", answers={200: Tenant})
-async def stop(call: Call) -> Mapping[str, Any] | None:
+async def stop(call: ApiCall) -> Mapping[str, Any] | None:
     """Stop a tenant; no visitor or request wakes it."""
     return await _change(call, "stop", Lifecycle.stop)
 
 
 @lifecycle("POST", "/v1/tenants/{tenant}/sleep", scope="deploy", answers={200: Tenant})
-async def sleep(call: Call) -> Mapping[str, Any] | None:
+async def sleep(call: ApiCall) -> Mapping[str, Any] | None:
     """Stop a tenant until the next visitor or request wakes it."""
     gateway = call.gateway
 
@@ -158,13 +158,13 @@ async def sleep(call: Call) -> Mapping[str, Any] | None:
 
 
 @lifecycle("POST", "/v1/tenants/{tenant}/restart", scope="deploy", answers={200: Tenant})
-async def restart(call: Call) -> Mapping[str, Any] | None:
+async def restart(call: ApiCall) -> Mapping[str, Any] | None:
     """Stop a tenant and start it again."""
     return await _change(call, "restart", Lifecycle.restart)
 
 
 @lifecycle("DELETE", "/v1/tenants/{tenant}", scope="manage", answers={204: None})
-async def destroy(call: Call) -> Mapping[str, Any] | None:
+async def destroy(call: ApiCall) -> Mapping[str, Any] | None:
     """Destroy a tenant and everything in it."""
     return await _change(call, "destroy", Lifecycle.destroy)
 
@@ -172,7 +172,7 @@ async def destroy(call: Call) -> Mapping[str, Any] | None:
 @lifecycle(
     "PATCH", "/v1/tenants/{tenant}", scope="deploy", takes=RenameBody | ResizeBody, answers={200: Tenant}
 )
-async def patch(call: Call) -> Mapping[str, Any] | None:
+async def patch(call: ApiCall) -> Mapping[str, Any] | None:
     """Change the size, which also needs the scope `manage`, or the domain, whichever the body names."""
     body = await optional_json(call, call.token)
     if isinstance(body, dict) and "size" in body:
@@ -183,33 +183,33 @@ async def patch(call: Call) -> Mapping[str, Any] | None:
 
 
 @lifecycle("POST", "/v1/tenants/{tenant}/clone", scope="deploy", takes=CloneBody, answers={201: Tenant})
-async def clone(call: Call) -> Mapping[str, Any] | None:
+async def clone(call: ApiCall) -> Mapping[str, Any] | None:
     """Create a tenant whose disk is a copy of this one's, or of one of its snapshots."""
     body = protocol.validate(CloneBody, await optional_json(call, call.token))
     return await _done(call, _ask(call, body), "clone", Lifecycle.clone)
 
 
 @lifecycle("GET", "/v1/tenants/{tenant}/snapshots", scope=ANY, answers={200: Snapshots})
-async def snapshots(call: Call) -> Mapping[str, Any]:
+async def snapshots(call: ApiCall) -> Mapping[str, Any]:
     """Return a tenant's snapshots, oldest first."""
     ask = _ask(call, await optional_json(call, call.token))
     return await call.gateway.lifecycle.snapshots(ask)
 
 
 @lifecycle("POST", "/v1/tenants/{tenant}/snapshots", scope="deploy", optional=True, answers={201: Snapshot})
-async def snapshot(call: Call, body: SnapshotBody) -> Mapping[str, Any] | None:
+async def snapshot(call: ApiCall, body: SnapshotBody) -> Mapping[str, Any] | None:
     """Create a snapshot of the disk."""
     return await _done(call, _ask(call, body), "snapshot", Lifecycle.snapshot)
 
 
 @lifecycle("POST", "/v1/tenants/{tenant}/snapshots/{snapshot}/restore", scope="deploy", answers={200: Tenant})
-async def restore(call: Call) -> Mapping[str, Any] | None:
+async def restore(call: ApiCall) -> Mapping[str, Any] | None:
     """Restore the disk from a snapshot. The tenant is stopped for this."""
     return await _change(call, "restore", Lifecycle.restore)
 
 
 @lifecycle("DELETE", "/v1/tenants/{tenant}/snapshots/{snapshot}", scope="manage", answers={204: None})
-async def delete_snapshot(call: Call) -> Mapping[str, Any] | None:
+async def delete_snapshot(call: ApiCall) -> Mapping[str, Any] | None:
     """Delete a snapshot."""
     return await _change(call, "delete_snapshot", Lifecycle.delete_snapshot)
 
@@ -221,7 +221,7 @@ async def delete_snapshot(call: Call) -> Mapping[str, Any] | None:
     awake=True,
     answers={200: Media("text/plain", text=True)},
 )
-async def logs(call: Call, query: LogsQuery) -> Response:
+async def logs(call: ApiCall, query: LogsQuery) -> Response:
     """Return the last lines of the site's journal."""
     await optional_json(call, call.token)  # a body is optional, but an invalid one is refused
     following = await call.gateway.site_logs.open(call.tenant, query.lines, follow=query.follow)
@@ -229,16 +229,16 @@ async def logs(call: Call, query: LogsQuery) -> Response:
     return following
 
 
-def _ask(call: Call, body: Any) -> Ask:
+def _ask(call: ApiCall, body: Any) -> Ask:
     return Ask(call.tenant, call.path_params, call.query_params, body, call.token)
 
 
-async def _change(call: Call, action: str, work: _Work) -> Mapping[str, Any] | None:
+async def _change(call: ApiCall, action: str, work: _Work) -> Mapping[str, Any] | None:
     return await _done(call, _ask(call, await optional_json(call, call.token)), action, work)
 
 
 async def _done(
-    call: Call, ask: Ask, action: str, work: _Work, facts: Mapping[str, str] | None = None
+    call: ApiCall, ask: Ask, action: str, work: _Work, facts: Mapping[str, str] | None = None
 ) -> Mapping[str, Any] | None:
     """Do the work, record it, and return its result."""
     gateway = call.gateway

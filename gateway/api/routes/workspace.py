@@ -19,7 +19,7 @@ from gateway.api.answers import HistoryQuery, Ran, RemovalQuery
 from gateway.api.http import SHARE, USES, InParts, as_json, file_path, hold, problem, unless_gone
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.oneshot import ExecBody, run
-from gateway.api.operation import ANY, OF_TOOL, Call, Media, Routes
+from gateway.api.operation import ANY, OF_TOOL, ApiCall, ApiRoutes, Media
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, InvalidParams, NotFound
 from gateway.files import http
@@ -34,7 +34,7 @@ _CONDITIONS: Final = ("If-Match", "If-None-Match")
 _SESSION: Final = ("X-Tool-Session", "X-Read-Before-Write")
 
 
-tools = Routes("tools")
+tools = ApiRoutes("tools")
 
 
 @tools(
@@ -46,7 +46,7 @@ tools = Routes("tools")
     headers=(*_SESSION, "Idempotency-Key", "X-Call-Linger"),
     answers={200: ToolResult},
 )
-async def call(call: Call) -> Response:
+async def call(call: ApiCall) -> Response:
     """Call a tool. The body is its input. A failure of the tool itself is a result with `isError`."""
     toolbox, tool = call.gateway.toolbox, call.path_params["tool"]
     arguments = await json_body(call, call.token)
@@ -66,7 +66,7 @@ async def call(call: Call) -> Response:
 
 
 @tools("POST", "/v1/tenants/{tenant}/exec", scope="exec", awake=True, serving=True, answers={200: Ran})
-async def exec(call: Call, body: ExecBody) -> Response:
+async def exec(call: ApiCall, body: ExecBody) -> Response:
     """Run a command; return its output once it has ended."""
     gateway = call.gateway
     room = call.scope[USES].enter_context(call.scope[SHARE].reserve())
@@ -75,7 +75,7 @@ async def exec(call: Call, body: ExecBody) -> Response:
         return InParts(await unless_gone(call, work))
 
 
-async def mcp(call: Call) -> Response:
+async def mcp(call: ApiCall) -> Response:
     """Speak MCP's streamable HTTP."""
     gateway = call.gateway
     if gateway.mcp is None:
@@ -107,7 +107,7 @@ class _McpAnswer(Response):
         await self._answer(scope, receive, send)
 
 
-def _session(call: Call) -> ToolSession:
+def _session(call: ApiCall) -> ToolSession:
     """Return the session that the request names, or else that of its subject's single calls."""
     careful = protocol.switch(call.headers, "x-read-before-write")
     return call.gateway.toolbox.sessions.open(call.tenant, call.headers.get("x-tool-session"), careful)
@@ -115,7 +115,7 @@ def _session(call: Call) -> ToolSession:
 
 # --- files --------------------------------------------------------------------------------------------
 
-files = Routes("files")
+files = ApiRoutes("files")
 
 _PATH: Final = "/v1/tenants/{tenant}/files/{path:any}"
 
@@ -128,7 +128,7 @@ _PATH: Final = "/v1/tenants/{tenant}/files/{path:any}"
     headers=("Range", *_CONDITIONS),
     answers={200: _BYTES, 206: _BYTES, 304: None},
 )
-async def get(call: Call) -> Response:
+async def get(call: ApiCall) -> Response:
     """Return the bytes of a file, or one range of them."""
     gateway = call.gateway
     async with contextlib.AsyncExitStack() as stack:
@@ -145,7 +145,7 @@ async def get(call: Call) -> Response:
     headers=_CONDITIONS,
     answers={201: FileWritten, 200: FileWritten},
 )
-async def put(call: Call) -> Response:
+async def put(call: ApiCall) -> Response:
     """Store the body as a file, atomically once its last byte has arrived."""
     settings, path = call.gateway.settings, file_path(call)
     conditions = http.conditions(call.headers)
@@ -162,7 +162,7 @@ async def put(call: Call) -> Response:
 
 
 @files("DELETE", _PATH, scope="files:write", awake=True, headers=_CONDITIONS, answers={204: None})
-async def delete(call: Call, query: RemovalQuery) -> None:
+async def delete(call: ApiCall, query: RemovalQuery) -> None:
     """Remove a file, a link itself, or a folder."""
     given = {"path": file_path(call), "recursive": query.recursive, **http.conditions(call.headers)}
     try:
@@ -173,7 +173,7 @@ async def delete(call: Call, query: RemovalQuery) -> None:
 
 # --- turns --------------------------------------------------------------------------------------------
 
-history = Routes("history")
+history = ApiRoutes("history")
 
 
 class RestoreBody(protocol.Params):
@@ -191,7 +191,7 @@ class RestoreBody(protocol.Params):
     headers=_SESSION,
     answers={200: TurnBegun},
 )
-async def begin(call: Call, body: protocol.TurnBegin) -> Mapping[str, Any]:
+async def begin(call: ApiCall, body: protocol.TurnBegin) -> Mapping[str, Any]:
     """Begin a turn of the tool session; return the turn that this ended."""
     session, by = _session(call), call.token.subject
     before = await call.gateway.history.begin(call.tenant, session, body.title, body.agent, by)
@@ -206,13 +206,13 @@ async def begin(call: Call, body: protocol.TurnBegin) -> Mapping[str, Any]:
     headers=_SESSION,
     answers={200: TurnEnded},
 )
-async def end(call: Call) -> Mapping[str, Any]:
+async def end(call: ApiCall) -> Mapping[str, Any]:
     """End the tool session's turn; return it once it is recorded."""
     return _turn(await call.gateway.history.end(call.tenant, _session(call), call.token.subject))
 
 
 @history("GET", "/v1/tenants/{tenant}/history", scope="files:read", awake=True, answers={200: Turns})
-async def index(call: Call, query: HistoryQuery) -> Response:
+async def index(call: ApiCall, query: HistoryQuery) -> Response:
     """Return the tenant's turns, latest first."""
     turns = call.gateway.history.turns(call.tenant, query.limit, query.before)
     return _counted(call, await unless_gone(call, turns))
@@ -221,7 +221,7 @@ async def index(call: Call, query: HistoryQuery) -> Response:
 @history(
     "GET", "/v1/tenants/{tenant}/history/{turn}", scope="files:read", awake=True, answers={200: TurnChanges}
 )
-async def show(call: Call) -> Response:
+async def show(call: ApiCall) -> Response:
     """Return a turn with its changes and its patch."""
     changes = call.gateway.history.changes(call.tenant, call.path_params["turn"])
     return _counted(call, await unless_gone(call, changes))
@@ -235,7 +235,7 @@ async def show(call: Call) -> Response:
     optional=True,
     answers={200: TurnEnded},
 )
-async def restore(call: Call, body: RestoreBody) -> Mapping[str, Any]:
+async def restore(call: ApiCall, body: RestoreBody) -> Mapping[str, Any]:
     """Restore the files as they were right after a turn, or before it, as a new turn."""
     turn, by = call.path_params["turn"], call.token.subject
     return _turn(await call.gateway.history.restore(call.tenant, turn, body.to, by))
@@ -249,13 +249,13 @@ async def restore(call: Call, body: RestoreBody) -> Mapping[str, Any]:
     optional=True,
     answers={200: Undone},
 )
-async def undo(call: Call, body: protocol.UndoBody) -> Mapping[str, Any]:
+async def undo(call: ApiCall, body: protocol.UndoBody) -> Mapping[str, Any]:
     """Take back exactly what a turn changed, as a new turn; later changes stay."""
     turn, by = call.path_params["turn"], call.token.subject
     return await call.gateway.history.undo(call.tenant, turn, body.force, by)
 
 
-def _counted(call: Call, answer: Mapping[str, Any]) -> Response:
+def _counted(call: ApiCall, answer: Mapping[str, Any]) -> Response:
     """Return an answer that counts as in flight until the client has taken it."""
     response = as_json(answer)
     if len(response.body) > SMALL:

@@ -26,7 +26,7 @@ from gateway.runtime.incus.tenants import IncusTenants
 from gateway.runtime.incus.usage import IncusUsage
 from gateway.runtime.incus.watch import LifecycleWatch
 from gateway.settings import Settings
-from gateway.tasks import apart
+from gateway.tasks import log_errors
 
 
 class IncusRuntime:
@@ -100,7 +100,7 @@ class IncusRuntime:
         ended = 0
         for tenant in await self.tenants.list(addresses=False):
             if tenant.status == "running":
-                with apart(f"the search for processes that an earlier gateway left in {tenant.name}"):
+                with log_errors(f"the search for processes that an earlier gateway left in {tenant.name}"):
                     with contextlib.suppress(NotFound):
                         ended += await self.commands.sweep(tenant.name)
         return ended

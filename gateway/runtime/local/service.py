@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from gateway.bounds import aside
+from gateway.bounds import run_in_thread
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.runtime import Commands, ExecSpec, Process
 from gateway.runtime.listening import of_tree
@@ -58,7 +58,7 @@ class LocalService:
         if process is None:
             return Service("ended", self._restarts, self._started)
         try:
-            listens = await aside(self, _LOOK, of_tree, process.pid)
+            listens = await run_in_thread(self, _LOOK, of_tree, process.pid)
         except TimeoutError:
             listens = frozenset()
         return Service("running", self._restarts, self._started, listens=listens)
