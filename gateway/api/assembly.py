@@ -1,8 +1,8 @@
 """Builds each service of a gateway once, in order of dependency, and closes them in reverse.
 
 `opened` opens one group after another, each with those before it: `Foundations`, what all build on; `Trust`,
-the tokens; `Stored`, the records; then `_Work` and `_Serving`, then what is one service alone. A group opens its
-own services in order, so that the last group is closed first, and the last service of a group.
+the tokens; `Stored`, the records; then `_Work` and `_Serving`, then what is one service alone. A group opens
+its own services in order, so that the last group is closed first, and the last service of a group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Routes that declare everything about them once: who may ask, what they take, and what they answer.
 
-`ApiRoutes` has the decorator that makes a function an `ApiOperation`, which checks each request before it calls
-the function, and the OpenAPI document describes it. The models that annotate the function's parameters
+`ApiRoutes` has the decorator that makes a function an `ApiOperation`, which checks each request before it
+calls the function, and the OpenAPI document describes it. The models that annotate the function's parameters
 `query` and `body` check these.
 """
 

@@ -23,7 +23,7 @@ from gateway.api.operation import ANY, OF_TOOL, ApiCall, ApiRoutes, Media
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, InvalidParams, NotFound
 from gateway.files import http
-from gateway.history import Turn
+from gateway.history import Commit
 from gateway.limits.budget import SMALL
 from gateway.protocol.results import FileWritten, ToolResult, TurnBegun, TurnChanges, TurnEnded, Turns, Undone
 from gateway.tools.session import ToolSession
@@ -263,5 +263,5 @@ def _counted(call: ApiCall, answer: Mapping[str, Any]) -> Response:
     return response
 
 
-def _turn(turn: Turn | None) -> Mapping[str, Any]:
+def _turn(turn: Commit | None) -> Mapping[str, Any]:
     return {"turn": None if turn is None else turn.on_wire()}
