@@ -117,8 +117,8 @@ def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
     """Return whether a request with this `Host` is for us; this prevents DNS rebinding.
 
     `own` is the result of `gateway_hosts`. A foreign page whose name resolves to the gateway's address sends
-    that name. An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`). A
-    client without a `Host` is not a browser. Browsers send names in ASCII, so IDNA is not tried here.
+    that name. An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`).
+    A client without a `Host` is not a browser. Browsers send names in ASCII, so IDNA is not tried here.
     """
     if not host or "*" in own:
         return True
