@@ -324,15 +324,7 @@ def _services(
     """Return what routes and websockets use of all this, with what needs no opening."""
     settings, runtime = base.settings, base.runtime
     limits = ClientLimits(settings)
-    metrics = Metrics(
-        lambda: len(trust.connections),
-        lambda: work.execs.running,
-        lambda: serving.domains.contested,
-        lambda: serving.domains.shared,
-        limits,
-    )
-    if serving.pressure is not None:
-        metrics.show_pressure(serving.pressure.counts)
+    metrics = Metrics(trust.connections, work.execs, serving.domains, limits, serving.pressure)
     return Services(
         settings=settings,
         runtime=runtime,

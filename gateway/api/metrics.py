@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter as Tally
-from collections.abc import Callable
+from collections.abc import Sized
 from functools import cache
 from typing import Final
 
@@ -19,8 +19,10 @@ from prometheus_client import (
 from prometheus_client.process_collector import ProcessCollector
 
 from gateway.events import Bus, Filter
+from gateway.execs import Execs
 from gateway.limits.budget import ClientLimits
-from gateway.limits.pressure import Counts
+from gateway.limits.pressure import Pressure
+from gateway.ownership.domains import Domains
 
 _LAG_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LAG_EVERY: Final = 0.5  # seconds; a sample takes some 150 us, most of it for waking up
@@ -30,33 +32,35 @@ _TOOL_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 
 class Metrics:
     """Counts the bus's events and shows the gateway's current state.
 
-    The functions return current numbers; `limits` has what is in use.
+    Each number is read from the object that has it when the metrics are rendered.
     """
 
     CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
     def __init__(
         self,
-        connections: Callable[[], int],
-        execs: Callable[[], int],
-        contested: Callable[[], int],
-        shared: Callable[[], int],
+        connections: Sized,
+        execs: Execs,
+        domains: Domains,
         limits: ClientLimits,
+        pressure: Pressure | None,
     ) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        Gauge("gateway_connections", "Open websockets.", registry=registry).set_function(connections)
-        Gauge("gateway_execs", "Running commands.", registry=registry).set_function(execs)
+        Gauge("gateway_connections", "Open websockets.", registry=registry).set_function(
+            lambda: len(connections)
+        )
+        Gauge("gateway_execs", "Running commands.", registry=registry).set_function(lambda: execs.running)
         Gauge(
             "gateway_domains_contested",
             "Domains that several tenants carry, or one though they are the gateway's own.",
             registry=registry,
-        ).set_function(contested)
+        ).set_function(lambda: domains.contested)
         Gauge(
             "gateway_addresses_shared",
             "Tenants with a domain whose address another instance has too.",
             registry=registry,
-        ).set_function(shared)
+        ).set_function(lambda: domains.shared)
         for name, told, now in (
             ("bytes_in_flight", "Bytes of requests and answers in flight.", lambda: limits.bytes.held),
             ("bytes_in_flight_most", "Bytes of the tenant with the most.", lambda: limits.bytes.most),
@@ -64,6 +68,11 @@ class Metrics:
             ("connections_anonymous", "Websockets without a token yet.", lambda: limits.strangers.held),
         ):
             Gauge(f"gateway_{name}", told, registry=registry).set_function(now)
+        if pressure is not None:
+            pressed = "Tenants that are short of memory now."
+            Gauge("gateway_tenants_pressed", pressed, registry=registry).set_function(
+                lambda: pressure.pressed
+            )
         self._events = Counter("gateway_events", "Events published, by type.", ["type"], registry=registry)
         self._tools = Histogram(
             "gateway_tool_seconds",
@@ -85,13 +94,6 @@ class Metrics:
             ["template"],
             registry=registry,
         )
-
-    def show_pressure(self, counts: Counts) -> None:
-        """Show the counts of the watch over the tenants' memory."""
-        pressed = Gauge(
-            "gateway_tenants_pressed", "Tenants that are short of memory now.", registry=self.registry
-        )
-        pressed.set_function(lambda: counts.pressed)
 
     async def follow(self, bus: Bus) -> None:
         """Count events until the bus closes."""

@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from gateway.bounds import run_in_thread
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.rootfs import memory, site_cgroup
+from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.memory import KernelFile, Place, Sample
 from gateway.rootfs.paths import show
 from gateway.rootfs.site_cgroup import SITE, Process
@@ -30,14 +31,6 @@ from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
 
 log = logging.getLogger(__name__)
-
-
-class Root(Protocol):
-    """Actions that need root; see `BrokerClient`."""
-
-    async def relieve(self, tenant: str) -> tuple[str, int] | None: ...
-
-    async def reserve(self, tenant: str) -> None: ...
 
 
 INTERVAL: Final = 2.0  # seconds between two measurements
@@ -176,20 +169,13 @@ class _Found:
     biggest: Process | None = None
 
 
-@dataclass(slots=True)
-class Counts:
-    """Numbers for the gateway's metrics."""
-
-    pressed: int = 0
-
-
 class Pressure:
     """Watches all running tenants. An async context manager.
 
     An idle tenant costs two small reads per `INTERVAL`, and two descriptors.
     """
 
-    def __init__(self, runtime: IncusRuntime, root: Root, bus: Bus) -> None:
+    def __init__(self, runtime: IncusRuntime, root: BrokerClient, bus: Bus) -> None:
         self._runtime, self._root, self._bus = runtime, root, bus
         self._watched: dict[str, _Watched] = {}
         self._stale = asyncio.Event()
@@ -197,7 +183,7 @@ class Pressure:
         self._killed: dict[str, float] = {}  # when a process was last killed for lack of memory
         self._reported = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
-        self.counts = Counts()
+        self.pressed = 0  # tenants that are short of memory now
 
     async def __aenter__(self) -> Pressure:
         self._stale.set()
@@ -287,7 +273,7 @@ class Pressure:
                 )
 
     def _act(self, found: Mapping[str, _Found]) -> None:
-        self.counts.pressed = sum(one.course.since is not None for one in self._watched.values())
+        self.pressed = sum(one.course.since is not None for one in self._watched.values())
         for name, one in found.items():
             if self._watched.get(name) is None:
                 continue  # its state changed meanwhile
