@@ -19,7 +19,6 @@ from gateway.cli.invocation import (
     Yes,
     client_of,
     confirm,
-    run_to_end,
     with_tenant,
 )
 from gateway.errors import GatewayError, NotFound
@@ -86,8 +85,8 @@ def remove(
     if not force:
         run(settings, name, force=False)
         return
-    copies = [copy for copy in run_to_end(_standby_copies(url, token)) if copy["home"] == name]
-    tenants = {info.name for info in run_to_end(_tenants(url, token)) if info.all["location"] == name}
+    copies = [copy for copy in asyncio.run(_standby_copies(url, token)) if copy["home"] == name]
+    tenants = {info.name for info in asyncio.run(_tenants(url, token)) if info.all["location"] == name}
     without = sorted(tenants - {copy["tenant"] for copy in copies})
     _print_copies(copies)
     for tenant in without:
@@ -112,7 +111,7 @@ def recover(
     token: TokenOption = None,
 ) -> None:
     """Bring back tenants of removed members from their standby copies."""
-    found = {copy["tenant"]: copy for copy in run_to_end(_standby_copies(url, token))}
+    found = {copy["tenant"]: copy for copy in asyncio.run(_standby_copies(url, token))}
     lost = {name: copy for name, copy in found.items() if copy["lost"] and (not tenants or name in tenants)}
     for name in tenants or ():
         if name not in found:
@@ -183,7 +182,7 @@ def _recover(tenants: list[str], url: str | None, token: str | None) -> None:
             )
             return answer
 
-    done = run_to_end(run())
+    done = asyncio.run(run())
     for copy in done["recovered"]:
         out.say(f"{copy['tenant']} is back on {copy['member']}")
     for tenant, why in sorted(done["failed"].items()):
@@ -240,7 +239,7 @@ def drain(member: Member, url: Url = None, token: TokenOption = None) -> None:
                 failed |= await _move_all(client, dict.fromkeys(left), drained=True)
             return failed
 
-    _report_failed(run_to_end(run()), f"{member} is drained: it has no tenants, and gets none")
+    _report_failed(asyncio.run(run()), f"{member} is drained: it has no tenants, and gets none")
 
 
 def restore(member: Member, url: Url = None, token: TokenOption = None) -> None:
@@ -266,7 +265,7 @@ def restore(member: Member, url: Url = None, token: TokenOption = None) -> None:
                     back[info.name] = member
             return await _move_all(client, back, drained=False)
 
-    _report_failed(run_to_end(run()), f"{member} has its tenants again")
+    _report_failed(asyncio.run(run()), f"{member} has its tenants again")
 
 
 async def _move_all(client: Client, wanted: Mapping[str, str | None], *, drained: bool) -> Mapping[str, str]:

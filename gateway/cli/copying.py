@@ -22,7 +22,7 @@ from typing import IO, Annotated, Final
 import typer
 
 from gateway.cli.exec import feed
-from gateway.cli.invocation import Failed, TokenOption, Url, client_of, run_to_end, tenant_of
+from gateway.cli.invocation import Failed, TokenOption, Url, client_of, tenant_of
 from gateway.cli.tenants import size
 from gateway.terminal import copy, err, line, out
 from gateway_client.execution import Exec
@@ -80,7 +80,7 @@ def cp(
                 return str(await _download(tenant, path, user, target, copied))
             return f"{named}:{await _upload(tenant, Path(source), path, user, copied)}"
 
-    where = run_to_end(run())
+    where = asyncio.run(run())
     for name in copied.left:
         err.say(f"left out: {line(name)}")
     if where is not None:

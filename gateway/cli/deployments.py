@@ -28,7 +28,6 @@ from gateway.cli.invocation import (
     Url,
     at_terminal,
     client_of,
-    run_to_end,
     tenant_of,
 )
 from gateway.deployments.record import PHASES
@@ -63,14 +62,14 @@ _PRINTED: Final = 500  # lines; an error has fewer
 EventHandler = Callable[[Mapping[str, Any]], None]
 
 
-async def follow(deployment: Deployment, told: EventHandler) -> DeploymentRecord:
+async def follow(deployment: Deployment, handle: EventHandler) -> DeploymentRecord:
     """Pass each event of a deployment to a function as `{type, **data}`, and return the final record.
 
     If the task is cancelled, cancel the deployment, and raise once it is undone.
     """
     try:
         async for event in deployment.events():
-            told({"type": event.type, "time": event.time, **event.data})
+            handle({"type": event.type, "time": event.time, **event.data})
     except asyncio.CancelledError:
         await asyncio.shield(deployment.cancel())
         raise
@@ -110,8 +109,8 @@ class DeploymentProgress:
             self.last = ""
             self._live.__exit__(*error)
 
-    def told(self, event: Mapping[str, Any]) -> None:
-        """Take one event; without a terminal, print a line for those worth it."""
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Show one event; without a terminal, print a line if it is worth one."""
         kind, phase = event["type"].removeprefix("deployment."), self.lines.get(event.get("phase", ""))
         match kind:
             case "phase.started" if phase is not None:
@@ -196,7 +195,7 @@ async def followed(begun: Deployment, domain: str, *, as_json: bool) -> Deployme
     if as_json:
         return await follow(begun, out.json)
     with DeploymentProgress(out, domain) as progress:
-        record = await follow(begun, progress.told)
+        record = await follow(begun, progress.show)
     if record.error is not None:  # it ends with output that may stand above already
         said = record.error.message.splitlines()
         record.error.message = "\n".join(one for one in said if line(one) not in progress.printed)
@@ -205,7 +204,7 @@ async def followed(begun: Deployment, domain: str, *, as_json: bool) -> Deployme
 
 def ended(work: Coroutine[Any, Any, DeploymentRecord]) -> DeploymentRecord:
     """Return the record of a deployment that succeeded. Raises `Failed` for any other."""
-    record: DeploymentRecord = run_to_end(work)
+    record: DeploymentRecord = asyncio.run(work)
     if record.error is not None:
         where = record.error.facts.get("phase", "deploy")
         raise Failed(f"{where}: {record.error.message}\nEverything it did has been undone.")
@@ -242,7 +241,7 @@ def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: T
         rows += [(identity, "", "", "", "kept") for identity in history.kept if identity not in known]
         out.table(("id", "created", "what", "state", ""), rows)
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def rollback(
@@ -289,7 +288,7 @@ def env(
     if action is Action.LIST:
         if given:
             raise typer.BadParameter("list takes no names")
-        run_to_end(_list(domain, values=values, as_json=as_json, url=url, token=token))
+        asyncio.run(_list(domain, values=values, as_json=as_json, url=url, token=token))
         return
     changes: Mapping[str, str | None]
     if action is Action.SET:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gateway.cli.invocation import TenantName, TokenOption, Url, assignment, client_of, run_to_end, tenant_of
+from gateway.cli.invocation import TenantName, TokenOption, Url, assignment, client_of, tenant_of
 from gateway.errors import NotFound
 from gateway.terminal import copy
 from gateway_client.execution import Exec
@@ -48,7 +48,7 @@ def exec(
                 return await _attend(process, terminal)
 
     with _raw_terminal() if terminal else contextlib.nullcontext():
-        code = run_to_end(run())
+        code = asyncio.run(run())
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from gateway.auth import issuing
-from gateway.cli.invocation import Json, TokenOption, Url, client_of, run_to_end, tenant_of
+from gateway.cli.invocation import Json, TokenOption, Url, client_of, tenant_of
 from gateway.settings import load, load_client
 from gateway.terminal import err, line, out
 from gateway_client.errors import Disconnected
@@ -117,7 +118,7 @@ def capacity(as_json: Json = False) -> None:
             for line in lines(report):
                 out.say(line)
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def image_build(
@@ -165,7 +166,7 @@ def token(
         from gateway.auth.tokens import identified
 
         identity, expires = identified(revoke)
-        run_to_end(_revoke(identity, expires, url, own))
+        asyncio.run(_revoke(identity, expires, url, own))
         out.say(f"tokens with the id {line(identity)} are refused from now on")
         if expires is None and not re.fullmatch("[0-9a-f]{32}", identity):
             err.say("this is not an id that `incus-gateway token` gives: check that it is the token's jti")
@@ -174,7 +175,7 @@ def token(
     secret = issuing.load_secret(settings.secret, settings.state_dir)
     scopes = " ".join(scope).replace(",", " ").split()
     subject = subject or issuing.caller()
-    names = run_to_end(_names(tenant or (), url, own)) if "." in "".join(tenant or ()) else tenant or ()
+    names = asyncio.run(_names(tenant or (), url, own)) if "." in "".join(tenant or ()) else tenant or ()
     out.say(issuing.issue(secret, subject, names, scopes, issuing.parse_ttl(ttl), domain or None))
 
 
@@ -222,4 +223,4 @@ def audit(
             rows.append((at, entry["who"], entry["action"], entry["tenant"] or "-", facts))
         out.table(("time", "who", "did", "tenant", ""), rows)
 
-    run_to_end(run())
+    asyncio.run(run())

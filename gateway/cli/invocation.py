@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import typer
 
@@ -83,11 +83,6 @@ def local_url(listen: str) -> str:
     return f"unix:{listen}" if "/" in listen else f"http://{listen}"
 
 
-def run_to_end(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run the asynchronous part of a command and return its result."""
-    return asyncio.run(work)
-
-
 def with_tenant(
     named: str, url: str | None, token: str | None, work: Callable[[Tenant], Awaitable[Result]]
 ) -> Result:
@@ -122,7 +117,7 @@ TokenOption = Annotated[
 
 def tenants_begun(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the tenants whose names begin with what was typed, for completion; none if that fails."""
-    from gateway.cli.invocation import client_of, run_to_end
+    from gateway.cli.invocation import client_of
 
     async def run() -> list[str]:
         async with (
@@ -132,7 +127,7 @@ def tenants_begun(ctx: typer.Context, incomplete: str) -> list[str]:
             return [info.name for info in await client.tenants()]
 
     try:
-        return [name for name in run_to_end(run()) if name.startswith(incomplete)]
+        return [name for name in asyncio.run(run()) if name.startswith(incomplete)]
     except Exception:  # a message would land in the line that is being typed
         return []
 

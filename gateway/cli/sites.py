@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import os
@@ -24,7 +25,6 @@ from gateway.cli.invocation import (
     Yes,
     assignment,
     client_of,
-    run_to_end,
     tenant_of,
 )
 from gateway.deployments.entries import LEFT_OUT, packed, read_folder
@@ -357,7 +357,7 @@ def migrate(
             else:
                 out.say(f"{domain}: {state or ('everything is undone' if back else 'moved')}")
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def _silent(line: str) -> None:

@@ -26,7 +26,6 @@ from gateway.cli.invocation import (
     at_terminal,
     client_of,
     confirm,
-    run_to_end,
     tenant_of,
     with_tenant,
 )
@@ -85,7 +84,7 @@ def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = No
             ],
         )
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def start(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
@@ -134,7 +133,7 @@ def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenO
             return (await target.info())["domain"], len(await target.snapshots())
 
     if not yes:
-        domain, kept = run_to_end(look())
+        domain, kept = asyncio.run(look())
         what = [*([domain] if domain else []), f"{kept} snapshot{'' if kept == 1 else 's'}"]
         question = f"Destroy {tenant} ({', '.join(what)})? Its files are gone for good."
         confirm(question, "nothing was destroyed")
@@ -175,7 +174,7 @@ def snapshot(
         else:
             out.say(kept[0]["name"])
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def restore(
@@ -236,7 +235,7 @@ def resize(
         limits = " ".join(f"{name} {value}" for name, value in now["limits"].items() if value)
         out.say(f"{tenant} is {size.value}: {limits}")
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 # --- state --------------------------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ def info(tenant: TenantName, as_json: Json = False, url: Url = None, token: Toke
             target = await tenant_of(client, tenant)
             return await target.info(), await target.site(), len(await target.snapshots())
 
-    found, site, kept = run_to_end(run())
+    found, site, kept = asyncio.run(run())
     if as_json:
         out.json({**found, "site": site, "snapshots": kept}, indent=True)
         return
@@ -298,7 +297,7 @@ def templates(as_json: Json = False, url: Url = None, token: TokenOption = None)
         async with client_of(url, token) as client:
             return await client.templates()
 
-    found = run_to_end(run())
+    found = asyncio.run(run())
     if as_json:
         out.json(found, indent=True)
         return
@@ -318,7 +317,7 @@ def open_site(
             found: str | None = (await (await tenant_of(client, tenant)).info())["url"]
             return found
 
-    address = run_to_end(run())
+    address = asyncio.run(run())
     if address is None:
         raise Failed(f"{tenant} has no domain; `incus-gateway rename {tenant} DOMAIN` gives it one")
     out.say(address)
@@ -357,7 +356,7 @@ def logs(
                 await asyncio.to_thread(copy, piece if raw else shown.cleaned(piece))
         copy(shown.cleaned(b"", last=True))
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
@@ -372,7 +371,7 @@ def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: T
         for name, value in _metric_rows(answer):
             out.say(f"{name:30} {line(value)}")
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def _metric_rows(measured: Mapping[str, Any], of: str = "") -> Iterator[tuple[str, str]]:
@@ -413,7 +412,7 @@ def events(
                     who = event.tenant or "-"
                     out.say(f"{event.time}  {event.type:24} {who:20} {encoded(event.data)}")
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 # --- history ------------------------------------------------------------------------------------------------
@@ -461,7 +460,7 @@ def history(
         if shown["truncated"]:
             out.say("… the rest of the patch is too long to show")
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def undo(
@@ -518,7 +517,7 @@ def undo(
         files = f"{done['files']} file{'' if done['files'] == 1 else 's'}"
         out.say(f"{_title(done['title'])}: {files}. To take it back: incus-gateway undo {tenant}")
 
-    run_to_end(run())
+    asyncio.run(run())
 
 
 def _confirm_later(turn: str, turns: Sequence[Mapping[str, Any]], *, yes: bool) -> None:
