@@ -41,6 +41,11 @@ class IdempotencyRecord:
     result: bytes | None = None
 
 
+KEPT: Final = 1000  # calls and commands of one tenant, under their callers' ids
+KEPT_BYTES: Final = 16 << 20  # of one tenant's in the store
+READS_BYTES: Final = 32 << 20  # results of calls that only read, of all tenants: they are in memory
+
+
 class _Shelf:
     """Records in the order of insertion, bounded; the oldest are dropped."""
 
@@ -80,8 +85,8 @@ class _Shelf:
 class Idempotency:
     """The latest records of each tenant. Create it with `opened`; used from the event loop only.
 
-    The store keeps `receipts_kept` of one tenant, of at most `receipts_bytes`, for `receipts_age` seconds.
-    Memory keeps the latest reading calls of all tenants in `receipts_memory` bytes; above that, the tenant
+    The store keeps `KEPT` of one tenant, of at most `KEPT_BYTES`, for `settings.idempotency_age` seconds.
+    Memory keeps the latest reading calls of all tenants in `READS_BYTES` bytes; above that, the tenant
     with the most loses its oldest.
     """
 
@@ -167,14 +172,14 @@ class Idempotency:
         settings = self._settings
         shelf = self._reads.get(key[0])
         if shelf is None:
-            shelf = _Shelf(1 << 20, settings.receipts_memory, settings.receipts_age)
+            shelf = _Shelf(1 << 20, READS_BYTES, settings.idempotency_age)
             self._reads[key[0]] = shelf
         before = shelf.bytes
         shelf.put(key, IdempotencyRecord(digest, time.time(), "done", len(result), result))
         shelf.trim()
         self._reads_bytes += shelf.bytes - before
-        if self._reads_bytes > settings.receipts_memory:
-            self._lighten(settings.receipts_memory // 10 * 9)
+        if self._reads_bytes > READS_BYTES:
+            self._lighten(READS_BYTES // 10 * 9)
 
     def _lighten(self, most: int) -> None:
         """Drop results of reading calls, from the tenant with the most, down to `most` bytes."""
@@ -244,7 +249,7 @@ class Idempotency:
         shelf = self._stored.get(key[0])
         if shelf is None:
             settings = self._settings
-            shelf = _Shelf(settings.receipts_kept, settings.receipts_bytes, settings.receipts_age)
+            shelf = _Shelf(KEPT, KEPT_BYTES, settings.idempotency_age)
             self._stored[key[0]] = shelf
         return shelf
 

@@ -44,7 +44,7 @@ class Gateway:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.store = Store(settings.state_dir, settings.store_waiting)
+        self.store = Store(settings.state_dir)
         self._settings = settings
         self._services: Services | None = None
         self._background: background.BackgroundJobs | None = None

@@ -143,7 +143,6 @@ async def opened_stored(base: Foundations) -> AsyncIterator[Stored]:
         kept=settings.events_kept,
         kept_bytes=settings.events_bytes,
         age=settings.events_age,
-        waiting=settings.events_waiting,
     ) as journal:
         bus = Bus(journal, base.topology.member)
         idempotency = await Idempotency.opened(store, settings)
@@ -248,7 +247,7 @@ async def _serving(base: Foundations, trust: Trust, stored: Stored, work: _Work)
             health=health,
             register=register,
             pressure=pressure,
-            doors=Doors(settings),
+            doors=Doors(),
         )
 
 

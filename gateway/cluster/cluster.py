@@ -48,9 +48,10 @@ import orjson
 from starlette.types import ASGIApp
 
 from gateway.cluster.identity import Identity
-from gateway.cluster.keys import IncusKeys, Placements
+from gateway.cluster.keys import PATIENCE, IncusKeys, Placements
 from gateway.cluster.listener import Listener, Order, Own, Question
 from gateway.cluster.peers import Known, MemberAway, Members, Peer, Peers, apply, order
+from gateway.cluster.records import MOST
 from gateway.cluster.sites import RemoteSites
 from gateway.errors import GatewayError, Unavailable
 from gateway.incus import Incus, IncusError
@@ -243,12 +244,12 @@ class Sharing:
 @contextlib.asynccontextmanager
 async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) -> AsyncIterator[Sharing]:
     """Open what this member's gateway shares with the others; `alive` says which of them are reachable."""
-    async with Incus(settings.incus_socket, settings.cluster_project, settings.cluster_patience) as incus:
+    async with Incus(settings.incus_socket, settings.cluster_project, PATIENCE) as incus:
         membership = Membership(incus)
 
         async def members() -> Sequence[Member]:
             try:
-                async with asyncio.timeout(settings.cluster_patience):
+                async with asyncio.timeout(PATIENCE):
                     return await membership.members()
             except (IncusError, TimeoutError) as error:
                 raise Unavailable(
@@ -258,13 +259,13 @@ async def sharing(own: str, alive: Callable[[str], bool], settings: Settings) ->
         async def names() -> Collection[str]:
             return {member.name for member in await members()}
 
-        async with IncusKeys(incus, settings.cluster_patience) as keys:
+        async with IncusKeys(incus) as keys:
             yield Sharing(
                 own=own,
                 members=names,
                 keys=keys,
                 domains=Reservations(keys, "domain", own, names),
-                placements=Placements(keys, names, settings.cluster_home_kept),
+                placements=Placements(keys, names),
                 sites=RemoteSites(own, members, settings.caddy_peers, alive),
             )
 
@@ -481,7 +482,7 @@ class Cluster:
         self.homes = Homes(self.peers, store)
         await self.homes.recall()
         self._tenants = tell = Own(tenants, {"member": self.own, **facts})
-        listener = Listener(self.peers, tell, app, self._settings.records_most)
+        listener = Listener(self.peers, tell, app, MOST)
 
         async def find(_: Peer, what: Mapping[str, Any]) -> Any:
             return {} if await has(what) else None

@@ -40,6 +40,7 @@ BROKEN: Final = (aiohttp.ClientError, OSError)
 """What is raised where such an answer ends before its time."""
 
 _PAUSES: Final = (0.05, 2.0)  # seconds, the first and the longest, until a peer is asked again
+AHEAD: Final = 64 << 10  # bytes of each other member's events that are read ahead for one stream
 _ANSWERING: Final = 5.0  # seconds that a peer may take to begin
 _RESUME: Final = "last-event-id"
 
@@ -47,16 +48,15 @@ _RESUME: Final = "last-event-id"
 class Standing:
     """One request, as sent to each peer with the client's own token, which the peer verifies again.
 
-    Of each answer about `ahead` bytes are read before they are asked for.
+    Of each answer about `AHEAD` bytes are read before they are asked for.
     """
 
-    def __init__(self, scope: Scope, client: str, peers: Peers, ahead: int) -> None:
+    def __init__(self, scope: Scope, client: str, peers: Peers) -> None:
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         self._query = urlencode([(name, value) for name, value in query if name != "lastEventId"])
         self._path = scope["raw_path"].decode("latin-1")
         self._headers = [(name, value) for name, value in passed_on(scope, client) if name != _RESUME]
         self._peers = peers
-        self._ahead = ahead
 
     async def answer(self, peer: Peer, after: int | None) -> aiohttp.ClientResponse:
         """Return a peer's answer with what comes after an id, however long it takes. Use it by `reading`."""
@@ -81,7 +81,7 @@ class Standing:
             headers=headers,
             ssl=peer.tls,
             allow_redirects=False,
-            read_bufsize=self._ahead // 2,  # aiohttp stops reading at twice as much
+            read_bufsize=AHEAD // 2,  # aiohttp stops reading at twice as much
         )
         if answer.status != 200:
             answer.close()

@@ -58,6 +58,8 @@ from gateway.ownership.reservations import Keys
 
 log = logging.getLogger(__name__)
 
+PATIENCE: Final = 2.0  # seconds for a decision of the cluster, which cannot decide without a quorum
+HOME_KEPT: Final = 3600.0  # seconds for which requests for a new tenant go to the member chosen first
 KEYS_MAX: Final = 2000  # so that a change ends within the usual patience also on a busy machine
 VALUE_MAX: Final = 1000  # characters
 _KEY: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,299}")
@@ -94,9 +96,9 @@ class IncusKeys:
     `patience` bounds each call, in seconds.
     """
 
-    def __init__(self, incus: Incus, patience: float = 2.0) -> None:
+    def __init__(self, incus: Incus, patience: float | None = None) -> None:
         """`incus` must be open, and of the project of the keys."""
-        self._incus, self._patience = incus, patience
+        self._incus, self._patience = incus, PATIENCE if patience is None else patience
         self._sweeps = set[asyncio.Task[None]]()
 
     async def __aenter__(self) -> Self:
@@ -377,12 +379,12 @@ _MOVING: Final = 30 * 86_400.0  # seconds that a move's decision stands, for hom
 class Placements:
     """The recent choices. `members` returns the names of the cluster's members, or raises.
 
-    A choice stands for `kept` seconds, and as long as that is a member. A request that is repeated with its
-    Idempotency-Key within that time finds the gateway that knows the key.
+    A choice stands for `HOME_KEPT` seconds, and as long as that is a member. A request that is repeated with
+    its Idempotency-Key within that time finds the gateway that knows the key.
     """
 
-    def __init__(self, keys: Keys, members: Callable[[], Awaitable[Collection[str]]], kept: float) -> None:
-        self._keys, self._members, self._kept = keys, members, kept
+    def __init__(self, keys: Keys, members: Callable[[], Awaitable[Collection[str]]]) -> None:
+        self._keys, self._members = keys, members
 
     async def choose(self, tenant: str, wish: str) -> str:
         """Return the home of a tenant to be created: the member that was chosen before, or now `wish`.
@@ -400,14 +402,14 @@ class Placements:
             expired = [(old, value) for old, value in listed.items() if _choice(value)[1] <= now]
             if len(listed) - len(expired) >= _PLACED_MOST:
                 raise RateLimited(
-                    f"{_PLACED_MOST} tenants were placed in {self._kept:.0f} s, which is the limit; "
+                    f"{_PLACED_MOST} tenants were placed in {HOME_KEPT:.0f} s, which is the limit; "
                     "try again later",
                     retry_after=_PLACED_RETRY_AFTER,
                 )
             for old, value in expired[:_PLACED_SWEPT]:
                 if old != key:
                     await self._keys.swap(old, value, None)
-            wanted = orjson.dumps([wish, round(now + self._kept)]).decode()
+            wanted = orjson.dumps([wish, round(now + HOME_KEPT)]).decode()
             if await self._keys.swap(key, found, wanted):
                 return wish
         raise Unavailable(f"other members keep choosing a home for {tenant}; try again", reason="contended")
@@ -440,7 +442,7 @@ class Placements:
         key = _HOMES + tenant
         found = await self._keys.get(key)
         if _move(found) == (member, move):
-            value = orjson.dumps([member, round(time.time() + self._kept)]).decode()
+            value = orjson.dumps([member, round(time.time() + HOME_KEPT)]).decode()
             await self._keys.swap(key, found, value)
 
     async def forget(self, tenant: str, member: str) -> None:

@@ -51,6 +51,7 @@ from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.ownership.names import Names
 from gateway.rootfs.workers import Workers
 from gateway.runtime import OnAnotherServer, Tenant, Tenants
+from gateway.runtime.incus.moves import COPY_TIMEOUT
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from gateway.tasks import whole
@@ -268,6 +269,7 @@ class Arrivals:
         return {}
 
 
+CALLS: Final = 1.0  # seconds for running calls to finish before their tenant is stopped
 _ROUNDS: Final = 4  # copies at most, before the tenant is stopped
 _BRIEF: Final = 2.0  # seconds that the last copy before takes, where the next one is as short
 _ENDS: Final = 2.0  # seconds for commands to be recorded as lost
@@ -358,7 +360,7 @@ class Mover:
         for number in range(_ROUNDS):
             await self._steps.snapshot(move.tenant, number)
             began = time.monotonic()
-            await self._order(move, COPY, self._settings.move_copy_timeout)
+            await self._order(move, COPY, COPY_TIMEOUT)
             await self._steps.forget_snapshots(move.tenant, number)
             if number and time.monotonic() - began < _BRIEF:
                 return
@@ -372,7 +374,7 @@ class Mover:
         move.running = (await self._tenants.get(tenant)).status == "running"
         await self._enter(move, "switching")
         self._doors.close(tenant)
-        await self._doors.empty(tenant, self._settings.move_calls)
+        await self._doors.empty(tenant, CALLS)
         self._leave_alone(tenant)
         await self._uses.end(tenant)
         stopped = time.monotonic()
@@ -401,7 +403,7 @@ class Mover:
 
         Nothing is on its way any more if one of them fails: it would come there after the order to drop it.
         """
-        both = (self._order(move, LAST_COPY, self._settings.move_copy_timeout), self._send_records(move))
+        both = (self._order(move, LAST_COPY, COPY_TIMEOUT), self._send_records(move))
         for result in await asyncio.gather(*both, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result

@@ -46,6 +46,7 @@ STAYS: Final = frozenset({"events", "names", "domains", "arrivals", "moves", "st
 # what a new home may have of an earlier tenant of that name, or of an earlier stay; the rest is history
 _REPLACED: Final = ("receipts", "folders", "snapshots")
 _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {"audit": {"event": 0}}  # its event is another journal's
+MOST: Final = 64 << 20  # bytes of one tenant's records, which are one text in memory at both ends
 _KEPT: Final = 10_000  # tenants of which the last adopted text is remembered
 
 
@@ -71,32 +72,32 @@ class Records:
     """The records of one gateway's tenants, to and from the gateways of other members.
 
     A text that has come is kept by `keep` until `adopt` makes it the tenant's records, or `drop` forgets it;
-    of a tenant the last one is kept. `most` bounds one text, in bytes. Each of `recall` is called with a
+    of a tenant the last one is kept. Each of `recall` is called with a
     tenant whose records have been replaced, to reload what it keeps in memory.
     """
 
     def __init__(
-        self, store: Store, member: str, most: int, recall: Sequence[Callable[[str], Awaitable[None]]] = ()
+        self, store: Store, member: str, recall: Sequence[Callable[[str], Awaitable[None]]] = ()
     ) -> None:
-        self._store, self._member, self._most = store, member, most
+        self._store, self._member = store, member
         self._recall = recall
 
     async def export(self, tenant: str, instance: str, identity: str) -> bytes:
         """Return the records of one of our tenants, including everything recorded before this call.
 
-        Raises `StoreFailed`, and `TooLarge` if they have more than `most` bytes.
+        Raises `StoreFailed`, and `TooLarge` if they have more than `MOST` bytes.
         """
         await self._store.settled()
         header = Header(identity, tenant, instance, self._member)
-        return await self._store.read(partial(_export, header=header, most=self._most))
+        return await self._store.read(partial(_export, header=header, most=MOST))
 
     async def keep(self, text: bytes) -> Header:
         """Keep a text for later, on disk when this returns. It replaces an earlier one of the same tenant.
 
         Raises `CannotAdopt`, `TooLarge` and `StoreFailed`.
         """
-        if len(text) > self._most:
-            raise _too_large("a tenant", self._most)
+        if len(text) > MOST:
+            raise _too_large("a tenant", MOST)
         return await self._store.write(partial(_keep, text=text), durable=True)
 
     async def kept(self, tenant: str) -> Header | None:
@@ -301,6 +302,6 @@ def _columns(connection: sqlite3.Connection, table: str) -> frozenset[str]:
 
 def _too_large(whose: str, most: int) -> TooLarge:
     return TooLarge(
-        f"the records of {whose} have more than {most} bytes; raise GATEWAY_RECORDS_MOST on all members",
+        f"the records of {whose} have more than {most} bytes, the most that can be sent to another member",
         limit=most,
     )

@@ -44,7 +44,7 @@ from gateway.cluster.cluster import (
     own_member,
     sharing,
 )
-from gateway.cluster.events import MergedEvents, Standing
+from gateway.cluster.events import AHEAD, MergedEvents, Standing
 from gateway.cluster.identity import common_secret
 from gateway.cluster.keys import FolderKeys, FolderMembers, Placements, Revoking
 from gateway.cluster.listener import FROM, Order, Question
@@ -101,7 +101,7 @@ async def opened(
             folder = FolderMembers(file)
             cluster = await enter(joined(file.name, folder, settings))
             keys = FolderKeys(file.with_name("shared.keys"))
-            cluster.placements = Placements(keys, folder.names, settings.cluster_home_kept)
+            cluster.placements = Placements(keys, folder.names)
             yield ClusterTopology(cluster, keys, settings)
             return
         if not (own := await own_member(runtime.incus, settings.state_dir)):
@@ -179,7 +179,7 @@ class ClusterTopology(Topology):
     async def attached(self, services: Services, store: Store) -> AsyncIterator[None]:
         self.services = services
         recall = (services.idempotency.recall, services.toolbox.sessions.recall, services.history.recall)
-        self._records = Records(store, self.member, services.settings.records_most, recall)
+        self._records = Records(store, self.member, recall)
         services.metrics.registry.register(self)
         async with contextlib.AsyncExitStack() as stack:
             if isinstance(services.runtime, IncusRuntime) and self._shared is not None:
@@ -518,9 +518,8 @@ class ClusterTopology(Topology):
     ) -> sse.Streaming:
         """Return the events of all members, or of some."""
         gateway, peers = self.services, self.cluster.peers
-        ahead = gateway.settings.cluster_events_ahead
-        hold(request.scope, ahead * len(peers.all))
-        standing = Standing(request.scope, client_of(request.scope, address(request)), peers, ahead)
+        hold(request.scope, AHEAD * len(peers.all))
+        standing = Standing(request.scope, client_of(request.scope, address(request)), peers)
         merged = MergedEvents(
             *(gateway.bus, filter, self.member, peers, standing, last), only=only, begin=begin
         )

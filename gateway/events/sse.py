@@ -19,6 +19,8 @@ _SEPARATOR: Final = "\n"
 _BODY: Final = b"event: %s\ndata: %s\n\n"
 _SENT: Final = b"id: %s\n" + _BODY
 
+KEEPALIVE: Final = 15.0  # seconds between comment lines: proxies end silent connections after 30 or 60
+
 
 class Streaming(EventSourceResponse):
     """An endless response with `parts`, each of whole events.
@@ -26,7 +28,7 @@ class Streaming(EventSourceResponse):
     `close` ends them at once, `finish` after everything recorded so far has been sent.
     `last_id` is where they begin. It is in the headers, so that a client knows it even if the body is cut off
     before its first byte; one that resumes nothing is told in the body too. A comment is sent every
-    `settings.events_keepalive` seconds.
+    `KEEPALIVE` seconds.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Streaming(EventSourceResponse):
         super().__init__(
             parts if resumed else _announced(last_id, parts),
             headers={"Last-Event-ID": last_id},
-            ping=settings.events_keepalive,
+            ping=KEEPALIVE,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=_SEPARATOR),
             sep=_SEPARATOR,
             # sse-starlette ends streams as soon as uvicorn gets SIGTERM. We want to send `gateway.draining`

@@ -35,6 +35,7 @@ _GATHER, _SPACING = 0.01, 0.05
 # while nobody follows but the gateway itself: a commit costs as much as some forty of them
 _FREQUENT: Final = frozenset({"tool.started", "tool.finished"})
 _UNFOLLOWED: Final = 0.2
+WAITING: Final = 50_000  # events in memory while they cannot be written: some minutes of a busy gateway's
 _RETRY: Final = 1.0
 # seconds between two searches for expired events
 _AGEING: Final = 600.0
@@ -50,12 +51,12 @@ class StoredJournal:
 
     It keeps the last `kept` events with at most `kept_bytes` of JSON, shared by the tenants, and none older
     than `age` seconds except the newest, whose id tells the next process where to continue. While the store
-    cannot be written, up to `waiting` events with at most `kept_bytes` wait in memory and cannot be read.
+    cannot be written, up to `WAITING` events with at most `kept_bytes` wait in memory and cannot be read.
     Beyond that, the tenant with the most of them loses its oldest, and its subscribers get a gap. Meanwhile
     `failed` has the error, and the journal retries every second.
     """
 
-    def __init__(self, store: Store, *, kept: int, kept_bytes: int, age: float, waiting: int) -> None:
+    def __init__(self, store: Store, *, kept: int, kept_bytes: int, age: float) -> None:
         self._store = store
         self._age = age
         self._last = self._newest = 0  # the last id assigned, and the last one readable
@@ -64,7 +65,7 @@ class StoredJournal:
         self._loaded = False
         self._recent = Latest(1)
         self._waiting: dict[int, Event] = {}  # oldest first
-        self._room = Shares(waiting, kept_bytes)
+        self._room = Shares(WAITING, kept_bytes)
         self._dropped: dict[str, int] = {}  # losses among waiting events, not stored yet
         self._writing = False
         self._appended = asyncio.Event()

@@ -86,7 +86,6 @@ BUDGETS: Final = (
     "upload_copies_waiting",
     "exec_bytes",
     "exec_keep_bytes",
-    "receipts_memory",
 )
 
 

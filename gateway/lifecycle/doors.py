@@ -12,20 +12,20 @@ from typing import Final
 
 from gateway.admission import Admission
 from gateway.errors import Unavailable
-from gateway.settings import Settings
 
+PATIENCE: Final = 30.0  # seconds that a call waits for a tenant that is moving, far more than a move takes
+WAITING: Final = 200  # calls and connections that wait for one tenant
 _RETRY_AFTER: Final = 5
 
 
 class Doors:
     """The doors of one gateway's tenants, all of them open. Used from the event loop only."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._patience = settings.move_patience
+    def __init__(self) -> None:
         self._closed: dict[str, asyncio.Event] = {}
         self._waiting = Admission[str](
             "calls that wait until it has moved to another server",
-            each=settings.move_waiting,
+            each=WAITING,
             retry_after=_RETRY_AFTER,
         )
         self._inside: dict[str, int] = {}  # calls under way, of tenants that have any
@@ -65,7 +65,7 @@ class Doors:
             return
         try:
             with self._waiting.reserve(tenant):
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(PATIENCE):
                     while door is not None:
                         await door.wait()
                         door = self._closed.get(tenant)

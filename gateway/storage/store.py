@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from gateway.admission import Admission
 from gateway.storage.database import Database
@@ -28,6 +29,8 @@ __all__ = ["Statement", "Store", "StoreFailed", "Work"]
 
 log = logging.getLogger(__name__)
 
+WAITING: Final = 10_000  # pending reads and writes, so that a slow disk cannot fill the memory
+
 
 class Store:
     """The records of one gateway. Use as an async context manager, and from the event loop only.
@@ -38,9 +41,9 @@ class Store:
 
     _notes: WriteBehind  # exists while the file is open
 
-    def __init__(self, folder: Path, waiting: int = 10_000) -> None:
+    def __init__(self, folder: Path) -> None:
         # callers are the gateway itself; who finds no room waits, which is felt by what it works for
-        self._room = Admission[None]("pending calls of the records", each=waiting)
+        self._room = Admission[None]("pending calls of the records", each=WAITING)
         self._database = Database(folder)
         self._writer = DatabaseThread("store writer", self._room, GroupWriter(), copy_log)
         self._reader = DatabaseThread("store reader", self._room, read_each)

@@ -52,7 +52,6 @@ def serve(listening: socket.socket, folder: Path) -> None:
                 kept=settings.events_kept,
                 kept_bytes=settings.events_bytes,
                 age=settings.events_age,
-                waiting=settings.events_waiting,
             ) as journal,
         ):
             bus = Bus(journal)

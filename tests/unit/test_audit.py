@@ -20,7 +20,7 @@ KEPT = 30
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[tuple[Audit, Bus]]:
     async with Store(tmp_path) as store:
-        journal = StoredJournal(store, kept=10_000, kept_bytes=1 << 26, age=1e6, waiting=10_000)
+        journal = StoredJournal(store, kept=10_000, kept_bytes=1 << 26, age=1e6)
         async with journal:
             bus = Bus(journal)
             async with Audit(store, bus, Settings(audit_kept=KEPT)) as audit:

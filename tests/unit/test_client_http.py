@@ -252,10 +252,11 @@ async def test_a_refused_stream_is_the_typed_error() -> None:
                 pytest.fail("there was none")
 
 
-async def test_the_gateways_own_stream_is_understood() -> None:
+async def test_the_gateways_own_stream_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parser against real response: what is published between entering and reading arrives."""
     bus = Bus(MemoryJournal(3, first=10), "t")
-    app = sse.response(bus, Filter(), 3, Settings(state_dir=Path("/nonexistent"), events_keepalive=0.02))
+    monkeypatch.setattr(sse, "KEEPALIVE", 0.02)
+    app = sse.response(bus, Filter(), 3, Settings(state_dir=Path("/nonexistent")))
 
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()

@@ -105,10 +105,10 @@ async def test_a_new_tenants_home_is_what_the_cluster_chose(tmp_path: Path) -> N
         await until(lambda: "m1" in m2.peers.all)
         assert await m2.place("alone", "m2") == "m2"
         for cluster in (m1, m2):
-            cluster.placements = Placements(keys, names, 60)
+            cluster.placements = Placements(keys, names)
         assert await m1.place("shop", "m1") == "m1"
         assert await m2.place("shop", "m2") == "m1"
-        await Placements(keys, names, 60).choose("new", "m3")
+        await Placements(keys, names).choose("new", "m3")
         with pytest.raises(MemberAway):
             await m2.place("new", "m2")
 

@@ -69,7 +69,7 @@ async def asking(folder: Path, peer: Endless) -> AsyncIterator[tuple[Standing, P
     }
     async with aiohttp.ClientSession() as session:
         peers = cast(Peers, type("_", (), {"session": session}))
-        yield Standing(scope, "http 192.0.2.1", peers, AHEAD), found
+        yield Standing(scope, "http 192.0.2.1", peers), found
     await runner.cleanup()
 
 

@@ -57,7 +57,7 @@ def topology() -> ClusterTopology:
             settings=SimpleNamespace(origins=(), domain=None),
             verify=lambda raw: TOKEN,
             draining=False,
-            doors=Doors(Settings()),
+            doors=Doors(),
         ),
     )
     found.services = services  # type: ignore[assignment]

@@ -8,16 +8,11 @@ import pytest
 
 from gateway.errors import RateLimited, Unavailable
 from gateway.lifecycle.doors import Doors
-from gateway.settings import Settings
 from tests.waits import turn
 
 
-def doors(**settings: float) -> Doors:
-    return Doors(Settings(**settings))  # type: ignore[arg-type]  # numbers of several kinds
-
-
 async def test_an_open_door_keeps_nobody() -> None:
-    own = doors()
+    own = Doors()
     await own.wait("shop")
     own.close("other")
     await own.wait("shop")
@@ -25,7 +20,7 @@ async def test_an_open_door_keeps_nobody() -> None:
 
 
 async def test_who_waits_goes_on_when_it_opens() -> None:
-    own = doors()
+    own = Doors()
     own.close("shop")
     waiting = [asyncio.create_task(own.wait("shop")) for _ in range(3)]
     await turn()
@@ -35,16 +30,18 @@ async def test_who_waits_goes_on_when_it_opens() -> None:
     await own.wait("shop")
 
 
-async def test_who_waits_too_long_is_told_so() -> None:
-    own = doors(move_patience=0.01)
+async def test_who_waits_too_long_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.lifecycle.doors.PATIENCE", 0.01)
+    own = Doors()
     own.close("shop")
     with pytest.raises(Unavailable) as refused:
         await own.wait("shop")
     assert refused.value.facts["reason"] == "moving"
 
 
-async def test_no_more_wait_than_may() -> None:
-    own = doors(move_waiting=2)
+async def test_no_more_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.lifecycle.doors.WAITING", 2)
+    own = Doors()
     own.close("shop")
     own.close("other")
     waiting = [asyncio.create_task(own.wait("shop")) for _ in range(2)]
@@ -64,7 +61,7 @@ async def test_no_more_wait_than_may() -> None:
 
 
 async def test_calls_under_way_are_waited_for_a_while() -> None:
-    own = doors()
+    own = Doors()
     assert await own.empty("shop", 0)
     with own.inside("shop"):
         with own.inside("shop"):
@@ -77,7 +74,7 @@ async def test_calls_under_way_are_waited_for_a_while() -> None:
 
 
 async def test_what_stays_open_outlives_the_closing_until_it_is_ended() -> None:
-    own, ended = doors(), list[str]()
+    own, ended = Doors(), list[str]()
     with own.stream("shop", lambda: ended.append("shop")), own.stream("other", lambda: ended.append("other")):
         with own.stream("shop", lambda: ended.append("over")):
             pass

@@ -76,7 +76,9 @@ def stored(
     age: float = 4e9,  # these tests' events are of 1970
     waiting: int = 10_000,
 ) -> StoredJournal:
-    return StoredJournal(store, kept=kept, kept_bytes=kept_bytes, age=age, waiting=waiting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_journal, "WAITING", waiting)
+        return StoredJournal(store, kept=kept, kept_bytes=kept_bytes, age=age)
 
 
 async def settle(journal: Journal) -> None:
@@ -744,7 +746,7 @@ from gateway.storage.store import Store
 
 async def main():
     async with Store(Path(sys.argv[1])) as store:
-        async with StoredJournal(store, kept=100_000, kept_bytes=1 << 30, age=1e6, waiting=1000) as journal:
+        async with StoredJournal(store, kept=100_000, kept_bytes=1 << 30, age=1e6) as journal:
             bus = Bus(journal)
             seen = bus.subscribe(Filter(), after=journal.newest)
 

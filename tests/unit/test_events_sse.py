@@ -21,11 +21,13 @@ class Exchange:
     def __init__(
         self, bus: Bus, last: str | None = None, keepalive: float = 3600.0, method: str = "GET"
     ) -> None:
-        settings = Settings(state_dir=Path("/nonexistent"), events_keepalive=keepalive)
+        settings = Settings(state_dir=Path("/nonexistent"))
         self.bus = bus
         self.sent: asyncio.Queue[Message] = asyncio.Queue()
         self._gone = asyncio.Event()
-        app = response(bus, Filter(), positions.after(last), settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gateway.events.sse.KEEPALIVE", keepalive)
+            app = response(bus, Filter(), positions.after(last), settings)
         scope: dict[str, Any] = {"type": "http", "method": method, "headers": []}
         self.task = asyncio.ensure_future(app(scope, self._receive, self.sent.put))
 

@@ -88,11 +88,13 @@ async def test_a_fence_holds_but_undoes_no_result(store: Store) -> None:
         assert await life.result(key(2), b"d") == b"r"
 
 
-async def test_no_tenant_pushes_out_anothers(store: Store) -> None:
-    idempotency = await opened(store, receipts_kept=3)
+async def test_no_tenant_pushes_out_anothers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT", 3)
+    idempotency = await opened(store)
     await put(idempotency, 1, "blog")
     for n in range(10):
         await put(idempotency, n)
+    monkeypatch.setattr(module, "KEPT", 1000)
     # the next life would take more: what was pushed out is gone from the disk, too
     for life in (idempotency, await opened(store)):
         assert await kept(life, range(10)) == [7, 8, 9]
@@ -102,19 +104,23 @@ async def test_no_tenant_pushes_out_anothers(store: Store) -> None:
 async def test_a_tenants_results_are_bounded_in_bytes_and_age(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    idempotency = await opened(store, receipts_bytes=10_000)
+    monkeypatch.setattr(module, "KEPT_BYTES", 10_000)
+    idempotency = await opened(store)
     for n in range(20):
         await put(idempotency, n, result=b"x" * 1500)
     assert await kept(idempotency, range(20)) == [15, 16, 17, 18, 19]
-    young = await opened(store, receipts_age=60)
+    young = await opened(store, idempotency_age=60)
     later = time.time() + 61
     monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: later))
     await put(young, 30)
     assert await kept(young, range(40)) == [30]
 
 
-async def test_reads_are_kept_in_memory_alone_and_bounded(store: Store) -> None:
-    idempotency = await opened(store, receipts_memory=10_000)
+async def test_reads_are_kept_in_memory_alone_and_bounded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READS_BYTES", 10_000)
+    idempotency = await opened(store)
     for n in range(20):
         idempotency.keep(key(n), b"d", b"x" * 1500)
     assert await kept(idempotency, range(20)) == [15, 16, 17, 18, 19]
@@ -182,8 +188,11 @@ async def test_however_many_commands_there_were_they_are_read_at_once(
     assert len(reads) == 1
 
 
-async def test_what_one_tenant_reads_pushes_out_its_own_alone(store: Store) -> None:
-    idempotency = await opened(store, receipts_memory=50_000)
+async def test_what_one_tenant_reads_pushes_out_its_own_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READS_BYTES", 50_000)
+    idempotency = await opened(store)
     for number in range(3):
         idempotency.keep(key(number, "quiet"), b"d", b"r" * 1000)
     for number in range(300):

@@ -148,14 +148,14 @@ class Home:
 
     def __init__(self, folder: Path, cluster: Cluster, incus: Incus, keys: MemoryKeys) -> None:
         self._folder, self.cluster, self.incus = folder / cluster.own, cluster, incus
-        self.settings = Settings(state_dir=self._folder, move_calls=0.05)
+        self.settings = Settings(state_dir=self._folder)
 
         self.known = ["m1", "m2"]
 
         async def known() -> list[str]:
             return self.known
 
-        self.placements = Placements(keys, known, 3600)
+        self.placements = Placements(keys, known)
         self.deploying = False
         self.parted: list[str] = []
 
@@ -166,13 +166,13 @@ class Home:
         self.runtime, self.leaving = Runtime(cluster.own, incus), set[str]()
         async with (
             Store(self._folder) as store,
-            StoredJournal(store, kept=1000, kept_bytes=1 << 20, age=3600, waiting=100) as journal,
+            StoredJournal(store, kept=1000, kept_bytes=1 << 20, age=3600) as journal,
         ):
             self.bus = Bus(journal, cluster.own)
             self.idempotency = await Idempotency.opened(store, settings)
             self.names = await Names.opened(store, self.bus, settings)
-            self.records = Records(store, cluster.own, 1 << 20, (self.idempotency.recall,))
-            self.doors, log = Doors(settings), MoveLog(store)
+            self.records = Records(store, cluster.own, (self.idempotency.recall,))
+            self.doors, log = Doors(), MoveLog(store)
             for tenant in await self.runtime.list():
                 await self.names.arrive(tenant.name, tenant.instance or "", 0.0)
             runtime, other = cast(Any, self.runtime), cast(Any, _Others(incus))
@@ -279,6 +279,7 @@ class _Others:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two find each other without the pauses that many members need."""
     monkeypatch.setattr(clusters, "SETTLING", 0.05)
+    monkeypatch.setattr(moves, "CALLS", 0.05)
     monkeypatch.setattr(peers, "_SOON", 0.02)
     monkeypatch.setattr(moves, "_PAUSES", (0.02, 0.2))
 

@@ -97,7 +97,7 @@ class Gateway:
 @contextlib.asynccontextmanager
 async def gateway(folder: Path, tenants: Tenants, **settings: Any) -> AsyncIterator[Gateway]:
     async with Store(folder) as store, contextlib.AsyncExitStack() as stack:
-        journal = StoredJournal(store, kept=1000, kept_bytes=1 << 20, age=1e6, waiting=1000)
+        journal = StoredJournal(store, kept=1000, kept_bytes=1 << 20, age=1e6)
         await stack.enter_async_context(journal)
         bus = Bus(journal)
         life = Gateway(bus, await Names.opened(store, bus, Settings(**settings)), tenants)

@@ -15,13 +15,13 @@ from tests.shared_memory import MemoryKeys
 class Cluster:
     def __init__(self) -> None:
         self.keys, self.members = MemoryKeys(), {"m1", "m2", "m3"}
-        self.placements = self.kept(3600)
+        self.placements = self._placements()
 
-    def kept(self, seconds: float) -> Placements:
+    def _placements(self) -> Placements:
         async def members() -> Collection[str]:
             return self.members
 
-        return Placements(self.keys, members, seconds)
+        return Placements(self.keys, members)
 
 
 @pytest.fixture
@@ -36,14 +36,16 @@ async def test_of_two_hundred_requests_at_once_all_have_one_home(cluster: Cluste
         assert len(set(await asyncio.gather(*asked))) == 1
 
 
-async def test_a_choice_stands_for_its_time_and_for_its_member(cluster: Cluster) -> None:
+async def test_a_choice_stands_for_its_time_and_for_its_member(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert await cluster.placements.choose("shop", "m1") == "m1"
     assert await cluster.placements.choose("shop", "m2") == "m1"
     cluster.members.discard("m1")
     assert await cluster.placements.choose("shop", "m2") == "m2"
-    brief = cluster.kept(-1)
-    assert await brief.choose("other", "m2") == "m2"
-    assert await brief.choose("other", "m3") == "m3"
+    monkeypatch.setattr("gateway.cluster.keys.HOME_KEPT", -1)
+    assert await cluster.placements.choose("other", "m2") == "m2"
+    assert await cluster.placements.choose("other", "m3") == "m3"
 
 
 async def test_only_who_was_chosen_takes_it_back(cluster: Cluster) -> None:
@@ -54,10 +56,10 @@ async def test_only_who_was_chosen_takes_it_back(cluster: Cluster) -> None:
     assert await cluster.placements.choose("shop", "m2") == "m2"
 
 
-async def test_expired_choices_leave_no_keys(cluster: Cluster) -> None:
-    brief = cluster.kept(-1)
+async def test_expired_choices_leave_no_keys(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.cluster.keys.HOME_KEPT", -1)
     for number in range(30):
-        await brief.choose(f"t{number}", "m1")
+        await cluster.placements.choose(f"t{number}", "m1")
     assert len(cluster.keys.values) <= 2
 
 

@@ -188,7 +188,7 @@ class World:
             members,
             world,
             cast(Any, names),
-            Records(self.store, "m1", 1 << 20),
+            Records(self.store, "m1"),
             self.store,
             world,
             Settings(state_dir=self.state_dir, **settings),
@@ -524,7 +524,7 @@ async def test_a_recovery_that_a_process_has_begun_is_finished_by_the_next_one(w
 async def test_records_come_back_with_the_disk_that_they_are_of(world: World) -> None:
     """Also of a copy that its home did not live to confirm; of what was done meanwhile nothing is known."""
     idempotency = await Idempotency.opened(world.store, Settings())
-    records = Records(world.store, "m4", 1 << 20, (idempotency.recall,))
+    records = Records(world.store, "m4", (idempotency.recall,))
     await idempotency.begin(("one", "call", "before"), b"d")
     await idempotency.finish(("one", "call", "before"), b"d", b"done")
     before = await records.export("one", "id-one", "")

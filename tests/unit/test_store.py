@@ -120,8 +120,9 @@ async def test_a_work_that_raises_is_undone_alone(tmp_path: Path) -> None:
         assert await store.read(numbers) == [1, 2]
 
 
-async def test_more_than_may_wait_is_held_up_outside(tmp_path: Path) -> None:
-    async with Store(tmp_path, waiting=3) as store:
+async def test_more_than_may_wait_is_held_up_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.storage.store.WAITING", 3)
+    async with Store(tmp_path) as store:
         await store.write(make)
         async with Held(store):
             waiting = [asyncio.ensure_future(store.write(add(n))) for n in range(10)]

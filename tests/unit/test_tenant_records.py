@@ -28,7 +28,7 @@ class Home:
     def __init__(self, member: str, store: Store, idempotency: Idempotency, folders: SessionFolders) -> None:
         self.store, self.idempotency, self.folders = store, idempotency, folders
         self.recalled: list[str] = []
-        self.records = Records(store, member, MOST, (idempotency.recall, folders.recall, self._recall))
+        self.records = Records(store, member, (idempotency.recall, folders.recall, self._recall))
 
     async def _recall(self, tenant: str) -> None:
         self.recalled.append(tenant)
@@ -196,7 +196,10 @@ async def test_tables_and_columns_of_another_version_are_passed_over(old: Home, 
     assert await new.rows("SELECT * FROM snapshots") == [("shop", "before", 4096)]
 
 
-async def test_the_size_is_bounded_on_both_sides(old: Home, new: Home) -> None:
+async def test_the_size_is_bounded_on_both_sides(
+    old: Home, new: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.cluster.records.MOST", MOST)
     result = bytes(MOST)
     await old.idempotency.begin(("shop", "call", "big"), b"d")
     await old.idempotency.finish(("shop", "call", "big"), b"d", result)

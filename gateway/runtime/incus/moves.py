@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MOVING: Final = "Moving-"
 MOVED: Final = "Moved-"
+COPY_TIMEOUT: Final = 3600.0  # seconds, since the first copy transfers the whole disk
 _SNAPSHOT: Final = f"{OURS}move-"
 _MARK: Final = "user.gateway.moving"  # on both instances: the move's id
 _NIC: Final = "eth0"
@@ -95,7 +96,7 @@ class Moves:
 
     async def copy(self, tenant: str, instance: str, move: str, *, last: bool = False) -> None:
         """Make the copy of another member's tenant, or refresh it; `last`: with all its settings, too."""
-        name, patience = MOVING + move, self._settings.move_copy_timeout
+        name, patience = MOVING + move, COPY_TIMEOUT
         with translated(tenant):
             found = await self._incus.get(instance_path(tenant))
         if identity_of(found) != instance:

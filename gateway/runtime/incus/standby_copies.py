@@ -48,6 +48,7 @@ _AUTOSTART: Final = "user.gateway.standby.autostart"
 
 The gateway starts it after a power cut, once it has asked whether this server was removed meanwhile.
 """
+COPY_TIMEOUT: Final = 900.0  # seconds, since the first copy transfers the whole disk
 _UNSET: Final = "unset"
 _LATE_FILE: Final = "standby-late"
 """In the state dir: the tenants whose copies are late, for `doctor`."""
@@ -301,7 +302,7 @@ class StandbyCopies:
     ) -> None:
         name = "" if path.count("/") < 3 else path.split("/")[3]
         with translated(name):
-            limit = self._settings.standby_timeout
+            limit = COPY_TIMEOUT
             await incus.operate(method, path, body, timeout=limit, target=target or None)
 
 
