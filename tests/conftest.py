@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from gateway.storage import database, memory_log
+from gateway.storage.store import FILE
+from gateway.storage.writer import memory_log_path
 from tests import forks, thorough
 
 EXTENSIONS: Final = "incus_gateway.extensions"
@@ -179,5 +180,5 @@ def no_notes_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Remove from memory what the gateways left there that tests killed."""
     yield
     for depth in range(1, 5):
-        for records in tmp_path_factory.getbasetemp().glob("*/" * depth + database.FILE):
-            memory_log.place(records.parent).unlink(missing_ok=True)
+        for records in tmp_path_factory.getbasetemp().glob("*/" * depth + FILE):
+            memory_log_path(records.parent).unlink(missing_ok=True)

@@ -6,9 +6,7 @@ Other packages use `Bus`, `Filter`, `Event`, `StoredJournal` and `sse.response`.
 
 from gateway.events.bus import Bus, Spans, Subscription
 from gateway.events.event import GAP, Draft, Event, Filter, Span
-from gateway.events.journal import Journal, Stretch
-from gateway.events.memory_journal import MemoryJournal
-from gateway.events.stored_journal import StoredJournal
+from gateway.events.journal import Journal, MemoryJournal, StoredJournal, Stretch
 
 __all__ = [
     "GAP",

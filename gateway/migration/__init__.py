@@ -15,7 +15,7 @@ from gateway.errors import Conflict
 from gateway.host import HostError, Report
 from gateway.hostnames import normalized, tenant_name
 from gateway.migration.plan import Plan, Wanted
-from gateway.migration.service import Systemctl, Units
+from gateway.migration.source import Systemctl, Units
 from gateway.migration.steps import STEPS, Migration
 from gateway.rootfs.shown_folders import PLACES
 from gateway.runtime.incus import IncusRuntime, IncusSites

@@ -1,4 +1,12 @@
-"""Which tenant has each domain: the one authority for giving, taking and routing a domain.
+"""Reports domains that more than one tenant carries, and tenants that share their address.
+
+Decides which of the tenants that carry a domain has it.
+
+Stores which tenant has each domain, so that a restart changes nothing.
+
+In a cluster each gateway has the claims of its own member's tenants, and reserves their domains among all.
+
+Which tenant has each domain: the one authority for giving, taking and routing a domain.
 
 Incus says which tenants carry a domain (`user.gateway.domain`). That may be several, since an operator can
 copy an instance or write the key by hand. The claims say which of them has it, by the id of its instance, so
@@ -17,24 +25,345 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import sqlite3
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+from weakref import WeakValueDictionary
 
+from gateway.admission import Admission
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
-from gateway.hostnames import DomainReserved, gateway_names, matches, plain, reserved
-from gateway.ownership.claims import Claim, Claims
-from gateway.ownership.contests import Contests, carriers_of
-from gateway.ownership.decisions import Decisions
-from gateway.ownership.reservations import Reservations
+from gateway.hostnames import DomainReserved, matches, gateway_names, plain, reserved
+from gateway.ownership.reservations import Holder, Reservations
 from gateway.runtime import Tenant, Tenants
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
-from gateway.storage.store import Store
+from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """A tenant that carries a domain in Incus."""
+
+    tenant: str
+    instance: str
+    created: str
+    deployment: str
+
+
+def carriers_of(found: Iterable[Tenant | Site]) -> dict[str, list[Carrier]]:
+    """Return the carriers of each domain."""
+    carried: dict[str, list[Carrier]] = defaultdict(list)
+    for one in found:
+        domain = plain(one.domain)
+        if domain is not None:
+            tenant = one.tenant if isinstance(one, Site) else one.name
+            carried[domain].append(
+                Carrier(tenant, one.instance or "", one.created or "", one.deployment or "")
+            )
+    return carried
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A tenant's part in a contest: whether it keeps the domain, and whether that is the gateway's own."""
+
+    keeps: bool
+    reserved: bool
+
+
+class Contests:
+    """The contests that were reported to tenants: each change once, as an event and a log line.
+
+    A tenant does not learn who else has the domain.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._told: dict[tuple[str, str], bool] = {}  # by domain and tenant: whether it keeps the domain
+        self._sharing: frozenset[str] = frozenset()
+
+    @property
+    def domains(self) -> int:
+        """Number of contested domains."""
+        return len({domain for domain, _ in self._told})
+
+    @property
+    def addresses(self) -> int:
+        """Number of tenants with a domain that share their address with another instance."""
+        return len(self._sharing)
+
+    def tell(self, contested: Mapping[tuple[str, str], Contest], sharing: frozenset[str]) -> None:
+        """Report what has changed: contests by domain and tenant, and tenants that share their address."""
+        for (domain, tenant), contest in contested.items():
+            if self._told.get((domain, tenant)) is not contest.keeps:
+                log.warning(
+                    "%s is contested; %s %s it", domain, tenant, "keeps" if contest.keeps else "does not get"
+                )
+                reason = "reserved" if contest.reserved else "owned"
+                facts = {"domain": domain, "keeps": contest.keeps, "reason": reason}
+                self._bus.publish("tenant.domain.contested", tenant, facts)
+        self._told = {key: contest.keeps for key, contest in contested.items()}
+        for tenant in sorted(sharing - self._sharing):
+            log.warning("%s shares its address with another instance", tenant)
+            self._bus.publish("tenant.address.contested", tenant, {})
+        self._sharing = sharing
+
+
+class Decisions:
+    """The owner of each domain, by claims and by what tenants carry. `own` are the gateway's own names."""
+
+    def __init__(self, tenants: Tenants, claims: Claims, own: Collection[str]) -> None:
+        self._tenants, self._claims, self._own = tenants, claims, own
+
+    def serves(self, domain: str, tenant: str) -> bool:
+        """Return whether a domain is this tenant's."""
+        claim = self._claims.get(domain)
+        return claim is not None and claim.tenant == tenant and not reserved(domain, self._own)
+
+    async def decide(
+        self, domain: str, carriers: Sequence[Carrier], serving: Collection[str] = ()
+    ) -> str | None:
+        """Decide which of its carriers has a domain, and store that; return the tenant, or None.
+
+        None of them has it if a tenant of another member of the cluster does. Raises `Unavailable` if the
+        cluster cannot decide.
+        """
+        if reserved(domain, self._own):
+            return None
+        claim = self._claims.get(domain)
+        if claim is not None and claim.confirmed:
+            return claim.tenant
+        if claim is not None:
+            same = (
+                carrier
+                for carrier in carriers
+                if (carrier.instance == claim.instance if claim.instance else carrier.tenant == claim.tenant)
+            )
+            found = next(same, None)
+            if found is None and any(one.deployment == claim.deployment != "" for one in carriers):
+                return claim.tenant  # the deployment created it under another name, and renames it next
+            if found is not None:
+                kept = replace(claim, tenant=found.tenant, instance=found.instance)
+                return found.tenant if await self._claims.keep(domain, kept) else None
+            # a list omits an instance that is being changed
+            if not claim.deployment and not await self.is_over(domain, claim):
+                return claim.tenant
+            claim = self._claims.get(domain)  # a deployment may hold it by now
+        if carriers:
+            first = min(carriers, key=lambda one: (one.tenant not in serving, one.created, one.tenant))
+            deployment = claim.deployment if claim is not None and claim.tenant == first.tenant else ""
+            kept = Claim(first.tenant, first.instance, deployment)
+            return first.tenant if await self._claims.keep(domain, kept) else None
+        if claim is not None and claim.deployment:
+            return claim.tenant
+        await self._claims.keep(domain, None)
+        return None
+
+    async def is_over(self, domain: str, claim: Claim) -> bool:
+        """Return whether the tenant of a claim no longer carries the domain; False if that is unknown."""
+        try:
+            tenant = await self._tenants.get(claim.tenant)
+        except NotFound:
+            return True
+        except GatewayError:
+            return False
+        return plain(tenant.domain) != domain or claim.instance not in ("", tenant.instance or "")
+
+    def contested(self, carried: Mapping[str, Sequence[Carrier]]) -> dict[tuple[str, str], Contest]:
+        """Return the carriers of domains that several tenants carry, or that are not theirs."""
+        found = {}
+        for domain, carriers in carried.items():
+            for carrier in carriers:
+                keeps = self.serves(domain, carrier.tenant)
+                if (len(carriers) > 1 or not keeps) and not self._makes(domain, carrier):
+                    found[domain, carrier.tenant] = Contest(keeps, reserved(domain, self._own))
+        return found
+
+    def _makes(self, domain: str, carrier: Carrier) -> bool:
+        """Return whether the deployment that holds the domain is making this carrier."""
+        claim = self._claims.get(domain)
+        return claim is not None and carrier.deployment == claim.deployment != ""
+
+
+_AT_ONCE: Final = 5  # reservations that are put right
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The tenant that has a domain.
+
+    `instance` is the id of its instance, "" until that is known; another tenant of the same name has another.
+    `deployment` is the one that holds the domain until it is over, "" for none; `confirmed` is set once Incus
+    was asked on its behalf.
+    """
+
+    tenant: str
+    instance: str = ""
+    deployment: str = ""
+    confirmed: bool = False
+
+
+class Claims:
+    """The claim of each domain, in memory and in the store. Create it with `opened`.
+
+    `shared` has the domains of all members of a cluster; without one, there is no other gateway.
+    """
+
+    def __init__(self, store: Store, shared: Reservations | None = None) -> None:
+        self._store, self._shared = store, shared
+        self._claims: dict[str, Claim] = {}
+        self._unwritten: set[str] = set()  # domains whose claim could not be stored
+        self.elsewhere: Mapping[str, str] | None = None
+        """The members that have the other domains of the cluster, as `agree` last found; None before."""
+        # of each domain one reservation is changed at a time
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @classmethod
+    async def opened(cls, store: Store, shared: Reservations | None = None) -> Claims:
+        """Read the claims of an earlier process. Raises `StoreFailed`."""
+        self = cls(store, shared)
+        for domain, tenant, instance, deployment in await store.read(_all):
+            self._claims[domain] = Claim(tenant, instance, deployment)
+        return self
+
+    def get(self, domain: str) -> Claim | None:
+        return self._claims.get(domain)
+
+    def items(self) -> list[tuple[str, Claim]]:
+        return list(self._claims.items())
+
+    def forget(self, domain: str) -> None:
+        """Forget a claim in memory alone; `keep` follows."""
+        del self._claims[domain]
+
+    async def keep(self, domain: str, claim: Claim | None) -> bool:
+        """Set or remove a domain's claim; return whether that was possible.
+
+        It is not if another member of the cluster has the domain; then the earlier claim stands. A claim that
+        cannot be stored is tried again by `store_again`. Raises `Unavailable` if the cluster cannot decide
+        about a new one.
+        """
+        before = self._claims.get(domain)
+        if claim == before:
+            return True
+        if claim is None:
+            del self._claims[domain]
+        else:
+            self._claims[domain] = claim  # at once, so that nobody here takes it meanwhile
+        if self._shared is not None and not await self._share(self._shared, domain, claim, before):
+            return False
+        await self._write(domain)
+        return True
+
+    async def _share(
+        self, shared: Reservations, domain: str, claim: Claim | None, before: Claim | None
+    ) -> bool:
+        if claim is None:
+            await self._leave(shared, domain)
+            return True
+        if before is not None and before.tenant == claim.tenant:
+            return True
+        taken = False
+        try:
+            async with self._turn(domain):
+                taken = await shared.take(domain, claim.tenant, here=claim.instance != "")
+        finally:
+            if not taken and self._claims.get(domain) is claim:
+                if before is None:
+                    del self._claims[domain]
+                else:
+                    self._claims[domain] = before
+        return taken
+
+    async def _leave(self, shared: Reservations, domain: str) -> None:
+        try:
+            async with self._turn(domain):
+                if domain not in self._claims:  # otherwise somebody has taken it again
+                    await shared.leave(domain)
+        except Unavailable as error:  # `agree` tries again
+            log.warning("cannot release %s yet: %s", domain, error.message)
+
+    async def agree(self) -> None:
+        """Correct this member's reservations in the cluster, and give up claims that others hold there.
+
+        They differ where the cluster could not decide for a while, where this server has just joined it, and
+        where a tenant has moved here. Raises `Unavailable`.
+        """
+        shared = self._shared
+        if shared is None:
+            return
+        held, few = await shared.held(), Admission[str]("reservations", each=1, total=_AT_ONCE)
+        self.elsewhere = {
+            domain: holder.member for domain, holder in held.items() if holder.member != shared.own
+        }
+
+        async def put_right(domain: str) -> None:
+            async with few.slot(domain), self._turn(domain):
+                claim = self._claims.get(domain)
+                if claim is None:
+                    await shared.leave(domain)
+                    return
+                # the claim is no proof that its tenant is still here; `keep` takes it anew for one that is
+                taken = await shared.take(domain, claim.tenant)
+                if not taken and self._claims.get(domain) == claim:
+                    log.warning("%s is given up: another member of the cluster has it", domain)
+                    del self._claims[domain]
+                    await self._write(domain)
+
+        wrong = {
+            domain
+            for domain, claim in self._claims.items()
+            if held.get(domain) != Holder(shared.own, claim.tenant)
+        }
+        wrong |= {
+            domain
+            for domain, holder in held.items()
+            if holder.member == shared.own and domain not in self._claims
+        }
+        await asyncio.gather(*(put_right(domain) for domain in wrong))
+
+    def _turn(self, domain: str) -> asyncio.Lock:
+        turn = self._turns.get(domain)
+        if turn is None:
+            turn = self._turns[domain] = asyncio.Lock()
+        return turn
+
+    async def store_again(self) -> None:
+        """Try again to store what could not be stored."""
+        for domain in list(self._unwritten):
+            await self._write(domain)
+
+    async def _write(self, domain: str) -> None:
+        self._unwritten.discard(domain)
+        try:
+            await self._store.write(partial(_write, domain=domain, claim=self._claims.get(domain)))
+        except StoreFailed as failed:  # it stands in memory; there may be room later
+            log.warning("cannot store the owner of %s: %s", domain, failed.message)
+            self._unwritten.add(domain)
+
+
+# --- statements: the store runs them -------------------------------------------------------------------
+
+
+def _all(connection: sqlite3.Connection) -> Sequence[tuple[str, str, str, str]]:
+    return connection.execute("SELECT domain, tenant, instance, deployment FROM domains").fetchall()
+
+
+def _write(connection: sqlite3.Connection, domain: str, claim: Claim | None) -> None:
+    if claim is None:
+        connection.execute("DELETE FROM domains WHERE domain = ?", (domain,))
+    else:
+        connection.execute(
+            "INSERT OR REPLACE INTO domains VALUES (?, ?, ?, ?)",
+            (domain, claim.tenant, claim.instance, claim.deployment),
+        )
 
 
 class Domains:

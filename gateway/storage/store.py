@@ -1,4 +1,8 @@
-"""The gateway's own records: events, deployments, calls, names, domains, revoked tokens, the audit log.
+"""The tables of the gateway's records, as steps from an empty file to today's.
+
+Opens a state dir's SQLite file: locks, checks and upgrades it.
+
+The gateway's own records: events, deployments, calls, names, domains, revoked tokens, the audit log.
 
 Incus stores everything about instances. Each package has its own statements; the store itself reads no table.
 
@@ -13,21 +17,327 @@ together with others.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
+import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from gateway.admission import Admission
-from gateway.storage.database import Database
-from gateway.storage.errors import StoreFailed
-from gateway.storage.threads import DatabaseThread, GroupWriter, T, Work, copy_log, read_each
-from gateway.storage.write_behind import Statement, WriteBehind
+from gateway.storage.writer import (
+    ADVICE,
+    DatabaseThread,
+    GroupWriter,
+    MemoryLog,
+    Statement,
+    StoreFailed,
+    T,
+    Work,
+    WriteBehind,
+    copy_log,
+    read_each,
+    replay,
+    translated,
+)
+
+log = logging.getLogger(__name__)
+
+# Each step runs once, in this order. After a release a step never changes: a later change is a new step.
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY,
+        time REAL NOT NULL,
+        type TEXT NOT NULL,
+        source TEXT NOT NULL,
+        tenant TEXT,
+        deployment TEXT,
+        encoded BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE journal (
+        one INTEGER PRIMARY KEY CHECK (one = 1),
+        boot TEXT
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE deployments (
+        id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        created REAL NOT NULL,
+        ended REAL,
+        subject TEXT NOT NULL,
+        key TEXT,
+        request TEXT NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX deployments_key ON deployments (subject, key) WHERE key IS NOT NULL;
+    CREATE INDEX deployments_created ON deployments (created);
+    """,
+    """
+    CREATE TABLE receipts (
+        tenant TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        id TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        at REAL NOT NULL,
+        state TEXT NOT NULL,
+        result BLOB,
+        PRIMARY KEY (tenant, kind, id)
+    ) STRICT;
+    CREATE INDEX receipts_at ON receipts (at);
+    """,
+    """
+    CREATE TABLE revoked (token TEXT PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL) STRICT;
+    CREATE TABLE audit (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        time REAL NOT NULL,
+        who TEXT NOT NULL,
+        action TEXT NOT NULL,
+        tenant TEXT,
+        facts TEXT NOT NULL,
+        event INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX audit_event ON audit (event);
+    """,
+    "DROP INDEX receipts_at;",  # only the start used it, and each call that writes paid for it
+    """
+    CREATE TABLE names (
+        tenant TEXT PRIMARY KEY,
+        instance TEXT NOT NULL,
+        ended INTEGER NOT NULL,
+        begun INTEGER NOT NULL,
+        at REAL NOT NULL
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE domains (
+        domain TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        instance TEXT NOT NULL,
+        deployment TEXT NOT NULL
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE losses (key TEXT PRIMARY KEY, upto INTEGER NOT NULL, number INTEGER NOT NULL) STRICT;
+    CREATE INDEX losses_upto ON losses (upto);
+    """,
+    # several tenants may use the same key under one subject
+    """
+    DROP INDEX deployments_key;
+    CREATE INDEX deployments_key ON deployments (subject, key) WHERE key IS NOT NULL;
+    """,
+    """
+    CREATE TABLE snapshots (
+        tenant TEXT NOT NULL,
+        name TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        PRIMARY KEY (tenant, name)
+    ) STRICT;
+    """,
+    """
+    ALTER TABLE audit ADD COLUMN operator INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX audit_share ON audit (operator, tenant);
+    """,
+    """
+    CREATE TABLE folders (
+        tenant TEXT NOT NULL,
+        session TEXT NOT NULL,
+        folder TEXT NOT NULL,
+        PRIMARY KEY (tenant, session)
+    ) STRICT;
+    """,
+    "ALTER TABLE revoked ADD COLUMN expires REAL;",
+    "CREATE TABLE peers (member TEXT PRIMARY KEY, tenants BLOB NOT NULL) STRICT;",
+    # what came of tenants from other members: a text until it is adopted, then what it was about
+    """
+    CREATE TABLE arrivals (tenant TEXT PRIMARY KEY, id TEXT NOT NULL, text BLOB, adopted TEXT) STRICT;
+    """,
+    # the last move of each tenant from here or to here; and of names, where a tenant came from or went to
+    """
+    CREATE TABLE moves (
+        tenant TEXT PRIMARY KEY,
+        id TEXT NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    ALTER TABLE names ADD COLUMN arrived INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE names ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
+    """,
+    """
+    CREATE TABLE standby (
+        tenant TEXT PRIMARY KEY,
+        instance TEXT NOT NULL,
+        member TEXT NOT NULL,
+        at REAL NOT NULL
+    ) STRICT;
+    """,
+)
+
+
+def version_of(connection: sqlite3.Connection) -> int:
+    """Return how many of the steps the file has. Raises `StoreFailed` if a newer gateway wrote it."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise StoreFailed(
+            "the records in the state dir are from a newer gateway: upgrade this one, or restore a backup",
+            reason="newer",
+        )
+    return version
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Run the steps that the file does not have, each of them whole or not at all."""
+    version = version_of(connection)
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        try:
+            connection.executescript(f"BEGIN; {script}; PRAGMA user_version={number}; COMMIT;")
+        except sqlite3.Error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+FILE: Final = "gateway.db"
+_LOG_MAX: Final = 4096  # pages of 4 KiB
+
+
+class Database:
+    """The records' file in `folder`, and the memory log of notes that are not in it yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock: int | None = None
+        self._memory_log: MemoryLog | None = None
+        self._checking: sqlite3.Connection | None = None
+
+    def check(self) -> None:
+        """Check the file while another process has it open, so that `open` need not. Raises `StoreFailed`.
+
+        The connection stays open until then. So the other process does not close the last one, which would
+        write the whole write-ahead log into the file while clients wait.
+        """
+        with translated():
+            self._checking = _connect(self._folder / FILE)
+            try:
+                self._checking.execute("PRAGMA query_only=1")
+                version_of(self._checking)
+                _check(self._checking)
+            except BaseException:
+                self._end_check()
+                raise
+
+    def open(self) -> tuple[sqlite3.Connection, sqlite3.Connection, MemoryLog]:
+        """Lock and open the file; return the connections for writing and reading, and the memory log.
+
+        Writes the notes left by an earlier process. Blocks on the disk. Raises `StoreFailed`; call `close` in
+        any case.
+        """
+        path = self._folder / FILE
+        with translated():
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._lock = _locked(self._folder / f"{FILE}.lock")
+                if self._checking is None:  # closing another descriptor would release its locks
+                    _make(path)
+            except OSError as error:
+                raise StoreFailed(
+                    f"the state dir cannot be used: {error.strerror}; set another GATEWAY_STATE_DIR",
+                    reason="io",
+                ) from error
+            with contextlib.ExitStack() as undo:
+                writing = undo.enter_context(contextlib.closing(_connect(path)))
+                # the file keeps this mode
+                writing.execute("PRAGMA journal_mode=WAL")
+                writing.execute(f"PRAGMA journal_size_limit={16 << 20}")
+                # the thread that writes copies the log when nobody waits for it; this is its limit, in pages
+                writing.execute(f"PRAGMA wal_autocheckpoint={_LOG_MAX}")
+                if self._checking is None:
+                    _check(writing)
+                memory_log = undo.enter_context(contextlib.closing(MemoryLog.opened(self._folder)))
+                if version_of(writing):
+                    replay(writing, memory_log)  # notes of an earlier process fit its schema
+                for _ in (0, 1):  # both halves, since their contents belong to no new file
+                    memory_log.turn()
+                    memory_log.clear()
+                migrate(writing)
+                reading = undo.enter_context(contextlib.closing(_connect(path)))
+                reading.execute("PRAGMA query_only=1")
+                undo.pop_all()
+        self._end_check()
+        self._memory_log = memory_log
+        return writing, reading, memory_log
+
+    def close(self) -> None:
+        """Release the file for another process. The threads close their connections."""
+        self._end_check()
+        if self._memory_log is not None:
+            self._memory_log.close()
+            self._memory_log = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _end_check(self) -> None:
+        if self._checking is not None:
+            self._checking.close()
+            self._checking = None
+
+
+def _locked(path: Path) -> int:
+    """Return a descriptor that locks the state dir for this gateway. Raises `StoreFailed` or `OSError`.
+
+    The lock has a separate file: closing any descriptor of the database would drop its POSIX locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _hand_over(descriptor, path.parent)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreFailed(
+            "another gateway uses this state dir; stop it, or set another GATEWAY_STATE_DIR",
+            reason="in_use",
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _make(path: Path) -> None:
+    """Create the file if it does not exist, readable by its owner only. SQLite's other files get its mode."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+        _hand_over(descriptor, path.parent)
+    finally:
+        os.close(descriptor)
+
+
+def _hand_over(descriptor: int, folder: Path) -> None:
+    """Give a file created by root to the state dir's owner, who must be able to use it later."""
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        raise StoreFailed(ADVICE["corrupt"], reason="corrupt")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # autocommit, since we manage transactions. Opened by one thread, used by another, never by two at once.
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    connection.execute("PRAGMA foreign_keys=ON")
+    return connection
+
 
 __all__ = ["Statement", "Store", "StoreFailed", "Work"]
 
-log = logging.getLogger(__name__)
 
 WAITING: Final = 10_000  # pending reads and writes, so that a slow disk cannot fill the memory
 

@@ -27,7 +27,7 @@ from gateway.errors import Conflict
 from gateway.host import HostError
 from gateway.host.daemon import systemd_runs
 from gateway.migration import Migration, Wanted, opened
-from gateway.migration.service import Systemctl, Unit
+from gateway.migration.source import Systemctl, Unit
 from gateway.rootfs import shown_folders
 from gateway.rootfs.broker_client import instances
 from gateway.runtime.incus import migrations

@@ -32,13 +32,13 @@ from gateway.events import (
     MemoryJournal,
     StoredJournal,
     Subscription,
-    memory_journal,
-    stored_journal,
+)
+from gateway.events import (
+    journal as journals,
 )
 from gateway.events.bus import BATCH
 from gateway.events.event import numbered
-from gateway.storage.database import FILE
-from gateway.storage.store import Store
+from gateway.storage.store import FILE, Store
 from tests.unit.test_store import Held
 from tests.waits import settled, turn, until
 
@@ -57,7 +57,7 @@ async def make(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Make]:
     """Return a factory of empty journals, for each kind, because the bus must see no difference."""
-    monkeypatch.setattr(stored_journal, "_RECENT", 32)  # so that most reads are of the disk
+    monkeypatch.setattr(journals, "_RECENT", 32)  # so that most reads are of the disk
     async with AsyncExitStack() as stack:
 
         async def one(kept: int = 1000, kept_bytes: int = 1 << 26) -> Journal:
@@ -77,7 +77,7 @@ def stored(
     waiting: int = 10_000,
 ) -> StoredJournal:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored_journal, "WAITING", waiting)
+        patch.setattr(journals, "WAITING", waiting)
         return StoredJournal(store, kept=kept, kept_bytes=kept_bytes, age=age)
 
 
@@ -215,8 +215,8 @@ def test_a_later_life_has_higher_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     before = MemoryJournal(10)
     before.append(drafts(1))
     assert time.time() * 1000 - 60_000 < before.newest < 2**53
-    later = memory_journal.clock() + 3
-    monkeypatch.setattr(memory_journal, "clock", lambda: later)
+    later = journals.clock() + 3
+    monkeypatch.setattr(journals, "clock", lambda: later)
     assert MemoryJournal(10).newest > before.newest
 
 
@@ -324,7 +324,7 @@ async def test_losses_of_many_tenants_are_told_in_bounded_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oldest losses then count for everybody: there may be a gap too many, but never one too few."""
-    monkeypatch.setattr("gateway.events.retention._LOSSES", 20)
+    monkeypatch.setattr("gateway.events.journal._LOSSES", 20)
     async with Store(tmp_path) as store, stored(store, kept=10) as journal:
         bus = Bus(journal, "t")
         first = bus.publish("first", "t0")
@@ -615,9 +615,9 @@ async def test_events_of_tool_calls_wait_for_others_while_nobody_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until somebody does, another event comes, or the bus closes. The gateway's own followers wait too."""
-    monkeypatch.setattr(stored_journal, "_GATHER", 0)
-    monkeypatch.setattr(stored_journal, "_SPACING", 0)
-    monkeypatch.setattr(stored_journal, "_UNFOLLOWED", 3600)
+    monkeypatch.setattr(journals, "_GATHER", 0)
+    monkeypatch.setattr(journals, "_SPACING", 0)
+    monkeypatch.setattr(journals, "_UNFOLLOWED", 3600)
     async with Store(tmp_path) as store, stored(store) as journal:
         bus = Bus(journal, "t")
         own = bus.subscribe(ALL, patient=True)

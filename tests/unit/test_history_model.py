@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from gateway.events import Bus
-from gateway.events.memory_journal import MemoryJournal
+from gateway.events.journal import MemoryJournal
 from gateway.execs import Execs
 from gateway.history import History, outside
 from gateway.history import history as history_module

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from gateway.events import Bus
-from gateway.events.memory_journal import MemoryJournal
+from gateway.events.journal import MemoryJournal
 from gateway.execs import Execs
 from gateway.history.history import History
 from gateway.history.recorder import OpenTurn

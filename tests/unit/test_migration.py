@@ -15,13 +15,10 @@ from pathlib import Path
 import pytest
 
 from gateway.host import HostError
-from gateway.migration import service
-from gateway.migration.plan import Plan, Wanted, decided
-from gateway.migration.record import Moving, keys
-from gateway.migration.route import own_block
-from gateway.migration.scan import Found, scan
-from gateway.migration.service import Old, Unit, bus_label, in_tenant
-from gateway.migration.shifted_mount import Owner, inside
+from gateway.migration import source
+from gateway.migration.destination import Owner, mapped
+from gateway.migration.plan import Found, Moving, Plan, Wanted, decided, keys, scan
+from gateway.migration.source import Old, Unit, bus_label, in_tenant, own_block
 from gateway.runtime.incus.migrations import FOLDER, OLD, STATE, old_service
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
@@ -157,21 +154,21 @@ def test_a_block_that_goes_before_the_routes_is_seen(host: str, handler: dict[st
 
 def test_a_unit_that_does_not_run_is_refused() -> None:
     with pytest.raises(HostError, match="is not running"):
-        service.of_unit(Unit(0, (), True), "shop.service", None)
+        source.of_unit(Unit(0, (), True), "shop.service", None)
 
 
 def test_a_process_is_found_by_where_it_was_started_and_listens(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="no listening service"):
-        service.of_folder(tmp_path, None)
+        source.of_folder(tmp_path, None)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         port = listening.getsockname()[1]
-        found = service.of_unit(Unit(os.getpid(), ("a", "b c"), True), "shop.service", port)
+        found = source.of_unit(Unit(os.getpid(), ("a", "b c"), True), "shop.service", port)
     assert (found.words, found.address, found.port) == (("a", "b c"), "127.0.0.1", port)
     assert "PATH" not in found.environment and found.uid == os.geteuid()
     with pytest.raises(HostError, match="with --port"):
-        service.of_unit(Unit(os.getpid(), (), True), "shop.service", 1)
+        source.of_unit(Unit(os.getpid(), (), True), "shop.service", 1)
 
 
 # says that it listens, and ends with its input
@@ -200,7 +197,7 @@ def test_a_shell_around_a_server_is_paused_with_it_and_not_started_in_the_tenant
 ) -> None:
     server = (sys.executable, "-c", LISTENS)
     with running(tmp_path, "sh", "-c", wrapped.format(shlex.join(server))) as shell:
-        found = service.of_folder(tmp_path, None)
+        found = source.of_folder(tmp_path, None)
     assert found.words == server
     assert shell in found.pids
 
@@ -208,19 +205,19 @@ def test_a_shell_around_a_server_is_paused_with_it_and_not_started_in_the_tenant
 def test_a_shell_that_does_more_than_start_a_server_is_the_service(tmp_path: Path) -> None:
     (tmp_path / "run.sh").write_text(f"{shlex.join((sys.executable, '-c', LISTENS))}; echo ended")
     with running(tmp_path, "sh", "run.sh") as shell:
-        found = service.of_folder(tmp_path, None)
+        found = source.of_folder(tmp_path, None)
     assert found.words == ("sh", "run.sh")
     assert found.pids[0] == shell
     two = f"sleep 60 & {shlex.join((sys.executable, '-c', LISTENS))}; kill $!"
     with running(tmp_path, "sh", "-c", two):
-        found = service.of_folder(tmp_path, None)
+        found = source.of_folder(tmp_path, None)
     assert found.words == ("sh", "-c", two)
 
 
 def test_the_terminal_that_a_server_was_started_at_is_no_part_of_it(tmp_path: Path) -> None:
     server = (sys.executable, "-c", LISTENS)
     with running(tmp_path, sys.executable, "-c", STARTS, *server) as terminal:
-        found = service.of_folder(tmp_path, None)
+        found = source.of_folder(tmp_path, None)
     assert found.words == server
     assert terminal not in found.pids
 
@@ -230,7 +227,7 @@ def test_who_migrates_is_no_part_of_the_service(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     server = (sys.executable, "-c", LISTENS)
     with running(tmp_path, *server) as pid:
-        found = service.of_folder(tmp_path, None)
+        found = source.of_folder(tmp_path, None)
     assert (found.words, found.pids) == (server, (pid,))
 
 
@@ -242,9 +239,9 @@ def test_bus_paths_are_spelled_as_systemd_does() -> None:
 def test_the_ids_of_the_workspaces_user_come_from_the_instance() -> None:
     line = '{"Isuid":%s,"Isgid":%s,"Hostid":1065536,"Nsid":0,"Maprange":65536}'
     config = {"volatile.idmap.next": f"[{line % ('true', 'false')},{line % ('false', 'true')}]"}
-    assert inside(config, 1000) == Owner(1066536, 1066536)
+    assert mapped(config, 1000) == Owner(1066536, 1066536)
     with pytest.raises(HostError):
-        inside({"volatile.idmap.next": "[]"}, 1000)
+        mapped({"volatile.idmap.next": "[]"}, 1000)
 
 
 def test_the_next_run_knows_all_of_the_one_before() -> None:

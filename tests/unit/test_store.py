@@ -18,11 +18,10 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.storage import memory_log, schema
-from gateway.storage.database import FILE
-from gateway.storage.memory_log import NOTE_MAX
-from gateway.storage.schema import MIGRATIONS
-from gateway.storage.store import Statement, Store, StoreFailed, Work
+from gateway.storage import store as stores
+from gateway.storage import writer
+from gateway.storage.store import FILE, MIGRATIONS, Statement, Store, StoreFailed, Work
+from gateway.storage.writer import NOTE_MAX
 from tests.waits import settled, turn
 
 
@@ -227,11 +226,11 @@ async def test_an_upgrade_keeps_what_is_there_and_a_failing_one_changes_nothing(
         await store.write(make)
         await store.write(add(7))
     good = "ALTER TABLE t ADD COLUMN more TEXT DEFAULT 'x'"
-    monkeypatch.setattr(schema, "MIGRATIONS", (*MIGRATIONS, f"{good}; INSERT INTO nowhere VALUES (1)"))
+    monkeypatch.setattr(stores, "MIGRATIONS", (*MIGRATIONS, f"{good}; INSERT INTO nowhere VALUES (1)"))
     with pytest.raises(sqlite3.OperationalError):
         async with Store(tmp_path):
             pass
-    monkeypatch.setattr(schema, "MIGRATIONS", (*MIGRATIONS, good))
+    monkeypatch.setattr(stores, "MIGRATIONS", (*MIGRATIONS, good))
     async with Store(tmp_path) as store:
         rows = await store.read(lambda connection: connection.execute("SELECT n, more FROM t").fetchall())
         assert rows == [(7, "x")]
@@ -403,7 +402,7 @@ async def test_notes_for_which_there_is_no_disk_are_kept_and_others_refused(tmp_
 
 async def test_whenever_the_end_comes_the_memory_has_what_is_not_written(tmp_path: Path) -> None:
     def left() -> list[bytes]:
-        return list(memory_log.MemoryLog.opened(tmp_path).notes())
+        return list(writer.MemoryLog.opened(tmp_path).notes())
 
     async with Store(tmp_path) as store:
         await store.write(make)
@@ -430,7 +429,7 @@ async def test_whenever_the_end_comes_the_memory_has_what_is_not_written(tmp_pat
 def test_the_memory_log_tells_what_came_first(tmp_path: Path) -> None:
     for cleared in (False, True):
         for turns in range(4):
-            book = memory_log.MemoryLog.opened(tmp_path)
+            book = writer.MemoryLog.opened(tmp_path)
             for n in range(turns):
                 assert book.add(b"%d" % n)
                 book.turn()
@@ -438,7 +437,7 @@ def test_the_memory_log_tells_what_came_first(tmp_path: Path) -> None:
                     book.clear()
             assert book.add(b"last")
             before = [] if cleared else [b"%d" % n for n in range(turns)][-1:]
-            assert list(memory_log.MemoryLog.opened(tmp_path).notes()) == [*before, b"last"]
+            assert list(writer.MemoryLog.opened(tmp_path).notes()) == [*before, b"last"]
             for _ in (0, 1):
                 book.turn()
                 book.clear()
@@ -448,7 +447,7 @@ def test_the_memory_log_tells_what_came_first(tmp_path: Path) -> None:
 _FILLER = """
 import sys, time
 from pathlib import Path
-from gateway.storage.memory_log import MemoryLog
+from gateway.storage.writer import MemoryLog
 book, end = MemoryLog.opened(Path(sys.argv[1])), time.monotonic() + 1.5
 print(flush=True)
 while time.monotonic() < end:
@@ -469,11 +468,11 @@ def test_at_no_moment_does_the_memory_log_forget_what_it_has(tmp_path: Path) -> 
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        path = memory_log.place(tmp_path)
+        path = writer.memory_log_path(tmp_path)
         try:
             with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
                 words = memoryview(mapped).cast("Q")
-                other = memory_log.HALF // 8
+                other = writer.HALF // 8
                 while process.poll() is None:
                     for _ in range(1000):
                         turns = words[0], words[other]
@@ -495,7 +494,7 @@ def test_root_opens_what_the_gateways_user_made(tmp_path: Path, monkeypatch: pyt
         return opened(path, flags, mode)
 
     monkeypatch.setattr(os, "open", open_)
-    books = [memory_log.MemoryLog.opened(tmp_path) for _ in range(2)]
+    books = [writer.MemoryLog.opened(tmp_path) for _ in range(2)]
     assert [book.add(b"noted") for book in books] == [True, True]
     for book in books:
         for _ in (0, 1):
@@ -509,7 +508,7 @@ async def test_without_memory_of_ours_a_note_is_waited_for(
 ) -> None:
     (tmp_path / "theirs").touch(0o666)
     memory = tmp_path / "memory"
-    monkeypatch.setattr(memory_log, "MEMORY", memory)
+    monkeypatch.setattr(writer, "MEMORY", memory)
     for case in ("missing", "linked", "open to others"):
         async with Store(tmp_path / case) as store:
             if case == "missing":
@@ -581,7 +580,7 @@ async def test_notes_belong_to_the_file_that_they_were_made_for(tmp_path: Path) 
     async with Store(tmp_path) as store:
         await store.write(make)
         await store.note(("INSERT INTO revoked (token, at, who) VALUES ('old', 0, '')", ()))
-        left = memory_log.MemoryLog.opened(tmp_path)
+        left = writer.MemoryLog.opened(tmp_path)
         assert len(list(left.notes())) == 1
         for name in (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}.lock"):
             (tmp_path / name).unlink()
@@ -613,4 +612,4 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         found.close()
         assert kept[:acknowledged] == list(range(1, acknowledged + 1))
         assert len(kept) - acknowledged in (0, 1)  # written, and killed before it could say so
-    memory_log.MemoryLog.opened(tmp_path).close()
+    writer.MemoryLog.opened(tmp_path).close()

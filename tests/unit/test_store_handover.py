@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.storage import store, threads
-from gateway.storage.database import FILE
-from gateway.storage.store import Store, StoreFailed
+from gateway.storage import store, writer
+from gateway.storage.store import FILE, Store, StoreFailed
 
 
 def _put(connection: sqlite3.Connection) -> None:
@@ -78,9 +77,9 @@ def copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, 
     def copy(connection: sqlite3.Connection) -> None:
         began.set()
         assert go_on.wait(30)
-        threads.copy_log(connection)
+        writer.copy_log(connection)
 
-    monkeypatch.setattr(threads, "_COPIED", 1)
+    monkeypatch.setattr(writer, "_COPIED", 1)
     monkeypatch.setattr(store, "copy_log", copy)
     yield began, go_on
     go_on.set()
