@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +25,7 @@ from gateway.errors import ExecFailed, NotFound, Unavailable
 from gateway.host import HostError, run
 from gateway.incus.client import instance_path
 from gateway.migration.plan import Moving
+from gateway.migration.source import Owner
 from gateway.rootfs.instance_record import identity_of
 from gateway.rootfs.shown_folders import mounts, place, unmount
 from gateway.runtime import Commands, scripts
@@ -39,14 +39,6 @@ _FIX: Final = (
     "mount (util-linux) 2.39 or later and a file system that takes a map of ids (ext4, xfs, btrfs, tmpfs) "
     "are needed; the old site keeps running"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """The ids on disk that the workspace's user has inside."""
-
-    uid: int
-    gid: int
 
 
 def open_door(where: Path, folder: Path, owner: Owner, inside: Owner, *, read_only: bool) -> None:

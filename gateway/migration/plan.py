@@ -19,8 +19,7 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.migration.destination import Owner
-from gateway.migration.source import Old, in_tenant
+from gateway.migration.source import Old, Owner, in_tenant
 from gateway.rootfs.instance_record import MANAGED
 from gateway.rootfs.paths import show
 from gateway.runtime.incus.marks import ROLE

@@ -40,6 +40,14 @@ _HOSTS: Final = re.compile(r"(?P<before>(?:--?[A-Za-z-]+=)?)(?:127\.0\.0\.1|loca
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """The ids on disk that the workspace's user has inside."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Old:
     """A running old service. `environment` contains secrets: only its names are ever printed."""
 

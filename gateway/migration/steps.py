@@ -25,10 +25,10 @@ from gateway.deployments.verify import Subject, Verifier
 from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
 from gateway.host import HostError, Report
 from gateway.host.caddy_service import CaddyService
-from gateway.hostnames import DomainReserved, normalized, gateway_names, plain, reserved, tenant_name
-from gateway.migration.destination import Destination, Owner, close_door
+from gateway.hostnames import DomainReserved, gateway_names, normalized, plain, reserved, tenant_name
+from gateway.migration.destination import Destination, close_door
 from gateway.migration.plan import ENDED, Moving, Plan, Wanted, decided, keys, scan
-from gateway.migration.source import OldServices, Units, led, own_block
+from gateway.migration.source import OldServices, Owner, Units, led, own_block
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.migrations import FOLDER, STATE

@@ -37,7 +37,7 @@ from gateway.admission import Admission
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
-from gateway.hostnames import DomainReserved, matches, gateway_names, plain, reserved
+from gateway.hostnames import DomainReserved, gateway_names, matches, plain, reserved
 from gateway.ownership.reservations import Holder, Reservations
 from gateway.runtime import Tenant, Tenants
 from gateway.runtime.sites import Site

@@ -16,9 +16,9 @@ import pytest
 
 from gateway.host import HostError
 from gateway.migration import source
-from gateway.migration.destination import Owner, mapped
+from gateway.migration.destination import mapped
 from gateway.migration.plan import Found, Moving, Plan, Wanted, decided, keys, scan
-from gateway.migration.source import Old, Unit, bus_label, in_tenant, own_block
+from gateway.migration.source import Old, Owner, Unit, bus_label, in_tenant, own_block
 from gateway.runtime.incus.migrations import FOLDER, OLD, STATE, old_service
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
