@@ -1,20 +1,16 @@
-"""The tables of the gateway's records, as steps from an empty file to today's.
-
-Opens a state dir's SQLite file: locks, checks and upgrades it.
-
-The gateway's own records: events, deployments, calls, names, domains, revoked tokens, the audit log.
+"""The gateway's own records: events, deployments, calls, names, domains, revoked tokens, the audit log.
 
 Incus stores everything about instances. Each package has its own statements; the store itself reads no table.
+`MIGRATIONS` has the tables, and `Database` opens, locks, checks and upgrades the SQLite file of a state dir.
 
 The file is in WAL mode with `synchronous=NORMAL`: however the gateway ends, even by SIGKILL, every
 acknowledged write is in the file. A power cut leaves a consistent file that may lack the last moments. A
 write that must survive that too asks for `durable`, which costs a flush of the disk.
 
 A caller does not wait for a `note`: it stays in memory that outlives the process, until it is written
-together with others.
-
-What that buys, at 190 calls a second that are each recorded at their begin and end (two busy cores): 0.04 ms of
-waiting a call at p50 and 0.3 ms at p99, where waiting for each commit took 0.6 and 45 ms, and half of the CPU.
+together with others. With 190 calls a second, each recorded when it begins and when it ends, a call then
+waits 0.04 ms at p50 and 0.3 ms at p99, on two busy cores. Waiting for each commit took 0.6 and 45 ms, and
+twice the CPU.
 """
 
 from __future__ import annotations
