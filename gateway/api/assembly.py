@@ -22,9 +22,9 @@ from gateway.audit import Audit
 from gateway.auth import tokens
 from gateway.auth.grants import Grants, Revocations
 from gateway.caddy import Caddy
-from gateway.deployments import Deployments, Hangs, Health
+from gateway.deployments import Context, Deployments, Hangs, Health
 from gateway.deployments.publishing import Sources
-from gateway.deployments.register import Register
+from gateway.deployments.record import Register
 from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
@@ -33,7 +33,7 @@ from gateway.holder.holder import HolderClient
 from gateway.idempotency import Idempotency
 from gateway.lifecycle.doors import Doors
 from gateway.lifecycle.idle import Idle
-from gateway.lifecycle.lifecycle import Lifecycle
+from gateway.lifecycle.lifecycle import Lifecycle, SiteRoutes
 from gateway.lifecycle.site_logs import SiteLogs
 from gateway.limits.budget import ClientLimits
 from gateway.limits.capacity import Capacity, DiskSpace
@@ -228,10 +228,9 @@ async def _serving(base: Foundations, trust: Trust, stored: Stored, work: _Work)
         domains = await Domains.opened(runtime.tenants, base.store, bus, settings, base.topology.domains)
         room = DiskSpace(runtime, workers, base.store, settings, sites.copies.spare)
         capacity = Capacity(runtime.tenants, settings)
-        lifecycle = Lifecycle(
-            *(runtime, sites, caddy, domains, workers, bus, stored.names, room, capacity, settings)
-        )
-        idle = await enter(Idle(runtime, sites, caddy, domains, lifecycle, work.execs.running_in, settings))
+        routes = SiteRoutes(runtime.tenants, sites, caddy, domains)
+        lifecycle = Lifecycle(runtime, routes, workers, bus, stored.names, room, capacity, settings)
+        idle = await enter(Idle(runtime, routes, lifecycle, work.execs.running_in, settings))
         register = Register(base.store, domains, settings)
         health = await enter(Health(sites, bus, settings, register, caddy.show_error_page))
         pressure = None
@@ -259,17 +258,24 @@ async def _deploying(
     async with contextlib.AsyncExitStack() as stack:
         deployments = await stack.enter_async_context(
             Deployments(
-                *(runtime, sites, serving.caddy, serving.domains, serving.register, stored.bus, settings),
-                moving=base.topology.moving,
-                use=serving.idle.use,
-                admit=serving.room.admit,
-                spacious=serving.room.spacious,
-                promise=serving.capacity.promise,
-                ended=stored.names.ended,
-                workers=workers,
-                health=serving.health,
-                pressure=serving.pressure,
-                remote=base.topology.remote_routes(serving.caddy, serving.domains),
+                Context(
+                    runtime=runtime,
+                    sites=sites,
+                    caddy=serving.caddy,
+                    domains=serving.domains,
+                    register=serving.register,
+                    bus=stored.bus,
+                    settings=settings,
+                    idle=serving.idle,
+                    names=stored.names,
+                    room=serving.room,
+                    capacity=serving.capacity,
+                    workers=workers,
+                    health=serving.health,
+                    pressure=serving.pressure,
+                    remote=base.topology.remote_routes(serving.caddy, serving.domains),
+                    moving=base.topology.moving,
+                )
             )
         )
         if isinstance(runtime, IncusRuntime):
@@ -359,7 +365,7 @@ def _services(
         limits=limits,
         metrics=metrics,
         leave_ready=work.sites.copies.leave,
-        site_logs=SiteLogs(work.execs, runtime.commands, settings),
-        sources=Sources(runtime, work.execs, settings),
+        site_logs=SiteLogs(work.execs, runtime.commands),
+        sources=Sources(runtime, work.execs),
         previews=Previews(serving.caddy, trust.secret),
     )

@@ -73,7 +73,7 @@ class Caddy(Routes):
         return self.folder / _MAIN
 
     def _written(self) -> dict[str, str | None]:
-        """Return the configuration's files as they are on disk; None for one that cannot be read.
+        """Return the configuration's files on disk; None for a file that cannot be read.
 
         The one for peers exists in a cluster only.
         """

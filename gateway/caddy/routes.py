@@ -53,7 +53,7 @@ class Routes:
         self.routes = self.folder / "routes"
         self.away = self.folder / "away"  # has a file for each domain whose site hangs
         self._targets = self.folder / "targets"
-        # a target is created before its route: nobody may remove it as unused in between
+        # a target is created before its route, and must not be removed as unused between the two
         self._setting = threading.Lock()
         # held while deciding what routes should be and setting them
         self.changing = asyncio.Lock()
@@ -151,7 +151,7 @@ class Routes:
         with self._setting:
             place = self._targets / target
             place.mkdir(mode=0o755, exist_ok=True)
-            if not (place / target).exists():  # root may own it, if the gateway had no user of its own before
+            if not (place / target).exists():  # root may own it, if the gateway used to run as root
                 (place / target).touch(mode=0o644)
             before = self.get(domain)
             if before != target:

@@ -27,9 +27,8 @@ from gateway.cli.invocation import (
     client_of,
     tenant_of,
 )
-from gateway.deployments.entries import LEFT_OUT, packed, read_folder
-from gateway.deployments.manifest import MANIFEST, Overrides, written
-from gateway.deployments.template import Template, checked
+from gateway.deployments.archive import BYTES, FILES, LEFT_OUT, packed, read_folder
+from gateway.deployments.template import MANIFEST, Overrides, SiteTemplate, checked, written
 from gateway.errors import GatewayError, InvalidParams, TooLarge
 from gateway.rootfs.paths import show
 from gateway.settings import Settings, load
@@ -80,7 +79,7 @@ class IgnoredFiles:
         return self._rules[folder]
 
 
-def _measure(folder: Path, settings: Settings, ignored: IgnoredFiles) -> None:
+def _measure(folder: Path, ignored: IgnoredFiles) -> None:
     """Raise `TooLarge` for a folder beyond the limits of a site, before any file is read."""
     sizes, files, pending = Counter[str](), 0, [""]
     while pending and files < _LOOKED_AT:
@@ -99,15 +98,15 @@ def _measure(folder: Path, settings: Settings, ignored: IgnoredFiles) -> None:
                 else:
                     sizes[f"{top}/" if below else top] += found.stat(follow_symlinks=False).st_size
     size = sum(sizes.values())
-    if size <= settings.template_bytes and files <= settings.template_files:
+    if size <= BYTES and files <= FILES:
         return
     largest = ", ".join(f"{show(name)} ({_size(has)})" for name, has in sizes.most_common(3))
     raise TooLarge(
         f"{folder} has {'' if files < _LOOKED_AT else 'over '}{_size(size)} in {files} files, and a site "
-        f"may have at most {_size(settings.template_bytes)} (GATEWAY_TEMPLATE_BYTES) in "
-        f"{settings.template_files} (GATEWAY_TEMPLATE_FILES). The largest are {largest}: list what the site "
+        f"may have at most {_size(BYTES)} in "
+        f"{FILES} files. The largest are {largest}: list what the site "
         "does not need in .gitignore, and keep large files elsewhere",
-        limit=settings.template_bytes,
+        limit=BYTES,
     )
 
 
@@ -118,7 +117,7 @@ def _size(size: int) -> str:
     return f"{size} bytes"
 
 
-def read_site(folder: Path, settings: Settings, overrides: Overrides) -> tuple[Template, list[str]]:
+def read_site(folder: Path, settings: Settings, overrides: Overrides) -> tuple[SiteTemplate, list[str]]:
     """Read a folder as the gateway will, so that mistakes show before anything is sent.
 
     Returns it, and the paths that .gitignore leaves out.
@@ -127,24 +126,24 @@ def read_site(folder: Path, settings: Settings, overrides: Overrides) -> tuple[T
         raise InvalidParams(f"{folder} is not a folder")
     ignored = IgnoredFiles(folder)
     try:
-        _measure(folder, settings, ignored)
-        entries = read_folder(folder, settings, ignored)
+        _measure(folder, ignored)
+        entries = read_folder(folder, ignored)
     except OSError as error:
         raise InvalidParams(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     try:
-        return checked(str(folder), entries, settings, shared=False, overrides=overrides), ignored.named
+        return checked(str(folder), entries, shared=False, overrides=overrides), ignored.named
     except InvalidParams as error:
         # the gateway's own message has no folder to name
         error.message = error.message.replace(" DOMAIN FOLDER/", f" DOMAIN {folder}/")
         raise
 
 
-def packed_site(template: Template) -> bytes:
+def packed_site(template: SiteTemplate) -> bytes:
     """Return the archive of a folder, as it is sent."""
     return gzip.compress(packed(template.entries), 6, mtime=0)
 
 
-def write_manifest(folder: Path, template: Template) -> Path:
+def write_manifest(folder: Path, template: SiteTemplate) -> Path:
     """Write what was detected to the folder's manifest. Raises `InvalidParams` if it has one already."""
     path = folder / MANIFEST
     if template.detected is None or path.exists():
@@ -212,7 +211,7 @@ def deploy(
     mode: Literal["production"] | None = "production" if production else None
     overrides = _overrides(start, install, port, mode)
     if template is not None and names_template(template):
-        if overrides.said or write:
+        if overrides.given or write:
             raise typer.BadParameter("--start, --install, --port, --production and --write are for a folder")
         what: str | bytes = template
     else:

@@ -3,10 +3,10 @@
 Other packages use `Deployments`, `Request`, and the functions of `template`.
 """
 
+from gateway.deployments.context import Context
 from gateway.deployments.deployments import Deployments
-from gateway.deployments.hangs import Hangs
-from gateway.deployments.health import Health
+from gateway.deployments.health import Hangs, Health
 from gateway.deployments.record import Record
 from gateway.deployments.request import Request
 
-__all__ = ["Deployments", "Hangs", "Health", "Record", "Request"]
+__all__ = ["Context", "Deployments", "Hangs", "Health", "Record", "Request"]

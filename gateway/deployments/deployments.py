@@ -7,34 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
 from gateway.auth.tokens import Token
-from gateway.caddy import Caddy
-from gateway.deployments.admission import Admission
-from gateway.deployments.context import Context, Promise, RemoteRoutes
-from gateway.deployments.health import Health
-from gateway.deployments.progress import Progress
-from gateway.deployments.queue import DeploymentQueue, Owner
-from gateway.deployments.reconciler import Reconciler
-from gateway.deployments.record import Record
-from gateway.deployments.recovery import Recovery
-from gateway.deployments.register import Register, Running
-from gateway.deployments.request import Change, Request, Variables
-from gateway.deployments.runner import Runner
+from gateway.deployments.context import Context
+from gateway.deployments.phases import changed, chosen
+from gateway.deployments.queue import DeploymentQueue, Warming
+from gateway.deployments.reconciler import Reconciler, Recovery
+from gateway.deployments.record import DeploymentEvents, Record, RunningDeployment
+from gateway.deployments.request import (
+    Change,
+    DeploymentOwner,
+    Request,
+    Rollback,
+    Variables,
+    check_env,
+    uploader,
+)
+from gateway.deployments.runner import DeploymentRunner
 from gateway.deployments.template import named, names
-from gateway.deployments.verify import Verifier
-from gateway.deployments.warming import Warming
-from gateway.errors import Conflict, GatewayError, Unavailable
-from gateway.events import Bus
-from gateway.limits.pressure import Pressure
-from gateway.ownership.domains import Domains
-from gateway.rootfs.workers import Workers
-from gateway.runtime import TenantEvent, TenantRuntime
-from gateway.runtime.sites import Former, Recipe, Sites
-from gateway.settings import Settings
+from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound, Unavailable
+from gateway.hostnames import normalized, tenant_name
+from gateway.runtime import TENANT_NAME, TenantEvent, sizes
+from gateway.runtime.sites import Former, Recipe
 
 # events of a tenant after which its route may be wrong
 _MOVES: Final = (
@@ -47,64 +44,17 @@ _ENDS: Final = ("tenant.stopped", "tenant.destroyed", "tenant.renamed", "tenant.
 class Deployments:
     """The deployments of one gateway. Use as an async context manager."""
 
-    def __init__(
-        self,
-        runtime: TenantRuntime,
-        sites: Sites,
-        caddy: Caddy,
-        domains: Domains,
-        register: Register,
-        bus: Bus,
-        settings: Settings,
-        use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
-        admit: Callable[[], Awaitable[None]] | None = None,
-        spacious: Callable[[], Awaitable[None]] | None = None,
-        promise: Promise | None = None,
-        ended: Callable[[str], float] | None = None,
-        workers: Workers | None = None,
-        health: Health | None = None,
-        pressure: Pressure | None = None,
-        remote: RemoteRoutes | None = None,
-        moving: Callable[[str], bool] | None = None,
-    ) -> None:
-        """`use` keeps a tenant awake while its context is open; `ended` returns when a name was last freed.
-
-        `admit` refuses if there is no room for another tenant, `spacious` if room would have to be made
-        first, `promise` if this host lacks the memory. Without `workers` updates remove no files. In a
-        cluster `remote` tells where other members' sites are, and `moving` which tenants are about to go
-        there.
-        """
-        self._caddy, self._domains, self._sites, self._tenants = caddy, domains, sites, runtime.tenants
-        self._bus, self._settings = bus, settings
-        self._register = register
-        self._admission = Admission(
-            *(domains, self._register, sites, settings),
-            ended=ended or (lambda tenant: 0.0),
-            moving=moving or (lambda tenant: False),
-        )
-        self._verifier = Verifier(sites.services, caddy, settings, pressure)
-        self._turns = DeploymentQueue(settings)
-        self._warming = Warming(sites.copies, self._turns, spacious, settings)
+    def __init__(self, context: Context) -> None:
+        self._caddy, self._domains, self._sites = context.caddy, context.domains, context.sites
+        self._tenants, self._bus, self._settings = context.runtime.tenants, context.bus, context.settings
+        self._register, self._verifier = context.register, context.verifier
+        self._checks = RequestChecks(context)
+        self._turns = DeploymentQueue(self._settings)
+        self._warming = Warming(self._sites.copies, self._turns, context.room)
         self._recovered = asyncio.Event()
         self._resting = False
-        context = Context(
-            runtime=runtime,
-            sites=sites,
-            caddy=caddy,
-            domains=domains,
-            register=self._register,
-            verifier=self._verifier,
-            workers=workers,
-            settings=settings,
-            use=use or (lambda tenant: contextlib.nullcontext()),
-            admit=admit or _anything,
-            promise=promise or (lambda tenant, memory: contextlib.nullcontext()),
-            health=health,
-            pressure=pressure,
-            remote=remote,
-        )
-        self._runner = Runner(context, self._turns, self._warming, self._recovered, bus)
-        self._recovery = Recovery(context, bus)
+        self._runner = DeploymentRunner(context, self._turns, self._warming, self._recovered)
+        self._recovery = Recovery(context)
         self._reconciler = Reconciler(context, self._recovery)
         self._following: asyncio.Task[None] | None = None
 
@@ -142,7 +92,7 @@ class Deployments:
     async def rest(self, seconds: float, waiting: Callable[[int], None]) -> None:
         """Return once no deployment is under way, from when on none begins until `go_on`.
 
-        `waiting` is told how many are. Raises `Unavailable` if some still are after `seconds`.
+        `waiting` is called with their number as they end. Raises `Unavailable` if some run after `seconds`.
         """
         running = self._register.running
         try:
@@ -173,23 +123,26 @@ class Deployments:
         """
         if self._resting:
             raise Unavailable("the gateway is being replaced; try again", retry_after=1)
-        tenant, domain = await self._admission.check(request, token)
+        tenant, domain = await self._checks.check(request, token)
         by = token.subject
-        fresh = Record(tenant, domain, self._caddy.url(domain), _told(request), by)
+        fresh = Record(tenant, domain, self._caddy.url(domain), _template_name(request), by)
         if isinstance(request.template, Variables):
             fresh.env = sorted(request.template.changes)
         if key is not None:
             begun = await self._register.keyed(by, key)
             # nothing may be revealed of another tenant's, or of one that had the name before
-            if told := [one for one in begun if self._admission.knows(token, one[0])]:
+            if told := [one for one in begun if self._checks.knows(token, one[0])]:
                 return _same(told, request), False
-        self._admission.check_alone(tenant, domain, token)
-        fresh.template = await self._admission.template_of_change(tenant, request) or fresh.template
-        self._admission.check_alone(tenant, domain, token)  # another may have begun meanwhile
-        owner, size = Owner.of(token), len(request.template) if isinstance(request.template, bytes) else 0
+        self._checks.check_alone(tenant, domain, token)
+        fresh.template = await self._checks.template_of_change(tenant, request) or fresh.template
+        self._checks.check_alone(tenant, domain, token)  # another may have begun during the last await
+        owner, size = (
+            DeploymentOwner.of(token),
+            len(request.template) if isinstance(request.template, bytes) else 0,
+        )
         place = self._turns.admit(owner, size)
-        progress = Progress(fresh, self._bus, self._settings.install_log)
-        running = Running(fresh, request, owner, progress, self._admission.uploader(token), key)
+        progress = DeploymentEvents(fresh, self._bus, self._settings.install_log)
+        running = RunningDeployment(fresh, request, owner, progress, self._checks.uploader(token), key)
         try:
             await self._register.open(running)
         except BaseException:
@@ -273,7 +226,7 @@ class Deployments:
             self._verifier.forget(event.tenant)
 
 
-def _told(request: Request) -> str:
+def _template_name(request: Request) -> str:
     """Return the template's name for the record; that of a change is known only when it runs."""
     match request.template:
         case str():
@@ -291,5 +244,72 @@ def _same(known: Iterable[tuple[Record, str]], request: Request) -> Record:
     raise Conflict("this Idempotency-Key was used for another deployment; use a new one")
 
 
-async def _anything() -> None:
-    """Refuse no tenant."""
+class RequestChecks:
+    """What has to hold before a deployment begins, and who may know of one."""
+
+    def __init__(self, context: Context) -> None:
+        self._context, self._domains, self._register = context, context.domains, context.register
+        self._sites, self._settings = context.sites, context.settings
+
+    async def check(self, request: Request, token: Token) -> tuple[str, str]:
+        """Return the tenant and the domain of a request whose parts are valid and permitted.
+
+        Raises `InvalidParams`, `NotFound`, and what `Domains.permit` raises.
+        """
+        domain = normalized(request.domain)
+        tenant = request.tenant or tenant_name(domain)
+        if not TENANT_NAME.fullmatch(tenant):
+            raise InvalidParams(f"{tenant[:63]!r} is not a tenant name", field="tenant")
+        if not token.covers(tenant):
+            raise NotFound(f"no tenant {tenant} for this token; one that covers it can deploy {domain}")
+        sizes.known(request.size)
+        check_env(request.env)
+        await self._domains.permit(token, domain)
+        if isinstance(request.template, str) and request.template not in names(self._settings):
+            known = ", ".join(names(self._settings))
+            raise NotFound(
+                f"no template {request.template[:63]}; there are: {known}", reason="template_missing"
+            )
+        return tenant, domain
+
+    def check_alone(self, tenant: str, domain: str, token: Token) -> None:
+        """Raise `Conflict` if another deployment of the tenant or the domain is under way, or a move."""
+        if self._context.moving(tenant):
+            raise Conflict(
+                f"tenant {tenant} is being moved to another server; deploy again once it is there",
+                reason="moving",
+            )
+        holder = self._domains.holder(domain)
+        for other in self._register.running.values():
+            if other.record.over:  # a client that has seen its end may begin the next one
+                continue
+            # of another's deployment, reveal only that it exists
+            theirs = other.record.id == holder and token.covers(other.record.tenant)
+            if other.record.tenant == tenant or theirs:
+                raise Conflict(
+                    f"a deployment of {other.record.domain} is running; wait for it, or cancel it",
+                    deployment=other.record.id,
+                )
+
+    async def template_of_change(self, tenant: str, request: Request) -> str:
+        """Return the template of the site that a change leads to; raise if the change cannot be made."""
+        match request.template:
+            case Rollback():
+                former = self._sites.former
+                return (await former.recipe(tenant, await chosen(former, tenant, request.template))).template
+            case Variables():
+                await changed(self._sites.former, tenant, request.template)
+                _, recipe = await self._sites.former.live(tenant)
+                return recipe.template if recipe else ""
+        return ""
+
+    def uploader(self, token: Token) -> str:
+        """Return the owner of an upload; empty if copies of uploads are never kept."""
+        return uploader(token, self._context.ended) if self._settings.upload_copies_bytes else ""
+
+    def knows(self, token: Token, record: Record) -> bool:
+        """Return whether a deployment belongs to a tenant that the token covers and was made for."""
+        if token.coverage is None:
+            return True
+        ended = self._context.ended(record.tenant)
+        return token.covers(record.tenant) and (record.created >= ended or token.issued <= ended)

@@ -1,29 +1,37 @@
-"""Check from outside whether sites answer, and publish changes. Nothing runs in a tenant."""
+"""Check from outside whether sites answer or hang, and publish changes. Nothing runs in a tenant."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from gateway.admission import Admission
-from gateway.deployments.register import Register
+from gateway.bounds import run_in_thread
+from gateway.deployments.record import Register
 from gateway.errors import GatewayError
 from gateway.events import Bus
+from gateway.rootfs import connections
 from gateway.runtime import TenantEvent
+from gateway.runtime.incus.containers import Containers
 from gateway.runtime.packets import packets
-from gateway.runtime.probe import HostRefused, NoAnswer, answer, ask, refusal
+from gateway.runtime.probe import HostRefused, NoAnswer, answer, ask, own_ports, refusal
 from gateway.runtime.sites import Site, Sites, site_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
+INTERVAL: Final = 5.0  # seconds between two checks of a site
+TIMEOUT: Final = 5.0  # seconds without an answer after which a site is unhealthy at once
+FAILURES: Final = 3  # failed checks in a row after which a site is unhealthy
+HANG_TIMEOUT: Final = 4.0  # seconds after which visitors of a site that reads no requests get the error page
 _AT_ONCE: Final = 32  # checks asked for by clients, and of one site
 _OF_ONE: Final = 4
 _WAITING: Final = 128
@@ -42,7 +50,7 @@ class Health:
     """The health of every site. Use as an async context manager.
 
     A site that has just been started is checked until it answers, which is published as `tenant.healthy` with
-    the milliseconds it took. After that each is checked by itself, so that one that hangs delays no other.
+    the milliseconds it took. Each site is then checked separately, so that one that hangs delays no other.
     One that was healthy and has had no visitors since is checked every fourth time, or every twelfth if the
     runtime reports the end of its service, after which it is checked next time. A site that is healthy when
     the gateway starts causes no event.
@@ -118,7 +126,7 @@ class Health:
         if site.running:
             async with self._asking.slot(tenant):
                 with contextlib.suppress(OSError, ValueError):
-                    where, limit = site.exposure, self._settings.health_timeout
+                    where, limit = site.exposure, TIMEOUT
                     status = await ask(where.address, where.port, site.health, 1.0, limit, host=site.domain)
                     said = await refusal(where.address, where.port, site.health, site.domain, status)
         if said:
@@ -151,11 +159,11 @@ class Health:
                 await answer(where.address, where.port, site.health, limit, host=site.domain)
             except HostRefused as error:
                 why = f"it refuses its domain: {error.said}"
-                self._failed(site, self._settings.health_failures, why, at_once=True)
+                self._failed(site, FAILURES, why, at_once=True)
                 return
             except TimeoutError:
                 why = f"no answer within {self._settings.verify_timeout:g} s of its start"
-                self._failed(site, self._settings.health_failures, why, at_once=True)
+                self._failed(site, FAILURES, why, at_once=True)
                 return
             self._failures[tenant] = 0
             self._unhealthy.discard(tenant)
@@ -176,7 +184,7 @@ class Health:
             for part in parts:
                 for site in part:
                     self._look(site)
-                await asyncio.sleep(self._settings.health_interval / len(parts))
+                await asyncio.sleep(INTERVAL / len(parts))
 
     def _due(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
         """Return the sites to check now, part by part, and forget those that are gone."""
@@ -233,7 +241,7 @@ class Health:
         tenant, where, why, silent = site.tenant, site.exposure, "", False
         began = self._deploying(tenant)
         try:
-            limit, leisure = self._settings.health_timeout, self._settings.health_interval * _LEISURE
+            limit, leisure = TIMEOUT, INTERVAL * _LEISURE
             status = await ask(
                 *(where.address, where.port, site.health, 1.0, limit), host=site.domain, leisure=leisure
             )
@@ -241,7 +249,7 @@ class Health:
             if said := await refusal(where.address, where.port, site.health, site.domain, status):
                 why = f"it refuses its domain: {said}"
         except NoAnswer:
-            why, silent = f"no answer in {self._settings.health_timeout:g} s", True
+            why, silent = f"no answer in {TIMEOUT:g} s", True
         except ValueError:
             why = "no HTTP"
         except OSError:
@@ -282,8 +290,121 @@ class Health:
     def _failed(self, site: Site, failures: int, why: str, *, at_once: bool) -> None:
         tenant = site.tenant
         self._failures[tenant] = failures
-        if (at_once or failures >= self._settings.health_failures) and tenant not in self._unhealthy:
+        if (at_once or failures >= FAILURES) and tenant not in self._unhealthy:
             self._unhealthy.add(tenant)
             assert site.exposure is not None
             facts = {"port": site.exposure.port, "path": site.health, "failures": failures, "why": why}
             self._bus.publish("tenant.unhealthy", tenant, facts)
+
+
+_LOOK: Final = 5.0  # seconds of one look at the kernel's tables; it takes a millisecond
+_CONNECT: Final = 1.0
+_ROUNDS: Final = 10  # rounds of closing connections: Caddy sends some requests once more
+_PAUSE: Final = 0.1
+
+
+class ConnectionCutter(Protocol):
+    """What needs root; see `BrokerClient`."""
+
+    async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int: ...
+
+
+class Hangs:
+    """The watch for sites that hang. Use as an async context manager.
+
+    A site that has not read a request for a quarter of `HANG_TIMEOUT` is probed. If it does not answer within
+    half of that time it hangs: `told` is called with the reason, and connections from which it has read
+    nothing are closed, so that Caddy answers their visitors. A request that was read is never cut, since an
+    answer may take long. A site without visitors costs nothing.
+    """
+
+    def __init__(
+        self,
+        containers: Containers,
+        sites: Sites,
+        root: ConnectionCutter,
+        told: Callable[[Site, str], None],
+        register: Register,
+        settings: Settings,
+    ) -> None:
+        self._containers, self._sites, self._root, self._told = containers, sites, root, told
+        self._register, self._settings = register, settings
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Hangs:
+        self._watching = asyncio.create_task(self._watch(), name="sites that hang")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [task for task in (self._watching, *self._asking.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        step = HANG_TIMEOUT / 4
+        while True:
+            await asyncio.sleep(step)
+            try:
+                found = await run_in_thread(
+                    "hangs", _LOOK, connections.waiting, self._settings.network_ipv4, step
+                )
+                if found:
+                    await self._look(found)
+            except (GatewayError, OSError) as error:
+                log.info("cannot list the visitors that wait for a site: %s", error)
+            except Exception:
+                log.exception("cannot list the visitors that wait for a site")
+
+    async def _look(self, found: Sequence[connections.Connection]) -> None:
+        """Begin to probe each site that has not read what one of these visitors sent."""
+        own = own_ports()
+        visitors = {(one.local, one.remote) for one in found if one.local[1] not in own}
+        ends = {remote for _, remote in visitors}
+        for site in await self._sites.listed():
+            where = site.exposure
+            if where is None or site.deployment is not None or site.tenant in self._asking:
+                continue
+            # an update shares its processors, and visitors rather wait
+            if self._register.deploying(site.tenant):
+                continue
+            end = (socket.inet_aton(where.address), where.port)
+            if end not in ends or not (pid := await self._containers.init_pid(site.tenant)):
+                continue
+            unread = await run_in_thread("hangs", _LOOK, connections.unread, pid, end)
+            if any((local, end) in visitors for local in unread):
+                task = asyncio.create_task(self._probe(site), name=f"does {site.tenant} hang")
+                self._asking[site.tenant] = task
+                task.add_done_callback(partial(self._over, site.tenant))
+
+    def _over(self, tenant: str, task: asyncio.Task[None]) -> None:
+        del self._asking[tenant]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("cannot check whether a site hangs", exc_info=error)
+
+    async def _probe(self, site: Site) -> None:
+        where, limit = site.exposure, HANG_TIMEOUT
+        assert where is not None
+        try:
+            await ask(where.address, where.port, site.health, _CONNECT, limit / 2, host=site.domain)
+        except TimeoutError:
+            if self._register.deploying(site.tenant):
+                return
+            self._told(site, f"it has read no request for {limit * 3 / 4:g} s")
+            await self._break_off(site.tenant, where.port)
+        except (OSError, ValueError):
+            return  # it refuses the connection, or answers something
+
+    async def _break_off(self, tenant: str, port: int) -> None:
+        try:
+            for _ in range(_ROUNDS):
+                if not await self._root.break_off(tenant, port, own_ports()):
+                    break
+                await asyncio.sleep(_PAUSE)  # there is no event for when Caddy tries again
+        except GatewayError as error:
+            log.info(
+                "cannot disconnect the visitors that wait for %s, which hangs: %s", tenant, error.message
+            )

@@ -1,8 +1,19 @@
 """The phases of one deployment. Each registers its undo before it changes anything.
 
-A new tenant is built and destroyed as a whole. An update builds the next site beside the live one and
-rehearses it there, unseen by visitors. Then visitors wait in Caddy while the live site is stopped and the
-next one is started in its place: two servers of one project never serve the same files.
+| phase | a new site | an update |
+|---|---|---|
+| `validate` | read the template, claim the domain, check limits | the same for its tenant |
+| `create` | make the container, from a copy or the image | start the container if it is stopped |
+| `push` | unpack the files | unpack them as the next site, beside the live one |
+| `install` | run the install command | run it in the next site's folder |
+| `start` | start the service | start the next site's service |
+| `expose` | find the address | find the next site's address |
+| `route` | wait for the first answer, route the domain there | wait for the next site's first answer |
+| `verify` | load the page, watch it, record the success | also put it in the live one's place |
+
+A new tenant is built and destroyed as a whole. An update rehearses the next site unseen by visitors. Then
+visitors wait in Caddy while the live site is stopped and the next one is started in its place, so that two
+servers of one project never serve the same files.
 """
 
 from __future__ import annotations
@@ -11,6 +22,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,27 +31,23 @@ from typing import Any, Final
 
 from gateway.bounds import run_in_thread
 from gateway.caddy import Caddy, asleep
-from gateway.deployments import live_files
-from gateway.deployments.causes import LAST_OUTPUT, in_the_way
+from gateway.deployments.archive import LEFT_OUT
 from gateway.deployments.context import Context
-from gateway.deployments.former import keep_former, live_one
-from gateway.deployments.installing import install
-from gateway.deployments.progress import place
-from gateway.deployments.record import Record
-from gateway.deployments.register import Running
-from gateway.deployments.request import Request
-from gateway.deployments.template import Template, named, uploaded
-from gateway.deployments.verify import Subject
+from gateway.deployments.record import DeploymentEvents, Record, RunningDeployment, phase_position
+from gateway.deployments.request import Request, Rollback, Variables, check_env
+from gateway.deployments.template import SiteTemplate, named, uploaded
+from gateway.deployments.verify import LAST_OUTPUT, Subject, in_the_way, install_failed, more_memory
 from gateway.detection.frameworks import Framework, listening, shortage
-from gateway.errors import Conflict, ExecFailed, GatewayError, RateLimited, Timeout
+from gateway.errors import Conflict, ExecFailed, GatewayError, InvalidParams, NotFound, RateLimited, Timeout
+from gateway.limits.pressure import Pressure
 from gateway.rootfs.paths import show
-from gateway.runtime import sizes
+from gateway.runtime import Tenant, sizes
 from gateway.runtime.probe import HostRefused, answer
-from gateway.runtime.sites import Exchange, Exposure, Order, Recipe, Side
+from gateway.runtime.sites import Exchange, Exposure, FormerSites, Order, Recipe, Side
 from gateway.runtime.visits import drained
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
-from gateway.tools.mirroring import OWN_LISTS
+from gateway.tools.mirroring import KEPT, LOST, OWN_LISTS
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +62,7 @@ Step = Callable[[], Awaitable[Mapping[str, Any] | None]]
 class Phases:
     """The work of one deployment, from `validate` to `verify`.
 
-    Undos for a failure are pushed to `undo`; what is held until the end is entered into `held`.
+    Undos for a failure are pushed to `undo`. `held` keeps contexts open until the deployment has ended.
     """
 
     how: Exchange = "update"
@@ -63,7 +72,7 @@ class Phases:
     def __init__(
         self,
         context: Context,
-        running: Running,
+        running: RunningDeployment,
         undo: contextlib.AsyncExitStack,
         held: contextlib.AsyncExitStack,
     ) -> None:
@@ -72,7 +81,7 @@ class Phases:
         self._tenants, self._sites, self._caddy = context.runtime.tenants, context.sites, context.caddy
         self._verifier, self._register, self._settings = context.verifier, context.register, context.settings
         self._answered = 0.0  # time of its first answer
-        self._template: Template
+        self._template: SiteTemplate
         self._recipe: Recipe
         self._framework: tuple[Framework | None, tuple[str, ...], tuple[str, ...]]
         self._exposure: Exposure
@@ -92,8 +101,8 @@ class Phases:
             self.install,
             self.start,
             self.expose,
-            self.route,
-            self.verify,
+            self.await_answer,
+            self.put_live,
         )
 
     @property
@@ -169,7 +178,7 @@ class Phases:
             record.source = "tenant"
             there = await self._tenants.get(record.tenant)
             record.instance = there.instance
-            record.former = await live_one(self._context, there)
+            record.former = await live_deployment(self._context, there)
             await self._register.save(record)
             if there.status != "running":
                 await self._held.enter_async_context(self._context.promise(record.tenant, None))
@@ -195,7 +204,7 @@ class Phases:
             self._recipe = replace(self._recipe, archive=await asyncio.to_thread(update.archive))
         if record.kind == "update" and not self._template.shared:
             # a template deployed by name is the operator's, and what a tenant added to it stays
-            lost, written = await live_files.lost(self._context, record.tenant, await self._lasting())
+            lost, written = await removed_files(self._context, record.tenant, await self._kept_paths())
         given = b"".join(name + b"\0" for name in lost)
         await self._sites.push(record.tenant, self._side, self._recipe, self._request.env, given)
         names = [show(os.fsdecode(name)) for name in lost if not name.startswith(OWN_LISTS)]
@@ -210,7 +219,7 @@ class Phases:
         facts = {"removed": len(names), "kept": len(written)}
         return {key: count for key, count in facts.items() if count}
 
-    async def _lasting(self) -> dict[str, Any]:
+    async def _kept_paths(self) -> dict[str, Any]:
         """Return the request to a worker for the files of the live site that go and that stay."""
         return await asyncio.to_thread(self._template.stays, clean=self._request.clean)
 
@@ -230,7 +239,7 @@ class Phases:
         self._exposure = await self._sites.expose(self._record.tenant, self._side, self._recipe)
         return {"address": self._exposure.address, "port": self._recipe.port}
 
-    async def route(self) -> dict[str, Any]:
+    async def await_answer(self) -> dict[str, Any]:
         if self._record.kind == "create":
             self._answered = await self._answering(self._side, self._exposure)
             self._lead(self._exposure.target)
@@ -239,7 +248,7 @@ class Phases:
         return {"url": self._record.url}
 
     async def _rehearse(self) -> None:
-        """Wait until the next site answers beside the live one."""
+        """Wait until the next site answers while the live one runs."""
         self._answered = await self._answering(self._side, self._exposure)
 
     async def _rehearsal(self, work: Awaitable[object]) -> bool:
@@ -286,7 +295,7 @@ class Phases:
 
         self._undo.push_async_callback(undone)
 
-    async def verify(self) -> dict[str, Any]:
+    async def put_live(self) -> dict[str, Any]:
         record, sites, facts = self._record, self._sites, dict[str, Any]()
         live, site = self._exposure, self._subject(self._side, self._exposure)
         # one that has stayed up before is only watched afterwards
@@ -311,11 +320,11 @@ class Phases:
             if self._settings.caddy_issuer == "internal":
                 group.create_task(_certify(self._caddy, record.domain, facts))
         if record.kind == "update":
-            await keep_former(self._context, record)
+            await keep_replaced_site(self._context, record)
             await sites.clear(record.tenant)
         if self._copied or record.kind == "update":
             site = self._subject("live", live)
-            told = partial(unsteady, self._context, record, site)
+            told = partial(report_unsteady, self._context, record, site)
             self._verifier.watch(site, self._settings.settle_time, told)
         return facts
 
@@ -336,7 +345,7 @@ class Phases:
     async def _exchange(self, seconds: float) -> Exposure:
         """Put the next site in the live one's place, where it must stay up for `seconds`.
 
-        Visitors wait meanwhile: they meet no site that is not known to work.
+        Visitors wait until it is known to work.
         """
         record, sites, domain = self._record, self._sites, self._record.domain
         self._undo.callback(self._caddy.release, domain)
@@ -348,7 +357,7 @@ class Phases:
             await drained(address, int(port))
         await sites.halt(record.tenant)
         # the last that it wrote, too
-        kept = await live_files.kept(self._context, record.tenant, await self._lasting())
+        kept = await kept_files(self._context, record.tenant, await self._kept_paths())
         with self._context.exchanging(record.tenant):
             await sites.settle(record.tenant, self._recipe, kept, self.how)
         live = await sites.expose(record.tenant, "live", self._recipe)
@@ -378,7 +387,7 @@ class Phases:
             copied=self._copied,
         )
         phase = next(phase.name for phase in self._record.phases if phase.state == "running")
-        self._progress.tell("phase.progress", {**place(phase), "opened": exposure.port})
+        self._progress.tell("phase.progress", {**phase_position(phase), "opened": exposure.port})
         return answered
 
     def _subject(self, side: Side, exposure: Exposure) -> Subject:
@@ -392,20 +401,20 @@ class Phases:
         )
 
 
-async def template_of(request: Request, tenant: str, settings: Settings) -> Template:
+async def template_of(request: Request, tenant: str, settings: Settings) -> SiteTemplate:
     """Read the template that a request names or contains. Raises `GatewayError` for a broken one."""
     template = request.template
     if isinstance(template, str):
         return await asyncio.to_thread(named, template, settings)
     assert isinstance(template, bytes)  # a change has other phases
-    return await run_in_thread(tenant, _ARCHIVE, uploaded, template, settings, request.overrides)
+    return await run_in_thread(tenant, _ARCHIVE, uploaded, template, request.overrides)
 
 
 async def _certify(caddy: Caddy, domain: str, facts: dict[str, Any]) -> None:
     facts["certificate"] = await caddy.certify(domain, 10.0) or "issued"
 
 
-async def unsteady(context: Context, record: Record, site: Subject, why: str) -> None:
+async def report_unsteady(context: Context, record: Record, site: Subject, why: str) -> None:
     """Report that a site did not stay up after its deployment, if its tenant exists and is awake."""
     try:
         there = await context.runtime.tenants.get(site.tenant)
@@ -415,3 +424,219 @@ async def unsteady(context: Context, record: Record, site: Subject, why: str) ->
         log.warning("the site of %s did not stay up: %s", site.tenant, why)
         if context.health is not None:
             context.health.unwell(site.tenant, site.exposure.port, site.recipe.health, why)
+
+
+_SHORT: Final = 10.0  # seconds of uninterrupted pressure after which the install log says so
+_LOOK: Final = 2.0
+
+
+async def install(
+    context: Context, tenant: str, side: Side, recipe: Recipe, memory: int, progress: DeploymentEvents
+) -> None:
+    """Install a site in a tenant with this many bytes of `memory`; 0 if unknown.
+
+    Raises `ExecFailed`, with the cause and the next step where they are known.
+    """
+    say, pressure, began = progress.say("install"), context.pressure, time.monotonic()
+    watching = asyncio.create_task(_tell_shortage(pressure, tenant, memory, say))
+    try:
+        await context.sites.install(tenant, side, recipe, say)
+    except ExecFailed as error:
+        # at its limit a tenant reads its programs back from the disk again and again: nothing is killed
+        if pressure is not None:
+            slow = watching.done() and "exit_code" not in error.facts
+            if slow or (error.facts.get("cause") == "killed" and await pressure.has_killed(tenant, began)):
+                error.facts["cause"] = "memory"
+        raise install_failed(error, recipe.install, memory) from error
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    progress.flush()
+
+
+async def _tell_shortage(
+    pressure: Pressure | None, tenant: str, memory: int, say: Callable[[str], None]
+) -> None:
+    """Report in the install log that the tenant is short of memory, once, and return."""
+    if pressure is None:
+        return
+    while pressure.seconds(tenant) < _SHORT:  # noqa: ASYNC110 - memory is looked at every few seconds too
+        await asyncio.sleep(_LOOK)
+    say(f"the tenant is short of memory, so this may take very long: {more_memory(memory)}")
+
+
+async def removed_files(
+    context: Context, tenant: str, stays: dict[str, Any]
+) -> tuple[list[bytes], list[bytes]]:
+    """Return the paths of the live site that an update removes, and those that no deployed folder had.
+
+    `stays` is `Template.stays()` of the new folder.
+    """
+    if context.workers is None:
+        return [], []
+    root = await context.runtime.filesystem(tenant)
+    found = (await context.workers.call(root, LOST, stays, search=True)).split(b"\0")[:-1]
+    removed, written = ([name[1:] for name in found if name.startswith(sign)] for sign in (b"-", b"+"))
+    return removed, written
+
+
+async def kept_files(context: Context, tenant: str, stays: dict[str, Any]) -> bytes:
+    """Return the existing files of the live site that an update keeps, each followed by a NUL.
+
+    Those that the manifest does not name begin with "./".
+    """
+    if context.workers is None or (stays.get("clean", True) and not stays["keep"]):
+        return b""
+    root = await context.runtime.filesystem(tenant)
+    return await context.workers.call(root, KEPT, stays, search=True)
+
+
+async def live_deployment(context: Context, tenant: Tenant) -> str:
+    """Return the deployment of a tenant's live site; if it is unknown, an id that no client has seen."""
+    noted, _ = await context.sites.former.live(tenant.name)
+    return noted or await context.register.maker(tenant.name, tenant.instance) or f"d-{secrets.token_hex(8)}"
+
+
+async def keep_replaced_site(context: Context, record: Record) -> None:
+    """Keep the site that was replaced. If that fails, the deployment has succeeded all the same."""
+    if record.former is None:
+        return
+    try:
+        most = context.settings.rollbacks_kept
+        await context.sites.former.put(record.tenant, record.former, record.id, most)
+    except (GatewayError, TimeoutError, OSError) as error:
+        log.warning("cannot keep the former site of %s: %s", record.tenant, error)
+
+
+class _Changed(Phases):
+    _lives: Recipe | None  # how the live site is started
+
+    async def _begin(self, recipe: Recipe) -> None:
+        self._recipe, self._framework = recipe, (None, recipe.start, ())
+        self._record.template = recipe.template
+
+    async def create(self) -> dict[str, Any]:
+        if self._record.kind != "update":
+            raise NotFound(f"tenant {self._record.tenant} is gone")
+        return await super().create()
+
+    async def install(self) -> None:
+        return
+
+    async def _kept_paths(self) -> dict[str, Any]:
+        return {"keep": self._lives.keep if self._lives else (), "left_out": [*LEFT_OUT]}
+
+
+class RollbackPhases(_Changed):
+    """Replace the live site with a former one. The live site is kept as a former one."""
+
+    how: Exchange = "rollback"
+    known = True
+
+    async def _read(self) -> None:
+        assert isinstance(self._request.template, Rollback)
+        former, tenant = self._sites.former, self._record.tenant
+        self._record.rollback = await chosen(former, tenant, self._request.template)
+        _, self._lives = await former.live(tenant)
+        await self._begin(await former.recipe(tenant, self._record.rollback))
+
+    async def _kept_paths(self) -> dict[str, Any]:
+        # what one of both names is not in the other's copy (see put_former.sh)
+        lasting = await super()._kept_paths()
+        return lasting | {"keep": [*lasting["keep"], *self._recipe.keep]}
+
+    async def push(self) -> dict[str, Any]:
+        assert self._record.rollback is not None
+        self._unless_another(self._sites.clear)
+        await self._sites.former.take(self._record.tenant, self._record.rollback)
+        return {"rollback": self._record.rollback}
+
+
+class EnvironmentPhases(_Changed):
+    """Change the environment of the live site, after a rehearsal with a copy of its files."""
+
+    how: Exchange = "environment"
+    _env: Mapping[str, str]
+    _copying: asyncio.Task[None]
+
+    async def _read(self) -> None:
+        assert isinstance(self._request.template, Variables)
+        tenant = self._record.tenant
+        self._env = await changed(self._sites.former, tenant, self._request.template)
+        _, self._lives = await self._sites.former.live(tenant)
+        if self._lives is None:
+            raise Conflict(
+                f"the gateway does not know how the site of {tenant} is started; deploy it once more, then "
+                "change its environment"
+            )
+        await self._begin(self._lives)
+
+    async def push(self) -> dict[str, Any]:
+        self._unless_another(self._sites.clear)
+        await self._sites.push(self._record.tenant, "next", self._recipe, self._env, how=self.how)
+        return {"env": self._record.env}
+
+    async def await_answer(self) -> dict[str, Any]:
+        told = await super().await_answer()
+        # while the next site is watched, which takes longer than most copies
+        self._copying = asyncio.create_task(self._copy())
+        self._undo.push_async_callback(self._stop_copying)
+        return told
+
+    async def _exchange(self, seconds: float) -> Exposure:
+        live = await super()._exchange(seconds)
+        await self._copying
+        return live
+
+    async def _copy(self) -> None:
+        tenant = self._record.tenant
+        if self._context.settings.rollbacks_kept:
+            try:
+                await self._sites.former.copy(tenant)
+            except (GatewayError, TimeoutError, OSError) as error:
+                log.info("cannot copy the site of %s yet: %s", tenant, error)
+
+    async def _stop_copying(self) -> None:
+        self._copying.cancel()
+        await asyncio.wait([self._copying])
+
+
+KINDS: Final[Mapping[type, type[Phases]]] = {Rollback: RollbackPhases, Variables: EnvironmentPhases}
+
+
+def phases_of(request: Request) -> type[Phases]:
+    """Return the phases for a request."""
+    return KINDS.get(type(request.template), Phases)
+
+
+async def chosen(former: FormerSites, tenant: str, wanted: Rollback) -> str:
+    """Return the deployment to go back to. Raises `Conflict` and `NotFound`."""
+    kept = [one.id for one in await former.listed(tenant)]
+    if wanted.to is None:
+        if kept:
+            return kept[0]
+        raise NotFound(
+            f"tenant {tenant} has no earlier site to go back to; each deployment after the first keeps one",
+            reason="not_kept",
+        )
+    if wanted.to in kept:
+        return wanted.to
+    live, _ = await former.live(tenant)
+    if wanted.to == live:
+        raise Conflict(f"{wanted.to} is already live")
+    raise NotFound(
+        f"tenant {tenant} does not keep the site of {wanted.to}; it keeps {', '.join(kept) or 'none'}",
+        reason="not_kept",
+    )
+
+
+async def changed(former: FormerSites, tenant: str, wanted: Variables) -> dict[str, str]:
+    """Return a site's environment with the changes made. Raises `Conflict` and `InvalidParams`."""
+    env = dict(await former.environment(tenant))
+    for name, value in wanted.changes.items():
+        if value is not None:
+            env[name] = value
+        elif env.pop(name, None) is None:
+            raise InvalidParams(f"{name} is not set", field="env")
+    check_env(env)
+    return env

@@ -15,16 +15,11 @@ from functools import partial
 from typing import Any, Final
 
 from gateway.caddy import CaddyFailed
-from gateway.deployments.changes import phases_of
 from gateway.deployments.context import Context
-from gateway.deployments.phases import Step, template_of
-from gateway.deployments.progress import milliseconds, place
-from gateway.deployments.queue import DeploymentQueue
-from gateway.deployments.record import PHASES
-from gateway.deployments.register import Running
-from gateway.deployments.warming import Warming
+from gateway.deployments.phases import Step, phases_of, template_of
+from gateway.deployments.queue import DeploymentQueue, Warming
+from gateway.deployments.record import PHASES, RunningDeployment, milliseconds, phase_position
 from gateway.errors import GatewayError, Timeout, Unavailable
-from gateway.events import Bus
 from gateway.storage.store import StoreFailed
 
 log = logging.getLogger(__name__)
@@ -39,23 +34,23 @@ _CADDY: Final = {
 }
 
 
-class Runner:
+class DeploymentRunner:
     """Runs deployments, each in its turn and once `recovered` is set."""
 
     def __init__(
-        self, context: Context, turns: DeploymentQueue, warming: Warming, recovered: asyncio.Event, bus: Bus
+        self, context: Context, turns: DeploymentQueue, warming: Warming, recovered: asyncio.Event
     ) -> None:
         self._context, self._register = context, context.register
-        self._turns, self._warming, self._recovered, self._bus = turns, warming, recovered, bus
+        self._turns, self._warming, self._recovered = turns, warming, recovered
         self._unprepared: set[str] = set()  # names of templates
 
-    async def run(self, running: Running) -> None:
+    async def run(self, running: RunningDeployment) -> None:
         """Run one to its end. If it breaks off without one, recovery takes over."""
         record, progress, began = running.record, running.progress, time.monotonic()
         try:
             async with self._turns.turn(running.owner):
                 await self._recovered.wait()
-                record.state = "running"
+                record.enter("running")
                 progress.tell("started", {"domain": record.domain, "template": record.template})
                 async with contextlib.AsyncExitStack() as held:
                     await self._attempt(running, held)
@@ -65,18 +60,18 @@ class Runner:
         except asyncio.CancelledError:
             if record.state == "waiting":  # it had not begun
                 record.error = {"code": "cancelled", "message": "the deployment was cancelled"}
-                progress.tell("cancelled", {**place(PHASES[0]), "error": record.error})
+                progress.tell("cancelled", {**phase_position(PHASES[0]), "error": record.error})
                 await _whatever_comes(self._register.end(record, progress, began))
         except Exception:
             log.exception("deployment %s failed unexpectedly; its recovery follows", record.id)
         finally:
             self._register.running.pop(record.id, None)
 
-    async def _prepare(self, running: Running) -> None:
+    async def _prepare(self, running: RunningDeployment) -> None:
         """Let the next deployment of a template that worked start from a copy."""
         request, record = running.request, running.record
         if isinstance(request.template, str):
-            with contextlib.suppress(GatewayError):  # it may have been removed meanwhile
+            with contextlib.suppress(GatewayError):  # the template may have been removed
                 template = await template_of(request, record.tenant, self._context.settings)
                 recipe = await asyncio.to_thread(template.recipe)
                 await self._context.admit()
@@ -92,12 +87,12 @@ class Runner:
             self._unprepared.add(template)
             # no message: everybody sees this, and a template's output is for the operator
             facts = {"code": error.code, "reason": error.facts.get("reason")}
-            self._bus.publish("gateway.template.failed", None, {"template": template, **facts})
+            self._context.bus.publish("gateway.template.failed", None, {"template": template, **facts})
         elif template in self._unprepared:
             self._unprepared.discard(template)
-            self._bus.publish("gateway.template.ready", None, {"template": template})
+            self._context.bus.publish("gateway.template.ready", None, {"template": template})
 
-    async def _attempt(self, running: Running, held: contextlib.AsyncExitStack) -> None:
+    async def _attempt(self, running: RunningDeployment, held: contextlib.AsyncExitStack) -> None:
         """Go through the phases. On failure or cancellation undo them in reverse, and record that.
 
         `held` keeps the tenant awake until it is closed.
@@ -114,11 +109,11 @@ class Runner:
                 raise
             await _whatever_comes(self._undo(running, undo, current, error))
 
-    async def _phase(self, running: Running, index: int, name: str, step: Step) -> None:
+    async def _phase(self, running: RunningDeployment, index: int, name: str, step: Step) -> None:
         record, progress = running.record, running.progress
         phase = record.phases[index]
         phase.state = "running"
-        progress.tell("phase.started", place(name))
+        progress.tell("phase.started", phase_position(name))
         began = time.monotonic()
         try:
             await self._register.save(record)
@@ -127,10 +122,10 @@ class Runner:
             phase.state, phase.ms = "failed", milliseconds(began)
             raise
         phase.state, phase.ms = "done", milliseconds(began)
-        progress.tell("phase.finished", {**place(name), "ms": phase.ms, **facts})
+        progress.tell("phase.finished", {**phase_position(name), "ms": phase.ms, **facts})
 
     async def _undo(
-        self, running: Running, undo: contextlib.AsyncExitStack, phase: str, error: BaseException
+        self, running: RunningDeployment, undo: contextlib.AsyncExitStack, phase: str, error: BaseException
     ) -> None:
         record, progress = running.record, running.progress
         if isinstance(error, asyncio.CancelledError):
@@ -139,11 +134,11 @@ class Runner:
                 record.error["message"] = "the gateway was stopped"
             kind = "cancelled"
         else:
-            record.failed(_known(error), phase)
+            record.failed(_as_gateway_error(error), phase)
             kind = "failed"
-        record.state = "undoing"
+        record.enter("undoing")
         progress.flush()
-        progress.tell(kind, {**place(phase), "error": record.error})
+        progress.tell(kind, {**phase_position(phase), "error": record.error})
         with contextlib.suppress(StoreFailed):  # a full disk: one more reason to undo
             await self._register.save(record)
         async with asyncio.timeout(_UNDO_TIMEOUT):
@@ -154,7 +149,7 @@ class Runner:
 
 
 async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
-    """Finish `work` even if this task is cancelled meanwhile; `work` bounds its own time."""
+    """Finish `work` even if this task is cancelled; `work` bounds its own time."""
     task = asyncio.ensure_future(work)
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
@@ -162,7 +157,7 @@ async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
     task.result()
 
 
-def _known(error: BaseException) -> GatewayError:
+def _as_gateway_error(error: BaseException) -> GatewayError:
     """Return an error as a `GatewayError`. Unexpected ones are logged."""
     if isinstance(error, CaddyFailed) and error.facts.get("reason") in _CADDY:
         log.warning("a deployment failed: %s", error.message)

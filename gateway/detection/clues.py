@@ -23,7 +23,7 @@ _MANIFESTS: Final = frozenset(
 _SOURCES: Final = re.compile(
     r"(?:[\w-]+/){0,2}(?:main|app|streamlit_app|server|serve|index|api|asgi|wsgi|hello|demo)\.(?:py|[mc]?[jt]s|tsx)"
 )
-# of frameworks that build a site without a server where their configuration says so
+# of frameworks that can be configured to build a site without a server
 _CONFIGS: Final = re.compile(r"(?:next|react-router)\.config\.[mc]?[jt]s")
 
 
@@ -112,7 +112,7 @@ class Detected:
     watch: bool = False
     spa: bool = False
 
-    def told(self, start: Command | None, install: Command | None) -> Detected:
+    def with_commands(self, start: Command | None, install: Command | None) -> Detected:
         """Return it with the commands that the deployment gave instead."""
         found = self
         if start is not None:
@@ -124,7 +124,7 @@ class Detected:
         return found
 
     def inside(self, folder: str) -> Detected:
-        """Return it for the folder above, of which the site is one folder."""
+        """Return the result for the folder above the site's."""
         line = line_of(self.start)
         start = (
             "sh",

@@ -46,8 +46,12 @@ _WORKS: Final[Mapping[Work, str]] = {
 }
 
 
+TOOLS: Final[Mapping[str, Any]] = tomllib.loads(Path(__file__).with_name("tools.toml").read_text())
+"""Package managers, servers and languages; `tools.toml` says what each is."""
+
+
 @dataclass(frozen=True, slots=True)
-class Made:
+class BuildOutput:
     """What a build makes: `serve` is the command that serves it, or `output` the folder with its files.
 
     Only where `package` is installed and `config` found in the framework's configuration.
@@ -77,7 +81,7 @@ class Framework:
     listen: str = "--host 0.0.0.0 --port $PORT"
     dev: str = ""
     build: str = ""
-    made: tuple[Made, ...] = ()
+    made: tuple[BuildOutput, ...] = ()
     lacks: str = ""
     needs: Mapping[Work, int] = field(default_factory=dict)
 
@@ -85,7 +89,7 @@ class Framework:
 def _read() -> Iterator[Framework]:
     kinds = {"programs": tuple, "packages": frozenset, "serving": frozenset, "ports": frozenset}
     for name, said in tomllib.loads(Path(__file__).with_name("frameworks.toml").read_text()).items():
-        made = tuple(Made(**one) for one in said.pop("made", ()))
+        made = tuple(BuildOutput(**one) for one in said.pop("made", ()))
         yield Framework(
             name,
             made=made,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from gateway.detection.clues import Clues, Command, Detected, line_of
 from gateway.detection.frameworks import (
     TABLE,
+    TOOLS,
+    BuildOutput,
     Framework,
-    Made,
     Project,
     expanded,
     mode,
@@ -24,32 +26,12 @@ from gateway.rootfs.paths import show
 
 DEV_SERVERS: Final = frozenset(framework.name for framework in TABLE if framework.packages)
 
-# packages that are servers, in order of precedence
-_SERVERS: Final = (
-    ("@nestjs/core", "NestJS"),
-    ("fastify", "Fastify"),
-    ("hono", "Hono"),
-    ("elysia", "Elysia"),
-    ("koa", "Koa"),
-    ("express", "Express"),
+_SERVERS: Final = tuple(TOOLS["servers"].items())  # package and title, in order of precedence
+_LOCKFILES: Final = tuple(
+    (file, name) for name, one in TOOLS["managers"].items() for file in one["lockfiles"]
 )
-# by name alone, as in Netlify's build-info; the first that exists counts
-_LOCKFILES: Final = (
-    ("bun.lock", "bun"),
-    ("bun.lockb", "bun"),
-    ("pnpm-lock.yaml", "pnpm"),
-    ("yarn.lock", "yarn"),
-    ("package-lock.json", "npm"),
-    ("npm-shrinkwrap.json", "npm"),
-)
-_MANAGERS: Final = frozenset(manager for _, manager in _LOCKFILES)
-_LOCKED: Final = {
-    "bun": ("bun", "install", "--frozen-lockfile"),
-    "npm": ("npm", "ci"),
-    "pnpm": ("pnpm", "install", "--frozen-lockfile"),
-    "yarn": ("yarn", "install", "--frozen-lockfile"),
-}
-_EXECUTE: Final = {"bun": ("bunx",), "npm": ("npx",), "pnpm": ("pnpm", "exec"), "yarn": ("yarn",)}
+_LOCKED: Final = {name: tuple(one["locked"].split()) for name, one in TOOLS["managers"].items()}
+_EXECUTE: Final = {name: tuple(one["execute"].split()) for name, one in TOOLS["managers"].items()}
 _PRODUCTION: Final = ("env", "NODE_ENV=production")
 _SCRIPTS: Final = ("dev", "start:dev", "develop", "start", "serve")
 # of what was built the first that is no dev server; of a script for development its program alone
@@ -63,32 +45,17 @@ _ENTRIES: Final = tuple(
 _SERVES: Final = re.compile(r"Bun\.serve\s*\(|\.listen\s*\(|\bcreateServer\s*\(|\bserve\s*\(")
 _BUN: Final = re.compile(r"\bBun\.|from [\"']bun[\"':]")
 _OPERATORS: Final = re.compile(r"[|&;<>()`$\n]")
-# options that say where it listens, with the number of words that follow
-_WHERE: Final = {"--host": 1, "--port": 1, "--hostname": 1, "-p": 1, "-H": 1}
-# servers that take their address by arguments, not from PORT and HOST
-_TOLD: Final = {
-    "fastify": "--address 0.0.0.0 --port $PORT",
-    "live-server": "--host=0.0.0.0 --port=$PORT",
-    **dict.fromkeys(("vitepress", "vue-cli-service"), "--host 0.0.0.0 --port $PORT"),
-}
+# options that say where a program listens
+_WHERE: Final = frozenset({"--host", "--port", "--hostname", "-p", "-H"})
 # programs that run a file once, and words by which they look for edits themselves
 _PLAIN: Final = frozenset({"node", "bun", "tsx", "ts-node"})
 _LOOKS: Final = frozenset({"watch", "--watch", "--hot"})
-# programs that only develop, some of them by one of these words
+# programs that are for development only, always or by one of these words
 _DEVELOP: Final = {
-    **dict.fromkeys(_PLAIN, _LOOKS),
-    **dict.fromkeys(
-        ("nodemon", "ts-node-dev", "tsnd", "node-dev", "live-server", "webpack-dev-server"), None
-    ),
-    "react-scripts": {"start"},
-    "vue-cli-service": {"serve"},
-    "vitepress": {"dev"},
-    "webpack": {"serve"},
-    "nest": {"--watch"},
-    "fastify": {"-w", "--watch"},
-    "parcel": {"serve"},
+    **{name: frozenset(words) for name, words in TOOLS["develop"]["by"].items()},
+    **dict.fromkeys(TOOLS["develop"]["always"]),
 }
-# what is beside a framework's dev server and is no step before it: programs, or files by name or content
+# servers that a script runs together with a dev server: by their program, or their file's name or content
 _SERVING: Final = frozenset({"nodemon", "uvicorn", "gunicorn", "flask", "fastapi"})
 _SERVER: Final = re.compile(r"(?:.*/)?(?:server|serve|api|backend)(?:/.*)?(?:\.\w+)?")
 # for its program where it is started by a script among others, which takes no arguments
@@ -147,54 +114,39 @@ def detect(clues: Clues, above: Clues | None = None) -> Detected | None:
     One of a workspace is installed from the folder `above`, and only its build is its own `install`.
     """
     said = project_of(clues)
+    found = Detected("node", "Node", "there is a package.json")
     if not said.readable:
-        return Detected(
-            "node",
-            "Node",
-            "there is a package.json",
-            trouble="package.json is not JSON, or larger than 256 KiB: correct it",
-        )
+        return replace(found, trouble="package.json is not JSON, or larger than 256 KiB: correct it")
     top, whole = (clues, said) if above is None else (above, project_of(above))
     manager, _ = manager_of(top, whole)
     install, installed = install_of(top, whole)
-    if above is not None:
-        install = ()
-    elif said.linked:
-        name = min(said.linked)
-        return Detected(
-            "node",
-            title(said),
-            "there is a package.json",
-            install,
-            installed,
-            trouble=f"package.json needs {show(name)} from outside this folder: deploy the folder above, "
-            "and say how to start this app, as in `--start 'npm run dev --workspace apps/web'`",
+    found = replace(found, install=install if above is None else (), installed=installed)
+    if said.linked and above is None:
+        return replace(
+            found,
+            title=title(said),
+            trouble=f"package.json needs {show(min(said.linked))} from outside this folder: deploy the "
+            "folder above, and say how to start this app, as in `--start 'npm run dev --workspace apps/web'`",
         )
-    found = _detected(clues, said, manager, install, installed)
-    if found is not None and manager == "yarn" and _berry(top, whole):
-        found = replace(found, start=found.start and ("sh", "-c", f"{_OWN} exec {line_of(found.start)}"))
-    return found
+    site = _detected(clues, said, manager, found)
+    if site is not None and manager == "yarn" and _berry(top, whole):
+        site = replace(site, start=site.start and ("sh", "-c", f"{_OWN} exec {line_of(site.start)}"))
+    return site
 
 
-def _detected(clues: Clues, said: Project, manager: str, install: Command, installed: str) -> Detected | None:
+def _detected(clues: Clues, said: Project, manager: str, found: Detected) -> Detected | None:
     framework = framework_of(said)
-    if framework is not None and clues.production:
+    if framework is None:
+        return _server(clues, said, manager, found)
+    named: dict[str, Any] = {"name": framework.name, "title": framework.title, "why": _named(framework, said)}
+    if clues.production:
         if not _serves_itself(framework, said):
-            return _built(framework, clues, said, manager, install, installed)
-        own = _server(clues, said, manager, install, installed)
-        return own and replace(own, name=framework.name, title=framework.title, why=_named(framework, said))
-    if framework is not None and (found := _dev_server(framework, said, manager)) is not None:
-        start, started = found
-        return Detected(
-            framework.name,
-            framework.title,
-            _named(framework, said),
-            install,
-            installed,
-            start,
-            started,
-        )
-    return _server(clues, said, manager, install, installed)
+            return _built(framework, clues, said, manager, replace(found, **named))
+        own = _server(clues, said, manager, found)
+        return own and replace(own, **named)
+    if (how := _dev_server(framework, said, manager)) is not None:
+        return replace(found, **named, start=how[0], started=how[1])
+    return _server(clues, said, manager, found)
 
 
 def _named(framework: Framework, said: Project) -> str:
@@ -238,7 +190,7 @@ def _develops(framework: Framework | None, words: Sequence[str]) -> str:
 
 
 def _beside(clues: Clues, said: Project) -> str:
-    """Return a server that the script for development runs beside the dev server, or ""."""
+    """Return a server that the script for development runs together with the dev server, or ""."""
     script = next((said.scripts[name] for name in _SCRIPTS if said.scripts.get(name, "").strip()), "")
     words = expanded(("sh", "-c", script), said)[3:]
     beside = next((program(word) for word in words if program(word) in _SERVING), "")
@@ -248,19 +200,12 @@ def _beside(clues: Clues, said: Project) -> str:
     return beside
 
 
-def _built(
-    framework: Framework, clues: Clues, said: Project, manager: str, install: Command, installed: str
-) -> Detected:
+def _built(framework: Framework, clues: Clues, said: Project, manager: str, found: Detected) -> Detected:
     """Return how a project is built and served."""
-    build = (
-        _run(manager, "build") if "build" in said.scripts else (*_EXECUTE[manager], *framework.build.split())
-    )
-    found = Detected(
-        framework.name,
-        framework.title,
-        _named(framework, said),
-        _then(install, build),
-        f"{installed}, and it is built",
+    has = "build" in said.scripts
+    build = _run(manager, "build") if has else (*_EXECUTE[manager], *framework.build.split())
+    found = replace(
+        found, install=_then(found.install, build), installed=f"{found.installed}, and it is built"
     )
     made = next((made for made in framework.made if _applies(made, framework, clues, said)), None)
     if made is None:
@@ -272,30 +217,23 @@ def _built(
             trouble=f"the script for development also runs {show(beside)}, which is no part of the build of "
             f"{framework.title}: add a script `start` to package.json that serves both, or {_LINE}",
         )
+    angular = _PROJECT.search(clues.text("angular.json"))
+    served = (made.output or made.serve).replace("{project}", "app" if angular is None else angular[1])
     if made.output:
-        static = made.output.replace("{project}", _project(clues))
-        return replace(found, static=static, started="the gateway's own file server", spa=made.spa)
-    words = tuple(made.serve.replace("{project}", _project(clues)).split())
-    words = words if words[0] == "node" else (*_EXECUTE[manager], *words)
-    return replace(found, start=(*_PRODUCTION, *words), started=f"what the build of {framework.title} made")
+        return replace(found, static=served, started="the gateway's own file server", spa=made.spa)
+    words = served.split()
+    start = (*_PRODUCTION, *(() if words[0] == "node" else _EXECUTE[manager]), *words)
+    return replace(found, start=start, started=f"what the build of {framework.title} made")
 
 
-def _applies(made: Made, framework: Framework, clues: Clues, said: Project) -> bool:
+def _applies(made: BuildOutput, framework: Framework, clues: Clues, said: Project) -> bool:
     if made.package and made.package not in said.packages:
         return False
-    return not made.config or _configured(clues, framework.name, re.compile(_SETTING % made.config))
-
-
-def _project(clues: Clues) -> str:
-    """Return the name of the first project in Angular's configuration, as of its build's folder."""
-    found = _PROJECT.search(clues.text("angular.json"))
-    return found[1] if found is not None else "app"
-
-
-def _configured(clues: Clues, name: str, setting: re.Pattern[str]) -> bool:
-    """Say whether a framework's configuration has a setting, as far as a look at its lines tells."""
+    if not made.config:
+        return True
+    setting = re.compile(_SETTING % made.config)
     kinds = (f"{module}{language}" for module in ("", "m", "c") for language in ("ts", "js"))
-    return any(setting.search(clues.text(f"{name}.config.{kind}")) is not None for kind in kinds)
+    return any(setting.search(clues.text(f"{framework.name}.config.{kind}")) is not None for kind in kinds)
 
 
 def _then(install: Command, build: Command) -> Command:
@@ -303,62 +241,61 @@ def _then(install: Command, build: Command) -> Command:
     return ("sh", "-c", f"{line_of(install)} && {line}" if install else line)
 
 
-def _server(clues: Clues, said: Project, manager: str, install: Command, installed: str) -> Detected | None:
+def _server(clues: Clues, said: Project, manager: str, found: Detected) -> Detected | None:
     """Return how a server is started: by a script, or directly by its file."""
     package, kind = next((server for server in _SERVERS if server[0] in said.packages), (None, "Node"))
-    name = kind.lower()
     why = f"package.json names {package}" if package else "there is a package.json"
+    found = replace(found, name=kind.lower(), title=kind, why=why)
     order = [
         name for name in (_FINISHED if clues.production else _SCRIPTS) if said.scripts.get(name, "").strip()
     ]
-    script, develops = order[0] if order else "", ""
-    words: Command = ()
-    if clues.production and order:
-        script, words, develops = _finished(order, said)
-    if develops:
-        return Detected(
-            *(name, kind, why, install, installed),
-            trouble=f"its script `{script}` ({_short(said.scripts[script])}) starts {show(develops)}, which "
-            f"is for development only: add a script `start` to package.json that serves the site, or {_LINE}",
-        )
-    if script:
-        text = said.scripts[script]
-        lacks = _unbuilt(text, clues)
-        if "build" in said.scripts and (lacks or clues.production):
-            install = _then(install, _run(manager, "build"))
-            installed += f", and `build`, since `{script}` needs {lacks}/" if lacks else ", and it is built"
-        started = f"its script `{script}` ({_short(text)})"
-        if clues.production:
-            start = (*_PRODUCTION, *(words or _run(manager, script, *_told(text))))
-        else:
-            start = _run(manager, script, *_told(text))
-        if "fastify-cli" in said.packages and start[-1] != "$PORT":
-            start = (*_FASTIFY, *start)
-        watch = not clues.production and _plain_program(text)
-        return Detected(name, kind, why, install, installed, start, started, watch=watch)
+    if order:
+        return _scripted(clues, said, manager, found, order)
     entry = _entry(clues, said, serving=package is not None)
     if entry is not None:
         text = clues.text(entry)
         bun = entry.endswith(("ts", "tsx")) or bool(_BUN.search(text))
         if package is None and "Bun.serve" in text:
-            name, kind, why = "bun", "Bun.serve", f"{entry} calls it"
+            found = replace(found, name="bun", title="Bun.serve", why=f"{entry} calls it")
         elif package is None:
-            why = f"{entry} is a server"
-        start = ("bun" if bun else "node", entry)
+            found = replace(found, why=f"{entry} is a server")
         started = f"{entry}, since there is no script for it"
-        return Detected(name, kind, why, install, installed, start, started, watch=not clues.production)
+        start = ("bun" if bun else "node", entry)
+        return replace(found, start=start, started=started, watch=not clues.production)
     if "package.json" not in clues.names:
         return None
     others = ", ".join(show(script) for script in list(said.scripts)[:8]) or "none"
-    return Detected(
-        name,
-        kind,
-        why,
-        install,
-        installed,
+    return replace(
+        found,
         trouble=f"package.json has no script `dev` or `start` (its scripts: {others}), and names no "
         "known framework: add a script, or give a command with `start` (--start)",
     )
+
+
+def _scripted(clues: Clues, said: Project, manager: str, found: Detected, order: Sequence[str]) -> Detected:
+    """Return how the first of these scripts that serves the site is started."""
+    script, words, develops = _finished(order, said) if clues.production else (order[0], (), "")
+    text = said.scripts[script]
+    if develops:
+        return replace(
+            found,
+            trouble=f"its script `{script}` ({_short(text)}) starts {show(develops)}, which is for "
+            f"development only: add a script `start` to package.json that serves the site, or {_LINE}",
+        )
+    lacks = _unbuilt(text, clues)
+    if "build" in said.scripts and (lacks or clues.production):
+        why = f", and `build`, since `{script}` needs {lacks}/" if lacks else ", and it is built"
+        found = replace(
+            found, install=_then(found.install, _run(manager, "build")), installed=found.installed + why
+        )
+    start = words or _run(manager, script, *_listen_arguments(text))
+    if clues.production:
+        start = (*_PRODUCTION, *start)
+    if "fastify-cli" in said.packages and start[-1] != "$PORT":
+        start = (*_FASTIFY, *start)
+    started = f"its script `{script}` ({_short(text)})"
+    watch = not clues.production and _plain_program(text)
+    return replace(found, start=start, started=started, watch=watch)
 
 
 def _finished(order: Sequence[str], said: Project) -> tuple[str, Command, str]:
@@ -378,7 +315,7 @@ def manager_of(clues: Clues, said: Project) -> tuple[str, str]:
     """Return the package manager, and why."""
     named = said.manager.partition("@")[0]
     found = [(file, manager) for file, manager in _LOCKFILES if file in clues.names]
-    if named in _MANAGERS:
+    if named in _LOCKED:
         return named, f"`packageManager` of package.json says {named}"
     if found:
         file, manager = found[0]
@@ -429,67 +366,59 @@ def _dev_server(framework: Framework, said: Project, manager: str) -> tuple[Comm
         told = f"its script `{script}` ({_short(text)})"
         if not _plain(framework, text):
             return _run(manager, script), f"{told}, as it is: it does more than start {framework.title}"
-        own = shlex.split(text)
+        own = _words(text)
         if any(word.partition("=")[0] in _WHERE for word in own):
-            return (
-                *_EXECUTE[manager],
-                *_elsewhere(own),
-                *listen,
-            ), f"{told}, on the port given here"
+            start = (*_EXECUTE[manager], *_without_address(own), *listen)
+            return start, f"{told}, on the port given here"
         return _run(manager, script, *listen), f"{told}, told where to listen"
     if any(script in said.scripts for script in ("dev", "start")):
         return None
-    return (
-        *_EXECUTE[manager],
-        *framework.dev.split(),
-        *listen,
-    ), "no script starts it, so its own command does"
+    start = (*_EXECUTE[manager], *framework.dev.split(), *listen)
+    return start, "no script starts it, so its own command does"
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a script from its program on; none if it is more than one plain command."""
+    if _OPERATORS.search(text):
+        return []
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return []
+    return list(itertools.dropwhile(_ASSIGNED.fullmatch, words))
 
 
 def _plain(framework: Framework, text: str) -> bool:
     """Return whether a script is just the framework's command, so that appended arguments go to it."""
-    if _OPERATORS.search(text):
-        return False
-    try:
-        words = shlex.split(text)
-    except ValueError:
-        return False
-    own = [word for word in words if not _ASSIGNED.fullmatch(word)]
-    return program(own[program(own[0]) in ("npx", "bunx") if len(own) > 1 else 0]) in framework.programs
+    own = [word for word in _words(text) if not _ASSIGNED.fullmatch(word)]
+    return bool(own) and (
+        program(own[program(own[0]) in ("npx", "bunx") if len(own) > 1 else 0]) in framework.programs
+    )
 
 
-def _told(text: str) -> tuple[str, ...]:
+def _listen_arguments(text: str) -> tuple[str, ...]:
     """Return the arguments to append to a script to say where it listens, if it takes any."""
-    words = text.split()
-    first = next((word for word in words if not _ASSIGNED.fullmatch(word)), "")
-    if _OPERATORS.search(text) or any(word.partition("=")[0] in _WHERE for word in words):
+    words = _words(text)
+    if not words or any(word.partition("=")[0] in _WHERE for word in words):
         return ()
-    return tuple(_TOLD.get(program(first), "").split())
+    return tuple(TOOLS["listen"].get(program(words[0]), "").split())
 
 
 def _plain_program(text: str) -> bool:
-    """Say whether a script is one program that starts a file, and does not itself look for edits."""
-    if _OPERATORS.search(text):
-        return False
-    words = [word for word in text.split() if not _ASSIGNED.fullmatch(word)]
+    """Return whether a script is one program that starts a file, and does not itself look for edits."""
+    words = _words(text)
     return bool(words) and program(words[0]) in _PLAIN and not _LOOKS.intersection(words)
 
 
-def _elsewhere(words: list[str]) -> tuple[str, ...]:
+def _without_address(words: Sequence[str]) -> tuple[str, ...]:
     """Return the words of a command without the options that say where it listens."""
     kept, skip = list[str](), False
-    for at, word in enumerate(words):
-        if skip:
-            skip = False
-            continue
+    for word, following in itertools.pairwise([*words, "-"]):
         name, equals, _ = word.partition("=")
-        if name in _WHERE and not _ASSIGNED.fullmatch(word):
-            following = words[at + 1] if at + 1 < len(words) else "-"
-            skip = not equals and not following.startswith("-")
-            continue
-        kept.append(word)
-    first = next((at for at, word in enumerate(kept) if not _ASSIGNED.fullmatch(word)), 0)
-    return tuple(kept[first:])
+        if not skip and name not in _WHERE:
+            kept.append(word)
+        skip = not skip and name in _WHERE and not equals and not following.startswith("-")
+    return tuple(kept)
 
 
 def _run(manager: str, script: str, *arguments: str) -> Command:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from typing import Final
 
 from gateway.detection.clues import Clues, Command, Detected
@@ -19,9 +20,10 @@ _APP: Final = re.compile(
     r"^(\w{1,60})[ \t]*(?::[ \t]*[\w.]+[ \t]*)?=[ \t]*(?:\w+\.)?(FastAPI|Starlette|Flask)\(", re.MULTILINE
 )
 _FACTORY: Final = re.compile(r"^def create_app\(", re.MULTILINE)
-# of programs that run the file of an app, on an address that they are told
+# libraries whose apps are run as a file, on an address that arguments or variables give
 _SCRIPTS: Final = re.compile(r"^(?:import|from)[ \t]+(streamlit|gradio)\b", re.MULTILINE)
 _WATCHING: Final = frozenset({"watchfiles", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]"})
+_UVICORN: Final = _WATCHING - {"watchfiles"} | {"uvicorn", "fastapi-cli"}
 _SERVES: Final = re.compile(r"\b(?:HTTPServer|TCPServer|serve_forever|make_server|uvicorn\.run|\.run)\b")
 _RUN: Final = ".venv/bin"
 _VENV: Final = "uv venv --quiet --allow-existing --relocatable"
@@ -41,78 +43,65 @@ def detect(clues: Clues) -> Detected | None:
         packages = frozenset({missing})
         install = ("sh", "-c", f"{_VENV} && uv pip install '{missing}'")
         installed = f"nothing names its packages: the latest {missing}"
+    found = Detected("python", "Python", f"there is {manifest}", install, installed)
     if "manage.py" in clues.names:
-        return _django(packages, install, installed, clues)
-    for name in sorted(sources, key=lambda name: name.count("/")):
-        if (found := _SCRIPTS.search(clues.text(name))) is not None and not _APP.search(clues.text(name)):
-            return _script(name, found[1], install, installed, clues)
-    for name in sorted(sources, key=lambda name: name.count("/")):
-        found = _APP.search(clues.text(name))
-        if found is not None and found[2] == "Flask":
-            return _flask(name, found[1], packages, install, installed, clues)
-        if found is not None:
-            return _asgi(name, found[1], found[2], packages, install, installed, clues)
+        return _django(found, packages, clues)
+    uppermost = sorted(sources, key=lambda name: name.count("/"))
+    for name in uppermost:
+        if (script := _SCRIPTS.search(clues.text(name))) is not None and not _APP.search(clues.text(name)):
+            return _script(found, name, script[1], production=clues.production)
+    for name in uppermost:
+        if (app := _APP.search(clues.text(name))) is not None:
+            if app[2] == "Flask":
+                return _flask(found, name, app[1], packages, production=clues.production)
+            return _asgi(found, name, app[1], app[2], packages, production=clues.production)
     if "flask" in packages:
         for name in sources:
             if _FACTORY.search(clues.text(name)):
-                return _flask(name, "create_app", packages, install, installed, clues)
+                return _flask(found, name, "create_app", packages, production=clues.production)
     for name in sources:
         if "/" not in name and _SERVES.search(clues.text(name)):
-            start = (*_program(install, "python"), name)
-            return Detected(
-                *("python", "Python", f"{name} is a server", install, installed, start, "it is run"),
-                watch=not clues.production,
-            )
+            start, why = (*_program(install, "python"), name), f"{name} is a server"
+            return replace(found, why=why, start=start, started="it is run", watch=not clues.production)
     if manifest is None:
         return None
-    return Detected(
-        "python",
-        "Python",
-        f"there is {manifest}",
-        install,
-        installed,
+    return replace(
+        found,
         trouble="no FastAPI, Flask or Django application was found in main.py, app.py, server.py or the "
         "like: give a command with `start` (--start), or in a Procfile",
     )
 
 
-def _django(packages: frozenset[str], install: Command, installed: str, clues: Clues) -> Detected:
-    start: Command
+def _django(found: Detected, packages: frozenset[str], clues: Clues) -> Detected:
+    found = replace(found, name="django", title="Django", why="there is a manage.py")
     if not clues.production:
-        start = (*_program(install, "python"), "manage.py", "runserver", "0.0.0.0:$PORT")
-        started = "manage.py starts its dev server"
-        return Detected("django", "Django", "there is a manage.py", install, installed, start, started)
-    served = "it serves its asgi.py or wsgi.py"
+        start = (*_program(found.install, "python"), "manage.py", "runserver", "0.0.0.0:$PORT")
+        return replace(found, start=start, started="manage.py starts its dev server")
     for server, kind in (("gunicorn", "wsgi"), ("uvicorn", "asgi"), ("uvicorn[standard]", "asgi")):
         module = min((name for name in clues.names if name.endswith(f"/{kind}.py")), default="")
         if server in packages and module:
-            application = module.removesuffix(".py").replace("/", ".")
-            program = _program(install, server.partition("[")[0])
+            program = _program(found.install, server.partition("[")[0])
             where = ("--bind", "0.0.0.0:$PORT") if kind == "wsgi" else _LISTEN
-            start = (*program, f"{application}:application", *where)
-            return Detected("django", "Django", "there is a manage.py", install, installed, start, served)
-    return Detected(
-        *("django", "Django", "there is a manage.py", install, installed),
+            start = (*program, f"{_module(module)}:application", *where)
+            return replace(found, start=start, started="it serves its asgi.py or wsgi.py")
+    return replace(
+        found,
         trouble="for production Django is served by gunicorn or uvicorn, and no requirement names one of "
         "them: add it, or give another command with `start` (--start)",
     )
 
 
-def _script(name: str, kind: str, install: Command, installed: str, clues: Clues) -> Detected:
-    why = f"{name} imports {kind}"
-    python = _program(install, "python")
-    start: Command
+def _script(found: Detected, name: str, kind: str, *, production: bool) -> Detected:
+    found = replace(found, name=kind, title=kind.title(), why=f"{name} imports {kind}")
+    python = _program(found.install, "python")
     if kind == "streamlit":
         words = "--server.headless true --server.address 0.0.0.0 --server.port $PORT"
-        if clues.production:  # no watch for edits, and no menu for developers
+        if production:  # no watch for edits, and no menu for developers
             words += " --server.fileWatcherType none --client.toolbarMode viewer"
         start = (*python, "-m", "streamlit", "run", name, *words.split())
-        return Detected("streamlit", "Streamlit", why, install, installed, start, f"Streamlit runs {name}")
+        return replace(found, start=start, started=f"Streamlit runs {name}")
     line = f"GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=$PORT exec {shlex.join((*python, name))}"
-    return Detected(
-        *("gradio", "Gradio", why, install, installed, ("sh", "-c", line), "it is run"),
-        watch=not clues.production,
-    )
+    return replace(found, start=("sh", "-c", line), started="it is run", watch=not production)
 
 
 def _imported(clues: Clues, sources: list[str]) -> str:
@@ -125,66 +114,51 @@ def _imported(clues: Clues, sources: list[str]) -> str:
     return next((found[1] for name in sources if (found := _SCRIPTS.search(clues.text(name)))), "")
 
 
-def _flask(
-    name: str, app: str, packages: frozenset[str], install: Command, installed: str, clues: Clues
-) -> Detected:
-    why, started = f"{name} makes a Flask", f"`{app}` of {name}"
-    start: Command
-    if not clues.production:
+def _flask(found: Detected, name: str, app: str, packages: frozenset[str], *, production: bool) -> Detected:
+    started = f"`{app}` of {name}"
+    found = replace(found, name="flask", title="Flask", why=f"{name} makes a Flask", started=started)
+    if not production:
         # without the debugger, which would run code that any visitor sends
         words = ("run", *_LISTEN, "--reload", "--no-debugger")
-        start = (*_program(install, "flask"), "--app", f"{name}:{app}", *words)
-        return Detected("flask", "Flask", why, install, installed, start, started)
-    module = name.removesuffix(".py").replace("/", ".")
+        return replace(found, start=(*_program(found.install, "flask"), "--app", f"{name}:{app}", *words))
     for server, listen in (("gunicorn", "--bind"), ("waitress", "--listen")):
         if server in packages:
             factory = app == "create_app"
             call = ("--call",) if factory and server == "waitress" else ()
-            what = f"{module}:{app}()" if factory and server == "gunicorn" else f"{module}:{app}"
-            start = (*_program(install, server), listen, "0.0.0.0:$PORT", *call, what)
-            return Detected("flask", "Flask", why, install, installed, start, f"{started}, by {server}")
-    return Detected(
-        *("flask", "Flask", why, install, installed),
+            what = f"{_module(name)}:{app}" + ("()" if factory and server == "gunicorn" else "")
+            start = (*_program(found.install, server), listen, "0.0.0.0:$PORT", *call, what)
+            return replace(found, start=start, started=f"{started}, by {server}")
+    return replace(
+        found,
+        started="",
         trouble="for production Flask is served by gunicorn or waitress, and no requirement names one of "
         "them: add gunicorn to its requirements, or give another command with `start` (--start)",
     )
 
 
 def _asgi(
-    name: str,
-    app: str,
-    kind: str,
-    packages: frozenset[str],
-    install: Command,
-    installed: str,
-    clues: Clues,
+    found: Detected, name: str, app: str, kind: str, packages: frozenset[str], *, production: bool
 ) -> Detected:
-    module = name.removesuffix(".py").replace("/", ".")
-    inside: Command = ()
-    if module.startswith("src."):
-        module, inside = module.removeprefix("src."), ("--app-dir", "src")
-    start = (
-        *_program(install, "uvicorn"),
-        f"{module}:{app}",
-        *inside,
-        *_LISTEN,
-    )
-    # without watchfiles it would check every file in .venv four times a second
-    reload = not packages.isdisjoint(_WATCHING)
-    if not clues.production and reload:
-        start += ("--reload",)
-    why = f"{name} makes a {kind}"
-    if packages.isdisjoint(
-        {"uvicorn", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]", "fastapi-cli"}
-    ):
-        return Detected(
-            *("fastapi", kind, why, install, installed),
+    found = replace(found, name="fastapi", title=kind, why=f"{name} makes a {kind}")
+    if packages.isdisjoint(_UVICORN):
+        return replace(
+            found,
             trouble=f"{name} makes a {kind}, which needs uvicorn, and no requirement names uvicorn: "
             "add it, or give another command with `start` (--start)",
         )
-    started = f"`{app}` of {name}, by uvicorn"
-    watch = not clues.production and not reload
-    return Detected("fastapi", kind, why, install, installed, start, started, watch=watch)
+    module = _module(name)
+    inside = ("--app-dir", "src") if module.startswith("src.") else ()
+    start = (*_program(found.install, "uvicorn"), f"{module.removeprefix('src.')}:{app}", *inside, *_LISTEN)
+    # without watchfiles it would check every file in .venv four times a second
+    reload = not packages.isdisjoint(_WATCHING)
+    if not production and reload:
+        start += ("--reload",)
+    started, watch = f"`{app}` of {name}, by uvicorn", not production and not reload
+    return replace(found, start=start, started=started, watch=watch)
+
+
+def _module(file: str) -> str:
+    return file.removesuffix(".py").replace("/", ".")
 
 
 def _packages(clues: Clues) -> frozenset[str]:
@@ -216,7 +190,7 @@ def _install(clues: Clues) -> tuple[Command, str]:
 
 
 def _program(install: Command, name: str) -> Command:
-    """Return how a program is started: with the Python of `.venv` if there is one.
+    """Return how a program is started: with the Python of `.venv` if it exists.
 
     Always as a module: the scripts in a venv contain its path, and an update is moved after its install.
     """

@@ -82,8 +82,6 @@ SHARES: Final = (
 # what may be in the gateway's memory at once
 BUDGETS: Final = (
     "bytes_in_flight",
-    "waiting_bytes",
-    "upload_copies_waiting",
     "exec_bytes",
     "exec_keep_bytes",
 )

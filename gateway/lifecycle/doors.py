@@ -112,7 +112,7 @@ class Doors:
 
 
 class _Inside:
-    """One call. A class by hand, since each call has one: a generator's context costs four times as much."""
+    """One call. Each call has one, so it is a class: a generator's context costs four times as much."""
 
     __slots__ = ("_doors", "_tenant")
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from gateway.admission import Admission
-from gateway.caddy import Caddy, asleep, caddy
+from gateway.caddy import caddy
 from gateway.errors import (
     Conflict,
     GatewayError,
@@ -29,11 +29,10 @@ from gateway.errors import (
     Timeout,
     Unavailable,
 )
-from gateway.lifecycle.lifecycle import Lifecycle
-from gateway.ownership.domains import Domains
-from gateway.runtime import Tenant, TenantEvent, TenantRuntime, Tenants
+from gateway.lifecycle.lifecycle import Lifecycle, SiteRoutes
+from gateway.runtime import Tenant, TenantEvent, TenantRuntime
 from gateway.runtime.probe import HostRefused, answer
-from gateway.runtime.sites import Site, Sites, site_of
+from gateway.runtime.sites import site_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -58,17 +57,14 @@ class Idle:
     def __init__(
         self,
         runtime: TenantRuntime,
-        sites: Sites,
-        caddy: Caddy,
-        domains: Domains,
+        routes: SiteRoutes,
         lifecycle: Lifecycle,
         running: Callable[[str], int],
         settings: Settings,
     ) -> None:
-        self._tenants, self._usage = runtime.tenants, runtime.usage
-        self._marks = SleepMarks(runtime.tenants, sites, caddy, domains)
-        self._sites, self._caddy, self._domains, self._lifecycle = sites, caddy, domains, lifecycle
-        self._running, self._settings = running, settings
+        self._tenants, self._usage, self._routes = runtime.tenants, runtime.usage, routes
+        self._sites, self._caddy, self._domains = routes.sites, routes.caddy, routes.domains
+        self._lifecycle, self._running, self._settings = lifecycle, running, settings
         self._uses: Counter[str] = Counter()
         self._last: dict[str, float] = {}  # when each running tenant was last used, by the monotonic clock
         self._asleep: set[str] | None = None  # or about to sleep; None until Incus has been asked
@@ -189,7 +185,7 @@ class Idle:
                 started.exception()  # retrieved, or asyncio would log it
             raise
         started.set_result(None)
-        if not found.asleep:  # it was stopped for good meanwhile, or started
+        if not found.asleep:  # somebody has started it, or stopped it for good
             self._asleep = (self._asleep or set()) - {tenant}
             return
         site = await site_of(self._sites, tenant)
@@ -207,7 +203,7 @@ class Idle:
         log.info("woke %s in %d ms", tenant, (time.monotonic() - began) * 1000)
 
     async def _unmark(self, tenant: str) -> None:
-        await self._marks.remove(tenant)
+        await self._routes.mark_awake(tenant)
         if self._asleep is not None:
             self._asleep.discard(tenant)
 
@@ -291,7 +287,7 @@ class Idle:
 
     async def _doze(self, name: str, limit: float) -> None:
         """Mark a tenant, check once more, stop it. A wake removes a mark left on a running one."""
-        await self._marks.set(name)
+        await self._routes.mark_asleep(name)
         await asyncio.sleep(_ON_THE_WAY)  # what Caddy does in between cannot be awaited
         tenant = await self._tenants.get(name)
         visited = (await self._usage.visited([tenant])).get(name)
@@ -299,7 +295,7 @@ class Idle:
             await self._unmark(name)
             log.info("%s is in use again and stays awake", name)
             return
-        await self._lifecycle.let_go(name)
+        await self._lifecycle.end_workers(name)
         self._stops.add(name)
         try:
             await self._tenants.stop(name)
@@ -341,32 +337,3 @@ class _Waking:
 
     def __init__(self, started: asyncio.Future[None], task: asyncio.Task[None]) -> None:
         self.started, self.task = started, task
-
-
-class SleepMarks:
-    """Sets and removes the marks. Neither starts nor stops a tenant."""
-
-    def __init__(self, tenants: Tenants, sites: Sites, caddy: Caddy, domains: Domains) -> None:
-        self._tenants, self._sites, self._caddy, self._domains = tenants, sites, caddy, domains
-
-    async def set(self, tenant: str) -> None:
-        """Mark a tenant as asleep."""
-        async with self._caddy.changing:
-            await self._tenants.mark_asleep(tenant, True)
-            site = await self._served(tenant)
-            target = None if site is None else self._caddy.get(site.domain)
-            if site is not None and target is not None:
-                self._caddy.set(site.domain, asleep(target))
-
-    async def remove(self, tenant: str) -> None:
-        """Mark a tenant as awake, and route its domain to its site again."""
-        async with self._caddy.changing:
-            await self._tenants.mark_asleep(tenant, False)
-            site = await self._served(tenant)
-            if site is not None and site.exposure is not None and self._caddy.sleeps(site.domain):
-                self._caddy.set(site.domain, site.exposure.target)
-
-    async def _served(self, tenant: str) -> Site | None:
-        """Return a tenant's site if the domain that it carries is its own."""
-        site = await site_of(self._sites, tenant)
-        return site if site is not None and self._domains.serves(site.domain, tenant) else None

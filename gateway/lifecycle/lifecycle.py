@@ -80,9 +80,7 @@ class Lifecycle:
     def __init__(
         self,
         runtime: TenantRuntime,
-        sites: Sites,
-        caddy: Caddy,
-        domains: Domains,
+        routes: SiteRoutes,
         workers: Workers,
         bus: Bus,
         names: Names,
@@ -91,12 +89,9 @@ class Lifecycle:
         settings: Settings,
     ) -> None:
         self._tenants, self._snapshots = runtime.tenants, runtime.snapshots
-        self.caddy, self._domains = caddy, domains
-        self._site_domains = SiteDomains(runtime.tenants, sites, caddy, domains)
-        self._bus = bus
-        self._names, self._room, self.capacity = names, room, capacity
-        self._workers = workers
-        self._settings = settings
+        self._routes, self.caddy, self._domains = routes, routes.caddy, routes.domains
+        self._workers, self._bus, self._names = workers, bus, names
+        self._room, self.capacity, self._settings = room, capacity, settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         # callers of snapshot changes whose events have not arrived
         self._asked: OrderedDict[tuple[str, str, str], str] = OrderedDict()
@@ -116,7 +111,7 @@ class Lifecycle:
     async def destroy(self, ask: Ask) -> None:
         """Remove a tenant. Once this returns, its name may belong to another."""
         async with self.alone(ask.tenant):
-            await self.let_go(ask.tenant)
+            await self.end_workers(ask.tenant)
             instance = self._names.holder(ask.tenant)
             await self._tenants.destroy(ask.tenant)
             async with self._domains.deciding(), self.caddy.changing:
@@ -146,12 +141,12 @@ class Lifecycle:
         async with self.alone(ask.tenant):  # a concurrent restore would bring the old domain back
             async with self._domains.moving(ask.tenant, domain) as before, self.caddy.changing:
                 await self._tenants.rename(ask.tenant, domain)
-                site = await self._site_domains.route(ask.tenant, domain)
+                site = await self._routes.route(ask.tenant, domain)
                 if before not in (None, domain) and self._domains.serves(before, ask.tenant):
                     self.caddy.unset(before)
-            await self._site_domains.reached(ask.tenant, domain, site)
+            await self._routes.reached(ask.tenant, domain, site)
             if domain is not None and domain != before:
-                await self._site_domains.allow(ask.tenant, domain)
+                await self._routes.allow(ask.tenant, domain)
         if domain != before:
             self._bus.publish(
                 "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
@@ -184,7 +179,7 @@ class Lifecycle:
     ) -> Mapping[str, Any]:
         async with self.alone(tenant):
             if holds_files:
-                await self.let_go(tenant)
+                await self.end_workers(tenant)
             await change(tenant)
             return described(await self._tenants.get(tenant), self._settings)
 
@@ -202,7 +197,7 @@ class Lifecycle:
         finally:
             lock.release()
 
-    async def let_go(self, tenant: str) -> None:
+    async def end_workers(self, tenant: str) -> None:
         """End the tenant's file workers, which would keep its disk busy."""
         await self._tenants.get(tenant)  # raises if it does not exist
         await self._workers.forget(tenant)
@@ -230,14 +225,14 @@ class Lifecycle:
             if any(one.name == name for one in kept):
                 raise Conflict(f"tenant {ask.tenant} already has a snapshot {name}; choose another name")
             async with self._room.snapshot(ask.tenant, name):
-                with self._asking(ask, "tenant.snapshot.created", name):
+                with self._naming_caller(ask, "tenant.snapshot.created", name):
                     return _to_dict(await self._snapshots.create(ask.tenant, name))
 
     async def restore(self, ask: Ask) -> Mapping[str, Any]:
         snapshot = _named(ask)
 
         async def restore(tenant: str) -> None:
-            with self._asking(ask, "tenant.snapshot.restored", snapshot):
+            with self._naming_caller(ask, "tenant.snapshot.restored", snapshot):
                 await self._snapshots.restore(tenant, snapshot)
 
         return await self._change(ask.tenant, restore)
@@ -246,11 +241,11 @@ class Lifecycle:
         snapshot = _named(ask)
         async with self.alone(ask.tenant):
             async with self._room.deleting(ask.tenant, snapshot):
-                with self._asking(ask, "tenant.snapshot.deleted", snapshot):
+                with self._naming_caller(ask, "tenant.snapshot.deleted", snapshot):
                     await self._snapshots.delete(ask.tenant, snapshot)
 
     @contextlib.contextmanager
-    def _asking(self, ask: Ask, kind: str, snapshot: str) -> Iterator[None]:
+    def _naming_caller(self, ask: Ask, kind: str, snapshot: str) -> Iterator[None]:
         """Let the event of this change name the caller."""
         key = (ask.tenant, kind, snapshot)
         self._asked[key] = ask.token.subject
@@ -307,18 +302,19 @@ _RETURNS: Final = 5.0  # seconds to wait for a restarted site
 _ADDRESSED: Final = 10.0  # seconds for a started container to get its address
 
 
-class SiteDomains:
-    """The sites of tenants whose domains change."""
+class SiteRoutes:
+    """The routes of tenants' sites, as their domains change and as they sleep and wake."""
 
     def __init__(self, tenants: Tenants, sites: Sites, caddy: Caddy, domains: Domains) -> None:
-        self._tenants, self._sites, self._caddy, self._domains = tenants, sites, caddy, domains
+        self.sites, self.caddy, self.domains = sites, caddy, domains
+        self._tenants = tenants
 
     async def route(self, tenant: str, domain: str | None) -> Site | None:
         """Route a tenant's domain to its site if that is known; return the site."""
-        site = await site_of(self._sites, tenant)
+        site = await site_of(self.sites, tenant)
         if domain is not None and site is not None and site.domain == domain and site.exposure is not None:
             target = site.exposure.target
-            self._caddy.set(domain, asleep(target) if site.asleep else target)
+            self.caddy.set(domain, asleep(target) if site.asleep else target)
         return site
 
     async def reached(self, tenant: str, domain: str | None, site: Site | None) -> None:
@@ -327,10 +323,10 @@ class SiteDomains:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ADDRESSED):
                 while site is not None and site.running and site.exposure is None and port is not None:
-                    if site.shares_address or domain is None or not self._domains.serves(domain, tenant):
+                    if site.shares_address or domain is None or not self.domains.serves(domain, tenant):
                         return
-                    await asyncio.sleep(0.1)  # DHCP notifies nobody here
-                    async with self._caddy.changing:
+                    await asyncio.sleep(0.1)  # no event reports a DHCP lease
+                    async with self.caddy.changing:
                         site = await self.route(tenant, domain)
 
     async def allow(self, tenant: str, domain: str) -> None:
@@ -338,7 +334,7 @@ class SiteDomains:
 
         Waits a while for the site, so that the next visitor finds it. Health checks report whether it helped.
         """
-        site = await site_of(self._sites, tenant)
+        site = await site_of(self.sites, tenant)
         if site is None or not site.running or site.exposure is None or site.deployment is not None:
             return
         where = site.exposure
@@ -346,10 +342,32 @@ class SiteDomains:
             status = await probe(where.address, where.port, site.health, 0.5, _REFUSES, host=domain)
             if not await refusal(where.address, where.port, site.health, domain, status):
                 return
-            await self._sites.allow(tenant, domain)
-            await self._sites.restart(tenant)
+            await self.sites.allow(tenant, domain)
+            await self.sites.restart(tenant)
             await answer(where.address, where.port, site.health, _RETURNS, host=domain)
         except (OSError, ValueError):  # TimeoutError among them
             return  # so it does not refuse the domain
         except GatewayError as error:
             log.warning("cannot give the site of %s its new domain: %s", tenant, error.message)
+
+    async def mark_asleep(self, tenant: str) -> None:
+        """Mark a tenant as asleep."""
+        async with self.caddy.changing:
+            await self._tenants.mark_asleep(tenant, True)
+            site = await self._served(tenant)
+            target = None if site is None else self.caddy.get(site.domain)
+            if site is not None and target is not None:
+                self.caddy.set(site.domain, asleep(target))
+
+    async def mark_awake(self, tenant: str) -> None:
+        """Mark a tenant as awake, and route its domain to its site again."""
+        async with self.caddy.changing:
+            await self._tenants.mark_asleep(tenant, False)
+            site = await self._served(tenant)
+            if site is not None and site.exposure is not None and self.caddy.sleeps(site.domain):
+                self.caddy.set(site.domain, site.exposure.target)
+
+    async def _served(self, tenant: str) -> Site | None:
+        """Return a tenant's site if the domain that it carries is its own."""
+        site = await site_of(self.sites, tenant)
+        return site if site is not None and self.domains.serves(site.domain, tenant) else None

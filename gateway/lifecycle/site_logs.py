@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Final
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -13,19 +14,19 @@ from gateway.admission import Admission
 from gateway.errors import GatewayError, InvalidParams
 from gateway.execs import Execs
 from gateway.runtime import Commands, Process
-from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
+LINES_MAX: Final = 10_000  # lines of one answer
+FOLLOWERS: Final = 8  # of one tenant's log: each is a command in the tenant
+
 
 class SiteLogs:
-    """The logs being read, at most `max_followers` of one tenant at a time."""
+    """The logs being read, at most `FOLLOWERS` of one tenant at a time."""
 
-    def __init__(self, execs: Execs, commands: Commands, settings: Settings) -> None:
-        self._execs, self._commands, self._settings = execs, commands, settings
-        self._readers = Admission[str](
-            "clients that read its log", each=settings.max_followers, hint="end one first"
-        )
+    def __init__(self, execs: Execs, commands: Commands) -> None:
+        self._execs, self._commands = execs, commands
+        self._readers = Admission[str]("clients that read its log", each=FOLLOWERS, hint="end one first")
         self._following: set[Following] = set()
 
     async def open(self, tenant: str, lines: int, *, follow: bool) -> Following:
@@ -33,8 +34,8 @@ class SiteLogs:
 
         Raises `InvalidParams` or `RateLimited`.
         """
-        if lines > self._settings.logs_max:
-            raise InvalidParams(f"lines must be a number up to {self._settings.logs_max}", field="lines")
+        if lines > LINES_MAX:
+            raise InvalidParams(f"lines must be a number up to {LINES_MAX}", field="lines")
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._readers.reserve(tenant))
             script = self._execs.script(tenant, self._commands.logs(lines, follow))

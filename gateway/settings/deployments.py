@@ -8,21 +8,8 @@ from gateway.settings.units import MiB
 
 
 class DeploymentSettings(BaseModel):
-    template_files: int = Field(10_000, gt=0, description="maximum number of files in a template")
-    template_bytes: int = Field(64 * MiB, gt=0, description="maximum size of a template's files in bytes")
     max_deployments: int = Field(
         4, gt=0, description="maximum number of deployments that run at once; more wait"
-    )
-    waiting_deployments: int = Field(
-        256,
-        gt=0,
-        description="maximum number of deployments that run or wait, half of them from one owner; more "
-        "are refused",
-    )
-    waiting_bytes: int = Field(
-        256 * MiB,
-        gt=0,
-        description="maximum size in memory of their uploaded templates in bytes, half of it for one owner",
     )
     deployments_kept: int = Field(1000, gt=0, description="number of ended deployments that are kept")
     rollbacks_kept: int = Field(
@@ -68,7 +55,4 @@ class DeploymentSettings(BaseModel):
     )
     upload_copies_unused: float = Field(
         7 * 86400.0, gt=0, description="seconds after which an unused golden copy of an upload is removed"
-    )
-    upload_copies_waiting: int = Field(
-        64 * MiB, ge=0, description="bytes of memory for uploads that wait until their golden copy is made"
     )

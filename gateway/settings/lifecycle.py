@@ -28,8 +28,6 @@ class LifecycleSettings(BaseModel):
         description="share of the storage pool that must stay free for a snapshot, clone or new tenant to "
         "be made",
     )
-    logs_max: int = Field(10_000, gt=0, description="maximum number of lines of a site's log in one answer")
-    max_followers: int = Field(8, gt=0, description="maximum number of readers that follow one tenant's log")
     reconcile_interval: float = Field(30.0, gt=0, description="seconds between two checks of all instances")
     shutdown_timeout: float = Field(
         20.0, gt=0, description="seconds from SIGTERM until the gateway ends at the latest"

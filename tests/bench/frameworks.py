@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.deployments.page import Browser
+from gateway.deployments.browser import Browser
 from gateway.host import HostError
 from gateway.settings import MiB
 from tests.integration import environment

@@ -10,18 +10,19 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from gateway.caddy import Caddy
-from gateway.deployments import Deployments, Record, Request
-from gateway.deployments.register import Register
+from gateway.deployments import Context, Deployments, Record, Request
+from gateway.deployments.record import Register
 from gateway.deployments.request import Rollback
 from gateway.errors import Unavailable
 from gateway.events import Bus, Event, MemoryJournal
 from gateway.ownership.domains import Domains
 from gateway.runtime.incus import IncusRuntime, IncusSites
+from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests import thorough
@@ -139,7 +140,17 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
         domains = await Domains.opened(runtime.tenants, store, bus, settings)
         register = Register(store, domains, settings)
         deployments = await stack.enter_async_context(
-            Deployments(runtime, sites, caddy, domains, register, bus, settings)  # type: ignore[arg-type]  # stands in
+            Deployments(
+                Context(
+                    runtime=runtime,
+                    sites=cast(Sites, sites),
+                    caddy=cast(Caddy, caddy),
+                    domains=domains,
+                    register=register,
+                    bus=bus,
+                    settings=settings,
+                )
+            )
         )
         await deployments.recover()
         yield Rig(deployments, sites, former, caddy, journal, Hosting(settings, Path("/dev/null")))

@@ -17,8 +17,8 @@ import aiohttp
 import pytest
 
 from gateway.caddy import Caddy
-from gateway.deployments import Deployments, Record, Request
-from gateway.deployments.register import Register
+from gateway.deployments import Context, Deployments, Record, Request
+from gateway.deployments.record import Register
 from gateway.errors import GatewayError
 from gateway.events import Bus, MemoryJournal
 from gateway.ownership.domains import Domains
@@ -60,7 +60,17 @@ class Desk:
             domains = await Domains.opened(runtime.tenants, self.store, bus, settings)
             register = Register(self.store, domains, settings)
             deployments = await stack.enter_async_context(
-                Deployments(runtime, made, caddy, domains, register, bus, settings)
+                Deployments(
+                    Context(
+                        runtime=runtime,
+                        sites=made,
+                        caddy=caddy,
+                        domains=domains,
+                        register=register,
+                        bus=bus,
+                        settings=settings,
+                    )
+                )
             )
             deployments._recovered.set()  # nothing is to be found from an earlier life
             record, _ = await deployments.begin(Request(DOMAIN, template), OPERATOR)

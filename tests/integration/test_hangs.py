@@ -47,7 +47,9 @@ Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", idleTimeout: 60, fetch:
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
     template = {"archive": base64.b64encode(archive(("serve.ts", SITE))).decode()}
     state = tmp_path_factory.mktemp("hangs") / "state"
-    async with hosting(incus_settings, state, hang_timeout=HANGS) as host:
+    async with hosting(
+        incus_settings, state, constants={"gateway.deployments.health.HANG_TIMEOUT": HANGS}
+    ) as host:
         record = await host.deploy(DOMAIN, template)
         assert record["state"] == "succeeded", record["error"]
         yield host

@@ -57,9 +57,9 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
     (template / "site.js").write_text(SITE)
     changes: dict[str, Any] = {
         "templates_dir": template.parent,
-        "health_interval": 1.0,
     }
     constants = {"gateway.lifecycle.idle.LOOK_INTERVAL": 0.2, "gateway.caddy.caddy.KEEPALIVE": KEPT}
+    constants["gateway.deployments.health.INTERVAL"] = 1.0
     async with hosting(incus_settings, folder / "state", constants=constants, **changes) as host:
         record = await host.deploy(DOMAIN, "sleepy")
         assert record["state"] == "succeeded", record["error"]

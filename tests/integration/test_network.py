@@ -62,13 +62,15 @@ async def pair(
     changes: dict[str, Any] = {
         "templates_dir": template.parent,
         "reconcile_interval": 0.5,
-        "health_interval": 0.5,
-        "health_failures": 2,
-        "health_timeout": 3.0,
+    }
+    quick = {
+        "gateway.deployments.health.INTERVAL": 0.5,
+        "gateway.deployments.health.FAILURES": 2,
+        "gateway.deployments.health.TIMEOUT": 3.0,
     }
     async with (
-        hosting(incus_settings, folder / "one", domain=GATEWAY, **changes) as one,
-        hosting(incus_settings, folder / "two", **changes) as two,
+        hosting(incus_settings, folder / "one", constants=quick, domain=GATEWAY, **changes) as one,
+        hosting(incus_settings, folder / "two", constants=quick, **changes) as two,
     ):
         yield one, two
         for host in (one, two):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.cli.sites import read_site, write_manifest
-from gateway.deployments.manifest import Overrides
+from gateway.deployments.template import Overrides
 from gateway.errors import GatewayError
 from gateway.settings import Settings
 
@@ -34,9 +34,9 @@ def test_a_folder_of_three_gigabytes_is_refused_before_it_is_read(tmp_path: Path
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     assert refused(tmp_path) == (
-        f"{tmp_path} has 3.1 GiB in 5 files, and a site may have at most 64.0 MiB (GATEWAY_TEMPLATE_BYTES) "
+        f"{tmp_path} has 3.1 GiB in 5 files, and a site may have at most 64.0 MiB "
         "in "
-        "10000 (GATEWAY_TEMPLATE_FILES). The largest are videos/ (3.0 GiB), data.bin (100.0 MiB), index.html "
+        "10000 files. The largest are videos/ (3.0 GiB), data.bin (100.0 MiB), index.html "
         "(1 bytes): list what the site does not need in .gitignore, and keep large files elsewhere"
     )
     (tmp_path / ".gitignore").write_text("videos\n*.bin\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ from gateway.auth.tokens import Token
 from gateway.deployments import Deployments, Record, Request
 from gateway.deployments import record as records
 from gateway.deployments.context import Context
-from gateway.deployments.phases import unsteady
-from gateway.deployments.register import Register
+from gateway.deployments.phases import report_unsteady
+from gateway.deployments.record import Register, State
 from gateway.deployments.verify import Subject
 from gateway.errors import Conflict, NotFound, RateLimited
 from gateway.events import Bus
@@ -65,6 +65,12 @@ class Nothing:
         pass
 
 
+def context(domains: Domains, register: Register, told: Told, settings: Settings, **more: Any) -> Context:
+    nothing, bus = cast(Any, Nothing()), cast(Bus, told)
+    parts = {"runtime": nothing, "sites": nothing, "caddy": nothing, "domains": domains, "register": register}
+    return Context(**parts, bus=bus, settings=settings, **more)
+
+
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[tuple[Deployments, Told]]:
     settings, told = Settings(state_dir=tmp_path), Told()
@@ -72,7 +78,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[tuple[Deployments, Told]]:
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, told), settings)
         register = Register(store, domains, settings)
-        yield Deployments(nothing, nothing, nothing, domains, register, cast(Bus, told), settings), told
+        yield Deployments(context(domains, register, told, settings)), told
 
 
 async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
@@ -126,7 +132,7 @@ async def test_one_that_ends_during_a_look_is_not_ended_again(
 
     async def late(work: Any) -> Any:
         found = await read(work)
-        if work is records.unfinished:
+        if work is records.unfinished_records:
             await cancel(deployments, record.id)
         return found
 
@@ -185,10 +191,8 @@ async def test_a_key_of_who_had_the_name_before_is_nobodys(tmp_path: Path) -> No
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
         register = Register(store, domains, settings)
-        deployments = Deployments(
-            *(nothing, nothing, nothing, domains, register, cast(Bus, Told()), settings),
-            ended=lambda name: ended.get(name, 0.0),
-        )
+        names = cast(Any, SimpleNamespace(ended=lambda name: ended.get(name, 0.0)))
+        deployments = Deployments(context(domains, register, Told(), settings, names=names))
         first, _ = await deployments.begin(asked("a"), token("a", issued=1.0), key="1")
         await cancel(deployments, first.id)
         ended["a"] = first.created + 1
@@ -200,16 +204,44 @@ async def test_a_key_of_who_had_the_name_before_is_nobodys(tmp_path: Path) -> No
         await cancel(deployments, second.id)
 
 
+NEXT: Mapping[State, set[State]] = {
+    "waiting": {"running", "undoing", "rolledback"},
+    "running": {"succeeded", "undoing"},
+    "undoing": {"undoing", "rolledback"},
+    "succeeded": set(),
+    "rolledback": set(),
+}
+
+
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("after", NEXT)
+@pytest.mark.parametrize("before", NEXT)
+def test_a_deployment_goes_from_state_to_state_as_the_table_says(
+    before: State, after: State, settled: bool
+) -> None:
+    """Nothing is undone once it is settled, and an end is an end."""
+    record = Record("shop", "shop.test", "", "static", "me", state=before, settled=settled)
+    if after in NEXT[before] and not (settled and after in ("undoing", "rolledback")):
+        record.enter(after)
+        assert record.state == after
+    else:
+        with pytest.raises(AssertionError, match=f"cannot go from {before} to {after}"):
+            record.enter(after)
+        assert record.state == before
+
+
 async def test_records_of_one_tenant_push_out_its_own_alone(tmp_path: Path) -> None:
     async with Store(tmp_path) as store:
         for number in range(30):
             tenant = "quiet" if number < 3 else "greedy"
             record = Record(tenant, f"{tenant}.example.com", "", "static", "me", created=float(number))
             record.state, record.ended = "succeeded", float(number)
-            await store.write(partial(records.begin, record=record, key=None, request="", kept=10))
+            await store.write(partial(records.insert_record, record=record, key=None, request="", kept=10))
             text, identity = orjson.dumps(record), record.id
-            await store.write(partial(records.save, record=text, identity=identity, tenant=tenant, ended=1.0))
-        kept = await store.read(lambda db: records.recent(db, None, 100))
+            await store.write(
+                partial(records.update_record, record=text, identity=identity, tenant=tenant, ended=1.0)
+            )
+        kept = await store.read(lambda db: records.recent_records(db, None, 100))
     assert [record.tenant for record in kept].count("quiet") == 3
     assert [record.created for record in kept if record.tenant == "greedy"] == [
         float(n) for n in range(29, 22, -1)
@@ -236,6 +268,7 @@ class Places:
         finally:
             self.running.remove(name)
         running.record.error = {"code": "cancelled"}
+        running.record.enter("undoing")
 
     async def begin(self, who: Token, *tenants: str) -> None:
         for tenant in tenants:
@@ -301,14 +334,16 @@ async def test_one_that_is_cancelled_gives_its_place(places: Places) -> None:
     await places.are("b", "d")
 
 
-async def test_waiting_has_a_share_too(tmp_path: Path) -> None:
+async def test_waiting_has_a_share_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of how many wait, and of what their uploads take in memory; the rest is for others."""
-    settings = Settings(state_dir=tmp_path, waiting_deployments=4, waiting_bytes=1000)
+    monkeypatch.setattr("gateway.deployments.queue.WAITING", 4)
+    monkeypatch.setattr("gateway.deployments.queue.WAITING_BYTES", 1000)
+    settings = Settings(state_dir=tmp_path)
     nothing = cast(Any, Nothing())
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
-        register, bus = Register(store, domains, settings), cast(Bus, Told())
-        deployments = Deployments(*(nothing, nothing, nothing, domains, register, bus, settings))
+        register = Register(store, domains, settings)
+        deployments = Deployments(context(domains, register, Told(), settings))
         greedy = token("a", "b", "c")
         begun = [(await deployments.begin(asked(name), greedy))[0] for name in "ab"]
         with pytest.raises(RateLimited) as caught:
@@ -343,11 +378,11 @@ async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there() -> 
     record = Record("shop", "shop.test", "https://shop.test", "static", "me", instance="i-1")
     where = Exposure("10.0.0.2", 3000)
     site = Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
-    await unsteady(context, record, site, "it ended")
+    await report_unsteady(context, record, site, "it ended")
     assert unwell == [("shop", 3000, "/", "it ended")]
     for status, instance in (("stopped", "i-1"), ("running", "i-2")):
         tenants[0] = SimpleNamespace(status=status, instance=instance)
-        await unsteady(context, record, site, "it ended")
+        await report_unsteady(context, record, site, "it ended")
     tenants.clear()
-    await unsteady(context, record, site, "it ended")
+    await report_unsteady(context, record, site, "it ended")
     assert len(unwell) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.deployments.causes import ended, in_the_way, install_failed, last_words
+from gateway.deployments.verify import in_the_way, install_failed, last_output, why_it_ends
 from gateway.errors import ExecFailed
 from gateway.runtime.installs import failure
 
@@ -142,18 +142,18 @@ CLEAN = "site.service: Deactivated successfully."
 def test_a_site_that_ends_says_how_and_what_it_said(said: str, how: str, why: str, words: str) -> None:
     """Its own words are those of its last run, without systemd's."""
     journal = "".join(RUN.format(n=n, said=said, how=how) for n in range(1, 5))
-    assert why in ended(journal, ("npm", "run", "dev"), 512 * MiB, short=said == "short")
-    assert last_words(journal) == f"Its last output: {words}"
+    assert why in why_it_ends(journal, ("npm", "run", "dev"), 512 * MiB, short=said == "short")
+    assert last_output(journal) == f"Its last output: {words}"
     begun = f"{journal}Started site.service - The site of this tenant.\n"
-    assert last_words(begun) == f"Its last output: {words}"
+    assert last_output(begun) == f"Its last output: {words}"
 
 
 def test_a_site_that_ended_says_why_though_it_has_begun_again() -> None:
     """The beginning of the next run says nothing of how the last one ended; of one that runs on it does."""
     run = RUN.format(n=1, said="$ tsc\nerror TS5011", how=FAILED.format("2/INVALIDARGUMENT"))
     journal = f"{run}Started site.service - The site of this tenant.\n$ tsc\n"
-    assert last_words(journal, finished=True) == "Its last output: $ tsc\nerror TS5011"
-    assert last_words(journal) == "Its last output: $ tsc"
+    assert last_output(journal, finished=True) == "Its last output: $ tsc\nerror TS5011"
+    assert last_output(journal) == "Its last output: $ tsc"
 
 
 def test_calls_inside_packages_do_not_displace_what_a_program_says() -> None:
@@ -166,7 +166,7 @@ def test_calls_inside_packages_do_not_displace_what_a_program_says() -> None:
     inner = [f"    at async start{number} (file:///srv/site-next/{where}:741:9)" for number in range(8)]
     inner.append("    at process.processTicksAndRejections (node:internal/process/task_queues:105:5)")
     journal = "\n".join((said, own, *inner, "  hook: 'configureServer'\n}", "[ELIFECYCLE] Command failed."))
-    last = last_words(journal)
+    last = last_output(journal)
     assert in_the_way(last)
     assert (
         last == f"Its last output: {said}\n{own}\n  hook: 'configureServer'\n}}\n[ELIFECYCLE] Command failed."

@@ -15,15 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
-from gateway.deployments.causes import shown
-from gateway.deployments.http import PublishBody
-from gateway.deployments.manifest import Manifest, Overrides, written
 from gateway.deployments.publishing import for_production
-from gateway.deployments.template import uploaded
+from gateway.deployments.request import PublishBody
+from gateway.deployments.template import Manifest, Overrides, uploaded, written
+from gateway.deployments.verify import command_text
 from gateway.detection import Clues, Detected, detect
-from gateway.detection.apart import detect_apart
+from gateway.detection.sandbox import detect_sandboxed
 from gateway.errors import InvalidParams, Unavailable
-from gateway.settings import Settings
 from tests.archives import archive
 from tests.thorough import examples
 
@@ -285,7 +283,7 @@ def test_pages_of_an_app_that_has_one_are_all_that_one() -> None:
     ):
         files = {**folder, "site.toml": more + ("" if "static" in more else 'mode = "production"\n')}
         data = archive(*((name, text.encode()) for name, text in files.items()), manifest=None)
-        template = uploaded(data, Settings())
+        template = uploaded(data)
         assert (template.manifest.command[-1] == "spa") is spa, (folder, more)
 
 
@@ -294,7 +292,7 @@ def test_djangos_dev_server_is_told_the_domain_however_it_is_named() -> None:
     for start in (found({"manage.py": ""}).start, ("python3", "manage.py", "runserver", "0.0.0.0:$PORT")):
         command = Manifest(start=start).command
         assert command[0] == start[0] and command[1] == "-c" and command[3:] == start[1:]
-        assert shown(command) == " ".join(start)
+        assert command_text(command) == " ".join(start)
     assert Manifest(start=("python3", "manage.py", "migrate")).command[1] == "manage.py"
 
 
@@ -372,7 +370,7 @@ def test_in_production_it_is_built_and_what_was_built_is_served(
     folder: Folder, install: str, start: str
 ) -> None:
     data = archive(*((name, text.encode()) for name, text in folder.items()), manifest=None)
-    detected = uploaded(data, Settings(), Overrides(mode="production")).detected
+    detected = uploaded(data, Overrides(mode="production")).detected
     assert detected is not None
     told = detected.to_dict(3000)
     assert (told["install"], told["static"] or told["start"]) == (install, start)
@@ -405,10 +403,10 @@ def test_a_dev_server_is_never_what_is_published(folder: Folder, said: str) -> N
     """It is refused with the line to write, and goes by a command that is given."""
     data = archive(*((name, text.encode()) for name, text in folder.items()), manifest=None)
     with pytest.raises(InvalidParams) as refused:
-        uploaded(data, Settings(), Overrides(mode="production"))
+        uploaded(data, Overrides(mode="production"))
     assert said in refused.value.message and "--start" in refused.value.message
-    published = for_production(data, Settings())
-    template = uploaded(published, Settings(), Overrides(start=("bun", "x.ts")))
+    published = for_production(data)
+    template = uploaded(published, Overrides(start=("bun", "x.ts")))
     assert template.manifest.start == ("env", "NODE_ENV=production", "bun", "x.ts")
     if "package.json" in folder:
         assert template.manifest.install
@@ -455,7 +453,7 @@ def test_the_app_that_a_workspace_starts_is_its_site(
     made = detect(Clues.of(files, production=True))
     assert (made.to_dict(1)["install"], made.static) == (built, static)
     data = archive(*files.items(), manifest=None)
-    framework, words, _ = uploaded(data, Settings()).framework()
+    framework, words, _ = uploaded(data).framework()
     assert framework is not None and framework.name == "vite" and "vite" in words
 
 
@@ -512,9 +510,9 @@ def test_what_has_no_production_says_so() -> None:
     text = package("@sveltejs/kit", **scripts(dev="vite dev", build="vite build"))
     data = archive(("package.json", text.encode()), manifest=None)
     with pytest.raises(InvalidParams, match="use @sveltejs/adapter-node"):
-        uploaded(data, Settings(), Overrides(mode="production"))
+        uploaded(data, Overrides(mode="production"))
     with pytest.raises(InvalidParams, match=r"here site\.toml or `start` gives one"):
-        uploaded(archive(), Settings(), Overrides(mode="production"))
+        uploaded(archive(), Overrides(mode="production"))
 
 
 def test_requirements_are_installed_in_a_venv() -> None:
@@ -580,7 +578,7 @@ APPS = {
 def test_what_cannot_be_started_says_what_to_do(folder: Folder, said: str) -> None:
     data = archive(*((name, text.encode()) for name, text in folder.items()), manifest=None)
     with pytest.raises(InvalidParams) as refused:
-        uploaded(data, Settings())
+        uploaded(data)
     assert refused.value.message == said
     assert refused.value.facts["reason"] == "undetected"
 
@@ -588,33 +586,33 @@ def test_what_cannot_be_started_says_what_to_do(folder: Folder, said: str) -> No
 def test_a_start_that_is_given_starts_whatever_it_is() -> None:
     """What is given goes before what is found, and before the manifest; the rest is found."""
     data = archive(("package.json", package("left-pad").encode()), ("package-lock.json", b""), manifest=None)
-    template = uploaded(data, Settings(), Overrides(start=("node", "x.js"), port=4000))
+    template = uploaded(data, Overrides(start=("node", "x.js"), port=4000))
     recipe = template.recipe()
     assert (recipe.start, recipe.install, recipe.port) == (("node", "x.js"), ("npm", "ci"), 4000)
     assert template.detected is not None
     assert template.detected.lines()[2] == "start node x.js: as the deployment says"
     manifest = archive(("index.html", b""), manifest=b'start = "bun a.ts"\nport = 5000\n')
-    template = uploaded(manifest, Settings(), Overrides(install=()))
+    template = uploaded(manifest, Overrides(install=()))
     assert (template.manifest.start, template.manifest.port, template.detected) == (
         ("bun", "a.ts"),
         5000,
         None,
     )
     partly = archive(("index.html", b""), manifest=b'keep = ["data/"]\n')
-    template = uploaded(partly, Settings())
+    template = uploaded(partly)
     assert (template.manifest.static, template.manifest.keep) == (".", ("data/",))
 
 
 def test_copies_of_a_folder_that_is_started_in_two_ways_are_two() -> None:
     data = archive(("index.html", b""), manifest=None)
     ways = (None, Overrides(start=("bun", "x")), Overrides(port=4000))
-    assert len({uploaded(data, Settings(), way).recipe("me").key for way in ways}) == 3
+    assert len({uploaded(data, way).recipe("me").key for way in ways}) == 3
 
 
 @pytest.mark.parametrize("folder", ["..", "/etc", "a/../..", "./a", ""])
 def test_only_a_folder_of_the_site_is_served(folder: str) -> None:
     with pytest.raises(InvalidParams, match="static"):
-        uploaded(archive(("index.html", b""), manifest=f"static = {json.dumps(folder)}".encode()), Settings())
+        uploaded(archive(("index.html", b""), manifest=f"static = {json.dumps(folder)}".encode()))
 
 
 JSON = strategies.recursive(
@@ -660,7 +658,7 @@ def test_a_hostile_folder_takes_a_moment() -> None:
 def test_what_was_uploaded_is_looked_at_by_a_process_that_can_do_nothing_else() -> None:
     """It finds the same, and opens, connects, runs and signals nothing once it is sealed."""
     clues = Clues.of({"package.json": VITE.encode(), "index.html": b"", "bun.lock": b""})
-    assert detect_apart(clues) == detect(clues)
+    assert detect_sandboxed(clues) == detect(clues)
     tried = """
 import os, signal, socket, subprocess, sys
 from gateway.rootfs.confine import seal
@@ -690,23 +688,23 @@ os.write(1, repr((os.getuid() != 0, said, done)).encode())
 )  # fmt: skip
 def test_the_answer_of_that_process_is_a_strangers(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f"import sys; sys.stdout.buffer.write({answer!r})"
-    monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", said))
+    monkeypatch.setattr("gateway.detection.sandbox._COMMAND", (sys.executable, "-c", said))
     with pytest.raises(Unavailable, match="cannot detect what"):
-        detect_apart(Clues.of({"index.html": b""}))
+        detect_sandboxed(Clues.of({"index.html": b""}))
 
 
 def test_a_process_that_spins_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", "while True: pass"))
-    monkeypatch.setattr("gateway.detection.apart._WAIT", 0.5)
+    monkeypatch.setattr("gateway.detection.sandbox._COMMAND", (sys.executable, "-c", "while True: pass"))
+    monkeypatch.setattr("gateway.detection.sandbox._WAIT", 0.5)
     with pytest.raises(Unavailable, match="cannot detect what"):
-        detect_apart(Clues.of({"index.html": b""}))
+        detect_sandboxed(Clues.of({"index.html": b""}))
 
 
 def test_a_process_that_answers_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more of it is held than an answer has."""
     endless = "import os\nwhile True: os.write(1, bytes(1 << 20))"
-    monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", endless))
+    monkeypatch.setattr("gateway.detection.sandbox._COMMAND", (sys.executable, "-c", endless))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(Unavailable, match="cannot detect what"):
-        detect_apart(Clues.of({"index.html": b""}))
+        detect_sandboxed(Clues.of({"index.html": b""}))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10  # KiB

@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.deployments import installing
+from gateway.deployments import phases
 from gateway.deployments.context import Context
-from gateway.deployments.progress import Progress
+from gateway.deployments.record import DeploymentEvents
 from gateway.errors import ExecFailed
 from gateway.runtime.sites import Recipe, Say, Side
 
@@ -53,7 +53,7 @@ async def installed(seconds: float, error: ExecFailed | None, log: Log, *, kille
     pressure = SimpleNamespace(seconds=lambda tenant: seconds, has_killed=has_killed)
     context = cast(Context, SimpleNamespace(sites=sites, pressure=pressure))
     async with asyncio.timeout(60):
-        await installing.install(context, "shop", "live", RECIPE, 512 * MiB, cast(Progress, log))
+        await phases.install(context, "shop", "live", RECIPE, 512 * MiB, cast(DeploymentEvents, log))
 
 
 def late() -> ExecFailed:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from gateway.deployments.page import Browser, Page, _imported, _named
+from gateway.deployments.browser import Browser, LoadedPage, _imported, _named
 
 DEADLINE = 30
 DOMAIN = "shop.test"
@@ -50,7 +50,7 @@ class Site:
             async with Browser("127.0.0.1", server.sockets[0].getsockname()[1], DOMAIN) as browser:
                 yield browser
 
-    async def looked_at(self, seconds: float = 5.0) -> Page:
+    async def looked_at(self, seconds: float = 5.0) -> LoadedPage:
         async with self.opened() as browser:
             return await browser.look("/", seconds)
 
@@ -96,9 +96,9 @@ async def test_no_other_host_is_ever_asked() -> None:
         found = await site.looked_at()
         assert found.missing.keys() == {f"/@{elsewhere}/e.js"}
         site.answers["/"] = said(f'<base href="http://{elsewhere}/"><script src="a.js"></script>'.encode())
-        assert await site.looked_at() == Page(200)
+        assert await site.looked_at() == LoadedPage(200)
         site.answers["/"] = said(b"", f"Location: http://{elsewhere}/\r\n".encode(), "302 Found")
-        assert await site.looked_at() == Page(302)
+        assert await site.looked_at() == LoadedPage(302)
     assert other.asked == []
 
 
@@ -107,10 +107,10 @@ async def test_redirects_within_the_site_are_followed_and_end() -> None:
     site.answers["/"] = said(b"", b"Location: /home\r\n", "302 Found")
     assert (await site.looked_at()).missing == {"/x.js": "status 404"}
     site.answers["/home"] = said(b"", b"Location: /\r\n", "302 Found")
-    assert await site.looked_at() == Page(302)
+    assert await site.looked_at() == LoadedPage(302)
     site.answers["/"] = said(b"", f"Location: https://{DOMAIN}/\r\n".encode(), "301 Moved")
     site.asked.clear()
-    assert await site.looked_at() == Page(301)  # to HTTPS, which is not for us to see
+    assert await site.looked_at() == LoadedPage(301)  # to HTTPS, which is not for us to see
     assert site.asked == ["/"]
 
 
@@ -137,7 +137,7 @@ async def test_what_scripts_import_is_followed() -> None:
 
 async def test_an_endless_answer_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes are bounded, and so is the time that they are waited for."""
-    monkeypatch.setattr("gateway.deployments.page._READING", 0.3)
+    monkeypatch.setattr("gateway.deployments.browser._READING", 0.3)
     flood = page("<script src=flood.js></script><script src=drip.js></script><script src=a.js></script>")
     sent = 0
 

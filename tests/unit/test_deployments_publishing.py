@@ -14,25 +14,22 @@ import orjson
 import pytest
 
 from gateway.deployments import publishing
-from gateway.deployments.entries import Entry, packed, read_archive
-from gateway.deployments.manifest import MANIFEST, Manifest, read_manifest
+from gateway.deployments.archive import ArchiveEntry, packed, read_archive
 from gateway.deployments.publishing import Sources
-from gateway.deployments.queue import Owner
-from gateway.deployments.template import uploaded
+from gateway.deployments.request import DeploymentOwner
+from gateway.deployments.template import MANIFEST, Manifest, read_manifest, uploaded
 from gateway.errors import InvalidParams, Timeout
-from gateway.settings import Settings
 from tests.archives import archive
 
-SETTINGS = Settings()
 DATABASES = ("*.{db,sqlite,sqlite3}", "*.{db,sqlite,sqlite3}-*")
 
 
 def manifest(text: str | None) -> Manifest:
     """Return the manifest of what is published of a site with this one."""
-    entries = {"index.html": Entry(b"x")} | ({} if text is None else {MANIFEST: Entry(text.encode())})
-    return read_manifest(
-        read_archive(publishing.for_production(packed(entries), SETTINGS), SETTINGS)[MANIFEST]
+    entries = {"index.html": ArchiveEntry(b"x")} | (
+        {} if text is None else {MANIFEST: ArchiveEntry(text.encode())}
     )
+    return read_manifest(read_archive(publishing.for_production(packed(entries)))[MANIFEST])
 
 
 def test_how_it_starts_for_development_is_not_how_it_is_served() -> None:
@@ -58,11 +55,11 @@ def test_an_update_brings_nothing_of_what_a_production_site_keeps(mode: str) -> 
     keep = orjson.dumps([*DATABASES, "data/", "/own.json"]).decode()
     text = f'mode = "{mode}"\nstart = "x"\nkeep = {keep}\n'
     members = [(name, b"") for name in (*data, *source)]
-    template = uploaded(archive(*members, manifest=text.encode()), SETTINGS)
+    template = uploaded(archive(*members, manifest=text.encode()))
     update = template.update()
     wanted = {*source, MANIFEST} | (set() if mode == "production" else set(data))
-    assert {path for path, entry in update.entries.items() if entry != Entry()} == wanted
-    assert read_archive(update.archive(), SETTINGS).keys() & {*data} == wanted & {*data}
+    assert {path for path, entry in update.entries.items() if entry != ArchiveEntry()} == wanted
+    assert read_archive(update.archive()).keys() & {*data} == wanted & {*data}
     assert {*data} <= template.entries.keys()
 
 
@@ -71,11 +68,11 @@ def test_what_is_no_manifest_is_refused() -> None:
         manifest("start = 7")
 
 
-def made(folder: Path, most: int = 1 << 20) -> dict[str, Entry]:
+def made(folder: Path, most: int = 1 << 20) -> dict[str, ArchiveEntry]:
     """Return what the script packs of a folder."""
     words = ["/bin/sh", "-c", publishing._SCRIPT, "sh", str(folder), str(most)]
     ran = subprocess.run(words, capture_output=True, check=True)
-    return read_archive(ran.stdout, SETTINGS)
+    return read_archive(ran.stdout)
 
 
 @pytest.fixture
@@ -126,7 +123,7 @@ class Packing:
     @contextlib.asynccontextmanager
     async def script(self, tenant: str, spec: object) -> AsyncIterator[Any]:
         self.running.append(tenant)
-        left = [packed({"index.html": Entry(b"x")})]
+        left = [packed({"index.html": ArchiveEntry(b"x")})]
 
         async def read(stream: str) -> bytes:
             if tenant.startswith("hostile"):
@@ -142,20 +139,20 @@ class Packing:
             self.running.remove(tenant)
 
 
-def owner(tenant: str) -> Owner:
-    return Owner(frozenset({tenant}), "")
+def owner(tenant: str) -> DeploymentOwner:
+    return DeploymentOwner(frozenset({tenant}), "")
 
 
 async def test_a_tar_that_hangs_holds_up_nobody_else_s_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four of one owner take one place; each is given up once nothing comes, and its script ended."""
     monkeypatch.setattr(publishing, "_SILENCE", 0.2)
     packing: Any = Packing()
-    sources = Sources(packing, packing, SETTINGS)
+    sources = Sources(packing, packing)
     hanging = [asyncio.create_task(sources.of("hostile", owner("hostile"))) for _ in range(4)]
     async with asyncio.timeout(30):
         archive = await sources.of("shop", owner("shop"))
         assert not any(task.done() for task in hanging) and packing.running == ["hostile"]
-        assert MANIFEST in read_archive(archive, SETTINGS)
+        assert MANIFEST in read_archive(archive)
         with pytest.raises(Timeout, match="stood still"):
             await hanging[0]
         hanging[1].cancel()

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from gateway.deployments.context import Context
-from gateway.deployments.reconciler import Reconciler
-from gateway.deployments.recovery import Recovery
+from gateway.deployments.reconciler import Reconciler, Recovery
 from tests.waits import pause, turn
 
 TOOK = 0.02  # seconds of one look

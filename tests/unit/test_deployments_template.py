@@ -16,15 +16,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies
 
-from gateway.deployments.entries import Entry, packed, read_folder
-from gateway.deployments.manifest import read_manifest
-from gateway.deployments.template import named, uploaded
+from gateway.deployments.archive import ArchiveEntry, packed, read_folder
+from gateway.deployments.template import named, read_manifest, uploaded
 from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.settings import Settings
 from tests.archives import MANIFEST, archive, header, link, sparse
 from tests.thorough import examples
 
-SMALL = Settings(template_files=50, template_bytes=1 << 20)
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates of 50 files and one MiB are the largest."""
+    monkeypatch.setattr("gateway.deployments.archive.FILES", 50)
+    monkeypatch.setattr("gateway.deployments.archive.BYTES", 1 << 20)
 
 
 def long_names(count: int) -> bytes:
@@ -34,10 +38,10 @@ def long_names(count: int) -> bytes:
     return (one.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * count + archive()
 
 
-def refused(data: bytes, kind: type[GatewayError] = InvalidParams, settings: Settings = SMALL) -> str:
+def refused(data: bytes, kind: type[GatewayError] = InvalidParams) -> str:
     """Return what whoever uploads this is told, once it was seen to be fit for JSON and a terminal."""
     with pytest.raises(kind) as error:
-        uploaded(data, settings)
+        uploaded(data)
     assert error.value.facts["reason"] == "template_invalid"
     assert error.value.message.isprintable()
     assert len(error.value.message) < 500
@@ -54,9 +58,9 @@ def test_a_folder_and_its_archive_are_the_same_template(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "node_modules").mkdir()
     (tmp_path / "node_modules" / "left").write_bytes(b"out")
-    entries = read_folder(tmp_path, SMALL)
+    entries = read_folder(tmp_path)
     assert set(entries) == {"site.toml", "bin", "bin/tool", "bin/up", "empty"}
-    read = uploaded(gzip.compress(packed(entries)), SMALL)
+    read = uploaded(gzip.compress(packed(entries)))
     assert read.entries == entries
     assert read.entries["bin/tool"].executable
     assert read.manifest.start == ("bun", "serve.ts")
@@ -82,7 +86,7 @@ def test_a_link_out_of_the_folder_is_refused(name: str, target: str) -> None:
 
 def test_a_link_within_the_folder_stays() -> None:
     links = {"a/b/up": "../../site.toml", "here": ".", "there": "a/b", "a/nothing": "no/such"}
-    template = uploaded(archive(*(link(name, target) for name, target in links.items())), SMALL)
+    template = uploaded(archive(*(link(name, target) for name, target in links.items())))
     assert {path: entry.link for path, entry in template.entries.items() if entry.link} == links
 
 
@@ -113,8 +117,9 @@ def test_what_is_no_plain_tar_is_refused_before_it_is_there(data: bytes) -> None
     assert "plain tar" in said or "a sparse file" in said
 
 
-def test_an_archive_takes_the_time_and_room_of_its_bytes() -> None:
+def test_an_archive_takes_the_time_and_room_of_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Millions of pieces, facts, headers, names of folders: each is refused, or read in a moment."""
+    monkeypatch.undo()  # with the product's own limits
     one = header("a", tarfile.REGTYPE, **{f"a.{n}": "x" for n in range(31)})
     hostile = (
         gzip.compress(told(**{"GNU.sparse.map": "9999,0," * 1_000_000})),
@@ -127,7 +132,7 @@ def test_an_archive_takes_the_time_and_room_of_its_bytes() -> None:
         for data in hostile:
             began = time.process_time()
             with contextlib.suppress(GatewayError):
-                uploaded(data, Settings())
+                uploaded(data)
             assert time.process_time() - began < 4  # each allocation is traced meanwhile
         assert tracemalloc.get_traced_memory()[1] < 25 << 20
     finally:
@@ -156,7 +161,7 @@ def test_an_archive_with_any_bytes_changed_is_read_or_refused(
             data[start + 148 : start + 156] = b" " * 8
             data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
     with contextlib.suppress(InvalidParams, TooLarge):
-        uploaded(bytes(data), SMALL)
+        uploaded(bytes(data))
 
 
 @settings(deadline=None, max_examples=examples(200))
@@ -164,7 +169,7 @@ def test_an_archive_with_any_bytes_changed_is_read_or_refused(
 def test_any_manifest_is_read_or_refused(odd: bytes, text: str) -> None:
     for said in (odd, text.encode(), MANIFEST + text.encode()):
         with contextlib.suppress(InvalidParams):
-            uploaded(archive(manifest=said), SMALL)
+            uploaded(archive(manifest=said))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,7 @@ def test_the_largest_manifest_is_read_in_a_moment(line: str) -> None:
     lines = "".join(line.format(n=n) for n in range(20_000))[: 63 << 10]
     began = time.process_time()
     with contextlib.suppress(InvalidParams):
-        uploaded(archive(manifest=MANIFEST + lines.encode()), SMALL)
+        uploaded(archive(manifest=MANIFEST + lines.encode()))
     assert time.process_time() - began < 1
 
 
@@ -192,11 +197,11 @@ def test_a_pipe_and_a_socket_in_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_bytes(MANIFEST)
     os.mkfifo(tmp_path / "pi\npe")
     with pytest.raises(InvalidParams, match=r"pi\\npe is a device, a pipe or a socket"):
-        read_folder(tmp_path, SMALL)
+        read_folder(tmp_path)
     (tmp_path / "pi\npe").unlink()
     os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o666)
     with pytest.raises(InvalidParams, match="socket is a device, a pipe or a socket"):
-        read_folder(tmp_path, SMALL)
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -252,13 +257,13 @@ def test_a_folder_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path)
     (tmp_path / "site.toml").write_bytes(MANIFEST)
     with (tmp_path / "big").open("wb") as big:
         big.truncate(10 << 30)
-    with pytest.raises(TooLarge, match="GATEWAY_TEMPLATE_BYTES"):
-        read_folder(tmp_path, SMALL)
+    with pytest.raises(TooLarge, match="at most 1048576 bytes"):
+        read_folder(tmp_path)
     (tmp_path / "big").unlink()
     for number in range(60):
         (tmp_path / f"{number}").touch()
-    with pytest.raises(TooLarge, match="GATEWAY_TEMPLATE_FILES"):
-        read_folder(tmp_path, SMALL)
+    with pytest.raises(TooLarge, match="at most 50 files"):
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +298,7 @@ def test_what_is_no_template_is_refused(data: Callable[[], bytes]) -> None:
     ],
 )
 def test_a_command_is_words_or_a_string_with_its_port(start: str, words: tuple[str, ...]) -> None:
-    template = uploaded(archive(manifest=f"start = {start}\n".encode()), SMALL)
+    template = uploaded(archive(manifest=f"start = {start}\n".encode()))
     assert template.recipe().command(3000) == words
 
 
@@ -337,7 +342,7 @@ def test_a_command_is_words_or_a_string_with_its_port(start: str, words: tuple[s
 )
 def test_an_odd_manifest_is_refused_and_the_message_says_where(manifest: bytes, told: str) -> None:
     with pytest.raises(InvalidParams, match=told):
-        uploaded(archive(manifest=manifest), SMALL)
+        uploaded(archive(manifest=manifest))
     refused(archive(manifest=manifest))
 
 
@@ -364,7 +369,7 @@ def test_a_folder_that_cannot_be_read_is_told_without_its_place(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "site.toml").write_bytes(MANIFEST)
 
-    def denied(path: Path, settings: Settings) -> None:
+    def denied(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("gateway.deployments.template.read_folder", denied)
@@ -376,7 +381,7 @@ def test_a_folder_that_cannot_be_read_is_told_without_its_place(
 def test_an_update_is_younger_than_what_was_there() -> None:
     """Python and others believe what they made of a file of the same age and size."""
     began = int(time.time())
-    with tarfile.open(fileobj=io.BytesIO(uploaded(archive(("a/b", b"")), SMALL).recipe().archive)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(uploaded(archive(("a/b", b""))).recipe().archive)) as tar:
         assert all(member.mtime >= began for member in tar)
 
 
@@ -396,5 +401,5 @@ def test_a_hostile_manifest_costs_little(said: str) -> None:
     """A key of many parts took the parser 12 s and 4 GiB, in a thread of the gateway."""
     began = time.process_time()
     with pytest.raises(InvalidParams):
-        read_manifest(Entry(said.encode()))
+        read_manifest(ArchiveEntry(said.encode()))
     assert time.process_time() - began < 5

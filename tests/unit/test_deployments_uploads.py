@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from gateway.auth.tokens import Token
-from gateway.deployments.queue import DeploymentQueue, Owner, uploader
+from gateway.deployments.queue import DeploymentQueue, Warming
+from gateway.deployments.request import DeploymentOwner, uploader
 from gateway.deployments.template import uploaded
-from gateway.deployments.warming import Warming
 from gateway.errors import Unavailable
 from gateway.limits.capacity import DiskSpace
 from gateway.runtime import Space
@@ -49,16 +48,15 @@ def test_an_uploader_is_a_subject_with_its_tenants_as_long_as_their_names_are_th
     assert uploader(token("*"), lambda name: 5.0) == uploader(token("*"), never)
 
 
-def test_an_uploads_key_is_of_its_owner_and_of_all_that_it_holds(tmp_path: Path) -> None:
-    settings = Settings(state_dir=tmp_path)
+def test_an_uploads_key_is_of_its_owner_and_of_all_that_it_holds() -> None:
     start = 'start = ["bun", "serve.ts"]\n'
-    mine = uploaded(folder(start, (".env", b"1")), settings)
+    mine = uploaded(folder(start, (".env", b"1")))
     keys = {
         mine.recipe("me").key,
         mine.recipe("you").key,
-        uploaded(folder(start, (".env", b"2")), settings).recipe("me").key,
-        uploaded(folder(start + "port = 4000\n", (".env", b"1")), settings).recipe("me").key,
-        uploaded(archive((".env", b"1"), ("serve.ts", b"")), settings).recipe("me").key,
+        uploaded(folder(start, (".env", b"2"))).recipe("me").key,
+        uploaded(folder(start + "port = 4000\n", (".env", b"1"))).recipe("me").key,
+        uploaded(archive((".env", b"1"), ("serve.ts", b""))).recipe("me").key,
     }
     assert len(keys) == 5
     assert mine.recipe("me").owner == "me"
@@ -168,10 +166,12 @@ def recipe(key: str, owner: str, size: int = 1) -> Recipe:
 
 
 @pytest.fixture
-async def warming() -> AsyncIterator[tuple[Warming, Kitchen, DeploymentQueue]]:
-    settings, kitchen = Settings(upload_copies_waiting=100, max_deployments=4), Kitchen()
-    turns = DeploymentQueue(settings)
-    made = Warming(cast(Any, kitchen), turns, None, settings)
+async def warming(
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[tuple[Warming, Kitchen, DeploymentQueue]]:
+    monkeypatch.setattr("gateway.deployments.queue.PENDING_BYTES", 100)
+    kitchen, turns = Kitchen(), DeploymentQueue(Settings(max_deployments=4))
+    made = Warming(cast(Any, kitchen), turns, None)
     yield made, kitchen, turns
     await made.aclose()
 
@@ -199,7 +199,7 @@ async def test_no_copy_is_begun_while_others_deploy(
     warming: tuple[Warming, Kitchen, DeploymentQueue],
 ) -> None:
     made, kitchen, turns = warming
-    owner = Owner(None, "me")
+    owner = DeploymentOwner(None, "me")
     async with turns.turn(owner), turns.turn(owner):
         async with turns.turn(owner):
             made.want(recipe("a", "a"), "small")
@@ -212,8 +212,8 @@ async def test_what_waits_for_its_copy_is_bounded_in_memory(
     warming: tuple[Warming, Kitchen, DeploymentQueue],
 ) -> None:
     made, _, turns = warming
-    async with turns.turn(Owner(None, "me")), turns.turn(Owner(None, "me")):
-        async with turns.turn(Owner(None, "me")):
+    async with turns.turn(DeploymentOwner(None, "me")), turns.turn(DeploymentOwner(None, "me")):
+        async with turns.turn(DeploymentOwner(None, "me")):
             made.want(recipe("a1", "a", 60), "small")
             made.want(recipe("b1", "b", 60), "small")  # too much with the first
             made.want(recipe("a2", "a", 101), "small")  # too much at all: the one before stays

@@ -15,10 +15,16 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, strategies
 
-from gateway.deployments import steadiness, verify
-from gateway.deployments.listeners import Misplaced
-from gateway.deployments.steadiness import Steadiness, unsteady
-from gateway.deployments.verify import Subject, Unsteady, Verifier, Way
+from gateway.deployments import verify
+from gateway.deployments.verify import (
+    Subject,
+    Unsteady,
+    UptimeCheck,
+    Verifier,
+    Way,
+    WrongAddress,
+    why_unsteady,
+)
 from gateway.errors import ExecFailed, Timeout
 from gateway.runtime.incus import unit_status
 from gateway.runtime.listening import ListeningSocket, in_table, listener, of_tree
@@ -31,7 +37,7 @@ PORT, AT = 3000, "10.83.3.7"
 
 def told(looks: Iterable[tuple[float, str]]) -> list[str | None]:
     """Return what each look finds: when, and where it listened."""
-    misplaced, found = Misplaced(PORT, (AT,)), []
+    misplaced, found = WrongAddress(PORT, (AT,)), []
     for now, where in looks:
         ends = (one.rpartition(":") for one in where.split())
         listens = frozenset(ListeningSocket(address, int(port)) for address, _, port in ends)
@@ -49,7 +55,7 @@ def test_the_right_port_of_a_wrong_address_is_told_soon(where: str) -> None:
 
 def test_a_right_port_that_is_of_those_for_others_is_told_too() -> None:
     for port in (9229, 41_000):
-        misplaced = Misplaced(port, (AT,))
+        misplaced = WrongAddress(port, (AT,))
         service = Service("running", listens=frozenset({ListeningSocket("127.0.0.1", port)}))
         assert [misplaced.look(service, now) for now in (0.0, 3.0)] == [
             None,
@@ -77,16 +83,16 @@ def test_a_site_that_listens_elsewhere_first_has_a_moment() -> None:
 
 def test_unsteady_is_what_nobody_asked_for() -> None:
     before = Service("running", restarts=1, started=10.0)
-    assert unsteady(before, before, answered=12.0) == ""
-    assert "restarted, 2 times in total" in unsteady(
+    assert why_unsteady(before, before, answered=12.0) == ""
+    assert "restarted, 2 times in total" in why_unsteady(
         before, Service("running", restarts=2, started=13.0), answered=12.0
     )
     # somebody started it again: its count begins anew
-    assert unsteady(before, Service("running", restarts=0, started=13.0), answered=12.0) == ""
+    assert why_unsteady(before, Service("running", restarts=0, started=13.0), answered=12.0) == ""
     killed = Service("running", restarts=1, started=10.0, oom_kills=1)
-    assert "memory" in unsteady(before, killed, answered=12.0)
-    assert unsteady(killed, killed, answered=12.0) == ""
-    assert unsteady(before, None, answered=12.0) == ""
+    assert "memory" in why_unsteady(before, killed, answered=12.0)
+    assert why_unsteady(killed, killed, answered=12.0) == ""
+    assert why_unsteady(before, None, answered=12.0) == ""
 
 
 def test_a_service_is_read_from_what_its_container_tells() -> None:
@@ -340,7 +346,7 @@ async def test_a_site_that_is_still_at_work_is_watched_until_it_rests(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A compiler beside its server has that restarted: who looks then finds nobody there."""
-    monkeypatch.setattr(steadiness, "_SPAN", 0.0)
+    monkeypatch.setattr(verify, "_SPAN", 0.0)
     monkeypatch.setattr(verify, "_WORKING", 1000.0)
     looks = 0
 
@@ -365,7 +371,7 @@ async def steadied(rig: Rig, *lives: Life | None, answered: float = 5.0) -> list
     """Return what each look after the first one finds."""
     async with rig.opened() as (verifier, site):
         rig.life = lives[0]
-        steady = Steadiness(verifier._services, site.tenant, site.side, answered)
+        steady = UptimeCheck(verifier._services, site.tenant, site.side, answered)
         await steady.begin()
         found = []
         for rig.life in lives[1:]:

@@ -601,9 +601,12 @@ async def test_a_slot_is_free_once_a_command_is_killed_has_ended_or_did_not_star
     assert execs.running_in("demo") == 0
 
 
-async def test_followers_of_a_log_count_before_they_begin(make: Make) -> None:
-    execs = await make(max_followers=3)
-    logs = SiteLogs(execs, execs._commands, execs._settings)
+async def test_followers_of_a_log_count_before_they_begin(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.lifecycle.site_logs.FOLLOWERS", 3)
+    execs = await make()
+    logs = SiteLogs(execs, execs._commands)
     opened = await asyncio.gather(
         *(logs.open("demo", 1, follow=True) for _ in range(20)), return_exceptions=True
     )

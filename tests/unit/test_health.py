@@ -89,23 +89,26 @@ async def watching(
     ports: dict[str, int],
     packets: Callable[[], Mapping[str, int]] = dict[str, int],
     ends: Ends | None = None,
-    **changes: Any,
+    *,
+    timeout: float = 5.0,
+    interval: float = 0.02,
 ) -> AsyncIterator[Health]:
-    settings = Settings(**{"health_interval": 0.02, **changes})
     listed = Listed(ports, {} if ends is None else ends)
-    async with Health(cast(Sites, listed), cast(Bus, told), settings, packets=packets) as health:
-        yield health
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.deployments.health.INTERVAL", interval)
+        patch.setattr("gateway.deployments.health.TIMEOUT", timeout)
+        async with Health(cast(Sites, listed), cast(Bus, told), Settings(), packets=packets) as health:
+            yield health
 
 
 async def test_looks_at_a_site_that_hangs_hold_up_no_look_at_another_s() -> None:
     """Clients ask for 96 looks at one; only so many wait, and one at another site is made at once."""
     told, hung, well = Told(), Server(None), Server(b"HTTP/1.1 200 OK\r\n\r\n")
-    slow: dict[str, Any] = {"health_timeout": 3600, "health_interval": 3600}
     async with (
         asyncio.timeout(DEADLINE),
         hung.serving() as hangs,
         well.serving() as answers,
-        watching(told, {"hangs": hangs, "well": answers}, **slow) as health,
+        watching(told, {"hangs": hangs, "well": answers}, timeout=3600, interval=3600) as health,
     ):
         looks = [asyncio.create_task(health.now("hangs")) for _ in range(160)]
         await asyncio.wait(looks, return_when=asyncio.FIRST_COMPLETED)
@@ -128,9 +131,7 @@ async def test_a_site_that_hangs_holds_up_no_look_at_another() -> None:
             asyncio.timeout(DEADLINE),
             Server(None).serving() as hangs,
             failing.serving() as fails,
-            watching(
-                told, {"hangs": hangs, "fails": fails, "away": nobody.getsockname()[1]}, health_timeout=3600
-            ),
+            watching(told, {"hangs": hangs, "fails": fails, "away": nobody.getsockname()[1]}, timeout=3600),
         ):
             both = [await told.events.get(), await told.events.get()]
             found = {tenant: (kind, data) for kind, tenant, data in both}
@@ -147,7 +148,7 @@ async def test_a_site_that_says_nothing_for_long_is_unhealthy_at_once() -> None:
     async with (
         asyncio.timeout(DEADLINE),
         hanging.serving() as hangs,
-        watching(told, {"hangs": hangs}, health_timeout=0.2),
+        watching(told, {"hangs": hangs}, timeout=0.2),
     ):
         kind, _, data = await told.events.get()
         assert (kind, data["failures"], data["why"]) == ("tenant.unhealthy", 1, "no answer in 0.2 s")
@@ -161,7 +162,7 @@ async def test_a_look_that_began_while_a_site_was_deployed_says_nothing_of_it() 
     async with (
         asyncio.timeout(DEADLINE),
         beginning.serving() as begins,
-        watching(told, {"begins": begins}, health_timeout=0.5) as health,
+        watching(told, {"begins": begins}, timeout=0.5) as health,
     ):
         health._register = cast(Any, SimpleNamespace(deploying=lambda tenant: deploying))
         await until(lambda: beginning.asked == 1)
@@ -176,7 +177,7 @@ async def test_a_site_that_says_nothing_while_it_is_deployed_is_not_unhealthy() 
     async with (
         asyncio.timeout(DEADLINE),
         hanging.serving() as hangs,
-        watching(told, {"hangs": hangs}, health_timeout=0.05) as health,
+        watching(told, {"hangs": hangs}, timeout=0.05) as health,
     ):
         health._register = cast(Any, SimpleNamespace(deploying=deployed.__contains__))
         await until(lambda: hanging.asked > 2)

@@ -9,6 +9,7 @@ import pytest
 
 from gateway.errors import RateLimited
 from gateway.lifecycle.idle import Idle
+from gateway.lifecycle.lifecycle import SiteRoutes
 from gateway.settings import Settings
 from tests.waits import turn
 
@@ -35,7 +36,7 @@ class Asleep:
 async def test_visitors_of_one_site_are_half_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.lifecycle.idle.VISITORS", 4)
     asleep = cast(Any, Asleep())
-    idle = Idle(asleep, asleep, asleep, asleep, asleep, asleep, Settings())
+    idle = Idle(asleep, SiteRoutes(asleep, asleep, asleep, asleep), asleep, asleep, Settings())
     waiting = [asyncio.ensure_future(idle.visit("greedy.example.com")) for _ in range(2)]
     await turn()
     for _ in range(2):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gateway.cli.sites import packed_site, read_site
-from gateway.deployments.manifest import Overrides
+from gateway.deployments.template import Overrides
 from gateway.settings import Settings
 from gateway_client.deployments import template_body
 

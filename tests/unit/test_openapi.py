@@ -18,7 +18,7 @@ from gateway.api import editor, openapi
 from gateway.api.answers import TenantsQuery
 from gateway.api.app import routes
 from gateway.api.operation import ApiCall, ApiOperation, ApiRoutes
-from gateway.deployments.http import RollbackBody
+from gateway.deployments.request import RollbackBody
 from gateway.protocol.results import NOTIFICATIONS, RESULTS
 from tests import shapes
 from tests.live import local_gateway

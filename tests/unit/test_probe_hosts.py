@@ -10,8 +10,8 @@ from typing import cast
 
 import pytest
 
+from gateway.deployments.browser import Browser
 from gateway.deployments.health import Health
-from gateway.deployments.page import Browser
 from gateway.events import Bus
 from gateway.runtime import probe
 from gateway.runtime.sites import Exposure, Site, Sites
@@ -96,7 +96,7 @@ async def test_a_site_without_a_domain_is_asked_at_its_address() -> None:
         assert await refused(port, None) is None
 
 
-async def test_the_health_of_a_site_that_refuses_its_domain() -> None:
+async def test_the_health_of_a_site_that_refuses_its_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it hides behind an answer at its address: neither `/site` nor the looks."""
 
     class Listed:
@@ -112,11 +112,11 @@ async def test_the_health_of_a_site_that_refuses_its_domain() -> None:
             self.events.put_nowait((type, data.get("why", "")))
 
     told, domain = Told(), "shop.example.com"
-    settings = Settings(health_interval=0.02, health_failures=2)
+    monkeypatch.setattr("gateway.deployments.health.INTERVAL", 0.02)
     async with (
         asyncio.timeout(DEADLINE),
         serving(403, VITE) as port,
-        Health(cast(Sites, Listed()), cast(Bus, told), settings) as health,
+        Health(cast(Sites, Listed()), cast(Bus, told), Settings()) as health,
     ):
         site = await health.now("shop")
         assert (site["answers"], site["status"], site["reason"]) == (False, 403, "host_refused")

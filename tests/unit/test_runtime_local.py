@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.deployments.entries import Entry, packed
+from gateway.deployments.archive import ArchiveEntry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.runtime.local import LocalRuntime, LocalSites, disks
 from gateway.runtime.local.folders import unpack
@@ -113,7 +113,7 @@ async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
     runtime: LocalRuntime, fresh: str
 ) -> None:
     sites = LocalSites(runtime._settings, runtime)
-    recipe = Recipe(packed({"new": Entry(b"new")}), ("sleep", "600"), 3000)
+    recipe = Recipe(packed({"new": ArchiveEntry(b"new")}), ("sleep", "600"), 3000)
     await sites.create(fresh, Order("d-1", "one.example.com", recipe))
     live = sites._folders.of(fresh, "live")
     for path in ("gone/a", "gone.txt", "data/db", "stays"):
@@ -136,7 +136,7 @@ async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
 
 async def test_the_oldest_kept_sites_make_room_until_one_is_left(runtime: LocalRuntime, fresh: str) -> None:
     sites = LocalSites(runtime._settings, runtime)
-    recipe = Recipe(packed({"new": Entry(b"new")}), ("sleep", "600"), 3000)
+    recipe = Recipe(packed({"new": ArchiveEntry(b"new")}), ("sleep", "600"), 3000)
     ids = [f"d-{digit * 16}" for digit in "0123"]
     await sites.create(fresh, Order(ids[0], "one.example.com", recipe))
     await sites.start(fresh, "live", recipe)
@@ -156,11 +156,11 @@ async def test_the_oldest_kept_sites_make_room_until_one_is_left(runtime: LocalR
 
 @pytest.mark.parametrize(
     "entries",
-    [{"../out": Entry(b"x")}, {"way": Entry(link="../..")}, {"way": Entry(link="/etc")}],
+    [{"../out": ArchiveEntry(b"x")}, {"way": ArchiveEntry(link="../..")}, {"way": ArchiveEntry(link="/etc")}],
     ids=["name", "link", "absolute"],
 )
 def test_nothing_is_unpacked_beyond_the_folder(
-    entries: dict[str, Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entries: dict[str, ArchiveEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the filters of Python's tarfile, and without, as before 3.11.4."""
     folder = tmp_path / "a" / "b"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gateway.deployments.entries import folders_above
+from gateway.deployments.archive import folders_above
 from gateway.deployments.template import uploaded
 from gateway.errors import InvalidParams, Timeout, TooLarge
 from gateway.rootfs.messages import Limits
@@ -60,7 +60,7 @@ def lost(live: Path, given: dict[str, Any], **limits: Any) -> list[str]:
 
 def new(*members: Member, keep: str = "", clean: bool = True) -> dict[str, Any]:
     manifest = f'start = ["x"]\nkeep = [{keep}]\n'.encode()
-    return uploaded(archive(*members, manifest=manifest), SETTINGS).stays(clean=clean)
+    return uploaded(archive(*members, manifest=manifest)).stays(clean=clean)
 
 
 def deployed(live: Path, *paths: str, at: float = 0) -> None:

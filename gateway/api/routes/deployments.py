@@ -23,10 +23,10 @@ from gateway.api.answers import (
 from gateway.api.http import as_json, unless_gone
 from gateway.api.operation import ApiCall, ApiRoutes
 from gateway.deployments import Record
-from gateway.deployments import http as deploying
-from gateway.deployments.queue import Owner
-from gateway.deployments.register import LISTED
-from gateway.deployments.request import Change, Rollback, Variables
+from gateway.deployments import request as deploying
+from gateway.deployments.record import LISTED
+from gateway.deployments.request import Change, DeploymentOwner, Rollback, Variables
+from gateway.deployments.template import described_templates
 from gateway.errors import InvalidParams, NotFound
 from gateway.hostnames import normalized, tenant_name
 
@@ -39,7 +39,7 @@ routes = ApiRoutes("deployments")
 @routes("GET", "/v1/templates", scope="deploy", answers={200: Templates})
 async def templates(call: ApiCall) -> Mapping[str, Any]:
     """Return the templates that can be deployed by name."""
-    return {"templates": await asyncio.to_thread(deploying.templates, call.gateway.settings)}
+    return {"templates": await asyncio.to_thread(described_templates, call.gateway.settings)}
 
 
 @routes(
@@ -98,7 +98,7 @@ async def publish(call: ApiCall) -> Response:
             f"{name} itself is served at {body.domain[:80]}; publish it at another domain",
             field="domain",
         )
-    archive = await unless_gone(call, gateway.sources.of(name, Owner.of(token)))
+    archive = await unless_gone(call, gateway.sources.of(name, DeploymentOwner.of(token)))
     target = body.tenant or tenant_name(domain)
     servers = gateway.topology
     if token.covers(target) and (home := await servers.place(call, target, here=True)) is not None:

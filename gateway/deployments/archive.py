@@ -18,11 +18,12 @@ from typing import Final
 
 from gateway.errors import InvalidParams, TooLarge
 from gateway.rootfs.paths import HOME, show
-from gateway.settings import Settings
 
 # generated again where the site runs, or private
 LEFT_OUT: Final = frozenset({"node_modules", ".venv", "__pycache__", ".git", ".DS_Store"})
 SHOWN: Final = 200  # characters of a template's text that an error quotes
+FILES: Final = 10_000  # files and folders of a template
+BYTES: Final = 64 << 20  # of a template's files: it is held in memory
 _DEPTH: Final = 32
 _PATH_MAX: Final = 1024
 _BLOCK: Final = 512  # bytes of a tar header; contents are padded to a multiple of it
@@ -36,7 +37,7 @@ _NAMES: Final = {b"path": "name", b"linkpath": "linkname"}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ArchiveEntry:
     """A file with its content, a link with its target, or (with neither) a folder."""
 
     content: bytes | None = None
@@ -48,21 +49,19 @@ def refused(why: str) -> InvalidParams:
     return InvalidParams(f"this template is refused: {why}", reason="template_invalid")
 
 
-def too_many(settings: Settings) -> TooLarge:
-    limit = settings.template_files
+def too_many() -> TooLarge:
     return TooLarge(
-        f"a template has at most {limit} files and folders; leave some out, or raise GATEWAY_TEMPLATE_FILES",
+        f"a template has at most {FILES} files and folders; leave some out",
         reason="template_invalid",
-        limit=limit,
+        limit=FILES,
     )
 
 
-def too_large(settings: Settings) -> TooLarge:
-    limit = settings.template_bytes
+def too_large() -> TooLarge:
     return TooLarge(
-        f"a template's files have at most {limit} bytes; leave some out, or raise GATEWAY_TEMPLATE_BYTES",
+        f"a template's files have at most {BYTES} bytes; leave some out",
         reason="template_invalid",
-        limit=limit,
+        limit=BYTES,
     )
 
 
@@ -77,7 +76,7 @@ def folders_above(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
+def check_entry(path: str, entry: ArchiveEntry, entries: Mapping[str, ArchiveEntry]) -> None:
     parts = path.split("/")
     shown = show(path[:SHOWN])
     # an unprintable character may not be encodable either
@@ -100,15 +99,13 @@ def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
             raise refused(f"the link {shown} points outside the template")
 
 
-def read_folder(
-    folder: Path, settings: Settings, leaves: Callable[[str, bool], bool] | None = None
-) -> dict[str, Entry]:
+def read_folder(folder: Path, leaves: Callable[[str, bool], bool] | None = None) -> dict[str, ArchiveEntry]:
     """Read a folder without following links, except what `leaves(path, is_folder)` leaves out.
 
     Raises `InvalidParams` for anything but files, folders and links, `TooLarge`, and `OSError`.
     """
-    entries: dict[str, Entry] = {}
-    room = settings.template_bytes
+    entries: dict[str, ArchiveEntry] = {}
+    room = BYTES
     pending = [""]
     while pending:
         at = pending.pop()
@@ -119,26 +116,26 @@ def read_folder(
                 path = f"{at}/{found.name}" if at else found.name
                 if leaves is not None and leaves(path, found.is_dir(follow_symlinks=False)):
                     continue
-                if len(entries) >= settings.template_files:
-                    raise too_many(settings)
+                if len(entries) >= FILES:
+                    raise too_many()
                 if found.is_symlink():
-                    entries[path] = Entry(link=str(Path(found.path).readlink()))
+                    entries[path] = ArchiveEntry(link=str(Path(found.path).readlink()))
                 elif found.is_dir(follow_symlinks=False):
                     if path.count("/") >= _DEPTH:
                         raise refused(f"the path {show(path[:SHOWN])} is too long")
-                    entries[path] = Entry()
+                    entries[path] = ArchiveEntry()
                     pending.append(path)
                 elif found.is_file(follow_symlinks=False):
                     entries[path] = entry = _read_file(Path(found.path), room)
                     room -= len(entry.content or b"")
                     if room < 0:
-                        raise too_large(settings)
+                        raise too_large()
                 else:
                     raise refused(f"{show(path[:SHOWN])} is a device, a pipe or a socket")
     return entries
 
 
-def _read_file(path: Path, room: int) -> Entry:
+def _read_file(path: Path, room: int) -> ArchiveEntry:
     """Read a file, or just over `room` bytes of it."""
     # non-blocking: it may have become a pipe since, which would block us forever
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,25 +144,24 @@ def _read_file(path: Path, room: int) -> Entry:
         if not stat.S_ISREG(mode):
             raise refused("a file was replaced by something else while it was read")
         content = file.read(room + 1)
-    return Entry(content, executable=bool(mode & 0o100))
+    return ArchiveEntry(content, executable=bool(mode & 0o100))
 
 
 class _Bounded:
     """Reads gzip or plain bytes up to a limit, so that a decompression bomb ends there."""
 
-    def __init__(self, data: bytes, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, data: bytes) -> None:
         self._data = memoryview(data)
         self._gzip = zlib.decompressobj(31) if data[:2] == b"\x1f\x8b" else None
         self._at = 0
         # headers and padding take a block or two of each entry besides its content
-        self._left = settings.template_bytes + settings.template_files * 2048 + (1 << 20)
+        self._left = BYTES + FILES * 2048 + (1 << 20)
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes, fewer at the end. Raises `TooLarge` and `EOFError`."""
         self._left -= size
         if self._left < 0:
-            raise too_large(self._settings)
+            raise too_large()
         if self._gzip is None:
             piece = bytes(self._data[self._at : self._at + size])
             self._at += len(piece)
@@ -192,26 +188,26 @@ class _Bounded:
         return filled[:size]
 
 
-def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
+def read_archive(archive: bytes) -> dict[str, ArchiveEntry]:
     """Read a tar, gzipped or not. Raises `InvalidParams` for anything but files, folders and links."""
-    entries: dict[str, Entry] = {}
-    source = _Bounded(archive, settings)
+    entries: dict[str, ArchiveEntry] = {}
+    source = _Bounded(archive)
     try:
-        for member in _members(source, settings):
+        for member in _members(source):
             path = member.name.rstrip("/").removeprefix("./")
             content = source.content(member.size) if member.type in _FILES else None
             if path in ("", ".") or LEFT_OUT.intersection(path.split("/")):
                 continue
-            if len(entries) >= settings.template_files:
-                raise too_many(settings)
-            if path in entries and entries[path] != Entry():
+            if len(entries) >= FILES:
+                raise too_many()
+            if path in entries and entries[path] != ArchiveEntry():
                 raise refused(f"{show(path[:SHOWN])} appears twice")
             if content is not None:
-                entries[path] = Entry(content, executable=bool(member.mode & 0o100))
+                entries[path] = ArchiveEntry(content, executable=bool(member.mode & 0o100))
             elif member.issym():
-                entries[path] = Entry(link=member.linkname)
+                entries[path] = ArchiveEntry(link=member.linkname)
             elif member.isdir():
-                entries[path] = Entry()
+                entries[path] = ArchiveEntry()
             else:
                 raise refused(f"{show(path[:SHOWN])} is a device, a pipe, a hard link or a sparse file")
     except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
@@ -219,7 +215,7 @@ def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
     return entries
 
 
-def _members(source: _Bounded, settings: Settings) -> Iterator[tarfile.TarInfo]:
+def _members(source: _Bounded) -> Iterator[tarfile.TarInfo]:
     """Yield the header of each entry. The caller reads a file's content before it takes the next.
 
     The standard library parses single headers only. It trusts extended ones: a sparse map turns a few bytes
@@ -227,7 +223,7 @@ def _members(source: _Bounded, settings: Settings) -> Iterator[tarfile.TarInfo]:
     """
     said: dict[str, str | int] = {}
     told = 0  # extended headers of the entry that follows
-    for _ in range(3 * settings.template_files + 1000):  # headers count, and entries that are left out
+    for _ in range(3 * FILES + 1000):  # headers count, and entries that are left out
         block = source.read(_BLOCK)
         if not block.strip(b"\0"):
             return
@@ -246,7 +242,7 @@ def _members(source: _Bounded, settings: Settings) -> Iterator[tarfile.TarInfo]:
             said[_LONG[member.type]] = _text(more)
         elif member.type != tarfile.XGLTYPE:  # a header for all entries, such as git's commit
             said |= _facts(more)
-    raise too_many(settings)
+    raise too_many()
 
 
 def _facts(more: bytes) -> dict[str, str | int]:
@@ -274,14 +270,14 @@ def _text(name: bytes) -> str:
     return name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def packed(entries: Mapping[str, Entry], changed: float = 0) -> bytes:
+def packed(entries: Mapping[str, ArchiveEntry], changed: float = 0) -> bytes:
     """Return entries as a tar of plain files, folders and links, folders first.
 
     All get the modification time `changed`, in seconds since the epoch. What is the gateway's own is for the
     site's user alone.
     """
     buffer = io.BytesIO()
-    folders = folders_above(entries) | {path for path, entry in entries.items() if entry == Entry()}
+    folders = folders_above(entries) | {path for path, entry in entries.items() if entry == ArchiveEntry()}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for path in sorted(folders):
             member = tarfile.TarInfo(path)

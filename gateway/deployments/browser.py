@@ -45,7 +45,7 @@ _INERT: Final = frozenset({"noscript", "template"})
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class LoadedPage:
     """The result of loading a page. `missing` has each reference that failed, with the reason."""
 
     status: int
@@ -55,7 +55,7 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _Response:
     status: int
     kind: str = ""
     body: bytes = b""
@@ -89,7 +89,7 @@ class Browser:
     ) -> None:
         await self._session.close()
 
-    async def look(self, path: str, seconds: float) -> Page:
+    async def look(self, path: str, seconds: float) -> LoadedPage:
         """Load a document, and the scripts and styles in it; each answer must begin within `seconds`.
 
         Redirects to another host are not followed. Raises `OSError` and `ValueError` if there is no HTTP
@@ -97,24 +97,24 @@ class Browser:
         """
         answer = await self._ask(path, seconds, DOCUMENT)
         for _ in range(_REDIRECTS):
-            onward = self._own(answer.location, path) if 300 <= answer.status < 400 else None
+            onward = self._site_path(answer.location, path) if 300 <= answer.status < 400 else None
             if onward is None or onward == path:  # such as to HTTPS
                 break
             path = onward
             answer = await self._ask(path, seconds, DOCUMENT)
         if answer.status >= 400 or not answer.kind.startswith("text/html"):
-            return Page(answer.status)
-        base, named, inline = await self._aside(_named, answer.body) or ("", [], "")
+            return LoadedPage(answer.status)
+        base, named, inline = await self._parsed(_named, answer.body) or ("", [], "")
         with contextlib.suppress(ValueError):
             base = self._url(base, path)
-        wanted = list(dict.fromkeys(own for name in named if (own := self._own(name, base))))[:_NAMED]
+        wanted = list(dict.fromkeys(own for name in named if (own := self._site_path(name, base))))[:_NAMED]
         found = await asyncio.gather(*(self._part(name, seconds) for name in wanted))
         missing = {name: why for name, (why, _) in zip(wanted, found, strict=True) if why}
         scripts = await self._imports(base, inline.encode())
         for name, (_, part) in zip(wanted, found, strict=True):
             if "javascript" in part.kind:
                 scripts += await self._imports(name, part.body)
-        return Page(answer.status, missing, tuple(dict.fromkeys(scripts)))
+        return LoadedPage(answer.status, missing, tuple(dict.fromkeys(scripts)))
 
     async def follow(self, scripts: Iterable[str], seconds: float) -> int:
         """Request what scripts import, directly or not, for `seconds`; return how many answered.
@@ -140,17 +140,17 @@ class Browser:
                         break
         return answered
 
-    async def _part(self, path: str, seconds: float) -> tuple[str, _Answer]:
+    async def _part(self, path: str, seconds: float) -> tuple[str, _Response]:
         """Request something that a document refers to; return what is wrong with its answer, if anything."""
         try:
             answer = await self._ask(path, seconds)
             return (f"status {answer.status}" if answer.status >= 400 else ""), answer
         except TimeoutError:
-            return f"no answer in {seconds:g} s", _Answer(0)
+            return f"no answer in {seconds:g} s", _Response(0)
         except (OSError, ValueError):
-            return "no answer", _Answer(0)
+            return "no answer", _Response(0)
 
-    async def _ask(self, path: str, seconds: float, accept: str = "*/*") -> _Answer:
+    async def _ask(self, path: str, seconds: float, accept: str = "*/*") -> _Response:
         """Raises `OSError` (and so `TimeoutError`), and `ValueError` for an answer that is not HTTP."""
         limits = aiohttp.ClientTimeout(sock_connect=_CONNECT)
         try:
@@ -172,7 +172,7 @@ class Browser:
                 async with asyncio.timeout(_READING):
                     await self._read(answer.content, body)
         headers = answer.headers
-        return _Answer(
+        return _Response(
             answer.status,
             headers.get("Content-Type", "").lower(),
             bytes(body),
@@ -187,10 +187,10 @@ class Browser:
             kept += piece[: _KEPT - len(kept)]
 
     async def _imports(self, path: str, script: bytes) -> list[str]:
-        names = await self._aside(_imported, script) if script else []
-        return [own for name in names or () if (own := self._own(name, path))]
+        names = await self._parsed(_imported, script) if script else []
+        return [own for name in names or () if (own := self._site_path(name, path))]
 
-    async def _aside(self, read: Callable[[bytes], T], body: bytes) -> T | None:
+    async def _parsed(self, read: Callable[[bytes], T], body: bytes) -> T | None:
         """Return the beginning of an answer's body, None if that takes too long."""
         try:
             return await run_in_thread(self._domain, _PARSING, read, body)
@@ -203,7 +203,7 @@ class Browser:
             urljoin(f"http://{self._domain}/", path), urldefrag(name.strip().replace("\\", "/"))[0]
         )
 
-    def _own(self, name: str, path: str) -> str | None:
+    def _site_path(self, name: str, path: str) -> str | None:
         """Return a reference as a path of this site; None if it leads elsewhere or is invalid."""
         try:
             parts = urlsplit(self._url(name, path))
@@ -219,7 +219,7 @@ class _Enough(Exception):
     """Ends the search of a document that has enough."""
 
 
-class _Document(HTMLParser):
+class _PageParser(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.base = ""
@@ -263,7 +263,7 @@ class _Document(HTMLParser):
 
 def _named(body: bytes) -> tuple[str, list[str], str]:
     """Return a document's base, the scripts and styles it refers to, and its inline scripts."""
-    text, document = body.decode("utf-8", "replace"), _Document()
+    text, document = body.decode("utf-8", "replace"), _PageParser()
     with contextlib.suppress(_Enough, AssertionError, ValueError):
         for at in range(0, len(text), _PIECE):
             document.feed(text[at : at + _PIECE])

@@ -22,10 +22,10 @@ _COMMAND: Final = (sys.executable, "-I", "-m", "gateway.detection")
 _answer: Final = TypeAdapter(Detected)
 
 
-def detect_apart(clues: Clues) -> Detected:
+def detect_sandboxed(clues: Clues) -> Detected:
     """Return what a folder is. Takes some tenths of a second: call it in a thread. Raises `Unavailable`."""
     try:
-        found = _answer.validate_json(_asked(clues.packed()))
+        found = _answer.validate_json(_process_answer(clues.packed()))
     except (OSError, subprocess.SubprocessError, ValidationError, ValueError) as error:
         log.warning("detection failed: %s", type(error).__name__)
         raise Unavailable(
@@ -37,7 +37,7 @@ def detect_apart(clues: Clues) -> Detected:
     return found
 
 
-def _asked(clues: bytes) -> bytes:
+def _process_answer(clues: bytes) -> bytes:
     """Return the answer of the process. Raises `OSError`, `SubprocessError` and `ValueError`."""
     # input from a file, not a pipe, so that only a bounded part of the output need be read
     with tempfile.TemporaryFile() as given:
