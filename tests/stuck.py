@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gateway.cli.main import main
 from gateway.runtime import Tenant
-from gateway.runtime.local.tenants import LocalTenants
+from gateway.runtime.local.runtime import LocalTenants
 from tests import constants
 from tests.waits import until
 

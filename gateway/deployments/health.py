@@ -20,8 +20,8 @@ from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.rootfs import connections
 from gateway.runtime import TenantEvent
-from gateway.runtime.incus.containers import Containers
-from gateway.runtime.packets import packets
+from gateway.runtime.incus.runtime import Containers
+from gateway.runtime.listening import packets
 from gateway.runtime.probe import HostRefused, NoAnswer, answer, ask, own_ports, refusal
 from gateway.runtime.sites import Site, Sites, site_of
 from gateway.settings import Settings

@@ -42,9 +42,9 @@ from gateway.errors import Conflict, ExecFailed, GatewayError, InvalidParams, No
 from gateway.limits.pressure import Pressure
 from gateway.rootfs.paths import show
 from gateway.runtime import Tenant, sizes
+from gateway.runtime.listening import drained
 from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import Exchange, Exposure, FormerSites, Order, Recipe, Side
-from gateway.runtime.visits import drained
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
 from gateway.tools.mirroring import KEPT, LOST, OWN_LISTS

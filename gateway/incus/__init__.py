@@ -7,10 +7,9 @@ the runtime translates it before a client sees it.
 
 from gateway.incus.client import Elsewhere, Incus, IncusError, member_of
 from gateway.incus.exec_sockets import RELIEF, ExecSockets, outputs
-from gateway.incus.frame_socket import Lost
 from gateway.incus.memory import ExecMemory, MemoryRecord
-from gateway.incus.operation import Operation
-from gateway.incus.rest import NoQuorum, NotAwaited
+from gateway.incus.rest import NoQuorum, NotAwaited, Operation
+from gateway.incus.stream_socket import Lost
 
 __all__ = [
     "RELIEF",

@@ -22,17 +22,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from gateway.incus.exec_sockets import ExecSockets, connect
-from gateway.incus.frame_socket import HandshakeRefused
-from gateway.incus.hearing import concerns, heard
-from gateway.incus.inventory import Inventory, touched_by
+from gateway.incus.exec_sockets import ExecSockets, OperationWait, connect
+from gateway.incus.inventory import Inventory, Lacks, States, start_of, touched_by
 from gateway.incus.memory import ExecMemory
-from gateway.incus.monitor import first_process
-from gateway.incus.operation import Operation
-from gateway.incus.rest import Elsewhere, IncusError, NotAwaited, Rest, instance_path, unreachable
-from gateway.incus.socket import StreamSocket
-from gateway.incus.states import Lacks, States, start_of
-from gateway.incus.waiting import OperationWait
+from gateway.incus.monitor import concerns, first_process, heard
+from gateway.incus.rest import Elsewhere, IncusError, NotAwaited, Operation, Rest, instance_path, unreachable
+from gateway.incus.stream_socket import HandshakeRefused, StreamSocket
 
 __all__ = ["Elsewhere", "Incus", "IncusError", "instance_path"]
 

@@ -14,27 +14,250 @@ Facts about incusd that shape this module (measured on 6.0.4):
  last output stays in the pipe (see `gateway.rootfs.process_tree`). It is read from there (`open_pipes`).
 - With a terminal, the operation lasts until the client closes socket 0.
 - Return codes 126 and 127 are reported as a failed operation, even if they are the program's own.
+
+The kernel does not count the bytes sent on a socket. But a write into an empty pipe is all or nothing, and
+`splice` moves bytes from the pipe to the socket in one call, so bytes still in the pipe are not in the
+socket. The holder keeps pipe and socket, and the command's memory records the position of the input.
+
+incusd answers `/wait` with a header at once and a body when the operation ends. Since the request is made on
+a separate connection before the command starts, the body stays in the connection's buffer for as long as
+anybody holds the descriptor; the operation's own record is gone 5 s after its end. `Connection: close` makes
+sure that the descriptor is good for this one answer and for no other request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
+import select
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+import struct
+import termios
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.incus.frames import Frames
-from gateway.incus.inlet import Inlet, in_pipe
 from gateway.incus.memory import ExecMemory, Log, Odometer
-from gateway.incus.operation import Operation
-from gateway.incus.socket import StreamSocket
-from gateway.incus.waiting import OperationWait
+from gateway.incus.rest import IncusError, Operation
+from gateway.incus.stream_socket import BINARY, TEXT, Frames, StreamSocket, frame
+
+_PIECE: Final = 32 << 10  # bytes of input in one frame; with its header it fits into a pipe
+_NONBLOCK: Final = 2  # SPLICE_F_NONBLOCK
+# position, and 1 + the position after a write into the pipe that is under way, else 0
+_PLACE: Final = struct.Struct("<QQ")
+
+
+class Inlet:
+    """The input of one command, of which `position` bytes are in the socket or the pipe."""
+
+    def __init__(self, own: socket.socket, pipe: tuple[int, int], memory: ExecMemory) -> None:
+        """Continue from the position in `memory`; an earlier process may have left a frame in the pipe."""
+        self.pipe = pipe
+        self._socket = own
+        self._record = memory.record("place")
+        self._turn = asyncio.Lock()
+        self._closed = False
+        self.position, after = _PLACE.unpack_from(self._record.read())
+        self._waiting = in_pipe(pipe[0])  # bytes
+        if after and self._waiting:
+            self.position = after - 1
+        self._commit()
+
+    @classmethod
+    def made(cls, own: socket.socket, memory: ExecMemory) -> Inlet:
+        return cls(own, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK), memory)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes written that incusd has not read yet."""
+        if self._closed:
+            return 0
+        kept = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
+        return self._waiting + int(struct.unpack("i", kept)[0])
+
+    async def write(self, data: bytes, *, end: bool = False) -> None:
+        """Send bytes, waiting while incusd does not read them; `end` signals the end of the input too.
+
+        Dropped if incusd has hung up.
+        """
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            last = end and start + _PIECE >= len(data)
+            await self._give(len(piece), [*frame(BINARY, piece), *(frame(TEXT, b"") if last else ())])
+
+    async def write_end(self) -> None:
+        """Signal the end of the input."""
+        await self._give(0, frame(TEXT, b""))
+
+    async def flush(self) -> None:
+        """Send the bytes an earlier process left in the pipe."""
+        async with self._turn:
+            await self._move()
+
+    def close(self) -> None:
+        """Close the pipe. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for descriptor in self.pipe:
+                os.close(descriptor)
+
+    async def _give(self, size: int, frames: Sequence[bytes]) -> None:
+        """Send frames with `size` bytes of input."""
+        async with self._turn:
+            await self._move()
+            if self._closed:
+                return
+            self._commit(self.position + size)
+            self._waiting = os.write(self.pipe[1], b"".join(frames))
+            self.position += size
+            self._commit()
+            await self._move()
+
+    async def _move(self) -> None:
+        """Move everything in the pipe to the socket."""
+        loop = asyncio.get_running_loop()
+        while not self._closed and self._waiting:
+            try:
+                moved = os.splice(self.pipe[0], self._socket.fileno(), self._waiting, flags=_NONBLOCK)
+                self._waiting -= moved
+            except BlockingIOError:
+                free = asyncio.Event()
+                loop.add_writer(self._socket, free.set)
+                try:
+                    await free.wait()
+                finally:
+                    with contextlib.suppress(ValueError):  # closed meanwhile
+                        loop.remove_writer(self._socket)
+            except OSError:  # incusd hung up
+                os.read(self.pipe[0], self._waiting)
+                self._waiting = 0
+
+    def _commit(self, after: int | None = None) -> None:
+        self._record.write(_PLACE.pack(self.position, 0 if after is None else after + 1))
+
+
+def in_pipe(descriptor: int) -> int:
+    """Return the number of bytes in a pipe, by either end."""
+    return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0])
+
+
+_MOST: Final = 256 << 10  # most bytes of an answer
+_PARTS: Final = 0.005  # seconds between checks of an incomplete answer
+# incusd reports these return codes as errors, even if they are the program's own
+_CODES: Final = {"Command not executable": 126, "Command not found": 127}
+
+
+class OperationWait:
+    """A pending `/wait` request: `ask` sends one, the constructor adopts the socket of an earlier one."""
+
+    def __init__(self, own: socket.socket) -> None:
+        self.own = own
+        own.setblocking(False)
+
+    @classmethod
+    async def ask(cls, place: Path, operation: str) -> OperationWait:
+        """Send the request. Raises `OSError`."""
+        own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            own.setblocking(False)
+            try:
+                own.connect(str(place))
+            except BlockingIOError:  # incusd's accept queue is full
+                own.setblocking(True)
+                await asyncio.to_thread(own.connect, str(place))
+            path = f"/1.0/operations/{operation}/wait?timeout=-1"
+            own.send(f"GET {path} HTTP/1.1\r\nHost: incus\r\nConnection: close\r\n\r\n".encode())
+            return cls(own)
+        except BaseException:
+            own.close()
+            raise
+
+    async def result(self) -> Operation:
+        """Wait for the operation's result. Raises `IncusError`, with status 0 if incusd went away."""
+        while True:
+            try:
+                found = self.own.recv(_MOST, socket.MSG_PEEK)
+            except BlockingIOError:
+                await self._readable()
+                continue
+            except OSError:
+                found = b""
+            if not found:
+                raise IncusError("incusd hung up before the end of an operation", 0)
+            head, end, _ = found.partition(b"\r\n\r\n")
+            if end and found.startswith(b"HTTP/") and b"chunked" in head.lower():
+                self.own.recv(len(head) + len(end))  # or each peek would find it again
+                continue
+            if (body := _body(found)) is not None:
+                return _operation(body)
+            if self._hung_up():  # no more data will come
+                if self.own.recv(_MOST, socket.MSG_PEEK) == found:
+                    raise IncusError("incusd hung up in the middle of an answer", 0)
+            else:
+                await asyncio.sleep(_PARTS)
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        self.own.close()
+
+    async def _readable(self) -> None:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self.own, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            with contextlib.suppress(ValueError):  # closed meanwhile
+                loop.remove_reader(self.own)
+
+    def _hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self.own, 0)
+        return bool(poll.poll(0))
+
+
+def _body(said: bytes) -> bytes | None:
+    """Return the body of an answer whose header may have been consumed; None while it is incomplete."""
+    if not said.startswith(b"HTTP/"):
+        return _chunks(said)
+    head, end, body = said.partition(b"\r\n\r\n")
+    lengths = [
+        int(line.partition(b":")[2])
+        for line in head.split(b"\r\n")
+        if line.lower().startswith(b"content-length:")
+    ]
+    return body if end and lengths and len(body) >= lengths[0] else None
+
+
+def _chunks(said: bytes) -> bytes | None:
+    whole = b""
+    while True:
+        size, end, rest = said.partition(b"\r\n")
+        if not end:
+            return None
+        length = int(size.partition(b";")[0], 16)
+        if length == 0:
+            return whole
+        if len(rest) < length + 2:
+            return None
+        whole, said = whole + rest[:length], rest[length + 2 :]
+
+
+def _operation(body: bytes) -> Operation:
+    answer: Any = orjson.loads(body)
+    record = answer.get("metadata") or {}
+    error = str(answer.get("error") or record.get("err") or "")
+    metadata = dict(record.get("metadata") or {})
+    if error in _CODES:
+        metadata.setdefault("return", _CODES[error])
+    if answer.get("error_code") == 404:
+        raise IncusError(error, 404)
+    return Operation(ok=not error, error=error, metadata=metadata)
+
 
 _OPENING: Final = 0.25  # seconds until the pipes are opened: well before incusd first looks again
 _TRIES: Final = 8  # of these times, as on a busy host or in a container that boots the shell may not run yet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,16 @@ import orjson
 
 from gateway.bounds import Flood, first
 from gateway.errors import GatewayError
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A finished operation: whether it succeeded, incusd's error text if not, and its metadata."""
+
+    ok: bool
+    error: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
 
 BASE = "http://incus"  # a URL needs a host, even over a unix socket
 _ANSWER_MAX = 256 << 20  # bytes; a thousand instances take 10 MB

@@ -31,7 +31,7 @@ from gateway.rootfs.shown_folders import mounts, place, unmount
 from gateway.runtime import Commands, scripts
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.migrations import DEVICE, STATE
+from gateway.runtime.incus.records import DEVICE, MIGRATION_STATE
 from gateway.runtime.sites import disk_was_full
 from gateway.settings import Settings
 
@@ -151,7 +151,7 @@ class Destination:
     async def moving(self, tenant: str) -> Moving:
         """Return the state of the migration into a tenant. Raises `NotFound`."""
         found = await self.instance(tenant)
-        if found is None or not found["config"].get(STATE):
+        if found is None or not found["config"].get(MIGRATION_STATE):
             raise NotFound(f"no migration into {tenant} is under way")
         return Moving.of(tenant, found["config"])
 

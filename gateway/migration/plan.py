@@ -22,9 +22,8 @@ import orjson
 from gateway.migration.source import Old, Owner, in_tenant
 from gateway.rootfs.instance_record import MANAGED
 from gateway.rootfs.paths import show
-from gateway.runtime.incus.marks import ROLE
-from gateway.runtime.incus.migrations import FACTS, FOLDER, OLD, STATE, UNIT
-from gateway.runtime.incus.records import DOMAIN, IDLE_STOP, PORT
+from gateway.runtime.incus.golden_copies import ROLE
+from gateway.runtime.incus.records import DOMAIN, FACTS, FOLDER, IDLE_STOP, MIGRATION_STATE, OLD, PORT, UNIT
 from gateway.runtime.incus.sites import HEALTH
 from gateway.runtime.sites import Recipe
 from gateway.runtime.sizes import SIZES, size_of
@@ -318,7 +317,7 @@ def _mib(size: int | None) -> str:
     return f"{(size or 0) / (1 << 20):.0f} MiB"
 
 
-ENDED: Final[Mapping[str, str]] = dict.fromkeys((STATE, OLD, FOLDER, UNIT, FACTS, IDLE_STOP), "")
+ENDED: Final[Mapping[str, str]] = dict.fromkeys((MIGRATION_STATE, OLD, FOLDER, UNIT, FACTS, IDLE_STOP), "")
 """What the keys are changed to once a migration is finished: Incus takes an empty value for none."""
 
 
@@ -340,13 +339,13 @@ class Moving:
 
     @classmethod
     def of(cls, tenant: str, config: Mapping[str, str]) -> Moving:
-        """Parse the keys of an instance that has a `STATE`."""
+        """Parse the keys of an instance that has a `MIGRATION_STATE`."""
         facts = orjson.loads(config[FACTS])
         start, install, health = tuple(facts["start"]), tuple(facts["install"]), config.get(HEALTH) or "/"
         return cls(
             tenant=tenant,
             domain=config[DOMAIN],
-            state=config[STATE],
+            state=config[MIGRATION_STATE],
             folder=Path(config[FOLDER]),
             unit=config.get(UNIT) or None,
             old=config[OLD],
@@ -382,7 +381,7 @@ def keys(plan: Plan) -> dict[str, str]:
         PORT: str(old.port),
         HEALTH: wanted.health,
         IDLE_STOP: "0",
-        STATE: "attaching",
+        MIGRATION_STATE: "attaching",
         OLD: f"{old.address}:{old.port}",
         FOLDER: str(wanted.folder),
         UNIT: wanted.unit or "",

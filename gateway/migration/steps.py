@@ -31,13 +31,12 @@ from gateway.migration.plan import ENDED, Moving, Plan, Wanted, decided, keys, s
 from gateway.migration.source import OldServices, Owner, Units, led, own_block
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.migrations import FOLDER, STATE
-from gateway.runtime.incus.records import ASLEEP
+from gateway.runtime.incus.records import ASLEEP, FOLDER, MIGRATION_STATE
 from gateway.runtime.incus.service_unit import environment_file
+from gateway.runtime.listening import drained
 from gateway.runtime.probe import answer
 from gateway.runtime.sites import Exposure
 from gateway.runtime.sizes import SIZES
-from gateway.runtime.visits import drained
 from gateway.settings import Settings
 from gateway.tasks import whole
 
@@ -86,7 +85,7 @@ class Migration:
         """Go on to a step, from wherever the migration stands; return its state, "" once it is finished."""
         domain, tenant = self._names(domain)
         found = await self._there.instance(tenant)
-        if found is None or not found["config"].get(STATE):
+        if found is None or not found["config"].get(MIGRATION_STATE):
             if wanted is None:
                 raise NotFound(f"no migration of {domain} is under way; start one with --from FOLDER")
             await self._begin(await self._beginnable(domain, tenant, wanted, found))
@@ -117,7 +116,7 @@ class Migration:
                 return ""
             case "copied":
                 await self._sites.clear(moving.tenant)
-                await self._there.change(moving.tenant, {STATE: "attached"})
+                await self._there.change(moving.tenant, {MIGRATION_STATE: "attached"})
             case _:
                 await self._return(moving)
         return (await self._there.moving(moving.tenant)).state
@@ -153,7 +152,7 @@ class Migration:
         if not folder.startswith(tuple(f"{place}/" for place in _LEAVE)):
             await self._there.run(moving.tenant, "link", self._settings.workspace, folder)
         await led(self._caddy, moving.domain, moving.old)
-        await self._there.change(moving.tenant, {STATE: "attached"})
+        await self._there.change(moving.tenant, {MIGRATION_STATE: "attached"})
 
     async def _forget(self, moving: Moving, sure: bool) -> None:
         domain, tenant = moving.domain, moving.tenant
@@ -191,7 +190,7 @@ class Migration:
             await self._verifier.answering(Subject(tenant, "next", moving.domain, recipe, there))
         finally:
             await self._there.run(tenant, "rest")
-        await self._there.change(tenant, {STATE: "copied"})
+        await self._there.change(tenant, {MIGRATION_STATE: "copied"})
 
     # --- switch -------------------------------------------------------------------------------------
 
@@ -206,7 +205,7 @@ class Migration:
             )
         await self._there.mirror(moving)  # what has changed since; the last pass has little left to do
         exposure = await self._sites.expose(tenant, "live", recipe)
-        await self._there.change(tenant, {STATE: "switching", ASLEEP: "true"})
+        await self._there.change(tenant, {MIGRATION_STATE: "switching", ASLEEP: "true"})
         began = time.monotonic()
         try:
             await self._exchange(moving, exposure)
@@ -222,7 +221,7 @@ class Migration:
                     "the last pass of the copy took too long; the old service keeps running"
                 ) from error
             raise
-        await self._there.change(tenant, {STATE: "switched", ASLEEP: ""})
+        await self._there.change(tenant, {MIGRATION_STATE: "switched", ASLEEP: ""})
         await led(self._caddy, domain, exposure.target)
         self._say(f"  visitors waited {time.monotonic() - began:.2f} s at most; none was refused")
         await self._switched(moving)
@@ -259,7 +258,7 @@ class Migration:
                     "the old service does not answer; the tenant keeps serving. Repair the old one, then "
                     "give --back"
                 ) from None
-        await self._there.change(tenant, {STATE: "returning", ASLEEP: ""})
+        await self._there.change(tenant, {MIGRATION_STATE: "returning", ASLEEP: ""})
         await led(self._caddy, moving.domain, moving.old)
         if not await self._there.shows_folder(tenant):
             await self._runtime.tenants.start(tenant)
@@ -267,7 +266,7 @@ class Migration:
             if kept:
                 self._say(f"  what the tenant had since the switch is kept in it as {kept}")
         await self._there.show_folder(moving)
-        await self._there.change(tenant, {STATE: "attached"})
+        await self._there.change(tenant, {MIGRATION_STATE: "attached"})
 
     # --- finish -------------------------------------------------------------------------------------
 

@@ -19,11 +19,11 @@ from gateway.runtime.command import REPORT_MAX as REPORT_MAX
 from gateway.runtime.command import Adopted as Adopted
 from gateway.runtime.command import ExecSpec as ExecSpec
 from gateway.runtime.command import Exit as Exit
+from gateway.runtime.command import Holding as Holding
 from gateway.runtime.command import KillResult as KillResult
 from gateway.runtime.command import Process as Process
 from gateway.runtime.command import Pty as Pty
-from gateway.runtime.holding import Holding as Holding
-from gateway.runtime.holding import StreamName as StreamName
+from gateway.runtime.command import StreamName as StreamName
 
 # what Incus accepts, and nothing that could be a path
 SNAPSHOT_NAME: Final = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?")

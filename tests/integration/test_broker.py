@@ -26,7 +26,7 @@ from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.workers import Workers
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
-from gateway.runtime.incus.inside import ContainerScripts
+from gateway.runtime.incus.process import ContainerScripts
 from gateway.settings import Settings
 from tests.contracts.processes import Tree
 from tests.integration import environment

@@ -30,7 +30,7 @@ from gateway.migration import Migration, Wanted, opened
 from gateway.migration.source import Systemctl, Unit
 from gateway.rootfs import shown_folders
 from gateway.rootfs.broker_client import instances
-from gateway.runtime.incus import migrations
+from gateway.runtime.incus import records
 from gateway.settings import Settings
 from tests.contracts.gateway import no_traceback
 from tests.integration import environment
@@ -391,7 +391,7 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
         assert not old.enabled and not old.runs
         assert (await told(host, domain))["where"] == "/srv/site"
         found = next(entry for entry in environment.instances() if entry["name"] == tenant)
-        assert not [key for key in found["config"] if key.startswith(migrations.STATE)]
+        assert not [key for key in found["config"] if key.startswith(records.MIGRATION_STATE)]
         assert "migrate" not in found["devices"] and not mounted(host.settings)
     the_real_systemd(tenant)
 

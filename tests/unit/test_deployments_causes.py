@@ -6,7 +6,7 @@ import pytest
 
 from gateway.deployments.verify import in_the_way, install_failed, last_output, why_it_ends
 from gateway.errors import ExecFailed
-from gateway.runtime.installs import failure
+from gateway.runtime.sites import failure
 
 MiB = 1 << 20
 NPM = 'npm error [--workspaces]\nnpm error\nnpm error Run "npm help ci" for more info\n'

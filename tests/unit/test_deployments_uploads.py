@@ -15,7 +15,7 @@ from gateway.deployments.template import uploaded
 from gateway.errors import Unavailable
 from gateway.limits.capacity import DiskSpace
 from gateway.runtime import Space
-from gateway.runtime.incus.uploads import UploadedSite, freeing, number, surplus
+from gateway.runtime.incus.provisioning import UploadedSite, freeing, number, surplus
 from gateway.runtime.sites import Prepared, Recipe
 from gateway.settings import Settings
 from tests.archives import archive, folder

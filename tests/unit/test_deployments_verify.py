@@ -26,7 +26,7 @@ from gateway.deployments.verify import (
     why_unsteady,
 )
 from gateway.errors import ExecFailed, Timeout
-from gateway.runtime.incus import unit_status
+from gateway.runtime.incus import site_services
 from gateway.runtime.listening import ListeningSocket, in_table, listener, of_tree
 from gateway.runtime.sites import Exposure, Life, Recipe, Service, Side
 from gateway.settings import Settings
@@ -101,19 +101,19 @@ def test_a_service_is_read_from_what_its_container_tells() -> None:
         "OomKills=1\nListen=0100007F:1F40\nListen=" + "0" * 24 + "01000000:0BB8\n"
     )
     listens = {ListeningSocket("127.0.0.1", 8000), ListeningSocket("::1", 3000)}
-    assert unit_status.read(said) == Service("running", 2, 13351.533966, 1, frozenset(listens))
-    waits = unit_status.read("ActiveState=activating\nSubState=auto-restart\n")
+    assert site_services.read(said) == Service("running", 2, 13351.533966, 1, frozenset(listens))
+    waits = site_services.read("ActiveState=activating\nSubState=auto-restart\n")
     assert waits is not None and waits.state == "ended"
-    assert unit_status.read("") is None
-    assert unit_status.read("ActiveState=\x1b[2J\nNRestarts=" + "9" * 5000 + "\nListen=x\n") == Service(
+    assert site_services.read("") is None
+    assert site_services.read("ActiveState=\x1b[2J\nNRestarts=" + "9" * 5000 + "\nListen=x\n") == Service(
         "ended"
     )
 
 
 @given(strategies.text())
 def test_whatever_a_container_tells_is_a_service_or_none(said: str) -> None:
-    unit_status.read(said)
-    unit_status.read(f"ActiveState={said}\nNRestarts={said}\nListen={said}")
+    site_services.read(said)
+    site_services.read(f"ActiveState={said}\nNRestarts={said}\nListen={said}")
     listener(said)
 
 

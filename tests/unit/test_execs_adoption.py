@@ -23,8 +23,8 @@ from gateway.holder.holder import HolderClient, held_at
 from gateway.host.services import ensure_holder, stop_holder
 from gateway.idempotency import Idempotency, Key
 from gateway.incus import ExecMemory, Incus
-from gateway.incus.frames import BINARY, Frames
 from gateway.incus.memory import Log, Odometer
+from gateway.incus.stream_socket import BINARY, Frames
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Adopted
 from gateway.runtime.incus import commands

@@ -16,7 +16,7 @@ from hypothesis import given, strategies
 from gateway.deployments.health import Health
 from gateway.errors import RateLimited
 from gateway.events import Bus
-from gateway.runtime.packets import packets
+from gateway.runtime.listening import packets
 from gateway.runtime.probe import status_of
 from gateway.runtime.sites import Exposure, Site, Sites
 from gateway.settings import Settings

@@ -300,7 +300,7 @@ def test_an_import_that_points_up_or_sideways_is_found(module: str, source: str)
     [
         ("gateway.protocol", "from gateway.errors import GatewayError"),
         ("gateway.auth.tokens", "from gateway.settings import Settings\nimport jwt"),
-        ("gateway.incus.client", "from gateway.incus.socket import Socket\nfrom . import socket"),
+        ("gateway.incus.client", "from gateway.incus.stream_socket import Socket\nfrom . import socket"),
         ("gateway.runtime.incus.tenants", "from gateway.incus import client\nfrom ...rootfs import root"),
         ("gateway.host.setup", "from gateway.host.image import build\nfrom gateway.incus import client"),
         ("gateway.api.app", "from gateway import __version__\nfrom gateway.api import connection"),

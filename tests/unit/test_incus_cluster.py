@@ -11,14 +11,13 @@ import pytest
 
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Elsewhere, Incus, IncusError
-from gateway.incus.hearing import concerns
+from gateway.incus.monitor import concerns
 from gateway.limits.capacity import _instances_left
 from gateway.rootfs.locations import Instances
 from gateway.runtime import OnAnotherServer
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.creation import Creation
-from gateway.runtime.incus.golden_copies import prepared_key
-from gateway.runtime.incus.marks import Marks, owner
+from gateway.runtime.incus.golden_copies import Marks, owner, prepared_key
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
 from tests.unit.incusd import answering, instance

@@ -9,7 +9,7 @@ import pytest
 
 from gateway.errors import NotFound, Unavailable
 from gateway.incus import Incus
-from gateway.runtime.incus.containers import Containers
+from gateway.runtime.incus.runtime import Containers
 from gateway.settings import Settings
 from tests.unit.incusd import instance
 

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from gateway.incus import IncusError
-from gateway.incus.hearing import heard
+from gateway.incus.monitor import heard
 
 
 class Session:
@@ -55,7 +55,7 @@ async def test_who_reads_slowly_gets_all_that_is_wanted() -> None:
 
 async def test_more_than_may_wait_breaks_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then all is read anew; nothing of a tenant's makes the gateway keep ever more."""
-    monkeypatch.setattr("gateway.incus.hearing._WAITING", 3)
+    monkeypatch.setattr("gateway.incus.monitor._WAITING", 3)
     found = list[int]()
     with pytest.raises(IncusError, match="faster than they are read"):
         await told(100, found, [])

@@ -19,11 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.incus import IncusError
-from gateway.incus.exec_sockets import ExecSockets, outputs
-from gateway.incus.frames import BINARY, TEXT, Frames, frame, header
-from gateway.incus.inlet import Inlet
+from gateway.incus.exec_sockets import ExecSockets, Inlet, OperationWait, outputs
 from gateway.incus.memory import SEGMENT, SEGMENTS, ExecMemory, Log, MemoryFull, Odometer
-from gateway.incus.waiting import OperationWait
+from gateway.incus.stream_socket import BINARY, TEXT, Frames, frame, header
 from tests.thorough import examples
 
 HANDSHAKE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"

@@ -16,7 +16,7 @@ import pytest
 
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Elsewhere, Incus, IncusError
-from gateway.incus.operation import Operation
+from gateway.incus.rest import Operation
 from gateway.rootfs import bridge_port
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.creation import Creation

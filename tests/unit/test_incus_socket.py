@@ -18,9 +18,8 @@ from websockets.asyncio.server import ServerConnection, unix_serve
 from gateway.errors import Unavailable
 from gateway.incus import exec_sockets
 from gateway.incus.exec_sockets import ExecSockets, connect, outputs
-from gateway.incus.frame_socket import Lost
 from gateway.incus.memory import ExecMemory
-from gateway.incus.socket import StreamSocket
+from gateway.incus.stream_socket import Lost, StreamSocket
 from tests.thorough import examples
 from tests.waits import turn, until
 

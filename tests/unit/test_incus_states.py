@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway.incus import states
-from gateway.incus.states import States
+from gateway.incus import inventory
+from gateway.incus.inventory import States
 
 
 class Incusd:
@@ -57,7 +57,7 @@ async def test_one_that_does_not_tell_yet_is_read_again() -> None:
 async def test_a_state_is_old_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     incusd = Incusd(one="10.0.0.1")
     await incusd.listed()
-    monkeypatch.setattr(states, "_AGE", 0.0)
+    monkeypatch.setattr(inventory, "_STATE_AGE", 0.0)
     incusd.addresses["one"] = "10.0.0.2"
     assert await incusd.listed() == {"one": "10.0.0.2"}
 

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.rootfs import file_calls, memory
 from gateway.rootfs.memory import Place
-from gateway.runtime.incus.lives import Ends
+from gateway.runtime.incus.site_services import Ends
 
 UNIT = "site.service"
 DEADLINE = 30

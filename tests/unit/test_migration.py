@@ -19,7 +19,7 @@ from gateway.migration import source
 from gateway.migration.destination import mapped
 from gateway.migration.plan import Found, Moving, Plan, Wanted, decided, keys, scan
 from gateway.migration.source import Old, Owner, Unit, bus_label, in_tenant, own_block
-from gateway.runtime.incus.migrations import FOLDER, OLD, STATE, old_service
+from gateway.runtime.incus.records import FOLDER, MIGRATION_STATE, OLD, old_service
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
 
@@ -118,13 +118,13 @@ def test_sizes_are_read_as_incus_writes_them(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("config", "target"),
     [
-        ({STATE: "attached", OLD: "127.0.0.1:3333"}, "127.0.0.1:3333"),
-        ({STATE: "returning", OLD: "127.0.0.1:3333", FOLDER: "/x"}, "127.0.0.1:3333"),
-        ({STATE: "switching", OLD: "127.0.0.1:3333"}, None),
-        ({STATE: "switched", OLD: "127.0.0.1:3333"}, None),
+        ({MIGRATION_STATE: "attached", OLD: "127.0.0.1:3333"}, "127.0.0.1:3333"),
+        ({MIGRATION_STATE: "returning", OLD: "127.0.0.1:3333", FOLDER: "/x"}, "127.0.0.1:3333"),
+        ({MIGRATION_STATE: "switching", OLD: "127.0.0.1:3333"}, None),
+        ({MIGRATION_STATE: "switched", OLD: "127.0.0.1:3333"}, None),
         ({OLD: "127.0.0.1:3333"}, None),
         *(
-            ({STATE: "copied", OLD: odd}, None)
+            ({MIGRATION_STATE: "copied", OLD: odd}, None)
             for odd in ("", "x:1", "1.2.3:4", "127.0.0.1:70000", "999.0.0.1:1")
         ),
     ],

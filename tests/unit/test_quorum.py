@@ -16,8 +16,7 @@ from gateway.cluster.cluster import Quorum
 from gateway.cluster.peers import Peers
 from gateway.errors import Unavailable
 from gateway.incus import Incus, NoQuorum
-from gateway.incus.inventory import Inventory
-from gateway.incus.states import States
+from gateway.incus.inventory import Inventory, States
 from gateway.runtime.incus.errors import translated
 
 

@@ -13,15 +13,13 @@ import pytest
 
 from gateway.errors import GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, NotAwaited, Operation, client
-from gateway.incus.socket import StreamSocket
-from gateway.incus.waiting import OperationWait
+from gateway.incus.exec_sockets import OperationWait
+from gateway.incus.stream_socket import StreamSocket
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import commands as starting
-from gateway.runtime.incus.commands import IncusCommands
-from gateway.runtime.incus.inside import ContainerScripts
-from gateway.runtime.incus.process import IncusProcess
-from gateway.runtime.incus.shell import Assignment, IncusShell
+from gateway.runtime.incus.commands import Assignment, IncusCommands, IncusShell
+from gateway.runtime.incus.process import ContainerScripts, IncusProcess
 from gateway.settings import Settings
 
 

@@ -14,7 +14,7 @@ import pytest
 from gateway.deployments.archive import ArchiveEntry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.runtime.local import LocalRuntime, LocalSites, disks
-from gateway.runtime.local.folders import unpack
+from gateway.runtime.local.sites import unpack
 from gateway.runtime.sites import Order, Recipe
 from gateway.settings import Settings
 from tests.contracts.runtime import RuntimeContract

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.runtime.incus.oom_kills import victim
+from gateway.runtime.incus.watch import victim
 
 HEAD = "4,1042,17574841593,-;"
 MINE = "/lxc.payload.shop"

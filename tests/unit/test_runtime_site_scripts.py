@@ -23,8 +23,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
 import gateway
-from gateway.runtime.incus import provisioning, script_files
-from gateway.runtime.incus.script_files import script, systemd_script
+from gateway.runtime.incus import provisioning, service_unit
+from gateway.runtime.incus.service_unit import script, systemd_script
 from tests.thorough import examples
 from tests.waits import until_true
 
@@ -32,7 +32,7 @@ SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("bu
 SCRIPTS: Final = [
     path for path in sorted(Path(gateway.__file__).parent.rglob("*.sh")) if "overlay" not in path.parts
 ] + sorted((Path(__file__).parents[2] / "clients/web/src").rglob("*.sh"))
-INCUS: Final = Path(script_files.__file__).parent
+INCUS: Final = Path(service_unit.__file__).parent
 SYSTEMD: Final = ("start_service", "allow_domain", "apply_limits", "halt", "settle", "unsettle", "clear")
 """The scripts that wait for systemd."""
 UID: Final = 65534

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.runtime import probe, visits
-from gateway.runtime.visits import TenantPort, visited
+from gateway.runtime import listening, probe
+from gateway.runtime.listening import TenantPort, visited
 from tests.waits import pause, until
 
 
@@ -80,10 +80,10 @@ def test_a_tenant_with_more_connections_than_are_looked_through_is_in_use(
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):
-            monkeypatch.setattr("gateway.runtime.visits._BYTES", 10)
+            monkeypatch.setattr("gateway.runtime.listening._BYTES", 10)
             assert visited({"a": TenantPort(9, pid=os.getpid())}) == {"a": 0}
             assert visited({"a": TenantPort(9, "127.0.0.1")}) == {}
-            monkeypatch.setattr("gateway.runtime.visits._HOST_BYTES", 10)
+            monkeypatch.setattr("gateway.runtime.listening._HOST_BYTES", 10)
             assert visited({"a": TenantPort(9, "127.0.0.1"), "b": TenantPort(9)}) == {"a": 0}
 
 
@@ -93,7 +93,7 @@ def test_a_table_of_many_connections_takes_a_moment(tmp_path: Path, monkeypatch:
     folder.mkdir(parents=True)
     (folder / "tcp").write_text("head\n" + "".join(line % (n, n & 0xFFF) for n in range(200_000)))
     monkeypatch.setattr(
-        "gateway.runtime.visits.Path", lambda path: tmp_path if path == "/proc" else Path(path)
+        "gateway.runtime.listening.Path", lambda path: tmp_path if path == "/proc" else Path(path)
     )
     began = time.process_time()
     assert visited({"a": TenantPort(0x7FF, "127.0.0.1"), "b": TenantPort(0xFFFF, "127.0.0.1")}) == {"a": 0}
@@ -108,16 +108,16 @@ async def test_a_site_has_rested_only_once_nobody_waits_for_its_answer(
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client, server.accept()[0] as accepted:
             client.send(b"GET /")
-            resting = asyncio.create_task(visits.drained("127.0.0.1", port))
-            await pause(3 * visits._ON_THE_WAY)
+            resting = asyncio.create_task(listening.drained("127.0.0.1", port))
+            await pause(3 * listening._ON_THE_WAY)
             assert not resting.done()
             accepted.send(b"answer")
             answered = time.monotonic()
             assert await resting
-            assert time.monotonic() - answered >= visits._ON_THE_WAY - 2 * visits._LOOK, (
+            assert time.monotonic() - answered >= listening._ON_THE_WAY - 2 * listening._LOOK, (
                 "one may be on its way"
             )
             await pause(0.01)  # for the kernel all within a millisecond is at once
             client.send(b"GET /")
-            monkeypatch.setattr(visits, "_DRAIN", 0.1)
-            assert not await visits.drained("127.0.0.1", port)
+            monkeypatch.setattr(listening, "_DRAIN", 0.1)
+            assert not await listening.drained("127.0.0.1", port)

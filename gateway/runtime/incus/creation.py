@@ -23,8 +23,8 @@ from gateway.incus.client import instance_path
 from gateway.rootfs import bridge_port
 from gateway.rootfs.instance_record import IDENTITY, MANAGED, identity_of
 from gateway.runtime import Removal, Removed, unheard
-from gateway.runtime.incus.addresses import Instance, fixed, leased
 from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.records import Instance, fixed, leased
 from gateway.settings import Settings
 from gateway.tasks import whole
 

@@ -4,16 +4,233 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
+from gateway.bounds import Flood, first
 from gateway.errors import GatewayError, Timeout, Unavailable
-from gateway.incus import RELIEF, ExecSockets, IncusError, Lost, Operation
+from gateway.holder.holder import HolderClient
+from gateway.incus import RELIEF, ExecMemory, ExecSockets, Incus, IncusError, Lost, Operation, outputs
 from gateway.rootfs.command_cgroup import CommandCgroup, Member
 from gateway.runtime import REPORT_MAX, Exit, Holding, KillResult, StreamName
-from gateway.runtime.incus.held import HeldCommand, cut, reported, socket_of, streams_of
-from gateway.runtime.incus.inside import ContainerScripts
+from gateway.runtime.incus.errors import in_time, translated
+from gateway.runtime.launcher import DRAIN_SCRIPT, KILL_SCRIPT, KILLED_MAX, killed
+from gateway.settings import Settings
+
+_KILL_STARTS: Final = 5.0  # seconds for the kill script to start
+
+
+class ContainerScripts:
+    """Actions on a gateway's commands that run inside their containers."""
+
+    def __init__(self, settings: Settings, incus: Incus) -> None:
+        self._incus, self._limit = incus, settings.cancel_timeout
+
+    async def kill(self, name: str, exec_id: str, grace: float) -> KillResult:
+        """Kill a process tree from inside the container, if the host's cgroups are not accessible."""
+        limit = self._limit
+        milliseconds = [str(int(seconds * 1000)) for seconds in (grace, limit)]
+        command = ["/bin/sh", "-c", KILL_SCRIPT, "sh", exec_id, *milliseconds]
+        try:
+            with translated(name):
+                async with asyncio.timeout(grace + limit + _KILL_STARTS):
+                    sockets = await self._incus.exec(name, command)
+                    try:
+                        await sockets.close_stdin()
+                        said = await first(lambda: sockets.read("1"), KILLED_MAX, most=KILLED_MAX)
+                        await sockets.result()
+                    finally:
+                        await sockets.aclose()
+        except TimeoutError:
+            raise Timeout(
+                "the tenant did not end the command in time; restart the tenant to end all its processes"
+            ) from None
+        except (Flood, Lost):
+            said = b""
+        return killed(said)
+
+    @contextlib.asynccontextmanager
+    async def draining(self, name: str, terminal: str) -> AsyncIterator[None]:
+        """Discard all input of a terminal while the context is open, at most `cancel_timeout` seconds.
+
+        incusd waits forever for a terminal that accepts no input: it reads nothing else, and never reports
+        the end of the command.
+        """
+        command = ["/bin/sh", "-c", DRAIN_SCRIPT, "sh", terminal]
+        with translated(name), in_time(name, "terminal"):
+            async with asyncio.timeout(self._limit):
+                sockets = await self._incus.exec(name, command)
+                try:
+                    await sockets.read("1")
+                    yield
+                    await sockets.close_stdin()
+                    await sockets.result()
+                finally:
+                    await sockets.aclose()
+
+
+FORMAT: Final = 1  # version of the facts; other versions are not adopted
+
+
+class HeldCommand:
+    """Implements `gateway.runtime.Holding`. `own` are the runtime's facts; the registry adds its own.
+
+    A shell that waits for its command has none yet. `sockets` is None once the command has ended. One output
+    starts with bytes that are not the command's own.
+    """
+
+    def __init__(
+        self,
+        holder: HolderClient,
+        name: str,
+        memory: ExecMemory,
+        sockets: ExecSockets | None,
+        own: Mapping[str, Any],
+    ) -> None:
+        self._holder = holder
+        self._name = name
+        self._memory = memory
+        self._accounts = memory.record("accounts")
+        self._sockets = sockets
+        self._own = own
+        self._put = False
+        self._left = False
+
+    def leave(self) -> None:
+        """Write nothing more into the memory, which another process continues with."""
+        self._left = True
+
+    @property
+    def _over(self) -> bool:
+        return self._left or self._memory.closed
+
+    @property
+    def position(self) -> int:
+        return 0 if self._sockets is None else self._sockets.position
+
+    @property
+    def safe(self) -> bool:
+        return self._holder.there
+
+    def runs(self, own: Mapping[str, Any]) -> None:
+        """Replace the runtime's facts, from the next `note` on."""
+        self._own = own
+
+    def prepare(self) -> None:
+        """Do in advance what would delay a start."""
+        self._memory.prepare()
+        self._put_descriptors()
+
+    def go_on(self) -> None:
+        """Take over what an earlier process gave to the holder."""
+        if self._sockets is not None:
+            self._put = True
+            self._holder.keep(self._name, self._sockets.descriptors)
+
+    def _put_descriptors(self) -> None:
+        """Give the descriptors to the holder, unless it has them."""
+        if not self._put and self._sockets is not None:
+            self._put = True
+            self._holder.put(self._name, self._sockets.descriptors)
+
+    def withdraw(self) -> None:
+        """Take the descriptors back: what they belong to is not to outlive this process."""
+        if self._put and not self._over:
+            self._holder.drop(self._name, soon=True)
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        if self._over:
+            return
+        self._memory.write_facts({"format": FORMAT, "own": dict(self._own), "facts": dict(facts)})
+        self._put_descriptors()
+
+    def end(self, facts: Mapping[str, Any]) -> None:
+        if self._over:
+            return
+        if self._sockets is not None:
+            self._sockets.ended()
+        self._sockets = None
+        self.note(facts)
+        self._holder.put(self._name, [self._memory.descriptor], soon=True)
+
+    def keep(self, stream: StreamName, offset: int) -> int:
+        if self._sockets is None or self._left:
+            return 0
+        fd, skip = socket_of(stream, self._own)
+        return self._sockets.keep(fd, offset + skip)
+
+    def accounts(self) -> bytes:
+        return self._accounts.read()
+
+    def account(self, accounts: bytes) -> None:
+        if not self._over:
+            self._accounts.write(accounts)
+
+    def purpose(self) -> Mapping[str, Any]:
+        try:
+            return self._memory.read_facts("purpose")
+        except ValueError:  # none was noted
+            return {}
+
+    def note_purpose(self, facts: Mapping[str, Any]) -> None:
+        if not self._over:
+            self._memory.write_facts(facts, "purpose")
+
+    def begin_with(self, at: int, data: bytes) -> None:
+        if not self._over:
+            self._memory.beginning[at : at + len(data)] = data
+
+    def beginning(self, size: int) -> bytes:
+        return bytes(self._memory.beginning[:size])
+
+    def drop(self) -> None:
+        if not self._over:
+            self._holder.drop(self._name)
+            self._memory.close()
+
+
+def socket_of(stream: StreamName, own: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the socket of an output, and how many bytes on it precede the command's own."""
+    fd = "0" if own["terminal"] else ("1" if stream == "stdout" else "2")
+    return fd, int(own["skip"]) if fd in ("0", "2") else 0
+
+
+def cut(start: int, data: bytes, skip: int) -> tuple[int, bytes]:
+    """Remove the first `skip` bytes of the stream from an output and from its start offset."""
+    return max(0, start - skip), data[max(0, skip - start) :]
+
+
+def streams_of(own: Mapping[str, Any]) -> tuple[StreamName, ...]:
+    """Return which outputs a command has; a merged one's other socket brings its report."""
+    return ("stdout",) if own["terminal"] or own.get("merged") else ("stdout", "stderr")
+
+
+def kept(memory: ExecMemory, own: Mapping[str, Any]) -> tuple[dict[StreamName, tuple[int, bytes]], bytes]:
+    """Return the outputs that are kept of an ended command, and its report. Raises `ValueError`."""
+    found = outputs(memory, terminal=bool(own["terminal"]))
+    told: dict[StreamName, tuple[int, bytes]] = {}
+    for stream in streams_of(own):
+        fd, skip = socket_of(stream, own)
+        told[stream] = cut(*found[fd], skip)
+    if not own.get("merged"):
+        return told, b""
+    fd, skip = socket_of("stderr", own)
+    return told, reported(*cut(*found[fd], skip))
+
+
+def reported(start: int, data: bytes) -> bytes:
+    """Return a report by what is kept of it; one whose front is gone was too long to say anything."""
+    return bytes(REPORT_MAX) if start else data[:REPORT_MAX]
+
+
+def close(descriptors: list[int]) -> None:
+    """Close descriptors, ignoring errors."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
 
 _LOOK: Final = 0.002  # seconds between polls where no event exists
 _FULL: Final = 0.3  # seconds after which incusd is taken to be blocked by a full terminal

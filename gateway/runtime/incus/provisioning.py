@@ -1,37 +1,145 @@
-"""Provision a site inside its container: files, install command, service, and the exchange of two sites."""
+"""Provision a site inside its container: files, install command, service, and the exchange of two sites.
+
+A copy belongs to one owner and one content, so no owner gets another's. It is removed with the last tenant of
+that content, after a long time without use, or when there are too many or too large copies; then the least
+recently used goes first. The facts about a copy are stored with it in Incus.
+
+They are in a folder of the container's root, on the workspace's disk. The tenant controls its contents. It is
+read through Incus's file API, for which the container need not run.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+import re
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from gateway.errors import ExecFailed, GatewayError, Unavailable
+from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound, Unavailable
 from gateway.incus import Incus
+from gateway.rootfs.instance_record import identity_of
 from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, scripts
 from gateway.runtime.incus import service_unit
-from gateway.runtime.incus.addresses import exposure
 from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.errors import DISK_FULL, POOL_FULL, translated
-from gateway.runtime.incus.script_files import script, systemd_script
-from gateway.runtime.incus.uploads import number
-from gateway.runtime.installs import failure
+from gateway.runtime.incus.records import exposure
+from gateway.runtime.incus.service_unit import script, systemd_script
 from gateway.runtime.probe import network_up
 from gateway.runtime.sites import (
     ALLOWED,
+    FORMER_ID,
     Exchange,
+    Former,
     Recipe,
     Say,
     Side,
     disk_was_full,
+    failure,
     lines,
     quota_was_reached,
 )
 from gateway.settings import Settings
+
+CONTENT: Final = "user.gateway.content"
+"""The key of the upload from which a golden copy or a tenant was made."""
+
+UPLOADER: Final = "user.gateway.uploader"
+USED: Final = "user.gateway.used"
+BYTES: Final = "user.gateway.bytes"
+BASE: Final = "user.gateway.base"
+"""The base of a copy: the image and the gateway's way of making copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedSite:
+    """A golden copy of an upload; `used` is in seconds since the epoch."""
+
+    name: str
+    identity: str
+    content: str
+    owner: str
+    base: str
+    used: float
+    bytes: int
+
+
+def upload_of(instance: Mapping[str, Any], used: Mapping[str, float]) -> UploadedSite | None:
+    """Return an instance as an upload's copy, None for a template's. `used` has more recent uses by name."""
+    config, name = instance["config"], instance["name"]
+    if not config.get(UPLOADER):
+        return None
+    return UploadedSite(
+        name=name,
+        identity=identity_of(instance),
+        content=config.get(CONTENT, ""),
+        owner=config[UPLOADER],
+        base=config.get(BASE, ""),
+        used=max(number(config.get(USED)), used.get(name, 0.0)),
+        bytes=number(config.get(BYTES)),
+    )
+
+
+def surplus(
+    copies: Collection[UploadedSite],
+    settings: Settings,
+    *,
+    held: Collection[str],
+    base: str,
+    now: float,
+    coming: str | None = None,
+) -> list[UploadedSite]:
+    """Return the copies to remove. `held` are the contents of existing tenants.
+
+    With `coming`, room is made for one more copy of that owner.
+    """
+    kept = list[UploadedSite]()
+    for copy in sorted(copies, key=lambda one: one.used, reverse=True):
+        fresh = now - copy.used <= settings.upload_copies_unused and copy.base == base
+        if fresh and copy.content in held:
+            kept.append(copy)
+    for owner in {copy.owner for copy in kept}:
+        theirs = [copy for copy in kept if copy.owner == owner]
+        count = settings.owner_upload_copies - (owner == coming)
+        over = _over(theirs, count, settings.owner_upload_copies_bytes)
+        kept = [copy for copy in kept if copy not in over]
+    count = settings.upload_copies - (coming is not None)
+    over = _over(kept, count, settings.upload_copies_bytes)
+    stays = {copy.identity for copy in kept} - {copy.identity for copy in over}
+    return [copy for copy in copies if copy.identity not in stays]
+
+
+def freeing(copies: Collection[UploadedSite], wanted: int) -> list[UploadedSite]:
+    """Return the least recently used copies whose removal frees `wanted` bytes."""
+    gone, freed = list[UploadedSite](), 0
+    for copy in sorted(copies, key=lambda one: one.used):
+        if freed >= wanted:
+            break
+        gone.append(copy)
+        freed += copy.bytes
+    return gone
+
+
+def _over(newest_first: Sequence[UploadedSite], count: int, room: int) -> list[UploadedSite]:
+    """Return the copies exceeding `count` or `room` bytes: the oldest, and any too large by itself."""
+    over, held = [copy for copy in newest_first if copy.bytes > room], 0
+    fitting = [copy for copy in newest_first if copy.bytes <= room]
+    for index, copy in enumerate(fitting):
+        held += copy.bytes
+        if index >= count or held > room:
+            return over + fitting[index:]
+    return over
+
+
+def number(said: str | None) -> int:
+    """Parse a non-negative number, 0 if it is not one."""
+    return int(said) if said and said.isdecimal() and len(said) < 20 else 0
+
 
 _INSTALLS: Final = 3  # attempts of an install command
 # drivers with one file system for all tenants, where a tenant at its limit gets a quota error
@@ -265,3 +373,91 @@ class Provisioning:
             raise Unavailable(DISK_FULL, reason="disk_full")
         if space["used"] > space["total"] * _EMPTY:
             raise Unavailable(POOL_FULL, reason="disk_full")
+
+
+log = logging.getLogger(__name__)
+
+_TAKE: Final = script("take_former")
+_COPY: Final = script("copy_former")
+_PUT: Final = script("put_former")
+_NONE: Final = 3  # exit code of take_former.sh if no such site is kept
+_LIST_MAX: Final = 64 << 10  # most bytes of each file
+_UNIT_MAX: Final = 512 << 10
+_ENVIRONMENT_MAX: Final = 288 << 10  # what `check_env` of deployments accepts, escaped: 30 ms at the worst
+_SINCE: Final = re.compile(r"[0-9]{1,12}")
+
+
+class IncusFormerSites:
+    def __init__(self, settings: Settings, incus: Incus, provisioning: Provisioning) -> None:
+        self._incus, self._provisioning = incus, provisioning
+        self._kept, self._uid = provisioning.kept, str(settings.workspace_uid)
+
+    async def listed(self, tenant: str) -> Sequence[Former]:
+        text = await self._read(tenant, f"{self._kept}/list", _LIST_MAX)
+        found = []
+        for line in (text or b"").decode("utf-8", "replace").splitlines():
+            identity, _, since = line.partition(" ")
+            if FORMER_ID.fullmatch(identity) and _SINCE.fullmatch(since):
+                found.append(Former(identity, float(since)))
+        return found[::-1]
+
+    async def live(self, tenant: str) -> tuple[str | None, Recipe | None]:
+        said = (await self._read(tenant, f"{self._kept}/live", _LIST_MAX) or b"").decode("utf-8", "replace")
+        unit = await self._read(tenant, service_unit.unit_path("live"), _UNIT_MAX)
+        identity = said if FORMER_ID.fullmatch(said) else None
+        return identity, None if unit is None else service_unit.recipe_of(unit)
+
+    async def recipe(self, tenant: str, former: str) -> Recipe:
+        unit = await self._read(tenant, f"{self._kept}/{former}/site.service", _UNIT_MAX)
+        recipe = None if unit is None else service_unit.recipe_of(unit)
+        if recipe is None:
+            raise _gone(tenant, former)
+        return recipe
+
+    async def environment(self, tenant: str) -> Mapping[str, str]:
+        path = service_unit.environment_path("live")
+        text = await self._read(tenant, path, _ENVIRONMENT_MAX)
+        try:
+            return service_unit.environment_of((text or b"").decode())
+        except ValueError:
+            raise Conflict(
+                f"{path} of tenant {tenant} was edited by hand and cannot be parsed; write it as "
+                'NAME="value", one per line, or deploy the site with `env`, which rewrites it'
+            ) from None
+
+    async def take(self, tenant: str, former: str) -> None:
+        try:
+            words = (self._provisioning.places[1], self._kept, former)
+            await self._provisioning.script(tenant, _TAKE, *words)
+        except ExecFailed as error:
+            if error.facts.get("exit_code") == _NONE:
+                raise _gone(tenant, former) from None
+            raise
+
+    async def copy(self, tenant: str) -> None:
+        live, following, _ = self._provisioning.places
+        await self._provisioning.script(tenant, _COPY, live, following, self._uid)
+
+    async def put(self, tenant: str, former: str, live: str, most: int) -> None:
+        words = (*self._provisioning.places, self._kept, former, live, str(most), self._uid)
+
+        async def kept() -> None:
+            await self._provisioning.script(tenant, _PUT, *words)
+
+        await self._provisioning.with_room(tenant, kept)  # it may have to be copied
+
+    async def spare(self, tenant: str) -> bool:
+        try:
+            await self._provisioning.drop_former(tenant, 1)
+        except (GatewayError, TimeoutError, OSError):  # no more are kept, or it cannot be asked
+            return False
+        log.info("the oldest site that %s kept was removed, since its disk is full", tenant)
+        return True
+
+    async def _read(self, tenant: str, path: str, most: int) -> bytes | None:
+        with translated(tenant):
+            return await self._incus.get_file(tenant, path, most)
+
+
+def _gone(tenant: str, former: str) -> NotFound:
+    return NotFound(f"tenant {tenant} no longer keeps deployment {former}", reason="not_kept")

@@ -1,9 +1,16 @@
-"""Convert between an instance's record in Incus and a tenant, including the gateway's own keys."""
+"""Convert between an instance's record in Incus and a tenant, including the gateway's own keys.
+
+`gateway.migration` writes them. They are read here because they affect routes: until the switch, the tenant's
+domain leads to the old service.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import ipaddress
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -12,9 +19,79 @@ import orjson
 from gateway.hostnames import plain
 from gateway.rootfs.instance_record import is_tenant
 from gateway.runtime import Status, Tenant
-from gateway.runtime.incus.addresses import Instance, address_of
-from gateway.runtime.incus.migrations import STATE as MIGRATION
-from gateway.runtime.sites import ALLOWED
+from gateway.runtime.sites import ALLOWED, Exposure
+
+Instance = Mapping[str, Any]
+
+
+def fixed(instance: Instance) -> str | None:
+    """Return an instance's configured address, which it has even while stopped."""
+    for device in instance["expanded_devices"].values():
+        if device.get("type") == "nic" and device.get("ipv4.address"):
+            return str(device["ipv4.address"])
+    return None
+
+
+def leased(instance: Instance) -> str | None:
+    """Return a running instance's current address."""
+    for name, interface in ((instance.get("state") or {}).get("network") or {}).items():
+        for address in () if name == "lo" else interface["addresses"]:
+            if address["family"] == "inet" and address["scope"] == "global":
+                return str(address["address"])
+    return None
+
+
+def address_of(instance: Instance) -> str | None:
+    """Return an instance's address, or None."""
+    return fixed(instance) or leased(instance)
+
+
+def exposure(instance: Instance, port: int) -> Exposure | None:
+    """Return where an instance's site answers, or None."""
+    address = address_of(instance)
+    return None if address is None else Exposure(address, port)
+
+
+def sharers(instances: Sequence[Instance]) -> Mapping[str, Sequence[str]]:
+    """Return the instances of each address, oldest first.
+
+    Several share one after `incus copy`, which copies the address; Incus then starts none of them.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for instance in sorted(instances, key=lambda one: str(one.get("created_at"))):
+        address = address_of(instance)
+        if address is not None:
+            found[address].append(instance["name"])
+    return found
+
+
+MIGRATION_STATE: Final = "user.gateway.migrate"
+OLD: Final = "user.gateway.migrate.old"  # address of the old service, ADDRESS:PORT
+FOLDER: Final = "user.gateway.migrate.from"
+UNIT: Final = "user.gateway.migrate.unit"
+FACTS: Final = "user.gateway.migrate.facts"  # about the old service, as JSON, without variables' values
+
+DEVICE: Final = "migrate"
+"""The instance's device that shows the folder as the workspace."""
+
+BEFORE_SWITCH: Final = frozenset({"attaching", "attached", "copied", "returning"})
+
+_PLACE: Final = re.compile(r"([0-9.]{7,15}):([1-9][0-9]{0,4})")
+
+
+def old_service(config: Mapping[str, str]) -> Exposure | None:
+    """Return where the old service answers while an instance's domain still leads to it, or None."""
+    if config.get(MIGRATION_STATE) not in BEFORE_SWITCH:
+        return None
+    match = _PLACE.fullmatch(config.get(OLD, ""))
+    if match is None or int(match[2]) > 65535:
+        return None
+    try:
+        address = str(ipaddress.IPv4Address(match[1]))
+    except ValueError:
+        return None
+    return Exposure(address, int(match[2]))
+
 
 DOMAIN: Final = "user.gateway.domain"
 _ALLOWED: Final = f"environment.{ALLOWED}"
@@ -65,7 +142,7 @@ def tenant_of(instance: Instance) -> Tenant:
         },
         asleep=config.get(ASLEEP) == "true",
         deployment=config.get(DEPLOYMENT) or None,
-        migration=config.get(MIGRATION) or None,
+        migration=config.get(MIGRATION_STATE) or None,
         idle_stop=_seconds(config.get(IDLE_STOP)),
         standby=_seconds(config.get(STANDBY)),
     )

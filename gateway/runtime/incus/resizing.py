@@ -26,11 +26,11 @@ from gateway.rootfs.instance_record import folder_of, identity_of, is_tenant
 from gateway.rootfs.memory import limits_in_force, place, private
 from gateway.rootfs.quotas import SLACK
 from gateway.runtime import scripts
-from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import WHOLE, Creation
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.script_files import systemd_script
+from gateway.runtime.incus.records import Instance
+from gateway.runtime.incus.service_unit import systemd_script
 from gateway.runtime.sizes import SITE_SHARE, SIZES, MiB, size_of
 from gateway.settings import Settings
 from gateway.tasks import whole

@@ -9,10 +9,20 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, Field, ValidationError
 
-from gateway.runtime.incus.script_files import script
 from gateway.runtime.sites import ALLOWED, Recipe, Side
 from gateway.runtime.sizes import SITE_SHARE
 from gateway.settings import Settings
+
+
+def script(name: str) -> str:
+    """Return the text of a script in this folder."""
+    return Path(__file__).with_name(f"{name}.sh").read_text()
+
+
+def systemd_script(name: str) -> str:
+    """Return the text of a script that uses the container's systemd, which it waits for: up to 20 s."""
+    return f"{script('wait_for_systemd')}\n{script(name)}"
+
 
 NAMES: Final[Mapping[Side, str]] = {"live": "site.service", "next": "site-next.service"}
 

@@ -30,10 +30,10 @@ from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.instance_record import COPY, identity_of
 from gateway.runtime import Tenant
-from gateway.runtime.incus.addresses import Instance
 from gateway.runtime.incus.creation import STATIC
 from gateway.runtime.incus.disks import OURS, Disks
 from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.records import Instance
 from gateway.runtime.incus.runtime import IncusRuntime
 from gateway.settings import Settings
 

@@ -20,8 +20,15 @@ from gateway.runtime import Status, Tenant
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks, inherited
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.migrations import STATE as MIGRATION
-from gateway.runtime.incus.records import ASLEEP, PORT, domain_config, lacks_address, status_of, tenant_of
+from gateway.runtime.incus.records import (
+    ASLEEP,
+    MIGRATION_STATE,
+    PORT,
+    domain_config,
+    lacks_address,
+    status_of,
+    tenant_of,
+)
 from gateway.runtime.incus.resizing import Resizing
 from gateway.settings import Settings
 
@@ -137,7 +144,7 @@ class IncusTenants:
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
         source = await self.instance(name)
-        if MIGRATION in source["config"]:
+        if MIGRATION_STATE in source["config"]:
             raise Conflict(f"tenant {name} is just moving in from a folder; clone it when that is finished")
         if snapshot is not None:
             await self._disks.fits(source, snapshot)

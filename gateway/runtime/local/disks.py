@@ -12,14 +12,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from gateway.errors import Conflict, NotFound, Unavailable
-from gateway.runtime import Snapshot, Tenant
+from gateway.runtime import Snapshot, Tenant, TenantEvent
 
 
 class LocalDisks:
@@ -192,3 +192,29 @@ def size(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(place, name)).st_blocks * 512  # noqa: PTH118
     return total
+
+
+_WAITING: Final = 1000  # changes that wait for a reader
+
+
+class LocalChanges:
+    """Implements `gateway.runtime.Changes`."""
+
+    told: Sequence[str] = ()
+
+    def __init__(self, disks: LocalDisks) -> None:
+        self._disks = disks
+        self._events: asyncio.Queue[TenantEvent] = asyncio.Queue(maxsize=_WAITING)
+
+    async def watch(self) -> AsyncIterator[TenantEvent]:
+        yield TenantEvent("gateway.resynced", None, {"tenants": len(self._disks.list())})
+        while True:
+            yield await self._events.get()
+
+    def skip(self, told: Sequence[str]) -> None:
+        pass
+
+    def add(self, kind: str, name: str, **facts: str) -> None:
+        """Make `watch` yield a change."""
+        with contextlib.suppress(asyncio.QueueFull):  # a full queue has no reader
+            self._events.put_nowait(TenantEvent(kind, name, facts))
