@@ -425,8 +425,8 @@ class Exec:
             "over": None if over is None else over.on_wire(self.id),
         }
 
-    def take_over(self, found: Adopted, hold: float) -> None:
-        """Continue an earlier process's command, before any attach. Readers may resume for `hold` seconds."""
+    def take_over(self, found: Adopted) -> None:
+        """Continue an earlier process's command, before any attach. Its readers may resume."""
         facts = found.facts
         self._holding = found.holding
         self.asked, self.once, self.deadline = bytes.fromhex(facts["asked"]), facts["once"], facts["deadline"]
@@ -440,7 +440,7 @@ class Exec:
             return
         if not facts.get("starting"):  # else what it was given was our shell's
             self._input.accounts.take_over()
-        self.readers.take_over(facts, hold)
+        self.readers.take_over(facts)
         self.reader = self.attach() if self.purpose.found else None
         if facts["ending"] is not None:
             self.end(facts["ending"], 0)

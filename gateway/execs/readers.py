@@ -103,10 +103,10 @@ class Attachment:
         """Continue after the input that an earlier process had settled, in bytes."""
         self.taken = self.consumed = self._told = passed
 
-    def hold(self, seconds: float) -> None:
-        """Keep the position of a disconnected reader for some seconds, unless it resumes earlier."""
+    def hold(self) -> None:
+        """Keep the position of a disconnected reader for `HOLD` seconds, unless it resumes earlier."""
         if not self.closed:
-            self._holding = asyncio.get_running_loop().call_later(seconds, self.close)
+            self._holding = asyncio.get_running_loop().call_later(HOLD, self.close)
 
     def close(self) -> None:
         """Detach. Idempotent."""
@@ -120,6 +120,7 @@ class Attachment:
         self.exec.readers.detached(self)
 
 
+HOLD: Final = 10.0  # seconds that a command waits for an acknowledging reader whose connection broke
 _READERS: Final = 64  # readers of one command whose position is kept so that they can resume
 
 
@@ -229,8 +230,8 @@ class Readers:
             "places": [[place.id, place.slot, place.acking and not place.closed] for place in places],
         }
 
-    def take_over(self, facts: Mapping[str, Any], hold: float) -> None:
-        """Continue from an earlier process's facts. Its readers may resume for `hold` seconds."""
+    def take_over(self, facts: Mapping[str, Any]) -> None:
+        """Continue from an earlier process's facts. Its readers may resume for `HOLD` seconds."""
         passed = self._input.accounts.passed
         for id_, slot, acking in facts["places"]:
             place = Attachment(self._owner, {}, None, Reading(viewer=True, acks=acking), slot, id_)
@@ -238,7 +239,7 @@ class Readers:
             self._places[id_] = place
             if acking:
                 self._attached.add(place)
-                place.hold(hold)
+                place.hold()
             else:
                 place.close()
         if not self._attached:

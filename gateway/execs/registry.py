@@ -135,7 +135,7 @@ class Adoption:
             found.pid, found.started_at, tuple(found.outputs), found.report
         )
         exec_ = self._runner.make(exec_id, tenant, spec, process, facts["linger"])
-        exec_.take_over(found, self._settings.exec_hold)
+        exec_.take_over(found)
         self._add(exec_)
         self._adopted.add((tenant, exec_id))
         if found.process is not None:

@@ -25,6 +25,16 @@ from gateway.storage.store import StoreFailed
 
 log = logging.getLogger(__name__)
 
+WINDOW: Final = 256 << 10  # bytes that a reader may lag behind before its command is slowed down
+PATIENCE: Final = 1.0  # seconds that a viewer which does not read holds up a command that others read
+LAG: Final = 8 << 20  # bytes of each output kept for a reader that has stalled
+STDIN_BUFFER: Final = (
+    4 << 20
+)  # bytes of input in memory for a command that does not read; the clients' window
+STDIN_SPOOL: Final = (
+    64 << 20
+)  # bytes of further input on disk for one command: a client that ignores its window
+
 SHORT: Final = 200  # characters of a command in events and records
 _UNNOTED: Final = 0.01  # seconds; the same delay as the event journal's
 
@@ -218,7 +228,7 @@ class ExecRunner:
     def __init__(self, notes: Notes, kept: EndedExecs, bus: Bus, settings: Settings) -> None:
         self._notes, self._kept, self._bus, self._settings = notes, kept, bus, settings
         self._budget = Budget(settings.exec_bytes, settings.exec_tenant_bytes)
-        self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)
+        self._spools = Spools(settings.state_dir, STDIN_SPOOL, settings.exec_stdin_spools)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -256,12 +266,12 @@ class ExecRunner:
             process,
             tail=settings.exec_tail,
             pace=Pace(
-                window=settings.exec_window,
-                patience=settings.exec_patience,
-                lag=settings.exec_lag,
+                window=WINDOW,
+                patience=PATIENCE,
+                lag=LAG,
                 unacked=settings.exec_unacked,
             ),
-            stdin_buffer=settings.exec_stdin_buffer,
+            stdin_buffer=STDIN_BUFFER,
             spools=self._spools,
             share=share,
             room=partial(self._kept.make_room, tenant, share),

@@ -15,6 +15,8 @@ from typing import Any, Final, Literal, Protocol
 
 from gateway.errors import Unavailable
 from gateway.rootfs import FilesystemRoot
+from gateway.runtime.command import ARGUMENT_MAX as ARGUMENT_MAX
+from gateway.runtime.command import ARGUMENTS_MAX as ARGUMENTS_MAX
 from gateway.runtime.command import REPORT_MAX as REPORT_MAX
 from gateway.runtime.command import Adopted as Adopted
 from gateway.runtime.command import ExecSpec as ExecSpec

@@ -68,6 +68,10 @@ class Holding(Protocol):
         ...
 
 
+ARGUMENT_MAX: Final = (
+    128 << 10
+) - 1  # bytes of one argument or environment string: the kernel's MAX_ARG_STRLEN
+ARGUMENTS_MAX: Final = 1 << 20  # bytes of all of them: half of what incusd can pass on
 REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from gateway.errors import ExecFailed, InvalidParams, TooLarge, Unavailable
-from gateway.runtime import KillResult, Pty
+from gateway.runtime import ARGUMENT_MAX, ARGUMENTS_MAX, KillResult, Pty
 
 START_SCRIPT: Final = Path(__file__).with_name("start.sh").read_text()
 WAIT_SCRIPT: Final = Path(__file__).with_name("wait.sh").read_text()
@@ -217,14 +217,19 @@ class Preamble:
                 self._hear(line)
 
 
-def check_size(argv: tuple[str, ...], env: Mapping[str, str], *, one: int, total: int) -> None:
-    """Raise `TooLarge` if an argument or environment string exceeds `one` bytes, or all exceed `total`.
+def check_size(argv: tuple[str, ...], env: Mapping[str, str]) -> None:
+    """Raise `TooLarge` if an argument or environment string, or all of them together, are too large.
 
     The kernel accepts 128 KiB per string (MAX_ARG_STRLEN); beyond that commands fail in confusing ways.
     """
     sizes = [len(part.encode("utf-8", "surrogateescape")) for part in argv]
     sizes += [len(f"{name}={value}".encode("utf-8", "surrogateescape")) for name, value in env.items()]
-    if max(sizes, default=0) > one:
-        raise TooLarge(f"an argument or environment string exceeds {one} bytes; pass it on stdin", limit=one)
-    if sum(sizes) > total:
-        raise TooLarge(f"arguments and environment exceed {total} bytes; pass them on stdin", limit=total)
+    if max(sizes, default=0) > ARGUMENT_MAX:
+        raise TooLarge(
+            f"an argument or environment string exceeds {ARGUMENT_MAX} bytes; pass it on stdin",
+            limit=ARGUMENT_MAX,
+        )
+    if sum(sizes) > ARGUMENTS_MAX:
+        raise TooLarge(
+            f"arguments and environment exceed {ARGUMENTS_MAX} bytes; pass them on stdin", limit=ARGUMENTS_MAX
+        )

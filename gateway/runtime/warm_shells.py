@@ -29,6 +29,18 @@ log = logging.getLogger(__name__)
 _PATIENCE: Final = 1.0  # seconds a command waits for a shell being started, which takes 15 ms
 
 Key = tuple[str, bool]
+
+# shells that wait in a tenant with a connected client, without a terminal and with one: an agent's commands
+# come one after another, and the second is there before the first has been replaced
+WANTED: Final[Mapping[bool, int]] = {False: 2, True: 1}
+STARTS: Final = 2  # shells that are being started at once, of all tenants: each takes some 30 ms of CPU
+DELAY: Final = (
+    0.1  # seconds until a shell that was taken is replaced, so that its start takes no CPU from the command
+)
+AGE: Final = 900.0  # seconds that a shell waits before a fresh one takes its place
+IDLE: Final = (
+    120.0  # seconds that shells wait after a tenant's last client has left, as one that reloads comes back
+)
 """The tenant, and whether the shell has a terminal."""
 
 
@@ -69,12 +81,12 @@ class WarmShells:
         self,
         start: Callable[[str, bool], Awaitable[WarmShell]],
         *,
-        wanted: Mapping[bool, int],
         maximum: int,
-        starts: int,
-        delay: float,
-        age: float,
-        idle: float,
+        wanted: Mapping[bool, int] = WANTED,
+        starts: int = STARTS,
+        delay: float = DELAY,
+        age: float = AGE,
+        idle: float = IDLE,
     ) -> None:
         self._start = start
         self._wanted = wanted

@@ -6,52 +6,18 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from gateway.settings.units import KiB, MiB
+from gateway.settings.units import MiB
 
 
 class CommandSettings(BaseModel):
     max_execs: int = Field(128, gt=0, description="maximum number of running commands of one tenant")
-    max_argument: int = Field(
-        128 * KiB - 1,
-        gt=0,
-        description="maximum size of one argument or environment string in bytes (the kernel's limit)",
-    )
-    max_arguments: int = Field(
-        1 * MiB,
-        gt=0,
-        description="maximum size of all arguments and environment strings of one command in bytes",
-    )
     exec_tail: int = Field(
         1 * MiB, gt=0, description="bytes kept of each output stream while nobody is attached"
-    )
-    exec_window: int = Field(
-        256 * KiB, gt=0, description="bytes that a reader may lag behind before its command is slowed down"
-    )
-    exec_patience: float = Field(
-        1.0,
-        ge=0,
-        description="seconds that a viewer which does not read holds up a command that others read",
-    )
-    exec_lag: int = Field(
-        8 * MiB, ge=0, description="bytes of each output stream kept for a reader that has stalled"
     )
     exec_unacked: int = Field(
         8 * MiB,
         gt=0,
         description="bytes of each output stream kept for a reader that acknowledges, until it does",
-    )
-    exec_hold: float = Field(
-        10.0,
-        ge=0,
-        description="seconds that a command waits for an acknowledging reader whose connection broke",
-    )
-    exec_stdin_buffer: int = Field(
-        4 * MiB,
-        gt=0,
-        description="bytes of input kept in memory for a command that does not read; the clients' window",
-    )
-    exec_stdin_spool: int = Field(
-        64 * MiB, ge=0, description="bytes of further input kept on disk for one command; 0: none"
     )
     exec_stdin_spools: int = Field(
         1024 * MiB,
@@ -90,26 +56,7 @@ class CommandSettings(BaseModel):
         "keep", description="what happens to processes that a command leaves behind when it ends"
     )
     exec_start_timeout: float = Field(20.0, gt=0, description="seconds within which a command must start")
-    standby_pipes: int = Field(
-        2,
-        ge=0,
-        description="number of warm shells for commands without a terminal, in a tenant with a connected "
-        "client",
-    )
-    standby_terminals: int = Field(
-        1, ge=0, description="number of warm shells for terminals, in a tenant with a connected client"
-    )
-    standby_delay: float = Field(
-        0.1, ge=0, description="seconds after a command's start until the shell that it took is replaced"
-    )
-    standby_starts: int = Field(
-        2, gt=0, description="maximum number of warm shells that are being started at once"
-    )
-    standby_max: int = Field(64, ge=0, description="maximum number of warm shells of all tenants; 0: none")
-    standby_age: float = Field(900.0, gt=0, description="maximum age of a warm shell in seconds")
-    standby_idle: float = Field(
-        120.0, ge=0, description="seconds that warm shells are kept after a tenant's last client left"
-    )
+    warm_shells: int = Field(64, ge=0, description="maximum number of warm shells of all tenants; 0: none")
     cancel_grace: float = Field(
         2.0, ge=0, description="seconds between TERM and KILL when a command is cancelled"
     )

@@ -152,7 +152,7 @@ class ExecMethods(Family):
     def close(self, *, hold: bool) -> None:
         for _, attachment in self._channels:
             if hold and attachment.acking:
-                attachment.hold(self._hub.settings.exec_hold)
+                attachment.hold()
             else:
                 attachment.close()
 

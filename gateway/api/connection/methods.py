@@ -19,6 +19,7 @@ from gateway.events import Filter, Subscription, positions
 from gateway.files.files import Files, Watch
 from gateway.protocol import maxima
 from gateway.rootfs.messages import RESULT_MAX
+from gateway.runtime import ARGUMENT_MAX
 from gateway.tools.toolbox import HandedOver
 
 
@@ -137,7 +138,7 @@ class SessionMethods(Family):
                     "maxRequests": maxima.REQUESTS_MAX,
                     "maxExecs": settings.max_execs,
                     "execTail": settings.exec_tail,
-                    "maxArgument": settings.max_argument,
+                    "maxArgument": ARGUMENT_MAX,
                 },
             }
         )

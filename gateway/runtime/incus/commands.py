@@ -265,12 +265,7 @@ class IncusCommands:
         self._broker = BrokerClient(at=settings.broker_socket) if settings.broker_socket else None
         self._warm_shells = WarmShells(
             self._wait_warm,
-            wanted={False: settings.standby_pipes, True: settings.standby_terminals},
-            maximum=settings.standby_max,
-            starts=settings.standby_starts,
-            delay=settings.standby_delay,
-            age=settings.standby_age,
-            idle=settings.standby_idle,
+            maximum=settings.warm_shells,
         )
         # marks the commands of this gateway, in all its processes, apart from other gateways on the host
         self._own = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
@@ -283,7 +278,7 @@ class IncusCommands:
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         settings = self.settings
-        check_size(spec.argv, spec.env, one=settings.max_argument, total=settings.max_arguments)
+        check_size(spec.argv, spec.env)
         account = self._account(spec.user)
         cwd = spec.cwd or settings.workspace
         if not cwd.startswith("/"):

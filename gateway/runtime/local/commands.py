@@ -328,7 +328,7 @@ class LocalCommands:
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         settings = self._settings
-        check_size(spec.argv, spec.env, one=settings.max_argument, total=settings.max_arguments)
+        check_size(spec.argv, spec.env)
         if self._disks.get(name).status != "running":
             raise TenantNotRunning(f"tenant {name} is stopped; start it first", status="stopped")
         if spec.user not in (None, settings.workspace_user, settings.workspace_uid, os.getuid()):
