@@ -19,14 +19,16 @@ from gateway_client.errors import Disconnected
 
 
 def settings_help() -> str:
-    """Return every setting with its default, as the help of `serve` prints it."""
-    from gateway.settings import Settings
+    """Return every setting with its default, by groups, as the help of `serve` prints it."""
+    from gateway.settings.settings import GROUPS
 
-    lines = ["Settings, as environment variables or in the TOML file that GATEWAY_CONFIG names:", ""]
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else f" [{field.default}]"
-        lines.append(f"GATEWAY_{name.upper()}{default}: {field.description}\n")
-    return "\n".join(lines)
+    parts = ["Settings, as environment variables or in the TOML file that GATEWAY_CONFIG names:"]
+    for group in GROUPS:
+        parts.append(f"{group.__name__.removesuffix('Settings').upper()}: {group.__doc__}")
+        for name, field in group.model_fields.items():
+            default = "" if field.default is None else f" [{field.default}]"
+            parts.append(f"GATEWAY_{name.upper()}{default}: {field.description}")
+    return "\n\n".join(parts)
 
 
 def serve(

@@ -24,8 +24,7 @@ from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.messages import RESULT_MAX
 from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, Process, TenantRuntime
-from gateway.settings import Settings
-from gateway.settings.units import KiB
+from gateway.settings import KiB, Settings
 
 Mode = Literal["all", "only", "but"]
 Times = Sequence[tuple[float, float]]

@@ -1,4 +1,4 @@
-"""Every setting, with its type, default and unit: a module for each group, and all of them as `Settings`.
+"""Every setting, with its type, default and unit: `Settings`, and what a client reads of them by itself.
 
 Environment variables `GATEWAY_…` win over the TOML file named by `GATEWAY_CONFIG`. This is the only
 room that reads either. Every limit has a finite default.
@@ -6,10 +6,12 @@ room that reads either. Every limit has a finite default.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gateway.settings.client import DEFAULT_CONFIG, ClientSettings
-from gateway.settings.units import KiB, MiB
+
+KiB: Final = 1 << 10
+MiB: Final = 1 << 20
 
 if TYPE_CHECKING:
     from gateway.settings.settings import Settings

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.cli.host import settings_help
 from gateway.settings import Settings
-from gateway.settings.settings import unknown_settings
+from gateway.settings.settings import GROUPS, unknown_settings
 
 DOCS = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
 
@@ -45,3 +46,12 @@ def test_what_is_no_setting_is_named_with_the_nearest_one(
         "GATEWAY_TENANT_MEMORY",
         f"statedir in {file} is not a setting, and has no effect; the nearest setting is state_dir",
     ]
+
+
+def test_groups_are_the_same_in_the_help_and_in_the_docs() -> None:
+    titles = [group.__name__.removesuffix("Settings") for group in GROUPS]
+    assert [line.removeprefix("## ") for line in DOCS.splitlines() if line.startswith("## ")] == titles
+    said = settings_help()
+    places = [said.index(f"\n{title.upper()}: ") for title in titles]
+    assert places == sorted(places)
+    assert all(f"\nGATEWAY_{name.upper()}" in said for name in Settings.model_fields)
