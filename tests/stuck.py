@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from gateway.cli.main import main
-from gateway.runtime import Tenant
+from gateway.runtime import TenantInstance
 from gateway.runtime.local.runtime import LocalTenants
 from tests import constants
 from tests.waits import until
@@ -16,7 +16,7 @@ def hold_up(there: Path) -> None:
     """Have the runtime answer about a tenant only once the file is there."""
     get = LocalTenants.get
 
-    async def late(self: LocalTenants, name: str) -> Tenant:
+    async def late(self: LocalTenants, name: str) -> TenantInstance:
         await until(there.exists)
         return await get(self, name)
 

@@ -18,11 +18,11 @@ from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
 from gateway.api.preview import Previews
 from gateway.api.services import Services, Topology, topology
-from gateway.audit import Audit
+from gateway.audit import AuditLog
 from gateway.auth import tokens
 from gateway.auth.grants import Grants, Revocations
 from gateway.caddy import Caddy
-from gateway.deployments import Context, Deployments, Hangs, Health
+from gateway.deployments import Context, Deployer, Hangs, Health
 from gateway.deployments.publishing import Sources
 from gateway.deployments.record import Register
 from gateway.events import Bus, StoredJournal
@@ -132,7 +132,7 @@ class Stored:
     bus: Bus
     idempotency: Idempotency
     names: Names
-    audit: Audit
+    audit: AuditLog
 
 
 @contextlib.asynccontextmanager
@@ -147,14 +147,14 @@ async def opened_stored(base: Foundations) -> AsyncIterator[Stored]:
         bus = Bus(journal, base.topology.member)
         idempotency = await Idempotency.opened(store, settings)
         names = await Names.opened(store, bus, settings)
-        async with Audit(store, bus, settings) as audit:
+        async with AuditLog(store, bus, settings) as audit:
             yield Stored(journal=journal, bus=bus, idempotency=idempotency, names=names, audit=audit)
 
 
 class _Removals:
     """Records what the gateway removes by itself: undone tenants, and those it had made ready."""
 
-    audit: Audit | None = None
+    audit: AuditLog | None = None
 
     async def note(self, removal: Removal) -> None:
         action = "instance.removed" if removal.tenant is None else "tenant.removed"
@@ -253,11 +253,11 @@ async def _serving(base: Foundations, trust: Trust, stored: Stored, work: _Work)
 @contextlib.asynccontextmanager
 async def _deploying(
     base: Foundations, stored: Stored, work: _Work, serving: _Serving
-) -> AsyncIterator[Deployments]:
+) -> AsyncIterator[Deployer]:
     settings, runtime, workers, sites = base.settings, base.runtime, base.workers, work.sites
     async with contextlib.AsyncExitStack() as stack:
         deployments = await stack.enter_async_context(
-            Deployments(
+            Deployer(
                 Context(
                     runtime=runtime,
                     sites=sites,
@@ -323,7 +323,7 @@ def _services(
     stored: Stored,
     work: _Work,
     serving: _Serving,
-    deployments: Deployments,
+    deployments: Deployer,
     mcp: McpEndpoint | None,
 ) -> Services:
     """Return what routes and websockets use of all this, with what needs no opening."""

@@ -19,11 +19,11 @@ from gateway.api.connection import Hub
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
 from gateway.api.preview import Previews
-from gateway.audit import Audit
+from gateway.audit import AuditLog
 from gateway.auth import tokens
 from gateway.auth.grants import Revocations
 from gateway.caddy import Caddy
-from gateway.deployments import Deployments, Health
+from gateway.deployments import Deployer, Health
 from gateway.deployments.context import RemoteRoutes
 from gateway.deployments.publishing import Sources
 from gateway.events import Filter, StoredJournal, sse
@@ -78,7 +78,7 @@ class Subject:
         return self
 
 
-class Home(Protocol):
+class TenantHome(Protocol):
     """Another server that is, or will be, a tenant's home."""
 
     def answer(self, request: Request, body: bytes, path: str | None = None) -> Response:
@@ -159,7 +159,7 @@ class Topology:
     def check_here(self, tenant: str) -> None:
         """Raise `Unavailable` if another server has this tenant."""
 
-    async def place(self, request: Request, tenant: str, *, here: bool = False) -> Home | None:
+    async def place(self, request: Request, tenant: str, *, here: bool = False) -> TenantHome | None:
         """Return the other server that is, or will be, a tenant's home; None if it is this one.
 
         `here` says that the request is also about another tenant, which is here: a new one is then created
@@ -252,7 +252,7 @@ class Services(Hub):
     revocations: Revocations
     end_token: Callable[[str], int]
     names: Names
-    audit: Audit
+    audit: AuditLog
     workers: Workers
     domains: Domains
     capacity: Capacity
@@ -260,7 +260,7 @@ class Services(Hub):
     lifecycle: Lifecycle
     site_logs: SiteLogs
     health: Health
-    deployments: Deployments
+    deployments: Deployer
     sources: Sources
     pressure: Pressure | None
     metrics: Metrics

@@ -45,7 +45,7 @@ _ANSWERING: Final = 5.0  # seconds that a peer may take to begin
 _RESUME: Final = "last-event-id"
 
 
-class Standing:
+class PeerStream:
     """One request, as sent to each peer with the client's own token, which the peer verifies again.
 
     Of each answer about `AHEAD` bytes are read before they are asked for.
@@ -122,7 +122,7 @@ class MergedEvents:
         filter: Filter,
         member: str,
         peers: Peers,
-        standing: Standing,
+        standing: PeerStream,
         last_event_id: str | None,
         *,
         only: Collection[str] | None = None,

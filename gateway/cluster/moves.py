@@ -50,7 +50,7 @@ from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.limits.capacity import Capacity, DiskSpace
 from gateway.ownership.names import Names
 from gateway.rootfs.workers import Workers
-from gateway.runtime import OnAnotherServer, Tenant, Tenants
+from gateway.runtime import OnAnotherServer, TenantInstance, TenantInstances
 from gateway.runtime.incus.moves import COPY_TIMEOUT
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -172,7 +172,7 @@ class Arrivals:
     def __init__(
         self,
         own: str,
-        tenants: Tenants,
+        tenants: TenantInstances,
         steps: NewHome,
         records: Records,
         names: Names,
@@ -323,7 +323,7 @@ class Mover:
         self,
         cluster: Cluster,
         placements: Placements,
-        tenants: Tenants,
+        tenants: TenantInstances,
         steps: OldHome,
         uses: Uses,
         leaving: set[str],
@@ -533,7 +533,7 @@ class Departures:
     def __init__(
         self,
         cluster: Cluster,
-        tenants: Tenants,
+        tenants: TenantInstances,
         mover: Mover,
         lifecycle: Lifecycle,
         log_: MoveLog,
@@ -549,7 +549,7 @@ class Departures:
         self._resting = False
         self._moves: dict[str, Move] = {}
         self._found: list[Move] = []  # by `recover`
-        self._gone: dict[str, Tenant] = {}
+        self._gone: dict[str, TenantInstance] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def moving(self, tenant: str) -> bool:
@@ -560,7 +560,7 @@ class Departures:
         """Return whether a tenant is still ours although there may be no instance of its name."""
         return tenant in self._mover.leaving
 
-    def listed(self) -> Sequence[Tenant]:
+    def listed(self) -> Sequence[TenantInstance]:
         """Return the tenants that have all but arrived at their new home, for our lists to include them.
 
         A tenant on its way has no instance for a moment. A request to all members may get its new home's

@@ -135,7 +135,7 @@ class Members(Protocol):
     async def publish(self, config: Mapping[str, str]) -> None: ...
 
 
-class Removed(Unavailable):
+class RemovedFromCluster(Unavailable):
     """This server was removed from the cluster, so its tenants may run elsewhere by now."""
 
     def __init__(self) -> None:

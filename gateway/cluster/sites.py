@@ -90,7 +90,7 @@ async def _answers(address: str) -> bool:
     return True
 
 
-class RemoteRoutes:
+class MemberRoutes:
     """Where each domain of another member leads, and the page that its visitors get while that is away."""
 
     def __init__(self, caddy: Caddy, domains: Domains, sites: RemoteSites) -> None:

@@ -34,8 +34,8 @@ from gateway.errors import Conflict, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
 from gateway.limits.capacity import Capacity
 from gateway.ownership.names import Names
-from gateway.runtime import Tenant, Tenants
-from gateway.runtime.incus.standby_copies import StandbyCopies, StandbyCopy, tell_late
+from gateway.runtime import TenantInstance, TenantInstances
+from gateway.runtime.incus.standby_copies import Replica, Replicas, tell_late
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
 from gateway.tasks import begin
@@ -63,7 +63,7 @@ Changed = Callable[[str, str, str], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ReplicaState:
     """The copy that a member has of the tenant's `instance`, made `at`, in seconds since the epoch.
 
     It is 0.0 while the first one is made: the member may have it all the same.
@@ -82,8 +82,8 @@ class Standby:
 
     def __init__(
         self,
-        copies: StandbyCopies,
-        tenants: Tenants,
+        copies: Replicas,
+        tenants: TenantInstances,
         cluster: Cluster,
         members: Callable[[], Awaitable[Collection[str]]],
         capacity: Capacity,
@@ -99,12 +99,12 @@ class Standby:
         self._copies, self._tenants, self._cluster, self._members = copies, tenants, cluster, members
         self._changed, self._capacity, self._names, self._records = changed, capacity, names, records
         self._store, self._bus, self._settings, self._moving = store, bus, settings, moving
-        self._standing: dict[str, Standing] = {}
+        self._standing: dict[str, ReplicaState] = {}
         self._tried: dict[str, float] = {}  # when each tenant was looked at last, by the monotonic clock
         self._held: set[str | None] = set()  # instances that Incus starts, or not, as the settings say
         self._over: set[str] = set()  # tenants whose copies here are of no use any more
         self._tidying: set[str] = set()  # tenants that are back, whose copies are being deleted
-        self._lost: dict[str, StandbyCopy] = {}
+        self._lost: dict[str, Replica] = {}
         self._recovering = asyncio.Lock()
         self._seen: dict[str, tuple[str | None, str]] = {}  # instance and status of each tenant, a look ago
         self._pause = _LOOK
@@ -130,7 +130,7 @@ class Standby:
     async def recall(self) -> None:
         """Load what an earlier process copied. Raises `StoreFailed`."""
         for tenant, instance, member, at in await self._store.read(_all):
-            self._standing[tenant] = Standing(instance, member, at)
+            self._standing[tenant] = ReplicaState(instance, member, at)
         await asyncio.to_thread(tell_late, self._settings.state_dir, ())
 
     # --- copies -------------------------------------------------------------------------------------
@@ -190,10 +190,10 @@ class Standby:
             except OSError as error:
                 log.warning("doctor cannot know which copies are late: %s", error)
 
-    def _interval(self, tenant: Tenant) -> float:
+    def _interval(self, tenant: TenantInstance) -> float:
         return self._settings.standby if tenant.standby is None else tenant.standby
 
-    def _is_due(self, tenant: Tenant) -> bool:
+    def _is_due(self, tenant: TenantInstance) -> bool:
         interval = self._interval(tenant)
         if not interval or tenant.status not in _QUIET or tenant.deployment or tenant.migration:
             return False
@@ -202,7 +202,7 @@ class Standby:
         tried = self._tried.get(tenant.name)
         return tried is None or time.monotonic() >= tried + interval
 
-    async def _copy(self, tenant: Tenant) -> None:
+    async def _copy(self, tenant: TenantInstance) -> None:
         name, standing = tenant.name, self._standing.get(tenant.name)
         try:
             workspace = self._settings.workspace
@@ -217,7 +217,7 @@ class Standby:
             if member is None:
                 return
             if made is None:  # known before it is there, as another member may run it from then on
-                await self._note(name, Standing(tenant.instance or "", member, 0.0))
+                await self._note(name, ReplicaState(tenant.instance or "", member, 0.0))
             # with what an earlier copy has left half done, Incus makes no further one
             await self._copies.tidy(name, "" if made is None or self._broken[name] else _snapshot(made.at))
             if self._broken[name] > 1:
@@ -237,7 +237,7 @@ class Standby:
             except GatewayError:
                 await self._copies.give_up(copy)
                 raise
-            await self._note(name, Standing(copy.instance, member, copy.at))
+            await self._note(name, ReplicaState(copy.instance, member, copy.at))
             self._up_to_date(name)
         except NotFound:
             return  # it has just been destroyed
@@ -251,7 +251,7 @@ class Standby:
         self._broken.pop(name, None)
         self._why.pop(name, None)
 
-    async def _is_unchanged(self, name: str, workspace: str, made: Standing) -> bool:
+    async def _is_unchanged(self, name: str, workspace: str, made: ReplicaState) -> bool:
         try:
             return not await self._changed(name, workspace, _snapshot(made.at))
         except NotFound:
@@ -260,7 +260,7 @@ class Standby:
             log.info("cannot compare %s with its copy: %s", name, error.message)
             return False
 
-    async def _place(self, standing: Standing | None) -> str | None:
+    async def _place(self, standing: ReplicaState | None) -> str | None:
         """Return the member that has, or will have, the copy; None if no member can have it."""
         peers = self._cluster.peers.all
         if standing is not None and standing.member in peers:
@@ -274,7 +274,7 @@ class Standby:
         log.warning("no other server has room for copies of tenants")
         return None
 
-    async def _end(self, name: str, tenant: Tenant | None) -> None:
+    async def _end(self, name: str, tenant: TenantInstance | None) -> None:
         """Delete the copy of a tenant that was destroyed or should have none.
 
         The copy of one that moved stays.
@@ -291,7 +291,7 @@ class Standby:
         """Stop copying a tenant that now belongs, with its copy, to another member."""
         await self._note(tenant, None)
 
-    async def _note(self, name: str, standing: Standing | None) -> None:
+    async def _note(self, name: str, standing: ReplicaState | None) -> None:
         if standing is None:
             self._standing.pop(name, None)
         else:
@@ -378,7 +378,7 @@ class Standby:
         if before != set(self._lost):
             self._cluster.changed()
 
-    async def _latest(self, copy: StandbyCopy) -> StandbyCopy:
+    async def _latest(self, copy: Replica) -> Replica:
         """Return a copy as of its records, which come before its home confirms it."""
         known = await self._records.kept(copy.tenant)
         return copy.of(known.id) if known is not None and known.instance == copy.instance else copy
@@ -406,7 +406,7 @@ class Standby:
         copies = [copy for copy in await self._copies.here() if copy.home != self._cluster.own]
         return [self._described(await self._latest(copy), members) for copy in copies]
 
-    def _described(self, copy: StandbyCopy, members: Collection[str]) -> Mapping[str, Any]:
+    def _described(self, copy: Replica, members: Collection[str]) -> Mapping[str, Any]:
         """Return a copy as clients see it; what is lost with its home is what was done since the copy."""
         return {
             "tenant": copy.tenant,
@@ -417,7 +417,7 @@ class Standby:
             "lost": copy.home not in members,
         }
 
-    def _age(self, copy: StandbyCopy) -> int:
+    def _age(self, copy: Replica) -> int:
         """Return how old a copy was when its home was last heard, in seconds."""
         heard = self._cluster.peers.heard(copy.home)
         return round(max(0.0, (time.time() if heard is None else heard) - copy.at))
@@ -432,7 +432,7 @@ class Standby:
             await self._look_for_lost(members := await self._members())
             few, failed = Admission[str]("recoveries", each=_AT_ONCE), dict[str, str]()
 
-            async def one(copy: StandbyCopy) -> Mapping[str, Any] | None:
+            async def one(copy: Replica) -> Mapping[str, Any] | None:
                 async with few.slot(self._cluster.own):
                     try:
                         await self._revive(copy)
@@ -446,7 +446,7 @@ class Standby:
             done = await asyncio.gather(*map(one, wanted))
         return [one for one in done if one is not None], failed
 
-    async def _revive(self, copy: StandbyCopy) -> None:
+    async def _revive(self, copy: Replica) -> None:
         """Turn a copy on this member into the tenant. Idempotent. Raises `Conflict` and `Unavailable`."""
         name = copy.tenant
         try:
@@ -494,7 +494,7 @@ def _iso(at: float) -> str:
 
 
 def _snapshot(at: float) -> str:
-    return StandbyCopy("", "", "", at, False).snapshot
+    return Replica("", "", "", at, False).snapshot
 
 
 # --- statements, run by the store -----------------------------------------------------------------------
@@ -504,7 +504,7 @@ def _all(connection: sqlite3.Connection) -> list[tuple[str, str, str, float]]:
     return connection.execute("SELECT tenant, instance, member, at FROM standby").fetchall()
 
 
-def _put(connection: sqlite3.Connection, tenant: str, standing: Standing | None) -> None:
+def _put(connection: sqlite3.Connection, tenant: str, standing: ReplicaState | None) -> None:
     if standing is None:
         connection.execute("DELETE FROM standby WHERE tenant = ?", (tenant,))
     else:

@@ -44,15 +44,15 @@ from gateway.cluster.cluster import (
     own_member,
     sharing,
 )
-from gateway.cluster.events import AHEAD, MergedEvents, Standing
+from gateway.cluster.events import AHEAD, MergedEvents, PeerStream
 from gateway.cluster.identity import common_secret
 from gateway.cluster.keys import FolderKeys, FolderMembers, Placements, Revoking
 from gateway.cluster.listener import FROM, Order, Question
 from gateway.cluster.moves import Arrivals, Departures, MoveLog, Mover, Uses
-from gateway.cluster.peers import Known, MemberAway, Peer, Removed
+from gateway.cluster.peers import Known, MemberAway, Peer, RemovedFromCluster
 from gateway.cluster.records import Records
 from gateway.cluster.relay import NOT_HOME, PART, Body, NotHome, ask_same, client_of, dial, relay
-from gateway.cluster.sites import RemoteRoutes
+from gateway.cluster.sites import MemberRoutes
 from gateway.cluster.standby import Standby
 from gateway.errors import GatewayError, NotFound, RateLimited, Unauthorized, Unavailable
 from gateway.events import Filter, positions, sse
@@ -63,9 +63,9 @@ from gateway.ownership.domains import Domains
 from gateway.ownership.reservations import Keys
 from gateway.protocol import CloseCode
 from gateway.rootfs.broker_client import DeadMemberCutter
-from gateway.runtime import TENANT_NAME, OnAnotherServer, Tenant
+from gateway.runtime import TENANT_NAME, OnAnotherServer, TenantInstance
 from gateway.runtime.incus import IncusRuntime
-from gateway.runtime.incus.standby_copies import StandbyCopies
+from gateway.runtime.incus.standby_copies import Replicas
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -170,8 +170,8 @@ class ClusterTopology(Topology):
         if self._shared.sites.own is not None:  # otherwise it is as the last process left it
             await asyncio.to_thread(caddy.join, self._shared.sites.own, secret)
 
-    def remote_routes(self, caddy: Caddy, domains: Domains) -> RemoteRoutes | None:
-        return None if self._shared is None else RemoteRoutes(caddy, domains, self._shared.sites)
+    def remote_routes(self, caddy: Caddy, domains: Domains) -> MemberRoutes | None:
+        return None if self._shared is None else MemberRoutes(caddy, domains, self._shared.sites)
 
     # --- this gateway's services ----------------------------------------------------------------------
 
@@ -184,16 +184,14 @@ class ClusterTopology(Topology):
         async with contextlib.AsyncExitStack() as stack:
             if isinstance(services.runtime, IncusRuntime) and self._shared is not None:
                 self.cluster.peers.moved = services.deployments.look_soon
-                copies = await stack.enter_async_context(StandbyCopies(services.settings, services.runtime))
+                copies = await stack.enter_async_context(Replicas(services.settings, services.runtime))
                 self.standby = self._copying(copies, services.runtime, self._shared, store)
                 services.doors.check = self.standby.check
                 await self._open_moves(services.runtime, self._shared, store)
                 stack.push_async_callback(self.hand_over)
             yield
 
-    def _copying(
-        self, copies: StandbyCopies, runtime: IncusRuntime, shared: Sharing, store: Store
-    ) -> Standby:
+    def _copying(self, copies: Replicas, runtime: IncusRuntime, shared: Sharing, store: Store) -> Standby:
         services = self.services
         return Standby(
             *(copies, runtime.tenants, self.cluster, shared.members, services.capacity, services.names),
@@ -269,7 +267,7 @@ class ClusterTopology(Topology):
         await self.cluster.peers.out.wait()
         services = self.services
         for connection in list(services.connections):
-            connection.close(CloseCode.TRY_LATER, Removed().message)
+            connection.close(CloseCode.TRY_LATER, RemovedFromCluster().message)
         services.doors.end_streams()
         caddy = services.lifecycle.caddy
         for domain in caddy.listed():
@@ -454,12 +452,12 @@ class ClusterTopology(Topology):
         settings = self.services.settings
         if self.standby is not None:
             for name in filter(token.covers, self.standby.lost):
-                lost = Tenant(name, "error", location=self.standby.home(name))
+                lost = TenantInstance(name, "error", location=self.standby.home(name))
                 yield described(lost, settings) | {"reason": "member_away"}
         silent = () if others.silent is None else self.cluster.homes.unheard(others.silent)
         for peer, known in silent:
             if token.covers(known.name):
-                tenant = Tenant(
+                tenant = TenantInstance(
                     known.name,
                     "error",
                     domain=known.domain,
@@ -519,7 +517,7 @@ class ClusterTopology(Topology):
         """Return the events of all members, or of some."""
         gateway, peers = self.services, self.cluster.peers
         hold(request.scope, AHEAD * len(peers.all))
-        standing = Standing(request.scope, client_of(request.scope, address(request)), peers)
+        standing = PeerStream(request.scope, client_of(request.scope, address(request)), peers)
         merged = MergedEvents(
             *(gateway.bus, filter, self.member, peers, standing, last), only=only, begin=begin
         )
@@ -537,7 +535,7 @@ class ClusterTopology(Topology):
             return
         subject = Subject.of(scope)
         if self.cluster.peers.out.is_set() and scope["path"] not in _OUTSIDE:
-            await _refuse(Removed(), scope, receive, send)
+            await _refuse(RemovedFromCluster(), scope, receive, send)
         elif subject is None:
             await app(scope, receive, send)
         elif FROM in scope:
@@ -630,7 +628,7 @@ def of(request: HTTPConnection) -> ClusterTopology | None:
     return found if isinstance(found, ClusterTopology) else None
 
 
-def _known(tenant: Tenant) -> Known:
+def _known(tenant: TenantInstance) -> Known:
     asleep = tenant.asleep and tenant.status != "running"
     return Known(tenant.name, tenant.domain, tenant.status, asleep, tenant.instance, tenant.created)
 

@@ -20,7 +20,7 @@ from gateway.deployments.record import DeploymentEvents, Record, RunningDeployme
 from gateway.deployments.request import (
     Change,
     DeploymentOwner,
-    Request,
+    DeploymentRequest,
     Rollback,
     Variables,
     check_env,
@@ -41,7 +41,7 @@ _MOVES: Final = (
 _ENDS: Final = ("tenant.stopped", "tenant.destroyed", "tenant.renamed", "tenant.restarted")
 
 
-class Deployments:
+class Deployer:
     """The deployments of one gateway. Use as an async context manager."""
 
     def __init__(self, context: Context) -> None:
@@ -58,7 +58,7 @@ class Deployments:
         self._reconciler = Reconciler(context, self._recovery)
         self._following: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Deployments:
+    async def __aenter__(self) -> Deployer:
         await self._domains.retain(await self._register.unfinished())
         for record in await self._register.left():
             if record.kind == "update" and self._caddy.sleeps(record.domain):
@@ -115,7 +115,9 @@ class Deployments:
         """Let deployments begin again."""
         self._resting = False
 
-    async def begin(self, request: Request, token: Token, *, key: str | None = None) -> tuple[Record, bool]:
+    async def begin(
+        self, request: DeploymentRequest, token: Token, *, key: str | None = None
+    ) -> tuple[Record, bool]:
         """Begin a deployment; return it, and whether it is new. The same key returns the same deployment.
 
         Raises `InvalidParams`, `NotFound` and `Forbidden` for what can be checked at once, `Conflict` if one
@@ -163,7 +165,7 @@ class Deployments:
         domain = (await self._tenants.get(tenant)).domain
         if domain is None:
             raise Conflict(f"tenant {tenant} has no domain, and so no site; give it one first")
-        return await self.begin(Request(domain, change, tenant=tenant), token, key=key)
+        return await self.begin(DeploymentRequest(domain, change, tenant=tenant), token, key=key)
 
     async def kept(self, tenant: str) -> tuple[str | None, Sequence[Former]]:
         """Return the deployment of a tenant's live site, if known, and those it keeps, newest first."""
@@ -226,7 +228,7 @@ class Deployments:
             self._verifier.forget(event.tenant)
 
 
-def _template_name(request: Request) -> str:
+def _template_name(request: DeploymentRequest) -> str:
     """Return the template's name for the record; that of a change is known only when it runs."""
     match request.template:
         case str():
@@ -236,7 +238,7 @@ def _template_name(request: Request) -> str:
     return ""
 
 
-def _same(known: Iterable[tuple[Record, str]], request: Request) -> Record:
+def _same(known: Iterable[tuple[Record, str]], request: DeploymentRequest) -> Record:
     """Return the deployment begun with this key and the same request. Raises `Conflict` for another."""
     for record, digest in known:
         if digest == request.digest:
@@ -251,7 +253,7 @@ class RequestChecks:
         self._context, self._domains, self._register = context, context.domains, context.register
         self._sites, self._settings = context.sites, context.settings
 
-    async def check(self, request: Request, token: Token) -> tuple[str, str]:
+    async def check(self, request: DeploymentRequest, token: Token) -> tuple[str, str]:
         """Return the tenant and the domain of a request whose parts are valid and permitted.
 
         Raises `InvalidParams`, `NotFound`, and what `Domains.permit` raises.
@@ -291,7 +293,7 @@ class RequestChecks:
                     deployment=other.record.id,
                 )
 
-    async def template_of_change(self, tenant: str, request: Request) -> str:
+    async def template_of_change(self, tenant: str, request: DeploymentRequest) -> str:
         """Return the template of the site that a change leads to; raise if the change cannot be made."""
         match request.template:
             case Rollback():

@@ -23,7 +23,7 @@ from gateway.runtime import TenantEvent
 from gateway.runtime.incus.runtime import Containers
 from gateway.runtime.listening import packets
 from gateway.runtime.probe import HostRefused, NoAnswer, answer, ask, own_ports, refusal
-from gateway.runtime.sites import Site, Sites, site_of
+from gateway.runtime.sites import Sites, TenantSite, site_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Health:
                 "tenant.unhealthy", tenant, {"port": port, "path": path, "failures": 1, "why": why}
             )
 
-    def hangs(self, site: Site, why: str) -> None:
+    def hangs(self, site: TenantSite, why: str) -> None:
         """Record that a site hangs, as seen elsewhere; the next check may say otherwise."""
         self._hangs(site.tenant, site.domain)
         self._failed(site, self._failures.get(site.tenant, 0) + 1, why, at_once=True)
@@ -174,7 +174,7 @@ class Health:
 
     async def _watch(self) -> None:
         while True:
-            parts: Sequence[Sequence[Site]] = [()]
+            parts: Sequence[Sequence[TenantSite]] = [()]
             try:
                 parts = self._due(await self._sites.listed())
             except GatewayError as error:
@@ -186,7 +186,7 @@ class Health:
                     self._look(site)
                 await asyncio.sleep(INTERVAL / len(parts))
 
-    def _due(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
+    def _due(self, sites: Sequence[TenantSite]) -> Sequence[Sequence[TenantSite]]:
         """Return the sites to check now, part by part, and forget those that are gone."""
         watched = {
             site.tenant: site
@@ -200,7 +200,7 @@ class Health:
         for gone in [tenant for tenant in self._looks if tenant not in watched]:
             self._look_no_more(gone)
         counts, before, self._sent = self._packets(), self._sent, {}
-        parts: list[list[Site]] = [[] for _ in range(1 + len(watched) // _TOGETHER)]
+        parts: list[list[TenantSite]] = [[] for _ in range(1 + len(watched) // _TOGETHER)]
         for tenant, site in watched.items():
             well = self._failures.get(tenant) == 0 and tenant not in self._unhealthy
             if (count := counts.get(site.link or "")) is not None:
@@ -215,7 +215,7 @@ class Health:
             parts[zlib.crc32(tenant.encode()) % len(parts)].append(site)
         return parts
 
-    def _look(self, site: Site) -> None:
+    def _look(self, site: TenantSite) -> None:
         """Begin to check a site, unless a check is under way."""
         tenant = site.tenant
         if tenant not in self._starting and tenant not in self._looks:
@@ -236,7 +236,7 @@ class Health:
     def _deploying(self, tenant: str) -> bool:
         return self._register is not None and self._register.deploying(tenant)
 
-    async def _one(self, site: Site) -> None:
+    async def _one(self, site: TenantSite) -> None:
         assert site.exposure is not None
         tenant, where, why, silent = site.tenant, site.exposure, "", False
         began = self._deploying(tenant)
@@ -287,7 +287,7 @@ class Health:
                 with contextlib.suppress(OSError):
                     self._show_error_page(name, away)
 
-    def _failed(self, site: Site, failures: int, why: str, *, at_once: bool) -> None:
+    def _failed(self, site: TenantSite, failures: int, why: str, *, at_once: bool) -> None:
         tenant = site.tenant
         self._failures[tenant] = failures
         if (at_once or failures >= FAILURES) and tenant not in self._unhealthy:
@@ -323,7 +323,7 @@ class Hangs:
         containers: Containers,
         sites: Sites,
         root: ConnectionCutter,
-        told: Callable[[Site, str], None],
+        told: Callable[[TenantSite, str], None],
         register: Register,
         settings: Settings,
     ) -> None:
@@ -359,7 +359,7 @@ class Hangs:
             except Exception:
                 log.exception("cannot list the visitors that wait for a site")
 
-    async def _look(self, found: Sequence[connections.Connection]) -> None:
+    async def _look(self, found: Sequence[connections.TcpConnection]) -> None:
         """Begin to probe each site that has not read what one of these visitors sent."""
         own = own_ports()
         visitors = {(one.local, one.remote) for one in found if one.local[1] not in own}
@@ -385,7 +385,7 @@ class Hangs:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("cannot check whether a site hangs", exc_info=error)
 
-    async def _probe(self, site: Site) -> None:
+    async def _probe(self, site: TenantSite) -> None:
         where, limit = site.exposure, HANG_TIMEOUT
         assert where is not None
         try:

@@ -34,14 +34,14 @@ from gateway.caddy import Caddy, asleep
 from gateway.deployments.archive import LEFT_OUT
 from gateway.deployments.context import Context
 from gateway.deployments.record import DeploymentEvents, Record, RunningDeployment, phase_position
-from gateway.deployments.request import Request, Rollback, Variables, check_env
+from gateway.deployments.request import DeploymentRequest, Rollback, Variables, check_env
 from gateway.deployments.template import SiteTemplate, named, uploaded
-from gateway.deployments.verify import LAST_OUTPUT, Subject, in_the_way, install_failed, more_memory
+from gateway.deployments.verify import LAST_OUTPUT, SiteUnderTest, in_the_way, install_failed, more_memory
 from gateway.detection.frameworks import Framework, listening, shortage
 from gateway.errors import Conflict, ExecFailed, GatewayError, InvalidParams, NotFound, RateLimited, Timeout
 from gateway.limits.pressure import Pressure
 from gateway.rootfs.paths import show
-from gateway.runtime import Tenant, sizes
+from gateway.runtime import TenantInstance, sizes
 from gateway.runtime.listening import drained
 from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import Exchange, Exposure, FormerSites, Order, Recipe, Side
@@ -328,7 +328,7 @@ class Phases:
             self._verifier.watch(site, self._settings.settle_time, told)
         return facts
 
-    async def _remaining(self, site: Subject, seconds: float) -> float:
+    async def _remaining(self, site: SiteUnderTest, seconds: float) -> float:
         """Finish the rehearsal; return for how long the site must stay up once it is live."""
         if self._rehearsed:
             worked = False
@@ -390,10 +390,10 @@ class Phases:
         self._progress.tell("phase.progress", {**phase_position(phase), "opened": exposure.port})
         return answered
 
-    def _subject(self, side: Side, exposure: Exposure) -> Subject:
+    def _subject(self, side: Side, exposure: Exposure) -> SiteUnderTest:
         record = self._record
         framework, start, _ = self._framework
-        return Subject(
+        return SiteUnderTest(
             *(record.tenant, side, record.domain, self._recipe, exposure),
             usual=frozenset() if framework is None else framework.ports,
             advice=listening(framework, start),
@@ -401,7 +401,7 @@ class Phases:
         )
 
 
-async def template_of(request: Request, tenant: str, settings: Settings) -> SiteTemplate:
+async def template_of(request: DeploymentRequest, tenant: str, settings: Settings) -> SiteTemplate:
     """Read the template that a request names or contains. Raises `GatewayError` for a broken one."""
     template = request.template
     if isinstance(template, str):
@@ -414,7 +414,7 @@ async def _certify(caddy: Caddy, domain: str, facts: dict[str, Any]) -> None:
     facts["certificate"] = await caddy.certify(domain, 10.0) or "issued"
 
 
-async def report_unsteady(context: Context, record: Record, site: Subject, why: str) -> None:
+async def report_unsteady(context: Context, record: Record, site: SiteUnderTest, why: str) -> None:
     """Report that a site did not stay up after its deployment, if its tenant exists and is awake."""
     try:
         there = await context.runtime.tenants.get(site.tenant)
@@ -491,7 +491,7 @@ async def kept_files(context: Context, tenant: str, stays: dict[str, Any]) -> by
     return await context.workers.call(root, KEPT, stays, search=True)
 
 
-async def live_deployment(context: Context, tenant: Tenant) -> str:
+async def live_deployment(context: Context, tenant: TenantInstance) -> str:
     """Return the deployment of a tenant's live site; if it is unknown, an id that no client has seen."""
     noted, _ = await context.sites.former.live(tenant.name)
     return noted or await context.register.maker(tenant.name, tenant.instance) or f"d-{secrets.token_hex(8)}"
@@ -604,7 +604,7 @@ class EnvironmentPhases(_Changed):
 KINDS: Final[Mapping[type, type[Phases]]] = {Rollback: RollbackPhases, Variables: EnvironmentPhases}
 
 
-def phases_of(request: Request) -> type[Phases]:
+def phases_of(request: DeploymentRequest) -> type[Phases]:
     """Return the phases for a request."""
     return KINDS.get(type(request.template), Phases)
 

@@ -15,7 +15,7 @@ from gateway.deployments.phases import keep_replaced_site
 from gateway.deployments.record import PHASES, DeploymentEvents, Record, phase_position
 from gateway.errors import GatewayError, NotFound
 from gateway.runtime.probe import HostRefused, answer
-from gateway.runtime.sites import Order, Recipe, Site, site_of
+from gateway.runtime.sites import Order, Recipe, TenantSite, site_of
 from gateway.tasks import log_errors
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Reconciler:
         """Return where a domain is routed now, asleep or not."""
         return (self._caddy.get(domain) or "").removeprefix(asleep(""))
 
-    async def _remove_left(self, site: Site) -> None:
+    async def _remove_left(self, site: TenantSite) -> None:
         """Remove a site that was still being made when its gateway died."""
         if site.deployment is None or site.deployment in self._register.running:
             return
@@ -109,7 +109,7 @@ class Reconciler:
                 if (await self._register.get(site.deployment)).over:
                     await self._sites.remove(site.deployment)
 
-    def _look_again(self, found: Sequence[Site]) -> None:
+    def _look_again(self, found: Sequence[TenantSite]) -> None:
         """Route visitors to a site that has just been started, once it has its address."""
         unplaced = frozenset(
             site.tenant

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from gateway.deployments.request import DeploymentOwner, Request
+from gateway.deployments.request import DeploymentOwner, DeploymentRequest
 from gateway.errors import GatewayError, NotFound
 from gateway.events import Bus
 from gateway.ownership.domains import Domains
@@ -37,7 +37,7 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
 
 
 @dataclass(slots=True)
-class Phase:
+class DeploymentPhase:
     name: str
     state: Literal["waiting", "running", "done", "failed", "undone"] = "waiting"
     ms: int | None = None
@@ -80,7 +80,7 @@ class Record:
     error: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     detected: dict[str, Any] | None = None  # what a folder was detected as
-    phases: list[Phase] = field(default_factory=lambda: [Phase(name) for name in PHASES])
+    phases: list[DeploymentPhase] = field(default_factory=lambda: [DeploymentPhase(name) for name in PHASES])
 
     @property
     def over(self) -> bool:
@@ -104,7 +104,7 @@ class Record:
 
 def parsed_record(text: bytes) -> Record:
     said = orjson.loads(text)
-    said["phases"] = [Phase(**phase) for phase in said["phases"]]
+    said["phases"] = [DeploymentPhase(**phase) for phase in said["phases"]]
     return Record(**said)
 
 
@@ -231,7 +231,7 @@ class RunningDeployment:
     """A waiting or running deployment."""
 
     record: Record
-    request: Request
+    request: DeploymentRequest
     owner: DeploymentOwner
     progress: DeploymentEvents
     uploader: str = ""

@@ -72,7 +72,7 @@ Change = Rollback | Variables
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class DeploymentRequest:
     """A request; `template` is a name, an archive or a change.
 
     `env` is stored only in the tenant. With `clean`, an update removes what the site wrote, too, unless the
@@ -145,7 +145,7 @@ class DeployBody(BaseModel):
     mode: Mode | None = None
     clean: bool = False
 
-    def request(self) -> Request:
+    def request(self) -> DeploymentRequest:
         """Return the request. Raises `InvalidParams` for an archive that is not base64."""
         template: str | bytes
         overrides = Overrides(start=self.start, install=self.install, port=self.port, mode=self.mode)
@@ -162,7 +162,7 @@ class DeployBody(BaseModel):
             except ValueError:  # also for what is no ASCII
                 raise InvalidParams("template.archive must be a tar in base64", field="template") from None
         said = overrides if overrides.given else None
-        return Request(self.domain, template, self.size, self.env, self.tenant, said, self.clean)
+        return DeploymentRequest(self.domain, template, self.size, self.env, self.tenant, said, self.clean)
 
 
 class PublishBody(BaseModel):
@@ -177,10 +177,10 @@ class PublishBody(BaseModel):
     start: Start | None = None
     install: Install | None = None
 
-    def request(self, archive: bytes) -> Request:
+    def request(self, archive: bytes) -> DeploymentRequest:
         overrides = Overrides(start=self.start, install=self.install)
         said = overrides if overrides.given else None
-        return Request(self.domain, archive, self.size, self.env, self.tenant, said)
+        return DeploymentRequest(self.domain, archive, self.size, self.env, self.tenant, said)
 
     def deployment(self, archive: bytes) -> bytes:
         """Return the same as the JSON of a `DeployBody`, for another server."""

@@ -40,7 +40,7 @@ from gateway.deployments.archive import (
     too_large,
     too_many,
 )
-from gateway.detection import Clues, Detected, detect
+from gateway.detection import Clues, Detection, detect
 from gateway.detection.clues import line_of
 from gateway.detection.frameworks import Framework, Project, expanded, project, recognise
 from gateway.detection.sandbox import detect_sandboxed
@@ -177,7 +177,7 @@ class Manifest(BaseModel):
         said = overrides.given
         return self.model_copy(update=({"static": None} if "start" in said else {}) | said)
 
-    def completed(self, found: Detected) -> Manifest:
+    def completed(self, found: Detection) -> Manifest:
         """Return it, completed by what was detected."""
         more: dict[str, Any] = {}
         if self.install is None:
@@ -216,7 +216,7 @@ def read_manifest(said: ArchiveEntry | None) -> Manifest:
         raise refused(f"{MANIFEST} is not TOML: {show(why[:SHOWN])}") from None
 
 
-def written(found: Detected, port: int) -> str:
+def written(found: Detection, port: int) -> str:
     """Return what was detected as a manifest, with the reason as a comment."""
     lines = [f"# {line}" for line in found.lines()]
     if found.install:
@@ -253,7 +253,7 @@ class SiteTemplate:
     manifest: Manifest
     entries: Mapping[str, ArchiveEntry]
     shared: bool
-    detected: Detected | None = None
+    detected: Detection | None = None
 
     @property
     def digest(self) -> str:
@@ -382,7 +382,7 @@ def checked(
     *,
     shared: bool,
     overrides: Overrides | None = None,
-    finding: Callable[[Clues], Detected] = detect,
+    finding: Callable[[Clues], Detection] = detect,
 ) -> SiteTemplate:
     """Make a template of entries. Raises `InvalidParams` and `TooLarge`, which say what is wrong.
 

@@ -52,7 +52,7 @@ Way = Literal["caddy", "direct"]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class SiteUnderTest:
     """The side of a tenant's site to verify, and what is expected of it."""
 
     tenant: str
@@ -106,7 +106,7 @@ class Verifier:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def answering(
-        self, site: Subject, say: Callable[[str], None] | None = None, *, copied: bool = False
+        self, site: SiteUnderTest, say: Callable[[str], None] | None = None, *, copied: bool = False
     ) -> float:
         """Wait until a side answers at its own address; return when it did, by `time.monotonic()`.
 
@@ -165,20 +165,20 @@ class Verifier:
             await asyncio.gather(answering, return_exceptions=True)
         raise Timeout(f"{why}. {await self._last_output(site)}", reason="never_healthy")
 
-    async def _kept_out(self, site: Subject, began: float, wrong: ListeningSocket | None) -> bool:
+    async def _kept_out(self, site: SiteUnderTest, began: float, wrong: ListeningSocket | None) -> bool:
         """Return whether the live side keeps the next one from answering, which may run on (`tsx watch`)."""
         if wrong is not None or time.monotonic() - began < _KEPT_OUT:
             return wrong is not None
         return in_the_way(await self._last_output(site))
 
-    async def seen(self, site: Subject) -> None:
+    async def seen(self, site: SiteUnderTest) -> None:
         """Wait until it answers through Caddy under its domain. Raises `Timeout`, `never_healthy`."""
         why = await self._last_answer(site, "caddy", self._settings.verify_timeout)
         if why:
             raise Timeout(f"{site.domain} does not answer through Caddy: {why}", reason="never_healthy")
 
     async def settled(
-        self, site: Subject, way: Way, answered: float, seconds: float, *, follow: bool = True
+        self, site: SiteUnderTest, way: Way, answered: float, seconds: float, *, follow: bool = True
     ) -> bool:
         """Verify that the site's page is complete, and that it stays up for `seconds` after it `answered`.
 
@@ -198,7 +198,9 @@ class Verifier:
             beginning.cancel()
             await asyncio.gather(beginning, return_exceptions=True)
 
-    async def _while_up(self, site: Subject, steady: UptimeCheck, work: Coroutine[Any, Any, None]) -> None:
+    async def _while_up(
+        self, site: SiteUnderTest, steady: UptimeCheck, work: Coroutine[Any, Any, None]
+    ) -> None:
         """Wait for a check of a site while the site stays up. Also raises `Unsteady`."""
         task, refused, began = asyncio.create_task(work), 0, time.monotonic()
         try:
@@ -214,7 +216,7 @@ class Verifier:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _refuses(self, site: Subject) -> bool:
+    async def _refuses(self, site: SiteUnderTest) -> bool:
         try:
             await ask(site.exposure.address, site.exposure.port, site.recipe.health, host=site.domain)
         except OSError as error:
@@ -223,7 +225,7 @@ class Verifier:
             pass
         return False
 
-    async def _whole(self, site: Subject, way: Way, *, follow: bool) -> None:
+    async def _whole(self, site: SiteUnderTest, way: Way, *, follow: bool) -> None:
         """Wait until a site's page is complete. Raises `Timeout`, `never_healthy`."""
         if way == "caddy":
             await self.seen(site)
@@ -247,7 +249,7 @@ class Verifier:
             if follow:
                 await browser.follow(page.scripts, _FOLLOWING)
 
-    def watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
+    def watch(self, site: SiteUnderTest, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
         """Watch a site after its deployment, in the background; call `tell` if it does not stay up."""
         self.forget(site.tenant)
         if len(self._watching) >= _WATCHED or seconds <= 0:
@@ -267,7 +269,9 @@ class Verifier:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("cannot watch the site of %s", tenant, exc_info=error)
 
-    async def _watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
+    async def _watch(
+        self, site: SiteUnderTest, seconds: float, tell: Callable[[str], Awaitable[None]]
+    ) -> None:
         began = time.monotonic()
         steady = UptimeCheck(self._services, site.tenant, site.side, began)
         try:
@@ -282,7 +286,7 @@ class Verifier:
 
     async def _stays(
         self,
-        site: Subject,
+        site: SiteUnderTest,
         way: Way,
         steady: UptimeCheck,
         answered: float,
@@ -304,22 +308,22 @@ class Verifier:
             raise await self._unsteady(site, why, answered)
         return until > soonest
 
-    async def _unsteady(self, site: Subject, why: str, since: float) -> Unsteady:
+    async def _unsteady(self, site: SiteUnderTest, why: str, since: float) -> Unsteady:
         said = await self._services.log(site.tenant, site.side)
         if KILLED.search(said) is not None:
             short = await self._short(site, since)
             why += f"; the kernel killed it because memory ran out: {SMALL}" if short else f"; {SIGKILL}"
         return Unsteady(why, said)
 
-    async def _short(self, site: Subject, since: float) -> bool:
+    async def _short(self, site: SiteUnderTest, since: float) -> bool:
         return self._pressure is not None and await self._pressure.has_killed(site.tenant, since)
 
-    def _browser(self, site: Subject, way: Way) -> Browser:
+    def _browser(self, site: SiteUnderTest, way: Way) -> Browser:
         if way == "caddy":
             return Browser("127.0.0.1", self._settings.caddy_ask, site.domain)
         return Browser(site.exposure.address, site.exposure.port, site.domain)
 
-    async def _last_answer(self, site: Subject, way: Way, seconds: float) -> str:
+    async def _last_answer(self, site: SiteUnderTest, way: Way, seconds: float) -> str:
         """Ask until there is an answer; return why there was none in that time."""
         health, where = site.recipe.health, site.exposure
         last, deadline = "nothing", time.monotonic() + seconds
@@ -341,7 +345,7 @@ class Verifier:
             await asyncio.sleep(0.05)  # there is no event to wait for but the answer itself
         return last
 
-    async def _last_output(self, site: Subject) -> str:
+    async def _last_output(self, site: SiteUnderTest) -> str:
         return last_output(await self._services.log(site.tenant, site.side))
 
 

@@ -92,7 +92,7 @@ Command = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Detected:
+class Detection:
     """What a folder is: `name` for programs, `title` for people, and each choice with its reason.
 
     If it cannot be started it has neither `start` nor `static`, but `trouble`: the error for the client.
@@ -112,7 +112,7 @@ class Detected:
     watch: bool = False
     spa: bool = False
 
-    def with_commands(self, start: Command | None, install: Command | None) -> Detected:
+    def with_commands(self, start: Command | None, install: Command | None) -> Detection:
         """Return it with the commands that the deployment gave instead."""
         found = self
         if start is not None:
@@ -123,7 +123,7 @@ class Detected:
             found = replace(found, install=install, installed="as the deployment says")
         return found
 
-    def inside(self, folder: str) -> Detected:
+    def inside(self, folder: str) -> Detection:
         """Return the result for the folder above the site's."""
         line = line_of(self.start)
         start = (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from gateway.detection import node, python
-from gateway.detection.clues import Clues, Detected, line_of
+from gateway.detection.clues import Clues, Detection, line_of
 from gateway.detection.frameworks import TOOLS, Project
 from gateway.rootfs.paths import show
 
@@ -33,7 +33,7 @@ _EMPTY: Final = (
 _HOW: Final = "give a command with `start` (--start), or write a site.toml"
 
 
-def detect(clues: Clues) -> Detected:
+def detect(clues: Clues) -> Detection:
     """Return what a folder is; with `trouble` if there is no way to start it."""
     found = _detected(clues)
     if found.trouble or not (others := _OTHERS.findall(clues.text("Procfile"))[:_NAMED]):
@@ -43,9 +43,9 @@ def detect(clues: Clues) -> Detected:
     return replace(found, why=f"{found.why}; {names} of the Procfile {do} not run here")
 
 
-def _detected(clues: Clues) -> Detected:
+def _detected(clues: Clues) -> Detection:
     if clues.empty:
-        return Detected("empty", "an empty folder", "it has no files", trouble=_EMPTY)
+        return Detection("empty", "an empty folder", "it has no files", trouble=_EMPTY)
     web = _WEB.search(clues.text("Procfile"))
     known = bool(clues.names & {"package.json", *python.MANIFESTS})
     if (foreign := _foreign(clues, known=known)) is not None and web is None:
@@ -69,7 +69,7 @@ def _detected(clues: Clues) -> Detected:
         return found
     pages = sorted(name for name in clues.names if name.endswith(".html"))
     more = f", although there is {pages[0]}" if pages else ""
-    return Detected(
+    return Detection(
         "unknown",
         "an unknown kind of folder",
         "nothing tells what it is",
@@ -79,9 +79,9 @@ def _detected(clues: Clues) -> Detected:
     )
 
 
-def _procfile(web: str, found: Detected | None, *, production: bool) -> Detected:
+def _procfile(web: str, found: Detection | None, *, production: bool) -> Detection:
     """Return the result for a Procfile whose process `web` is this command; `found` is the rest."""
-    site = Detected(
+    site = Detection(
         "procfile", "Procfile", "it names a process `web`", install=() if found is None else found.install
     )
     if production and _DEVELOPS.search(web):
@@ -98,7 +98,7 @@ def _procfile(web: str, found: Detected | None, *, production: bool) -> Detected
 _ON_THEIR_OWN: Final = node.DEV_SERVERS | python.DEV_SERVERS
 
 
-def _foreign(clues: Clues, *, known: bool) -> Detected | None:
+def _foreign(clues: Clues, *, known: bool) -> Detection | None:
     """Return the result for a folder in a language that we do not run; `known` if there is one that we do."""
     files = TOOLS["foreign"] if known else TOOLS["foreign"] | TOOLS["languages"]
     file = next((name for name in files if name in clues.names), None)
@@ -107,7 +107,7 @@ def _foreign(clues: Clues, *, known: bool) -> Detected | None:
         file = next(iter(sorted(name for name in clues.names if _DOTNET.fullmatch(name))), None)
         if known or file is None:
             return None
-    return Detected(
+    return Detection(
         *("foreign", what, f"there is {show(file)}"),
         trouble=f"this is {what} (there is {show(file)}), which is not started by itself: give its commands "
         f"with `install` and `start` (--install, --start), or in a site.toml. The image has no {program}: "
@@ -115,11 +115,11 @@ def _foreign(clues: Clues, *, known: bool) -> Detected | None:
     )
 
 
-def _static(clues: Clues) -> Detected | None:
+def _static(clues: Clues) -> Detection | None:
     for folder in (".", *_BUILT):
         page = "index.html" if folder == "." else f"{folder}/index.html"
         if page in clues.names:
-            return Detected(
+            return Detection(
                 "static",
                 "static files",
                 f"there is {page}",
@@ -136,7 +136,7 @@ _WORD: Final = re.compile(r"[\w@./-]{1,200}")
 _LISTED: Final = 10  # apps listed in the message
 
 
-def several(clues: Clues) -> Detected | None:
+def several(clues: Clues) -> Detection | None:
     """Return the result for a folder with apps below it; None for any other."""
     top = node.project_of(clues)
     workspace = top.workspaces or not clues.names.isdisjoint(_TOPS)
@@ -173,7 +173,7 @@ def several(clues: Clues) -> Detected | None:
         how = f"deploy {which}, as in `incus-gateway deploy DOMAIN FOLDER/{alone}`"
     else:
         how = "they need each other: say which one to start, as in " + _whole(clues, next(iter(apps)))
-    return Detected(
+    return Detection(
         "monorepo",
         "a folder of apps",
         f"it holds {count}",
@@ -193,7 +193,7 @@ def _meant(top: Project, apps: Mapping[str, object], packages: Mapping[str, str]
     return next(iter(apps)) if len(apps) == 1 == len(packages) else ""
 
 
-def _app(clues: Clues, folder: str) -> Detected | None:
+def _app(clues: Clues, folder: str) -> Detection | None:
     """Return how one app of a workspace is installed with the whole, and started by itself."""
     found = node.detect(below(clues, folder), clues)
     if found is None:

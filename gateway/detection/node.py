@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from gateway.detection.clues import Clues, Command, Detected, line_of
+from gateway.detection.clues import Clues, Command, Detection, line_of
 from gateway.detection.frameworks import (
     TABLE,
     TOOLS,
@@ -108,13 +108,13 @@ def title(said: Project) -> str:
     return next((title for package, title in _SERVERS if package in said.packages), "Node")
 
 
-def detect(clues: Clues, above: Clues | None = None) -> Detected | None:
+def detect(clues: Clues, above: Clues | None = None) -> Detection | None:
     """Return how a project is installed and started; None if it is not JavaScript.
 
     One of a workspace is installed from the folder `above`, and only its build is its own `install`.
     """
     said = project_of(clues)
-    found = Detected("node", "Node", "there is a package.json")
+    found = Detection("node", "Node", "there is a package.json")
     if not said.readable:
         return replace(found, trouble="package.json is not JSON, or larger than 256 KiB: correct it")
     top, whole = (clues, said) if above is None else (above, project_of(above))
@@ -134,7 +134,7 @@ def detect(clues: Clues, above: Clues | None = None) -> Detected | None:
     return site
 
 
-def _detected(clues: Clues, said: Project, manager: str, found: Detected) -> Detected | None:
+def _detected(clues: Clues, said: Project, manager: str, found: Detection) -> Detection | None:
     framework = framework_of(said)
     if framework is None:
         return _server(clues, said, manager, found)
@@ -200,7 +200,7 @@ def _beside(clues: Clues, said: Project) -> str:
     return beside
 
 
-def _built(framework: Framework, clues: Clues, said: Project, manager: str, found: Detected) -> Detected:
+def _built(framework: Framework, clues: Clues, said: Project, manager: str, found: Detection) -> Detection:
     """Return how a project is built and served."""
     has = "build" in said.scripts
     build = _run(manager, "build") if has else (*_EXECUTE[manager], *framework.build.split())
@@ -241,7 +241,7 @@ def _then(install: Command, build: Command) -> Command:
     return ("sh", "-c", f"{line_of(install)} && {line}" if install else line)
 
 
-def _server(clues: Clues, said: Project, manager: str, found: Detected) -> Detected | None:
+def _server(clues: Clues, said: Project, manager: str, found: Detection) -> Detection | None:
     """Return how a server is started: by a script, or directly by its file."""
     package, kind = next((server for server in _SERVERS if server[0] in said.packages), (None, "Node"))
     why = f"package.json names {package}" if package else "there is a package.json"
@@ -272,7 +272,7 @@ def _server(clues: Clues, said: Project, manager: str, found: Detected) -> Detec
     )
 
 
-def _scripted(clues: Clues, said: Project, manager: str, found: Detected, order: Sequence[str]) -> Detected:
+def _scripted(clues: Clues, said: Project, manager: str, found: Detection, order: Sequence[str]) -> Detection:
     """Return how the first of these scripts that serves the site is started."""
     script, words, develops = _finished(order, said) if clues.production else (order[0], (), "")
     text = said.scripts[script]

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import replace
 from typing import Final
 
-from gateway.detection.clues import Clues, Command, Detected
+from gateway.detection.clues import Clues, Command, Detection
 
 DEV_SERVERS: Final = frozenset({"fastapi", "flask", "django"})
 
@@ -31,7 +31,7 @@ _POETRY: Final = ("uvx", "poetry", "install", "--no-root", "--no-interaction")
 _LISTEN: Final = ("--host", "0.0.0.0", "--port", "$PORT")  # noqa: S104 - of the container
 
 
-def detect(clues: Clues) -> Detected | None:
+def detect(clues: Clues) -> Detection | None:
     """Return how a site is installed and started; None if it is not Python."""
     sources = sorted(name for name in clues.texts if name.endswith(".py"))
     manifest = next((name for name in MANIFESTS if name in clues.names), None)
@@ -43,7 +43,7 @@ def detect(clues: Clues) -> Detected | None:
         packages = frozenset({missing})
         install = ("sh", "-c", f"{_VENV} && uv pip install '{missing}'")
         installed = f"nothing names its packages: the latest {missing}"
-    found = Detected("python", "Python", f"there is {manifest}", install, installed)
+    found = Detection("python", "Python", f"there is {manifest}", install, installed)
     if "manage.py" in clues.names:
         return _django(found, packages, clues)
     uppermost = sorted(sources, key=lambda name: name.count("/"))
@@ -72,7 +72,7 @@ def detect(clues: Clues) -> Detected | None:
     )
 
 
-def _django(found: Detected, packages: frozenset[str], clues: Clues) -> Detected:
+def _django(found: Detection, packages: frozenset[str], clues: Clues) -> Detection:
     found = replace(found, name="django", title="Django", why="there is a manage.py")
     if not clues.production:
         start = (*_program(found.install, "python"), "manage.py", "runserver", "0.0.0.0:$PORT")
@@ -91,7 +91,7 @@ def _django(found: Detected, packages: frozenset[str], clues: Clues) -> Detected
     )
 
 
-def _script(found: Detected, name: str, kind: str, *, production: bool) -> Detected:
+def _script(found: Detection, name: str, kind: str, *, production: bool) -> Detection:
     found = replace(found, name=kind, title=kind.title(), why=f"{name} imports {kind}")
     python = _program(found.install, "python")
     if kind == "streamlit":
@@ -114,7 +114,7 @@ def _imported(clues: Clues, sources: list[str]) -> str:
     return next((found[1] for name in sources if (found := _SCRIPTS.search(clues.text(name)))), "")
 
 
-def _flask(found: Detected, name: str, app: str, packages: frozenset[str], *, production: bool) -> Detected:
+def _flask(found: Detection, name: str, app: str, packages: frozenset[str], *, production: bool) -> Detection:
     started = f"`{app}` of {name}"
     found = replace(found, name="flask", title="Flask", why=f"{name} makes a Flask", started=started)
     if not production:
@@ -137,8 +137,8 @@ def _flask(found: Detected, name: str, app: str, packages: frozenset[str], *, pr
 
 
 def _asgi(
-    found: Detected, name: str, app: str, kind: str, packages: frozenset[str], *, production: bool
-) -> Detected:
+    found: Detection, name: str, app: str, kind: str, packages: frozenset[str], *, production: bool
+) -> Detection:
     found = replace(found, name="fastapi", title=kind, why=f"{name} makes a {kind}")
     if packages.isdisjoint(_UVICORN):
         return replace(

@@ -11,7 +11,7 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from gateway.detection.clues import Clues, Detected
+from gateway.detection.clues import Clues, Detection
 from gateway.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 _WAIT: Final = 20.0  # seconds for its answer, on a busy machine
 _ANSWER: Final = 64 << 10  # bytes
 _COMMAND: Final = (sys.executable, "-I", "-m", "gateway.detection")
-_answer: Final = TypeAdapter(Detected)
+_answer: Final = TypeAdapter(Detection)
 
 
-def detect_sandboxed(clues: Clues) -> Detected:
+def detect_sandboxed(clues: Clues) -> Detection:
     """Return what a folder is. Takes some tenths of a second: call it in a thread. Raises `Unavailable`."""
     try:
         found = _answer.validate_json(_process_answer(clues.packed()))

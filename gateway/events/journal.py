@@ -110,7 +110,7 @@ class Journal(Protocol):
 _LOSSES: Final = 10_000
 
 
-class Entry(NamedTuple):
+class JournalEntry(NamedTuple):
     """The facts remembered about a kept event."""
 
     id: int
@@ -128,7 +128,7 @@ class Shares:
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
-        self._of: dict[str, deque[Entry]] = {}
+        self._of: dict[str, deque[JournalEntry]] = {}
         self._bytes_of: dict[str, int] = {}
         self._count = self._bytes = 0
 
@@ -145,13 +145,13 @@ class Shares:
         """The id of the oldest event, None if there is none."""
         return min((entries[0].id for entries in self._of.values()), default=None)
 
-    def add(self, tenant: str, entry: Entry) -> None:
+    def add(self, tenant: str, entry: JournalEntry) -> None:
         self._of.setdefault(tenant, deque()).append(entry)
         self._count_in(tenant, entry)
 
-    def excess(self, newest: int, born: float) -> list[tuple[str, Entry]]:
+    def excess(self, newest: int, born: float) -> list[tuple[str, JournalEntry]]:
         """Remove and return events above the limits or older than `born`, but never the newest."""
-        gone: list[tuple[str, Entry]] = []
+        gone: list[tuple[str, JournalEntry]] = []
         for tenant in [tenant for tenant, entries in self._of.items() if entries[0].time < born]:
             while (entries := self._of.get(tenant)) and entries[0].time < born and entries[0].id != newest:
                 gone.append((tenant, self.take(tenant)))
@@ -159,13 +159,13 @@ class Shares:
         gone += self._lighten(newest, self._bytes_of.__getitem__, lambda: self._bytes > self._most_bytes)
         return gone
 
-    def take(self, tenant: str) -> Entry:
+    def take(self, tenant: str) -> JournalEntry:
         """Remove and return the tenant's oldest event."""
         entry = self._of[tenant].popleft()
         self._count_out(tenant, entry)
         return entry
 
-    def restore(self, gone: Sequence[tuple[str, Entry]]) -> None:
+    def restore(self, gone: Sequence[tuple[str, JournalEntry]]) -> None:
         """Put back what `excess` removed."""
         for tenant, entry in reversed(gone):
             self._of.setdefault(tenant, deque()).appendleft(entry)
@@ -177,7 +177,7 @@ class Shares:
 
     def _lighten(
         self, newest: int, weight: Callable[[str], int], too_much: Callable[[], bool]
-    ) -> Iterator[tuple[str, Entry]]:
+    ) -> Iterator[tuple[str, JournalEntry]]:
         """Remove from the heaviest tenant; among equals, from the one with the oldest event."""
         if not too_much():
             return
@@ -192,12 +192,12 @@ class Shares:
                     continue
             heapq.heappop(heap)
 
-    def _count_in(self, tenant: str, entry: Entry) -> None:
+    def _count_in(self, tenant: str, entry: JournalEntry) -> None:
         self._count += 1
         self._bytes += entry.size
         self._bytes_of[tenant] = self._bytes_of.get(tenant, 0) + entry.size
 
-    def _count_out(self, tenant: str, entry: Entry) -> None:
+    def _count_out(self, tenant: str, entry: JournalEntry) -> None:
         self._count -= 1
         self._bytes -= entry.size
         self._bytes_of[tenant] -= entry.size
@@ -254,7 +254,7 @@ class Losses:
             self._upto.pop(key, None)
 
 
-def losses_of(gone: Iterable[tuple[str, Entry]]) -> dict[str, int]:
+def losses_of(gone: Iterable[tuple[str, JournalEntry]]) -> dict[str, int]:
     """Return the id up to which each tenant and deployment loses events."""
     upto: dict[str, int] = {}
     for tenant, entry in gone:
@@ -273,8 +273,8 @@ def concerned(wanted: Filter) -> list[str] | None:
     return None if wanted.coverage is None else [ALL, NOBODYS, *wanted.coverage]
 
 
-def entry_of(event: Event) -> Entry:
-    return Entry(event.id, len(event.encoded), event.time, event.deployment)
+def entry_of(event: Event) -> JournalEntry:
+    return JournalEntry(event.id, len(event.encoded), event.time, event.deployment)
 
 
 _MiB = 1 << 20
@@ -750,7 +750,7 @@ class StoredJournal:
             return
         rows = await self._store.read(read_kept)
         for number, (id_, tenant, deployment, size, at) in enumerate(rows[len(self._shares) :], 1):
-            self._shares.add(tenant or NOBODYS, Entry(id_, size, at, deployment))
+            self._shares.add(tenant or NOBODYS, JournalEntry(id_, size, at, deployment))
             if not number % _TURN:
                 await asyncio.sleep(0)
         self._loaded = True

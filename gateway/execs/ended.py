@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gateway.errors import Unavailable
-from gateway.rootfs.command_cgroup import Member
+from gateway.rootfs.command_cgroup import CgroupMember
 from gateway.runtime import Exit, Holding, KillResult, StreamName
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]
@@ -96,7 +96,7 @@ class EndedProcess:
     async def kill(self, grace: float) -> KillResult:
         return KillResult(0, False, 0)
 
-    async def left(self) -> Sequence[Member]:
+    async def left(self) -> Sequence[CgroupMember]:
         return ()
 
     async def aclose(self) -> None:

@@ -18,7 +18,7 @@ from gateway.execs.input import PtyControl, Spools, StdinQueue
 from gateway.execs.readers import Attachment, Readers
 from gateway.execs.streams import Pace, Reading, Stream, Streams
 from gateway.limits.budget import Share
-from gateway.rootfs.command_cgroup import Member
+from gateway.rootfs.command_cgroup import CgroupMember
 from gateway.runtime import Adopted, ExecSpec, Holding, KillResult, Process
 
 LISTED: Final = 4096  # characters of a command where it is listed beside all others
@@ -68,7 +68,7 @@ class CommandTree:
         self._killing: asyncio.Task[KillResult] | None = None
         self._due = 0.0  # when the grace period ends, in loop time
 
-    async def members(self) -> Sequence[Member] | None:
+    async def members(self) -> Sequence[CgroupMember] | None:
         """Return the running processes, or None if they cannot be determined."""
         try:
             return await self._process.left()
@@ -89,7 +89,7 @@ class CommandTree:
         self.lasting = bool(left)
         return None if left is None else len(left)
 
-    async def look(self) -> Sequence[Member]:
+    async def look(self) -> Sequence[CgroupMember]:
         """Return the processes that an ended command left and that still run, as far as that is known."""
         left = await self.members() if self.lasting else ()
         if left is not None:

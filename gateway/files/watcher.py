@@ -25,7 +25,7 @@ from gateway.errors import GatewayError, RateLimited, Unavailable
 from gateway.files.changes import Change, Changes, Wish
 from gateway.files.operations import sendable
 from gateway.rootfs import file_calls
-from gateway.rootfs.messages import TOLD, Limits, frame
+from gateway.rootfs.messages import TOLD, CallLimits, frame
 from gateway.rootfs.paths import show, unfinished
 from gateway.rootfs.root import Root, refusal
 from gateway.rootfs.worker import Operation, Workspace, answer, receive_request
@@ -89,7 +89,7 @@ class Folder:
 class WatchedFolders:
     """An inotify instance and the folders it watches. Closing its `descriptor` ends it."""
 
-    def __init__(self, root: Root, limits: Limits, watcher: Watcher) -> None:
+    def __init__(self, root: Root, limits: CallLimits, watcher: Watcher) -> None:
         self._root = root
         self._limits = limits
         self._watcher = watcher

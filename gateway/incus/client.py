@@ -27,7 +27,7 @@ from gateway.incus.inventory import Inventory, Lacks, States, start_of, touched_
 from gateway.incus.memory import ExecMemory
 from gateway.incus.monitor import concerns, first_process, heard
 from gateway.incus.rest import Elsewhere, IncusError, NotAwaited, Operation, Rest, instance_path, unreachable
-from gateway.incus.stream_socket import HandshakeRefused, StreamSocket
+from gateway.incus.stream_socket import OperationOver, StreamSocket
 
 __all__ = ["Elsewhere", "Incus", "IncusError", "instance_path"]
 
@@ -316,7 +316,7 @@ class Incus(Rest):
                 waiting.close()
             if memory is not None:
                 memory.close()
-            if isinstance(error, HandshakeRefused):
+            if isinstance(error, OperationOver):
                 raise NotAwaited from error
             if isinstance(error, OSError):
                 raise unreachable(error) from error

@@ -155,7 +155,7 @@ class Lost(Exception):
     """The connection broke before the end of the stream or the wait status arrived."""
 
 
-class HandshakeRefused(ConnectionRefusedError):
+class OperationOver(ConnectionRefusedError):
     """Incusd answered, but opened no websocket: the operation that it belongs to is over."""
 
 
@@ -306,7 +306,7 @@ class FrameSocket(asyncio.BufferedProtocol):
                 self._upgraded.set_result(None)
                 return view
             status = head[9:12].decode("latin-1")
-            self._upgraded.set_exception(HandshakeRefused(f"incusd refused the handshake: {status}"))
+            self._upgraded.set_exception(OperationOver(f"incusd refused the handshake: {status}"))
         return view[:0]
 
     def _take_in(self, view: memoryview) -> None:

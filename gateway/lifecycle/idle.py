@@ -30,7 +30,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.lifecycle.lifecycle import Lifecycle, SiteRoutes
-from gateway.runtime import Tenant, TenantEvent, TenantRuntime
+from gateway.runtime import TenantEvent, TenantInstance, TenantRuntime
 from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import site_of
 from gateway.settings import Settings
@@ -249,7 +249,7 @@ class Idle:
             known = isinstance(error, GatewayError | TimeoutError)
             log.warning("%s: %s", task.get_name(), error, exc_info=None if known else error)
 
-    def _limit(self, tenant: Tenant) -> float:
+    def _limit(self, tenant: TenantInstance) -> float:
         return self._settings.idle_stop if tenant.idle_stop is None else tenant.idle_stop
 
     def _in_use(self, tenant: str) -> bool:

@@ -30,16 +30,16 @@ from gateway.rootfs.workers import Workers
 from gateway.runtime import (
     SNAPSHOT_NAME,
     TENANT_NAME,
-    Snapshot,
-    Tenant,
+    DiskSnapshot,
     TenantEvent,
+    TenantInstance,
+    TenantInstances,
     TenantRuntime,
-    Tenants,
     sizes,
 )
 from gateway.runtime.probe import answer, refusal
 from gateway.runtime.probe import ask as probe
-from gateway.runtime.sites import Site, Sites, site_of
+from gateway.runtime.sites import Sites, TenantSite, site_of
 from gateway.settings import Settings
 
 # changes whose events have not arrived; above that, the oldest are reported as the gateway's own
@@ -269,7 +269,7 @@ class Lifecycle:
         return event if by is None else replace(event, data={**event.data, "by": by})
 
 
-def described(tenant: Tenant, settings: Settings) -> dict[str, Any]:
+def described(tenant: TenantInstance, settings: Settings) -> dict[str, Any]:
     """Return a tenant as clients see it."""
     return {
         "name": tenant.name,
@@ -285,7 +285,7 @@ def described(tenant: Tenant, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _to_dict(kept: Snapshot) -> dict[str, Any]:
+def _to_dict(kept: DiskSnapshot) -> dict[str, Any]:
     return {"name": kept.name, "created": kept.created, "size": kept.size}
 
 
@@ -305,11 +305,11 @@ _ADDRESSED: Final = 10.0  # seconds for a started container to get its address
 class SiteRoutes:
     """The routes of tenants' sites, as their domains change and as they sleep and wake."""
 
-    def __init__(self, tenants: Tenants, sites: Sites, caddy: Caddy, domains: Domains) -> None:
+    def __init__(self, tenants: TenantInstances, sites: Sites, caddy: Caddy, domains: Domains) -> None:
         self.sites, self.caddy, self.domains = sites, caddy, domains
         self._tenants = tenants
 
-    async def route(self, tenant: str, domain: str | None) -> Site | None:
+    async def route(self, tenant: str, domain: str | None) -> TenantSite | None:
         """Route a tenant's domain to its site if that is known; return the site."""
         site = await site_of(self.sites, tenant)
         if domain is not None and site is not None and site.domain == domain and site.exposure is not None:
@@ -317,7 +317,7 @@ class SiteRoutes:
             self.caddy.set(domain, asleep(target) if site.asleep else target)
         return site
 
-    async def reached(self, tenant: str, domain: str | None, site: Site | None) -> None:
+    async def reached(self, tenant: str, domain: str | None, site: TenantSite | None) -> None:
         """Wait, up to a limit, until a just started site has an address for its domain's route."""
         port = (await self._tenants.get(tenant)).port
         with contextlib.suppress(TimeoutError):
@@ -367,7 +367,7 @@ class SiteRoutes:
             if site is not None and site.exposure is not None and self.caddy.sleeps(site.domain):
                 self.caddy.set(site.domain, site.exposure.target)
 
-    async def _served(self, tenant: str) -> Site | None:
+    async def _served(self, tenant: str) -> TenantSite | None:
         """Return a tenant's site if the domain that it carries is its own."""
         site = await site_of(self.sites, tenant)
         return site if site is not None and self.domains.serves(site.domain, tenant) else None

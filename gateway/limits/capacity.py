@@ -25,7 +25,7 @@ from typing import Any, Final
 from gateway.admission import Admission
 from gateway.errors import GatewayError, NotFound, RateLimited, TooLarge, Unavailable
 from gateway.rootfs.workers import Workers
-from gateway.runtime import Snapshot, Tenant, TenantRuntime, Tenants
+from gateway.runtime import DiskSnapshot, TenantInstance, TenantInstances, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
@@ -60,7 +60,7 @@ class Capacity:
     """The memory one host has promised. Use it from the event loop only."""
 
     def __init__(
-        self, tenants: Tenants, settings: Settings, memory: Callable[[], Memory] = host_memory
+        self, tenants: TenantInstances, settings: Settings, memory: Callable[[], Memory] = host_memory
     ) -> None:
         self._tenants, self._settings, self._memory = tenants, settings, memory
         self._deciding = asyncio.Lock()
@@ -85,7 +85,7 @@ class Capacity:
         finally:
             del self._held[mine]
 
-    async def takes(self, tenants: Sequence[Tenant]) -> int | None:
+    async def takes(self, tenants: Sequence[TenantInstance]) -> int | None:
         """Return how many more tenants of the usual size the host has memory for; None without limits."""
         if self._settings.runtime != "incus":
             return None
@@ -145,7 +145,7 @@ def limit_of(text: object, total: int, settings: Settings) -> int:
     return min(size_of(limit), total)
 
 
-def promised(tenants: Iterable[Tenant], total: int, settings: Settings) -> dict[str, int]:
+def promised(tenants: Iterable[TenantInstance], total: int, settings: Settings) -> dict[str, int]:
     """Return the bytes promised to each tenant that is not stopped."""
     return {
         one.name: limit_of(one.limits.get("memory"), total, settings)
@@ -381,7 +381,7 @@ class DiskSpace:
         except StoreFailed as failed:
             log.warning("deleted snapshots of %s are still counted: %s", tenant, failed.message)
 
-    async def _counted(self, tenant: str, kept: Sequence[Snapshot]) -> dict[str, int]:
+    async def _counted(self, tenant: str, kept: Sequence[DiskSnapshot]) -> dict[str, int]:
         """Return the count of each snapshot; for one created by others, its exclusive bytes."""
         known = await self._store.read(lambda connection: _all(connection, tenant))
         return {one.name: max(known.get(one.name, 0), one.size or 0) for one in kept}

@@ -25,7 +25,7 @@ from gateway.rootfs import memory, site_cgroup
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.memory import KernelFile, Place, Sample
 from gateway.rootfs.paths import show
-from gateway.rootfs.site_cgroup import SITE, Process
+from gateway.rootfs.site_cgroup import SITE, SiteProcess
 from gateway.runtime import TenantEvent, scripts
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
@@ -160,13 +160,13 @@ class _Watched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _ThrashingSite:
     """The measurements of a tenant that needs action."""
 
     steps: tuple[Step, ...]
     sample: Sample | None = None
     window: Window | None = None
-    biggest: Process | None = None
+    biggest: SiteProcess | None = None
 
 
 class Pressure:
@@ -272,7 +272,7 @@ class Pressure:
                     place, course, memory.stalls(place), memory.site_processes(place)
                 )
 
-    def _act(self, found: Mapping[str, _Found]) -> None:
+    def _act(self, found: Mapping[str, _ThrashingSite]) -> None:
         self.pressed = sum(one.course.since is not None for one in self._watched.values())
         for name, one in found.items():
             if self._watched.get(name) is None:
@@ -301,7 +301,7 @@ class Pressure:
                 one.unreserved = True
             log.info("cannot reserve CPU for commands in %s: %s", name, error.message)
 
-    def _facts(self, name: str, one: _Found, since: float | None) -> dict[str, Any]:
+    def _facts(self, name: str, one: _ThrashingSite, since: float | None) -> dict[str, Any]:
         sample, went = one.sample, one.window
         assert sample is not None and went is not None
         size = larger(sample.limit)
@@ -350,7 +350,7 @@ class Pressure:
         )
 
 
-def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
+def _look(watched: Mapping[str, _Watched]) -> dict[str, _ThrashingSite]:
     """Measure all tenants, and return those that need action."""
     found = {}
     for name, one in watched.items():
@@ -365,7 +365,7 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
         quiet = before is not None and one.stalled is not None and one.stalled - before < _STILL
         if quiet and one.tenant is None and one.course.since is None:
             if alone:
-                found[name] = _Found(alone)
+                found[name] = _ThrashingSite(alone)
             continue
         now, site = memory.sample(one.place), memory.sample(one.place.below(SITE))
         went = window(one.tenant, now)
@@ -377,7 +377,7 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
         one.tenant, one.site = (None, None) if rests else (now, site)
         if steps or alone:
             who = site_cgroup.biggest(one.place.unified) if "tell" in steps else None
-            found[name] = _Found((*steps, *alone), now, went, who)
+            found[name] = _ThrashingSite((*steps, *alone), now, went, who)
     return found
 
 

@@ -14,14 +14,14 @@ from gateway.caddy import Caddy
 from gateway.errors import Conflict
 from gateway.host import HostError, Report
 from gateway.hostnames import normalized, tenant_name
-from gateway.migration.plan import Plan, Wanted
+from gateway.migration.plan import MigrationPlan, Wanted
 from gateway.migration.source import Systemctl, Units
 from gateway.migration.steps import STEPS, Migration
 from gateway.rootfs.shown_folders import PLACES
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.settings import Settings
 
-__all__ = ["STEPS", "Migration", "Plan", "Wanted", "opened"]
+__all__ = ["STEPS", "Migration", "MigrationPlan", "Wanted", "opened"]
 
 
 @contextlib.asynccontextmanager

@@ -56,7 +56,7 @@ class Paths:
 
 
 @dataclass(slots=True)
-class Found:
+class FolderContents:
     """The contents of a folder. Paths are relative to it; `size` is in bytes on disk."""
 
     files: int = 0
@@ -77,9 +77,9 @@ class Found:
         return {"files": self.files, "size": self.size, **paths}
 
 
-def scan(folder: Path, leave: frozenset[str] = frozenset()) -> Found:
+def scan(folder: Path, leave: frozenset[str] = frozenset()) -> FolderContents:
     """Inspect a folder except the paths in `leave`. Raises `OSError` if it cannot be read."""
-    found, top = Found(), folder.lstat()
+    found, top = FolderContents(), folder.lstat()
     links: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -99,7 +99,7 @@ def scan(folder: Path, leave: frozenset[str] = frozenset()) -> Found:
 
 
 def _one(
-    found: Found,
+    found: FolderContents,
     path: str,
     name: str,
     facts: os.stat_result,
@@ -165,14 +165,14 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MigrationPlan:
     """What was found and would be done. `stops` say what prevents it, `notes` what to know before."""
 
     tenant: str
     domain: str
     wanted: Wanted
     old: Old
-    found: Found
+    found: FolderContents
     owner: Owner
     recipe: Recipe
     read_only: bool
@@ -226,13 +226,13 @@ def decided(
     domain: str,
     wanted: Wanted,
     old: Old,
-    found: Found,
+    found: FolderContents,
     owner: Owner,
     settings: Settings,
     *,
     own_block: bool,
     driver: str = "btrfs",
-) -> Plan:
+) -> MigrationPlan:
     """Make a plan from what was found."""
     # The tenant gets what its old service had in the folder, but not what another service runs there.
     read_only = owner.uid == 0 or old.uid != owner.uid
@@ -240,7 +240,7 @@ def decided(
     recipe = Recipe(b"", words, old.port, wanted.health, wanted.install, alone=True)
     disk = None if driver == "dir" else size_of(SIZES[wanted.size].get("disk", settings.tenant_disk))
     stops, notes = [*_stops(wanted, old, found, disk)], [*_notes(wanted, old, found, read_only, own_block)]
-    return Plan(
+    return MigrationPlan(
         tenant,
         domain,
         wanted,
@@ -256,7 +256,7 @@ def decided(
     )
 
 
-def _stops(wanted: Wanted, old: Old, found: Found, disk: int | None) -> Iterator[str]:
+def _stops(wanted: Wanted, old: Old, found: FolderContents, disk: int | None) -> Iterator[str]:
     if old.port < 1024:
         yield f"port {old.port} needs root in a tenant too; make the old service listen on 1024 or above"
     if disk is not None and found.size + _IMAGE > disk:
@@ -272,7 +272,9 @@ def _stops(wanted: Wanted, old: Old, found: Found, disk: int | None) -> Iterator
         yield f"other file systems, mounted at {found.mounts}, are not copied; use --leave PATH"
 
 
-def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: bool) -> Iterator[str]:
+def _notes(
+    wanted: Wanted, old: Old, found: FolderContents, read_only: bool, own_block: bool
+) -> Iterator[str]:
     if read_only:
         why = "root runs its service" if old.uid == 0 else "its owner is another user than the service's"
         yield (
@@ -363,7 +365,7 @@ class Moving:
         return address, int(port)
 
 
-def keys(plan: Plan) -> dict[str, str]:
+def keys(plan: MigrationPlan) -> dict[str, str]:
     """Return the keys for the new instance of a migration that begins."""
     wanted, old, size = plan.wanted, plan.old, SIZES[plan.wanted.size]
     facts = {

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.caddy import Caddy, asleep
-from gateway.deployments.verify import Subject, Verifier
+from gateway.deployments.verify import SiteUnderTest, Verifier
 from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
 from gateway.host import HostError, Report
 from gateway.host.caddy_service import CaddyService
 from gateway.hostnames import DomainReserved, gateway_names, normalized, plain, reserved, tenant_name
 from gateway.migration.destination import Destination, close_door
-from gateway.migration.plan import ENDED, Moving, Plan, Wanted, decided, keys, scan
+from gateway.migration.plan import ENDED, MigrationPlan, Moving, Wanted, decided, keys, scan
 from gateway.migration.source import OldServices, Owner, Units, led, own_block
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.incus.errors import translated
@@ -65,7 +65,7 @@ class Migration:
 
     # --- what the operator asks ---------------------------------------------------------------------
 
-    async def plan(self, domain: str, wanted: Wanted) -> Plan:
+    async def plan(self, domain: str, wanted: Wanted) -> MigrationPlan:
         """Look at a folder and its service; change nothing."""
         domain, tenant = self._names(domain)
         folder = await asyncio.to_thread(_real, wanted.folder)
@@ -125,7 +125,7 @@ class Migration:
 
     async def _beginnable(
         self, domain: str, tenant: str, wanted: Wanted, found: Mapping[str, Any] | None
-    ) -> Plan:
+    ) -> MigrationPlan:
         if found is not None:
             raise Conflict(f"tenant {tenant} already exists; a site can only move into a new one")
         for other in await self._runtime.tenants.list():
@@ -136,7 +136,7 @@ class Migration:
             raise Conflict("this folder cannot be moved yet: " + "; ".join(plan.stops))
         return plan
 
-    async def _begin(self, plan: Plan) -> None:
+    async def _begin(self, plan: MigrationPlan) -> None:
         """Create the tenant, stopped: from now on it is in Incus, and its domain leads to the old service."""
         making, devices, size = self._runtime.making, {}, SIZES[plan.wanted.size]
         if "disk" in size:
@@ -187,7 +187,7 @@ class Migration:
             await self._sites.start(tenant, "next", recipe)
             address = (await self._runtime.tenants.get(tenant)).address or ""
             there = Exposure(address, recipe.port)
-            await self._verifier.answering(Subject(tenant, "next", moving.domain, recipe, there))
+            await self._verifier.answering(SiteUnderTest(tenant, "next", moving.domain, recipe, there))
         finally:
             await self._there.run(tenant, "rest")
         await self._there.change(tenant, {MIGRATION_STATE: "copied"})
@@ -209,7 +209,7 @@ class Migration:
         began = time.monotonic()
         try:
             await self._exchange(moving, exposure)
-            await self._verifier.answering(Subject(tenant, "live", domain, recipe, exposure))
+            await self._verifier.answering(SiteUnderTest(tenant, "live", domain, recipe, exposure))
         except BaseException as error:
             self._say("the switch is undone: the old service is started again")
             try:
@@ -272,7 +272,9 @@ class Migration:
 
     async def _finish(self, moving: Moving) -> None:
         exposure = await self._sites.expose(moving.tenant, "live", moving.recipe)
-        await self._verifier.seen(Subject(moving.tenant, "live", moving.domain, moving.recipe, exposure))
+        await self._verifier.seen(
+            SiteUnderTest(moving.tenant, "live", moving.domain, moving.recipe, exposure)
+        )
         await self._switched(moving)
         await asyncio.to_thread(self._old.disable, moving.unit)
         await self._there.change(moving.tenant, ENDED)

@@ -39,8 +39,8 @@ from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavaila
 from gateway.events import Bus
 from gateway.hostnames import DomainReserved, gateway_names, matches, plain, reserved
 from gateway.ownership.reservations import Holder, Reservations
-from gateway.runtime import Tenant, Tenants
-from gateway.runtime.sites import Site
+from gateway.runtime import TenantInstance, TenantInstances
+from gateway.runtime.sites import TenantSite
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
 
@@ -57,13 +57,13 @@ class Carrier:
     deployment: str
 
 
-def carriers_of(found: Iterable[Tenant | Site]) -> dict[str, list[Carrier]]:
+def carriers_of(found: Iterable[TenantInstance | TenantSite]) -> dict[str, list[Carrier]]:
     """Return the carriers of each domain."""
     carried: dict[str, list[Carrier]] = defaultdict(list)
     for one in found:
         domain = plain(one.domain)
         if domain is not None:
-            tenant = one.tenant if isinstance(one, Site) else one.name
+            tenant = one.tenant if isinstance(one, TenantSite) else one.name
             carried[domain].append(
                 Carrier(tenant, one.instance or "", one.created or "", one.deployment or "")
             )
@@ -119,7 +119,7 @@ class Contests:
 class Decisions:
     """The owner of each domain, by claims and by what tenants carry. `own` are the gateway's own names."""
 
-    def __init__(self, tenants: Tenants, claims: Claims, own: Collection[str]) -> None:
+    def __init__(self, tenants: TenantInstances, claims: Claims, own: Collection[str]) -> None:
         self._tenants, self._claims, self._own = tenants, claims, own
 
     def serves(self, domain: str, tenant: str) -> bool:
@@ -369,7 +369,7 @@ def _write(connection: sqlite3.Connection, domain: str, claim: Claim | None) -> 
 class Domains:
     """The domains of one gateway. Create it with `opened`; used from the event loop only."""
 
-    def __init__(self, tenants: Tenants, claims: Claims, bus: Bus, settings: Settings) -> None:
+    def __init__(self, tenants: TenantInstances, claims: Claims, bus: Bus, settings: Settings) -> None:
         self._tenants, self._settings, self._claims = tenants, settings, claims
         self._own = gateway_names(settings)
         self._decisions = Decisions(tenants, claims, self._own)
@@ -380,7 +380,7 @@ class Domains:
     @classmethod
     async def opened(
         cls,
-        tenants: Tenants,
+        tenants: TenantInstances,
         store: Store,
         bus: Bus,
         settings: Settings,
@@ -458,7 +458,9 @@ class Domains:
         claim = self._claims.get(domain)
         return "" if claim is None else claim.deployment
 
-    async def confirm(self, domain: str, tenant: str, deployment: str, tenants: Sequence[Tenant]) -> None:
+    async def confirm(
+        self, domain: str, tenant: str, deployment: str, tenants: Sequence[TenantInstance]
+    ) -> None:
         """Confirm what a deployment holds; `tenants` is a fresh list of all tenants.
 
         Call it while `deciding` is held. Raises `Conflict` if the domain is another tenant's.
@@ -534,7 +536,7 @@ class Domains:
                 "a deployment of this tenant runs; wait for it, or cancel it", deployment=held.deployment
             )
 
-    async def _take(self, domain: str, tenant: Tenant, undo: contextlib.AsyncExitStack) -> None:
+    async def _take(self, domain: str, tenant: TenantInstance, undo: contextlib.AsyncExitStack) -> None:
         if reserved(domain, self._own):
             raise DomainReserved(domain)
         claim = self._claims.get(domain)
@@ -594,7 +596,9 @@ class Domains:
         """Correct this member's reservations of the cluster's domains. Raises `Unavailable`."""
         await self._claims.agree()
 
-    async def look(self, sites: Sequence[Site], serving: Collection[str], alive: Collection[str]) -> None:
+    async def look(
+        self, sites: Sequence[TenantSite], serving: Collection[str], alive: Collection[str]
+    ) -> None:
         """Decide which tenant has each domain, and report contested ones.
 
         `serving` are tenants that their domain is routed to now, `alive` the deployments that have not ended.

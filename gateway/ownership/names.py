@@ -17,7 +17,7 @@ from typing import Final
 
 from gateway.errors import GatewayError, NotFound
 from gateway.events import Bus, Event, Span, positions
-from gateway.runtime import Tenant, TenantEvent, TenantRuntime
+from gateway.runtime import TenantEvent, TenantInstance, TenantRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed, Work
 
@@ -33,7 +33,7 @@ _TOLD: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Holder:
+class _NameHolder:
     """The owner of a name: `instance`, "" for none.
 
     `ended` is the id of the event that ended the last owner, `at` its time, `begun` the id of the first event
@@ -57,7 +57,9 @@ class Names:
         self._bus = bus
         # a name whose end is longer ago has no event and no deployment left
         self._kept = settings.events_kept + settings.deployments_kept
-        self._holders: dict[str, _Holder] = {}  # those without an instance in the order in which they ended
+        self._holders: dict[
+            str, _NameHolder
+        ] = {}  # those without an instance in the order in which they ended
         self._changed = asyncio.Event()
         self.moving: set[str] = set()
         """Names that no instance may have for a moment, and that are no less their owners'."""
@@ -70,7 +72,7 @@ class Names:
         self = cls(store, bus, settings)
         next_ = bus.last + 1  # what was not written may have had an id that another event gets
         for tenant, instance, ended, begun, at, arrived, gone in await store.read(_all):
-            self._holders[tenant] = _Holder(
+            self._holders[tenant] = _NameHolder(
                 *(instance, min(ended, next_), min(begun, next_), at),
                 arrived=min(arrived, next_),
                 gone=bool(gone),
@@ -119,7 +121,7 @@ class Names:
             return
         begun = before.begun if before.instance == instance else next_  # an earlier stay is the same tenant's
         at = max(before.at, ended) if before.ended else ended
-        await self._keep(name, _Holder(instance, before.ended, begun, at, arrived=next_))
+        await self._keep(name, _NameHolder(instance, before.ended, begun, at, arrived=next_))
 
     async def leave(self, name: str) -> None:
         """Forget a tenant that has another home now. Idempotent."""
@@ -160,7 +162,7 @@ class Names:
         found = {name: self._holders[name] for name in names if name in self._holders}
         after = self._bus.last + 1
 
-        def span(name: str, of: _Holder) -> Span:
+        def span(name: str, of: _NameHolder) -> Span:
             # of one that left, whoever has the name now may be another
             there = of.instance if not of.gone else self.elsewhere(name)
             return Span(
@@ -169,7 +171,7 @@ class Names:
 
         return {name: span(name, of) for name, of in found.items()}
 
-    def _is_another(self, tenant: Tenant) -> bool:
+    def _is_another(self, tenant: TenantInstance) -> bool:
         return tenant.instance not in (None, self.holder(tenant.name))
 
     async def _missed(self, runtime: TenantRuntime) -> Sequence[TenantEvent]:
@@ -199,20 +201,20 @@ class Names:
                 await self._begin(tenant, self._bus.last + 1 if known else 0)
         return missed
 
-    async def _begin(self, tenant: Tenant, begun: int) -> None:
+    async def _begin(self, tenant: TenantInstance, begun: int) -> None:
         if tenant.instance is not None:
             before = self._holders.get(tenant.name, _NOBODY)
-            await self._keep(tenant.name, _Holder(tenant.instance, before.ended, begun, before.at))
+            await self._keep(tenant.name, _NameHolder(tenant.instance, before.ended, begun, before.at))
 
     async def _end(self, name: str, told: Event) -> None:
         self._holders.pop(name, None)
-        await self._keep(name, _Holder("", told.id, 0, told.time))
+        await self._keep(name, _NameHolder("", told.id, 0, told.time))
         nobodys = [name for name, holder in self._holders.items() if not holder.instance or holder.gone]
         for old in nobodys[: max(0, len(nobodys) - self._kept)]:
             del self._holders[old]
             await self._write(partial(_delete, tenant=old))
 
-    async def _keep(self, name: str, holder: _Holder) -> None:
+    async def _keep(self, name: str, holder: _NameHolder) -> None:
         self._holders[name] = holder
         self._changed.set()
         self._changed = asyncio.Event()
@@ -226,10 +228,10 @@ class Names:
             log.warning("cannot record which tenant has which name: %s", failed.message)
 
 
-_NOBODY: Final = _Holder()
+_NOBODY: Final = _NameHolder()
 
 
-async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
+async def _found(runtime: TenantRuntime, name: str) -> TenantInstance | None:
     """Return a tenant, None if there is none, or that cannot be known now."""
     try:
         return await runtime.tenants.get(name)
@@ -241,7 +243,7 @@ async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
         return None
 
 
-async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
+async def _listed(runtime: TenantRuntime) -> Sequence[TenantInstance]:
     while True:
         try:
             return await runtime.tenants.list(addresses=False)
@@ -261,7 +263,7 @@ def _all(connection: sqlite3.Connection) -> Sequence[tuple[str, str, int, int, f
     ).fetchall()
 
 
-def _insert(connection: sqlite3.Connection, tenant: str, holder: _Holder) -> None:
+def _insert(connection: sqlite3.Connection, tenant: str, holder: _NameHolder) -> None:
     connection.execute(
         "INSERT OR REPLACE INTO names (tenant, instance, ended, begun, at, arrived, gone)"
         " VALUES (?, ?, ?, ?, ?, ?, ?)",

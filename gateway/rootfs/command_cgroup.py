@@ -91,7 +91,7 @@ async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwar
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class CgroupMember:
     """A process of a command's tree: its pid as the tenant sees it, and its own name."""
 
     pid: int
@@ -132,7 +132,7 @@ class CommandCgroup:
         """Return the processes in the cgroup and below it."""
         return await _look(self.path, process_tree.pids, self.path)
 
-    async def members(self) -> list[Member]:
+    async def members(self) -> list[CgroupMember]:
         """Return up to a hundred of these processes, as the tenant sees them."""
         return await _look(self.path, _members, self.path)
 
@@ -192,9 +192,9 @@ class CommandCgroup:
             pause = min(pause * 1.5, 0.02)
 
 
-def _members(path: Path) -> list[Member]:
+def _members(path: Path) -> list[CgroupMember]:
     """Return up to a hundred processes in a cgroup and below it. Needs no root."""
-    found: list[Member] = []
+    found: list[CgroupMember] = []
     for pid in process_tree.pids(path)[:_LISTED]:
         try:
             status = read_part(f"/proc/{pid}/status", _STATUS)
@@ -202,7 +202,7 @@ def _members(path: Path) -> list[Member]:
             continue  # it has ended
         inner, name = _INNER.search(status), _NAME.search(status)
         found.append(
-            Member(
+            CgroupMember(
                 0 if inner is None else int(inner[1]),
                 "" if name is None else name[1].decode("utf-8", "replace"),
             )

@@ -121,7 +121,7 @@ _SINCE: Final = struct.Struct("=44xI4xI72xQ")
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class TcpConnection:
     """A connection that has waited for an answer for some `seconds`. `key` identifies it to the kernel."""
 
     local: End
@@ -130,7 +130,7 @@ class Connection:
     key: bytes
 
 
-def waiting(network: str, seconds: float) -> list[Connection]:
+def waiting(network: str, seconds: float) -> list[TcpConnection]:
     """Return this host's connections into a network that have waited for an answer for at least `seconds`.
 
     Omits those that have waited for more than a minute. Raises `OSError`.
@@ -166,7 +166,7 @@ def break_off(pid: int, address: str, port: int, leave: Collection[int]) -> int:
     return sum(destroyed(socket.AF_INET, one.key) for one in found if one.local[1] not in leave)
 
 
-def _connection(listed: Listed) -> Connection | None:
+def _connection(listed: Listed) -> TcpConnection | None:
     """Parse a connection, None if it is not waiting for an answer."""
     info = listed.extension(INFO)
     if info is None or len(info) < _SINCE.size:
@@ -175,7 +175,7 @@ def _connection(listed: Listed) -> Connection | None:
     # if nothing was received yet, the second is the connection's age; else both may be of one millisecond
     if sent > received or (sent == received and size):
         return None
-    return Connection(listed.local, listed.remote, sent / 1000, listed.key)
+    return TcpConnection(listed.local, listed.remote, sent / 1000, listed.key)
 
 
 def _lines(pid: int) -> Iterable[bytes]:

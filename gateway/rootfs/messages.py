@@ -30,7 +30,7 @@ def frame(status: int, payload: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CallLimits:
     """Limits of one call. Those that have a setting of the same name are set by it."""
 
     read_max: int = 256 << 10  # bytes of a file that Read returns whole, as in Claude Code
@@ -58,7 +58,7 @@ class Spawn:
 
     tenant: str
     workspace: str
-    limits: Limits
+    limits: CallLimits
     memory: int
     loop: str = ""
     search: bool = False
@@ -69,7 +69,7 @@ class Spawn:
             "do": "spawn",
             "tenant": self.tenant,
             "workspace": self.workspace,
-            "limits": {name: getattr(self.limits, name) for name in Limits.__slots__},
+            "limits": {name: getattr(self.limits, name) for name in CallLimits.__slots__},
             "memory": self.memory,
             "loop": self.loop,
             "search": self.search,
@@ -88,7 +88,7 @@ class Spawn:
         return cls(
             str(message["tenant"]),
             workspace,
-            Limits(**message["limits"]),
+            CallLimits(**message["limits"]),
             memory,
             str(message["loop"]),
             bool(message["search"]),

@@ -36,20 +36,20 @@ _CPU: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?cpu(?:,[a-z_,]*)?:(/.*)$", re.MUL
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class SiteProcess:
     """A process by its own name, and its resident memory in bytes."""
 
     name: str
     bytes: int
 
 
-def biggest(cgroup: Path) -> Process | None:
+def biggest(cgroup: Path) -> SiteProcess | None:
     """Return the process of a cgroup with the most memory, None if it has no processes."""
     found = _biggest(cgroup)
     return None if found is None else found[1]
 
 
-def relieve(container: Path) -> Process | None:
+def relieve(container: Path) -> SiteProcess | None:
     """Kill the biggest process of a container's site and return it, None if there is none. Needs root.
 
     Only processes in the cgroup of the site's unit are considered, so never a command, and never the
@@ -76,8 +76,8 @@ def relieve(container: Path) -> Process | None:
     return process
 
 
-def _biggest(cgroup: Path) -> tuple[int, Process, str] | None:
-    best: tuple[int, Process, str] | None = None
+def _biggest(cgroup: Path) -> tuple[int, SiteProcess, str] | None:
+    best: tuple[int, SiteProcess, str] | None = None
     for pid in process_tree.pids(cgroup)[:_LOOKED_AT]:
         began = started(pid)
         try:
@@ -89,7 +89,7 @@ def _biggest(cgroup: Path) -> tuple[int, Process, str] | None:
             continue
         size = int(resident[1]) << 10
         if best is None or size > best[1].bytes:
-            best = pid, Process(name[1].decode("utf-8", "replace"), size), began
+            best = pid, SiteProcess(name[1].decode("utf-8", "replace"), size), began
     return best
 
 

@@ -18,7 +18,7 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.rootfs import file_calls
-from gateway.rootfs.messages import BROKEN, DONE, LENGTH, PASSED, REFUSED, Limits, Spawn, frame
+from gateway.rootfs.messages import BROKEN, DONE, LENGTH, PASSED, REFUSED, CallLimits, Spawn, frame
 from gateway.rootfs.root import Root
 
 SCAN: Final = "scan"  # the operation that lists files containing a pattern, for a share of the folders
@@ -35,7 +35,7 @@ class Workspace:
     """The workspace of an operation, and its limits."""
 
     root: Root
-    limits: Limits
+    limits: CallLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ Loop = Callable[[socket.socket, Workspace], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class WorkerService:
     """What workers serve: `operations` and `loops`. `idle` drops caches after a while without calls."""
 
     operations: Mapping[str, Operation]

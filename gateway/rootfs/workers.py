@@ -21,7 +21,7 @@ import orjson
 from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker_client import BrokerClient
-from gateway.rootfs.messages import Limits, Spawn
+from gateway.rootfs.messages import CallLimits, Spawn
 from gateway.rootfs.worker import NAMED_MAX, SCAN, SCANNED
 from gateway.rootfs.worker_connection import Forgotten, WorkerConnection, forgotten, result_of
 from gateway.rootfs.worker_processes import SPAWN_TIMEOUT, Exchanges, WorkerProcesses
@@ -69,7 +69,7 @@ class Workers:
         settings: Settings,
         tenants: Mapping[str, Any] | None = None,
         operations: str = "gateway.tools.worker_operations",
-        limits: Limits = Limits(),  # noqa: B008  # it is frozen
+        limits: CallLimits = CallLimits(),  # noqa: B008  # it is frozen
     ) -> None:
         self._limits = replace(limits, **{name: getattr(settings, name) for name in _SET})
         self._memory = settings.worker_memory

@@ -52,7 +52,7 @@ class Zygote:
         self._groups = WorkerCgroups(hierarchies() if privileged else [])
         self._spares: dict[bool, Forked | None] = {}  # by `search`, for the kinds requested so far
         self._number = time.time_ns() // 1_000_000  # so that numbers of a crashed broker are not reused
-        # a `worker.Service`, from what only workers run
+        # a `worker.WorkerService`, from what only workers run
         self._service = importlib.import_module(operations).SERVICE
 
     def close(self) -> None:

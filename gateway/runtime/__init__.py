@@ -35,7 +35,7 @@ Status = Literal["running", "stopped", "frozen", "starting", "stopping", "error"
 
 
 @dataclass(frozen=True, slots=True)
-class Tenant:
+class TenantInstance:
     """A tenant as the runtime reports it; nothing of it is remembered elsewhere."""
 
     name: str
@@ -55,7 +55,7 @@ class Tenant:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class DiskSnapshot:
     """A snapshot of a tenant's disk; `size` counts the bytes not shared with anything else, if known."""
 
     name: str
@@ -114,16 +114,16 @@ async def unheard(removal: Removal) -> None:
     """Ignore a removal."""
 
 
-class Tenants(Protocol):
+class TenantInstances(Protocol):
     """The tenants of a runtime. Names are valid ones; unknown ones raise `NotFound`."""
 
-    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[TenantInstance]:
         """Return all tenants; without `addresses` only those that need no look into a container."""
         ...
 
-    async def get(self, name: str) -> Tenant: ...
+    async def get(self, name: str) -> TenantInstance: ...
 
-    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
+    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> TenantInstance:
         """Create a tenant from the base image. A failure removes only what it created. Raises `Conflict`."""
         ...
 
@@ -155,7 +155,7 @@ class Tenants(Protocol):
 
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
-    ) -> Tenant:
+    ) -> TenantInstance:
         """Create and start a tenant whose disk is a copy of another's or of its snapshot.
 
         The clone has its own address, machine id and host uids. Raises `Conflict` if the name is taken, and
@@ -164,14 +164,14 @@ class Tenants(Protocol):
         ...
 
 
-class Snapshots(Protocol):
+class DiskSnapshots(Protocol):
     """The snapshots of tenants' disks. Unknown ones raise `NotFound`."""
 
-    async def list(self, tenant: str) -> Sequence[Snapshot]:
+    async def list(self, tenant: str) -> Sequence[DiskSnapshot]:
         """Return the tenant's snapshots, oldest first."""
         ...
 
-    async def create(self, tenant: str, name: str) -> Snapshot:
+    async def create(self, tenant: str, name: str) -> DiskSnapshot:
         """Create a snapshot of the disk. Raises `Conflict` if its name is taken."""
         ...
 
@@ -185,14 +185,14 @@ class Snapshots(Protocol):
     async def delete(self, tenant: str, name: str) -> None: ...
 
 
-class Usage(Protocol):
+class UsageReader(Protocol):
     """What tenants use of the machine, and how much of it there is."""
 
     async def metrics(self, name: str) -> Mapping[str, Any]:
         """Return CPU seconds, memory bytes, processes, disk and network, named as in the contract."""
         ...
 
-    async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
+    async def visited(self, tenants: Sequence[TenantInstance]) -> Mapping[str, float]:
         """Return the seconds since each site's last connection ended, 0 while one is open.
 
         Sites without connections in the last minute are omitted. The gateway's own probes do not count.
@@ -232,7 +232,7 @@ class Commands(Protocol):
         ...
 
 
-class Changes(Protocol):
+class TenantChanges(Protocol):
     """What happens to tenants, whoever does it."""
 
     def watch(self) -> AsyncIterator[TenantEvent]:
@@ -256,19 +256,19 @@ class TenantRuntime(Protocol):
     """
 
     @property
-    def tenants(self) -> Tenants: ...
+    def tenants(self) -> TenantInstances: ...
 
     @property
-    def snapshots(self) -> Snapshots: ...
+    def snapshots(self) -> DiskSnapshots: ...
 
     @property
-    def usage(self) -> Usage: ...
+    def usage(self) -> UsageReader: ...
 
     @property
     def commands(self) -> Commands: ...
 
     @property
-    def changes(self) -> Changes: ...
+    def changes(self) -> TenantChanges: ...
 
     @property
     def locations(self) -> Mapping[str, Any]: ...

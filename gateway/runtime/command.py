@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-from gateway.rootfs.command_cgroup import Member
+from gateway.rootfs.command_cgroup import CgroupMember
 
 StreamName = Literal["stdout", "stderr"]
 
@@ -198,7 +198,7 @@ class Process(Protocol):
         """Kill the whole tree: TERM, `grace` seconds, KILL. Return once none of it is left."""
         ...
 
-    async def left(self) -> Sequence[Member] | None:
+    async def left(self) -> Sequence[CgroupMember] | None:
         """Return the tree's running processes, at most a hundred; None if they cannot be determined."""
         ...
 

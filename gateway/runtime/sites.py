@@ -205,7 +205,7 @@ class Life:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class TenantSite:
     """A tenant with a domain. While `deployment` is set, the site is not known to work and has no route.
 
     Visitors of a site that is `asleep` reach the gateway first. `instance` and `created` are those of the
@@ -417,7 +417,7 @@ class Sites(Protocol):
         """Record that the site works: set domain and port, and remove the deployment's mark."""
         ...
 
-    async def listed(self) -> Sequence[Site]:
+    async def listed(self) -> Sequence[TenantSite]:
         """Return all tenants with a domain, including those being created."""
         ...
 
@@ -433,7 +433,7 @@ class Sites(Protocol):
         ...
 
 
-async def site_of(sites: Sites, tenant: str) -> Site | None:
+async def site_of(sites: Sites, tenant: str) -> TenantSite | None:
     """Return a tenant's site, None if it has none."""
     return next((site for site in await sites.listed() if site.tenant == tenant), None)
 

@@ -12,7 +12,7 @@ from typing import Any
 from zlib import crc32
 
 from gateway.errors import GatewayError, Timeout
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.paths import HOME, show
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
@@ -34,7 +34,7 @@ def rejected(words: str) -> ToolFailure:
     return ToolFailure("invalid_params", _REJECTED + words, tagged=False)
 
 
-def brief(limits: Limits) -> Limits:
+def brief(limits: CallLimits) -> CallLimits:
     """Return the limits of a search that must end at once, or be left to another worker."""
     visits, seconds = min(BRIEF_VISITS, limits.visit_max), min(BRIEF_SECONDS, limits.tool_timeout)
     return replace(limits, visit_max=visits, tool_timeout=seconds)

@@ -8,9 +8,9 @@ from typing import Any, Final
 from gateway.errors import GatewayError
 from gateway.files import opening, operations, watcher
 from gateway.rootfs import walk
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import refusal
-from gateway.rootfs.worker import SCAN, Operation, Service, Workspace
+from gateway.rootfs.worker import SCAN, Operation, WorkerService, Workspace
 from gateway.tools import mirroring, outputs
 from gateway.tools.call import Call, ToolAnswer, ToolFailure, failure
 from gateway.tools.glob import glob
@@ -33,7 +33,7 @@ _TOOLS: dict[str, Callable[[Call], ToolAnswer]] = {
 _SEARCHES = ("Glob", "Grep")
 
 
-def _bound(tool: str, given: dict[str, Any], limits: Limits) -> None:
+def _bound(tool: str, given: dict[str, Any], limits: CallLimits) -> None:
     """Apply the limits of searches to an input; a request for everything becomes one for the maximum."""
     for field in ("pattern", "glob", "type"):
         if len(given.get(field, "")) > limits.pattern_max:
@@ -45,7 +45,7 @@ def _bound(tool: str, given: dict[str, Any], limits: Limits) -> None:
             given["head_limit"] = limits.matches_max
 
 
-def _bounded(tool: str, reply: bytes, limits: Limits) -> bytes:
+def _bounded(tool: str, reply: bytes, limits: CallLimits) -> bytes:
     """Return the reply of a search, or one that says that it is too large."""
     room = 3 * limits.result_max  # it contains the matches twice, as text and as data, with JSON's escapes
     if len(reply) <= room:
@@ -106,6 +106,6 @@ OPERATIONS: dict[str, Operation] = {
     SCAN: scan,
 }
 
-SERVICE: Final = Service(OPERATIONS, idle, watcher.LOOPS)
+SERVICE: Final = WorkerService(OPERATIONS, idle, watcher.LOOPS)
 
 __all__ = ["OPERATIONS", "SERVICE"]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Workspace
 from gateway.rootfs.workers import Workers
@@ -165,7 +165,7 @@ async def test_without_a_worker(tenant: Container, careful: bool, monkeypatch: p
     asked = {"input": {"pattern": "host-secret"}, "cwd": "/srv/site", "share": [0, 1]}
 
     def leaks() -> bool:
-        named = grep.scan(Workspace(tree, Limits()), asked)
+        named = grep.scan(Workspace(tree, CallLimits()), asked)
         assert b"many/f77.txt" in named
         return b"quiet" in named
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from gateway.caddy import Caddy
-from gateway.deployments import Context, Deployments, Record, Request
+from gateway.deployments import Context, Deployer, DeploymentRequest, Record
 from gateway.deployments.record import Register
 from gateway.deployments.request import Rollback
 from gateway.errors import Unavailable
@@ -86,7 +86,7 @@ class Broken:
 class Rig:
     """Deployments of this process on the tests' Incus, with a real Caddy."""
 
-    deployments: Deployments
+    deployments: Deployer
     sites: Broken
     former: Broken
     caddy: Broken
@@ -94,7 +94,7 @@ class Rig:
     host: Hosting
 
     async def deploy(self, domain: str, **more: Any) -> Record:
-        record, _ = await self.deployments.begin(Request(domain, "static", **more), OPERATOR)
+        record, _ = await self.deployments.begin(DeploymentRequest(domain, "static", **more), OPERATOR)
         return record
 
     async def rollback(self, tenant: str) -> Record:
@@ -140,7 +140,7 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
         domains = await Domains.opened(runtime.tenants, store, bus, settings)
         register = Register(store, domains, settings)
         deployments = await stack.enter_async_context(
-            Deployments(
+            Deployer(
                 Context(
                     runtime=runtime,
                     sites=cast(Sites, sites),

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from gateway.caddy import Caddy
-from gateway.deployments import Context, Deployments, Record, Request
+from gateway.deployments import Context, Deployer, DeploymentRequest, Record
 from gateway.deployments.record import Register
 from gateway.errors import GatewayError
 from gateway.events import Bus, MemoryJournal
@@ -60,7 +60,7 @@ class Desk:
             domains = await Domains.opened(runtime.tenants, self.store, bus, settings)
             register = Register(self.store, domains, settings)
             deployments = await stack.enter_async_context(
-                Deployments(
+                Deployer(
                     Context(
                         runtime=runtime,
                         sites=made,
@@ -73,7 +73,7 @@ class Desk:
                 )
             )
             deployments._recovered.set()  # nothing is to be found from an earlier life
-            record, _ = await deployments.begin(Request(DOMAIN, template), OPERATOR)
+            record, _ = await deployments.begin(DeploymentRequest(DOMAIN, template), OPERATOR)
             await ended(deployments, record)
             if record.state == "succeeded":  # which it must not: then this test alone fails by it
                 environment.incus("delete", "--force", record.tenant, check=False)
@@ -91,7 +91,7 @@ class Desk:
         return dict(answer)
 
 
-async def ended(deployments: Deployments, record: Record) -> None:
+async def ended(deployments: Deployer, record: Record) -> None:
     async def over() -> bool:
         return (await deployments.get(record.id)).state in ("succeeded", "rolledback")
 

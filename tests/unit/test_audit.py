@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.audit import Audit, Entry
+from gateway.audit import AuditEntry, AuditLog
 from gateway.events import Bus, StoredJournal
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -18,16 +18,16 @@ KEPT = 30
 
 
 @pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[tuple[Audit, Bus]]:
+async def rig(tmp_path: Path) -> AsyncIterator[tuple[AuditLog, Bus]]:
     async with Store(tmp_path) as store:
         journal = StoredJournal(store, kept=10_000, kept_bytes=1 << 26, age=1e6)
         async with journal:
             bus = Bus(journal)
-            async with Audit(store, bus, Settings(audit_kept=KEPT)) as audit:
+            async with AuditLog(store, bus, Settings(audit_kept=KEPT)) as audit:
                 yield audit, bus
 
 
-async def test_a_flood_pushes_out_its_own_alone(rig: tuple[Audit, Bus]) -> None:
+async def test_a_flood_pushes_out_its_own_alone(rig: tuple[AuditLog, Bus]) -> None:
     """By requests and by events; operators' deeds have a room of their own."""
     audit, bus = rig
     await audit.note("her", "tenant.stop", "quiet")
@@ -60,12 +60,12 @@ async def test_a_flood_pushes_out_its_own_alone(rig: tuple[Audit, Bus]) -> None:
 
 
 async def test_what_cannot_be_recorded_holds_up_nothing_that_follows(
-    rig: tuple[Audit, Bus], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rig: tuple[AuditLog, Bus], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     audit, bus = rig
     write, broken = audit._write, asyncio.Event()
 
-    async def once(entries: Sequence[Entry]) -> None:
+    async def once(entries: Sequence[AuditEntry]) -> None:
         if not broken.is_set():
             broken.set()
             raise ValueError("nobody foresaw this")

@@ -11,7 +11,7 @@ import pytest
 from gateway import runtime
 from gateway.errors import GatewayError, RateLimited, Unavailable
 from gateway.limits.capacity import Capacity, Memory, limit_of
-from gateway.runtime import Tenant
+from gateway.runtime import TenantInstance
 from gateway.settings import Settings
 from tests.waits import turn
 
@@ -22,19 +22,21 @@ class Tenants:
     """Tenants that can only be listed and stopped."""
 
     def __init__(self, **memory: str) -> None:
-        self.of = {name: Tenant(name, "running", limits={"memory": limit}) for name, limit in memory.items()}
+        self.of = {
+            name: TenantInstance(name, "running", limits={"memory": limit}) for name, limit in memory.items()
+        }
 
-    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[TenantInstance]:
         await turn()  # others have their turn in between, as while Incus is asked
         return [*self.of.values()]
 
     def stop(self, name: str) -> None:
-        self.of[name] = Tenant(name, "stopped", limits=self.of[name].limits)
+        self.of[name] = TenantInstance(name, "stopped", limits=self.of[name].limits)
 
 
 def capacity(tenants: Tenants, total: int = 4 * GiB, available: int = 4 * GiB, **changes: Any) -> Capacity:
     settings = Settings(**{"overcommit": 1.0, **changes})
-    return Capacity(cast(runtime.Tenants, tenants), settings, lambda: Memory(total, available))
+    return Capacity(cast(runtime.TenantInstances, tenants), settings, lambda: Memory(total, available))
 
 
 async def test_of_four_at_a_time_one_takes_the_last_place() -> None:

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gateway.cluster.events import BROKEN, Standing, reading
+from gateway.cluster.events import BROKEN, PeerStream, reading
 from gateway.cluster.identity import Identity, trust
 from gateway.cluster.peers import Peer, Peers
 
@@ -43,7 +43,7 @@ class Endless:
 
 
 @contextlib.asynccontextmanager
-async def asking(folder: Path, peer: Endless) -> AsyncIterator[tuple[Standing, Peer]]:
+async def asking(folder: Path, peer: Endless) -> AsyncIterator[tuple[PeerStream, Peer]]:
     for name in ("ours", "theirs"):
         (folder / name).mkdir()
     ours, theirs = Identity(folder / "ours"), Identity(folder / "theirs")
@@ -69,7 +69,7 @@ async def asking(folder: Path, peer: Endless) -> AsyncIterator[tuple[Standing, P
     }
     async with aiohttp.ClientSession() as session:
         peers = cast(Peers, type("_", (), {"session": session}))
-        yield Standing(scope, "http 192.0.2.1", peers), found
+        yield PeerStream(scope, "http 192.0.2.1", peers), found
     await runner.cleanup()
 
 

@@ -13,12 +13,12 @@ import orjson
 import pytest
 
 from gateway.auth.tokens import Token
-from gateway.deployments import Deployments, Record, Request
+from gateway.deployments import Deployer, DeploymentRequest, Record
 from gateway.deployments import record as records
 from gateway.deployments.context import Context
 from gateway.deployments.phases import report_unsteady
 from gateway.deployments.record import Register, State
-from gateway.deployments.verify import Subject
+from gateway.deployments.verify import SiteUnderTest
 from gateway.errors import Conflict, NotFound, RateLimited
 from gateway.events import Bus
 from gateway.ownership.domains import Domains
@@ -72,20 +72,20 @@ def context(domains: Domains, register: Register, told: Told, settings: Settings
 
 
 @pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[tuple[Deployments, Told]]:
+async def rig(tmp_path: Path) -> AsyncIterator[tuple[Deployer, Told]]:
     settings, told = Settings(state_dir=tmp_path), Told()
     nothing = cast(Any, Nothing())
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, told), settings)
         register = Register(store, domains, settings)
-        yield Deployments(context(domains, register, told, settings)), told
+        yield Deployer(context(domains, register, told, settings)), told
 
 
 async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
-    rig: tuple[Deployments, Told],
+    rig: tuple[Deployer, Told],
 ) -> None:
     deployments, told = rig  # not recovered yet, so that none begins
-    record, _ = await deployments.begin(Request("shop.example.com", "static"), OPERATOR)
+    record, _ = await deployments.begin(DeploymentRequest("shop.example.com", "static"), OPERATOR)
     await turn()  # until it waits: a request's cancel never comes before that
     ended = await deployments.cancel(record.id)
     assert ended.state == "rolledback"
@@ -95,7 +95,7 @@ async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
 
 
 async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down(
-    rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
+    rig: tuple[Deployer, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or move the tenant to another server."""
     deployments, _ = rig
@@ -122,7 +122,7 @@ async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down
 
 
 async def test_one_that_ends_during_a_look_is_not_ended_again(
-    rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
+    rig: tuple[Deployer, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was read of it before its end is not what it is."""
     deployments, told = rig
@@ -141,7 +141,7 @@ async def test_one_that_ends_during_a_look_is_not_ended_again(
     assert told.of("deployment.rolledback")
 
 
-async def test_one_of_a_killed_gateway_says_where_it_stood(rig: tuple[Deployments, Told]) -> None:
+async def test_one_of_a_killed_gateway_says_where_it_stood(rig: tuple[Deployer, Told]) -> None:
     deployments, told = rig
     record = Record("shop", "shop.example.com", "https://shop.example.com", "static", "me", state="running")
     for phase, state in zip(record.phases, ("done", "done", "running"), strict=False):
@@ -157,16 +157,16 @@ def token(*tenants: str, subject: str = "operator", issued: float = 0.0) -> Toke
     return Token(subject, frozenset(tenants), scopes, 0, "id", frozenset({"*.example.com"}), issued=issued)
 
 
-def asked(tenant: str, template: str | bytes = "static") -> Request:
-    return Request(f"{tenant}.example.com", template, tenant=tenant)
+def asked(tenant: str, template: str | bytes = "static") -> DeploymentRequest:
+    return DeploymentRequest(f"{tenant}.example.com", template, tenant=tenant)
 
 
-async def cancel(deployments: Deployments, identity: str) -> None:
+async def cancel(deployments: Deployer, identity: str) -> None:
     await turn()  # until it waits: a request's cancel never comes before that
     await deployments.cancel(identity)
 
 
-async def test_a_key_is_of_a_subject_and_the_tenants_of_its_token(rig: tuple[Deployments, Told]) -> None:
+async def test_a_key_is_of_a_subject_and_the_tenants_of_its_token(rig: tuple[Deployer, Told]) -> None:
     """All tokens may have one subject: nobody gets another tenant's deployment by its key."""
     deployments, _ = rig
     mine, new = await deployments.begin(asked("a"), token("a"), key="1")
@@ -192,7 +192,7 @@ async def test_a_key_of_who_had_the_name_before_is_nobodys(tmp_path: Path) -> No
         domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
         register = Register(store, domains, settings)
         names = cast(Any, SimpleNamespace(ended=lambda name: ended.get(name, 0.0)))
-        deployments = Deployments(context(domains, register, Told(), settings, names=names))
+        deployments = Deployer(context(domains, register, Told(), settings, names=names))
         first, _ = await deployments.begin(asked("a"), token("a", issued=1.0), key="1")
         await cancel(deployments, first.id)
         ended["a"] = first.created + 1
@@ -251,7 +251,7 @@ async def test_records_of_one_tenant_push_out_its_own_alone(tmp_path: Path) -> N
 class Places:
     """Deployments that take as long as they are let, and say which of them run."""
 
-    def __init__(self, rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, rig: tuple[Deployer, Told], monkeypatch: pytest.MonkeyPatch) -> None:
         self.deployments = rig[0]
         self.running = list[str]()
         self.gates = dict[str, asyncio.Event]()
@@ -283,7 +283,7 @@ class Places:
 
 
 @pytest.fixture
-async def places(rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Places]:
+async def places(rig: tuple[Deployer, Told], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Places]:
     places = Places(rig, monkeypatch)
     yield places
     await places.deployments.end()
@@ -343,7 +343,7 @@ async def test_waiting_has_a_share_too(tmp_path: Path, monkeypatch: pytest.Monke
     async with Store(tmp_path) as store:
         domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
         register = Register(store, domains, settings)
-        deployments = Deployments(context(domains, register, Told(), settings))
+        deployments = Deployer(context(domains, register, Told(), settings))
         greedy = token("a", "b", "c")
         begun = [(await deployments.begin(asked(name), greedy))[0] for name in "ab"]
         with pytest.raises(RateLimited) as caught:
@@ -377,7 +377,7 @@ async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there() -> 
     context = cast(Context, SimpleNamespace(runtime=runtime, health=health))
     record = Record("shop", "shop.test", "https://shop.test", "static", "me", instance="i-1")
     where = Exposure("10.0.0.2", 3000)
-    site = Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
+    site = SiteUnderTest("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
     await report_unsteady(context, record, site, "it ended")
     assert unwell == [("shop", 3000, "/", "it ended")]
     for status, instance in (("stopped", "i-1"), ("running", "i-2")):

@@ -19,7 +19,7 @@ from gateway.deployments.publishing import for_production
 from gateway.deployments.request import PublishBody
 from gateway.deployments.template import Manifest, Overrides, uploaded, written
 from gateway.deployments.verify import command_text
-from gateway.detection import Clues, Detected, detect
+from gateway.detection import Clues, Detection, detect
 from gateway.detection.sandbox import detect_sandboxed
 from gateway.errors import InvalidParams, Unavailable
 from tests.archives import archive
@@ -33,7 +33,7 @@ def package(*names: str, **more: Any) -> str:
     return json.dumps({"dependencies": dict.fromkeys(names, "1")} | more)
 
 
-def found(folder: Folder) -> Detected:
+def found(folder: Folder) -> Detection:
     return detect(Clues.of({name: text.encode() for name, text in folder.items()}))
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, strategies
 
 from gateway.deployments import verify
 from gateway.deployments.verify import (
-    Subject,
+    SiteUnderTest,
     Unsteady,
     UptimeCheck,
     Verifier,
@@ -180,7 +180,7 @@ class Rig:
         writer.close()
 
     @contextlib.asynccontextmanager
-    async def opened(self, **settings: Any) -> AsyncIterator[tuple[Verifier, Subject]]:
+    async def opened(self, **settings: Any) -> AsyncIterator[tuple[Verifier, SiteUnderTest]]:
         async def state(tenant: str, side: str) -> Service | None:
             return self.service
 
@@ -193,7 +193,7 @@ class Rig:
         verifier = Verifier(services, cast(Any, self), Settings(caddy_ask=port, **settings))
         where = Exposure("127.0.0.1", port)
         async with server, asyncio.timeout(30):
-            yield verifier, Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
+            yield verifier, SiteUnderTest("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
             await verifier.aclose()
 
 

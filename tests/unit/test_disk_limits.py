@@ -17,7 +17,7 @@ from gateway.errors import NotFound, TooLarge, Unavailable
 from gateway.limits.capacity import DiskSpace
 from gateway.rootfs.broker_client import DiskLimits
 from gateway.rootfs.locations import Folders
-from gateway.runtime import Snapshot
+from gateway.runtime import DiskSnapshot
 from gateway.settings import Settings
 from gateway.storage.store import Store
 
@@ -93,7 +93,7 @@ class Held:
     async def filesystem(self, tenant: str) -> None:
         raise NotFound("it is stopped")
 
-    async def list(self, tenant: str) -> Sequence[Snapshot]:
+    async def list(self, tenant: str) -> Sequence[DiskSnapshot]:
         return ()
 
     async def held(self, tenant: str) -> int:

@@ -16,8 +16,8 @@ from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavaila
 from gateway.events import Bus
 from gateway.ownership.domains import Domains
 from gateway.ownership.reservations import Holder, Reservations
-from gateway.runtime import Tenant
-from gateway.runtime.sites import Site
+from gateway.runtime import TenantInstance
+from gateway.runtime.sites import TenantSite
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
 from tests.shared_memory import MemoryKeys
@@ -30,21 +30,21 @@ class Incus:
     """What Incus says of tenants."""
 
     def __init__(self) -> None:
-        self.tenants: dict[str, Tenant] = {}
+        self.tenants: dict[str, TenantInstance] = {}
         self.down = False
 
     def has(self, name: str, domain: str | None = None, instance: str = "", created: str = "") -> None:
-        self.tenants[name] = Tenant(
+        self.tenants[name] = TenantInstance(
             name, "running", domain=domain, instance=instance or f"id-{name}", created=created
         )
 
-    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[TenantInstance]:
         await turn()
         if self.down:
             raise Unavailable("it is away")
         return [*self.tenants.values()]
 
-    async def get(self, name: str) -> Tenant:
+    async def get(self, name: str) -> TenantInstance:
         await turn()
         if self.down:
             raise Unavailable("it is away")
@@ -56,9 +56,9 @@ class Incus:
         await turn()
         self.tenants[name] = replace(self.tenants[name], domain=domain)
 
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[TenantSite]:
         return [
-            Site(one.name, one.domain, True, None, instance=one.instance, created=one.created)
+            TenantSite(one.name, one.domain, True, None, instance=one.instance, created=one.created)
             for one in self.tenants.values()
             if one.domain is not None
         ]
@@ -390,7 +390,7 @@ async def test_the_gateways_own_names_are_nobodys_whatever_incus_says(desk: Desk
 
 
 async def test_who_shares_an_address_is_told_once(desk: Desk) -> None:
-    site = Site("copy", SHOP, False, None, instance="id-copy", shares_address=True)
+    site = TenantSite("copy", SHOP, False, None, instance="id-copy", shares_address=True)
     for _ in range(2):
         async with desk.domains.deciding():
             await desk.domains.look([site], (), ())

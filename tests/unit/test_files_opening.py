@@ -13,7 +13,7 @@ import pytest
 from gateway.errors import Conflict, NotFound
 from gateway.files import opening, operations
 from gateway.rootfs import file_calls
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Passing, Workspace
 
@@ -24,7 +24,7 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         tree = Root(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
-        self.workspace = Workspace(tree, Limits())
+        self.workspace = Workspace(tree, CallLimits())
 
     def call(self, name: str, **given: Any) -> Any:
         reply = OPERATIONS[name](self.workspace, given)

@@ -19,7 +19,7 @@ from gateway.errors import NotFound, RateLimited, Unavailable
 from gateway.files.files import Watch
 from gateway.files.watcher import Watcher
 from gateway.rootfs import file_calls
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Workspace
 
@@ -32,7 +32,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
     monkeypatch.chdir(tmp_path)
     (tmp_path / "site" / "a" / "b").mkdir(parents=True)
     tree = Root(os.open(tmp_path / "site", os.O_RDONLY), "/srv/site")
-    yield Workspace(tree, Limits(watch_folders=4, watch_changes=3))
+    yield Workspace(tree, CallLimits(watch_folders=4, watch_changes=3))
     tree.close()
 
 

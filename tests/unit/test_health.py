@@ -18,7 +18,7 @@ from gateway.errors import RateLimited
 from gateway.events import Bus
 from gateway.runtime.listening import packets
 from gateway.runtime.probe import status_of
-from gateway.runtime.sites import Exposure, Site, Sites
+from gateway.runtime.sites import Exposure, Sites, TenantSite
 from gateway.settings import Settings
 from tests.waits import until
 
@@ -50,9 +50,9 @@ class Listed:
         self.ends[tenant] = ended
         return True
 
-    async def listed(self) -> Sequence[Site]:
+    async def listed(self) -> Sequence[TenantSite]:
         return [
-            Site(tenant, f"{tenant}.test", True, Exposure("127.0.0.1", port), link=tenant)
+            TenantSite(tenant, f"{tenant}.test", True, Exposure("127.0.0.1", port), link=tenant)
             for tenant, port in self.ports.items()
         ]
 

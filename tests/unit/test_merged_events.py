@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.cluster.events import MergedEvents, Standing
+from gateway.cluster.events import MergedEvents, PeerStream
 from gateway.cluster.peers import Peer, Peers
 from gateway.events import Bus, Filter, MemoryJournal, positions
 from gateway.events.event import Draft, numbered, source
@@ -59,7 +59,7 @@ class Others:
 
 def merged(others: Others, last: str | None = None) -> tuple[Bus, MergedEvents]:
     bus = Bus(MemoryJournal(100, first=1), "m1")
-    peers, standing = cast(Peers, others), cast(Standing, others)
+    peers, standing = cast(Peers, others), cast(PeerStream, others)
     return bus, MergedEvents(bus, Filter(), "m1", peers, standing, last)
 
 
@@ -189,7 +189,7 @@ async def test_a_client_goes_on_from_a_former_home_and_at_the_new_one_from_its_a
     for kind in ("before", "moved", "after"):
         bus.publish(kind)
     stream = MergedEvents(
-        *(bus, Filter(), "m1", cast(Peers, others), cast(Standing, others), "m2:40"),
+        *(bus, Filter(), "m1", cast(Peers, others), cast(PeerStream, others), "m2:40"),
         only={"m2": 40},
         begin=1,
     )

@@ -17,7 +17,7 @@ import pytest
 from gateway.host import HostError
 from gateway.migration import source
 from gateway.migration.destination import mapped
-from gateway.migration.plan import Found, Moving, Plan, Wanted, decided, keys, scan
+from gateway.migration.plan import FolderContents, MigrationPlan, Moving, Wanted, decided, keys, scan
 from gateway.migration.source import Old, Owner, Unit, bus_label, in_tenant, own_block
 from gateway.runtime.incus.records import FOLDER, MIGRATION_STATE, OLD, old_service
 from gateway.runtime.sizes import size_of
@@ -75,10 +75,12 @@ def test_a_command_of_the_host_becomes_one_of_the_tenant(
     assert in_tenant(words, started, FOLDER_, "/srv/site") == (wanted or words)
 
 
-def plan(old: Old = OLD_SERVICE, found: Found | None = None, owner: int = 1000, size: str = "small") -> Plan:
+def plan(
+    old: Old = OLD_SERVICE, found: FolderContents | None = None, owner: int = 1000, size: str = "small"
+) -> MigrationPlan:
     asked = Wanted(FOLDER_, "shop.service", size=size)
     owner_, settings = Owner(owner, owner), Settings(tenant_disk="4GiB")
-    parts = ("shop", "shop.example.com", asked, old, found or Found(), owner_, settings)
+    parts = ("shop", "shop.example.com", asked, old, found or FolderContents(), owner_, settings)
     return decided(*parts, own_block=False)
 
 
@@ -92,14 +94,14 @@ def test_the_tenant_writes_where_the_old_service_did_alone(user: int, owner: int
 
 
 def test_what_stands_in_the_way_is_said_with_what_to_do() -> None:
-    found = Found(size=5 << 30)
+    found = FolderContents(size=5 << 30)
     found.unreadable.add("private")
     found.mounts.add("data")
     made = plan(found=found)
     told = "\n".join(made.stops)
     for words in ("--size medium", "private", "--leave", "mounted at data"):
         assert words in told
-    assert not plan(found=Found(size=5 << 30), size="medium").stops
+    assert not plan(found=FolderContents(size=5 << 30), size="medium").stops
     low = Old(("x",), FOLDER_, 1000, (7,), "127.0.0.1", 80, {})
     assert "port 80" in plan(low).stops[0]
 
@@ -248,7 +250,7 @@ def test_the_next_run_knows_all_of_the_one_before() -> None:
     asked = Wanted(FOLDER_, None, install=("bun", "install"), leave=("data",), env=("A",), size="medium")
     owner = Owner(1000, 1001)
     made = decided(
-        "shop", "shop.example.com", asked, OLD_SERVICE, Found(), owner, Settings(), own_block=False
+        "shop", "shop.example.com", asked, OLD_SERVICE, FolderContents(), owner, Settings(), own_block=False
     )
     config = keys(made)
     assert config["limits.memory"] and "hush" not in str(config)

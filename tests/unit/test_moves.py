@@ -22,7 +22,7 @@ from gateway.events import Bus, Filter, StoredJournal
 from gateway.idempotency import Idempotency
 from gateway.lifecycle.doors import Doors
 from gateway.ownership.names import Names
-from gateway.runtime import OnAnotherServer, Tenant
+from gateway.runtime import OnAnotherServer, TenantInstance
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.shared_memory import MemoryKeys
@@ -75,13 +75,13 @@ class Runtime:
             raise OnAnotherServer(name, found["member"])
         return found
 
-    async def list(self) -> list[Tenant]:
+    async def list(self) -> list[TenantInstance]:
         here = [name for name, one in self._incus.instances.items() if one["member"] == self.member]
         return [await self.get(name) for name in here if self._incus.instances[name]["tenant"]]
 
-    async def get(self, name: str) -> Tenant:
+    async def get(self, name: str) -> TenantInstance:
         found = self._find(name)
-        return Tenant(name, "running" if found["running"] else "stopped", instance=found["uuid"])
+        return TenantInstance(name, "running" if found["running"] else "stopped", instance=found["uuid"])
 
     async def start(self, name: str) -> None:
         await self._incus.do("start")

@@ -14,7 +14,7 @@ import pytest
 from gateway.errors import NotFound, Unavailable
 from gateway.events import Bus, Filter, StoredJournal
 from gateway.ownership.names import Names
-from gateway.runtime import Tenant, TenantEvent, TenantRuntime
+from gateway.runtime import TenantEvent, TenantInstance, TenantRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.waits import turn, until
@@ -32,7 +32,7 @@ class Tenants:
         self.away = self.odd = False
         self.asked = 0
 
-    async def get(self, name: str) -> Tenant:
+    async def get(self, name: str) -> TenantInstance:
         self.asked += 1
         if self.odd:
             raise KeyError("config")
@@ -40,9 +40,9 @@ class Tenants:
             raise Unavailable("Incus is away")
         if name not in self.instances:
             raise NotFound(f"no tenant {name}")
-        return Tenant(name, "running", instance=self.instances[name])
+        return TenantInstance(name, "running", instance=self.instances[name])
 
-    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[TenantInstance]:
         assert not addresses, "incusd would look into each container, while clients wait"
         return [await self.get(name) for name in self.instances]
 
@@ -271,10 +271,10 @@ async def test_no_end_is_made_of_a_tenant_that_cannot_be_asked_for(tmp_path: Pat
     """A list may leave out one that is just changing."""
 
     class Changing(Tenants):
-        async def list(self, *, addresses: bool = True) -> list[Tenant]:
+        async def list(self, *, addresses: bool = True) -> list[TenantInstance]:
             return []
 
-        async def get(self, name: str) -> Tenant:
+        async def get(self, name: str) -> TenantInstance:
             raise Unavailable("it is being changed")
 
     async with gateway(tmp_path, Tenants(shop="1")) as life:

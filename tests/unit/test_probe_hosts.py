@@ -14,7 +14,7 @@ from gateway.deployments.browser import Browser
 from gateway.deployments.health import Health
 from gateway.events import Bus
 from gateway.runtime import probe
-from gateway.runtime.sites import Exposure, Site, Sites
+from gateway.runtime.sites import Exposure, Sites, TenantSite
 from gateway.settings import Settings
 
 DEADLINE = 30
@@ -100,9 +100,9 @@ async def test_the_health_of_a_site_that_refuses_its_domain(monkeypatch: pytest.
     """Nothing of it hides behind an answer at its address: neither `/site` nor the looks."""
 
     class Listed:
-        async def listed(self) -> Sequence[Site]:
+        async def listed(self) -> Sequence[TenantSite]:
             where = Exposure("127.0.0.1", port)
-            return [Site("shop", domain, True, where)]
+            return [TenantSite("shop", domain, True, where)]
 
     class Told:
         def __init__(self) -> None:

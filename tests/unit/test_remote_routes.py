@@ -12,7 +12,7 @@ import pytest
 
 from gateway.caddy import Caddy, elsewhere
 from gateway.cluster import sites
-from gateway.cluster.sites import RemoteRoutes, RemoteSites
+from gateway.cluster.sites import MemberRoutes, RemoteSites
 from gateway.errors import Unavailable
 from gateway.incus.members import NO_QUORUM, Member
 from gateway.ownership.domains import Domains
@@ -34,7 +34,7 @@ class Cluster:
 
     def start(self) -> None:
         sites = RemoteSites("m1", self._read, self.port, lambda member: member not in self.away)
-        self.routes = RemoteRoutes(self.caddy, cast(Domains, self.domains), sites)
+        self.routes = MemberRoutes(self.caddy, cast(Domains, self.domains), sites)
 
     def know(self, domains: Mapping[str, str]) -> None:
         self.domains.elsewhere = domains

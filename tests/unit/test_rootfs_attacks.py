@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import kernel
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
@@ -106,7 +106,7 @@ async def target(
     else:
         if request.param == "portable":
             monkeypatch.setattr(kernel, "HAS_OPENAT2", False)
-        limits = Limits(tool_timeout=PATIENCE)
+        limits = CallLimits(tool_timeout=PATIENCE)
         here = HereWorkers(root.path / "srv" / "site", limits=limits)
         target = Target(tmp_path, root, FileTools(here, Settings()))  # type: ignore[arg-type]  # stand-in
         yield target

@@ -17,7 +17,7 @@ import orjson
 from gateway.errors import TooLarge
 from gateway.rootfs import kernel
 from gateway.rootfs.messages import TOLD, frame
-from gateway.rootfs.worker import SCAN, SCANNED, Service, Workspace
+from gateway.rootfs.worker import SCAN, SCANNED, WorkerService, Workspace
 
 
 def _echo(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -347,4 +347,4 @@ def _idle() -> None:
     """Nothing to free."""
 
 
-SERVICE = Service(OPERATIONS, _idle)
+SERVICE = WorkerService(OPERATIONS, _idle)

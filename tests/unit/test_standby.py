@@ -19,8 +19,8 @@ from gateway.cluster.standby import Standby
 from gateway.errors import Conflict, Gone, NotFound, Unavailable
 from gateway.idempotency import Idempotency
 from gateway.incus import IncusError
-from gateway.runtime import Tenant
-from gateway.runtime.incus.standby_copies import StandbyCopy, late_copies
+from gateway.runtime import TenantInstance
+from gateway.runtime.incus.standby_copies import Replica, late_copies
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.waits import until
@@ -28,16 +28,16 @@ from tests.waits import until
 GiB = 1 << 30
 
 
-def tenant(name: str, **more: Any) -> Tenant:
-    return Tenant(name, "running", instance=f"id-{name}", location="m1", standby=0.01, **more)
+def tenant(name: str, **more: Any) -> TenantInstance:
+    return TenantInstance(name, "running", instance=f"id-{name}", location="m1", standby=0.01, **more)
 
 
 @dataclass
 class Copies:
     """The copies of a cluster, as values: `made` are those of our tenants, `there` those of others here."""
 
-    there: list[StandbyCopy] = field(default_factory=list)
-    sent: tuple[StandbyCopy, str] | None = None
+    there: list[Replica] = field(default_factory=list)
+    sent: tuple[Replica, str] | None = None
     made: list[tuple[str, str]] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Copies:
     half: bool = True  # of the snapshot of `half` only a part is left
     tidied: list[tuple[str, str]] = field(default_factory=list)
 
-    async def here(self) -> list[StandbyCopy]:
+    async def here(self) -> list[Replica]:
         if self.silent:
             self.silent = False
             raise Unavailable("no answer")
@@ -61,17 +61,17 @@ class Copies:
     async def space(self, member: str) -> tuple[int, int]:
         return 10 * GiB, (10 if member in self.full else 1) * GiB
 
-    async def take(self, tenant: Tenant) -> StandbyCopy:
-        return StandbyCopy(tenant.name, tenant.instance or "", "m1", time.time(), True)
+    async def take(self, tenant: TenantInstance) -> Replica:
+        return Replica(tenant.name, tenant.instance or "", "m1", time.time(), True)
 
-    async def send(self, copy: StandbyCopy, member: str) -> None:
+    async def send(self, copy: Replica, member: str) -> None:
         if copy.tenant == "unsent":
             raise Unavailable("it broke off")
         if copy.tenant == "half" and (self.half or copy.tenant not in self.gone):
             raise Unavailable("see the log") from IncusError("Failed: No matching subvolume(s)", 400)
         self.sent = copy, member
 
-    async def confirm(self, copy: StandbyCopy) -> None:
+    async def confirm(self, copy: Replica) -> None:
         assert self.sent is not None and self.sent[0] is copy
         self.made.append((copy.tenant, self.sent[1]))
 
@@ -80,7 +80,7 @@ class Copies:
         if name == "half" and not keep:
             self.half = False
 
-    async def give_up(self, copy: StandbyCopy) -> None:
+    async def give_up(self, copy: Replica) -> None:
         self.given_up.append(copy.tenant)
 
     async def drop(self, name: str) -> None:
@@ -96,7 +96,7 @@ class Copies:
     async def fallen(self) -> list[str]:
         return self.stopped
 
-    async def revive(self, copy: StandbyCopy) -> None:
+    async def revive(self, copy: Replica) -> None:
         if copy.tenant in self.taken:
             raise Conflict("there is one")
         self.revived.append(copy.tenant)
@@ -110,7 +110,7 @@ class World:
     store: Store
     state_dir: Path
     copies: Copies = field(default_factory=Copies)
-    tenants: list[Tenant] = field(default_factory=list)
+    tenants: list[TenantInstance] = field(default_factory=list)
     peers: dict[str, Any] = field(default_factory=dict)
     members: set[str] = field(default_factory=lambda: {"m1", "m2", "m3"})
     watchers: set[Callable[[], object]] = field(default_factory=set)
@@ -132,7 +132,7 @@ class World:
             self.peers[name] = SimpleNamespace(name=name, alive=True, told=asyncio.Event(), tenants={})
             self.peers[name].told.set()
 
-    async def list(self) -> list[Tenant]:
+    async def list(self) -> list[TenantInstance]:
         return self.tenants
 
     async def start(self, name: str) -> None:
@@ -437,8 +437,8 @@ async def test_a_copy_that_cannot_be_deleted_now_is_deleted_later_and_holds_up_n
 # --- lost members -----------------------------------------------------------------------------------
 
 
-def copy(name: str, home: str, **more: Any) -> StandbyCopy:
-    return StandbyCopy(name, f"id-{name}", home, time.time() - 100, more.get("running", True))
+def copy(name: str, home: str, **more: Any) -> Replica:
+    return Replica(name, f"id-{name}", home, time.time() - 100, more.get("running", True))
 
 
 async def test_tenants_of_a_removed_member_are_lost_until_an_operator_brings_them_back(world: World) -> None:
@@ -484,7 +484,7 @@ async def test_a_look_during_a_recovery_takes_no_tenant_for_lost_that_is_back(wo
         begun.set()
         await started.wait()
 
-    async def here() -> list[StandbyCopy]:
+    async def here() -> list[Replica]:
         found = list(world.copies.there)
         await listed.wait()
         return found

@@ -27,7 +27,7 @@ def server(family: socket.AddressFamily = socket.AF_INET) -> Iterator[tuple[sock
         yield listening, (socket.inet_aton("127.0.0.1"), listening.getsockname()[1])
 
 
-def at(end: End) -> list[connections.Connection]:
+def at(end: End) -> list[connections.TcpConnection]:
     return [one for one in connections.waiting(NETWORK, 0.0) if one.remote == end]
 
 

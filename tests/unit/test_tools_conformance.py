@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import SCAN, SCANNED, Workspace
 from gateway.rootfs.workers import Workers
@@ -61,11 +61,11 @@ class HereWorkers:
     With `large` every Grep is taken for one of a large tree, which is looked through in shares.
     """
 
-    def __init__(self, folder: Path, *, large: bool = False, limits: Limits | None = None) -> None:
+    def __init__(self, folder: Path, *, large: bool = False, limits: CallLimits | None = None) -> None:
         self._large = large
         self.scanned: bytes | None = None  # what the last look through a large tree named
         self._tree = Root(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), WORKSPACE)
-        self._workspace = Workspace(self._tree, limits or Limits())
+        self._workspace = Workspace(self._tree, limits or CallLimits())
 
     def close(self) -> None:
         self._tree.close()

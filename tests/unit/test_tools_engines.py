@@ -15,14 +15,14 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import SCAN, SCANNED, Workspace
 from gateway.tools.call import decode
 from gateway.tools.worker_operations import OPERATIONS
 from tests import thorough
 
-LIMITS = Limits(tool_timeout=100)  # which engine is late is not what is compared here
+LIMITS = CallLimits(tool_timeout=100)  # which engine is late is not what is compared here
 WORKSPACE = "/srv/site"
 SEEDS = range(12) if thorough.ALL else range(2, 12, 3)  # of trees, from some files to some hundred
 ASKED = 60  # Greps of each

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import Timeout
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.session import ToolSession
@@ -18,7 +18,9 @@ from gateway.tools.toolbox import FileTools
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root
 
 SETTINGS = Settings(write_max=2000, list_max=100, tool_timeout=5.0)
-LIMITS = Limits(read_max=1000, result_max=3000, visit_max=300, matches_max=40, depth_max=8, pattern_max=50)
+LIMITS = CallLimits(
+    read_max=1000, result_max=3000, visit_max=300, matches_max=40, depth_max=8, pattern_max=50
+)
 
 
 class Site:
@@ -181,4 +183,4 @@ async def test_what_does_not_look_at_the_clock_is_killed(tmp_path: Path) -> None
 def test_defaults() -> None:
     """Every limit is finite; a call has ten seconds."""
     assert Settings().tool_timeout == 10.0
-    assert all(0 < getattr(Limits(), name) < 1 << 40 for name in Limits.__slots__)
+    assert all(0 < getattr(CallLimits(), name) < 1 << 40 for name in CallLimits.__slots__)

@@ -13,7 +13,7 @@ import pytest
 from gateway.deployments.archive import folders_above
 from gateway.deployments.template import uploaded
 from gateway.errors import InvalidParams, Timeout, TooLarge
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Workspace
 from gateway.settings import Settings
@@ -45,7 +45,7 @@ def told(live: Path, operation: str, given: dict[str, Any], **limits: Any) -> li
     descriptor = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
     tree = Root(descriptor, "/srv/site")
     try:
-        reply = OPERATIONS[operation](Workspace(tree, Limits(**limits)), given)
+        reply = OPERATIONS[operation](Workspace(tree, CallLimits(**limits)), given)
     finally:
         tree.close()
     assert isinstance(reply, bytes)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.call import ToolFailure
@@ -30,7 +30,7 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pypdfium2")
 
 SETTINGS = Settings(tool_timeout=3.0, worker_memory=256 << 20)
-LIMITS = Limits(pdf_max=4 << 20)
+LIMITS = CallLimits(pdf_max=4 << 20)
 
 
 def pdf(

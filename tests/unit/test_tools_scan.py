@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from gateway.errors import Timeout
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
 from gateway.rootfs.worker import SCAN, SCANNED, Workspace
@@ -20,7 +20,7 @@ from gateway.tools.call import decode
 from gateway.tools.patterns import PatternError, compiled, translate
 from gateway.tools.worker_operations import OPERATIONS
 
-LIMITS = Limits()
+LIMITS = CallLimits()
 FORM = b"one form\n"
 
 
@@ -69,7 +69,7 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ask(site: Path, operation: str, asked: dict[str, Any], limits: Limits) -> bytes:
+def ask(site: Path, operation: str, asked: dict[str, Any], limits: CallLimits) -> bytes:
     tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site", depth=limits.depth_max)
     try:
         reply = OPERATIONS[operation](Workspace(tree, limits), asked)
@@ -80,7 +80,7 @@ def ask(site: Path, operation: str, asked: dict[str, Any], limits: Limits) -> by
 
 
 def scan(
-    site: Path, given: dict[str, Any], number: int, count: int, limits: Limits = LIMITS
+    site: Path, given: dict[str, Any], number: int, count: int, limits: CallLimits = LIMITS
 ) -> list[bytes] | None:
     reply = ask(site, SCAN, {"input": given, "cwd": "/srv/site", "share": [number, count]}, limits)
     return reply.removeprefix(SCANNED).split(b"\0")[:-1] if reply.startswith(SCANNED) else None
@@ -249,11 +249,11 @@ def test_what_matches_has_a_literal(patterns: int) -> None:
         ({"pattern": "form", "path": "../../etc"}, LIMITS),
         ({"pattern": "form", "path": "a.ts"}, LIMITS),
         ({"pattern": "form", "type": "no"}, LIMITS),
-        ({"pattern": "form"}, Limits(visit_max=10)),
-        ({"pattern": "form"}, Limits(depth_max=2)),
+        ({"pattern": "form"}, CallLimits(visit_max=10)),
+        ({"pattern": "form"}, CallLimits(depth_max=2)),
     ],
 )
-def test_leaves_to_others(site: Path, given: dict[str, Any], limits: Limits) -> None:
+def test_leaves_to_others(site: Path, given: dict[str, Any], limits: CallLimits) -> None:
     """What is wrong, and what it would find less of, is for those who have words for it."""
     assert scan(site, given, 0, 1, limits) is None
 
@@ -297,4 +297,4 @@ def test_names_are_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ends_in_time(site: Path) -> None:
     with pytest.raises(Timeout):
-        scan(site, {"pattern": "form"}, 0, 1, Limits(tool_timeout=0))
+        scan(site, {"pattern": "form"}, 0, 1, CallLimits(tool_timeout=0))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.rootfs import FilesystemRoot, walk
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Workspace
 from gateway.settings import Settings
@@ -294,7 +294,7 @@ def test_a_line_of_megabytes_is_given_up_in_time(site: Path, given: dict[str, ob
     asked = {"input": given, "cwd": "/srv/site", "seen": None, "read_first": False}
     try:
         began = time.monotonic()
-        workspace = Workspace(tree, Limits(tool_timeout=0.5))
+        workspace = Workspace(tree, CallLimits(tool_timeout=0.5))
         reply = OPERATIONS["Grep"](workspace, {**asked, "brief": False, "named": None})
         assert time.monotonic() - began < 30
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.rootfs.messages import Limits
+from gateway.rootfs.messages import CallLimits
 from gateway.rootfs.root import Root
 from gateway.rootfs.worker import Workspace
 from gateway.tools import shell
@@ -79,7 +79,7 @@ def test_a_cut_of_the_latest_output_says_so() -> None:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Iterator[Workspace]:
     tree = Root(os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
-    yield Workspace(tree, Limits())
+    yield Workspace(tree, CallLimits())
     tree.close()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from gateway.errors import Conflict, GatewayError, NotFound, TooLarge
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
-from gateway.runtime import Snapshot
+from gateway.runtime import DiskSnapshot
 from gateway.runtime.incus.creation import STATIC
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.sizes import size_of
@@ -70,13 +70,13 @@ class Disks:
         self._timeout = settings.lifecycle_timeout
         self._incus = incus
 
-    async def snapshots(self, name: str) -> Sequence[Snapshot]:
+    async def snapshots(self, name: str) -> Sequence[DiskSnapshot]:
         with translated(name):
             found = await self._incus.get(instance_path(name, "snapshots"), recursion="1")
         kept = [one for one in map(_snapshot, found) if not one.name.startswith(OURS)]
         return sorted(kept, key=lambda snapshot: snapshot.created or "")
 
-    async def snapshot(self, name: str, snapshot: str) -> Snapshot:
+    async def snapshot(self, name: str, snapshot: str) -> DiskSnapshot:
         if any(kept.name == snapshot for kept in await self.snapshots(name)):
             raise Conflict(f"tenant {name} already has a snapshot {snapshot}; choose another name")
         body = {"name": snapshot, "stateful": False}
@@ -173,9 +173,9 @@ class Disks:
         await self._incus.operate(method, path, body, timeout=self._timeout)
 
 
-def _snapshot(found: Mapping[str, Any]) -> Snapshot:
+def _snapshot(found: Mapping[str, Any]) -> DiskSnapshot:
     size = found.get("size", -1)  # unknown in a pool without quotas
-    return Snapshot(found["name"].rpartition("/")[2], found["created_at"], None if size < 0 else size)
+    return DiskSnapshot(found["name"].rpartition("/")[2], found["created_at"], None if size < 0 else size)
 
 
 def _kept(key: str) -> bool:

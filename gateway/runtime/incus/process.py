@@ -13,7 +13,7 @@ from gateway.bounds import Flood, first
 from gateway.errors import GatewayError, Timeout, Unavailable
 from gateway.holder.holder import HolderClient
 from gateway.incus import RELIEF, ExecMemory, ExecSockets, Incus, IncusError, Lost, Operation, outputs
-from gateway.rootfs.command_cgroup import CommandCgroup, Member
+from gateway.rootfs.command_cgroup import CgroupMember, CommandCgroup
 from gateway.runtime import REPORT_MAX, Exit, Holding, KillResult, StreamName
 from gateway.runtime.incus.errors import in_time, translated
 from gateway.runtime.launcher import DRAIN_SCRIPT, KILL_SCRIPT, KILLED_MAX, killed
@@ -367,7 +367,7 @@ class IncusProcess:
             # already
             await self.signal(signal.SIGKILL)
 
-    async def left(self) -> Sequence[Member] | None:
+    async def left(self) -> Sequence[CgroupMember] | None:
         cgroup = self._cgroup
         return None if cgroup is None else await cgroup.members()
 

@@ -18,7 +18,7 @@ import orjson
 
 from gateway.hostnames import plain
 from gateway.rootfs.instance_record import is_tenant
-from gateway.runtime import Status, Tenant
+from gateway.runtime import Status, TenantInstance
 from gateway.runtime.sites import ALLOWED, Exposure
 
 Instance = Mapping[str, Any]
@@ -121,11 +121,11 @@ def status_of(instance: Instance) -> Status:
     return _STATUS.get(instance["status"], "error")
 
 
-def tenant_of(instance: Instance) -> Tenant:
+def tenant_of(instance: Instance) -> TenantInstance:
     """Return an instance as a tenant."""
     config, devices = instance["expanded_config"], instance["expanded_devices"]
     port = config.get(PORT, "")
-    return Tenant(
+    return TenantInstance(
         name=instance["name"],
         status=status_of(instance),
         domain=plain(config.get(DOMAIN)) or config.get(DOMAIN) or None,

@@ -18,7 +18,7 @@ from gateway.incus.members import NO_QUORUM
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.broker_client import DiskLimits, instances
 from gateway.rootfs.instance_record import is_tenant
-from gateway.runtime import Removed, Snapshot, Space, Tenant, unheard
+from gateway.runtime import DiskSnapshot, Removed, Space, TenantInstance, unheard
 from gateway.runtime.incus.commands import IncusCommands
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks
@@ -64,7 +64,7 @@ async def _decides(incus: Incus, image: str) -> None:
 
 
 class IncusSnapshots:
-    """Implements `gateway.runtime.Snapshots`. `changed` is called with the name of a restored tenant."""
+    """Implements `gateway.runtime.DiskSnapshots`. `changed` is called with the name of a restored tenant."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class IncusSnapshots:
         self._tenants, self._disks, self._disk_limits = tenants, disks, disk_limits
         self._making, self._changed = making, changed
 
-    async def list(self, tenant: str) -> Sequence[Snapshot]:
+    async def list(self, tenant: str) -> Sequence[DiskSnapshot]:
         await self._tenants.get(tenant)
         return await self._disks.snapshots(tenant)
 
-    async def create(self, tenant: str, name: str) -> Snapshot:
+    async def create(self, tenant: str, name: str) -> DiskSnapshot:
         await self._tenants.get(tenant)
         return await self._disks.snapshot(tenant, name)
 
@@ -161,7 +161,7 @@ log = logging.getLogger(__name__)
 
 
 class IncusUsage:
-    """Implements `gateway.runtime.Usage`."""
+    """Implements `gateway.runtime.UsageReader`."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class IncusUsage:
         instance = await self._tenants.instance(name)
         return metrics_of(instance, await self._making.limited(name))
 
-    async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
+    async def visited(self, tenants: Sequence[TenantInstance]) -> Mapping[str, float]:
         places = {}
         for tenant in tenants:
             if tenant.port is not None:

@@ -47,9 +47,9 @@ from gateway.runtime.sites import (
     Recipe,
     Say,
     Side,
-    Site,
     SiteServices,
     Source,
+    TenantSite,
 )
 from gateway.runtime.sizes import SIZES
 from gateway.settings import Settings
@@ -201,7 +201,7 @@ class IncusSites:
             f"deployment {deployment} was undone",
         )
 
-    async def listed(self) -> Sequence[Site]:
+    async def listed(self) -> Sequence[TenantSite]:
         sites = []
         with translated(""):
             instances = await self._incus.instances(state=lacks_address)
@@ -216,7 +216,7 @@ class IncusSites:
             same = () if found is None else sharing.get(found.address, ())
             old = old_service(config)
             sites.append(
-                Site(
+                TenantSite(
                     tenant=instance["name"],
                     domain=plain(domain) or domain,
                     running=status_of(instance) in ("running", "frozen"),

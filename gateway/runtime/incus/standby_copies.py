@@ -29,7 +29,7 @@ from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.instance_record import COPY, identity_of
-from gateway.runtime import Tenant
+from gateway.runtime import TenantInstance
 from gateway.runtime.incus.creation import STATIC
 from gateway.runtime.incus.disks import OURS, Disks
 from gateway.runtime.incus.errors import translated
@@ -40,7 +40,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _KEY: Final = COPY
-"""On a copy: what it is of, as JSON; see `StandbyCopy`."""
+"""On a copy: what it is of, as JSON; see `Replica`."""
 _INSTANCE: Final = "user.gateway.standby.instance"
 """On a copy: the configuration, devices and profiles of the tenant's instance, as JSON."""
 _AUTOSTART: Final = "user.gateway.standby.autostart"
@@ -58,7 +58,7 @@ _FEATURES: Final = ("images", "profiles", "storage.volumes", "storage.buckets", 
 
 
 @dataclass(frozen=True, slots=True)
-class StandbyCopy:
+class Replica:
     """A copy of a tenant as it was `at`, in seconds since the epoch; `instance` is the tenant's instance id.
 
     `home` is the member that had the tenant, `running` whether it ran.
@@ -75,12 +75,12 @@ class StandbyCopy:
         """The name of the snapshot with which the copy was made, on the tenant and on the copy."""
         return f"{_SNAPSHOT}{round(self.at * 1000)}"
 
-    def of(self, snapshot: str) -> StandbyCopy:
+    def of(self, snapshot: str) -> Replica:
         """Return it as of another snapshot of that tenant. Raises `ValueError` if it is not ours."""
         return replace(self, at=int(snapshot.removeprefix(_SNAPSHOT)) / 1000)
 
 
-class StandbyCopies:
+class Replicas:
     """The copies of a cluster. An async context manager."""
 
     def __init__(self, settings: Settings, runtime: IncusRuntime) -> None:
@@ -98,7 +98,7 @@ class StandbyCopies:
     ) -> None:
         await self._copies.__aexit__(kind, error, trace)
 
-    async def here(self) -> Sequence[StandbyCopy]:
+    async def here(self) -> Sequence[Replica]:
         """Return the copies that this member has. Raises `Unavailable`."""
         with translated(""):
             try:
@@ -127,16 +127,16 @@ class StandbyCopies:
 
     # --- copying ------------------------------------------------------------------------------------
 
-    async def take(self, tenant: Tenant) -> StandbyCopy:
+    async def take(self, tenant: TenantInstance) -> Replica:
         """Take the snapshot of a tenant with which its next copy is made. Raises `GatewayError`."""
         with translated(tenant.name):
             found = await self._incus.instance(tenant.name, state=lambda one: False)
         running = tenant.status == "running"
-        copy = StandbyCopy(tenant.name, identity_of(found), tenant.location or "", time.time(), running)
+        copy = Replica(tenant.name, identity_of(found), tenant.location or "", time.time(), running)
         await self._operate(self._incus, "POST", _snapshots(copy.tenant), {"name": copy.snapshot})
         return copy
 
-    async def send(self, copy: StandbyCopy, member: str) -> None:
+    async def send(self, copy: Replica, member: str) -> None:
         """Send the snapshot of `take` to a member's copy of a tenant; make the copy if there is none.
 
         It counts as the copy of before until `confirm`. Raises `GatewayError`.
@@ -151,7 +151,7 @@ class StandbyCopies:
         body = {"name": name, "type": "container", "source": source, **_bare(found)}
         await self._operate(self._copies, "POST", "/1.0/instances", body, target=member)
 
-    async def confirm(self, copy: StandbyCopy) -> None:
+    async def confirm(self, copy: Replica) -> None:
         """Make what was sent the current copy, and delete what only the previous one needed.
 
         Raises `GatewayError`: then the copy is still that of before.
@@ -164,7 +164,7 @@ class StandbyCopies:
         with contextlib.suppress(GatewayError):  # or after the next one
             await self._delete_snapshots(name, lambda snapshot: snapshot != copy.snapshot)
 
-    async def give_up(self, copy: StandbyCopy) -> None:
+    async def give_up(self, copy: Replica) -> None:
         """Delete the snapshot of a copy that was not confirmed, if that can be done now."""
         with contextlib.suppress(GatewayError):
             await self._delete_snapshots(copy.tenant, lambda snapshot: snapshot == copy.snapshot)
@@ -209,7 +209,7 @@ class StandbyCopies:
             and one["config"].get(_AUTOSTART, "false") != "false"
         ]
 
-    async def _drop_other(self, copy: StandbyCopy, member: str) -> None:
+    async def _drop_other(self, copy: Replica, member: str) -> None:
         """Delete a copy that cannot be refreshed: of an earlier tenant of the name, or on another member."""
         try:
             with translated(copy.tenant):
@@ -252,7 +252,7 @@ class StandbyCopies:
 
     # --- back to life -------------------------------------------------------------------------------
 
-    async def revive(self, copy: StandbyCopy) -> None:
+    async def revive(self, copy: Replica) -> None:
         """Make the tenant of a copy that this member has, with its name, id and disk, stopped. Idempotent.
 
         Raises `Conflict` if another instance has the name, and `Unavailable`. `drop` the copy afterwards.
@@ -278,7 +278,7 @@ class StandbyCopies:
                 await making.remove(lambda one: identity_of(one) == copy.instance, "it could not be revived")
             raise
 
-    async def _made(self, copy: StandbyCopy) -> None:
+    async def _made(self, copy: Replica) -> None:
         """Make the instance with the copy's disk and snapshots."""
         making, name = self._runtime.making, copy.tenant
         await making.free(name)
@@ -360,7 +360,7 @@ def _autostart(config: Mapping[str, str]) -> str:
     return config.get(_AUTOSTART, config.get("boot.autostart", "")).removeprefix(_UNSET)
 
 
-def _told(copy: StandbyCopy) -> str:
+def _told(copy: Replica) -> str:
     return orjson.dumps([copy.instance, copy.home, copy.at, copy.running]).decode()
 
 
@@ -369,10 +369,10 @@ def _is_own(key: str) -> bool:
     return not key.startswith(("volatile.", "image."))
 
 
-def _copy_of(instance: Instance) -> StandbyCopy | None:
+def _copy_of(instance: Instance) -> Replica | None:
     """Return what an instance is a copy of, None if it is none, or not complete yet."""
     try:
         identity, home, at, running = orjson.loads((instance.get("config") or {})[_KEY])
-        return StandbyCopy(instance["name"], str(identity), str(home), float(at), bool(running))
+        return Replica(instance["name"], str(identity), str(home), float(at), bool(running))
     except (KeyError, ValueError, TypeError):
         return None

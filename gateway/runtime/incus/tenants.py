@@ -16,7 +16,7 @@ from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.rootfs.broker_client import DiskLimits
 from gateway.rootfs.instance_record import MANAGED, identity_of, is_tenant
-from gateway.runtime import Status, Tenant
+from gateway.runtime import Status, TenantInstance
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.disks import Disks, inherited
 from gateway.runtime.incus.errors import translated
@@ -34,7 +34,7 @@ from gateway.settings import Settings
 
 
 class IncusTenants:
-    """Implements `gateway.runtime.Tenants` for one Incus project.
+    """Implements `gateway.runtime.TenantInstances` for one Incus project.
 
     `changed` is called with the name of each tenant that was changed in a way that matters to what is cached.
     """
@@ -53,12 +53,12 @@ class IncusTenants:
         self._disks, self._disk_limits, self._resizing = disks, disk_limits, resizing
         self._changed = changed
 
-    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[TenantInstance]:
         with translated(""):
             instances = await self._incus.instances(state=lacks_address if addresses else None)
         return [tenant_of(instance) for instance in instances if is_tenant(instance)]
 
-    async def get(self, name: str) -> Tenant:
+    async def get(self, name: str) -> TenantInstance:
         with translated(name):
             instance = await self._incus.instance(name, state=lacks_address, as_listed=True)
         if not is_tenant(instance):
@@ -81,7 +81,7 @@ class IncusTenants:
             raise NotFound(f"no tenant {name}")
         return instance
 
-    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
+    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> TenantInstance:
         await self._making.free(name)
         source = {"type": "image", "alias": self._settings.image}
         config = {} if domain is None else domain_config(domain)
@@ -142,7 +142,7 @@ class IncusTenants:
 
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
-    ) -> Tenant:
+    ) -> TenantInstance:
         source = await self.instance(name)
         if MIGRATION_STATE in source["config"]:
             raise Conflict(f"tenant {name} is just moving in from a folder; clone it when that is finished")
@@ -167,7 +167,7 @@ class IncusTenants:
             await self.start(new)
             return await self._made(new, identity)
 
-    async def _made(self, name: str, identity: str) -> Tenant:
+    async def _made(self, name: str, identity: str) -> TenantInstance:
         """Return the tenant just created. Raises `Conflict` if the name belongs to another one by now."""
         with contextlib.suppress(NotFound):
             tenant = await self.get(name)

@@ -23,7 +23,7 @@ import orjson
 from gateway.errors import GatewayError, NotFound
 from gateway.incus import Incus, IncusError
 from gateway.rootfs.paths import show
-from gateway.runtime import TENANT_NAME, OnAnotherServer, Status, TenantEvent, Tenants
+from gateway.runtime import TENANT_NAME, OnAnotherServer, Status, TenantEvent, TenantInstances
 from gateway.runtime.incus.commands import is_ours
 from gateway.runtime.incus.disks import OURS
 from gateway.runtime.incus.moves import is_aside
@@ -137,7 +137,7 @@ _LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "insta
 
 
 class LifecycleWatch:
-    """The changes of one Incus project's tenants; see `gateway.runtime.Changes`.
+    """The changes of one Incus project's tenants; see `gateway.runtime.TenantChanges`.
 
     `changed` is called with the name of each tenant that may have changed, and with None if any may have.
     `leaving` are tenants on their way to another member: that they are gone is no destruction. `standing`
@@ -148,7 +148,7 @@ class LifecycleWatch:
         self,
         settings: Settings,
         incus: Incus,
-        tenants: Tenants,
+        tenants: TenantInstances,
         changed: Callable[[str | None], None],
         leaving: Collection[str],
     ) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.errors import InvalidParams, TenantNotRunning, Timeout
-from gateway.rootfs.command_cgroup import CommandCgroup, Member
+from gateway.rootfs.command_cgroup import CgroupMember, CommandCgroup
 from gateway.rootfs.process_tree import PARENT, mount_point
 from gateway.runtime import REPORT_MAX, Adopted, ExecSpec, Exit, Holding, KillResult, Process, Pty, StreamName
 from gateway.runtime.launcher import KILL_SCRIPT, Preamble, check_size, command_line, killed, start_command
@@ -223,7 +223,7 @@ class LocalProcess:
         said, _ = await script.communicate()
         return killed(said)
 
-    async def left(self) -> Sequence[Member] | None:
+    async def left(self) -> Sequence[CgroupMember] | None:
         cgroup = self._cgroup()
         return None if cgroup is None else await cgroup.members()
 

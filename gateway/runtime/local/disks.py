@@ -19,7 +19,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.errors import Conflict, NotFound, Unavailable
-from gateway.runtime import Snapshot, Tenant, TenantEvent
+from gateway.runtime import DiskSnapshot, TenantEvent, TenantInstance
 
 
 class LocalDisks:
@@ -30,16 +30,16 @@ class LocalDisks:
         self.home = home
         self._member = member
 
-    def list(self) -> list[Tenant]:
+    def list(self) -> list[TenantInstance]:
         return [
             self.get(folder.name)
             for folder in sorted(self.home.iterdir())
             if not folder.name.startswith(".") and (folder / "tenant.json").exists()
         ]
 
-    def get(self, name: str) -> Tenant:
+    def get(self, name: str) -> TenantInstance:
         record = self.record(name)
-        return Tenant(
+        return TenantInstance(
             name=name,
             status=record["status"],
             domain=record.get("domain"),
@@ -124,7 +124,7 @@ class LocalDisks:
 
     # --- snapshots --------------------------------------------------------------------------------------
 
-    async def snapshots(self, name: str) -> Sequence[Snapshot]:
+    async def snapshots(self, name: str) -> Sequence[DiskSnapshot]:
         """Return a tenant's snapshots, oldest first."""
         self.record(name)
         folder = self.home / name / "snapshots"
@@ -140,7 +140,7 @@ class LocalDisks:
             raise NotFound(f"tenant {name} has no snapshot {snapshot[:63]}")
         return kept
 
-    async def keep(self, name: str, snapshot: str) -> Snapshot:
+    async def keep(self, name: str, snapshot: str) -> DiskSnapshot:
         """Make a snapshot of a tenant's disk. Raises `Conflict` if the name is taken."""
         kept = self.home / name / "snapshots" / snapshot
         disk = self.disk(name)
@@ -179,9 +179,9 @@ def _replace(target: Path, fresh: Path, old: Path) -> None:
     fresh.rename(target)
 
 
-def _snapshot(kept: Path) -> Snapshot:
+def _snapshot(kept: Path) -> DiskSnapshot:
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(kept.stat().st_ctime))
-    return Snapshot(kept.name, created, size(kept))
+    return DiskSnapshot(kept.name, created, size(kept))
 
 
 def size(folder: Path) -> int:
@@ -198,7 +198,7 @@ _WAITING: Final = 1000  # changes that wait for a reader
 
 
 class LocalChanges:
-    """Implements `gateway.runtime.Changes`."""
+    """Implements `gateway.runtime.TenantChanges`."""
 
     told: Sequence[str] = ()
 

@@ -14,7 +14,7 @@ from typing import Any
 from gateway.errors import InvalidParams, NotFound
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.locations import Folders
-from gateway.runtime import Removed, Snapshot, Space, Tenant, unheard
+from gateway.runtime import DiskSnapshot, Removed, Space, TenantInstance, unheard
 from gateway.runtime.listening import TenantPort, visited
 from gateway.runtime.local.commands import LocalCommands
 from gateway.runtime.local.disks import LocalChanges, LocalDisks, size
@@ -22,7 +22,7 @@ from gateway.settings import Settings
 
 
 class LocalUsage:
-    """Implements `gateway.runtime.Usage`."""
+    """Implements `gateway.runtime.UsageReader`."""
 
     def __init__(self, disks: LocalDisks, commands: LocalCommands) -> None:
         self._disks, self._commands = disks, commands
@@ -31,7 +31,7 @@ class LocalUsage:
         self._disks.get(name)
         return {"processes": self._commands.running(name)}
 
-    async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
+    async def visited(self, tenants: Sequence[TenantInstance]) -> Mapping[str, float]:
         places = {t.name: TenantPort(t.port, "127.0.0.1") for t in tenants if t.port is not None}
         return await asyncio.to_thread(visited, places)
 
@@ -47,7 +47,7 @@ class LocalUsage:
 
 
 class LocalTenants:
-    """Implements `gateway.runtime.Tenants`. A tenant runs if its record says so."""
+    """Implements `gateway.runtime.TenantInstances`. A tenant runs if its record says so."""
 
     def __init__(
         self, settings: Settings, disks: LocalDisks, commands: LocalCommands, changes: LocalChanges
@@ -55,13 +55,13 @@ class LocalTenants:
         self._settings, self._disks = settings, disks
         self._commands, self._changes = commands, changes
 
-    async def list(self, *, addresses: bool = True) -> list[Tenant]:
+    async def list(self, *, addresses: bool = True) -> list[TenantInstance]:
         return self._disks.list()
 
-    async def get(self, name: str) -> Tenant:
+    async def get(self, name: str) -> TenantInstance:
         return self._disks.get(name)
 
-    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
+    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> TenantInstance:
         await self.make(name, domain)
         if start:
             await self.start(name)
@@ -132,7 +132,7 @@ class LocalTenants:
 
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
-    ) -> Tenant:
+    ) -> TenantInstance:
         disk = self._disks.disk(name) if snapshot is None else self._disks.kept(name, snapshot)
         await self.make(new, domain, disk=disk)
         await self.start(new)
@@ -140,15 +140,15 @@ class LocalTenants:
 
 
 class LocalSnapshots:
-    """Implements `gateway.runtime.Snapshots`."""
+    """Implements `gateway.runtime.DiskSnapshots`."""
 
     def __init__(self, tenants: LocalTenants, disks: LocalDisks, changes: LocalChanges) -> None:
         self._tenants, self._disks, self._changes = tenants, disks, changes
 
-    async def list(self, tenant: str) -> Sequence[Snapshot]:
+    async def list(self, tenant: str) -> Sequence[DiskSnapshot]:
         return await self._disks.snapshots(tenant)
 
-    async def create(self, tenant: str, name: str) -> Snapshot:
+    async def create(self, tenant: str, name: str) -> DiskSnapshot:
         made = await self._disks.keep(tenant, name)
         self._changes.add("tenant.snapshot.created", tenant, snapshot=name)
         return made

@@ -46,9 +46,9 @@ from gateway.runtime.sites import (
     Say,
     Service,
     Side,
-    Site,
     SiteServices,
     Source,
+    TenantSite,
     at_once,
     disk_was_full,
     failure,
@@ -597,7 +597,7 @@ class LocalSites:
         self._runtime.tenants.set_site(tenant, domain=order.domain)
         self._folders.note(tenant, deployment=None, health=order.recipe.health)
 
-    async def listed(self) -> Sequence[Site]:
+    async def listed(self) -> Sequence[TenantSite]:
         sites = []
         for tenant in await self._runtime.tenants.list():
             if tenant.domain is None:
@@ -608,7 +608,7 @@ class LocalSites:
                 exposure = Exposure("127.0.0.1", service.port)
             kept = self._folders.noted(tenant.name)
             sites.append(
-                Site(
+                TenantSite(
                     tenant.name,
                     tenant.domain,
                     tenant.status == "running",
