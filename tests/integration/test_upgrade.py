@@ -601,12 +601,11 @@ def make_environment(folder: Path) -> Path:
 _ENSURE = """
 import sys
 from pathlib import Path
-from gateway.host.gateway_process import GatewayProcess
-from gateway.host.gateway_process import Place
+from gateway.host.gateway_process import GatewayProcess, QuickstartFiles
 from gateway.settings import load
 settings = load()
 command = Path(sys.executable).with_name("incus-gateway")
-process = GatewayProcess(settings, Place(settings.state_dir), None, command, {})
+process = GatewayProcess(settings, QuickstartFiles(settings.state_dir), None, command, {})
 print(process.ensure(sys.argv[1], print) if sys.argv[1] != "stop" else process.stop())
 """
 

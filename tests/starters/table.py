@@ -224,7 +224,9 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "after a restart",
     ),
     "flask-poetry": Starter(
-        f"mkdir app && {_FLASK} && cd app && uvx poetry==2.5.1 init --no-interaction --name site && "
+        f"mkdir app && {_FLASK} && cd app && "
+        # else the author is git's, who may have an address that it refuses
+        "uvx poetry==2.5.1 init --no-interaction --name site --author 'Site <site@example.com>' && "
         # its own way to ask PyPI is one that mirrors do not have
         "uvx poetry==2.5.1 source add --priority=primary simple https://pypi.org/simple/ && "
         "uvx poetry==2.5.1 add --lock flask==3.1.2",
@@ -336,7 +338,10 @@ STARTERS: Final[Mapping[str, Starter]] = {
     "yarn-berry": Starter(
         _vite("react-ts") + " && cd app && touch yarn.lock && "
         "npm pkg set packageManager=yarn@$(npm view @yarnpkg/cli-dist@4.18.1 version) && "
-        "npx -y @yarnpkg/cli-dist@4.18.1 install --mode=update-lockfile",
+        "npx -y @yarnpkg/cli-dist@4.18.1 install --mode=update-lockfile && "
+        # with a TypeScript that Yarn cannot patch for Plug'n'Play it is built nowhere
+        "cp -r . /tmp/built && cd /tmp/built && npx -y @yarnpkg/cli-dist@4.18.1 install >&2 && "
+        "npx -y @yarnpkg/cli-dist@4.18.1 run build >&2",
         "Vite",
         ("src/App.tsx", "Get started", _SEEN),
         "Get started",
