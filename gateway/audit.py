@@ -40,7 +40,7 @@ _FACT: Final = 500  # characters kept of one fact; a path may have thousands
 
 
 @dataclass(frozen=True, slots=True)
-class AuditEntry:
+class AuditRecord:
     """One entry. `event` is the id of its event, 0 for none. `operator`: an operator did it."""
 
     time: float
@@ -89,7 +89,7 @@ class AuditLog:
     ) -> None:
         """Record an action. A failure to record it is logged, and the action stays."""
         try:
-            await self._write([AuditEntry(time.time(), who, action, tenant, facts, operator=operator)])
+            await self._write([AuditRecord(time.time(), who, action, tenant, facts, operator=operator)])
         except StoreFailed as failed:
             log.error("cannot record %s of %s by %s in the audit: %s", action, tenant, who, failed.message)
 
@@ -109,7 +109,7 @@ class AuditLog:
                     log.exception("cannot record the events from %d on in the audit", events[0].id)
                     break
 
-    async def _write(self, entries: Sequence[AuditEntry]) -> None:
+    async def _write(self, entries: Sequence[AuditRecord]) -> None:
         self._fresh += len(entries)
         full = self._fresh > self._kept // 100  # not each time, since it looks at all entries
         await self._store.write(lambda connection: _insert(connection, entries, self._kept if full else None))
@@ -117,11 +117,11 @@ class AuditLog:
             self._fresh = 0
 
 
-def _taken(event: Event) -> AuditEntry:
+def _taken(event: Event) -> AuditRecord:
     data = event.data
     facts = {key: data[key] for key in _TAKEN.get(event.type, ("oldest",)) if key in data}
     facts = {key: fact[:_FACT] if isinstance(fact, str) else fact for key, fact in facts.items()}
-    return AuditEntry(event.time, str(data.get("by", "")), event.type, event.tenant, facts, event.id)
+    return AuditRecord(event.time, str(data.get("by", "")), event.type, event.tenant, facts, event.id)
 
 
 # --- statements: each is a work of the store -----------------------------------------------------------
@@ -132,7 +132,7 @@ def _last_event(connection: sqlite3.Connection) -> int | None:
     return last or None
 
 
-def _insert(connection: sqlite3.Connection, entries: Sequence[AuditEntry], kept: int | None) -> None:
+def _insert(connection: sqlite3.Connection, entries: Sequence[AuditRecord], kept: int | None) -> None:
     connection.executemany(
         "INSERT INTO audit (time, who, action, tenant, facts, event, operator) VALUES (?, ?, ?, ?, ?, ?, ?)",
         [

@@ -54,7 +54,7 @@ from gateway.rootfs import connections, kernel, process_tree, site_cgroup
 from gateway.rootfs.btrfs import bound_read_ahead, changed_since
 from gateway.rootfs.confine import Namespaces, Plan, end_with_parent
 from gateway.rootfs.connections import cut_off
-from gateway.rootfs.locations import Disk, Tenants, found_by
+from gateway.rootfs.locations import Disk, TenantLocator, found_by
 from gateway.rootfs.messages import MESSAGE_MAX, Spawn
 from gateway.rootfs.quotas import Quotas
 from gateway.rootfs.worker_cgroup import WorkerCgroup
@@ -79,7 +79,7 @@ class Broker:
         self,
         connection: socket.socket,
         operations: str,
-        tenants: Tenants,
+        tenants: TenantLocator,
     ) -> None:
         self._connection = connection
         self._tenants = tenants
@@ -332,7 +332,7 @@ def _serve_one(
     connection: socket.socket,
     listener: socket.socket,
     operations: str,
-    tenants: Tenants,
+    tenants: TenantLocator,
 ) -> NoReturn:
     """Run the broker of one gateway in the forked child; never returns."""
     code = 1

@@ -18,7 +18,7 @@ import orjson
 from gateway import errors
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.rootfs import connections
-from gateway.rootfs.locations import Instances, Tenants
+from gateway.rootfs.locations import Instances, TenantLocator
 from gateway.rootfs.messages import MESSAGE_MAX
 from gateway.settings import Settings
 
@@ -153,7 +153,7 @@ class BrokerClient:
         return [str(words) for words in answer["changed"]]
 
     async def limit_disk(self, instance: str, *, ending: bool = False, standby: bool = False) -> int | None:
-        """Limit a disk, see `locations.Tenants.limit_disk`. Raises `NotFound` and `Unavailable`."""
+        """Limit a disk, see `locations.TenantLocator.limit_disk`. Raises `NotFound` and `Unavailable`."""
         what = {"do": "limit_disk", "instance": instance, "ending": ending, "standby": standby}
         answer, _ = await self.request(what)
         return None if answer["counted"] is None else int(answer["counted"])
@@ -280,7 +280,7 @@ class DiskLimits:
     Not by the connection of the file tools: their requests would wait meanwhile.
     """
 
-    def __init__(self, broker: Path | None, tenants: Tenants) -> None:
+    def __init__(self, broker: Path | None, tenants: TenantLocator) -> None:
         self._tenants = tenants
         self._broker = None if broker is None else BrokerClient(at=broker)
         self._freeing = None if broker is None else BrokerClient(at=broker)

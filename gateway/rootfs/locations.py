@@ -131,7 +131,7 @@ _NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # an instance's
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
 
 
-class Tenants:
+class TenantLocator:
     """Locates a broker's tenants. Methods raise `NotFound` for other names, and `Unavailable`.
 
     Here they are without containers: they have files, and nothing else that needs root.
@@ -183,7 +183,7 @@ class Tenants:
 
 
 @dataclass(frozen=True, slots=True)
-class Folders(Tenants):
+class Folders(TenantLocator):
     """Tenants as folders: `home`/TENANT/`below` is a tenant's `/`; its owner owns the files.
 
     With `idmap`, the workspace's user is `uid` inside, and files have inside ids.
@@ -211,7 +211,7 @@ class Folders(Tenants):
         return Disk(path, relative(workspace), uid, gid, self.idmap)
 
 
-class Instances(Tenants):
+class Instances(TenantLocator):
     """Tenants as containers of one Incus project; incusd is queried each time, only by GET.
 
     Only `workspace` is served, as its owner `uid`. `socket_path` is incusd's; its folder also contains the
@@ -430,7 +430,7 @@ class _Group:
     until: float
 
 
-def found_by(told: Mapping[str, Any]) -> Tenants:
+def found_by(told: Mapping[str, Any]) -> TenantLocator:
     """Create the object described by `told`. Raises `KeyError`, `ValueError`."""
     if told["kind"] == "incus":
         names = ("socket", "project", "workspace", "uid", "bridge", "pool", "standby")

@@ -42,7 +42,7 @@ class Chooser(Protocol):
 _Choice = tuple[Collection[str], list[str]]
 
 
-class _Listing:
+class _FolderListing:
     """The names of files and folders in a folder of `count` entries, and cached selections."""
 
     __slots__ = ("_choices", "count", "files", "folders", "hidden")
@@ -54,10 +54,10 @@ class _Listing:
         self.count = count
         self._choices: dict[Hashable, _Choice] = {}
 
-    def cut(self, room: int) -> _Listing:
+    def cut(self, room: int) -> _FolderListing:
         """Return a listing with at most `room` of the names."""
         folders = self.folders[: max(0, room - len(self.files))]
-        return _Listing(self.files[:room], folders, self.hidden, room)
+        return _FolderListing(self.files[:room], folders, self.hidden, room)
 
     def chosen(self, chooser: Chooser, path: str, state: Any) -> _Choice:
         question = path, chooser.question(state)  # the path is part of the key, because a parent may be moved
@@ -72,7 +72,7 @@ class _Listing:
 
 
 # By device, inode and ctime, which cannot be set: a folder's entries do not change without it.
-_kept: OrderedDict[tuple[int, int, int], _Listing] = OrderedDict()
+_kept: OrderedDict[tuple[int, int, int], _FolderListing] = OrderedDict()
 _kept_names = 0
 
 
@@ -91,7 +91,7 @@ def forget() -> None:
     _kept_names = 0
 
 
-def _keep(key: tuple[int, int, int], listing: _Listing) -> None:
+def _keep(key: tuple[int, int, int], listing: _FolderListing) -> None:
     global _kept_names
     _kept[key] = listing
     _kept_names += listing.count + 1
@@ -226,7 +226,7 @@ class Walk:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _list(self, descriptor: int) -> _Listing:
+    def _list(self, descriptor: int) -> _FolderListing:
         """Return the names in a folder, and cache them if that is safe."""
         before = os.fstat(descriptor)
         lasting = settled(before)
@@ -246,12 +246,12 @@ class Walk:
                     files.append(name)
                 if name[0] == ".":
                     hidden.add(name)
-        listing = _Listing(files, folders, hidden, count)
+        listing = _FolderListing(files, folders, hidden, count)
         if lasting and count < room:
             _keep((before.st_dev, before.st_ino, before.st_ctime_ns), listing)
         return listing
 
-    def _counted(self, listing: _Listing) -> _Listing:
+    def _counted(self, listing: _FolderListing) -> _FolderListing:
         """Count a listing's entries; return the part within the limit."""
         room = self._maximum - self.visited
         self.visited += listing.count

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.audit import AuditEntry, AuditLog
+from gateway.audit import AuditLog, AuditRecord
 from gateway.events import Bus, StoredJournal
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -65,7 +65,7 @@ async def test_what_cannot_be_recorded_holds_up_nothing_that_follows(
     audit, bus = rig
     write, broken = audit._write, asyncio.Event()
 
-    async def once(entries: Sequence[AuditEntry]) -> None:
+    async def once(entries: Sequence[AuditRecord]) -> None:
         if not broken.is_set():
             broken.set()
             raise ValueError("nobody foresaw this")
