@@ -102,9 +102,8 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     os.kill(caddy, signal.SIGKILL)
-    (quickstart.settings.state_dir / "caddy" / "routes" / "demo.localhost").rename(
-        quickstart.settings.state_dir / "caddy" / "routes" / "lost.localhost"
-    )
+    routes = quickstart.settings.caddy_folder / "routes"
+    (routes / "demo.localhost").rename(routes / "lost.localhost")
     looked = {finding.what: finding for finding in doctor(quickstart.settings)}
     assert not looked["routes"].ok
     assert "missing: demo.localhost; too many: lost.localhost" in looked["routes"].detail
