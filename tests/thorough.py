@@ -479,11 +479,6 @@ LEFT: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "test_so_are_its_environment_and_a_rollback_and_a_broken_one_is_undone[kill]",
         ),
     },
-    "of an upgrade from a version before the first release": {
-        f"{_INTEGRATION}host_quickstart.py": (
-            "test_caddys_folder_leaves_the_state_dir_and_no_request_fails",
-        ),
-    },
     "a picture for the docs; that axe finds nothing in any view is held by the other tests of the file": {
         f"{_E2E}pictures.py": (
             "test_the_editor_with_files_terminal_and_preview",
