@@ -1,7 +1,7 @@
 """The size of the house: what each package may hold, so that growth is a decision in a diff.
 
-"Code" is lines without blank ones, comments and docstrings. A change that needs more room raises a number here
-and says why in its commit; one that frees room lowers it.
+"Code" is lines without blank ones, comments and docstrings. A change that needs more raises a number here and
+says why in its commit; one that frees room lowers it.
 """
 
 from __future__ import annotations
