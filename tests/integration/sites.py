@@ -257,7 +257,8 @@ class Visitors:
                 elif body and self.exact and not text.endswith(f" {len(body)}"):
                     self.wrong.append(f"the body was cut: {text[:80]}")
         except (aiohttp.ClientError, TimeoutError) as error:
-            self.wrong.append(f"{error!r} after {time.monotonic() - began:.1f} s")
+            took, at = time.monotonic() - began, time.strftime("%X")
+            self.wrong.append(f"{'POST' if body else 'GET'} {error!r} after {took:.1f} s at {at}")
         self.longest = max(self.longest, time.monotonic() - began)
         self.count += 1
 
