@@ -17,6 +17,7 @@ import pytest
 from gateway.auth import tokens
 from gateway.cli.invocation import Failed
 from gateway.cli.tenants import _latest_turn
+from tests.constants import constants
 from tests.contracts.processes import alive, mark
 from tests.live import SECRET, LiveGateway
 from tests.unit.command_line import run, served, start
@@ -278,7 +279,9 @@ async def test_a_shell_is_told_how_a_command_line_goes_on(
     gateway: LiveGateway, shell: str, environment: dict[str, str], offers: list[str]
 ) -> None:
     """Commands, options and tenants; nothing, not a word, where no gateway answers."""
-    asked = {"_INCUS_GATEWAY_COMPLETE": f"complete_{shell}", **environment}
+    # a person waits for two seconds; a busy machine may need them to start Python
+    patient = constants({"gateway.cli.invocation._PATIENCE": 20.0})
+    asked = {"_INCUS_GATEWAY_COMPLETE": f"complete_{shell}", **environment, **patient}
     process = await start(gateway, environment=asked)
     out, err = await asyncio.wait_for(process.communicate(), 30)
     words = re.findall(r"[\w-]+", out.decode()) if shell == "zsh" else out.decode().split()
