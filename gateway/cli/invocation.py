@@ -9,17 +9,16 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
-from gateway.auth import issuing
-from gateway.hostnames import plain
-from gateway.settings import load_client
 from gateway.terminal import err
-from gateway_client.client import Client
-from gateway_client.credentials import Token
-from gateway_client.tenant import Tenant
+
+if TYPE_CHECKING:  # imported by the functions below: `--version` and `--help` ask no gateway
+    from gateway_client.client import Client
+    from gateway_client.credentials import Token
+    from gateway_client.tenant import Tenant
 
 Result = TypeVar("Result")
 
@@ -51,6 +50,10 @@ def confirm(question: str, otherwise: str) -> None:
 @contextlib.asynccontextmanager
 async def client_of(url: str | None, token: str | None, lifetime: int = 3600) -> AsyncIterator[Client]:
     """Open a client of the gateway at `url`, or of this machine's with tokens for `lifetime` seconds."""
+    from gateway.auth import issuing
+    from gateway.settings import load_client
+    from gateway_client.client import Client
+
     settings = load_client()
     source: Token = token or partial(
         _local_token, issuing.load_secret(settings.secret, settings.state_dir), lifetime
@@ -67,6 +70,8 @@ async def tenant_of(client: Client, named: str) -> Tenant:
     """Return the tenant with a name or a domain, of which only a domain has a dot. Raises `Failed`."""
     if "." not in named:
         return client.tenant(named)
+    from gateway.hostnames import plain
+
     domain = plain(named) or named
     for info in await client.tenants():
         if info.domain == domain:
@@ -75,6 +80,8 @@ async def tenant_of(client: Client, named: str) -> Tenant:
 
 
 def _local_token(secret: str, lifetime: int) -> str:
+    from gateway.auth import issuing
+
     return issuing.issue(secret, f"{issuing.caller()} (cli)", ["*"], issuing.SCOPES, lifetime)
 
 
@@ -117,7 +124,6 @@ TokenOption = Annotated[
 
 def tenants_begun(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the tenants whose names begin with what was typed, for completion; none if that fails."""
-    from gateway.cli.invocation import client_of
 
     async def run() -> list[str]:
         async with (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -33,3 +35,12 @@ def test_nothing_is_collected_while_a_command_is_imported(monkeypatch: pytest.Mo
     monkeypatch.setattr("gateway.cli.main.main", lambda: collected.append(gc.isenabled()))
     main()
     assert collected == [False]
+
+
+def test_what_asks_no_gateway_imports_no_client() -> None:
+    """Else `--version`, `--help` and each Tab take half as long again."""
+    program = "import sys, gateway.cli.main; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "gateway.cli.invocation" in loaded
+    assert not loaded & {"gateway_client.client", "websockets", "aiohttp", "pydantic", "gateway.auth.issuing"}
