@@ -41,8 +41,8 @@ interface Attached {
  *
  * A broken connection is replaced, and the output continues at the same byte. Unread output is limited to `buffer`,
  * half of it for each stream; at the limit the gateway sends no more, and in time the command itself waits, as for a
- * pipe. Nothing else waits. Of a stream that is not read, or no longer, the last bytes are kept, at least a quarter
- * of `buffer`, and the command does not wait.
+ * pipe. Nothing else waits. If nobody reads a stream, its last bytes are kept, at least a quarter of `buffer`, and
+ * the command does not wait.
  */
 export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   id: string;
